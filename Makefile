@@ -1,0 +1,122 @@
+# Every target builds the environment it needs on first use; nothing is installed
+# outside this folder. Stamp files in .venv record which extras are there.
+#
+#   make demo         train the digits example: float, plain fake quant, QAT
+#   make test         the default tests, doctests included
+#   make test-slow    the tests marked `slow`
+#   make test-latest  the default tests on Python 3.12 and the newest JAX
+#   make lint         ruff and pyright
+#   make bench        the benchmarks
+#
+# Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
+# and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+JOBS ?= 2
+PYTEST_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+LATEST := .venv-latest
+PIP := -m pip --disable-pip-version-check --quiet
+
+# JAX on the CPU, and one thread per test worker: XLA would otherwise start a
+# thread per core in every worker.
+TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
+  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)"
+
+# $(call find_python,versions): a shell command that prints the path of the first
+# interpreter of these versions that runs and can make environments. Being on PATH
+# is not enough: a pyenv shim exists for every version that any environment has, and
+# fails unless PYENV_VERSION selects one.
+define find_python
+for version in $(1); do \
+  for pyenv in "" $$(pyenv versions --bare 2>/dev/null | grep "^$${version//./\\.}\." \
+      | grep -v / | tail -1); do \
+    env $${pyenv:+PYENV_VERSION=$$pyenv} "python$$version" -c \
+      'import sys, venv, ensurepip; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' \
+      2>/dev/null && exit 0; \
+  done; \
+done; exit 1
+endef
+
+# Python 3.11 first: it gets the oldest JAX that is supported, and test-latest gets
+# the newest, so that both ends are covered.
+VERSIONS := 3.11 3.12 3.13 3.14 3
+
+.PHONY: help
+help:
+	@sed -n '4,12p' $(MAKEFILE_LIST) | cut -c3-
+
+$(VENV)/.stamp-python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  python=$$($(call find_python,$(VERSIONS))) || { \
+	    echo "make: no Python >= 3.11 with venv and ensurepip found;" \
+	      "install one, or pass PYTHON=/path/to/python" >&2; exit 1; }; \
+	fi; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $$python is not a Python >= 3.11 that runs" >&2; exit 1; }; \
+	echo "make: $(VENV) from $$python"; \
+	"$$python" -m venv --clear $(VENV)
+	@touch $@
+
+# One stamp per extra: .stamp-examples, .stamp-test, .stamp-bench, .stamp-dev.
+$(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-python
+	@echo "make: installing qwix_train[$*] into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install -e '.[$*]'
+	@touch $@
+
+.PRECIOUS: $(VENV)/.stamp-%
+
+.PHONY: demo
+demo: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.digits_qat $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.stamp-test
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.stamp-test
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+$(LATEST)/.stamp-test: pyproject.toml
+	@python=$$($(call find_python,3.12)) || { \
+	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
+	  exit 1; }; \
+	echo "make: installing qwix_train[test] with the newest JAX into $(LATEST)" \
+	  "from $$python"; \
+	"$$python" -m venv --clear $(LATEST)
+	@$(LATEST)/bin/python $(PIP) install --upgrade --upgrade-strategy eager -e '.[test]'
+	@touch $@
+
+.PHONY: test-latest
+test-latest:
+	@if [ ! -e $(LATEST)/.stamp-test ] && ! ($(call find_python,3.12)) >/dev/null; then \
+	  echo "make: TEST-LATEST WAS NOT RUN: no Python 3.12 found on PATH or in pyenv" >&2; \
+	  [ -n "$(ALLOW_MISSING)" ]; \
+	else \
+	  $(MAKE) --no-print-directory run-test-latest; \
+	fi
+
+.PHONY: run-test-latest
+run-test-latest: $(LATEST)/.stamp-test
+	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.stamp-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+.PHONY: bench
+bench: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.qat_step $(ARGS)
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) $(LATEST) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Runnable recipes: what a user's own training code would look like."""

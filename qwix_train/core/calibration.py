@@ -1,0 +1,212 @@
+"""The range of an array, and the scale and zero point of a range.
+
+Results are bit-exact across eager, compiled, vectorized and sharded execution. What
+XLA may evaluate in more than one way is written so that there is one way:
+
+- Division by the bound, which XLA turns into multiplication by the reciprocal wherever
+  the bound is broadcast, *is* multiplication by the float32 reciprocal; and a true
+  division where there is one scale only.
+- bfloat16 and float16 are computed in float32 and rounded after each step by
+  `numerics.round_to_dtype`, as eager execution does; compiled code would otherwise
+  keep the excess precision.
+- Two multiplications in a row, which XLA may merge, and a multiplication before an
+  addition, which LLVM may fuse, are kept apart by a minimum or maximum.
+- A fixed range is a constant; its scale is computed by NumPy, so that no compiler
+  folds it.
+
+The one exception: a root mean square along an axis that is *sharded* adds in another
+order, so its last bits may differ.
+
+Special ranges: an empty one, or one below the threshold of `smallest_scale`, has scale
+1. A range with NaN has scale NaN, and one with an infinity has an infinite scale: the
+tile then dequantizes to NaN and infinities throughout, which a training loop sees. A
+range beyond 2**126 times the bound is cut to that, because the reciprocal of a larger
+scale is not a normal number.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwix_train.core import numerics, tiling
+from qwix_train.core.how import HowToQuantize, parse_calibration_method
+
+_LARGEST_SCALE = {"float16": 2.0**14, "float64": 2.0**1022}
+
+
+def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, jax.Array]:
+    """Finds the range of each group of elements that shares a scale.
+
+    Args:
+        array: Any shape, a float dtype.
+        how: How the array is to be quantized.
+
+    Returns:
+        ``{'absmax': a}`` for a range from ``-a`` to ``a``, or ``{'min': l, 'max': h}``
+        with ``l <= 0 <= h``; in the shape of the scale and the dtype of the array.
+        For ``fixed``, NumPy arrays of one element.
+
+    Raises:
+        ValueError: The array is not of a float dtype, or ``how`` does not fit it.
+
+    >>> how = HowToQuantize(qtype='int8', channelwise_axes=(0,))
+    >>> calibrate(jnp.array([[1., -2.], [0., 3.]]), how)['absmax'].tolist()
+    [[2.0], [3.0]]
+    """
+    check_quantizable(array)
+    scale_shape = how.scale_shape(array.shape)
+    name, numbers = parse_calibration_method(how.calibration_method)
+    dtype = array.dtype
+    if name == "fixed":
+        low, high = (np.full((1,) * array.ndim, v, dtype) for v in numbers)
+        return {"absmax": high} if -low == high else {"min": low, "max": high}
+
+    padded = tiling.pad_to_tiles(array, scale_shape)
+    tiles = tiling.split_axes(padded, scale_shape)
+    axes = tuple(range(1, tiles.ndim, 2))
+    if name == "rms":
+        value = _root_mean_square(tiles, axes, array.shape, scale_shape)
+        return {"absmax": _times(value.reshape(scale_shape), numbers[0])}
+    # `initial=0` makes the range hold 0, and gives an empty axis a range.
+    if name == "absmax":
+        value = jnp.max(jnp.abs(tiles), axis=axes, initial=0).reshape(scale_shape)
+        return {"absmax": _times(value, *numbers)}
+    low = jnp.min(tiles, axis=axes, initial=0).reshape(scale_shape)
+    high = jnp.max(tiles, axis=axes, initial=0).reshape(scale_shape)
+    if not numbers:
+        return {"min": low, "max": high}
+    return {"min": -_times(-low, *numbers), "max": _times(high, *numbers)}
+
+
+def covers_array(calibration_method: str) -> bool:
+    """Whether no element lies outside the range that a method finds.
+
+    >>> covers_array('minmax'), covers_array('absmax,0.9'), covers_array('rms,3')
+    (True, False, False)
+    """
+    name, numbers = parse_calibration_method(calibration_method)
+    return name in ("absmax", "minmax") and (not numbers or numbers[0] >= 1)
+
+
+def compute_scale_zero_point(
+    calibration: Mapping[str, Any], qtype: numerics.QType
+) -> tuple[jax.Array, jax.Array | None]:
+    """Computes the scale, and for a range with two ends the zero point.
+
+    With the bounds of `numerics`: ``scale = absmax / symmetric_bound``, or
+    ``scale = (max - min) / (q_max - q_min)`` and
+    ``zero_point = round(q_min - min / scale)``.
+
+    Args:
+        calibration: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``.
+        qtype: The type.
+
+    Returns:
+        The scale in the dtype of the range, and the zero point in the dtype that
+        stores the codes, or None.
+
+    Raises:
+        ValueError: The calibration has other keys, or the type has no zero points.
+
+    >>> scale, zero_point = compute_scale_zero_point(
+    ...     {'min': jnp.array([-1.]), 'max': jnp.array([14.])}, 'int4')
+    >>> scale.tolist(), zero_point.tolist()
+    ([1.0], [-7])
+    """
+    keys = set(calibration)
+    if keys not in ({"absmax"}, {"min", "max"}):
+        raise ValueError(f"A range has the keys absmax, or min and max; not {keys}.")
+    # NumPy computes what is constant; see the top of this module.
+    constant = all(isinstance(v, np.ndarray) for v in calibration.values())
+    xp = np if constant else jnp
+    values = {key: xp.asarray(value) for key, value in calibration.items()}
+    dtype = next(iter(values.values())).dtype
+    wide = numerics.compute_dtype(dtype)
+
+    def rounded(x: Any) -> Any:
+        if constant:
+            return np.asarray(x, dtype).astype(wide)
+        return numerics.round_to_dtype(x, dtype)
+
+    if "absmax" in values:
+        bound = numerics.symmetric_bound(qtype)
+        extent = values["absmax"].astype(wide)
+    else:
+        low, high = numerics.asymmetric_bound(qtype)
+        bound = high - low
+        smallest = values["min"].astype(wide)
+        extent = rounded(values["max"].astype(wide) - smallest)
+    if extent.size != 1:
+        scale = rounded(extent * _reciprocal(bound, wide))
+    elif constant:
+        scale = rounded(extent / np.asarray(bound, wide))
+    else:
+        scale = rounded(numerics.true_divide(extent, bound))
+    scale = xp.where(scale < smallest_scale(dtype), xp.ones_like(scale), scale)
+    largest = _LARGEST_SCALE.get(dtype.name, 2.0**126)
+    too_large = (scale > largest) & (scale < np.inf)
+    scale = xp.where(too_large, xp.full_like(scale, largest), scale)
+    if "absmax" in values:
+        return jnp.asarray(scale, dtype), None
+    zero_point = jnp.asarray(rounded(low - rounded(smallest / scale)))
+    return jnp.asarray(scale, dtype), numerics.round_to_qtype(zero_point, qtype)
+
+
+def smallest_scale(dtype: Any) -> float:
+    """Returns the scale below which a range counts as empty, and gets scale 1.
+
+    It is the square root of the smallest normal number. For float16 that would be
+    0.008, which ordinary weights are below; there it is the smallest normal itself.
+    """
+    tiny = float(jnp.finfo(dtype).tiny)
+    return tiny if jnp.dtype(dtype) == jnp.float16 else tiny**0.5
+
+
+def check_quantizable(array: jax.Array) -> None:
+    """Raises a ValueError for arrays that are not of a float dtype."""
+    if not numerics.is_quantizable(array.dtype):
+        raise ValueError(
+            f"Cannot quantize an array of dtype {array.dtype}; it takes bfloat16, "
+            "float16, float32 or float64."
+        )
+
+
+def _reciprocal(bound: float, wide: np.dtype) -> Any:
+    """Returns ``1 / bound`` as the compute dtype rounds it."""
+    return np.ones((), wide) / np.asarray(bound, wide)
+
+
+def _times(value: jax.Array, factor: float | None = None) -> jax.Array:
+    """Multiplies a magnitude by a factor, rounding as its dtype does."""
+    if factor is None:
+        return value
+    dtype, wide = value.dtype, numerics.compute_dtype(value.dtype)
+    product = value.astype(wide) * np.asarray(factor, dtype).astype(wide)
+    # The maximum keeps XLA from merging the factor with that of the scale.
+    product = numerics.round_to_dtype(jnp.maximum(product, 0), dtype)
+    return product.astype(dtype)
+
+
+def _root_mean_square(
+    tiles: jax.Array,
+    axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+) -> jax.Array:
+    """Returns the root mean square of each tile; the padding does not count."""
+    dtype, wide = tiles.dtype, numerics.compute_dtype(tiles.dtype)
+    squares = numerics.round_to_dtype(jnp.square(tiles.astype(wide)), dtype)
+    squares = jnp.maximum(squares, 0)  # Not to be fused with the addition.
+    counts = np.ones(scale_shape, np.int64)
+    for axis, (n, s) in enumerate(zip(shape, scale_shape, strict=True)):
+        if s:
+            size = -(-n // s)
+            sizes = [min(size, n - index * size) for index in range(s)]
+            counts *= np.reshape(sizes, [s if a == axis else 1 for a in range(len(shape))])
+    reciprocal = _reciprocal(np.maximum(counts, 1), wide)
+    mean = jnp.sum(squares, axis=axes).reshape(scale_shape) * reciprocal
+    mean = numerics.round_to_dtype(mean, dtype)
+    return numerics.round_to_dtype(jnp.sqrt(mean), dtype).astype(dtype)

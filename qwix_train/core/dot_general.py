@@ -1,0 +1,339 @@
+"""Dot products of quantized arrays.
+
+With ``a = (qa - za) * sa`` and ``b = (qb - zb) * sb``, and scales that do not vary
+along the contracted axes,
+
+    sum(a * b) = sa * sb * (sum(qa * qb) - zb * sum(qa) - za * sum(qb) + n * za * zb)
+
+so that the dot multiplies codes, and zero points cost two sums of codes. A contracted
+axis with tiles becomes two, one of tiles and one within the tile; the results of tiles
+are scaled and then added.
+
+Integer codes are added in int32. Where the number of products allows a sum beyond
+int32, judged by the shapes and types alone, the contraction is cut into parts that
+cannot overflow, and their sums are added in float32. (Within a part, single terms
+above may wrap around; the part's result does not, and modular arithmetic makes it
+right.)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_train.core import operands as ops
+from qwix_train.core import tiling
+from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
+
+MIN_TILE_SIZE = 128
+"""Contracted axes in smaller tiles are dequantized first.
+
+The results of all tiles exist at once, before they are scaled and added; with small
+tiles they take more memory, and time, than the dequantized operand.
+"""
+
+_Numbers = tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
+
+
+def dot_general(
+    lhs: MaybeQArray,
+    rhs: MaybeQArray,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` for arrays and quantized arrays.
+
+    Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
+    If one is a float array, is nf4, or has a contracted axis with tiles that are
+    smaller than `MIN_TILE_SIZE` or padded, quantized operands are dequantized first.
+
+    Args:
+        lhs: The left operand.
+        rhs: The right operand.
+        dimension_numbers: ``((lhs_contracting, rhs_contracting), (lhs_batch,
+            rhs_batch))``.
+        precision: As in `jax.lax.dot_general`.
+        preferred_element_type: The dtype of the result; that of the dequantized
+            operands, promoted, if None.
+        out_sharding: As in `jax.lax.dot_general`.
+
+    Returns:
+        The result, with batch axes first, then the other axes of ``lhs``, then those
+        of ``rhs``.
+
+    Raises:
+        ValueError: A QArray is malformed, or contracted axes differ in tile size.
+
+    >>> from qwix_train.core.qarray import quantize
+    >>> a = quantize(jnp.array([[1., 2.]]), 'int8')
+    >>> b = quantize(jnp.array([[3.], [4.]]), 'int4')
+    >>> dot_general(a, b, (((1,), (0,)), ((), ()))).shape
+    (1, 1)
+    """
+    kwargs = dict(precision=precision, out_sharding=out_sharding)
+    for operand in (lhs, rhs):
+        if isinstance(operand, QArray):
+            validate_qarray(operand)
+    if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
+        return jax.lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            preferred_element_type=preferred_element_type,
+            **kwargs,
+        )
+    numbers = _normalized(dimension_numbers, lhs.ndim, rhs.ndim)
+    result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
+    tiles = _contracted_tiles(lhs, rhs, numbers)
+    if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
+        left, right = ops.as_float(lhs), ops.as_float(rhs)
+        return jax.lax.dot_general(
+            left, right, numbers, preferred_element_type=result, **kwargs
+        )
+
+    (lhs_contracting, rhs_contracting), _ = numbers
+    lhs_counts = _counts(lhs, lhs_contracting, tiles)
+    rhs_counts = _counts(rhs, rhs_contracting, tiles)
+    split = _split_numbers(numbers, tiles)
+    left, right = ops.common_codes(lhs, rhs)
+    sums = _sum_products(
+        _cut(left, lhs_counts),
+        _cut(right, rhs_counts),
+        _cut_part(ops.zero_point_of(lhs), lhs_counts),
+        _cut_part(ops.zero_point_of(rhs), rhs_counts),
+        split,
+        accumulator=ops.accumulator_dtype(lhs, rhs, result),
+        max_terms=_max_terms(lhs, rhs),
+        kwargs=kwargs,
+    )
+    wide = ops.scale_dtype(lhs, rhs, result=result)
+    out = sums.astype(wide)
+    for operand, counts, side in ((lhs, lhs_counts, 0), (rhs, rhs_counts, 1)):
+        if isinstance(operand, QArray):
+            scale = _cut_part(operand.scale, counts)
+            assert scale is not None
+            ndims = (lhs.ndim + len(tiles), rhs.ndim + len(tiles))
+            out = out * _aligned(scale.astype(wide), split, ndims, side)
+    batch = len(numbers[1][0])
+    if tiles:
+        out = jnp.sum(out, axis=tuple(range(batch, batch + len(tiles))))
+    return out.astype(result)
+
+
+def dot(
+    a: MaybeQArray,
+    b: MaybeQArray,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`jax.numpy.dot` for arrays and quantized arrays.
+
+    It sums over the last axis of ``a`` and the second-to-last of ``b`` (its only one,
+    if ``b`` has one axis); with a scalar, it multiplies.
+
+    Raises:
+        ValueError: As `dot_general`.
+
+    >>> from qwix_train.core.qarray import quantize
+    >>> dot(quantize(jnp.ones((2, 3)), 'int8'), quantize(jnp.ones(3), 'int8')).shape
+    (2,)
+    """
+    contracting: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    if a.ndim and b.ndim:
+        contracting = ((a.ndim - 1,), (max(b.ndim - 2, 0),))
+    return dot_general(
+        a,
+        b,
+        (contracting, ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+def _normalized(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> _Numbers:
+    (lc, rc), (lb, rb) = dimension_numbers
+
+    def axes(values: Any, ndim: int) -> tuple[int, ...]:
+        return tuple(tiling.normalize_axis(int(v), ndim) for v in values)
+
+    return (
+        (axes(lc, lhs_ndim), axes(rc, rhs_ndim)),
+        (axes(lb, lhs_ndim), axes(rb, rhs_ndim)),
+    )
+
+
+def _entries(operand: MaybeQArray, axis: int) -> int:
+    """Returns how many scales or zero points an operand has along an axis."""
+    if not isinstance(operand, QArray):
+        return 1
+    zero_point = operand.zero_point
+    zeros = 1 if zero_point is None else zero_point.shape[axis]
+    return max(operand.scale.shape[axis], zeros)
+
+
+def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> bool:
+    """Whether the codes are multiplied, rather than dequantized values."""
+    if not (ops.multiplies_codes(lhs) and ops.multiplies_codes(rhs)):
+        return False
+    for operand, contracting in zip((lhs, rhs), numbers[0], strict=True):
+        # The range of a zero point that is not of integers is unknown.
+        if ops.zero_point_of(operand) is not None:
+            if not (ops.is_integer(lhs) and ops.is_integer(rhs)):
+                return False
+        for axis in contracting:
+            size, count = operand.shape[axis], _entries(operand, axis)
+            if count > 1 and (size % count or size // count < MIN_TILE_SIZE):
+                return False
+        for axis in range(operand.ndim):
+            # Kept axes are scaled index by index.
+            if axis not in contracting and _entries(operand, axis) not in (
+                1,
+                operand.shape[axis],
+            ):
+                return False
+    return True
+
+
+def _contracted_tiles(
+    lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers
+) -> dict[int, int]:
+    """Returns the tile count of each contraction (by position) that has tiles."""
+    tiles = {}
+    for position, (left, right) in enumerate(zip(*numbers[0], strict=True)):
+        counts = {_entries(lhs, left), _entries(rhs, right)} - {0, 1}
+        if len(counts) > 1:
+            size = lhs.shape[left]
+            sizes = [-(-size // count) for count in sorted(counts)]
+            raise ValueError(
+                f"Axis {left} of lhs {lhs.shape} and axis {right} of rhs {rhs.shape} "
+                f"are contracted but have different tile sizes, {sizes[0]} and "
+                f"{sizes[1]}."
+            )
+        if counts:
+            tiles[position] = counts.pop()
+    return tiles
+
+
+def _counts(
+    operand: MaybeQArray, contracting: tuple[int, ...], tiles: dict[int, int]
+) -> dict[int, int]:
+    return {contracting[position]: count for position, count in tiles.items()}
+
+
+def _cut(array: jax.Array, counts: dict[int, int]) -> jax.Array:
+    """Splits tiled axes in two: the tiles, and the elements of a tile."""
+    shape: list[int] = []
+    for axis, size in enumerate(array.shape):
+        count = counts.get(axis)
+        shape += [size] if count is None else [count, size // count]
+    return array.reshape(shape)
+
+
+def _cut_part(part: jax.Array | None, counts: dict[int, int]) -> jax.Array | None:
+    """Splits the axes of a scale or zero point as `_cut` does those of the codes."""
+    if part is None:
+        return None
+    shape: list[int] = []
+    for axis, size in enumerate(part.shape):
+        shape += [size, 1] if axis in counts else [size]
+    return part.reshape(shape)
+
+
+def _split_numbers(numbers: _Numbers, tiles: dict[int, int]) -> _Numbers:
+    """Returns the dimension numbers once tiled axes are split; tiles are batch axes."""
+    contracting, batch = [], []
+    for side in range(2):
+        tiled = [numbers[0][side][position] for position in tiles]
+
+        def moved(axis: int, tiled: list[int] = tiled) -> int:
+            return axis + sum(t < axis for t in tiled)
+
+        contracting.append(
+            tuple(moved(a) + (a in tiled) for a in numbers[0][side])
+        )
+        batch.append(tuple(map(moved, (*numbers[1][side], *tiled))))
+    return (contracting[0], contracting[1]), (batch[0], batch[1])
+
+
+def _max_terms(lhs: MaybeQArray, rhs: MaybeQArray) -> int | None:
+    """Returns how many products may be added at once; None for any number."""
+    if ops.is_integer(lhs) and ops.is_integer(rhs):
+        return ops.max_terms(lhs, rhs)
+    return None
+
+
+def _sum_products(
+    left: jax.Array,
+    right: jax.Array,
+    left_zero: jax.Array | None,
+    right_zero: jax.Array | None,
+    numbers: _Numbers,
+    *,
+    accumulator: Any,
+    max_terms: int | None,
+    kwargs: dict[str, Any],
+) -> jax.Array:
+    """Returns the dot product of codes less their zero points."""
+    lhs_contracting, rhs_contracting = numbers[0]
+    terms = ops.size_of(left.shape, lhs_contracting)
+    if max_terms is not None and terms > max_terms:
+        # Halve the longest contracted axis.
+        sizes = [left.shape[axis] for axis in lhs_contracting]
+        longest = sizes.index(max(sizes))
+        axes = (lhs_contracting[longest], rhs_contracting[longest])
+        middle, end = sizes[longest] // 2, sizes[longest]
+        parts = []
+        for start, stop in ((0, middle), (middle, end)):
+            part = _sum_products(
+                jax.lax.slice_in_dim(left, start, stop, axis=axes[0]),
+                jax.lax.slice_in_dim(right, start, stop, axis=axes[1]),
+                left_zero,
+                right_zero,
+                numbers,
+                accumulator=accumulator,
+                max_terms=max_terms,
+                kwargs=kwargs,
+            )
+            parts.append(part.astype(jnp.float32))
+        return parts[0] + parts[1]
+
+    out = jax.lax.dot_general(
+        left, right, numbers, preferred_element_type=accumulator, **kwargs
+    )
+    ndims = (left.ndim, right.ndim)
+    left_zero = None if left_zero is None else left_zero.astype(accumulator)
+    right_zero = None if right_zero is None else right_zero.astype(accumulator)
+    if left_zero is not None:
+        sums = jnp.sum(right, rhs_contracting, dtype=accumulator, keepdims=True)
+        left_zero = _aligned(left_zero, numbers, ndims, 0)
+        out = out - left_zero * _aligned(sums, numbers, ndims, 1)
+    if right_zero is not None:
+        sums = jnp.sum(left, lhs_contracting, dtype=accumulator, keepdims=True)
+        right_zero = _aligned(right_zero, numbers, ndims, 1)
+        out = out - right_zero * _aligned(sums, numbers, ndims, 0)
+    if left_zero is not None and right_zero is not None:
+        out = out + terms * (left_zero * right_zero)
+    return out
+
+
+def _aligned(
+    part: jax.Array, numbers: _Numbers, ndims: tuple[int, int], side: int
+) -> jax.Array:
+    """Arranges the axes of a scale (with contracted axes of 1) as those of the result."""
+    contracting, batch = numbers[0][side], numbers[1][side]
+    free = [[], []]
+    for s in range(2):
+        used = {*numbers[0][s], *numbers[1][s]}
+        free[s] = [axis for axis in range(ndims[s]) if axis not in used]
+    part = part.transpose(*batch, *free[side], *contracting)
+    kept = part.shape[: len(batch) + len(free[side])]
+    before = (1,) * len(free[0]) if side else ()
+    after = () if side else (1,) * len(free[1])
+    return part.reshape(
+        (*kept[: len(batch)], *before, *kept[len(batch) :], *after)
+    )

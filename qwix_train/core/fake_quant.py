@@ -1,0 +1,194 @@
+"""Quantize and dequantize at once, with straight-through gradients.
+
+The forward value is ``dequantize(quantize(x))``, bit for bit. The derivative is the
+straight-through estimator (arXiv 1308.3432, section 4): the identity where the value
+lies in the range, zero outside; ranges, scales and zero points count as constants.
+
+It is a `jax.custom_jvp` whose rule is linear in the tangent, so that every kind of
+differentiation works, forward and reverse, of any order. The backward pass keeps
+nothing if the range covers the array, else one Boolean for each element.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_train.core import calibration as calib
+from qwix_train.core import numerics, qarray, tiling
+from qwix_train.core.how import HowToQuantize
+
+
+def fake_quant(array: jax.Array, how: HowToQuantize) -> jax.Array:
+    """Rounds an array to what ``how`` can represent.
+
+    Args:
+        array: Any shape, a float dtype.
+        how: How to quantize it.
+
+    Returns:
+        ``dequantize(quantize_array(array, how))``, in the shape and dtype of the
+        array. Its gradient is that of the array, and zero for elements outside of
+        the range (with ``rms``, ``fixed``, or a factor below 1).
+
+    Raises:
+        ValueError: ``how`` does not fit the array.
+
+    >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
+    >>> x = jnp.array([0.4, 3.2, 9.])
+    >>> fake_quant(x, how).tolist()
+    [0.0, 3.0, 7.0]
+    >>> jax.grad(lambda x: fake_quant(x, how).sum())(x).tolist()
+    [1.0, 1.0, 0.0]
+    """
+    calib.check_quantizable(array)
+    return _fake_quant(how, array)
+
+
+def fake_quant_with_calibration(
+    array: jax.Array,
+    qtype: numerics.QType,
+    calibration: dict[str, Any],
+    noise_fn: numerics.NoiseFn | None = None,
+    *,
+    clip_gradient: bool = True,
+) -> jax.Array:
+    """Rounds an array to codes of a range that is given, such as a collected one.
+
+    Args:
+        array: Any shape, a float dtype.
+        qtype: The type.
+        calibration: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``, in a layout
+            for the array.
+        noise_fn: Noise for stochastic rounding.
+        clip_gradient: Whether the gradient is zero outside of the range.
+
+    Raises:
+        ValueError: The range does not fit the array or the type.
+
+    >>> x = jnp.array([0.4, 3.2, 9.])
+    >>> fake_quant_with_calibration(x, 'int4', {'absmax': jnp.array([7.5])}).tolist()
+    [0.0, 3.0, 7.0]
+    """
+    calib.check_quantizable(array)
+    calibration = {key: jnp.asarray(v, array.dtype) for key, v in calibration.items()}
+    qtype = numerics.canonical_qtype(qtype)
+    scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
+    bounds = _bounds(calibration) if clip_gradient else None
+    return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
+
+
+def fake_quant_with_scale(
+    array: jax.Array,
+    qtype: numerics.QType,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    noise_fn: numerics.NoiseFn | None = None,
+    *,
+    clip_gradient: bool = True,
+) -> jax.Array:
+    """Rounds an array to codes of a scale and zero point that are given.
+
+    Args:
+        array: Any shape, a float dtype.
+        qtype: The type.
+        scale: In a layout for the array.
+        zero_point: None, or in the shape of the scale.
+        noise_fn: Noise for stochastic rounding.
+        clip_gradient: Whether the gradient is zero outside of the range that the
+            scale and zero point stand for.
+
+    Raises:
+        ValueError: The scale does not fit the array.
+
+    >>> fake_quant_with_scale(jnp.array([0.4, 3.2]), 'int4', jnp.array([0.5])).tolist()
+    [0.5, 3.0]
+    """
+    calib.check_quantizable(array)
+    qtype = numerics.canonical_qtype(qtype)
+    scale = jnp.asarray(scale, array.dtype)
+    bounds = None
+    if clip_gradient:
+        if zero_point is None:
+            bound = numerics.symmetric_bound(qtype)
+            bounds = (-bound * scale, bound * scale)
+        else:
+            zero = zero_point.astype(scale.dtype)
+            low, high = numerics.asymmetric_bound(qtype)
+            bounds = ((low - zero) * scale, (high - zero) * scale)
+    return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
+
+
+def _round_trip(
+    array: jax.Array,
+    qtype: numerics.QType,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    noise_fn: numerics.NoiseFn | None,
+) -> jax.Array:
+    y = qarray.scaled_values(array, scale, zero_point)
+    levels = numerics.round_to_level(y, qtype, array.dtype, noise_fn)
+    return qarray.rescaled_values(levels, scale, zero_point)
+
+
+def _bounds(calibration: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    if "absmax" in calibration:
+        return -calibration["absmax"], calibration["absmax"]
+    return calibration["min"], calibration["max"]
+
+
+def _mask(tangent: jax.Array, array: jax.Array, bounds: Any) -> jax.Array:
+    """Zeroes the tangent where the array is outside of the bounds."""
+    low, high = (jnp.asarray(bound, array.dtype) for bound in bounds)
+    inside = tiling.elementwise(
+        lambda x, low, high: (x >= low) & (x <= high), array, low, high
+    )
+    return jnp.where(inside, tangent, jnp.zeros_like(tangent))
+
+
+def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
+    calibration = calib.calibrate(array, how)
+    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
+    return _round_trip(array, how.qtype, scale, zero_point, how.noise_fn)
+
+
+# Inlined, so that nothing remains of the `jit` but its cache of traces: a model that
+# quantizes many arrays of one shape traces the arithmetic once.
+_cached_forward = jax.jit(_forward, static_argnums=1, inline=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fake_quant(how: HowToQuantize, array: jax.Array) -> jax.Array:
+    # Noise is not to be cached: each call may have its own.
+    forward = _cached_forward if how.noise_fn is None else _forward
+    return forward(array, how)
+
+
+@_fake_quant.defjvp
+def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
+    (array,), (tangent,) = primals, tangents
+    out = _fake_quant(how, array)
+    if not calib.covers_array(how.calibration_method):
+        calibration = calib.calibrate(jax.lax.stop_gradient(array), how)
+        tangent = _mask(tangent, array, _bounds(calibration))
+    return out, tangent
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fake_quant_scaled(
+    static: tuple[numerics.QType, numerics.NoiseFn | None],
+    array: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    bounds: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    del bounds
+    return _round_trip(array, static[0], scale, zero_point, static[1])
+
+
+@_fake_quant_scaled.defjvp
+def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
+    out = _fake_quant_scaled(static, *primals)
+    array, bounds, tangent = primals[0], primals[3], tangents[0]
+    return out, tangent if bounds is None else _mask(tangent, array, bounds)

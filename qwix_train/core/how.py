@@ -1,0 +1,148 @@
+"""How an array is quantized: its type, which elements share a scale, which range."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qwix_train.core import numerics, tiling
+
+CALIBRATION_METHODS = {
+    "absmax": "absmax[,factor]",
+    "minmax": "minmax[,factor]",
+    "rms": "rms,factor",
+    "fixed": "fixed,bound or fixed,low,high",
+}
+"""Each calibration method and how it is written."""
+
+
+def parse_calibration_method(text: str) -> tuple[str, tuple[float, ...]]:
+    """Splits a calibration method into its name and its numbers.
+
+    Args:
+        text: A method as `CALIBRATION_METHODS` writes it, in any case.
+
+    Returns:
+        The name and the numbers; for ``fixed`` always the two ends of the range.
+
+    Raises:
+        ValueError: The name is unknown, or the numbers are too few, too many, not
+            finite, not positive (a factor), or no range that holds 0 (``fixed``).
+
+    >>> parse_calibration_method('absmax,0.9'), parse_calibration_method('fixed,3')
+    (('absmax', (0.9,)), ('fixed', (-3.0, 3.0)))
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"A calibration method is a string, not {text!r}.")
+    name, *parts = (part.strip() for part in text.lower().split(","))
+    if name not in CALIBRATION_METHODS:
+        forms = "; ".join(CALIBRATION_METHODS.values())
+        raise ValueError(f"Unknown calibration method {text!r}; choose from: {forms}.")
+
+    def error(reason: str) -> ValueError:
+        form = CALIBRATION_METHODS[name]
+        return ValueError(f"Bad calibration method {text!r}: {reason}. Write {form}.")
+
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except ValueError:
+        raise error("an argument is not a number") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise error("an argument is not finite")
+    allowed = {"absmax": (0, 1), "minmax": (0, 1), "rms": (1,), "fixed": (1, 2)}[name]
+    if len(numbers) not in allowed:
+        raise error(f"{len(numbers)} arguments")
+    if name == "fixed":
+        low, high = numbers if len(numbers) == 2 else (-numbers[0], numbers[0])
+        if not low <= 0 <= high or low == high:
+            raise error("the range must hold 0 and more")
+        return name, (low, high)
+    if numbers and numbers[0] <= 0:
+        raise error("the factor must be positive")
+    return name, numbers
+
+
+def needs_zero_point(calibration_method: str) -> bool:
+    """Whether a method gives ranges that are not centered at zero.
+
+    >>> needs_zero_point('minmax'), needs_zero_point('fixed,-1,1')
+    (True, False)
+    """
+    name, numbers = parse_calibration_method(calibration_method)
+    return name == "minmax" or (name == "fixed" and numbers[0] != -numbers[1])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HowToQuantize:
+    """How to quantize an array. Hashable, and validated when it is made.
+
+    Attributes:
+        qtype: The type of the codes; becomes ``canonical_qtype(qtype)``.
+        channelwise_axes: Axes along which every index has its own scale.
+        tiled_axes: A mapping from an axis to its tile size: the elements of a tile
+            or, as a float, the share of the axis that a tile takes (``1 / count``).
+        calibration_method: ``absmax[,factor]``: the range is plus and minus the
+            largest magnitude times the factor. ``minmax[,factor]``: from the smallest
+            to the largest value, widened to hold 0, times the factor; codes get a
+            zero point. ``rms,factor``: plus and minus the root mean square times the
+            factor. ``fixed,bound`` or ``fixed,low,high``: the range that is given,
+            one scale for the whole array.
+        noise_fn: Noise for stochastic rounding, see `numerics.NoiseFn`.
+        pad_tiles: Whether a tile size that does not divide its axis is allowed. The
+            axis is then cut into ``ceil(n / tile)`` tiles of as equal size as
+            possible: all of ``ceil(n / tiles)`` elements but a shorter last one.
+
+    Raises:
+        ValueError: A field is wrong; the message names the value and the choices.
+
+    >>> how = HowToQuantize(qtype='int4', channelwise_axes=[1], tiled_axes={0: 32})
+    >>> how.scale_shape((128, 10))
+    (4, 10)
+    """
+
+    qtype: numerics.QType
+    channelwise_axes: Collection[int] = ()
+    tiled_axes: Mapping[int, int | float] = dataclasses.field(default_factory=dict)
+    calibration_method: str = "absmax"
+    noise_fn: numerics.NoiseFn | None = None
+    pad_tiles: bool = False
+
+    def __post_init__(self):
+        def put(field: str, value: Any) -> None:
+            object.__setattr__(self, field, value)
+
+        put("qtype", numerics.canonical_qtype(self.qtype))
+        put("channelwise_axes", tuple(sorted(set(self.channelwise_axes))))
+        put("tiled_axes", tiling.TiledAxes(self.tiled_axes))
+        parse_calibration_method(self.calibration_method)
+        if needs_zero_point(self.calibration_method):
+            numerics.asymmetric_bound(self.qtype)
+        if self.noise_fn is not None and not numerics.is_integer_qtype(self.qtype):
+            raise ValueError(f"noise_fn needs an integer type, not {self.qtype}.")
+        for axis in self.channelwise_axes:
+            if axis in self.tiled_axes:
+                raise ValueError(f"Axis {axis} is both channelwise and tiled.")
+        for axis, size in self.tiled_axes.items():
+            is_share = isinstance(size, float)
+            if not (0 < size <= 1 if is_share else size >= 1):
+                raise ValueError(
+                    f"Tile size {size!r} of axis {axis} must be a positive integer or "
+                    "a float of at most 1, the share of the axis that a tile takes."
+                )
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the scale for an array of a shape.
+
+        Raises:
+            ValueError: An axis does not exist, is both channelwise and tiled, or is
+                not divided by its tile size (without ``pad_tiles``).
+        """
+        ndim = len(shape)
+        channelwise = {tiling.normalize_axis(a, ndim) for a in self.channelwise_axes}
+        scale_shape = [shape[a] if a in channelwise else 1 for a in range(ndim)]
+        for axis, size in self.tiled_axes.items():
+            axis = tiling.normalize_axis(axis, ndim)
+            if axis in channelwise:
+                raise ValueError(f"Axis {axis} is both channelwise and tiled.")
+            scale_shape[axis] = tiling.tile_count(axis, shape, size, self.pad_tiles)
+        return tuple(scale_shape)

@@ -1,0 +1,367 @@
+"""Quantized types: their ranges, how floats become codes, and codes floats.
+
+A *code* is the number that is stored for a value; dividing a value by its scale
+(and adding the zero point) gives the *scaled value*, which this module rounds to
+the nearest code of a type.
+
+=================  ====================  ===========  ===============  ============
+type               codes                 stored as    symmetric bound  asymmetric
+=================  ====================  ===========  ===============  ============
+``int2..int8``     -2**(b-1)..2**(b-1)-1 int4, int8   qmax + 0.5       qmin, qmax
+``int1``           -1 and +1             int4         2                -1, 1
+``float8_e4m3fn``  the floats            itself       448              none
+``float8_e5m2``    the floats            itself       57344            none
+``nf4``            0..15 (an index)      uint4        1                none
+=================  ====================  ===========  ===============  ============
+
+The symmetric bound is the largest scaled magnitude of a calibrated range. For
+integers it is half a step beyond the top code, so that the top bucket is as wide
+as the others. ``int1`` has two codes, a step of 2 apart, so the same rule gives
+1 + 1 = 2: a range ``[-a, a]`` is reconstructed as ``-a / 2`` and ``+a / 2``, the
+best pair for values spread evenly over the range. (For Gaussian values the best
+pair is plus and minus the mean magnitude, XNOR-Net, arXiv 1603.05279, section 3.1;
+``rms,1.5958`` gives it, because the mean magnitude is ``sqrt(2 / pi)`` times the
+root mean square.) Zero takes the code +1.
+
+Special values of a scaled value: an infinity saturates; NaN becomes NaN in the
+float8 types, and in the others the code nearest to 0 (+1 in ``int1``).
+
+NF4 is the 4-bit NormalFloat of QLoRA, arXiv 2305.14314, appendix E.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NoiseFn: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
+"""Takes a shape; gives noise, broadcastable to it, in units of one rounding step.
+
+Uniform noise in ``(-0.5, 0.5)`` makes the rounding of integer types unbiased.
+"""
+
+QType: TypeAlias = Any
+"""Anything `canonical_qtype` accepts: ``'int4'``, ``jnp.int8``, ``'nf4'``, ..."""
+
+_INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
+_FLOATS = ("float8_e4m3fn", "float8_e5m2")
+QTYPE_NAMES = (*_INTEGERS, *_FLOATS, "nf4")
+"""The names of all supported types."""
+
+_NF4_LEVELS = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+
+
+def canonical_qtype(qtype: QType) -> Any:
+    """Returns the one form of a type that the library carries around.
+
+    It is the NumPy dtype where one of that name exists, else the name. Either
+    compares equal to the name, and a dtype to its JAX scalar type as well.
+
+    Args:
+        qtype: A name, a NumPy dtype, or a JAX scalar type.
+
+    Raises:
+        ValueError: The type is not one of `QTYPE_NAMES` (unsigned types are not).
+
+    >>> canonical_qtype('int8') == jnp.int8, canonical_qtype(jnp.int4) == 'int4'
+    (True, True)
+    >>> canonical_qtype('nf4')
+    'nf4'
+    """
+    try:
+        return _canonical_qtype(qtype)
+    except TypeError:  # Not hashable: nothing that could name a type.
+        raise ValueError(_unknown(qtype)) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical_qtype(qtype: QType) -> Any:
+    name = qtype if isinstance(qtype, str) else _dtype_name(qtype)
+    if name not in QTYPE_NAMES:
+        raise ValueError(_unknown(qtype))
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        return name
+
+
+def _dtype_name(qtype: QType) -> str | None:
+    # `jnp.dtype(None)` is float64, and a class such as `int` has a dtype too:
+    # neither is a mention of a quantized type.
+    if qtype is None or qtype in (int, float, bool):
+        return None
+    try:
+        return jnp.dtype(qtype).name
+    except TypeError:
+        return None
+
+
+def _unknown(qtype: QType) -> str:
+    return f"Unknown quantized type {qtype!r}; choose from {', '.join(QTYPE_NAMES)}."
+
+
+@functools.lru_cache(maxsize=256)
+def qtype_name(qtype: QType) -> str:
+    """Returns the name of a type, such as ``'int8'``."""
+    canonical = canonical_qtype(qtype)
+    return canonical if isinstance(canonical, str) else canonical.name
+
+
+def is_integer_qtype(qtype: QType) -> bool:
+    """Whether the codes of a type are integers on an even grid."""
+    return qtype_name(qtype) in _INTEGERS
+
+
+def qtype_bits(qtype: QType) -> int:
+    """Returns how many bits one code of a type needs.
+
+    >>> qtype_bits('int3'), qtype_bits('nf4'), qtype_bits('float8_e5m2')
+    (3, 4, 8)
+    """
+    name = qtype_name(qtype)
+    if name == "nf4":
+        return 4
+    return int(name[3:]) if name in _INTEGERS else 8
+
+
+def storage_dtype(qtype: QType) -> np.dtype:
+    """Returns the dtype of the array that holds the codes of a type.
+
+    ``int1`` is stored as int4, because JAX's own 1-bit integer holds -1 and 0.
+
+    >>> storage_dtype('int3'), storage_dtype('int6'), storage_dtype('nf4')
+    (dtype(int4), dtype('int8'), dtype(uint4))
+    """
+    name = qtype_name(qtype)
+    if name == "nf4":
+        return jnp.dtype(jnp.uint4)
+    if name in _INTEGERS:
+        return jnp.dtype(jnp.int4 if qtype_bits(name) <= 4 else jnp.int8)
+    return jnp.dtype(name)
+
+
+def code_range(qtype: QType) -> tuple[int, int]:
+    """Returns the lowest and highest code of an integer type.
+
+    Raises:
+        ValueError: The type is not an integer type.
+    """
+    if not is_integer_qtype(qtype):
+        raise ValueError(f"{qtype_name(qtype)} has no integer codes.")
+    bits = qtype_bits(qtype)
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def symmetric_bound(qtype: QType) -> float:
+    """Returns the largest scaled magnitude of a range that is centered at zero.
+
+    >>> symmetric_bound('int8'), symmetric_bound('int1'), symmetric_bound('nf4')
+    (127.5, 2.0, 1.0)
+    """
+    name = qtype_name(qtype)
+    if name == "nf4":
+        return 1.0
+    if name == "int1":
+        return 2.0
+    if name in _INTEGERS:
+        return code_range(name)[1] + 0.5
+    return float(jnp.finfo(name).max)
+
+
+def asymmetric_bound(qtype: QType) -> tuple[float, float]:
+    """Returns the ends of the scaled range when a zero point is used.
+
+    Raises:
+        ValueError: The type has no zero points (float8 and nf4).
+
+    >>> asymmetric_bound('int4')
+    (-8.0, 7.0)
+    """
+    if not is_integer_qtype(qtype):
+        raise ValueError(
+            f"{qtype_name(qtype)} has no zero points; ranges such as 'minmax' need "
+            f"one of {', '.join(_INTEGERS)}."
+        )
+    low, high = code_range(qtype)
+    return float(low), float(high)
+
+
+def is_quantizable(dtype: Any) -> bool:
+    """Whether arrays of a dtype can be quantized: the floats of 16 bits and more."""
+    return jnp.dtype(dtype).name in ("bfloat16", "float16", "float32", "float64")
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """Returns the dtype that scales and scaled values are computed in.
+
+    It is float32, or float64 for float64. Narrower floats are widened and then
+    rounded by `round_to_dtype` where an eager computation would round, because a
+    compiled one may keep the excess precision.
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds to the precision of a dtype, keeping the (wider) dtype of ``x``.
+
+    XLA may drop a conversion to bfloat16 and back; it never drops this.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(x, 8, 7)
+    if dtype == jnp.float16:
+        # `reduce_precision` flushes subnormals to zero; they are multiples of 2**-24.
+        normal = jax.lax.reduce_precision(x, 5, 10)
+        return jnp.where(jnp.abs(x) < 2**-14, jnp.round(x * 2**24) * 2**-24, normal)
+    return x
+
+
+def true_divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    """Returns ``x / divisor``, correctly rounded however it is compiled.
+
+    XLA replaces a division by a constant, or by a broadcast array, by a multiplication
+    with the reciprocal. It cannot where the divisor depends on ``x``.
+    """
+    return x / jnp.where(jnp.isfinite(x), divisor, jnp.ones((), x.dtype))
+
+
+def round_to_qtype(
+    x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None
+) -> jax.Array:
+    """Rounds scaled values to the nearest codes; values beyond the ends saturate.
+
+    Ties go to the even code (integers, float8), to the lower code (nf4), and to +1
+    (int1).
+
+    Args:
+        x: Scaled values, any shape, a float dtype.
+        qtype: The type.
+        noise_fn: Noise for stochastic rounding, integer types only.
+
+    Returns:
+        The codes, in the shape of ``x`` and the dtype ``storage_dtype(qtype)``.
+
+    Raises:
+        ValueError: ``noise_fn`` is given for a type that is not an integer type.
+
+    >>> round_to_qtype(jnp.array([-0.5, 1.5, 9.0]), 'int4').tolist()
+    [0, 2, 7]
+    """
+    name = qtype_name(qtype)
+    if name in _INTEGERS:
+        return _round_to_integer(x, name, noise_fn).astype(storage_dtype(name))
+    if noise_fn is not None:
+        raise ValueError(f"noise_fn needs an integer type, not {name}.")
+    if name == "nf4":
+        return _encode_nf4(x)
+    bound = symmetric_bound(name)
+    return jnp.clip(x, -bound, bound).astype(name)
+
+
+def round_to_level(
+    x: jax.Array, qtype: QType, dtype: Any, noise_fn: NoiseFn | None = None
+) -> jax.Array:
+    """Rounds scaled values to the scaled values that their codes stand for.
+
+    It is ``codes_to_float(round_to_qtype(x, ...), qtype, dtype)`` bit for bit, but
+    widened to the dtype of ``x``, and without codes, which for integers is faster.
+    """
+    name = qtype_name(qtype)
+    if name not in _INTEGERS:
+        codes = round_to_qtype(x, name, noise_fn)
+        return codes_to_float(codes, name, dtype).astype(x.dtype)
+    level = _round_to_integer(x, name, noise_fn).astype(x.dtype)
+    # Integers know no NaN and no negative zero: both become 0.
+    return jnp.where(jnp.abs(level) > 0, level, 0)
+
+
+def _round_to_integer(x: jax.Array, name: str, noise_fn: NoiseFn | None) -> jax.Array:
+    low, high = code_range(name)
+    if noise_fn is not None:
+        step = 2 if name == "int1" else 1
+        x = x.astype(compute_dtype(x.dtype)) + step * noise_fn(x.shape)
+    if name == "int1":
+        return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
+    return jnp.clip(jnp.round(x), low, high)
+
+
+def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
+    """Returns the scaled values that codes stand for, in a float dtype.
+
+    >>> codes_to_float(jnp.array([0, 7, 15], jnp.uint4), 'nf4', jnp.float32).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if qtype_name(qtype) == "nf4":
+        return _decode_nf4(q, dtype)
+    return q.astype(dtype)
+
+
+@functools.cache
+def _nf4_thresholds() -> np.ndarray:
+    """Returns the 15 largest float32 values that take the lower of two levels.
+
+    "Nearer" is judged by the distances as float32 computes them, ties going to the
+    lower level. Both distances are monotone in the value, so one threshold for each
+    pair of neighbors says it all; bisection over the floats finds it.
+    """
+    thresholds = []
+    for low, high in zip(_NF4_LEVELS[:-1], _NF4_LEVELS[1:], strict=True):
+        inside, outside = low, high
+        while np.nextafter(inside, outside) != outside:
+            middle = np.float32((np.float64(inside) + np.float64(outside)) / 2)
+            if middle in (inside, outside):
+                middle = np.nextafter(inside, outside)
+            if np.abs(low - middle) <= np.abs(high - middle):
+                inside = middle
+            else:
+                outside = middle
+        thresholds.append(inside)
+    return np.array(thresholds, np.float32)
+
+
+def _encode_nf4(x: jax.Array) -> jax.Array:
+    # A value's code is the number of thresholds below it. `NaN > t` is false, so
+    # counting all 15 that way would send NaN to the lowest level; the seven below
+    # zero count `not (x <= t)` instead, which sends it to level 7, which is 0.
+    x = x.astype(compute_dtype(x.dtype))
+    code = jnp.zeros(x.shape, jnp.int8)
+    for index, threshold in enumerate(_nf4_thresholds().tolist()):
+        above = ~(x <= threshold) if index < 7 else x > threshold
+        code += above.astype(jnp.int8)
+    return code.astype(jnp.uint4)
+
+
+def _decode_nf4(q: jax.Array, dtype: Any) -> jax.Array:
+    # A binary tree of selects, one bit of the code at a time: it fuses with what
+    # follows, where a lookup would be a gather.
+    codes = q.astype(jnp.uint8)
+    values: list[Any] = _NF4_LEVELS.astype(jnp.dtype(dtype)).tolist()
+    values = [jnp.asarray(value, dtype) for value in values]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        pairs = zip(values[0::2], values[1::2], strict=True)
+        values = [jnp.where(is_set, high, low) for low, high in pairs]
+    return values[0]

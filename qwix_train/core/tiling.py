@@ -1,0 +1,188 @@
+"""Axes that are cut into tiles, and element-wise operations across tiles.
+
+A scale has the rank of the array it belongs to. Along an axis of ``n`` elements it
+has 1 entry (shared), ``n`` entries (channelwise) or ``s`` entries, one for each tile
+of ``ceil(n / s)`` elements. The last tile is shorter where ``s`` does not divide
+``n``; such a *padded* layout comes only from ``HowToQuantize(pad_tiles=True)``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+class TiledAxes(Mapping[int, int | float]):
+    """An immutable, hashable mapping from an axis to its tile size.
+
+    The tile sizes 1 (one element) and 1.0 (the whole axis) are different.
+    """
+
+    __slots__ = ("_items",)
+
+    def __init__(self, tiled_axes: Mapping[int, int | float] | None = None):
+        self._items = tuple(sorted((tiled_axes or {}).items()))
+
+    def __getitem__(self, axis: int) -> int | float:
+        return dict(self._items)[axis]
+
+    def __iter__(self) -> Iterator[int]:
+        return (axis for axis, _ in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _key(self) -> tuple:
+        return tuple((axis, type(size), size) for axis, size in self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        other = other if isinstance(other, TiledAxes) else TiledAxes(other)
+        return self._key() == other._key()
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
+
+
+def normalize_axis(axis: int, ndim: int) -> int:
+    """Returns the axis as a number from 0 to ``ndim - 1``.
+
+    Raises:
+        ValueError: There is no such axis.
+    """
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"Axis {axis} is out of range for an array of rank {ndim}.")
+    return axis % ndim
+
+
+def tile_count(
+    axis: int, shape: Sequence[int], tile_size: int | float, pad: bool
+) -> int:
+    """Returns how many tiles an axis is cut into.
+
+    Args:
+        axis: The axis, not negative.
+        shape: The shape of the array.
+        tile_size: The elements of a tile or, as a float, its share of the axis.
+        pad: Whether the last tile may be shorter.
+
+    Raises:
+        ValueError: The tile size does not divide the axis and ``pad`` is false.
+    """
+    size = shape[axis]
+    tile = round(size * tile_size) if isinstance(tile_size, float) else tile_size
+    if size == 0:
+        return 0
+    if tile < 1 or (size % tile and not pad):
+        raise ValueError(
+            f"Tile size {tile_size} does not divide axis {axis} of size {size} in an "
+            f"array of shape {tuple(shape)}. Choose another tile size, or pad the last "
+            "tile (pad_tiles=True)."
+        )
+    return -(-size // tile)
+
+
+def is_layout(shape: Sequence[int], scale_shape: Sequence[int]) -> bool:
+    """Whether a scale of one shape can belong to an array of another."""
+    return len(shape) == len(scale_shape) and all(
+        s in (1, n) or (0 < s < n and -(-n // -(-n // s)) == s)
+        for n, s in zip(shape, scale_shape, strict=True)
+    )
+
+
+def tile_sizes(shape: Sequence[int], scale_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the size of a tile along each axis (of a full one, if padded).
+
+    >>> tile_sizes((8, 6, 10), (1, 6, 3))
+    (8, 1, 4)
+    """
+    pairs = zip(shape, scale_shape, strict=True)
+    return tuple(-(-n // s) if s else 0 for n, s in pairs)
+
+
+def padded_axes(shape: Sequence[int], scale_shape: Sequence[int]) -> list[int]:
+    """Returns the axes whose last tile is shorter than the others."""
+    pairs = enumerate(zip(shape, scale_shape, strict=True))
+    return [axis for axis, (n, s) in pairs if s and n % s]
+
+
+def split_axes(array: jax.Array, counts: Sequence[int]) -> jax.Array:
+    """Splits axis ``i`` into ``(counts[i], size // counts[i])`` for every axis."""
+    shape: list[int] = []
+    for size, count in zip(array.shape, counts, strict=True):
+        shape += (count, size // count if count else 0)
+    return array.reshape(shape)
+
+
+def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
+    """Appends zeros along each axis until ``counts[i]`` tiles are full."""
+    tiles = tile_sizes(array.shape, counts)
+    sizes = zip(array.shape, counts, tiles, strict=True)
+    return jnp.pad(array, [(0, c * t - n) for n, c, t in sizes])
+
+
+def elementwise(
+    fn: Callable[..., jax.Array], array: jax.Array, *tiled: jax.Array | None
+) -> jax.Array:
+    """Applies an element-wise function to an array and arrays with one entry a tile.
+
+    Args:
+        fn: Called as ``fn(array, *tiled)`` on arrays that broadcast.
+        array: The array; the result has its shape.
+        *tiled: Scales, zero points or bounds in the layouts above; None stays None.
+    """
+    shape = array.shape
+    present = [t for t in tiled if t is not None]
+    for t in present:
+        if not is_layout(shape, t.shape):
+            raise ValueError(f"A scale of shape {t.shape} does not fit {shape}.")
+    tiled = tuple(t if t is None else _unpad(t, shape) for t in tiled)
+    # Per axis, the finest cut that any of the arrays needs.
+    counts = _common_counts(shape, [t.shape for t in tiled if t is not None])
+    if all(c in (1, n) for c, n in zip(counts, shape, strict=True)):
+        return fn(array, *tiled)
+    split = [c if c not in (1, n) else None for c, n in zip(counts, shape, strict=True)]
+    parts = (t if t is None else _split(t, split) for t in tiled)
+    return fn(_split(array, split), *parts).reshape(shape)
+
+
+def _split(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
+    shape: list[int] = []
+    for size, count in zip(array.shape, counts, strict=True):
+        if count is None:
+            shape.append(size)
+        elif size == 1:
+            shape += (1, 1)
+        else:
+            shape += (count, size // count)
+    return array.reshape(shape)
+
+
+def _unpad(tiled: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Repeats entries along padded axes, where splitting would not fit."""
+    for axis in padded_axes(shape, tiled.shape):
+        size = -(-shape[axis] // tiled.shape[axis])
+        tiled = jnp.repeat(tiled, size, axis)
+        tiled = jax.lax.slice_in_dim(tiled, 0, shape[axis], axis=axis)
+    return tiled
+
+
+def _common_counts(
+    shape: Sequence[int], scale_shapes: Iterable[Sequence[int]]
+) -> tuple[int, ...]:
+    counts = [1] * len(shape)
+    for scale_shape in scale_shapes:
+        for axis, s in enumerate(scale_shape):
+            if s == 1 or s == counts[axis]:
+                continue
+            if counts[axis] != 1:
+                raise ValueError(
+                    f"Axis {axis} of {tuple(shape)} is cut in {counts[axis]} tiles by "
+                    f"one operand and in {s} by another."
+                )
+            counts[axis] = s
+    return tuple(counts)

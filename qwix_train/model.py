@@ -1,0 +1,310 @@
+"""Quantized models and functions: Linen, NNX and plain JAX behind one door."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import linen as nn
+from flax import nnx
+
+from qwix_train.planning import Plan, make_plan
+from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace import function, session
+from qwix_train.trace import linen as linen_calls
+from qwix_train.trace import nnx as nnx_calls
+
+Model = TypeVar("Model", bound=nn.Module | nnx.Module)
+
+
+class QuantizationProvider(abc.ABC):
+    """A mode of quantization, with its rules.
+
+    Subclasses say in `transform` what becomes of a traced call.
+    """
+
+    def __init__(
+        self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, in order of precedence: the first that matches an op
+            decides.
+          allow_unmatched: whether a model that no rule matches is left in float.
+            An error otherwise.
+        """
+        self.rules = check_rules(rules)
+        self.allow_unmatched = allow_unmatched
+        self._warned: set[str] = set()
+
+    @abc.abstractmethod
+    def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
+        """The result of a traced call, quantized as planned."""
+
+    def rewrite(self, traced: function.TracedCall) -> Any:
+        """The result of a traced call; `session.UNCHANGED` if no rule matches.
+
+        Raises:
+          ValueError: if no rule matches, unless `allow_unmatched`.
+        """
+        plan = make_plan(traced, self.rules)
+        self.warn_unsupported(plan)
+        if not plan.quantized_ops:
+            if not self.allow_unmatched:
+                raise ValueError(plan.no_match_message())
+            return session.UNCHANGED
+        return self.transform(traced, plan)
+
+    def warn_unsupported(self, plan: Plan) -> None:
+        """Warns, once, of each op that a rule matches and that cannot be quantized."""
+        for op in plan.ops:
+            where = f"{op.op.module_path}/{op.op.id}"
+            if op.unsupported and where not in self._warned:
+                self._warned.add(where)
+                warnings.warn(
+                    f"{where} matches rule {op.rule_index} but stays in float: it is "
+                    f"{op.reason}.",
+                    stacklevel=2,
+                )
+
+
+def quantize_model(
+    model: Model,
+    provider: QuantizationProvider,
+    *model_inputs: Any,
+    methods: Collection[str] = ("__call__",),
+    **model_inputs_kwargs: Any,
+) -> Model:
+    """A copy of a model whose methods run quantized.
+
+    Args:
+      model: a Linen module, or an NNX module.
+      provider: the mode and the rules, such as `QtProvider(rules)`.
+      *model_inputs: inputs for the first method of an NNX model. If given, the rules
+        are checked against the model at once. Their values do not matter.
+      methods: the methods to quantize.
+      **model_inputs_kwargs: keyword inputs.
+
+    Returns:
+      A model of the same kind, with the same params. `model` is not changed.
+
+    Raises:
+      TypeError: if `model` is neither.
+      ValueError: if it has no such method, or a Linen model comes with inputs.
+
+    Example:
+      >>> model = quantize_model(nn.Dense(4), provider)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
+      >>> model.apply(variables, jnp.ones((2, 8))).shape
+      (2, 4)
+    """
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(
+            f"Expected a Flax Linen or NNX module, got {type(model).__name__}. For a "
+            "plain function, use quantize_fn."
+        )
+    cls = getattr(type(model), _ORIGINAL, type(model))
+    for name in methods:
+        if not callable(getattr(cls, name, None)):
+            raise ValueError(f"{cls.__name__} has no method {name!r} to quantize.")
+    if isinstance(model, nn.Module):
+        if model_inputs or model_inputs_kwargs:
+            raise ValueError(
+                "A Linen model is quantized without inputs: "
+                "quantize_model(model, provider)."
+            )
+        quantized = model.copy()
+        object.__setattr__(
+            quantized, "__class__", _linen_class(cls, provider, tuple(methods))
+        )
+        return quantized
+    quantized = nnx.clone(model)
+    quantized.__class__ = _nnx_class(cls, provider, tuple(methods))
+    if model_inputs or model_inputs_kwargs:
+        method = getattr(cls, next(iter(methods)))
+        traced, _ = nnx_calls.trace_call(
+            method, (nnx.clone(model), *model_inputs), model_inputs_kwargs
+        )
+        plan = make_plan(traced, provider.rules)
+        if not plan.quantized_ops and not provider.allow_unmatched:
+            raise ValueError(plan.no_match_message())
+    return quantized
+
+
+def quantize_fn(
+    fn: Callable[..., Any], provider: QuantizationProvider
+) -> Callable[..., Any]:
+    """A function whose products and convolutions run quantized.
+
+    Args:
+      fn: any JAX function whose first argument is a tree of params. If that holds a
+        `params` collection, as Flax variables do, the params are what is in there.
+      provider: the mode and the rules. The path of a module is what
+        `flax.linen.Module`s in the function say, and "" for code outside of any.
+
+    Returns:
+      A function with the signature of `fn`.
+
+    Example:
+      >>> mlp = quantize_fn(lambda params, x: x @ params["w"], provider)
+    """
+
+    @functools.wraps(fn)
+    def quantized(*args, **kwargs):
+        return rewrite_function(fn, args, kwargs, provider.rewrite)
+
+    return quantized
+
+
+def rewrite_function(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rewrite: session.Rewrite,
+) -> Any:
+    """Calls a function whose first argument is a tree of params, rewritten."""
+    traced = trace_function(fn, args, kwargs)
+    with session.suspended():
+        out = rewrite(traced)
+        return fn(*args, **kwargs) if out is session.UNCHANGED else out
+
+
+def trace_function(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> function.TracedCall:
+    """Traces a function whose first argument is a tree of params.
+
+    Raises:
+      TypeError: if it was called without positional arguments.
+    """
+    if not args:
+        raise TypeError(
+            "A quantized function takes its params as the first positional argument."
+        )
+    first = args[0]
+    variables = hasattr(first, "keys") and "params" in first.keys()
+    name = linen_calls.param_name if variables else lambda path: path
+
+    def flat(first, rest, kwargs):
+        with nn.intercept_methods(linen_calls.mark):
+            return fn(first, *rest, **kwargs)
+
+    with session.tracing():
+        return function.trace(flat, (first, args[1:], kwargs), name)
+
+
+_ORIGINAL = "_qwix_train_original"
+
+
+def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
+    fields: dict[str, Any] = {
+        _ORIGINAL: cls,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+    }
+    fields |= {name: _linen_method(cls, name, provider) for name in methods}
+    return type(cls.__name__, (cls,), fields)
+
+
+def _linen_method(cls: type, name: str, provider: QuantizationProvider):
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def quantized(self, *args, **kwargs):
+        if session.marking() or self.scope is None or self.is_initializing():
+            return method(self, *args, **kwargs)
+        return linen_calls.rewrite_call(
+            self,
+            name,
+            lambda: method(self, *args, **kwargs),
+            args,
+            kwargs,
+            provider.rewrite,
+        )
+
+    # `functools.wraps` copies what marks the original as wrapped and compact, which
+    # this method is not: Linen wraps it as a plain method.
+    for attribute in ("method_handler_wrapped", "nn_compact", "compact", "__wrapped__"):
+        quantized.__dict__.pop(attribute, None)
+    return quantized
+
+
+def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
+    fields: dict[str, Any] = {
+        _ORIGINAL: cls,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+    }
+    fields |= {name: _nnx_method(cls, name, provider) for name in methods}
+    return type(cls.__name__, (cls,), fields)
+
+
+def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def quantized(*args, **kwargs):
+        if session.marking():
+            return method(*args, **kwargs)
+        return nnx_calls.rewrite_call(method, args, kwargs, provider.rewrite)
+
+    return quantized
+
+
+def plan(
+    model: Any,
+    rules: Sequence[QuantizationRule],
+    *inputs: Any,
+    variables: Any = None,
+    method: str = "__call__",
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Plan:
+    """What rules would do to every op of a model; nothing is computed.
+
+    Args:
+      model: a Linen module, an NNX module, or a function whose first input is a tree
+        of params.
+      rules: the rules.
+      *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
+      variables: the variables of a Linen model. If None, their shapes are found with
+        `model.init`.
+      method: the method of the model.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`.
+      **kwargs: keyword inputs.
+
+    Returns:
+      The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
+
+    Example:
+      >>> rules = [QuantizationRule(weight_qtype="int8")]
+      >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
+      ('kernel',)
+    """
+    if isinstance(model, nnx.Module):
+        cls = getattr(type(model), _ORIGINAL, type(model))
+        traced, _ = nnx_calls.trace_call(
+            getattr(cls, method), (nnx.clone(model), *inputs), kwargs
+        )
+    elif isinstance(model, nn.Module):
+        if variables is None:
+            keys = {"params": jax.random.key(0), **(rngs or {})}
+            init = functools.partial(model.init, method=method, **kwargs)
+            variables = jax.eval_shape(init, keys, *inputs)
+        mutable = [name for name in variables if name != "params"]
+        apply = functools.partial(model.apply, method=method, rngs=rngs)
+        traced = trace_function(
+            functools.partial(apply, mutable=mutable, **kwargs),
+            (variables, *inputs),
+            {},
+        )
+    elif callable(model):
+        traced = trace_function(model, inputs, kwargs)
+    else:
+        raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
+    return make_plan(traced, rules)

@@ -1,0 +1,99 @@
+"""The plan as text, and as records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwix_train.core.how import HowToQuantize
+    from qwix_train.planning import OpPlan, ParamPlan, Plan
+
+
+def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
+    """One op as a dictionary of plain values."""
+    op = plan.op
+    acts = [how for how in plan.activations if how is not None]
+    whole = params[0] if params else None
+    return {
+        "module_path": op.module_path,
+        "op": op.id,
+        "shapes": tuple(operand.shape for operand in op.operands[:2]),
+        "weights": tuple("/".join(path) for path in plan.weights),
+        "weight_qtype": str(whole.how.qtype) if whole and whole.how else None,
+        "weight_granularity": granularity(whole.how) if whole else None,
+        "act_qtype": str(acts[0].qtype) if acts else None,
+        "act_granularity": granularity(acts[0]) if acts else None,
+        "rule": plan.rule_index,
+        "quantized": plan.quantized,
+        "reason": plan.reason,
+    }
+
+
+def granularity(how: HowToQuantize | None) -> str:
+    """Which axes have scales of their own."""
+    if how is None:
+        return "float"
+    parts = []
+    if how.channelwise_axes:
+        parts.append("channel " + ",".join(map(str, how.channelwise_axes)))
+    parts += [f"tile {axis}:{tile}" for axis, tile in how.tiled_axes.items()]
+    return " ".join(parts) or "tensor"
+
+
+def table(plan: Plan) -> str:
+    """The plan as a table of ops, followed by its summary."""
+    rows = [["module", "op", "shapes", "weight", "type", "act", "rule", "note"]]
+    for entry in plan.records():
+        weight, act = entry["weight_qtype"], entry["act_qtype"]
+        rows.append(
+            [
+                entry["module_path"] or "(root)",
+                entry["op"],
+                " x ".join(_shape(shape) for shape in entry["shapes"]),
+                ", ".join(entry["weights"]) or "-",
+                f"{weight} {entry['weight_granularity']}" if weight else "float",
+                f"{act} {entry['act_granularity']}" if act else "float",
+                "-" if entry["rule"] is None else str(entry["rule"]),
+                entry["reason"],
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    widths.append(0)
+    lines = [
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join([*lines, "", *_summary(plan)])
+
+
+def _summary(plan: Plan) -> list[str]:
+    before, after = plan.float_bytes, plan.quantized_bytes
+    lines = [
+        f"{len(plan.quantized_ops)} of {len(plan.ops)} ops quantized; params "
+        f"{_size(before)} -> {_size(after)}"
+        + (f" ({before / after:.2f}x smaller)" if after else "")
+    ]
+    for index in plan.unused_rules:
+        rule = plan.rules[index]
+        near = plan.near_misses(index) or list(plan.module_paths[:5])
+        lines.append(
+            f"rule {index} (module_path={rule.module_path!r}) decided for no op; "
+            f"module paths that exist: {', '.join(map(repr, near))}"
+        )
+    return lines
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ",".join(map(str, shape)) + ")"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count = count / 1024
+    return f"{count:.4g} GiB"

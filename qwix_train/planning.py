@@ -1,0 +1,375 @@
+"""What rules do to a model: every op, its rule, its weight, and why.
+
+`plan(model, rules, *inputs)` traces a model, without computing anything, and returns
+a `Plan`. Printed, it is a table. QAT and the other modes carry out the same plan, so
+the table is what happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwix_train import plan_table, weights
+from qwix_train.core import numerics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace import provenance
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.function import Param, TracedCall
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpPlan:
+    """What happens to one op.
+
+    Attributes:
+      op: the op.
+      rule_index: the rule that matched it, or None.
+      weights: the params that it reads quantized.
+      activations: for each operand, how it is quantized when the op runs; None for
+        a weight, and for what stays in float.
+      reason: why it, or part of it, stays in float, or what else is worth knowing.
+      unsupported: whether a rule asked for what cannot be done.
+    """
+
+    op: Op
+    rule_index: int | None = None
+    weights: tuple[Path, ...] = ()
+    activations: tuple[HowToQuantize | None, ...] = (None, None)
+    reason: str = ""
+    unsupported: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the op reads anything that a rule quantizes."""
+        return bool(self.weights) or any(how is not None for how in self.activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamPlan:
+    """How one param is quantized, and by which op's rule.
+
+    Attributes:
+      path: the path of the param.
+      shape: its shape.
+      dtype: its dtype.
+      how: how it is quantized, on its own axes. None if it stays in float.
+      op: the op that decided.
+      per_iteration: how one slice along axis 0 is quantized so that the slices
+        together are the quantized whole. None where there is no such way.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: Any
+    how: HowToQuantize | None = None
+    op: OpPlan | None = None
+
+    @property
+    def per_iteration(self) -> HowToQuantize | None:
+        how = self.how
+        if how is None or 0 not in how.channelwise_axes:
+            return None
+        return dataclasses.replace(
+            how,
+            channelwise_axes=tuple(a - 1 for a in how.channelwise_axes if a > 0),
+            tiled_axes={axis - 1: tile for axis, tile in how.tiled_axes.items()},
+        )
+
+    @property
+    def float_bytes(self) -> int:
+        """The size of the param as it is, in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def quantized_bytes(self) -> int:
+        """The size with codes packed, and scales in the param's own dtype, in bytes."""
+        if self.how is None:
+            return self.float_bytes
+        bits = numerics.qtype_bits(self.how.qtype)
+        scales = math.prod(
+            length
+            if axis in self.how.channelwise_axes
+            else -(-length // self.how.tiled_axes.get(axis, max(length, 1)))
+            for axis, length in enumerate(self.shape)
+        )
+        codes = -(-math.prod(self.shape) * bits // 8)
+        name, _ = (*self.how.calibration_method.split(",", 1), "")[:2]
+        zero_points = scales * bits // 8 if name == "minmax" else 0
+        return codes + scales * self.dtype.itemsize + zero_points
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What rules do to every op and param of a traced call.
+
+    Attributes:
+      rules: the rules.
+      ops: what happens to each op, in the order in which they run.
+      params: what happens to each param, by its path.
+    """
+
+    rules: tuple[QuantizationRule, ...]
+    ops: tuple[OpPlan, ...]
+    params: Mapping[Path, ParamPlan]
+
+    @property
+    def quantized_ops(self) -> tuple[OpPlan, ...]:
+        """The ops that read anything quantized."""
+        return tuple(op for op in self.ops if op.quantized)
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """The paths of the modules that run ops."""
+        return tuple(dict.fromkeys(op.op.module_path for op in self.ops))
+
+    @property
+    def unused_rules(self) -> tuple[int, ...]:
+        """The indices of the rules that decided for no op."""
+        used = {op.rule_index for op in self.ops}
+        return tuple(i for i in range(len(self.rules)) if i not in used)
+
+    @property
+    def float_bytes(self) -> int:
+        """The size of all params as they are, in bytes."""
+        return sum(param.float_bytes for param in self.params.values())
+
+    @property
+    def quantized_bytes(self) -> int:
+        """The size of all params after quantization, in bytes."""
+        return sum(param.quantized_bytes for param in self.params.values())
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary for each op, with the columns of the table as values."""
+        return [
+            plan_table.record(op, [self.params[path] for path in op.weights])
+            for op in self.ops
+        ]
+
+    def near_misses(self, rule_index: int) -> list[str]:
+        """Module paths that exist and resemble an unused rule's."""
+        return difflib.get_close_matches(
+            self.rules[rule_index].module_path, self.module_paths, n=3, cutoff=0.4
+        )
+
+    def no_match_message(self) -> str:
+        """Says that nothing is quantized, and which module paths exist."""
+        lines = [
+            f"None of the {len(self.rules)} rules quantizes any op of this model.",
+            "Ops exist at these module paths:",
+            *(f"  {path!r}" for path in self.module_paths),
+        ]
+        asked = [
+            f"  {op.op.module_path}/{op.op.id}: {op.reason}"
+            for op in self.ops
+            if op.rule_index is not None and op.reason
+        ]
+        if asked:
+            lines += ["Rules matched these, to no effect:", *asked]
+        lines.append(
+            "A rule's module_path is a regular expression that must match the whole "
+            "path. Pass allow_unmatched=True if leaving the model in float is meant."
+        )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return plan_table.table(self)
+
+
+def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
+    """Decides what happens to every op of a traced call.
+
+    Args:
+      traced: the traced call.
+      rules: the rules, in order of precedence.
+
+    Raises:
+      ValueError: if a tile size does not divide its axis, or if two ops ask for one
+        param to be quantized in two ways.
+    """
+    planner = _Planner(check_rules(rules), [p for p in traced.params if p is not None])
+    ops = tuple(planner.decide(op) for op in traced.ops)
+    return Plan(planner.rules, ops, planner.params)
+
+
+class _Planner:
+    def __init__(self, rules: tuple[QuantizationRule, ...], params: Sequence[Param]):
+        self.rules = rules
+        self.params = {
+            p.path: ParamPlan(p.path, tuple(p.value.shape), p.value.dtype)
+            for p in params
+        }
+
+    def decide(self, op: Op) -> OpPlan:
+        index = next(
+            (
+                i
+                for i, rule in enumerate(self.rules)
+                if rule.matches(op.module_path, op.name, op.id)
+            ),
+            None,
+        )
+        if index is None:
+            return OpPlan(op, reason="no rule matches")
+        rule = self.rules[index]
+        plan = OpPlan(op, index)
+        if rule.weight_qtype is None:
+            return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
+        obstacle = _obstacle(op)
+        if obstacle:
+            return dataclasses.replace(plan, reason=obstacle, unsupported=True)
+        if any(not numerics.is_quantizable(o.dtype) for o in op.operands[:2]):
+            dtypes = " and ".join(str(o.dtype) for o in op.operands[:2])
+            return dataclasses.replace(plan, reason=f"operands are {dtypes}")
+        return self.quantize(plan, rule)
+
+    def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
+        op = plan.op
+        origins = [_role(op, side) for side in (0, 1)]
+        derived = [o for o in origins if isinstance(o, provenance.Derived)]
+        if derived:
+            names = ", ".join("/".join(p) for p in derived[0].paths)
+            return dataclasses.replace(
+                plan,
+                reason=f"an operand is computed from {names} by {derived[0].by}: "
+                "its elements are not elements of one param",
+            )
+        if all(isinstance(o, provenance.Constant) for o in origins):
+            return dataclasses.replace(plan, reason="both operands are constants")
+        has_weight = any(isinstance(o, provenance.Weight) for o in origins)
+        if not has_weight and rule.act_qtype is None:
+            reason = "a product of two activations, and the rule sets no act_qtype"
+            return dataclasses.replace(plan, reason=reason)
+        if not has_weight and not rule.act_act:
+            reason = "a product of two activations, and the rule sets act_act=False"
+            return dataclasses.replace(plan, reason=reason)
+        if rule.tile_size is not None and op.name == "conv_general_dilated":
+            raise ValueError(
+                f"{_where(op)}: tile_size={rule.tile_size} is set, but convolutions "
+                "have no sub-channel quantization. Put a rule without tile_size, for "
+                "op_names=('conv_general_dilated',), before this one."
+            )
+        if rule.act_static_scale:
+            raise ValueError(
+                f"{_where(op)}: act_static_scale=True needs collected ranges, which "
+                "QAT does not take yet. For ranges that are known, use "
+                "act_calibration_method='fixed,<low>,<high>'."
+            )
+        paths, notes, activations = [], [], []
+        for side, origin in enumerate(origins):
+            how = None
+            if isinstance(origin, provenance.Weight):
+                for view in origin.views:
+                    paths.append(view.path)
+                    notes += self.quantize_param(plan, rule, side, view)
+            elif rule.act_qtype is not None:
+                how = self.quantize_activation(op, side, rule)
+            activations.append(how)
+        return dataclasses.replace(
+            plan,
+            weights=tuple(paths),
+            activations=tuple(activations),
+            reason="; ".join(notes),
+        )
+
+    def quantize_activation(self, op, side, rule) -> HowToQuantize:
+        axes = weights.operand_axes(op, side, rule.tile_size)
+        _check_tiles(op, None, op.operands[side].shape, axes, rule)
+        return HowToQuantize(
+            qtype=rule.act_qtype,
+            channelwise_axes=axes.channelwise,
+            tiled_axes=axes.tiled,
+            calibration_method=rule.act_method,
+            pad_tiles=rule.pad_tiles,
+        )
+
+    def quantize_param(self, plan, rule, side, view) -> list[str]:
+        """Records how a param is quantized; returns notes for the op's reason."""
+        op = plan.op
+        try:
+            axes = weights.stored_axes(
+                view, weights.operand_axes(op, side, rule.tile_size)
+            )
+        except ValueError as error:
+            name = "/".join(view.path)
+            raise ValueError(f"{_where(op)}, param {name!r}: {error}.") from None
+        _check_tiles(op, view.path, view.shape, axes, rule)
+        how = HowToQuantize(
+            qtype=rule.weight_qtype,
+            channelwise_axes=axes.channelwise,
+            tiled_axes=axes.tiled,
+            calibration_method=rule.weight_calibration_method,
+            pad_tiles=rule.pad_tiles,
+        )
+        param = self.params[view.path]
+        if param.how is None or param.op is None:
+            self.params[view.path] = dataclasses.replace(param, how=how, op=plan)
+            return []
+        if param.how == how:
+            return []
+        first = param.op
+        other = self.rules[first.rule_index] if first.rule_index is not None else rule
+        if _weight_fields(other) != _weight_fields(rule):
+            raise ValueError(
+                f"Param {'/'.join(view.path)!r} is asked to be quantized in two ways: "
+                f"by rule {first.rule_index} at {_where(first.op)} "
+                f"({_weight_fields(other)}), and by rule {plan.rule_index} at "
+                f"{_where(op)} ({_weight_fields(rule)}). A param has one quantization: "
+                "give both ops the same weight settings."
+            )
+        return [f"its weight is quantized along the axes of {_where(first.op)}"]
+
+
+def _role(op: Op, side: int) -> provenance.Provenance:
+    """What an operand counts as."""
+    origin = op.operands[side].provenance
+    other = op.operands[1 - side].provenance
+    # Looking a token up in a table gives an activation, though each element is one
+    # of the table's. Where experts are selected, the other operand is no weight.
+    if (
+        isinstance(origin, provenance.Weight)
+        and origin.selected
+        and isinstance(other, provenance.Weight)
+        and not other.selected
+    ):
+        return provenance.ACTIVATION
+    return origin
+
+
+def _obstacle(op: Op) -> str | None:
+    if op.opaque:
+        return (
+            f"inside {op.opaque}, which cannot be rewritten: call the product outside "
+            "of it, or leave it out with a rule that sets no weight_qtype"
+        )
+    if op.name == "ragged_dot":
+        return "ragged_dot has no quantized form"
+    return None
+
+
+def _weight_fields(rule: QuantizationRule) -> str:
+    names = ("weight_qtype", "weight_calibration_method", "tile_size", "pad_tiles")
+    return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
+
+
+def _where(op: Op) -> str:
+    return f"{op.module_path}/{op.id}" if op.module_path else op.id
+
+
+def _check_tiles(op, path, shape, axes, rule) -> None:
+    for axis, tile in axes.tiled.items():
+        if shape[axis] % tile and not rule.pad_tiles:
+            what = f"param {'/'.join(path)!r}" if path else "an activation"
+            raise ValueError(
+                f"{_where(op)}, {what}: a tile of {tile} does not divide axis {axis} "
+                f"of shape {tuple(shape)}, of length {shape[axis]}. Choose a "
+                f"tile_size that does, or set pad_tiles=True in the rule."
+            )
+
+

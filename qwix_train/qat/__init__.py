@@ -1,0 +1,3 @@
+"""Quantization-aware training."""
+
+from qwix_train.qat.provider import QtProvider as QtProvider

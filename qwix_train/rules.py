@@ -1,0 +1,149 @@
+"""Quantization rules: which ops of a model to quantize, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from qwix_train.core import how, numerics
+
+OP_NAMES = ("dot_general", "einsum", "conv_general_dilated")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationRule:
+    """Selects ops by module path and name, and says how to quantize them.
+
+    Rules are tried in order, and the first that matches an op decides. A rule that
+    sets no `weight_qtype` leaves the ops it matches in float.
+
+    Attributes:
+      module_path: a regular expression that the whole path of the module must match,
+        such as `"encoder/.*"`.
+      op_names: the ops that the rule is for: `"dot_general"`, `"einsum"` or
+        `"conv_general_dilated"`, or one op by its id in the plan, such as
+        `"einsum1"`. All ops if empty.
+      weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
+        `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
+      act_qtype: the type for activations; they stay in float if None.
+      tile_size: the number of elements, along the last contracted axis, that share a
+        scale. A float means one over the number of tiles. Along the whole axis if
+        None.
+      act_static_scale: whether activations are quantized with ranges that were
+        collected beforehand.
+      weight_calibration_method: how the range of a weight is found: `"absmax"`,
+        `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
+      act_calibration_method: the same for activations; `"absmax"` if None.
+      act_batch_axes: the axes of an activation along which collected ranges are
+        averaged.
+      act_act: whether products of two activations, such as attention's, are
+        quantized (when `act_qtype` is set).
+      pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
+        tile. An error otherwise.
+
+    Raises:
+      ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
+
+    Example:
+      >>> QuantizationRule(module_path="Dense_.*", weight_qtype="int4").matches(
+      ...     "Dense_0", "dot_general", "dot_general0")
+      True
+    """
+
+    module_path: str = ".*"
+    op_names: Collection[str] = ()
+    weight_qtype: Any = None
+    act_qtype: Any = None
+    tile_size: int | float | None = None
+    act_static_scale: bool | None = None
+    weight_calibration_method: str = "absmax"
+    act_calibration_method: str | None = None
+    act_batch_axes: Collection[int] = (0,)
+    act_act: bool = True
+    pad_tiles: bool = False
+
+    def __post_init__(self):
+        for field in ("op_names", "act_batch_axes"):
+            value = getattr(self, field)
+            if isinstance(value, str):
+                raise self._error(field, f"it must be a collection: ({value!r},)")
+            object.__setattr__(self, field, tuple(value))
+        try:
+            re.compile(self.module_path)
+        except (re.error, TypeError) as error:
+            raise self._error("module_path", f"not a regular expression: {error}")
+        for name in self.op_names:
+            if re.sub(r"\d+$", "", name) not in OP_NAMES:
+                raise self._error(
+                    "op_names", f"{name!r} is no op; the ops are {', '.join(OP_NAMES)}"
+                )
+        for field in ("weight_qtype", "act_qtype"):
+            qtype = getattr(self, field)
+            if qtype is not None:
+                self._check(field, numerics.canonical_qtype, qtype)
+        if self.act_qtype is not None and self.weight_qtype is None:
+            raise self._error(
+                "act_qtype",
+                "it needs a weight_qtype: an op's activations are quantized only "
+                "together with its weight",
+            )
+        if self.act_static_scale and self.act_qtype is None:
+            raise self._error("act_static_scale", "it needs an act_qtype")
+        for field in ("weight_calibration_method", "act_calibration_method"):
+            method = getattr(self, field)
+            if method is not None:
+                self._check(field, how.parse_calibration_method, method)
+        size = self.tile_size
+        if size is not None and (
+            isinstance(size, bool)
+            or not isinstance(size, int | float)
+            or size <= 0
+            or (isinstance(size, float) and size > 1)
+        ):
+            raise self._error(
+                "tile_size",
+                "it must be a positive int, or a float of one over the tile count",
+            )
+
+    def matches(self, module_path: str, op_name: str, op_id: str) -> bool:
+        """Whether the rule is for an op.
+
+        Args:
+          module_path: the path of the op's module.
+          op_name: the name of the op.
+          op_id: its id within the module.
+        """
+        named = not self.op_names or op_name in self.op_names or op_id in self.op_names
+        return named and re.fullmatch(self.module_path, module_path) is not None
+
+    @property
+    def act_method(self) -> str:
+        """The calibration method for activations, with the default filled in."""
+        return self.act_calibration_method or "absmax"
+
+    def _check(self, field, function, value):
+        try:
+            function(value)
+        except ValueError as error:
+            raise self._error(field, str(error)) from None
+
+    def _error(self, field, reason) -> ValueError:
+        value = getattr(self, field)
+        return ValueError(f"QuantizationRule({field}={value!r}): {reason}.")
+
+
+def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ...]:
+    """The rules as a tuple.
+
+    Raises:
+      TypeError: if they are not a sequence of rules.
+    """
+    if isinstance(rules, QuantizationRule):
+        raise TypeError(f"Expected a list of rules, got one rule: pass [{rules}].")
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, QuantizationRule):
+            raise TypeError(f"Expected a QuantizationRule, got {rule!r}.")
+    return rules

@@ -1,0 +1,248 @@
+"""Finds the operations of a traced function: where they are and what they read.
+
+`find_ops` walks a jaxpr, and every body inside it, without computing anything. It
+returns an `Op` for each matrix product and convolution, with the module it belongs
+to and the provenance of its operands. Which of them to rewrite, and how, is for the
+caller to say; `evaluate` then does it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.extend import core as jex
+
+from qwix_train.trace import jax_versions, provenance
+from qwix_train.trace.provenance import Provenance
+from qwix_train.trace.scopes import module_path_of
+
+# Where an equation is: its index, then (for one inside a body) the number of the
+# body and the index there, and so on inward.
+Key = tuple[int, ...]
+
+_OPS = {
+    "dot_general": "dot_general",
+    "conv_general_dilated": "conv_general_dilated",
+    "ragged_dot_general": "ragged_dot",
+    "ragged_dot": "ragged_dot",
+}
+_EINSUM_SCOPE = re.compile(r"\w*(,\w*)*->\w*\)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An operand of an op: its shape, dtype, and where it came from."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    provenance: Provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A matrix product or convolution of the traced function.
+
+    Attributes:
+      key: where its equation is.
+      name: `dot_general`, `einsum`, `conv_general_dilated` or `ragged_dot`.
+      id: the name and the count within the module, such as `dot_general0`.
+      module_path: the path of the module that ran it, such as `encoder/Dense_0`.
+      params: the parameters of its equation.
+      operands: what it reads.
+      out_shape: the shape of its result.
+      opaque: the enclosing operation that cannot be rewritten, such as
+        `custom_vjp_call`, or None.
+    """
+
+    key: Key
+    name: str
+    id: str
+    module_path: str
+    params: Mapping[str, Any]
+    operands: tuple[Operand, ...]
+    out_shape: tuple[int, ...]
+    opaque: str | None = None
+
+
+def find_ops(
+    body: jax_versions.Body, inputs: Sequence[Provenance], prefix: str = ""
+) -> list[Op]:
+    """All the ops of a function, in the order in which they run.
+
+    Args:
+      body: the traced function.
+      inputs: the provenance of each of its inputs.
+      prefix: the path of the module whose method was traced, when it is part of a
+        larger model.
+    """
+    walker = _Walker(prefix)
+    walker.walk(body, inputs, key=(), scope="", opaque=None)
+    return walker.ops
+
+
+class _Walker:
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        self.ops: list[Op] = []
+        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def walk(
+        self,
+        body: jax_versions.Body,
+        inputs: Sequence[Provenance],
+        key: Key,
+        scope: str,
+        opaque: str | None,
+    ) -> list[Provenance]:
+        """Walks one body; returns the provenance of its results."""
+        jaxpr = body.jaxpr
+        env: dict[Any, Provenance] = dict.fromkeys(
+            jaxpr.constvars, provenance.ACTIVATION
+        )
+        for var in jaxpr.constvars:
+            env[var] = provenance.CONSTANT
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom):
+            return provenance.CONSTANT if isinstance(atom, jex.Literal) else env[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            operands = [read(atom) for atom in eqn.invars]
+            here = (*key, index)
+            inner_scope = _join(scope, str(eqn.source_info.name_stack))
+            name = eqn.primitive.name
+            if name in _OPS:
+                self.add(eqn, operands, here, inner_scope, opaque)
+                results = [provenance.ACTIVATION]
+                if not any(isinstance(o, provenance.Activation) for o in operands):
+                    results = provenance.propagate(name, {}, operands, (), ((),))
+            elif jax_versions.has_body(eqn.params):
+                results = self.enter(eqn, operands, here, inner_scope, opaque)
+            else:
+                results = provenance.propagate(
+                    name,
+                    eqn.params,
+                    operands,
+                    [atom.aval.shape for atom in eqn.invars],
+                    [getattr(var.aval, "shape", ()) for var in eqn.outvars],
+                )
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def add(self, eqn, operands, key, scope, opaque):
+        path = _join(self.prefix, module_path_of(scope))
+        name = _OPS[eqn.primitive.name]
+        if name == "dot_general" and _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2]):
+            name = "einsum"
+        count = self.counts[path, name]
+        self.counts[path, name] += 1
+        self.ops.append(
+            Op(
+                key=key,
+                name=name,
+                id=f"{name}{count}",
+                module_path=path,
+                params=eqn.params,
+                operands=tuple(
+                    Operand(tuple(atom.aval.shape), atom.aval.dtype, operand)
+                    for atom, operand in zip(eqn.invars, operands, strict=True)
+                ),
+                out_shape=tuple(eqn.outvars[0].aval.shape),
+                opaque=opaque,
+            )
+        )
+
+    def enter(self, eqn, operands, key, scope, opaque) -> list[Provenance]:
+        """Walks the bodies of one equation."""
+        name, params = eqn.primitive.name, eqn.params
+        if name in jax_versions.JIT or name in jax_versions.REMAT:
+            body = jax_versions.call_body(params)
+            return self.walk(body, operands, (*key, 0), scope, opaque)
+        if name == "custom_jvp_call":
+            body = jax_versions.call_body(params)
+            return self.walk(body, operands, (*key, 0), scope, opaque or name)
+        if name == "shard_map":
+            body = jax_versions.body_of(params["jaxpr"])
+            return self.walk(body, operands, (*key, 0), scope, opaque)
+        if name == "scan":
+            return self.enter_scan(params, operands, key, scope, opaque)
+        if name == "while":
+            return self.enter_while(params, operands, key, scope, opaque)
+        if name == "cond":
+            return self.enter_cond(params, operands, key, scope, opaque)
+        # A derivative rule, a kernel, a solver: what runs inside cannot be replaced,
+        # since more than one body must stay consistent, or no JAX runs there at all.
+        derived = provenance.propagate(
+            name, {}, operands, (), [()] * len(eqn.outvars)
+        )
+        for number, body in enumerate(jax_versions.bodies(params)):
+            inputs = operands
+            if len(body.jaxpr.invars) != len(operands):
+                inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
+            self.walk(body, inputs, (*key, number), scope, opaque or name)
+        return derived
+
+    def enter_scan(self, params, operands, key, scope, opaque):
+        num_consts, num_carry = jax_versions.scan_parts(params)
+        body = jax_versions.body_of(params["jaxpr"])
+        consts = operands[:num_consts]
+        scanned = [
+            provenance.per_iteration(x) for x in operands[num_consts + num_carry :]
+        ]
+        carry, outs = self.to_fixpoint(
+            operands[num_consts : num_consts + num_carry],
+            lambda carry: self.walk(
+                body, [*consts, *carry, *scanned], (*key, 0), scope, opaque
+            ),
+        )
+        stacked = provenance.propagate("scan", {}, outs[num_carry:], (), ((),))
+        return [*carry, *(stacked * (len(outs) - num_carry))]
+
+    def enter_while(self, params, operands, key, scope, opaque):
+        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+        condition = jax_versions.body_of(params["cond_jaxpr"])
+        body = jax_versions.body_of(params["body_jaxpr"])
+        cond_consts = operands[:num_cond]
+        consts = operands[num_cond : num_cond + num_body]
+        carry, _ = self.to_fixpoint(
+            operands[num_cond + num_body :],
+            lambda carry: self.walk(body, [*consts, *carry], (*key, 1), scope, opaque),
+        )
+        self.walk(condition, [*cond_consts, *carry], (*key, 0), scope, opaque)
+        return carry
+
+    def enter_cond(self, params, operands, key, scope, opaque):
+        _, *inputs = operands
+        branches = [
+            self.walk(jax_versions.body_of(branch), inputs, (*key, i), scope, opaque)
+            for i, branch in enumerate(params["branches"])
+        ]
+        results = branches[0]
+        for branch in branches[1:]:
+            results = [
+                provenance.join(a, b) for a, b in zip(results, branch, strict=True)
+            ]
+        return results
+
+    def to_fixpoint(self, carry, run):
+        """Walks a loop's body until its carry holds what it held before."""
+        ops, counts = len(self.ops), self.counts.copy()
+        while True:
+            outs = run(carry)
+            after = [
+                provenance.join(a, b)
+                for a, b in zip(carry, outs[: len(carry)], strict=True)
+            ]
+            if after == list(carry):
+                return list(carry), outs
+            carry = after
+            del self.ops[ops:]
+            self.counts = counts.copy()
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)

@@ -1,0 +1,151 @@
+"""Traces a call of a function: which of its inputs are params, and what it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from qwix_train.trace import analyze, evaluate, jax_versions, provenance
+
+# The name of a param leaf from its key path within one argument, or None where the
+# leaf is not a param.
+ParamName = Callable[[tuple[str, ...]], tuple[str, ...] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """A param of a traced call: its path and its value."""
+
+    path: tuple[str, ...]
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedCall:
+    """One call of a function, traced.
+
+    Attributes:
+      body: the trace.
+      inputs: the value of each input of the trace.
+      params: for each input, the param that it is, or None.
+      ops: the matrix products and convolutions in it.
+    """
+
+    body: jax_versions.Body
+    inputs: Sequence[Any]
+    params: Sequence[Param | None]
+    ops: Sequence[analyze.Op]
+    _rebuild: Callable[[Sequence[Any]], Any]
+
+    def run(
+        self,
+        replace: Sequence[analyze.Op],
+        handler: evaluate.Handler,
+        deferred: Callable[[Param], evaluate.Deferred | None],
+    ) -> Any:
+        """The result of the call, with some ops and params replaced.
+
+        Args:
+          replace: the ops to hand to `handler`.
+          handler: what to do in their place.
+          deferred: a replacement for a param, or None.
+        """
+        inputs = [
+            (deferred(param) if param is not None else None) or value
+            for param, value in zip(self.params, self.inputs, strict=True)
+        ]
+        outs = evaluate.evaluate(
+            self.body, inputs, {op.key: op for op in replace}, handler
+        )
+        return self._rebuild(outs)
+
+
+def trace(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    param_name: ParamName,
+    *,
+    module_path: str = "",
+) -> TracedCall:
+    """Traces `function(*args)`.
+
+    Arrays among the arguments become inputs of the trace. Everything else (flags,
+    strings, Python and NumPy numbers, as in `model.apply(variables, x, train=True)`)
+    keeps its value, so that the function may branch on it.
+
+    Args:
+      function: the function.
+      args: its arguments; the first holds the params.
+      param_name: see `ParamName`; called for the leaves of the first argument.
+      module_path: where in a larger model the function stands.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    inputs, params, slots = [], [], []
+    for index, (key_path, leaf) in enumerate(flat):
+        first = key_path[0].idx == 0
+        if not is_array(leaf) and not (first and isinstance(leaf, np.ndarray)):
+            continue
+        slots.append(index)
+        inputs.append(leaf)
+        name = param_name(key_strings(key_path[1:])) if first else None
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        params.append(Param(name, leaf) if name is not None and floating else None)
+    leaves = [leaf for _, leaf in flat]
+    layout: list[Any] = []
+
+    def flat_function(*values):
+        filled = list(leaves)
+        for slot, value in zip(slots, values, strict=True):
+            filled[slot] = value
+        out = function(*jax.tree.unflatten(tree, filled))
+        out_leaves, out_tree = jax.tree.flatten(out)
+        arrays = [leaf for leaf in out_leaves if is_array(leaf)]
+        layout[:] = [out_leaves, out_tree]
+        return arrays
+
+    closed = jax.make_jaxpr(flat_function)(*inputs)
+    out_leaves, out_tree = layout
+    # Results that are not arrays are kept as they are; arrays are dropped here, so
+    # that the trace's tracers are not held.
+    statics = [None if is_array(leaf) else (leaf,) for leaf in out_leaves]
+    del out_leaves, layout
+
+    def rebuild(outs):
+        rest = iter(outs)
+        return jax.tree.unflatten(
+            out_tree, [next(rest) if s is None else s[0] for s in statics]
+        )
+
+    body = jax_versions.body_of(closed)
+    origins = [
+        provenance.param(p.path, p.value.shape) if p else provenance.ACTIVATION
+        for p in params
+    ]
+    return TracedCall(
+        body=body,
+        inputs=inputs,
+        params=params,
+        ops=analyze.find_ops(body, origins, module_path),
+        _rebuild=rebuild,
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an input of a trace: a JAX array, or the shape of one."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def key_strings(key_path: Sequence[Any]) -> tuple[str, ...]:
+    """The names in a key path: dictionary keys, attributes and indices."""
+    names = []
+    for key in key_path:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+    return tuple(names)

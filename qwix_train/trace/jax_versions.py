@@ -1,0 +1,96 @@
+"""Every fact about jaxprs that differs between JAX versions, in one place.
+
+The rest of the package sees a `Body`: an open jaxpr, and the values of its
+constants. JAX 0.10 keeps those in two classes (`Jaxpr` and `ClosedJaxpr`); from
+0.12 on one class holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex
+
+
+class Body(NamedTuple):
+    """The inside of a function or of a higher-order operation."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+class ScanParts(NamedTuple):
+    """How a `scan` divides its operands: constants, carry, and scanned inputs."""
+
+    num_consts: int
+    num_carry: int
+
+
+class Inner(NamedTuple):
+    """A body inside an equation, and which of its operands the body receives."""
+
+    body: Body
+    operands: Sequence[int]
+
+
+# `remat2` until 0.10, `checkpoint` later; `pjit` was the name of `jit`.
+JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+REMAT = frozenset({"remat2", "checkpoint", "remat"})
+
+
+def body_of(value: Any) -> Body:
+    """The body of a parameter that holds a jaxpr, closed or not."""
+    jaxpr = getattr(value, "jaxpr", value)
+    return Body(jaxpr, tuple(getattr(value, "consts", ())))
+
+
+def scan_parts(params: dict[str, Any]) -> ScanParts:
+    """The division of the operands of a `scan` equation."""
+    if "num_consts" in params:
+        return ScanParts(params["num_consts"], params["num_carry"])
+    consts, carry, _ = params["ft_in"].unpack()
+    return ScanParts(len(consts), len(carry))
+
+
+def call_body(params: dict[str, Any]) -> Body:
+    """The body of a call-like equation (`jit`, `remat`, `custom_jvp_call`)."""
+    return body_of(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
+
+
+def has_body(params: dict[str, Any]) -> bool:
+    """Whether an equation holds jaxprs at all."""
+    return next(iter(jex.jaxprs_in_params(params)), None) is not None
+
+
+def bodies(params: dict[str, Any]) -> list[Body]:
+    """All the bodies in an equation's parameters."""
+    return [body_of(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
+
+
+def evaluate_equations(
+    equations: Sequence[Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    values: Sequence[Any],
+) -> list[Any]:
+    """Runs consecutive equations as they are.
+
+    JAX's own evaluator does it, so that each keeps its source line, name stack,
+    sharding mesh and other context, none of which has a public setter.
+
+    Args:
+      equations: consecutive equations of one jaxpr.
+      inputs: the variables that they read from outside.
+      outputs: the variables wanted from them.
+      values: the values of `inputs`.
+    """
+    jaxpr = jex.Jaxpr((), list(inputs), list(outputs), list(equations))
+    closed = jaxpr if not hasattr(jex, "ClosedJaxpr") else jex.ClosedJaxpr(jaxpr, ())
+    return jex.jaxpr_as_fun(closed)(*values)
+
+
+def explicit_sharding(sharding: Any) -> bool:
+    """Whether a `jit` parameter is a sharding, not "unspecified"."""
+    return isinstance(sharding, jax.sharding.Sharding)

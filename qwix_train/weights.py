@@ -1,0 +1,124 @@
+"""How a weight is quantized, stated on the axes of the stored param.
+
+An op says which axes of its operand are contracted. Through the operand's provenance
+that becomes a statement about the param: axes that are contracted share a scale (or
+have one per tile), and all the others, those that were sliced or scanned over
+included, have a scale for each element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.provenance import Atom, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Axes that have a scale for each element, and axes that have one per tile."""
+
+    channelwise: tuple[int, ...]
+    tiled: Mapping[int, int]
+
+
+def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
+    """The axes of an op's own operand, before any mapping to a param.
+
+    Args:
+      op: the op.
+      side: 0 for its left operand, 1 for its right one.
+      tile_size: elements per tile along the last contracted axis, or one over the
+        number of tiles.
+    """
+    ndim = len(op.operands[side].shape)
+    if op.name == "conv_general_dilated":
+        # Batch for the input; output features for the kernel.
+        spec = op.params["dimension_numbers"]
+        return Axes(((spec.lhs_spec, spec.rhs_spec)[side][0],), {})
+    contracted = op.params["dimension_numbers"][0][side]
+    channelwise = tuple(axis for axis in range(ndim) if axis not in contracted)
+    if tile_size is None or not contracted:
+        return Axes(channelwise, {})
+    length = op.operands[side].shape[contracted[-1]]
+    return Axes(channelwise, {contracted[-1]: absolute_tile(tile_size, length)})
+
+
+def absolute_tile(tile_size: int | float, length: int) -> int:
+    """The number of elements in a tile of an axis."""
+    if isinstance(tile_size, float):
+        return max(1, round(length * tile_size))
+    return tile_size
+
+
+def stored_axes(view: View, axes: Axes) -> Axes:
+    """Maps axes of an operand to axes of the param that it is a view of.
+
+    Where only part of a stored axis is contracted, it is tiled if the parts are
+    contiguous, and shares one scale if they are not: a scale that is constant along
+    everything that is contracted is always right, if coarser than it could be.
+
+    Args:
+      view: how the operand maps to the param.
+      axes: the axes of the operand.
+
+    Raises:
+      ValueError: if a tile does not divide into the factors of a reshaped axis.
+    """
+    # For each stored axis, its factors, minor to major, each with the part of it
+    # (1: none, its size: all) that shares a scale.
+    shared: dict[int, list[tuple[Atom, int]]] = {}
+    contracted: set[int] = set()
+    for dim, atoms in enumerate(view.dims):
+        if dim in axes.channelwise:
+            parts = [1] * len(atoms)
+        elif dim in axes.tiled and len(atoms) == 1:
+            parts = [axes.tiled[dim]]
+        elif dim in axes.tiled:
+            parts = _divide(atoms, axes.tiled[dim])
+        else:
+            parts = [atom.size for atom in atoms]
+        for atom, part in zip(atoms, parts, strict=True):
+            shared.setdefault(atom.axis, []).append((atom, part))
+            if dim not in axes.channelwise:
+                contracted.add(atom.axis)
+    channelwise, tiled = [], {}
+    for axis in range(len(view.shape)):
+        factors = sorted(shared.get(axis, []), key=lambda factor: factor[0].stride)
+        tile = _contiguous(factors)
+        if axis not in contracted:
+            channelwise.append(axis)
+        elif tile is not None and tile != view.shape[axis]:
+            tiled[axis] = tile
+    return Axes(tuple(channelwise), tiled)
+
+
+def _divide(atoms: tuple[Atom, ...], tile: int) -> list[int]:
+    """Spreads a tile over the factors of an axis, minor first."""
+    parts, rest = [], tile
+    for atom in reversed(atoms):
+        part = min(rest, atom.size)
+        if rest % part or atom.size % part:
+            sizes = tuple(atom.size for atom in atoms)
+            raise ValueError(
+                f"a tile of {tile} does not fit the factors {sizes} that a reshape "
+                "merged into the contracted axis"
+            )
+        parts.append(part)
+        rest //= part
+    return parts[::-1]
+
+
+def _contiguous(factors: list[tuple[Atom, int]]) -> int | None:
+    """The length of the contiguous run that shares a scale; None if there is none.
+
+    None stands for the whole axis, too.
+    """
+    tile, complete = 1, True
+    for atom, part in factors:
+        if part > 1 and (not complete or atom.stride != tile):
+            return None
+        tile *= part
+        complete = complete and part == atom.size
+    return None if complete else tile
