@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from flax import nnx
 
 from qwix_train.planning import Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
-from qwix_train.trace import function, session
+from qwix_train.trace import function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
@@ -108,29 +109,30 @@ def quantize_model(
             f"Expected a Flax Linen or NNX module, got {type(model).__name__}. For a "
             "plain function, use quantize_fn."
         )
+    _check_provider(provider)
     cls = getattr(type(model), _ORIGINAL, type(model))
+    methods = (methods,) if isinstance(methods, str) else tuple(methods)
     for name in methods:
         if not callable(getattr(cls, name, None)):
             raise ValueError(f"{cls.__name__} has no method {name!r} to quantize.")
     if isinstance(model, nn.Module):
         if model_inputs or model_inputs_kwargs:
             raise ValueError(
-                "A Linen model is quantized without inputs: "
-                "quantize_model(model, provider)."
+                "A Linen model is quantized without inputs, since it holds no params: "
+                "quantize_model(model, provider). To see what the rules do to it, use "
+                "plan(model, rules, *inputs)."
             )
         quantized = model.copy()
-        object.__setattr__(
-            quantized, "__class__", _linen_class(cls, provider, tuple(methods))
-        )
+        object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
         return quantized
     quantized = nnx.clone(model)
-    quantized.__class__ = _nnx_class(cls, provider, tuple(methods))
+    quantized.__class__ = _nnx_class(cls, provider, methods)
     if model_inputs or model_inputs_kwargs:
-        method = getattr(cls, next(iter(methods)))
-        traced, _ = nnx_calls.trace_call(
-            method, (nnx.clone(model), *model_inputs), model_inputs_kwargs
-        )
-        plan = make_plan(traced, provider.rules)
+        method = getattr(cls, methods[0])
+        with nnx_calls.tracing_call(
+            method, (model, *model_inputs), model_inputs_kwargs
+        ) as (traced, _):
+            plan = make_plan(traced, provider.rules)
         if not plan.quantized_ops and not provider.allow_unmatched:
             raise ValueError(plan.no_match_message())
     return quantized
@@ -154,11 +156,22 @@ def quantize_fn(
       >>> mlp = quantize_fn(lambda params, x: x @ params["w"], provider)
     """
 
+    _check_provider(provider)
+    if not callable(fn):
+        raise TypeError(f"Expected a function, got {fn!r}.")
+
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
         return rewrite_function(fn, args, kwargs, provider.rewrite)
 
     return quantized
+
+
+def _check_provider(provider: Any) -> None:
+    if not isinstance(provider, QuantizationProvider):
+        raise TypeError(
+            f"Expected a provider, such as QtProvider(rules), got {provider!r}."
+        )
 
 
 def rewrite_function(
@@ -180,35 +193,45 @@ def trace_function(
     """Traces a function whose first argument is a tree of params.
 
     Raises:
-      TypeError: if it was called without positional arguments.
+      TypeError: if it was called without arguments.
     """
-    if not args:
+    if not args and not kwargs:
         raise TypeError(
-            "A quantized function takes its params as the first positional argument."
+            "A quantized function takes its params as its first argument; it was "
+            "called without any."
         )
-    first = args[0]
+    # The params may come by keyword. They are the parameter that stands first.
+    key = None if args else _first_name(fn, kwargs)
+    first = args[0] if key is None else kwargs[key]
+    others = {name: value for name, value in kwargs.items() if name != key}
     variables = hasattr(first, "keys") and "params" in first.keys()
-    name = linen_calls.param_name if variables else lambda path: path
+    name = linen_calls.param_name if variables else function.param_path
 
     def flat(first, rest, kwargs):
         with nn.intercept_methods(linen_calls.mark):
-            return fn(first, *rest, **kwargs)
+            if key is None:
+                return fn(first, *rest, **kwargs)
+            return fn(**{key: first}, **kwargs)
 
     with session.tracing():
-        return function.trace(flat, (first, args[1:], kwargs), name)
+        return function.trace(flat, (first, args[1:], others), name)
+
+
+def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    """The keyword argument that stands first in the signature of a function."""
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        names = []
+    return next((name for name in names if name in kwargs), next(iter(kwargs)))
 
 
 _ORIGINAL = "_qwix_train_original"
 
 
 def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        _ORIGINAL: cls,
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-    }
-    fields |= {name: _linen_method(cls, name, provider) for name in methods}
-    return type(cls.__name__, (cls,), fields)
+    fields = {name: _linen_method(cls, name, provider) for name in methods}
+    return subclasses.subclass(cls, nn.Module, {_ORIGINAL: cls, **fields})
 
 
 def _linen_method(cls: type, name: str, provider: QuantizationProvider):
@@ -216,7 +239,7 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
 
     @functools.wraps(method)
     def quantized(self, *args, **kwargs):
-        if session.marking() or self.scope is None or self.is_initializing():
+        if session.marking() or not linen_calls.can_rewrite(self):
             return method(self, *args, **kwargs)
         return linen_calls.rewrite_call(
             self,
@@ -235,13 +258,8 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
 
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        _ORIGINAL: cls,
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-    }
-    fields |= {name: _nnx_method(cls, name, provider) for name in methods}
-    return type(cls.__name__, (cls,), fields)
+    fields = {name: _nnx_method(cls, name, provider) for name in methods}
+    return nnx_calls.subclass(cls, {_ORIGINAL: cls, **fields})
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
@@ -261,7 +279,7 @@ def plan(
     rules: Sequence[QuantizationRule],
     *inputs: Any,
     variables: Any = None,
-    method: str = "__call__",
+    method: str | Callable[..., Any] = "__call__",
     rngs: Any = None,
     **kwargs: Any,
 ) -> Plan:
@@ -274,7 +292,7 @@ def plan(
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`.
-      method: the method of the model.
+      method: the method of the model, by name or as a function.
       rngs: the random keys of a Linen model, such as `{"dropout": key}`.
       **kwargs: keyword inputs.
 
@@ -288,10 +306,10 @@ def plan(
     """
     if isinstance(model, nnx.Module):
         cls = getattr(type(model), _ORIGINAL, type(model))
-        traced, _ = nnx_calls.trace_call(
-            getattr(cls, method), (nnx.clone(model), *inputs), kwargs
-        )
-    elif isinstance(model, nn.Module):
+        called = getattr(cls, method) if isinstance(method, str) else method
+        with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
+            return make_plan(traced, rules)
+    if isinstance(model, nn.Module):
         if variables is None:
             keys = {"params": jax.random.key(0), **(rngs or {})}
             init = functools.partial(model.init, method=method, **kwargs)

@@ -79,11 +79,13 @@ def _summary(plan: Plan) -> list[str]:
     ]
     for index in plan.unused_rules:
         rule = plan.rules[index]
+        said = f"rule {index} (module_path={rule.module_path!r}) decided for no op"
+        if earlier := plan.shadowed_by(index):
+            taken = " and ".join(f"rule {i}" for i in earlier)
+            lines.append(f"{said}: {taken} came first for all that it matches")
+            continue
         near = plan.near_misses(index) or list(plan.module_paths[:5])
-        lines.append(
-            f"rule {index} (module_path={rule.module_path!r}) decided for no op; "
-            f"module paths that exist: {', '.join(map(repr, near))}"
-        )
+        lines.append(f"{said}; module paths that exist: {', '.join(map(repr, near))}")
     return lines
 
 

@@ -15,7 +15,11 @@ from typing import Any
 
 from qwix_train import plan_table, weights
 from qwix_train.core import numerics
-from qwix_train.core.how import HowToQuantize
+from qwix_train.core.how import (
+    HowToQuantize,
+    needs_zero_point,
+    parse_calibration_method,
+)
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
@@ -73,6 +77,7 @@ class ParamPlan:
 
     @property
     def per_iteration(self) -> HowToQuantize | None:
+        """How one slice along axis 0 is quantized, if the axis has scales."""
         how = self.how
         if how is None or 0 not in how.channelwise_axes:
             return None
@@ -93,15 +98,11 @@ class ParamPlan:
         if self.how is None:
             return self.float_bytes
         bits = numerics.qtype_bits(self.how.qtype)
-        scales = math.prod(
-            length
-            if axis in self.how.channelwise_axes
-            else -(-length // self.how.tiled_axes.get(axis, max(length, 1)))
-            for axis, length in enumerate(self.shape)
-        )
+        method = self.how.calibration_method
+        fixed = parse_calibration_method(method)[0] == "fixed"
+        scales = 1 if fixed else math.prod(self.how.scale_shape(self.shape))
         codes = -(-math.prod(self.shape) * bits // 8)
-        name, _ = (*self.how.calibration_method.split(",", 1), "")[:2]
-        zero_points = scales * bits // 8 if name == "minmax" else 0
+        zero_points = -(-scales * bits // 8) if needs_zero_point(method) else 0
         return codes + scales * self.dtype.itemsize + zero_points
 
 
@@ -123,6 +124,11 @@ class Plan:
     def quantized_ops(self) -> tuple[OpPlan, ...]:
         """The ops that read anything quantized."""
         return tuple(op for op in self.ops if op.quantized)
+
+    @property
+    def unsupported(self) -> tuple[OpPlan, ...]:
+        """The ops that a rule matches and that cannot be quantized."""
+        return tuple(op for op in self.ops if op.unsupported)
 
     @property
     def module_paths(self) -> tuple[str, ...]:
@@ -152,6 +158,16 @@ class Plan:
             for op in self.ops
         ]
 
+    def shadowed_by(self, rule_index: int) -> tuple[int, ...]:
+        """The earlier rules that decided for all that an unused rule matches."""
+        rule = self.rules[rule_index]
+        matched = [
+            op.rule_index
+            for op in self.ops
+            if rule.matches(op.op.module_path, op.op.name, op.op.id)
+        ]
+        return tuple(sorted({i for i in matched if i is not None}))
+
     def near_misses(self, rule_index: int) -> list[str]:
         """Module paths that exist and resemble an unused rule's."""
         return difflib.get_close_matches(
@@ -160,13 +176,15 @@ class Plan:
 
     def no_match_message(self) -> str:
         """Says that nothing is quantized, and which module paths exist."""
+        if not self.ops:
+            return "The model runs no matrix product and no convolution to quantize."
         lines = [
             f"None of the {len(self.rules)} rules quantizes any op of this model.",
             "Ops exist at these module paths:",
             *(f"  {path!r}" for path in self.module_paths),
         ]
         asked = [
-            f"  {op.op.module_path}/{op.op.id}: {op.reason}"
+            f"  {_where(op.op)}: {op.reason}"
             for op in self.ops
             if op.rule_index is not None and op.reason
         ]
@@ -194,8 +212,8 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
         param to be quantized in two ways.
     """
     planner = _Planner(check_rules(rules), [p for p in traced.params if p is not None])
-    ops = tuple(planner.decide(op) for op in traced.ops)
-    return Plan(planner.rules, ops, planner.params)
+    ops = [planner.decide(op) for op in traced.ops]
+    return Plan(planner.rules, tuple(map(planner.annotate, ops)), planner.params)
 
 
 class _Planner:
@@ -231,7 +249,7 @@ class _Planner:
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op
-        origins = [_role(op, side) for side in (0, 1)]
+        origins = _roles(op)
         derived = [o for o in origins if isinstance(o, provenance.Derived)]
         if derived:
             names = ", ".join("/".join(p) for p in derived[0].paths)
@@ -244,10 +262,10 @@ class _Planner:
             return dataclasses.replace(plan, reason="both operands are constants")
         has_weight = any(isinstance(o, provenance.Weight) for o in origins)
         if not has_weight and rule.act_qtype is None:
-            reason = "a product of two activations, and the rule sets no act_qtype"
+            reason = "a product without a weight, and the rule sets no act_qtype"
             return dataclasses.replace(plan, reason=reason)
         if not has_weight and not rule.act_act:
-            reason = "a product of two activations, and the rule sets act_act=False"
+            reason = "a product without a weight, and the rule sets act_act=False"
             return dataclasses.replace(plan, reason=reason)
         if rule.tile_size is not None and op.name == "conv_general_dilated":
             raise ValueError(
@@ -261,26 +279,45 @@ class _Planner:
                 "QAT does not take yet. For ranges that are known, use "
                 "act_calibration_method='fixed,<low>,<high>'."
             )
-        paths, notes, activations = [], [], []
+        paths: dict[Path, None] = {}
+        notes: list[str] = []
+        activations: list[HowToQuantize | None] = [None, None]
+        # Weights first, so that an error names the param.
         for side, origin in enumerate(origins):
-            how = None
             if isinstance(origin, provenance.Weight):
                 for view in origin.views:
-                    paths.append(view.path)
+                    paths[view.path] = None
                     notes += self.quantize_param(plan, rule, side, view)
-            elif rule.act_qtype is not None:
-                how = self.quantize_activation(op, side, rule)
-            activations.append(how)
+        for side, origin in enumerate(origins):
+            if not isinstance(origin, provenance.Weight) and rule.act_qtype is not None:
+                activations[side] = self.quantize_activation(op, side, rule)
         return dataclasses.replace(
             plan,
             weights=tuple(paths),
             activations=tuple(activations),
-            reason="; ".join(notes),
+            reason="; ".join(dict.fromkeys(notes)),
         )
+
+    def annotate(self, plan: OpPlan) -> OpPlan:
+        """Adds to an op left in float which of the params that it reads are not."""
+        if plan.quantized:
+            return plan
+        read = dict.fromkeys(
+            path
+            for operand in plan.op.operands[:2]
+            for path in provenance.paths_of(operand.provenance)
+        )
+        notes = [
+            f"it reads {'/'.join(path)}, which is quantized because of "
+            f"{_where(param.op.op)}"
+            for path in read
+            if (param := self.params[path]).op is not None
+        ]
+        return dataclasses.replace(plan, reason="; ".join([plan.reason, *notes]))
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
         axes = weights.operand_axes(op, side, rule.tile_size)
-        _check_tiles(op, None, op.operands[side].shape, axes, rule)
+        _check_tiles(_where(op), op.operands[side].shape, axes, rule)
         return HowToQuantize(
             qtype=rule.act_qtype,
             channelwise_axes=axes.channelwise,
@@ -292,14 +329,14 @@ class _Planner:
     def quantize_param(self, plan, rule, side, view) -> list[str]:
         """Records how a param is quantized; returns notes for the op's reason."""
         op = plan.op
+        where = f"{_where(op)}, param {'/'.join(view.path)!r}"
+        axes = weights.operand_axes(op, side, rule.tile_size)
+        _check_tiles(where, op.operands[side].shape, axes, rule)
         try:
-            axes = weights.stored_axes(
-                view, weights.operand_axes(op, side, rule.tile_size)
-            )
+            axes = weights.stored_axes(view, axes)
         except ValueError as error:
-            name = "/".join(view.path)
-            raise ValueError(f"{_where(op)}, param {name!r}: {error}.") from None
-        _check_tiles(op, view.path, view.shape, axes, rule)
+            raise ValueError(f"{where}: {error}.") from None
+        _check_tiles(where, view.shape, axes, rule)
         how = HowToQuantize(
             qtype=rule.weight_qtype,
             channelwise_axes=axes.channelwise,
@@ -326,20 +363,26 @@ class _Planner:
         return [f"its weight is quantized along the axes of {_where(first.op)}"]
 
 
-def _role(op: Op, side: int) -> provenance.Provenance:
-    """What an operand counts as."""
-    origin = op.operands[side].provenance
-    other = op.operands[1 - side].provenance
-    # Looking a token up in a table gives an activation, though each element is one
-    # of the table's. Where experts are selected, the other operand is no weight.
-    if (
-        isinstance(origin, provenance.Weight)
-        and origin.selected
-        and isinstance(other, provenance.Weight)
-        and not other.selected
-    ):
-        return provenance.ACTIVATION
-    return origin
+def _roles(op: Op) -> list[provenance.Provenance]:
+    """What each of the two operands counts as.
+
+    Next to a weight, what is computed from other params is an input like any other:
+    a learned query that was normalized, or the row of a table that a token looked
+    up, though each element of that is one of the table's.
+    """
+    origins = [operand.provenance for operand in op.operands[:2]]
+
+    def is_weight(origin):
+        return isinstance(origin, provenance.Weight) and not origin.selected
+
+    def role(origin, other):
+        is_input = isinstance(origin, provenance.Derived) or (
+            isinstance(origin, provenance.Weight) and origin.selected
+        )
+        return provenance.ACTIVATION if is_input and is_weight(other) else origin
+
+    left, right = origins
+    return [role(left, right), role(right, left)]
 
 
 def _obstacle(op: Op) -> str | None:
@@ -362,14 +405,11 @@ def _where(op: Op) -> str:
     return f"{op.module_path}/{op.id}" if op.module_path else op.id
 
 
-def _check_tiles(op, path, shape, axes, rule) -> None:
+def _check_tiles(where, shape, axes, rule) -> None:
     for axis, tile in axes.tiled.items():
         if shape[axis] % tile and not rule.pad_tiles:
-            what = f"param {'/'.join(path)!r}" if path else "an activation"
             raise ValueError(
-                f"{_where(op)}, {what}: a tile of {tile} does not divide axis {axis} "
-                f"of shape {tuple(shape)}, of length {shape[axis]}. Choose a "
-                f"tile_size that does, or set pad_tiles=True in the rule."
+                f"{where}: a tile of {tile} does not divide axis {axis}, of length "
+                f"{shape[axis]}, of the shape {tuple(shape)}. Choose a tile_size that "
+                "does, or set pad_tiles=True in the rule."
             )
-
-

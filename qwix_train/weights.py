@@ -66,16 +66,14 @@ def stored_axes(view: View, axes: Axes) -> Axes:
     Raises:
       ValueError: if a tile does not divide into the factors of a reshaped axis.
     """
-    # For each stored axis, its factors, minor to major, each with the part of it
-    # (1: none, its size: all) that shares a scale.
+    # For each stored axis, its factors, each with the part of it (1: none, its size:
+    # all) that shares a scale.
     shared: dict[int, list[tuple[Atom, int]]] = {}
     contracted: set[int] = set()
     for dim, atoms in enumerate(view.dims):
         if dim in axes.channelwise:
             parts = [1] * len(atoms)
-        elif dim in axes.tiled and len(atoms) == 1:
-            parts = [axes.tiled[dim]]
-        elif dim in axes.tiled:
+        elif dim in axes.tiled and all(atom.stride for atom in atoms):
             parts = _divide(atoms, axes.tiled[dim])
         else:
             parts = [atom.size for atom in atoms]
@@ -84,18 +82,20 @@ def stored_axes(view: View, axes: Axes) -> Axes:
             if dim not in axes.channelwise:
                 contracted.add(atom.axis)
     channelwise, tiled = [], {}
-    for axis in range(len(view.shape)):
-        factors = sorted(shared.get(axis, []), key=lambda factor: factor[0].stride)
-        tile = _contiguous(factors)
+    for axis, length in enumerate(view.shape):
         if axis not in contracted:
             channelwise.append(axis)
-        elif tile is not None and tile != view.shape[axis]:
+            continue
+        tile = _contiguous(shared[axis])
+        if tile is not None and tile < length:
             tiled[axis] = tile
     return Axes(tuple(channelwise), tiled)
 
 
 def _divide(atoms: tuple[Atom, ...], tile: int) -> list[int]:
     """Spreads a tile over the factors of an axis, minor first."""
+    if len(atoms) == 1:
+        return [tile]
     parts, rest = [], tile
     for atom in reversed(atoms):
         part = min(rest, atom.size)
@@ -113,12 +113,15 @@ def _divide(atoms: tuple[Atom, ...], tile: int) -> list[int]:
 def _contiguous(factors: list[tuple[Atom, int]]) -> int | None:
     """The length of the contiguous run that shares a scale; None if there is none.
 
-    None stands for the whole axis, too.
+    The run must start at a multiple of its length: a slice that is contracted in
+    full may start anywhere, and has none.
     """
     tile, complete = 1, True
-    for atom, part in factors:
+    for atom, part in sorted(factors, key=lambda factor: factor[0].stride):
         if part > 1 and (not complete or atom.stride != tile):
             return None
+        if part >= atom.size and not atom.whole:
+            return None
         tile *= part
-        complete = complete and part == atom.size
-    return None if complete else tile
+        complete = complete and part >= atom.size
+    return tile

@@ -6,6 +6,10 @@ trains a small convolutional network on `sklearn.datasets.load_digits`, evaluate
 with its weights fake-quantized to int8, int4, int3 and int2, fine-tunes it at each of
 these widths, and writes a table, a JSON file and a plot.
 
+The test images choose nothing: no step, width or seed is picked by them, and every
+number is that of the last step. QAT starts from the trained float weights and takes
+500 steps more, which is why it can end above float where quantizing costs nothing.
+
 `model_linen.py` and `model_nnx.py` hold the same model and the same ordinary train step
 in Flax's two dialects. Quantization is the two `qwix_train.wrap_*` lines of each.
 """

@@ -7,8 +7,10 @@ from qwix_train.core.calibration import calibrate as calibrate
 from qwix_train.core.calibration import (
     compute_scale_zero_point as compute_scale_zero_point,
 )
+from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general
+from qwix_train.core.einsum import einsum as einsum
 from qwix_train.core.fake_quant import fake_quant as fake_quant
 from qwix_train.core.fake_quant import (
     fake_quant_with_calibration as fake_quant_with_calibration,

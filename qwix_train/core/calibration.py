@@ -14,8 +14,9 @@ XLA may evaluate in more than one way is written so that there is one way:
 - A fixed range is a constant; its scale is computed by NumPy, so that no compiler
   folds it.
 
-The one exception: a root mean square along an axis that is *sharded* adds in another
-order, so its last bits may differ.
+Whether there is one scale is judged by the shape at hand, which inside a `shard_map`
+is that of a shard. The one exception: the order in which a root mean square adds is
+XLA's, and differs for a *sharded* array, so the last bit of its scale may.
 
 Special ranges: an empty one, or one below the threshold of `smallest_scale`, has scale
 1. A range with NaN has scale NaN, and one with an infinity has an infinite scale: the
@@ -37,7 +38,7 @@ from qwix_train.core.how import HowToQuantize, parse_calibration_method
 _LARGEST_SCALE = {"float16": 2.0**14, "float64": 2.0**1022}
 
 
-def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, jax.Array]:
+def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
     """Finds the range of each group of elements that shares a scale.
 
     Args:
@@ -121,7 +122,7 @@ def compute_scale_zero_point(
         raise ValueError(f"A range has the keys absmax, or min and max; not {keys}.")
     # NumPy computes what is constant; see the top of this module.
     constant = all(isinstance(v, np.ndarray) for v in calibration.values())
-    xp = np if constant else jnp
+    xp: Any = np if constant else jnp
     values = {key: xp.asarray(value) for key, value in calibration.items()}
     dtype = next(iter(values.values())).dtype
     wide = numerics.compute_dtype(dtype)
@@ -174,9 +175,9 @@ def check_quantizable(array: jax.Array) -> None:
         )
 
 
-def _reciprocal(bound: float, wide: np.dtype) -> Any:
-    """Returns ``1 / bound`` as the compute dtype rounds it."""
-    return np.ones((), wide) / np.asarray(bound, wide)
+def _reciprocal(number: Any, wide: np.dtype) -> Any:
+    """Returns ``1 / number`` as the compute dtype rounds it."""
+    return np.ones((), wide) / np.asarray(number, wide)
 
 
 def _times(value: jax.Array, factor: float | None = None) -> jax.Array:
@@ -200,13 +201,15 @@ def _root_mean_square(
     dtype, wide = tiles.dtype, numerics.compute_dtype(tiles.dtype)
     squares = numerics.round_to_dtype(jnp.square(tiles.astype(wide)), dtype)
     squares = jnp.maximum(squares, 0)  # Not to be fused with the addition.
-    counts = np.ones(scale_shape, np.int64)
-    for axis, (n, s) in enumerate(zip(shape, scale_shape, strict=True)):
-        if s:
-            size = -(-n // s)
-            sizes = [min(size, n - index * size) for index in range(s)]
-            counts *= np.reshape(sizes, [s if a == axis else 1 for a in range(len(shape))])
-    reciprocal = _reciprocal(np.maximum(counts, 1), wide)
+    counts = np.ones((1,) * len(shape), np.int64)
+    for axis, tile in enumerate(tiling.tile_sizes(shape, scale_shape)):
+        ends = np.minimum(np.arange(scale_shape[axis] + 1) * tile, shape[axis])
+        sizes = np.maximum(np.diff(ends), 1)
+        if np.all(sizes == tile):
+            sizes = np.array([max(tile, 1)])
+        others = [other for other in range(len(shape)) if other != axis]
+        counts = counts * np.expand_dims(sizes, others)
+    reciprocal = _reciprocal(counts, wide)
     mean = jnp.sum(squares, axis=axes).reshape(scale_shape) * reciprocal
     mean = numerics.round_to_dtype(mean, dtype)
     return numerics.round_to_dtype(jnp.sqrt(mean), dtype).astype(dtype)

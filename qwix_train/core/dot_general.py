@@ -16,7 +16,7 @@ above may wrap around; the part's result does not, and modular arithmetic makes 
 right.)
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ The results of all tiles exist at once, before they are scaled and added; with s
 tiles they take more memory, and time, than the dequantized operand.
 """
 
-_Numbers = tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
+_Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+_Numbers: TypeAlias = tuple[_Axes, _Axes]
 
 
 def dot_general(
@@ -95,8 +96,8 @@ def dot_general(
         )
 
     (lhs_contracting, rhs_contracting), _ = numbers
-    lhs_counts = _counts(lhs, lhs_contracting, tiles)
-    rhs_counts = _counts(rhs, rhs_contracting, tiles)
+    lhs_counts = _counts(lhs_contracting, tiles)
+    rhs_counts = _counts(rhs_contracting, tiles)
     split = _split_numbers(numbers, tiles)
     left, right = ops.common_codes(lhs, rhs)
     sums = _sum_products(
@@ -142,7 +143,7 @@ def dot(
     >>> dot(quantize(jnp.ones((2, 3)), 'int8'), quantize(jnp.ones(3), 'int8')).shape
     (2,)
     """
-    contracting: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    contracting: _Axes = ((), ())
     if a.ndim and b.ndim:
         contracting = ((a.ndim - 1,), (max(b.ndim - 2, 0),))
     return dot_general(
@@ -219,9 +220,8 @@ def _contracted_tiles(
     return tiles
 
 
-def _counts(
-    operand: MaybeQArray, contracting: tuple[int, ...], tiles: dict[int, int]
-) -> dict[int, int]:
+def _counts(contracting: tuple[int, ...], tiles: dict[int, int]) -> dict[int, int]:
+    """Returns the tile count of each tiled axis of an operand."""
     return {contracting[position]: count for position, count in tiles.items()}
 
 
@@ -253,9 +253,7 @@ def _split_numbers(numbers: _Numbers, tiles: dict[int, int]) -> _Numbers:
         def moved(axis: int, tiled: list[int] = tiled) -> int:
             return axis + sum(t < axis for t in tiled)
 
-        contracting.append(
-            tuple(moved(a) + (a in tiled) for a in numbers[0][side])
-        )
+        contracting.append(tuple(moved(a) + (a in tiled) for a in numbers[0][side]))
         batch.append(tuple(map(moved, (*numbers[1][side], *tiled))))
     return (contracting[0], contracting[1]), (batch[0], batch[1])
 
@@ -324,7 +322,7 @@ def _sum_products(
 def _aligned(
     part: jax.Array, numbers: _Numbers, ndims: tuple[int, int], side: int
 ) -> jax.Array:
-    """Arranges the axes of a scale (with contracted axes of 1) as those of the result."""
+    """Arranges the axes of a scale, or of sums, as those of the result."""
     contracting, batch = numbers[0][side], numbers[1][side]
     free = [[], []]
     for s in range(2):
@@ -334,6 +332,4 @@ def _aligned(
     kept = part.shape[: len(batch) + len(free[side])]
     before = (1,) * len(free[0]) if side else ()
     after = () if side else (1,) * len(free[1])
-    return part.reshape(
-        (*kept[: len(batch)], *before, *kept[len(batch) :], *after)
-    )
+    return part.reshape((*kept[: len(batch)], *before, *kept[len(batch) :], *after))

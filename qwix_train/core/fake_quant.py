@@ -9,6 +9,7 @@ differentiation works, forward and reverse, of any order. The backward pass keep
 nothing if the range covers the array, else one Boolean for each element.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import calibration as calib
-from qwix_train.core import numerics, qarray, tiling
+from qwix_train.core import numerics, scaling, tiling
 from qwix_train.core.how import HowToQuantize
 
 
@@ -122,14 +123,20 @@ def fake_quant_with_scale(
 
 def _round_trip(
     array: jax.Array,
-    qtype: numerics.QType,
     scale: jax.Array,
     zero_point: jax.Array | None,
+    qtype: numerics.QType,
     noise_fn: numerics.NoiseFn | None,
 ) -> jax.Array:
-    y = qarray.scaled_values(array, scale, zero_point)
+    y = scaling.scaled_values(array, scale, zero_point)
     levels = numerics.round_to_level(y, qtype, array.dtype, noise_fn)
-    return qarray.rescaled_values(levels, scale, zero_point)
+    return scaling.rescaled_values(levels, scale, zero_point)
+
+
+def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
+    calibration = calib.calibrate(array, how)
+    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
+    return _round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
 
 
 def _bounds(calibration: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -138,24 +145,23 @@ def _bounds(calibration: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     return calibration["min"], calibration["max"]
 
 
-def _mask(tangent: jax.Array, array: jax.Array, bounds: Any) -> jax.Array:
-    """Zeroes the tangent where the array is outside of the bounds."""
+def _is_inside(array: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
     low, high = (jnp.asarray(bound, array.dtype) for bound in bounds)
-    inside = tiling.elementwise(
+    return tiling.elementwise(
         lambda x, low, high: (x >= low) & (x <= high), array, low, high
     )
-    return jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 
-def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
-    calibration = calib.calibrate(array, how)
-    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
-    return _round_trip(array, how.qtype, scale, zero_point, how.noise_fn)
+def _is_inside_range(array: jax.Array, how: HowToQuantize) -> jax.Array:
+    return _is_inside(array, _bounds(calib.calibrate(array, how)))
 
 
-# Inlined, so that nothing remains of the `jit` but its cache of traces: a model that
+# Inlined, so that nothing remains of a `jit` but its cache of traces: a model that
 # quantizes many arrays of one shape traces the arithmetic once.
 _cached_forward = jax.jit(_forward, static_argnums=1, inline=True)
+_cached_round_trip = jax.jit(_round_trip, static_argnums=(3, 4), inline=True)
+_cached_is_inside = jax.jit(_is_inside, inline=True)
+_cached_is_inside_range = jax.jit(_is_inside_range, static_argnums=1, inline=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -170,8 +176,9 @@ def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
     (array,), (tangent,) = primals, tangents
     out = _fake_quant(how, array)
     if not calib.covers_array(how.calibration_method):
-        calibration = calib.calibrate(jax.lax.stop_gradient(array), how)
-        tangent = _mask(tangent, array, _bounds(calibration))
+        how = dataclasses.replace(how, noise_fn=None)
+        inside = _cached_is_inside_range(jax.lax.stop_gradient(array), how)
+        tangent = jnp.where(inside, tangent, 0)
     return out, tangent
 
 
@@ -184,11 +191,15 @@ def _fake_quant_scaled(
     bounds: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     del bounds
-    return _round_trip(array, static[0], scale, zero_point, static[1])
+    round_trip = _cached_round_trip if static[1] is None else _round_trip
+    return round_trip(array, scale, zero_point, *static)
 
 
 @_fake_quant_scaled.defjvp
 def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     out = _fake_quant_scaled(static, *primals)
     array, bounds, tangent = primals[0], primals[3], tangents[0]
-    return out, tangent if bounds is None else _mask(tangent, array, bounds)
+    if bounds is not None:
+        inside = _cached_is_inside(*jax.lax.stop_gradient((array, bounds)))
+        tangent = jnp.where(inside, tangent, 0)
+    return out, tangent

@@ -25,8 +25,6 @@ root mean square.) Zero takes the code +1.
 
 Special values of a scaled value: an infinity saturates; NaN becomes NaN in the
 float8 types, and in the others the code nearest to 0 (+1 in ``int1``).
-
-NF4 is the 4-bit NormalFloat of QLoRA, arXiv 2305.14314, appendix E.
 """
 
 import functools
@@ -36,6 +34,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from qwix_train.core import nf4
 
 NoiseFn: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
 """Takes a shape; gives noise, broadcastable to it, in units of one rounding step.
@@ -50,28 +50,6 @@ _INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
 _FLOATS = ("float8_e4m3fn", "float8_e5m2")
 QTYPE_NAMES = (*_INTEGERS, *_FLOATS, "nf4")
 """The names of all supported types."""
-
-_NF4_LEVELS = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
 
 
 def canonical_qtype(qtype: QType) -> Any:
@@ -276,7 +254,7 @@ def round_to_qtype(
     if noise_fn is not None:
         raise ValueError(f"noise_fn needs an integer type, not {name}.")
     if name == "nf4":
-        return _encode_nf4(x)
+        return nf4.encode(x)
     bound = symmetric_bound(name)
     return jnp.clip(x, -bound, bound).astype(name)
 
@@ -315,53 +293,5 @@ def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     [-1.0, 0.0, 1.0]
     """
     if qtype_name(qtype) == "nf4":
-        return _decode_nf4(q, dtype)
+        return nf4.decode(q, dtype)
     return q.astype(dtype)
-
-
-@functools.cache
-def _nf4_thresholds() -> np.ndarray:
-    """Returns the 15 largest float32 values that take the lower of two levels.
-
-    "Nearer" is judged by the distances as float32 computes them, ties going to the
-    lower level. Both distances are monotone in the value, so one threshold for each
-    pair of neighbors says it all; bisection over the floats finds it.
-    """
-    thresholds = []
-    for low, high in zip(_NF4_LEVELS[:-1], _NF4_LEVELS[1:], strict=True):
-        inside, outside = low, high
-        while np.nextafter(inside, outside) != outside:
-            middle = np.float32((np.float64(inside) + np.float64(outside)) / 2)
-            if middle in (inside, outside):
-                middle = np.nextafter(inside, outside)
-            if np.abs(low - middle) <= np.abs(high - middle):
-                inside = middle
-            else:
-                outside = middle
-        thresholds.append(inside)
-    return np.array(thresholds, np.float32)
-
-
-def _encode_nf4(x: jax.Array) -> jax.Array:
-    # A value's code is the number of thresholds below it. `NaN > t` is false, so
-    # counting all 15 that way would send NaN to the lowest level; the seven below
-    # zero count `not (x <= t)` instead, which sends it to level 7, which is 0.
-    x = x.astype(compute_dtype(x.dtype))
-    code = jnp.zeros(x.shape, jnp.int8)
-    for index, threshold in enumerate(_nf4_thresholds().tolist()):
-        above = ~(x <= threshold) if index < 7 else x > threshold
-        code += above.astype(jnp.int8)
-    return code.astype(jnp.uint4)
-
-
-def _decode_nf4(q: jax.Array, dtype: Any) -> jax.Array:
-    # A binary tree of selects, one bit of the code at a time: it fuses with what
-    # follows, where a lookup would be a gather.
-    codes = q.astype(jnp.uint8)
-    values: list[Any] = _NF4_LEVELS.astype(jnp.dtype(dtype)).tolist()
-    values = [jnp.asarray(value, dtype) for value in values]
-    for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        pairs = zip(values[0::2], values[1::2], strict=True)
-        values = [jnp.where(is_set, high, low) for low, high in pairs]
-    return values[0]

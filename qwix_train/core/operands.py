@@ -108,7 +108,9 @@ def accumulator_dtype(lhs: MaybeQArray, rhs: MaybeQArray, result: np.dtype) -> n
 
 def scale_dtype(*operands: MaybeQArray, result: np.dtype) -> np.dtype:
     """Returns the dtype that sums are scaled in: at least float32."""
-    dtypes = [operand.scale.dtype for operand in operands if isinstance(operand, QArray)]
+    dtypes = [
+        operand.scale.dtype for operand in operands if isinstance(operand, QArray)
+    ]
     floats = [result] if jnp.issubdtype(result, jnp.floating) else []
     return jnp.result_type(jnp.float32, *dtypes, *floats)
 

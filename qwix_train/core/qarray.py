@@ -1,15 +1,7 @@
 """Quantized arrays, and the way there and back.
 
 ``quantize`` is ``calibrate`` (the range), ``compute_scale_zero_point`` (the scale of
-the range) and ``quantize_with_scale_zero_point`` (the codes). The codes are
-
-    round(x * (1 / scale) + zero_point)
-
-with the reciprocal in float32. That is what XLA makes of a division by a scale that is
-broadcast, eager or compiled; written out, it has the same bits in every execution, and
-costs less. Where each element has its own scale nothing is broadcast, and it is a true
-division. A value of a bfloat16 array is rounded to bfloat16 before the zero point is
-added, and again before the rounding to codes.
+the range) and ``quantize_with_scale_zero_point`` (the codes).
 
 NaN and infinities in an array whose range comes from the data make their whole tile
 NaN or infinite when dequantized. With a range given beforehand an infinity saturates,
@@ -18,7 +10,6 @@ values (within half a step of the largest) may dequantize to an infinity, since 
 center of the outermost bucket may lie half a step outside the range.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
@@ -27,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qwix_train.core import numerics, shape_ops, tiling
+from qwix_train.core import numerics, scaling, shape_ops, tiling
 from qwix_train.core.calibration import (
     calibrate,
     check_quantizable,
@@ -109,9 +100,8 @@ class QArray:
     def nbytes(self) -> int:
         """The bytes that codes (packed), scales and zero points take."""
         bits = numerics.qtype_bits(self.qtype)
-        count = lambda x: 0 if x is None else x.size
-        codes = -(-self.size * bits // 8) + -(-count(self.zero_point) * bits // 8)
-        return codes + self.scale.nbytes
+        zeros = 0 if self.zero_point is None else self.zero_point.size
+        return -(-self.size * bits // 8) + -(-zeros * bits // 8) + self.scale.nbytes
 
     @property
     def scale_tile_shape(self) -> tuple[int, ...]:
@@ -165,7 +155,7 @@ class QArray:
         """
         if not numerics.is_quantizable(dtype):
             raise ValueError(f"A QArray dequantizes to floats, not to {dtype}.")
-        return dataclasses.replace(self, scale=self.scale.astype(dtype))
+        return self.replace(scale=self.scale.astype(dtype))  # pyright: ignore
 
 
 nnx.register_data_type(QArray)
@@ -229,44 +219,6 @@ def validate_qarray(array: QArray) -> None:
         )
 
 
-def scaled_values(
-    array: jax.Array, scale: jax.Array, zero_point: jax.Array | None
-) -> jax.Array:
-    """Returns what is rounded to codes, in float32 (float64 for float64)."""
-    dtype, wide = array.dtype, numerics.compute_dtype(array.dtype)
-    own_scales = array.shape == scale.shape
-    factor = scale.astype(wide) if own_scales else 1 / scale.astype(wide)
-
-    def scaled(x: jax.Array, factor: jax.Array, zero: jax.Array | None) -> jax.Array:
-        x = x.astype(wide)
-        y = numerics.true_divide(x, factor) if own_scales else x * factor
-        if dtype == jnp.bfloat16:
-            y = numerics.round_to_dtype(y, dtype)
-        if zero is None:
-            return y
-        # Clipping far outside any type's range keeps LLVM from fusing the product
-        # with the sum, which would then round once instead of twice.
-        y = jnp.clip(y, -1024, 1024) + zero.astype(wide)
-        return numerics.round_to_dtype(y, dtype) if dtype == jnp.bfloat16 else y
-
-    return tiling.elementwise(scaled, array, factor, zero_point)
-
-
-def rescaled_values(
-    levels: jax.Array, scale: jax.Array, zero_point: jax.Array | None
-) -> jax.Array:
-    """Returns ``(levels - zero_point) * scale`` in the dtype of the scale."""
-    dtype, wide = scale.dtype, numerics.compute_dtype(scale.dtype)
-
-    def rescaled(x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        x = x.astype(wide)
-        if zero is not None:
-            x = x - zero.astype(wide)
-        return numerics.round_to_dtype(x * scale.astype(wide), dtype).astype(dtype)
-
-    return tiling.elementwise(rescaled, levels, scale, zero_point)
-
-
 def quantize_with_scale_zero_point(
     array: jax.Array,
     qtype: numerics.QType,
@@ -293,7 +245,7 @@ def quantize_with_scale_zero_point(
             f"shape {scale.shape}."
         )
     scale = jnp.asarray(scale, array.dtype)
-    y = scaled_values(array, scale, zero_point)
+    y = scaling.scaled_values(array, scale, zero_point)
     qvalue = numerics.round_to_qtype(y, qtype, noise_fn)
     return QArray(qvalue, scale, zero_point, qtype)
 
@@ -337,9 +289,9 @@ def quantize(
     Raises:
         ValueError: An argument is wrong, or does not fit the array.
 
-    >>> q = quantize(jnp.array([0.5, -2., 1.]), 'int4')
+    >>> q = quantize(jnp.array([0., 0.4, 1.5]), 'int4', calibration_method='minmax')
     >>> q.qvalue.tolist(), [round(x, 3) for x in dequantize(q).tolist()]
-    ([2, -8, 4], [0.533, -2.133, 1.067])
+    ([-8, -4, 7], [0.0, 0.4, 1.5])
     """
     how = HowToQuantize(
         qtype=qtype,
@@ -359,4 +311,4 @@ def dequantize(array: QArray) -> jax.Array:
     """
     validate_qarray(array)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
-    return rescaled_values(levels, array.scale, array.zero_point)
+    return scaling.rescaled_values(levels, array.scale, array.zero_point)

@@ -120,6 +120,8 @@ def split_axes(array: jax.Array, counts: Sequence[int]) -> jax.Array:
 
 def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
     """Appends zeros along each axis until ``counts[i]`` tiles are full."""
+    if not padded_axes(array.shape, counts):
+        return array
     tiles = tile_sizes(array.shape, counts)
     sizes = zip(array.shape, counts, tiles, strict=True)
     return jnp.pad(array, [(0, c * t - n) for n, c, t in sizes])

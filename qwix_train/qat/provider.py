@@ -26,6 +26,7 @@ class QtProvider(QuantizationProvider):
     """
 
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call, with fake quantization as planned."""
         plans = {op.op.key: op for op in plan.quantized_ops}
 
         def handler(op, operands, run):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions, provenance
@@ -30,7 +31,9 @@ _OPS = {
     "ragged_dot_general": "ragged_dot",
     "ragged_dot": "ragged_dot",
 }
-_EINSUM_SCOPE = re.compile(r"\w*(,\w*)*->\w*\)*")
+# The scope that `jnp.einsum` opens is named by its subscripts: "bi,io->bo", with
+# ellipses and spaces as they were written. A transformation stands around it.
+_EINSUM_SCOPE = re.compile(r"(?:\w+\()*[\w. ]*(?:,[\w. ]*)*(?:,|->)[\w. ]*\)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,35 +103,33 @@ class _Walker:
     ) -> list[Provenance]:
         """Walks one body; returns the provenance of its results."""
         jaxpr = body.jaxpr
-        env: dict[Any, Provenance] = dict.fromkeys(
-            jaxpr.constvars, provenance.ACTIVATION
+        env: dict[Any, Provenance] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update(
+            (var, _closed_over(value))
+            for var, value in zip(jaxpr.constvars, body.consts, strict=True)
         )
-        for var in jaxpr.constvars:
-            env[var] = provenance.CONSTANT
-        env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom):
             return provenance.CONSTANT if isinstance(atom, jex.Literal) else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            here = (*key, index)
-            inner_scope = _join(scope, str(eqn.source_info.name_stack))
             name = eqn.primitive.name
-            if name in _OPS:
-                self.add(eqn, operands, here, inner_scope, opaque)
-                results = [provenance.ACTIVATION]
-                if not any(isinstance(o, provenance.Activation) for o in operands):
+            if name in _OPS or jax_versions.has_body(eqn.params):
+                here = (*key, index)
+                inner_scope = _join(scope, str(eqn.source_info.name_stack))
+                if name in _OPS:
+                    self.add(eqn, operands, here, inner_scope, opaque)
                     results = provenance.propagate(name, {}, operands, (), ((),))
-            elif jax_versions.has_body(eqn.params):
-                results = self.enter(eqn, operands, here, inner_scope, opaque)
+                else:
+                    results = self.enter(eqn, operands, here, inner_scope, opaque)
             else:
                 results = provenance.propagate(
                     name,
                     eqn.params,
                     operands,
-                    [atom.aval.shape for atom in eqn.invars],
-                    [getattr(var.aval, "shape", ()) for var in eqn.outvars],
+                    [_shape(atom) for atom in eqn.invars],
+                    [_shape(var) for var in eqn.outvars],
                 )
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -162,29 +163,38 @@ class _Walker:
         if name in jax_versions.JIT or name in jax_versions.REMAT:
             body = jax_versions.call_body(params)
             return self.walk(body, operands, (*key, 0), scope, opaque)
-        if name == "custom_jvp_call":
+        if name in ("custom_jvp_call", "custom_vjp_call"):
+            # Its forward says where values come from, but must not be replaced: the
+            # derivative rule would be that of another function.
             body = jax_versions.call_body(params)
             return self.walk(body, operands, (*key, 0), scope, opaque or name)
         if name == "shard_map":
             body = jax_versions.body_of(params["jaxpr"])
-            return self.walk(body, operands, (*key, 0), scope, opaque)
+            operands = [
+                _shard(operand, _shape(outside), _shape(inside))
+                for operand, outside, inside in zip(
+                    operands, eqn.invars, body.jaxpr.invars, strict=True
+                )
+            ]
+            results = self.walk(body, operands, (*key, 0), scope, opaque)
+            return [
+                _shard(result, _shape(inside), _shape(outside))
+                for result, inside, outside in zip(
+                    results, body.jaxpr.outvars, eqn.outvars, strict=True
+                )
+            ]
         if name == "scan":
             return self.enter_scan(params, operands, key, scope, opaque)
         if name == "while":
             return self.enter_while(params, operands, key, scope, opaque)
         if name == "cond":
             return self.enter_cond(params, operands, key, scope, opaque)
-        # A derivative rule, a kernel, a solver: what runs inside cannot be replaced,
-        # since more than one body must stay consistent, or no JAX runs there at all.
-        derived = provenance.propagate(
-            name, {}, operands, (), [()] * len(eqn.outvars)
-        )
+        # A kernel, a solver: what runs inside cannot be replaced, since more than one
+        # body must stay consistent, or no JAX runs there at all.
         for number, body in enumerate(jax_versions.bodies(params)):
-            inputs = operands
-            if len(body.jaxpr.invars) != len(operands):
-                inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
+            inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
             self.walk(body, inputs, (*key, number), scope, opaque or name)
-        return derived
+        return provenance.propagate(name, {}, operands, (), [()] * len(eqn.outvars))
 
     def enter_scan(self, params, operands, key, scope, opaque):
         num_consts, num_carry = jax_versions.scan_parts(params)
@@ -242,6 +252,22 @@ class _Walker:
             carry = after
             del self.ops[ops:]
             self.counts = counts.copy()
+
+
+def _closed_over(value: Any) -> Provenance:
+    # A tracer belongs to a computation around this one, which may have any inputs.
+    traced = isinstance(value, jax.core.Tracer)
+    return provenance.ACTIVATION if traced else provenance.CONSTANT
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
+def _shard(operand: Provenance, shape, local) -> Provenance:
+    if isinstance(operand, provenance.Weight):
+        return provenance.shard(operand, shape, local)
+    return operand
 
 
 def _join(*parts: str) -> str:

@@ -9,6 +9,7 @@ traced computation again, so it can be differentiated, batched, sharded and comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,12 @@ class Deferred:
     so that it is not kept for the backward pass, and once per iteration of a `scan`
     over stacked layers, so that only one layer's is alive; but outside a loop whose
     every iteration reads the whole of it.
+
+    Attributes:
+      array: the untransformed input.
+      transform: what to apply.
+      per_iteration: what to apply to one slice of it along axis 0, where that gives
+        a slice of the transformed whole; None where it does not.
     """
 
     def __init__(
@@ -39,12 +46,6 @@ class Deferred:
         transform: Callable[[Any], Any],
         per_iteration: Callable[[Any], Any] | None = None,
     ):
-        """Args:
-        array: the untransformed input.
-        transform: what to apply.
-        per_iteration: what to apply to one slice of it along axis 0, where that
-          gives a slice of the transformed whole; None where it does not.
-        """
         self.array = array
         self.transform = transform
         self.per_iteration = per_iteration
@@ -74,11 +75,12 @@ def evaluate(
       handler: called with each of them.
 
     Returns:
-      The results of the body.
+      The results of the body. An input that the body returns as it came is returned
+      untransformed: a model that hands its params on hands on the user's.
     """
     touched = {key[:length] for key in ops for length in range(1, len(key))}
     outs = _Evaluator(ops, touched, handler).run(body, inputs, ())
-    return [_value(out) for out in outs]
+    return _raw(outs)
 
 
 def _value(value: Any) -> Any:
@@ -109,10 +111,10 @@ class _Evaluator:
             _run_unchanged(pending, env, last_use, index)
             pending = []
             operands = [read(atom) for atom in eqn.invars]
-            if here in self.ops:
-                results = [self.replace(eqn, operands, here)]
-            else:
-                with jax.named_scope(str(eqn.source_info.name_stack)):
+            with _scope(str(eqn.source_info.name_stack)):
+                if here in self.ops:
+                    results = [self.replace(eqn, operands, here)]
+                else:
                     results = self.rebuild(eqn, operands, here)
             env.update(zip(eqn.outvars, results, strict=True))
         _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
@@ -127,10 +129,10 @@ class _Evaluator:
                 jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
                 for atom in _distinct(eqn.invars)
             ]
-            call = eqn.replace(invars=names)
-            return jax_versions.evaluate_equations(
-                [call], names, eqn.outvars, values
-            )[0]
+            call = jax_versions.without_scope(eqn.replace(invars=names))
+            return jax_versions.evaluate_equations([call], names, eqn.outvars, values)[
+                0
+            ]
 
         return self.handler(self.ops[key], arrays, run)
 
@@ -166,7 +168,8 @@ class _Evaluator:
         operands = constrain(
             operands, params.get("in_shardings", [None] * len(operands))
         )
-        with jax.named_scope(params.get("name", "jit")):
+        # The scope that a compiled call would have given to what is in it.
+        with _scope(f"jit({params.get('name', '')})"):
             outs = self.run(body, operands, (*key, 0))
         return constrain(outs, params.get("out_shardings", [None] * len(outs)))
 
@@ -177,9 +180,10 @@ class _Evaluator:
             outs = self.run(body, _inside(operands, arrays), (*key, 0))
             return [_value(out) for out in outs]
 
-        return jax.checkpoint(
+        results = jax.checkpoint(
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
         )(*_raw(operands))
+        return _pass_on(body, operands, results)
 
     def rebuild_scan(self, params, operands, key):
         num_consts, num_carry = jax_versions.scan_parts(params)
@@ -208,8 +212,14 @@ class _Evaluator:
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
+            _split_transpose=params.get("_split_transpose", False),
         )
-        return [*carry, *stacked]
+
+        def unchanged(place, result):
+            carried = result < num_carry and place == num_consts + result
+            return carried or (result >= num_carry and place >= start)
+
+        return _pass_on(body, operands, [*carry, *stacked], unchanged)
 
     def rebuild_while(self, params, operands, key):
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
@@ -224,24 +234,32 @@ class _Evaluator:
         def function(carry):
             return self.run(body, [*consts, *carry], (*key, 1))
 
-        return lax.while_loop(test, function, arrays[num_cond + num_body :])
+        results = lax.while_loop(test, function, arrays[num_cond + num_body :])
+        return _pass_on(
+            body,
+            operands[num_cond:],
+            results,
+            lambda place, result: place == num_body + result,
+        )
 
     def rebuild_cond(self, params, operands, key):
         index, *inputs = operands
 
-        def branch(number, closed):
+        def branch(number, body):
             def function(*arrays):
-                outs = self.run(
-                    jax_versions.body_of(closed),
-                    _inside(inputs, arrays),
-                    (*key, number),
-                )
+                outs = self.run(body, _inside(inputs, arrays), (*key, number))
                 return [_value(out) for out in outs]
 
             return function
 
-        branches = [branch(i, closed) for i, closed in enumerate(params["branches"])]
-        return lax.switch(_value(index), branches, *_raw(inputs))
+        bodies = [jax_versions.body_of(closed) for closed in params["branches"]]
+        branches = [branch(i, body) for i, body in enumerate(bodies)]
+        results = lax.switch(_value(index), branches, *_raw(inputs))
+        passed = [_pass_on(body, inputs, results) for body in bodies]
+        return [
+            same[0] if all(x is same[0] for x in same) else result
+            for result, *same in zip(results, *passed, strict=True)
+        ]
 
     def rebuild_shard_map(self, params, operands, key):
         body = jax_versions.body_of(params["jaxpr"])
@@ -258,6 +276,36 @@ class _Evaluator:
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
         )(*[_value(x) for x in operands])
+
+
+def _scope(name: str):
+    # A scope without a name would still leave a slash.
+    return jax.named_scope(name) if name else contextlib.nullcontext()
+
+
+def _pass_on(body, operands, results, unchanged=lambda place, result: True):
+    """Results of a body, with the deferred inputs that it returns as they came.
+
+    Args:
+      body: the body.
+      operands: what its inputs stand for outside of it.
+      results: its results.
+      unchanged: whether an input, by its index, is what a result holds outside.
+    """
+    places = {var: place for place, var in enumerate(body.jaxpr.invars)}
+
+    def outside(index, var, result):
+        place = None if isinstance(var, jex.Literal) else places.get(var)
+        if place is None or not isinstance(operands[place], Deferred):
+            return result
+        return operands[place] if unchanged(place, index) else result
+
+    return [
+        outside(index, var, result)
+        for index, (var, result) in enumerate(
+            zip(body.jaxpr.outvars, results, strict=True)
+        )
+    ]
 
 
 def _raw(values):

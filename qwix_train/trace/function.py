@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.extend import core as jex
 
 from qwix_train.trace import analyze, evaluate, jax_versions, provenance
 
-# The name of a param leaf from its key path within one argument, or None where the
-# leaf is not a param.
-ParamName = Callable[[tuple[str, ...]], tuple[str, ...] | None]
+# The path of a param from the key path of a leaf within one argument, or None where
+# the leaf is not a param.
+ParamName = Callable[[tuple[Any, ...]], tuple[str, ...] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,14 @@ class TracedCall:
         outs = evaluate.evaluate(
             self.body, inputs, {op.key: op for op in replace}, handler
         )
+        # An input that is handed back, such as a param among the new variables, is
+        # no use of it: it comes back as it was.
+        jaxpr = self.body.jaxpr
+        given = dict(zip(jaxpr.invars, self.inputs, strict=True))
+        outs = [
+            out if isinstance(var, jex.Literal) else given.get(var, out)
+            for var, out in zip(jaxpr.outvars, outs, strict=True)
+        ]
         return self._rebuild(outs)
 
 
@@ -92,7 +101,7 @@ def trace(
             continue
         slots.append(index)
         inputs.append(leaf)
-        name = param_name(key_strings(key_path[1:])) if first else None
+        name = param_name(key_path[1:]) if first else None
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         params.append(Param(name, leaf) if name is not None and floating else None)
     leaves = [leaf for _, leaf in flat]
@@ -113,7 +122,8 @@ def trace(
     # Results that are not arrays are kept as they are; arrays are dropped here, so
     # that the trace's tracers are not held.
     statics = [None if is_array(leaf) else (leaf,) for leaf in out_leaves]
-    del out_leaves, layout
+    del out_leaves
+    layout.clear()
 
     def rebuild(outs):
         rest = iter(outs)
@@ -140,8 +150,14 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
-def key_strings(key_path: Sequence[Any]) -> tuple[str, ...]:
-    """The names in a key path: dictionary keys, attributes and indices."""
+def param_path(key_path: Sequence[Any]) -> tuple[str, ...]:
+    """The path of a param: the dictionary keys, attributes and indices to it."""
+    key_path = list(key_path)
+    # A boxed param, such as `nn.Partitioned` or `nnx.Param`, holds its array in the
+    # attribute `value`. A param of that name has a dictionary key.
+    last = key_path[-1] if len(key_path) > 1 else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        key_path.pop()
     names = []
     for key in key_path:
         for attribute in ("key", "idx", "name"):

@@ -36,8 +36,11 @@ class Inner(NamedTuple):
 
 
 # `remat2` until 0.10, `checkpoint` later; `pjit` was the name of `jit`.
-JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+JIT = frozenset({"jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
+
+
+_DEBUG_INFO = jex.DebugInfo("evaluate_equations", "qwix_train", None, None)
 
 
 def body_of(value: Any) -> Body:
@@ -55,7 +58,7 @@ def scan_parts(params: dict[str, Any]) -> ScanParts:
 
 
 def call_body(params: dict[str, Any]) -> Body:
-    """The body of a call-like equation (`jit`, `remat`, `custom_jvp_call`)."""
+    """The body of a call-like equation (`jit`, `remat`, `custom_vjp_call`)."""
     return body_of(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
 
 
@@ -66,7 +69,12 @@ def has_body(params: dict[str, Any]) -> bool:
 
 def bodies(params: dict[str, Any]) -> list[Body]:
     """All the bodies in an equation's parameters."""
-    return [body_of(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
+    found = [body_of(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
+    # JAX 0.10 leaves out the values of their constants.
+    return [
+        Body(body.jaxpr, tuple(body.consts) or (None,) * len(body.jaxpr.constvars))
+        for body in found
+    ]
 
 
 def evaluate_equations(
@@ -86,9 +94,22 @@ def evaluate_equations(
       outputs: the variables wanted from them.
       values: the values of `inputs`.
     """
-    jaxpr = jex.Jaxpr((), list(inputs), list(outputs), list(equations))
+    jaxpr = jex.Jaxpr(
+        (),
+        list(inputs),
+        list(outputs),
+        list(equations),
+        debug_info=_DEBUG_INFO,
+    )
     closed = jaxpr if not hasattr(jex, "ClosedJaxpr") else jex.ClosedJaxpr(jaxpr, ())
     return jex.jaxpr_as_fun(closed)(*values)
+
+
+def without_scope(equation: Any) -> Any:
+    """An equation that adds no scope of its own to those it is run under."""
+    source = equation.source_info
+    empty = type(source.name_stack)()
+    return equation.replace(source_info=source.replace(name_stack=empty))
 
 
 def explicit_sharding(sharding: Any) -> bool:

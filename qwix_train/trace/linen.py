@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flax import core
 from flax import linen as nn
 
 from qwix_train.trace import function, scopes, session
@@ -26,7 +27,12 @@ def interceptor(
     if session.marking():
         return mark(next_function, args, kwargs, context)
     open_session = session.current()
-    if open_session is None or module.scope is None or module.is_initializing():
+    # `setup` is called on the way to another method, and defines submodules.
+    if (
+        open_session is None
+        or not can_rewrite(module)
+        or context.method_name == "setup"
+    ):
         return next_function(*args, **kwargs)
     return rewrite_call(
         module,
@@ -36,6 +42,11 @@ def interceptor(
         kwargs,
         open_session.rewrite,
     )
+
+
+def can_rewrite(module: nn.Module) -> bool:
+    """Whether a module is bound to variables that exist."""
+    return module.scope is not None and not module.is_initializing()
 
 
 def mark(next_function, args, kwargs, context):
@@ -65,23 +76,21 @@ def rewrite_call(
     scope = module.scope
     assert scope is not None
     unbound, variables = module.unbind()
-    mutable = scope.mutable
-    # `LazyRng`s keep the path of the module, so that a submodule that is called on
-    # its own draws the same numbers as it would within the model.
-    rngs = dict(scope.rngs)
+    # How many random numbers were drawn so far, in this scope and those below it. A
+    # module that is called twice goes on counting, and so draws other numbers.
+    counters = _update_counters({}, scope.rng_counters)
+
+    def call(inner_scope, args, kwargs):
+        inner_scope.rng_counters = counters
+        # `capture_intermediates` stays in force, as `Module.apply` would not have it.
+        return getattr(unbound.clone(parent=inner_scope), method_name)(*args, **kwargs)
 
     def pure(variables, args, kwargs):
-        # `capture_intermediates` and the like stay in force: they are interceptors
-        # of their own. `mutable=False` returns the result alone.
+        apply = core.apply(call, mutable=scope.mutable, flags=scope.flags)
         with nn.intercept_methods(mark):
-            return unbound.apply(
-                variables,
-                *args,
-                rngs=rngs,
-                method=method_name,
-                mutable=mutable,
-                **kwargs,
-            )
+            # The random streams of a scope keep its path, so that a submodule that is
+            # called on its own draws what it would within the model.
+            return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
     with session.tracing():
         traced = function.trace(
@@ -94,21 +103,29 @@ def rewrite_call(
         out = rewrite(traced)
         if out is session.UNCHANGED:
             return original()
-    if mutable is False:
+    _update_counters(scope.rng_counters, counters)
+    if scope.mutable is False:
         return out
     out, updates = out
     for collection, values in updates.items():
         for name, value in values.items():
-            module.put_variable(collection, name, value)
+            # The caller of `original` captures the result of this very method.
+            if (collection, name) != ("intermediates", method_name):
+                module.put_variable(collection, name, value)
     return out
 
 
-def param_name(path: tuple[str, ...]) -> tuple[str, ...] | None:
+def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:
+    """Copies counters in place: the scopes of submodules hold parts of `target`."""
+    for key, value in source.items():
+        if isinstance(value, dict):
+            value = _update_counters(target.get(key, {}), value)
+        target[key] = value
+    return target
+
+
+def param_name(key_path: tuple[Any, ...]) -> tuple[str, ...] | None:
     """The path of a param, from that of a leaf of the variables."""
-    collection, *names = path
-    if collection != "params":
+    if function.param_path(key_path[:1]) != ("params",):
         return None
-    # A boxed param, such as `nn.Partitioned`, holds its array in `value`.
-    if len(names) > 1 and names[-1] == "value":
-        names.pop()
-    return tuple(names)
+    return function.param_path(key_path[1:])

@@ -10,19 +10,22 @@ they are the methods of the original class.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import inspect
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx import graphlib
 
-from qwix_train.trace import function, scopes, session
+from qwix_train.trace import function, scopes, session, subclasses
 
 _CLASS = "_qwix_train_class"
 _PATH = "_qwix_train_path"
+_UPDATE = "qwix_train"
 
 _lock = threading.Lock()
 # How many rewrites in progress, in any thread, hold a module, by its identity.
@@ -34,29 +37,43 @@ def is_node(value: Any) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def modules_in(tree: Any) -> list[nnx.Module]:
-    """The NNX modules in a tree of arguments, each once."""
-    leaves = jax.tree.leaves(tree, is_leaf=is_node)
-    found = {id(leaf): leaf for leaf in leaves if isinstance(leaf, nnx.Pytree)}
+def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
+    """The NNX modules in a tree, each once, with their paths.
+
+    The path of a module is that within the outermost module which holds it: the
+    layers of `nnx.ModelAndOptimizer(model, tx)` have the paths that they have in
+    `model`.
+    """
+    found: dict[int, tuple[str, nnx.Module]] = {}
+    for leaf in jax.tree.leaves(tree, is_leaf=is_node):
+        if not isinstance(leaf, nnx.Pytree):
+            continue
+        modules = list(nnx.iter_modules(leaf))
+        paths = {path for path, _ in modules}
+        for path, module in modules:
+            outermost = next(i for i in range(len(path) + 1) if path[:i] in paths)
+            name = "/".join(map(str, path[outermost:]))
+            found.setdefault(id(module), (name, module))
     return list(found.values())
 
 
 @contextlib.contextmanager
-def intercepted(roots: list[Any]) -> Iterator[None]:
-    """Within this context, calls of the modules below `roots` are rewritten.
+def intercepted(tree: Any) -> Iterator[None]:
+    """Within this context, calls of the modules in a tree are rewritten.
 
     The modules themselves are changed (their class is), not copies: a step updates
     the very objects it was given. Threads may share a module: what its methods do
     depends on the session of the thread that calls them.
     """
     held = []
-    with _lock:
-        for root in roots:
-            for path, module in nnx.iter_modules(root):
+    try:
+        with _lock:
+            for path, module in modules_in(tree):
+                # The class that another rewrite gave it serves this one, too.
+                if id(module) not in _holders:
+                    _intercept(module, path)
                 _holders[id(module)] = _holders.get(id(module), 0) + 1
                 held.append(module)
-                _intercept(module, "/".join(map(str, path)))
-    try:
         yield
     finally:
         with _lock:
@@ -64,30 +81,72 @@ def intercepted(roots: list[Any]) -> Iterator[None]:
                 _holders[id(module)] -= 1
                 if not _holders[id(module)]:
                     del _holders[id(module)]
-                    release(module)
-
-
-def release(module: nnx.Module) -> None:
-    """Gives a module its original class back."""
-    original = getattr(type(module), _CLASS, None)
-    if original is not None:
-        module.__class__ = original
+                    _release(module)
 
 
 def release_all(tree: Any) -> None:
     """Gives all modules in a tree of results their original classes back."""
-    for root in modules_in(tree):
-        for _, module in nnx.iter_modules(root):
-            with _lock:
-                if id(module) not in _holders:
-                    release(module)
+    for _, module in modules_in(tree):
+        with _lock:
+            if id(module) not in _holders:
+                _release(module)
+
+
+def intercepted_graphdef(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+    """A graph definition whose modules, once merged, have their calls rewritten."""
+    return _map_graphdef(
+        graphdef, lambda cls, path: intercepting_class(_original(cls), path)
+    )
+
+
+def original_graphdef(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+    """A graph definition with the original classes of its modules."""
+    return _map_graphdef(graphdef, lambda cls, path: _original(cls))
+
+
+def _map_graphdef(graphdef, change):
+    """Applies `change(cls, path)` to the class of each module in a definition."""
+    nodes = list(graphdef.nodes)
+    attributes = iter(graphdef.attributes)
+    index = 0
+
+    def walk(path, root):
+        nonlocal index
+        here, node = index, nodes[index]
+        index += 1
+        cls = getattr(node, "type", None)
+        if not hasattr(node, "num_attributes"):
+            return  # a variable, or a reference to a node that came before
+        is_module = isinstance(cls, type) and issubclass(cls, nnx.Module)
+        if is_module:
+            root = len(path) if root is None else root
+            cls = change(cls, "/".join(map(str, path[root:])))
+            # A module's metadata is the class to make an empty one of.
+            metadata = cls if isinstance(node.metadata, type) else node.metadata
+            nodes[here] = dataclasses.replace(node, type=cls, metadata=metadata)
+        for _ in range(node.num_attributes):
+            key, value = next(attributes)
+            if isinstance(value, graphlib.NodeAttr):
+                walk((*path, key), root)
+
+    if nodes and hasattr(nodes[0], "num_attributes"):
+        walk((), None)
+    return dataclasses.replace(graphdef, nodes=nodes)
+
+
+def _original(cls: type) -> type:
+    return getattr(cls, _CLASS, cls)
+
+
+def _release(module: nnx.Module) -> None:
+    original = _original(type(module))
+    if original is not type(module):
+        module.__class__ = original
 
 
 def _intercept(module: nnx.Module, path: str) -> None:
-    cls = type(module)
-    if getattr(cls, _PATH, None) == path:
-        return
-    module.__class__ = intercepting_class(getattr(cls, _CLASS, cls), path)
+    if getattr(type(module), _PATH, None) != path:
+        module.__class__ = intercepting_class(_original(type(module)), path)
 
 
 @functools.cache
@@ -96,10 +155,17 @@ def intercepting_class(cls: type, path: str) -> type:
 
     Cached, so that two traces of one model have equal graph definitions.
     """
-    fields: dict[str, Any] = {_CLASS: cls, _PATH: path, "__doc__": cls.__doc__}
+    fields: dict[str, Any] = {_CLASS: cls, _PATH: path}
     for name in methods_of(cls):
         fields[name] = _intercepting_method(getattr(cls, name), path)
-    return type(cls.__name__, (cls,), fields)
+    return subclass(cls, fields)
+
+
+def subclass(cls: type, fields: dict[str, Any]) -> type:
+    """A subclass of a module's class, a pytree where that is one."""
+    is_pytree = getattr(cls, "_pytree__is_pytree", True)
+    keywords = {} if is_pytree else {"pytree": False}
+    return subclasses.subclass(cls, nnx.Module, fields, **keywords)
 
 
 def methods_of(cls: type) -> list[str]:
@@ -113,8 +179,17 @@ def methods_of(cls: type) -> list[str]:
     return sorted(
         name
         for name in names
-        if (name == "__call__" or not name.startswith("_"))
-        and inspect.isfunction(inspect.getattr_static(cls, name))
+        if (name == "__call__" or not name.startswith("_")) and _is_method(cls, name)
+    )
+
+
+def _is_method(cls: type, name: str) -> bool:
+    """Whether an attribute is a method; those that `nnx.jit` made are, too."""
+    value = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+    return (
+        callable(value)
+        and hasattr(type(value), "__get__")
+        and not isinstance(value, type | staticmethod | classmethod)
     )
 
 
@@ -148,22 +223,22 @@ def rewrite_call(
       rewrite: the rewrite.
       path: the path of the module within the model.
     """
-    traced, update = trace_call(method, args, kwargs, path)
+    with tracing_call(method, args, kwargs, path) as (traced, finish):
+        with session.suspended():
+            out = rewrite(traced)
+        if out is not session.UNCHANGED:
+            return finish(out)
     with session.suspended():
-        out = rewrite(traced)
-        if out is session.UNCHANGED:
-            return method(*args, **kwargs)
-    out, state = out
-    update(state)
-    return out
+        return method(*args, **kwargs)
 
 
-def trace_call(
+@contextlib.contextmanager
+def tracing_call(
     method: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: Sequence[Any],
     kwargs: dict[str, Any],
     path: str = "",
-) -> tuple[function.TracedCall, Callable[[Any], None]]:
+) -> Iterator[tuple[function.TracedCall, Callable[[Any], Any]]]:
     """Traces a call of a method of a module.
 
     Args:
@@ -173,32 +248,92 @@ def trace_call(
       kwargs: the keyword arguments.
       path: the path of the module within the model.
 
-    Returns:
-      The traced call, whose result is a pair of the method's result and the new
-      state, and a function that writes such a state back into the NNX objects.
+    Yields:
+      The traced call, and a function that takes its result, updates the NNX objects
+      among the arguments, and returns what the method does.
     """
-    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=is_node)
     slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
     nodes = [leaves[i] for i in slots]
-    graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
     static = [None if is_node(leaf) else leaf for leaf in leaves]
+    result = _Result()
+    with nnx.update_context(_UPDATE):
+        with nnx.split_context(_UPDATE) as split:
+            graphdef, params, rest = split.split(nodes, nnx.Param, ...)
 
-    def pure(params, rest, static):
-        nodes = nnx.merge(graphdef, params, rest)
-        for module_path, module in nnx.iter_modules(nodes[0]):
-            names = [path, *map(str, module_path)]
-            _intercept(module, "/".join(name for name in names if name))
-        filled = list(static)
-        for slot, node in zip(slots, nodes, strict=True):
-            filled[slot] = node
-        new_args, new_kwargs = jax.tree.unflatten(tree, filled)
-        out = method(*new_args, **new_kwargs)
-        return out, nnx.state(nodes)
+        def pure(params, rest, static):
+            with nnx.merge_context(_UPDATE, True) as merge:
+                nodes = merge.merge(graphdef, params, rest)
+            copies = list(modules_in(nodes))
+            classes = [type(module) for _, module in copies]
+            for module_path, module in nnx.iter_modules(nodes[0]):
+                names = [path, *map(str, module_path)]
+                _intercept(module, "/".join(name for name in names if name))
+            filled = list(static)
+            for slot, node in zip(slots, nodes, strict=True):
+                filled[slot] = node
+            new_args, new_kwargs = jax.tree.unflatten(tree, filled)
+            with scopes.module_scope(path):
+                out = method(*new_args, **new_kwargs)
+            # The caller's objects have these classes.
+            for (_, module), cls in zip(copies, classes, strict=True):
+                module.__class__ = cls
+            with nnx.split_context(_UPDATE) as split:
+                return result.split(split, nodes, out, (params, rest), graphdef)
 
-    def param_name(key_path: tuple[str, ...]) -> tuple[str, ...]:
-        names = key_path[1:-1] if key_path[-1] == "value" else key_path[1:]
-        return (*filter(None, path.split("/")), *names)
+        def param_name(key_path):
+            # The first key is the index of the object among the arguments.
+            names = function.param_path(key_path[1:])
+            return (*filter(None, path.split("/")), *names)
 
-    with session.tracing():
-        traced = function.trace(pure, (params, rest, static), param_name)
-    return traced, lambda state: nnx.update(nodes, state)
+        with session.tracing():
+            traced = function.trace(pure, (params, rest, static), param_name)
+        yield traced, lambda out: result.merge(nodes, out)
+
+
+class _Result:
+    """What a traced method returned and changed, on its way out of the trace."""
+
+    def split(self, context, nodes, out, inputs, graphdef):
+        """Within the trace: the arrays of the result and of what changed."""
+        leaves, self.tree = jax.tree.flatten(out, is_leaf=is_node)
+        self.slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+        out_nodes = [leaves[i] for i in self.slots]
+        self.graphdef, state = context.split([nodes, out_nodes])
+        others = [None if is_node(leaf) else leaf for leaf in leaves]
+        # If only the values of variables changed, only those are written. That
+        # matters where others cannot be: a teacher model that a loss closes over
+        # belongs to an outer trace.
+        self.whole = bool(out_nodes) or nnx.graphdef(nodes) != graphdef
+        if self.whole:
+            return others, state
+        before = _variables(inputs[0]) | _variables(inputs[1])
+        changed = [
+            (path[1:], variable)
+            for path, variable in nnx.to_flat_state(state)
+            if not _same_leaves(before.get(path[1:]), variable)
+        ]
+        return others, nnx.from_flat_state(changed)
+
+    def merge(self, nodes, out):
+        """Outside of the trace: writes the changes; returns the result."""
+        leaves, state = out
+        leaves = list(leaves)
+        if self.whole:
+            with nnx.merge_context(_UPDATE, False) as merge:
+                _, out_nodes = merge.merge(self.graphdef, state)
+            for slot, node in zip(self.slots, out_nodes, strict=True):
+                leaves[slot] = node
+        else:
+            nnx.update(nodes, state)
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _variables(state: nnx.State) -> dict[Any, Any]:
+    return dict(nnx.to_flat_state(state))
+
+
+def _same_leaves(before: Any, after: Any) -> bool:
+    """Whether two variables hold the very same arrays."""
+    leaves, others = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))

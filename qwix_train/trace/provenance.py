@@ -21,11 +21,20 @@ class Atom(NamedTuple):
 
     Reshaping an axis of 12 into (3, 4) splits it into the factors (size 3,
     stride 4) and (size 4, stride 1); merging axes puts factors side by side.
+
+    Attributes:
+      axis: the axis of the stored param.
+      size: the number of elements.
+      stride: the distance, along the stored axis, from one to the next; 0 where
+        the axis at hand holds some of the elements in an order that is not tracked.
+      whole: whether the axis at hand holds all of the factor, in order. False
+        after a slice or a padding.
     """
 
     axis: int
     size: int
     stride: int
+    whole: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +45,8 @@ class View:
       path: the path of the param, such as `("Dense_0", "kernel")`.
       shape: the shape of the stored param.
       dims: for each axis of the array at hand, the stored factors it holds, major
-        to minor. An axis that was added holds none.
+        to minor. An axis that was added, or of which one element was taken, holds
+        none.
     """
 
     path: tuple[str, ...]
@@ -59,8 +69,8 @@ class Weight:
     """An array whose elements are elements of one param (or of several, joined).
 
     Attributes:
-      views: one for each param it holds; several after a concatenation.
-      selected: whether an activation chose which part of the param this is
+      views: one for each param it holds; several after a concatenation or a choice.
+      selected: whether an activation chose which elements of the param these are
         (`table[token]`).
     """
 
@@ -104,12 +114,22 @@ def paths_of(provenance: Provenance) -> tuple[tuple[str, ...], ...]:
             return ()
 
 
+def is_activation(provenance: Provenance) -> bool:
+    """Whether an array depends on more than params and constants."""
+    selected = isinstance(provenance, Weight) and provenance.selected
+    return selected or isinstance(provenance, Activation)
+
+
 def join(a: Provenance, b: Provenance) -> Provenance:
     """The provenance of a value that is `a` on one path and `b` on another."""
     if a == b:
         return a
-    if isinstance(a, Activation) or isinstance(b, Activation):
-        return ACTIVATION
+    if isinstance(a, Weight) and isinstance(b, Weight):
+        views = tuple(dict.fromkeys((*a.views, *b.views)))
+        # One param seen in two ways has no one map to its axes, and a loop that
+        # changes the view each time would never come to an end.
+        if len({view.path for view in views}) == len(views):
+            return Weight(views, a.selected or b.selected)
     return _derived([a, b], "a branch or a loop")
 
 
@@ -138,30 +158,43 @@ def propagate(
     """
     if all(isinstance(operand, Constant) for operand in operands):
         return [CONSTANT] * len(out_shapes)
-    rule = _RULES.get(primitive)
-    if rule is not None:
-        result = rule(params, operands, in_shapes, out_shapes)
-        if result is not None:
-            return [result] * len(out_shapes)
+    result = None
+    if primitive in _RULES:
+        result = _RULES[primitive](params, operands, in_shapes, out_shapes)
     elif primitive in _ELEMENTWISE:
         result = _elementwise(operands, in_shapes, out_shapes[0])
-        if result is not None:
-            return [result]
-    return [_derived(operands, primitive)] * len(out_shapes)
+    if isinstance(result, list):
+        return result
+    return [result or _derived(operands, primitive)] * len(out_shapes)
+
+
+def shard(weight: Weight, shape: Sequence[int], local: Sequence[int]) -> Weight:
+    """The provenance of one device's part of an array."""
+
+    def change(dims):
+        return [
+            tuple(atom._replace(size=after, whole=False) for atom in dim)
+            if before != after
+            else dim
+            for dim, before, after in zip(dims, shape, local, strict=True)
+        ]
+
+    return _map_views(weight, change)
 
 
 # Arrays of one element each in, of one element each out, at the same place.
 _ELEMENTWISE = frozenset(
-    """abs add and cbrt ceil clamp convert_element_type copy copy_p cos cosh device_put
-    div erf exp exp2 expm1 floor integer_pow is_finite log log1p logistic max min mul
-    name neg nextafter not or pow pvary reduce_precision rem round rsqrt select_n
-    sharding_constraint mesh_cast reshard sign sin sinh sqrt square stop_gradient sub
-    tan tanh xor""".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh device_put div erf erf_inv erfc exp exp2
+    expm1 floor integer_pow is_finite log log1p log2 logistic max min mul name neg
+    nextafter not one_minus_square or pcast polynomial pow pvary reduce_precision rem
+    round rsqrt sharding_constraint mesh_cast reshard sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor""".split()
 )
 
 
 def _derived(operands: Sequence[Provenance], by: str) -> Provenance:
-    if any(isinstance(operand, Activation) for operand in operands):
+    if any(map(is_activation, operands)):
         return ACTIVATION
     paths = dict.fromkeys(p for operand in operands for p in paths_of(operand))
     if not paths:
@@ -178,16 +211,54 @@ def _map_views(weight: Weight, change) -> Weight:
 
 
 def _elementwise(operands, in_shapes, out_shape) -> Provenance | None:
-    varying = [
-        (operand, shape)
-        for operand, shape in zip(operands, in_shapes, strict=True)
-        if not isinstance(operand, Constant)
+    varying = [i for i, o in enumerate(operands) if not isinstance(o, Constant)]
+    if len(varying) != 1 or not isinstance(operands[varying[0]], Weight):
+        return None
+    weight = operands[varying[0]]
+    if in_shapes[varying[0]] != out_shape:
+        return None
+    constants = [shape for i, shape in enumerate(in_shapes) if i != varying[0]]
+    return weight if _may_vary(weight, constants, out_shape) else None
+
+
+def _may_vary(weight, constants, out_shape) -> bool:
+    """Whether a weight stays one when combined with constants of some shapes.
+
+    An array of constants may differ along an axis that was added to the weight, as
+    in `x * scale`, where `x` happens not to depend on an input. What comes out is
+    then no element of the param.
+    """
+    added = any(
+        not dim and size > 1
+        for view in weight.views
+        for dim, size in zip(view.dims, out_shape, strict=True)
+    )
+    return not added or all(shape == () for shape in constants)
+
+
+def _select(params, operands, in_shapes, out_shapes):
+    """`where(mask, weight, 0)`, and a choice between weights."""
+    which, *cases = operands
+    weights = [case for case in cases if isinstance(case, Weight)]
+    if not weights or any(not isinstance(case, Weight | Constant) for case in cases):
+        return None
+    constants = [
+        shape
+        for case, shape in zip(cases, in_shapes[1:], strict=True)
+        if isinstance(case, Constant)
     ]
-    if len(varying) == 1 and isinstance(varying[0][0], Weight):
-        operand, shape = varying[0]
-        if shape == out_shape:
-            return operand
-    return None
+    result = weights[0]
+    for weight in weights[1:]:
+        result = join(result, weight)
+    if not isinstance(result, Weight):
+        return None
+    # A mask that is constant along an added axis cannot be told from one that is
+    # not; an activation's choice may differ there, as between the tokens of a batch.
+    if isinstance(which, Constant) and not _may_vary(
+        result, [in_shapes[0], *constants], out_shapes[0]
+    ):
+        return None
+    return dataclasses.replace(result, selected=result.selected or is_activation(which))
 
 
 def _transpose(params, operands, in_shapes, out_shapes):
@@ -236,32 +307,57 @@ def _expand(params, operands, in_shapes, out_shapes):
 
 
 def _same_axes(params, operands, in_shapes, out_shapes):
-    """Slices, paddings and reversals: each axis still holds what it held."""
+    """Paddings and reversals: each axis still holds what it held."""
     operand, *others = operands
     if isinstance(operand, Weight) and all(isinstance(o, Constant) for o in others):
         return _resize(operand, in_shapes[0], out_shapes[0])
     return None
 
 
+def _slice(params, operands, in_shapes, out_shapes):
+    (operand,) = operands
+    if not isinstance(operand, Weight):
+        return operand
+    steps = params.get("strides") or (1,) * len(in_shapes[0])
+    return _resize(operand, in_shapes[0], out_shapes[0], steps)
+
+
+def _split(params, operands, in_shapes, out_shapes):
+    (operand,) = operands
+    if not isinstance(operand, Weight):
+        return [operand] * len(out_shapes)
+    return [_resize(operand, in_shapes[0], shape) for shape in out_shapes]
+
+
 def _dynamic_slice(params, operands, in_shapes, out_shapes):
     operand, *indices = operands
-    if isinstance(operand, Weight):
-        selected = any(isinstance(index, Activation) for index in indices)
-        operand = _resize(operand, in_shapes[0], out_shapes[0])
-        return dataclasses.replace(operand, selected=operand.selected or selected)
-    return None
+    if not isinstance(operand, Weight):
+        return None
+    return dataclasses.replace(
+        _resize(operand, in_shapes[0], out_shapes[0]),
+        selected=operand.selected or any(map(is_activation, indices)),
+    )
 
 
-def _resize(weight: Weight, old, new) -> Weight:
-    """Part of each axis: a factor that stands alone in its axis shrinks with it."""
+def _resize(weight: Weight, old, new, steps=None) -> Weight:
+    """Part of each axis, or more than all of it."""
+    steps = steps or (1,) * len(old)
 
-    def change(dims):
-        return [
-            (dim[0]._replace(size=after),) if before != after and len(dim) == 1 else dim
-            for dim, before, after in zip(dims, old, new, strict=True)
-        ]
+    def part(dim, before, after, step):
+        if before == after:
+            return dim
+        if after == 1:
+            return ()
+        if len(dim) == 1:
+            (atom,) = dim
+            return (Atom(atom.axis, after, atom.stride * step, False),)
+        return _untracked(dim)
 
-    return _map_views(weight, change)
+    return _map_views(weight, lambda dims: list(map(part, dims, old, new, steps)))
+
+
+def _untracked(dim) -> tuple[Atom, ...]:
+    return tuple(Atom(atom.axis, atom.size, 0, False) for atom in dim)
 
 
 def _gather(params, operands, in_shapes, out_shapes):
@@ -270,16 +366,30 @@ def _gather(params, operands, in_shapes, out_shapes):
         return None
     numbers = params["dimension_numbers"]
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    offsets = set(numbers.offset_dims)
+    kept = [axis for axis in range(len(in_shapes[0])) if axis not in dropped]
+    offsets = dict(zip(numbers.offset_dims, kept, strict=True))
+    indexed = [axis for axis in numbers.start_index_map if axis in dropped]
+    indexed += numbers.operand_batching_dims
+    sizes = params["slice_sizes"]
+    weight = _resize(
+        operand,
+        in_shapes[0],
+        [in_shapes[0][a] if a in dropped else size for a, size in enumerate(sizes)],
+    )
 
     def change(dims):
-        kept = iter([d for axis, d in enumerate(dims) if axis not in dropped])
+        # Along the axes of the indices lie elements that differ in the axes that
+        # are indexed, in any order.
+        chosen = tuple(atom for axis in indexed for atom in _untracked(dims[axis]))
         return [
-            next(kept) if axis in offsets else () for axis in range(len(out_shapes[0]))
+            dims[offsets[axis]] if axis in offsets else chosen if size > 1 else ()
+            for axis, size in enumerate(out_shapes[0])
         ]
 
-    selected = operand.selected or isinstance(indices, Activation)
-    return dataclasses.replace(_map_views(operand, change), selected=selected)
+    return dataclasses.replace(
+        _map_views(weight, change),
+        selected=operand.selected or is_activation(indices),
+    )
 
 
 def _concatenate(params, operands, in_shapes, out_shapes):
@@ -292,20 +402,57 @@ def _concatenate(params, operands, in_shapes, out_shapes):
     return Weight(views, any(weight.selected for weight in weights))
 
 
+def _stack(params, operands, in_shapes, out_shapes):
+    joined = _concatenate(params, operands, in_shapes, out_shapes)
+    axis = params["axis"]
+    return joined and _map_views(joined, lambda dims: [*dims[:axis], (), *dims[axis:]])
+
+
+def _unstack(params, operands, in_shapes, out_shapes):
+    (operand,) = operands
+    axis = params["axis"]
+    if isinstance(operand, Weight):
+        operand = _map_views(operand, lambda dims: [*dims[:axis], *dims[axis + 1 :]])
+    return [operand] * len(out_shapes)
+
+
+def _tile(params, operands, in_shapes, out_shapes):
+    (operand,) = operands
+    if not isinstance(operand, Weight):
+        return operand
+    sizes = zip(in_shapes[0], out_shapes[0], strict=True)
+    repeated = [before != after for before, after in sizes]
+    return _map_views(
+        operand,
+        lambda dims: [
+            _untracked(dim) if again else dim
+            for dim, again in zip(dims, repeated, strict=True)
+        ],
+    )
+
+
+def _all_gather(params, operands, in_shapes, out_shapes):
+    (operand,) = operands
+    if isinstance(operand, Weight) and params["tiled"]:
+        return shard(operand, in_shapes[0], out_shapes[0])
+    return None
+
+
 def _reshape(params, operands, in_shapes, out_shapes):
     operand, *_ = operands
     if not isinstance(operand, Weight):
         return operand if len(operands) == 1 else None
-    groups = _reshape_groups(in_shapes[0], out_shapes[0])
+    shape, order = in_shapes[0], params["dimensions"]
+    if order is not None:  # a transpose comes first
+        operand = _map_views(operand, lambda dims: [dims[axis] for axis in order])
+        shape = tuple(shape[axis] for axis in order)
+    groups = _reshape_groups(shape, out_shapes[0])
     if groups is None:
         return None
-    views = []
-    for view in operand.views:
-        dims = _reshape_dims(view.dims, in_shapes[0], out_shapes[0], groups)
-        if dims is None:
-            return None
-        views.append(dataclasses.replace(view, dims=dims))
-    return dataclasses.replace(operand, views=tuple(views))
+    return _map_views(
+        operand,
+        lambda dims: _reshape_dims(dims, shape, out_shapes[0], groups),
+    )
 
 
 def _reshape_groups(old, new):
@@ -334,16 +481,20 @@ def _reshape_dims(dims, old, new, groups):
             result.extend(dims[i] for i in before)
             continue
         atoms = [atom for i in before for atom in dims[i] if atom.size != 1]
-        sizes = [old[i] for i in before if old[i] != 1]
-        # An axis that no factor accounts for in full (it was sliced, broadcast, or
-        # joined from several params) cannot be split or merged.
-        if math.prod(atom.size for atom in atoms) != math.prod(sizes):
-            return None
-        for j in after:
-            taken, atoms = _take(atoms, new[j])
-            if taken is None:
-                return None
-            result.append(taken)
+        size = math.prod(old[i] for i in before)
+        # Factors that were sliced, repeated, or joined with those of other params do
+        # not account for the axes that hold them.
+        tracked = math.prod(atom.size for atom in atoms) == size
+        parts = []
+        if tracked and all(atom.whole for atom in atoms):
+            rest = atoms
+            for j in after:
+                taken, rest = _take(rest, new[j])
+                parts.append(taken)
+        if not parts or None in parts:
+            untracked = _untracked(atoms)
+            parts = [untracked if new[j] > 1 else () for j in after]
+        result.extend(parts)
     return tuple(result)
 
 
@@ -373,17 +524,18 @@ _RULES = {
     "squeeze": _squeeze,
     "expand_dims": _expand,
     "reshape": _reshape,
-    "slice": _same_axes,
-    "split": lambda params, operands, in_shapes, out_shapes: (
-        operands[0] if len(set(out_shapes)) > 1 else
-        _same_axes(params, operands, in_shapes, out_shapes)
-    ),
+    "select_n": _select,
+    "slice": _slice,
+    "split": _split,
     "rev": _same_axes,
     "pad": _same_axes,
-    "optimization_barrier": lambda params, operands, *_: (
-        operands[0] if len(operands) == 1 else None
-    ),
+    "optimization_barrier": lambda params, operands, *_: list(operands),
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
 }

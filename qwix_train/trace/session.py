@@ -9,7 +9,6 @@ traced under this one is never used outside it.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,14 +21,10 @@ from qwix_train.trace.function import TracedCall
 Rewrite = Callable[[TracedCall], Any]
 UNCHANGED = object()
 
-_session = jax.make_user_context(None)
-
-
-class _Marking(threading.local):
-    on = False
-
-
-_marking = _Marking()
+# The value while a model is traced. It is not None, so that a jitted function that
+# was traced before, without the marks of its modules, is traced again with them.
+_TRACING = object()
+_context = jax.make_user_context(None)
 
 
 class Session:
@@ -41,34 +36,30 @@ class Session:
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Applies the rewrite to the model calls made in this thread."""
-        with _session(self):
+        with _context(self):
             yield
 
 
 def current() -> Session | None:
     """The session in force in this thread, if any."""
-    return _session.value
+    value = _context.value
+    return value if isinstance(value, Session) else None
 
 
 def marking() -> bool:
     """Whether a model is being traced, so that modules must mark their scopes."""
-    return _marking.on
+    return _context.value is _TRACING
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """While a model is traced: no session is in force, and modules mark scopes."""
-    before = _marking.on
-    _marking.on = True
-    try:
-        with _session(None):
-            yield
-    finally:
-        _marking.on = before
+    with _context(_TRACING):
+        yield
 
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """While results are computed: no session is in force."""
-    with _session(None):
+    with _context(None):
         yield

@@ -1,0 +1,88 @@
+"""NF4, the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, appendix E).
+
+A code is the index of one of 16 levels from -1 to 1, denser around 0.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LEVELS = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+"""The levels, in ascending order."""
+
+
+@functools.cache
+def _thresholds() -> np.ndarray:
+    """Returns the 15 largest float32 values that take the lower of two levels.
+
+    "Nearer" is judged by the distances as float32 computes them, ties going to the
+    lower level. Both distances are monotone in the value, so one threshold for each
+    pair of neighbors says it all; bisection over the floats finds it.
+    """
+    thresholds = []
+    for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True):
+        inside, outside = low, high
+        while np.nextafter(inside, outside) != outside:
+            middle = np.float32((np.float64(inside) + np.float64(outside)) / 2)
+            if middle in (inside, outside):
+                middle = np.nextafter(inside, outside)
+            if np.abs(low - middle) <= np.abs(high - middle):
+                inside = middle
+            else:
+                outside = middle
+        thresholds.append(inside)
+    return np.array(thresholds, np.float32)
+
+
+def encode(x: jax.Array) -> jax.Array:
+    """Returns the index of the nearest level, as uint4; NaN gives that of 0.
+
+    >>> encode(jnp.array([-3., 0.01, 0.9])).tolist()
+    [0, 7, 15]
+    """
+    # A value's code is the number of thresholds below it. `NaN > t` is false, so
+    # counting all 15 that way would send NaN to the lowest level; the seven below
+    # zero count `not (x <= t)` instead, which sends it to level 7, which is 0.
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    code = jnp.zeros(x.shape, jnp.int8)
+    for index, threshold in enumerate(_thresholds().tolist()):
+        above = ~(x <= threshold) if index < 7 else x > threshold
+        code += above.astype(jnp.int8)
+    return code.astype(jnp.uint4)
+
+
+def decode(q: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the levels of codes, rounded to a dtype."""
+    # A binary tree of selects, one bit of the code at a time: it fuses with what
+    # follows, where a lookup would be a gather.
+    codes = q.astype(jnp.uint8)
+    values: list[Any] = LEVELS.astype(jnp.dtype(dtype)).tolist()
+    values = [jnp.asarray(value, dtype) for value in values]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        pairs = zip(values[0::2], values[1::2], strict=True)
+        values = [jnp.where(is_set, high, low) for low, high in pairs]
+    return values[0]

@@ -1,0 +1,37 @@
+"""Subclasses that pass for the class of a user's module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def subclass(cls: type, root: type, fields: dict[str, Any], **keywords: Any) -> type:
+    """A subclass of a module's class, under the same name.
+
+    The author's own `__init_subclass__` is not called: it may want arguments, or keep
+    a register of models, in which this class has no place.
+
+    Args:
+      cls: the class.
+      root: the class of the library that `cls` descends from, whose
+        `__init_subclass__` is called.
+      fields: the attributes of the subclass.
+      **keywords: arguments for the `__init_subclass__` of `root`.
+    """
+    names = ("__doc__", "__module__", "__qualname__")
+    namespace = {name: getattr(cls, name) for name in names} | fields
+    bases: tuple[type, ...] = (cls,)
+    inherited = _function(root)
+    if _function(cls) is not inherited:
+        # Derived from `root`, so that an object of `cls` can change to the new class:
+        # both then have the same layout in memory.
+        class Quiet(root):
+            def __init_subclass__(cls, **kwargs):
+                inherited(cls, **kwargs)
+
+        bases = (Quiet, cls)
+    return type(cls)(cls.__name__, bases, namespace, **keywords)
+
+
+def _function(cls: type) -> Any:
+    return getattr(cls.__init_subclass__, "__func__", None)

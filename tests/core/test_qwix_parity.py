@@ -1,0 +1,120 @@
+"""Bit for bit the results of qwix 0.1.8, run eagerly, wherever it has one.
+
+Where a scale is broadcast, or there is one scale, all codes agree, those on exact ties
+between two codes included. Only under `jax.jit` does the reference differ from itself,
+on such ties; ours is the same there.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+
+from qwix_train.core import numerics
+from qwix_train.core.qarray import QArray, dequantize, quantize
+
+LAYOUTS = [
+    {},
+    dict(channelwise_axes=(0,)),
+    dict(channelwise_axes=(0, 1)),
+    dict(channelwise_axes=(1,), tiled_axes={0: 8}),
+    dict(tiled_axes={0: 0.25, 1: 6}),
+]
+METHODS = ["absmax", "absmax,0.8", "minmax", "minmax,0.7", "rms,3", "fixed,-2,2"]
+METHODS.append("fixed,-2,3")
+DTYPES = [jnp.float32, jnp.bfloat16]
+# The reference's `int1` quantizes everything to zero, and it takes zero points for
+# int8 and int4 only.
+QTYPES = [t for t in numerics.QTYPE_NAMES if t != "int1"]
+SOME = ["int8", "int3", "float8_e4m3fn", "nf4"]
+
+
+def supported(qtype, method):
+    symmetric = method not in ("minmax", "minmax,0.7", "fixed,-2,3")
+    return symmetric or qtype in ("int8", "int4")
+
+
+def theirs(x, qtype, **kwargs):
+    native = dict(int8=jnp.int8, int4=jnp.int4)
+    return qwix.quantize(x, native.get(qtype, qtype), **kwargs)
+
+
+def ties(x, q):
+    """Marks the elements that lie exactly between two codes of an integer type."""
+    scale = np.asarray(q.scale, np.float64)
+    zero = 0 if q.zero_point is None else np.asarray(q.zero_point, np.float64)
+    for axis, n in enumerate(x.shape):
+        repeats = n // scale.shape[axis]
+        scale = np.repeat(scale, repeats, axis)
+        zero = zero if np.ndim(zero) == 0 else np.repeat(zero, repeats, axis)
+    scaled = np.asarray(x, np.float64) / scale + zero
+    # A last bit of the scale decides on which side the quotient of a tie falls.
+    return np.abs(scaled - np.floor(scaled) - 0.5) < 2e-5
+
+
+def compare(dtype, layout, qtypes):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), dtype)
+    codes = on_ties = 0
+    for qtype, method in itertools.product(qtypes, METHODS):
+        if not supported(qtype, method):
+            continue
+        kwargs = dict(calibration_method=method, **layout)
+        want, got = theirs(x, qtype, **kwargs), quantize(x, qtype, **kwargs)
+        context = f"{qtype} {method} {layout} {dtype}"
+        assert got.qvalue.dtype == want.qvalue.dtype, context
+        assert got.qtype == want.qtype, context
+        parts = [("scale", got.scale, want.scale), ("code", got.qvalue, want.qvalue)]
+        if want.zero_point is not None:
+            parts.append(("zero point", got.zero_point, want.zero_point))
+        parts.append(("value", dequantize(got), qwix.dequantize(want)))
+        for name, a, b in parts:
+            a, b = (np.asarray(v.astype(jnp.float32)) for v in (a, b))
+            np.testing.assert_array_equal(a, b, f"{name} of {context}")
+        codes += x.size
+        if qtype.startswith("int"):
+            on_ties += int(ties(x, got).sum())
+    return codes, on_ties
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_and_dequantize(dtype, layout, record_property):
+    codes, on_ties = compare(dtype, layout, SOME)
+    record_property("codes", codes)
+    record_property("on_ties", on_ties)
+    assert codes > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_and_dequantize_every_type(dtype, layout, record_property):
+    codes, on_ties = compare(dtype, layout, QTYPES)
+    record_property("codes", codes)
+    record_property("on_ties", on_ties)
+    print(f"{codes} codes equal, {on_ties} of them on exact ties")
+
+
+def test_compiled_reference_differs_on_ties_only():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
+    for method in ("absmax", "minmax", "rms,3"):
+        for axes in ((), (0,), (0, 1)):
+            kwargs = dict(channelwise_axes=axes, calibration_method=method)
+            want = jax.jit(lambda x: theirs(x, "int8", **kwargs))(x)
+            got = quantize(x, "int8", **kwargs)
+            differs = np.asarray(got.qvalue) != np.asarray(want.qvalue)
+            assert not (differs & ~ties(x, got)).any()
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_dequantizing_what_the_reference_stored(qtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.bfloat16)
+    stored = theirs(x, qtype, tiled_axes={0: 8})
+    ours = QArray(stored.qvalue, stored.scale, stored.zero_point, stored.qtype)
+    np.testing.assert_array_equal(
+        dequantize(ours).astype(jnp.float32),
+        qwix.dequantize(stored).astype(jnp.float32),
+    )

@@ -1,0 +1,146 @@
+"""Small models, in Linen and in NNX, and an independent fake quantization of them."""
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+from jax import numpy as jnp
+
+from qwix_train import QuantizationRule
+
+MARGIN = 1.1
+
+
+def rule(weight_qtype, act_qtype=None, module_path=".*", **kwargs):
+    """A rule whose range is wider than the array.
+
+    The largest element then is no exact tie between two codes, which two ways to
+    compute one scale may break differently.
+    """
+    act = {"act_calibration_method": f"absmax,{MARGIN}"} if act_qtype else {}
+    return QuantizationRule(
+        module_path=module_path,
+        weight_qtype=weight_qtype,
+        weight_calibration_method=f"absmax,{MARGIN}",
+        act_qtype=act_qtype,
+        **(act | kwargs),
+    )
+
+
+INT8 = [rule("int8", "int8")]
+INT4 = [rule("int4", "int8")]
+INT2 = [QuantizationRule(weight_qtype="int2")]
+NOTHING = [QuantizationRule(module_path="nowhere", weight_qtype="int8")]
+
+
+def fake_quant(x, bits, shared):
+    """What the rules above do to an array, in a few lines of its own.
+
+    Args:
+      x: the array.
+      bits: the width of the type.
+      shared: the axes that share a scale.
+    """
+    bound = 2 ** (bits - 1) - 0.5
+    scale = MARGIN * jnp.max(jnp.abs(x), axis=shared, keepdims=True) / bound
+    scale = jnp.where(scale == 0, 1, scale)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rounded = jnp.clip(jnp.round(x / scale), low, high) * scale
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
+def dense(params, x, weight_bits=8, act_bits=8):
+    """A dense layer with both operands fake-quantized, per channel and per row."""
+    kernel = fake_quant(params["kernel"], weight_bits, 0)
+    if act_bits:
+        x = fake_quant(x, act_bits, -1)
+    return x @ kernel + params["bias"]
+
+
+class Mlp(nn.Module):
+    """Two layers."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(3)(x)
+
+
+def mlp(params, x, **bits):
+    """`Mlp` by hand."""
+    return dense(
+        params["Dense_1"], nn.relu(dense(params["Dense_0"], x, **bits)), **bits
+    )
+
+
+class Everything(nn.Module):
+    """Convolution, BatchNorm, dropout and a dense layer."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(4, (3, 3))(x[..., None])
+        x = nn.relu(x).reshape(x.shape[0], -1)
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        self.sow("intermediates", "features", x)
+        x = self.perturb("before_head", x)
+        return nn.Dense(3)(nn.relu(x))
+
+
+class NnxMlp(nnx.Module):
+    """Two layers, BatchNorm and dropout."""
+
+    def __init__(self, rngs, rate=0.5):
+        self.l1 = nnx.Linear(4, 8, rngs=rngs)
+        self.bn = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.l2 = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.l2(self.features(x))
+
+    def features(this, x):
+        return nnx.relu(this.dropout(this.bn(this.l1(x))))
+
+
+class BatchState(train_state.TrainState):
+    batch_stats: dict
+
+
+def classes(x):
+    """Labels that can be learned."""
+    return jnp.argmax(x.reshape(x.shape[0], -1)[:, :3], -1)
+
+
+def loss_of(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(_array(x), _array(y))
+
+
+def assert_close(a, b, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(_array(x), _array(y), tolerance, tolerance)
+
+
+def assert_differ(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    assert any(not np.array_equal(_array(x), _array(y)) for x, y in pairs)
+
+
+def _array(x):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)

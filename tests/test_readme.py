@@ -1,0 +1,52 @@
+"""The README's code runs as it stands there."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict = {}
+    # The first block is the one-line summary, of names defined further down.
+    for block in blocks[1:]:
+        exec(block, names)  # noqa: S102
+    assert len(blocks) == 4
+    assert names["state"].step == 3
+    assert np.isfinite(names["loss"])
+
+    # The wrapped step is quantized: its loss is that of the quantized weights.
+    kernel = names["params"]["Dense_0"]["kernel"]
+    scale = np.abs(kernel).max(0, keepdims=True) * np.float32(1 / 7.5)
+    codes = np.clip(np.round(np.asarray(kernel) / scale), -8, 7)
+    assert len(np.unique(codes)) <= 16
+    float_loss = names["train_step"](
+        names["state"].replace(params=names["params"]), names["batch"]
+    )[1]
+    quantized_loss = names["step"](
+        names["state"].replace(params=names["params"]), names["batch"]
+    )[1]
+    assert float_loss != quantized_loss
+    assert abs(float_loss - quantized_loss) < 0.2
+
+    table = capsys.readouterr().out
+    assert re.search(r"Dense_0 +dot_general0 .*int4 channel 1 tile 0:16", table)
+    assert re.search(r"Dense_1 +dot_general0 .*float", table)
+
+
+def test_the_wrapped_step_compiles_as_often_as_the_plain_one():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict = {}
+    for block in blocks[1:3]:
+        exec(block, names)  # noqa: S102
+    plain = jax.jit(names["train_step"])
+    state = names["state"].replace(step=0, opt_state=names["state"].opt_state)
+    for _ in range(3):
+        state, _ = plain(state, names["batch"])
+    assert names["step"]._cache_size() == plain._cache_size()
+    assert jax.tree.all(jax.tree.map(jnp.isfinite, names["loss"]))
