@@ -95,12 +95,11 @@ def parse_options() -> argparse.Namespace:
     add("--compile-rounds", type=int, default=3)
     add("--step-rounds", type=int, default=15)
     add("--out", type=pathlib.Path, default=OUT, help="where the JSON goes")
-    options = parser.parse_args()
-    if options.quick:
+    if parser.parse_args().quick:
         small = {"layers": 2, "width": 128, "batch": 4, "tokens": 64, "images": 8}
         few = {"trace_rounds": 3, "compile_rounds": 1, "step_rounds": 5}
-        vars(options).update(small, channels=16, size=16, depths=[4, 8, 16], **few)
-    return options
+        parser.set_defaults(**small, channels=16, size=16, depths=[4, 8, 16], **few)
+    return parser.parse_args()
 
 
 def machine() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import inspect
 import warnings
@@ -122,7 +123,10 @@ def quantize_model(
                 "quantize_model(model, provider). To see what the rules do to it, use "
                 "plan(model, rules, *inputs)."
             )
-        quantized = model.copy()
+        # A bound one, such as one just made in a compact method, keeps its scope; a
+        # copy that Linen makes would ask for a name of its own there.
+        bound = model.scope is not None
+        quantized = copy.copy(model) if bound else model.copy(name=model.name)
         object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
         return quantized
     quantized = nnx.clone(model)
@@ -155,7 +159,6 @@ def quantize_fn(
     Example:
       >>> mlp = quantize_fn(lambda params, x: x @ params["w"], provider)
     """
-
     _check_provider(provider)
     if not callable(fn):
         raise TypeError(f"Expected a function, got {fn!r}.")

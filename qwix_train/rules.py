@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -73,7 +74,8 @@ class QuantizationRule:
         try:
             re.compile(self.module_path)
         except (re.error, TypeError) as error:
-            raise self._error("module_path", f"not a regular expression: {error}")
+            reason = f"not a regular expression: {error}"
+            raise self._error("module_path", reason) from None
         for name in self.op_names:
             if re.sub(r"\d+$", "", name) not in OP_NAMES:
                 raise self._error(
@@ -91,10 +93,14 @@ class QuantizationRule:
             )
         if self.act_static_scale and self.act_qtype is None:
             raise self._error("act_static_scale", "it needs an act_qtype")
-        for field in ("weight_calibration_method", "act_calibration_method"):
-            method = getattr(self, field)
+        for name in ("weight", "act"):
+            field = f"{name}_calibration_method"
+            method, qtype = getattr(self, field), getattr(self, f"{name}_qtype")
             if method is not None:
                 self._check(field, how.parse_calibration_method, method)
+            if method is not None and qtype is not None:
+                # Not every type has the zero point that a method may need.
+                self._check(field, functools.partial(_how, qtype), method)
         size = self.tile_size
         if size is not None and (
             isinstance(size, bool)
@@ -132,6 +138,10 @@ class QuantizationRule:
     def _error(self, field, reason) -> ValueError:
         value = getattr(self, field)
         return ValueError(f"QuantizationRule({field}={value!r}): {reason}.")
+
+
+def _how(qtype: Any, method: str) -> how.HowToQuantize:
+    return how.HowToQuantize(qtype=qtype, calibration_method=method)
 
 
 def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ...]:

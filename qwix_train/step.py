@@ -61,7 +61,7 @@ def wrap_train_step(
       >>> step = jax.jit(wrap_train_step(train_step, [rule]))
       >>> state, loss = step(state, batch)
     """
-    return _wrap(step, QtProvider(rules, allow_unmatched=True), allow_unmatched)
+    return _wrap(step, rules, allow_unmatched)
 
 
 def wrap_eval_step(
@@ -81,7 +81,7 @@ def wrap_eval_step(
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
     """
-    return _wrap(step, QtProvider(rules, allow_unmatched=True), allow_unmatched)
+    return _wrap(step, rules, allow_unmatched)
 
 
 class _Wrapped:
@@ -143,7 +143,7 @@ class _Seen(threading.local):
         self.unmatched: set[str] = set()
 
 
-def _wrap(step, provider: QuantizationProvider, allow_unmatched: bool):
+def _wrap(step, rules: Sequence[QuantizationRule], allow_unmatched: bool):
     if isinstance(step, jax.stages.Compiled | jax.stages.Lowered):
         raise TypeError(
             "The step was compiled ahead of time and can no longer be quantized. Wrap "
@@ -162,7 +162,8 @@ def _wrap(step, provider: QuantizationProvider, allow_unmatched: bool):
         function = function.func
     owner = getattr(function, "__self__", None)
     name = getattr(function, "__name__", None) or type(function).__name__
-    wrapped = _Wrapped(provider, name)
+    # The step as a whole is checked, not each of its models.
+    wrapped = _Wrapped(QtProvider(rules, allow_unmatched=True), name)
 
     def quantized_step(*args, **kwargs):
         given = ((*bound_args, *args), {**bound_kwargs, **kwargs})

@@ -71,6 +71,10 @@ def summarize(
             **floating,
             "history": [m["history"] for m in select("float", "float")],
         },
+        "float_longer": {
+            **spread("float_longer", "float"),
+            "history": [m["history"] for m in select("float_longer", "float")],
+        },
         "rows": rows,
     }
 
@@ -83,6 +87,8 @@ def format_table(results: dict[str, Any]) -> str:
 
     lines = [("weights", "activations", "plain fake quant", "QAT", "recovered")]
     lines.append(("float", "float", cell(results["float"]), "", ""))
+    longer = f"float, {results['config']['qat_steps']} steps more"
+    lines.append((longer, "float", cell(results["float_longer"]), "", ""))
     for row in results["rows"]:
         recovery = row["recovery"]
         lines.append(

@@ -194,6 +194,14 @@ def train_and_evaluate(
         learning_rate=config.float_learning_rate,
         rules=[],
     )
+    # The control: what the fine-tuning steps do without any quantization.
+    longer_phase = make_phase(
+        framework,
+        "float_longer",
+        steps=config.qat_steps,
+        learning_rate=config.qat_learning_rate,
+        rules=[],
+    )
     # One compiled step for each width, shared by all seeds.
     qat_phases = [
         make_phase(
@@ -231,10 +239,10 @@ def train_and_evaluate(
             train=train,
             test=test,
             data_seed=data_seed,
-            label=f"seed {seed} | {phase.name:5s}",
+            label=f"seed {seed} | {phase.name}",
             checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
         )
-        method = "float" if phase is float_phase else "qat"
+        method = "qat" if phase in qat_phases else "float"
         measure(seed, phase, method, evaluate(phase, state, test)["accuracy"], history)
         return state
 
@@ -249,12 +257,14 @@ def train_and_evaluate(
             accuracy = evaluate(phase, state, test)["accuracy"]
             measure(seed, phase, "ptq", accuracy, None)
             print(
-                f"seed {seed} | {phase.name:5s} | plain fake quant, no training "
+                f"seed {seed} | {phase.name} | plain fake quant, no training "
                 f"| test {accuracy:6.1%}",
                 flush=True,
             )
             finetune_state = framework.create_finetune_state(state, phase.tx)
             run(seed, phase, finetune_state, int(qat_data))
+        finetune_state = framework.create_finetune_state(state, longer_phase.tx)
+        run(seed, longer_phase, finetune_state, int(qat_data))
 
     results = report.summarize(config, measurements)
     report.write(results, workdir)

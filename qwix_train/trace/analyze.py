@@ -92,6 +92,12 @@ class _Walker:
         self.prefix = prefix
         self.ops: list[Op] = []
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        # What each compiled body read when it was first met; the modules that take
+        # the place of those that the body being walked names; and the length of the
+        # scope around that body.
+        self.first_operands: dict[int, Sequence[Provenance]] = {}
+        self.renamed: dict[str, str] = {}
+        self.outside = 0
 
     def walk(
         self,
@@ -135,7 +141,13 @@ class _Walker:
         return [read(atom) for atom in jaxpr.outvars]
 
     def add(self, eqn, operands, key, scope, opaque):
-        path = _join(self.prefix, module_path_of(scope))
+        path = module_path_of(scope)
+        if module_path_of(scope[self.outside :]):
+            for old, new in self.renamed.items():
+                if path == old or path.startswith(f"{old}/"):
+                    path = new + path.removeprefix(old)
+                    break
+        path = _join(self.prefix, path)
         name = _OPS[eqn.primitive.name]
         if name == "dot_general" and _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2]):
             name = "einsum"
@@ -160,7 +172,19 @@ class _Walker:
     def enter(self, eqn, operands, key, scope, opaque) -> list[Provenance]:
         """Walks the bodies of one equation."""
         name, params = eqn.primitive.name, eqn.params
-        if name in jax_versions.JIT or name in jax_versions.REMAT:
+        if name in jax_versions.JIT:
+            body = jax_versions.call_body(params)
+            # JAX traces a function once for all modules that compile it with the
+            # same shapes (`nn.jit`), and its ops are marked with the first of them.
+            first = self.first_operands.setdefault(id(body.jaxpr), operands)
+            before = self.renamed, self.outside
+            if not self.renamed:
+                self.renamed = _renamed(first, operands)
+                self.outside = len(scope)
+            results = self.walk(body, operands, (*key, 0), scope, opaque)
+            self.renamed, self.outside = before
+            return results
+        if name in jax_versions.REMAT:
             body = jax_versions.call_body(params)
             return self.walk(body, operands, (*key, 0), scope, opaque)
         if name in ("custom_jvp_call", "custom_vjp_call"):
@@ -252,6 +276,19 @@ class _Walker:
             carry = after
             del self.ops[ops:]
             self.counts = counts.copy()
+
+
+def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str, str]:
+    """The modules that differ between two calls of a function, by their params."""
+    renamed = {}
+    for a, b in zip(first, now, strict=True):
+        paths = zip(provenance.paths_of(a), provenance.paths_of(b), strict=False)
+        for old, new in paths:
+            while old and new and old[-1] == new[-1]:
+                old, new = old[:-1], new[:-1]
+            if old and new:
+                renamed["/".join(old)] = "/".join(new)
+    return renamed
 
 
 def _closed_over(value: Any) -> Provenance:

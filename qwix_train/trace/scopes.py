@@ -8,26 +8,17 @@ and transformations stand around it.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import jax
 
 _MARK = re.compile(r"@([^@]*)@")
 
 
-# Part of the key of every `jax.jit` cache, so that a module whose method is compiled
-# (`nn.jit`) does not get the trace, and with it the mark, of another one.
-_module = jax.make_user_context("")
-
-
-@contextlib.contextmanager
-def module_scope(path: str) -> Iterator[None]:
+def module_scope(path: str):
     """A context under which traced equations belong to the module at `path`."""
     # A slash would be taken for the separator of two scopes.
-    with _module(path), jax.named_scope(f"@{path.replace('/', '|')}@"):
-        yield
+    return jax.named_scope(f"@{path.replace('/', '|')}@")
 
 
 def module_path_of(name_stack: str) -> str:

@@ -110,8 +110,8 @@ def test_run_and_resume(
 @pytest.mark.parametrize(
     ("framework", "lines_before_kill"),
     [
-        ("linen", ["float | step   40/60", "int3  | step   20/40"]),
-        ("nnx", ["int3  | step   20/40"]),
+        ("linen", ["float | step   40/60", "int3 | step   20/40"]),
+        ("nnx", ["int3 | step   20/40"]),
     ],
 )
 def test_resumes_after_sigkill(framework, lines_before_kill, tmp_path):
@@ -219,10 +219,13 @@ def test_summary_and_table():
             measured(1, "int8", "qat", 0.99),
             measured(1, "int2", "ptq", 0.58),
             measured(1, "int2", "qat", 0.94),
+            measured(0, "float_longer", "float", 0.99),
+            measured(1, "float_longer", "float", 0.97),
         ],
     )
     assert results["float"]["mean"] == pytest.approx(0.99)
     assert results["float"]["std"] == pytest.approx(0.02 / math.sqrt(2))
+    assert results["float_longer"]["mean"] == pytest.approx(0.98)
     int8, int2 = results["rows"]
     # Half a point is within the noise: a share of it would say nothing.
     assert int8["recovery"] is None

@@ -1,0 +1,45 @@
+"""The same outputs and gradients as `qwix` 0.1.8, to float rounding."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import qwix_train
+from tests.qat import parity
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """What `qwix` computes, in a process that its patches cannot leave."""
+    pytest.importorskip("qwix")
+    path = tmp_path_factory.mktemp("qwix") / "reference.npz"
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.qat.parity", path],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+    )
+    with np.load(path) as results:
+        return dict(results)
+
+
+@pytest.mark.parametrize("name", parity.CASES)
+def test_outputs_and_gradients(reference, name):
+    ours = parity.run(qwix_train, parity.CASES[name])
+    theirs = {
+        key.split("|")[1]: value
+        for key, value in reference.items()
+        if key.split("|")[0] == name
+    }
+    assert ours.keys() == theirs.keys()
+    tolerance = 2e-2 if name == "bfloat16" else 1e-5
+    for key, value in ours.items():
+        scale = np.abs(theirs[key]).max()
+        np.testing.assert_allclose(
+            value, theirs[key], tolerance, tolerance * scale, err_msg=key
+        )

@@ -1,0 +1,71 @@
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from qwix_train.rules import QuantizationRule, check_rules
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"weight_qtype": "int9"}, "weight_qtype='int9'"),
+        ({"weight_qtype": "uint8"}, "weight_qtype='uint8'"),
+        ({"weight_qtype": "int8", "act_qtype": "float3"}, "act_qtype='float3'"),
+        ({"act_qtype": "int8"}, "needs a weight_qtype"),
+        ({"weight_qtype": "int8", "act_static_scale": True}, "needs an act_qtype"),
+        ({"module_path": "a("}, "not a regular expression"),
+        ({"module_path": 3}, "not a regular expression"),
+        ({"op_names": "einsum"}, "collection"),
+        ({"op_names": ("matmul",)}, "'matmul' is no op"),
+        ({"weight_calibration_method": "max"}, "weight_calibration_method='max'"),
+        ({"act_calibration_method": "rms"}, "act_calibration_method='rms'"),
+        (
+            {"weight_qtype": "nf4", "weight_calibration_method": "minmax"},
+            "weight_calibration_method='minmax'",
+        ),
+        ({"tile_size": 0}, "tile_size=0"),
+        ({"tile_size": -4}, "tile_size=-4"),
+        ({"tile_size": True}, "tile_size=True"),
+        ({"tile_size": 1.5}, "tile_size=1.5"),
+        ({"tile_size": "4"}, "tile_size='4'"),
+    ],
+)
+def test_a_wrong_field_is_named_when_the_rule_is_made(fields, message):
+    with pytest.raises(ValueError, match="QuantizationRule") as error:
+        QuantizationRule(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, op, expected",
+    [
+        ({}, ("a/b", "einsum", "einsum0"), True),
+        ({"module_path": "a"}, ("a/b", "einsum", "einsum0"), False),
+        ({"module_path": "a/.*"}, ("a/b", "einsum", "einsum0"), True),
+        ({"op_names": ["einsum"]}, ("a", "einsum", "einsum1"), True),
+        ({"op_names": ["einsum1"]}, ("a", "einsum", "einsum1"), True),
+        ({"op_names": ["einsum1"]}, ("a", "einsum", "einsum10"), False),
+        ({"op_names": ["dot_general"]}, ("a", "einsum", "einsum1"), False),
+    ],
+)
+def test_matches(fields, op, expected):
+    assert QuantizationRule(**fields).matches(*op) is expected
+
+
+def test_rules_are_values():
+    rule = QuantizationRule(op_names=["einsum"], weight_qtype=jnp.int8)
+    assert rule == QuantizationRule(op_names=("einsum",), weight_qtype=jnp.int8)
+    assert hash(rule) == hash(dataclasses.replace(rule))
+    assert rule.act_method == "absmax"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.tile_size = 3  # type: ignore
+
+
+def test_check_rules():
+    rule = QuantizationRule()
+    assert check_rules([rule]) == (rule,)
+    with pytest.raises(TypeError, match="one rule"):
+        check_rules(rule)  # type: ignore
+    with pytest.raises(TypeError, match="got 'int8'"):
+        check_rules(["int8"])  # type: ignore
