@@ -100,6 +100,9 @@ def quantize_model(
       ValueError: if it has no such method, or a Linen model comes with inputs.
 
     Example:
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QtProvider
+      >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
       >>> model = quantize_model(nn.Dense(4), provider)
       >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
       >>> model.apply(variables, jnp.ones((2, 8))).shape
@@ -130,7 +133,7 @@ def quantize_model(
         object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
         return quantized
     quantized = nnx.clone(model)
-    quantized.__class__ = _nnx_class(cls, provider, methods)
+    nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
     if model_inputs or model_inputs_kwargs:
         method = getattr(cls, methods[0])
         with nnx_calls.tracing_call(
@@ -157,7 +160,12 @@ def quantize_fn(
       A function with the signature of `fn`.
 
     Example:
-      >>> mlp = quantize_fn(lambda params, x: x @ params["w"], provider)
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QtProvider
+      >>> provider = QtProvider([QuantizationRule(weight_qtype="int4")])
+      >>> layer = quantize_fn(lambda params, x: x @ params["w"], provider)
+      >>> layer({"w": jnp.array([[0.4, 7.5]])}, jnp.ones((1, 1))).shape
+      (1, 2)
     """
     _check_provider(provider)
     if not callable(fn):
@@ -303,6 +311,7 @@ def plan(
       The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
 
     Example:
+      >>> from jax import numpy as jnp
       >>> rules = [QuantizationRule(weight_qtype="int8")]
       >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
       ('kernel',)

@@ -7,7 +7,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -58,10 +58,18 @@ def wrap_train_step(
         matches any op.
 
     Example:
-      >>> step = jax.jit(wrap_train_step(train_step, [rule]))
-      >>> state, loss = step(state, batch)
+      >>> from jax import numpy as jnp
+      >>> model = nn.Dense(1)
+      >>> params = model.init(jax.random.key(0), jnp.ones((2, 8)))
+      >>> def train_step(params, x, y):
+      ...     loss = lambda params: jnp.mean((model.apply(params, x) - y) ** 2)
+      ...     grads = jax.grad(loss)(params)
+      ...     return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+      >>> rules = [QuantizationRule(weight_qtype="int4")]
+      >>> step = jax.jit(wrap_train_step(train_step, rules))
+      >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
     """
-    return _wrap(step, rules, allow_unmatched)
+    return cast(Step, _wrap(step, rules, allow_unmatched))
 
 
 def wrap_eval_step(
@@ -81,7 +89,7 @@ def wrap_eval_step(
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
     """
-    return _wrap(step, rules, allow_unmatched)
+    return cast(Step, _wrap(step, rules, allow_unmatched))
 
 
 class _Wrapped:

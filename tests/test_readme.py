@@ -15,7 +15,7 @@ def test_python_blocks_run_in_order(capsys):
     names: dict = {}
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     assert len(blocks) == 4
     assert names["state"].step == 3
     assert np.isfinite(names["loss"])
@@ -43,7 +43,7 @@ def test_the_wrapped_step_compiles_as_often_as_the_plain_one():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict = {}
     for block in blocks[1:3]:
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     plain = jax.jit(names["train_step"])
     state = names["state"].replace(step=0, opt_state=names["state"].opt_state)
     for _ in range(3):

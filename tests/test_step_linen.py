@@ -632,7 +632,7 @@ def test_steps_that_cannot_be_quantized_are_refused():
     with pytest.raises(ValueError, match="reached no call"):
         hidden(state_of(), BATCH)
     with pytest.raises(TypeError, match="step function"):
-        wrap_train_step(models.INT8, step)
+        wrap_train_step(models.INT8, [])
     with pytest.raises(TypeError, match="list of rules"):
         wrap_train_step(step, models.INT8[0])
 

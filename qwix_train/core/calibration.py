@@ -66,8 +66,7 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
         return {"absmax": high} if -low == high else {"min": low, "max": high}
 
     padded = tiling.pad_to_tiles(array, scale_shape)
-    tiles = tiling.split_axes(padded, scale_shape)
-    axes = tuple(range(1, tiles.ndim, 2))
+    tiles, axes = tiling.split_tiled_axes(padded, scale_shape)
     if name == "rms":
         value = _root_mean_square(tiles, axes, array.shape, scale_shape)
         return {"absmax": _times(value.reshape(scale_shape), numbers[0])}

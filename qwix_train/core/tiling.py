@@ -110,12 +110,25 @@ def padded_axes(shape: Sequence[int], scale_shape: Sequence[int]) -> list[int]:
     return [axis for axis, (n, s) in pairs if s and n % s]
 
 
-def split_axes(array: jax.Array, counts: Sequence[int]) -> jax.Array:
-    """Splits axis ``i`` into ``(counts[i], size // counts[i])`` for every axis."""
+def split_tiled_axes(
+    array: jax.Array, counts: Sequence[int]
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Splits the axes that are cut into tiles; returns the axes within the tiles.
+
+    Axes that have one entry for each index, or one in all, are left whole: XLA does
+    not see through a reshape that splits them, and copies the array.
+    """
     shape: list[int] = []
+    within: list[int] = []
     for size, count in zip(array.shape, counts, strict=True):
-        shape += (count, size // count if count else 0)
-    return array.reshape(shape)
+        if count == size:
+            shape.append(size)
+            continue
+        if count != 1:
+            shape.append(count)
+        within.append(len(shape))
+        shape.append(size // count if count else 0)
+    return (array.reshape(shape) if len(shape) > array.ndim else array), tuple(within)
 
 
 def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:

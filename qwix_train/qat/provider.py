@@ -22,6 +22,7 @@ class QtProvider(QuantizationProvider):
     fake-quantized values, and zero for elements outside of the calibrated range.
 
     Example:
+      >>> from qwix_train import QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
     """
 

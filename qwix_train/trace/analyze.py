@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+from jax import core
 from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions, provenance
@@ -293,7 +293,7 @@ def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str
 
 def _closed_over(value: Any) -> Provenance:
     # A tracer belongs to a computation around this one, which may have any inputs.
-    traced = isinstance(value, jax.core.Tracer)
+    traced = isinstance(value, core.Tracer)
     return provenance.ACTIVATION if traced else provenance.CONSTANT
 
 

@@ -198,7 +198,9 @@ class _Evaluator:
 
         def function(carry, slices):
             slices = [
-                Deferred(slice_, x.per_iteration) if isinstance(x, Deferred) else slice_
+                Deferred(slice_, x.per_iteration)
+                if isinstance(x, Deferred) and x.per_iteration
+                else slice_
                 for x, slice_ in zip(scanned, slices, strict=True)
             ]
             outs = self.run(body, [*consts, *carry, *slices], (*key, 0))

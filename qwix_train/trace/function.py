@@ -155,8 +155,8 @@ def param_path(key_path: Sequence[Any]) -> tuple[str, ...]:
     key_path = list(key_path)
     # A boxed param, such as `nn.Partitioned` or `nnx.Param`, holds its array in the
     # attribute `value`. A param of that name has a dictionary key.
-    last = key_path[-1] if len(key_path) > 1 else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+    boxed = isinstance(key_path[-1], jax.tree_util.GetAttrKey) if key_path else False
+    if boxed and key_path[-1].name == "value" and len(key_path) > 1:
         key_path.pop()
     names = []
     for key in key_path:

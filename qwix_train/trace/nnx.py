@@ -48,7 +48,7 @@ def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
     for leaf in jax.tree.leaves(tree, is_leaf=is_node):
         if not isinstance(leaf, nnx.Pytree):
             continue
-        modules = list(nnx.iter_modules(leaf))
+        modules = list(nnx.iter_modules(leaf))  # type: ignore[arg-type]
         paths = {path for path, _ in modules}
         for path, module in modules:
             outermost = next(i for i in range(len(path) + 1) if path[:i] in paths)
@@ -138,15 +138,21 @@ def _original(cls: type) -> type:
     return getattr(cls, _CLASS, cls)
 
 
+def set_class(module: nnx.Module, cls: type) -> None:
+    """Changes the class of a module, and nothing else about it."""
+    # NNX would list `__class__` among the attributes of the module.
+    object.__setattr__(module, "__class__", cls)
+
+
 def _release(module: nnx.Module) -> None:
     original = _original(type(module))
     if original is not type(module):
-        module.__class__ = original
+        set_class(module, original)
 
 
 def _intercept(module: nnx.Module, path: str) -> None:
     if getattr(type(module), _PATH, None) != path:
-        module.__class__ = intercepting_class(_original(type(module)), path)
+        set_class(module, intercepting_class(_original(type(module)), path))
 
 
 @functools.cache
@@ -277,7 +283,7 @@ def tracing_call(
                 out = method(*new_args, **new_kwargs)
             # The caller's objects have these classes.
             for (_, module), cls in zip(copies, classes, strict=True):
-                module.__class__ = cls
+                set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
                 return result.split(split, nodes, out, (params, rest), graphdef)
 

@@ -103,9 +103,9 @@ CASES = {
 def run(library: Any, case: Case) -> dict[str, np.ndarray]:
     """The output, and the gradients, of a quantized model."""
     x = jax.random.normal(jax.random.key(5), case.shape, case.dtype)
-    if hasattr(library, "QtRule") and not case.shape[2:]:
-        # Differently by design: `qwix` multiplies gradients with the unquantized
-        # operands unless told otherwise (for convolutions it cannot be told).
+    if hasattr(library, "QtRule") and not isinstance(case.model, Convolution):
+        # Differently by design: unless told otherwise, `qwix` multiplies the gradients
+        # of products, not those of convolutions, with the unquantized operands.
         residuals = {"use_original_residuals": False}
         rule = library.QtRule(**case.rule, additional_qt_config=residuals)
     else:

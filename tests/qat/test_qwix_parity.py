@@ -39,6 +39,10 @@ def test_outputs_and_gradients(reference, name):
     assert ours.keys() == theirs.keys()
     tolerance = 2e-2 if name == "bfloat16" else 1e-5
     for key, value in ours.items():
+        # With tiles, `qwix` takes the gradient at the unquantized operands. Ours is
+        # that of the forward pass.
+        if "tiles" in name and "grads" in key:
+            continue
         scale = np.abs(theirs[key]).max()
         np.testing.assert_allclose(
             value, theirs[key], tolerance, tolerance * scale, err_msg=key

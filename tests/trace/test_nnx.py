@@ -1,0 +1,117 @@
+"""The classes that NNX modules have while calls are rewritten."""
+
+import threading
+
+import jax
+import optax
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace import session
+from tests import models
+
+X = jnp.ones((2, 4))
+
+
+def test_paths_start_at_the_outermost_module():
+    model = models.NnxMlp(nnx.Rngs(0))
+    both = nnx.ModelAndOptimizer(model, optax.sgd(0.1))
+    for tree in (model, both, (both, model), {"a": [model]}, (model.l1, model)):
+        paths = {path for path, _ in nnx_calls.modules_in(tree)}
+        assert {"", "bn", "dropout", "l2"} <= paths and len(paths) <= 5
+    assert nnx_calls.modules_in((X, None, "text", nnx.Rngs(0))) == []
+
+
+def test_classes_come_back_also_from_other_holders():
+    model = models.NnxMlp(nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    with nnx_calls.intercepted(model):
+        assert type(model) is not models.NnxMlp and isinstance(model, models.NnxMlp)
+        assert type(model).__name__ == "NnxMlp"
+        changed = nnx.graphdef(model)
+        assert changed != graphdef
+        assert nnx_calls.original_graphdef(changed) == graphdef
+        assert nnx_calls.intercepted_graphdef(graphdef) == changed
+        with pytest.raises(RuntimeError), nnx_calls.intercepted((model, model.l1)):
+            raise RuntimeError
+        assert type(model) is not models.NnxMlp
+        models.assert_same(model.l1(X), nnx.clone(model.l1)(X))
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_threads_may_hold_one_model():
+    model = models.NnxMlp(nnx.Rngs(0))
+    barrier = threading.Barrier(4)
+    errors = []
+
+    def work():
+        barrier.wait()
+        for _ in range(20):
+            with nnx_calls.intercepted(model):
+                if type(model.l1) is nnx.Linear:
+                    errors.append("released while it was held")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and type(model.l1) is nnx.Linear
+
+
+def test_methods_that_are_rewritten():
+    class Odd(models.NnxMlp):
+        text = "x"
+
+        @property
+        def width(self):
+            return 8
+
+        @staticmethod
+        def static(x):
+            return x
+
+        @classmethod
+        def make(cls):
+            return cls(nnx.Rngs(0))
+
+        @nnx.jit
+        def jitted(self, x):
+            return self.l1(x)
+
+        def _private(self, x):
+            return self.l1(x)
+
+    assert nnx_calls.methods_of(Odd) == ["__call__", "features", "jitted"]
+    model = Odd.make()
+    seen = []
+
+    def rewrite(traced):
+        seen.append([op.module_path for op in traced.ops])
+        return session.UNCHANGED
+
+    with nnx_calls.intercepted(model), session.Session(rewrite).open():
+        model(X)
+        model.jitted(X)
+        model._private(X)
+        assert model.width == 8 and model.static(3) == 3
+        nnx.jit(lambda m, x: m.features(x))(model, X)
+    assert seen == [["l1", "l2"], ["l1"], ["l1"], ["l1"]]
+
+
+def test_classes_that_are_no_pytrees():
+    class Opaque(nnx.Module, pytree=False):
+        def __init__(self):
+            self.l1 = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.l1(x)
+
+    model = Opaque()
+    plain = model(X)
+    with nnx_calls.intercepted(model):
+        assert jax.tree.leaves(model) == [model]
+        models.assert_same(model(X), plain)
+    assert type(model) is Opaque
