@@ -77,6 +77,16 @@ def _summary(plan: Plan) -> list[str]:
         f"{_size(before)} -> {_size(after)}"
         + (f" ({before / after:.2f}x smaller)" if after else "")
     ]
+    # Biases and norm scales are expected to stay in float; matrices are not, and a
+    # matrix that reaches its product as no weight (masked by an input, say) shows
+    # in no row of the table.
+    matrices = [
+        "/".join(param.path)
+        for param in plan.params.values()
+        if param.how is None and len(param.shape) >= 2
+    ]
+    if matrices:
+        lines.append(f"params of two axes or more that stay in float: {some(matrices)}")
     for index in plan.unused_rules:
         rule = plan.rules[index]
         said = f"rule {index} (module_path={rule.module_path!r}) decided for no op"
@@ -87,6 +97,12 @@ def _summary(plan: Plan) -> list[str]:
         near = plan.near_misses(index) or list(plan.module_paths[:5])
         lines.append(f"{said}; module paths that exist: {', '.join(map(repr, near))}")
     return lines
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

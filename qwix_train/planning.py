@@ -252,7 +252,7 @@ class _Planner:
         origins = _roles(op)
         derived = [o for o in origins if isinstance(o, provenance.Derived)]
         if derived:
-            names = ", ".join("/".join(p) for p in derived[0].paths)
+            names = plan_table.some(["/".join(p) for p in derived[0].paths], most=3)
             return dataclasses.replace(
                 plan,
                 reason=f"an operand is computed from {names} by {derived[0].by}: "

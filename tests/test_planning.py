@@ -119,6 +119,7 @@ def test_table():
     assert found[4:] == [
         "",
         "1 of 2 ops quantized; params 304 B -> 208 B (1.46x smaller)",
+        "params of two axes or more that stay in float: b",
         "rule 1 (module_path='encoder/Dense_0') decided for no op: rule 0 came first "
         "for all that it matches",
         "rule 2 (module_path='heads') decided for no op; module paths that exist: "
@@ -332,3 +333,11 @@ def test_ops_left_in_float_say_why(function, reason):
 def test_act_static_scale_is_refused():
     with pytest.raises(ValueError, match="act_static_scale=True needs collected"):
         plan(two_layers, [rule(act_qtype="int8", act_static_scale=True)], PARAMS, X)
+
+
+def test_a_matrix_that_stays_in_float_is_listed():
+    def masked(p, x, mask):
+        return (x @ (p["a"] * mask)) @ p["b"]
+
+    table = str(plan(masked, [rule()], PARAMS, X, jnp.ones((8, 6))))
+    assert "params of two axes or more that stay in float: a\n" in table + "\n"

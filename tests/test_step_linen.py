@@ -427,7 +427,10 @@ def test_dynamic_scale():
     check(new, value)
 
 
-@pytest.mark.parametrize("kind", ["pmap", "vmap", "shard_map"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) for k in ("pmap", "vmap")] + ["shard_map"],
+)
 def test_axis_names(kind):
     parallel = functools.partial(image_step, axis_name="batch")
     state = image_state(axis_name="batch")
@@ -566,7 +569,9 @@ class Product(nn.Module):
 
 
 @pytest.mark.parametrize("spelling", PRODUCTS)
-@pytest.mark.parametrize("order", ["float first", "quantized first"])
+@pytest.mark.parametrize(
+    "order", ["float first", pytest.param("quantized first", marks=pytest.mark.slow)]
+)
 def test_no_order_of_calls_leaks_through_caches(spelling, order):
     model = Product(spelling)
     w = jax.random.normal(jax.random.key(1), (4, 3))
