@@ -48,13 +48,17 @@ class QuantizationProvider(abc.ABC):
     def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
         """The result of a traced call, quantized as planned."""
 
-    def rewrite(self, traced: function.TracedCall) -> Any:
+    def rewrite(self, traced: function.TracedCall, plan: Plan | None = None) -> Any:
         """The result of a traced call; `session.UNCHANGED` if no rule matches.
+
+        Args:
+          traced: the traced call.
+          plan: what the rules do to it; made here if None.
 
         Raises:
           ValueError: if no rule matches, unless `allow_unmatched`.
         """
-        plan = make_plan(traced, self.rules)
+        plan = make_plan(traced, self.rules) if plan is None else plan
         self.warn_unsupported(plan)
         if not plan.quantized_ops:
             if not self.allow_unmatched:
@@ -64,9 +68,9 @@ class QuantizationProvider(abc.ABC):
 
     def warn_unsupported(self, plan: Plan) -> None:
         """Warns, once, of each op that a rule matches and that cannot be quantized."""
-        for op in plan.ops:
-            where = f"{op.op.module_path}/{op.op.id}"
-            if op.unsupported and where not in self._warned:
+        for op in plan.unsupported:
+            where = "/".join(filter(None, (op.op.module_path, op.op.id)))
+            if where not in self._warned:
                 self._warned.add(where)
                 warnings.warn(
                     f"{where} matches rule {op.rule_index} but stays in float: it is "

@@ -109,13 +109,12 @@ class _Wrapped:
         self.seen = _Seen()
 
     def rewrite(self, traced):
-        if traced.ops:
-            plan = make_plan(traced, self.provider.rules)
-            if plan.quantized_ops:
-                self.seen.quantized = True
-            else:
-                self.seen.unmatched.add(plan.no_match_message())
-        return self.provider.rewrite(traced)
+        plan = make_plan(traced, self.provider.rules)
+        if plan.quantized_ops:
+            self.seen.quantized = True
+        elif plan.ops:
+            self.seen.unmatched.add(plan.no_match_message())
+        return self.provider.rewrite(traced, plan)
 
     @contextlib.contextmanager
     def checking(self):

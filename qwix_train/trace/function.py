@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.extend import core as jex
 
 from qwix_train.trace import analyze, evaluate, jax_versions, provenance
 
@@ -63,14 +62,6 @@ class TracedCall:
         outs = evaluate.evaluate(
             self.body, inputs, {op.key: op for op in replace}, handler
         )
-        # An input that is handed back, such as a param among the new variables, is
-        # no use of it: it comes back as it was.
-        jaxpr = self.body.jaxpr
-        given = dict(zip(jaxpr.invars, self.inputs, strict=True))
-        outs = [
-            out if isinstance(var, jex.Literal) else given.get(var, out)
-            for var, out in zip(jaxpr.outvars, outs, strict=True)
-        ]
         return self._rebuild(outs)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.nnx import graphlib
+from jax.core import Tracer
 
 from qwix_train.trace import function, scopes, session, subclasses
 
@@ -34,7 +35,13 @@ _holders: dict[int, int] = {}
 
 def is_node(value: Any) -> bool:
     """Whether a leaf of the arguments is an NNX object, not an array."""
-    return isinstance(value, nnx.Pytree | nnx.Variable)
+    return _may_be_node(type(value)) and isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+@functools.cache
+def _may_be_node(cls: type) -> bool:
+    # NNX's instance checks look into tracers, which is slow for each leaf of a state.
+    return issubclass(cls, nnx.Pytree | nnx.Variable | Tracer)
 
 
 def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
