@@ -11,8 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from qwix_train.core import layout
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.provenance import Atom, View
+
+SIDES: tuple[layout.Side, layout.Side] = ("lhs", "rhs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +35,14 @@ def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
       tile_size: elements per tile along the last contracted axis, or one over the
         number of tiles.
     """
-    ndim = len(op.operands[side].shape)
+    shape, name = op.operands[side].shape, SIDES[side]
+    numbers = op.params["dimension_numbers"]
     if op.name == "conv_general_dilated":
-        # Batch for the input; output features for the kernel.
-        spec = op.params["dimension_numbers"]
-        return Axes(((spec.lhs_spec, spec.rhs_spec)[side][0],), {})
-    contracted = op.params["dimension_numbers"][0][side]
-    channelwise = tuple(axis for axis in range(ndim) if axis not in contracted)
-    if tile_size is None or not contracted:
-        return Axes(channelwise, {})
-    length = op.operands[side].shape[contracted[-1]]
-    return Axes(channelwise, {contracted[-1]: absolute_tile(tile_size, length)})
+        channelwise, tiled = layout.conv_axes(numbers, name)
+    else:
+        channelwise, tiled = layout.dot_axes(numbers, len(shape), name, tile_size)
+    sizes = {axis: absolute_tile(size, shape[axis]) for axis, size in tiled.items()}
+    return Axes(channelwise, sizes)
 
 
 def absolute_tile(tile_size: int | float, length: int) -> int:
