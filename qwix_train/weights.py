@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 from qwix_train.core import layout
 from qwix_train.trace.analyze import Op
-from qwix_train.trace.provenance import Atom, View
+from qwix_train.trace.factors import Atom
+from qwix_train.trace.provenance import View
 
 SIDES: tuple[layout.Side, layout.Side] = ("lhs", "rhs")
 

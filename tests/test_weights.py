@@ -2,7 +2,8 @@
 
 import pytest
 
-from qwix_train.trace.provenance import Atom, View
+from qwix_train.trace.factors import Atom
+from qwix_train.trace.provenance import View
 from qwix_train.weights import Axes, absolute_tile, stored_axes
 
 

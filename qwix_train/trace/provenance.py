@@ -11,30 +11,11 @@ scaled, concatenated with other weights, or scanned over layer by layer.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Atom(NamedTuple):
-    """A factor of one axis of the stored param.
-
-    Reshaping an axis of 12 into (3, 4) splits it into the factors (size 3,
-    stride 4) and (size 4, stride 1); merging axes puts factors side by side.
-
-    Attributes:
-      axis: the axis of the stored param.
-      size: the number of elements.
-      stride: the distance, along the stored axis, from one to the next; 0 where
-        the axis at hand holds some of the elements in an order that is not tracked.
-      whole: whether the axis at hand holds all of the factor, in order. False
-        after a slice or a padding.
-    """
-
-    axis: int
-    size: int
-    stride: int
-    whole: bool = True
+from qwix_train.trace import factors
+from qwix_train.trace.factors import Atom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,13 +332,9 @@ def _resize(weight: Weight, old, new, steps=None) -> Weight:
         if len(dim) == 1:
             (atom,) = dim
             return (Atom(atom.axis, after, atom.stride * step, False),)
-        return _untracked(dim)
+        return factors.untracked(dim)
 
     return _map_views(weight, lambda dims: list(map(part, dims, old, new, steps)))
-
-
-def _untracked(dim) -> tuple[Atom, ...]:
-    return tuple(Atom(atom.axis, atom.size, 0, False) for atom in dim)
 
 
 def _gather(params, operands, in_shapes, out_shapes):
@@ -380,7 +357,9 @@ def _gather(params, operands, in_shapes, out_shapes):
     def change(dims):
         # Along the axes of the indices lie elements that differ in the axes that
         # are indexed, in any order.
-        chosen = tuple(atom for axis in indexed for atom in _untracked(dims[axis]))
+        chosen = tuple(
+            atom for axis in indexed for atom in factors.untracked(dims[axis])
+        )
         return [
             dims[offsets[axis]] if axis in offsets else chosen if size > 1 else ()
             for axis, size in enumerate(out_shapes[0])
@@ -425,7 +404,7 @@ def _tile(params, operands, in_shapes, out_shapes):
     return _map_views(
         operand,
         lambda dims: [
-            _untracked(dim) if again else dim
+            factors.untracked(dim) if again else dim
             for dim, again in zip(dims, repeated, strict=True)
         ],
     )
@@ -446,76 +425,13 @@ def _reshape(params, operands, in_shapes, out_shapes):
     if order is not None:  # a transpose comes first
         operand = _map_views(operand, lambda dims: [dims[axis] for axis in order])
         shape = tuple(shape[axis] for axis in order)
-    groups = _reshape_groups(shape, out_shapes[0])
+    groups = factors.reshape_groups(shape, out_shapes[0])
     if groups is None:
         return None
     return _map_views(
         operand,
-        lambda dims: _reshape_dims(dims, shape, out_shapes[0], groups),
+        lambda dims: factors.reshape_dims(dims, shape, out_shapes[0], groups),
     )
-
-
-def _reshape_groups(old, new):
-    """Pairs of runs of axes, old and new, that hold the same elements."""
-    if math.prod(old) != math.prod(new) or 0 in old:
-        return None
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        first_i, first_j = i, j
-        left = old[i] if i < len(old) else 1
-        right = new[j] if j < len(new) else 1
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while left != right:
-            if left < right:
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * new[j], j + 1
-        groups.append((range(first_i, i), range(first_j, j)))
-    return groups
-
-
-def _reshape_dims(dims, old, new, groups):
-    result: list[tuple[Atom, ...]] = []
-    for before, after in groups:
-        if [old[i] for i in before] == [new[j] for j in after]:
-            result.extend(dims[i] for i in before)
-            continue
-        atoms = [atom for i in before for atom in dims[i] if atom.size != 1]
-        size = math.prod(old[i] for i in before)
-        # Factors that were sliced, repeated, or joined with those of other params do
-        # not account for the axes that hold them.
-        tracked = math.prod(atom.size for atom in atoms) == size
-        parts = []
-        if tracked and all(atom.whole for atom in atoms):
-            rest = atoms
-            for j in after:
-                taken, rest = _take(rest, new[j])
-                parts.append(taken)
-        if not parts or None in parts:
-            untracked = _untracked(atoms)
-            parts = [untracked if new[j] > 1 else () for j in after]
-        result.extend(parts)
-    return tuple(result)
-
-
-def _take(atoms, size):
-    """Splits the first factors whose product is `size` off a list of factors."""
-    taken: list[Atom] = []
-    while size > 1:
-        if not atoms:
-            return None, atoms
-        head, *rest = atoms
-        if size % head.size == 0:
-            taken.append(head)
-            size, atoms = size // head.size, rest
-        elif head.size % size == 0:
-            minor = head.size // size
-            taken.append(Atom(head.axis, size, head.stride * minor))
-            atoms = [Atom(head.axis, minor, head.stride), *rest]
-            size = 1
-        else:
-            return None, atoms
-    return tuple(taken), atoms
 
 
 _RULES = {

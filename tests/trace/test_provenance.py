@@ -19,7 +19,8 @@ from qwix_train.model import plan, quantize_fn
 from qwix_train.qat import QtProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import provenance
-from qwix_train.trace.provenance import ACTIVATION, CONSTANT, Atom, Derived, Weight
+from qwix_train.trace.factors import Atom
+from qwix_train.trace.provenance import ACTIVATION, CONSTANT, Derived, Weight
 
 
 def data(*shape: int, seed: int = 0) -> np.ndarray:
