@@ -133,7 +133,7 @@ class QuantizationRule:
         try:
             function(value)
         except ValueError as error:
-            raise self._error(field, str(error)) from None
+            raise self._error(field, str(error).rstrip(".")) from None
 
     def _error(self, field, reason) -> ValueError:
         value = getattr(self, field)
