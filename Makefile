@@ -31,14 +31,16 @@ TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
 # $(call find_python,versions): a shell command that prints the path of the first
 # interpreter of these versions that runs and can make environments. Being on PATH
 # is not enough: a pyenv shim exists for every version that any environment has, and
-# fails unless PYENV_VERSION selects one.
+# fails unless that version is selected, so the versions beside it are tried, too.
 define find_python
 for version in $(1); do \
-  for pyenv in "" $$(pyenv versions --bare 2>/dev/null | grep "^$${version//./\\.}\." \
-      | grep -v / | tail -1); do \
-    env $${pyenv:+PYENV_VERSION=$$pyenv} "python$$version" -c \
-      'import sys, venv, ensurepip; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' \
-      2>/dev/null && exit 0; \
+  for found in $$(type -ap "python$$version") "$$HOME/.pyenv/shims/"; do \
+    for python in "$$found" \
+        $$(ls -d "$${found%/shims/*}/versions/$$version".*/bin/python3 2>/dev/null); do \
+      "$$python" -c \
+        'import sys, venv, ensurepip; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' \
+        2>/dev/null && exit 0; \
+    done; \
   done; \
 done; exit 1
 endef
