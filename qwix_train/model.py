@@ -14,11 +14,16 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
+from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.planning import Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
+
+# So that an attribute of an NNX module may be a quantized array.
+for _cls in (QArray, WithAux):
+    nnx.register_data_type(_cls)
 
 Model = TypeVar("Model", bound=nn.Module | nnx.Module)
 

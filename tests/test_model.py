@@ -10,7 +10,14 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import QtProvider, plan, quantize_fn, quantize_model, wrap_eval_step
+from qwix_train import (
+    QtProvider,
+    plan,
+    quantize,
+    quantize_fn,
+    quantize_model,
+    wrap_eval_step,
+)
 from tests import models
 
 X = jax.random.normal(jax.random.key(0), (6, 4))
@@ -419,3 +426,13 @@ def test_bad_arguments():
     variables = model.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="'Dense_0'"):
         model.apply(variables, X)
+
+
+def test_an_attribute_of_an_nnx_module_may_be_a_quantized_array():
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.table = quantize(jnp.array([[1.0, 127.5]]), "int8")
+
+    state = nnx.state(Holder())
+    codes, scale = jax.tree.leaves(state)
+    assert codes.tolist() == [[1, 127]] and scale.tolist() == [[1.0]]

@@ -1,6 +1,6 @@
 """Quantized arrays and their arithmetic: the ground that the other packages stand on.
 
-It knows no model, no rule and no Flax module.
+It knows no model and no rule. Of Flax it uses `struct`, for pytrees that Flax can save.
 """
 
 from qwix_train.core.calibration import calibrate as calibrate

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from qwix_train.core import numerics, scaling, shape_ops, tiling
 from qwix_train.core.calibration import (
@@ -158,8 +157,6 @@ class QArray:
         return self.replace(scale=self.scale.astype(dtype))  # pyright: ignore
 
 
-nnx.register_data_type(QArray)
-
 MaybeQArray: TypeAlias = jax.Array | QArray
 
 
@@ -189,9 +186,6 @@ class WithAux:
     def dtype(self) -> Any:
         """The dtype of the dequantized array."""
         return self.array.dtype
-
-
-nnx.register_data_type(WithAux)
 
 
 def validate_qarray(array: QArray) -> None:
