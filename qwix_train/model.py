@@ -14,16 +14,12 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.planning import Plan, make_plan
+from qwix_train import stored
+from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
-
-# So that an attribute of an NNX module may be a quantized array.
-for _cls in (QArray, WithAux):
-    nnx.register_data_type(_cls)
 
 Model = TypeVar("Model", bound=nn.Module | nnx.Module)
 
@@ -32,7 +28,14 @@ class QuantizationProvider(abc.ABC):
     """A mode of quantization, with its rules.
 
     Subclasses say in `transform` what becomes of a traced call.
+
+    Attributes:
+      stores_params: whether models hold quantized params (see `store_params`).
+      takes_static_ranges: whether ranges may be collected beforehand.
     """
+
+    stores_params = False
+    takes_static_ranges = False
 
     def __init__(
         self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
@@ -64,15 +67,40 @@ class QuantizationProvider(abc.ABC):
           ValueError: if no rule matches, unless `allow_unmatched`.
         """
         plan = make_plan(traced, self.rules) if plan is None else plan
-        self.warn_unsupported(plan)
+        self.check(plan)
         if not plan.quantized_ops:
             if not self.allow_unmatched:
                 raise ValueError(plan.no_match_message())
             return session.UNCHANGED
         return self.transform(traced, plan)
 
-    def warn_unsupported(self, plan: Plan) -> None:
-        """Warns, once, of each op that a rule matches and that cannot be quantized."""
+    def store_params(self, traced: function.TracedCall, plan: Plan) -> dict[Path, Any]:
+        """What stands in the place of float params, and next to them, by path.
+
+        Args:
+          traced: a call of the model with float params, or their shapes.
+          plan: what the rules do to it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
+
+    def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
+        """The plan with what only this mode can say of the call."""
+        return plan
+
+    def check(self, plan: Plan) -> None:
+        """Warns, once, of each op that a rule matches and that cannot be quantized.
+
+        Raises:
+          ValueError: if a rule asks for what this mode does not do.
+        """
+        for op in plan.quantized_ops:
+            if op.static and not self.takes_static_ranges:
+                raise ValueError(
+                    f"{op.op.module_path}/{op.op.id}: act_static_scale=True needs "
+                    f"collected ranges, which {type(self).__name__} does not take. For "
+                    "ranges that are known, use "
+                    "act_calibration_method='fixed,<low>,<high>'."
+                )
         for op in plan.unsupported:
             where = "/".join(filter(None, (op.op.module_path, op.op.id)))
             if where not in self._warned:
@@ -96,13 +124,16 @@ def quantize_model(
     Args:
       model: a Linen module, or an NNX module.
       provider: the mode and the rules, such as `QtProvider(rules)`.
-      *model_inputs: inputs for the first method of an NNX model. If given, the rules
-        are checked against the model at once. Their values do not matter.
+      *model_inputs: inputs for the first method of an NNX model; a `PtqProvider` needs
+        them. The rules are checked against the model at once, abstractly: the values
+        of inputs do not matter, and nothing in `model` changes.
       methods: the methods to quantize.
       **model_inputs_kwargs: keyword inputs.
 
     Returns:
-      A model of the same kind, with the same params. `model` is not changed.
+      A model of the same kind. With `QtProvider` it has the same params. With
+      `PtqProvider` an NNX model holds its params quantized, and a Linen model has them
+      so in what `init` returns and `apply` takes.
 
     Raises:
       TypeError: if `model` is neither.
@@ -141,16 +172,27 @@ def quantize_model(
         quantized = copy.copy(model) if bound else model.copy(name=model.name)
         object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
         return quantized
+    given = bool(model_inputs or model_inputs_kwargs)
+    if provider.stores_params and not given:
+        raise ValueError(
+            f"{type(provider).__name__} needs inputs of an NNX model, since what it "
+            "calls decides how its params are quantized: "
+            "quantize_model(model, provider, *inputs)."
+        )
     quantized = nnx.clone(model)
     nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
-    if model_inputs or model_inputs_kwargs:
+    if given:
         method = getattr(cls, methods[0])
         with nnx_calls.tracing_call(
             method, (model, *model_inputs), model_inputs_kwargs
         ) as (traced, _):
             plan = make_plan(traced, provider.rules)
+            provider.check(plan)
         if not plan.quantized_ops and not provider.allow_unmatched:
             raise ValueError(plan.no_match_message())
+        if provider.stores_params:
+            params = provider.store_params(traced, plan)
+            nnx_calls.replace_params(quantized, params, stored.box)
     return quantized
 
 
@@ -259,8 +301,20 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
 
     @functools.wraps(method)
     def quantized(self, *args, **kwargs):
-        if session.marking() or not linen_calls.can_rewrite(self):
+        if session.marking() or self.scope is None:
             return method(self, *args, **kwargs)
+        if not linen_calls.can_rewrite(self):
+            if not provider.stores_params:
+                return method(self, *args, **kwargs)
+            return linen_calls.init_call(
+                self,
+                name,
+                lambda: method(self, *args, **kwargs),
+                args,
+                kwargs,
+                functools.partial(_initialize, provider),
+                stored.box,
+            )
         return linen_calls.rewrite_call(
             self,
             name,
@@ -275,6 +329,18 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
     for attribute in ("method_handler_wrapped", "nn_compact", "compact", "__wrapped__"):
         quantized.__dict__.pop(attribute, None)
     return quantized
+
+
+def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
+    """The params that a model is to hold, and the result of a call with them."""
+    plan = make_plan(traced, provider.rules)
+    provider.check(plan)
+    if not plan.quantized_ops:
+        if not provider.allow_unmatched:
+            raise ValueError(plan.no_match_message())
+        return {}, session.UNCHANGED
+    params = provider.store_params(traced, plan)
+    return params, provider.transform(traced.with_params(params), plan)
 
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
@@ -296,7 +362,7 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
 
 def plan(
     model: Any,
-    rules: Sequence[QuantizationRule],
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
     *inputs: Any,
     variables: Any = None,
     method: str | Callable[..., Any] = "__call__",
@@ -308,7 +374,8 @@ def plan(
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
         of params.
-      rules: the rules.
+      rules: the rules, or a provider with rules. With a `PtqProvider` the plan says
+        what dequantizes params, too.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`.
@@ -325,11 +392,17 @@ def plan(
       >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
       ('kernel',)
     """
+
+    def planned(traced):
+        if isinstance(rules, QuantizationProvider):
+            return rules.annotate(traced, make_plan(traced, rules.rules))
+        return make_plan(traced, rules)
+
     if isinstance(model, nnx.Module):
         cls = getattr(type(model), _ORIGINAL, type(model))
         called = getattr(cls, method) if isinstance(method, str) else method
         with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
-            return make_plan(traced, rules)
+            return planned(traced)
     if isinstance(model, nn.Module):
         if variables is None:
             keys = {"params": jax.random.key(0), **(rngs or {})}
@@ -346,4 +419,4 @@ def plan(
         traced = trace_function(model, inputs, kwargs)
     else:
         raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
-    return make_plan(traced, rules)
+    return planned(traced)

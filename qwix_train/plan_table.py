@@ -24,6 +24,7 @@ def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
         "weight_granularity": granularity(whole.how) if whole else None,
         "act_qtype": str(acts[0].qtype) if acts else None,
         "act_granularity": granularity(acts[0]) if acts else None,
+        "act_static_scale": plan.static,
         "rule": plan.rule_index,
         "quantized": plan.quantized,
         "reason": plan.reason,
@@ -53,7 +54,10 @@ def table(plan: Plan) -> str:
                 " x ".join(_shape(shape) for shape in entry["shapes"]),
                 ", ".join(entry["weights"]) or "-",
                 f"{weight} {entry['weight_granularity']}" if weight else "float",
-                f"{act} {entry['act_granularity']}" if act else "float",
+                f"{act} {entry['act_granularity']}"
+                + (" static" if entry["act_static_scale"] else "")
+                if act
+                else "float",
                 "-" if entry["rule"] is None else str(entry["rule"]),
                 entry["reason"],
             ]
@@ -87,6 +91,11 @@ def _summary(plan: Plan) -> list[str]:
     ]
     if matrices:
         lines.append(f"params of two axes or more that stay in float: {some(matrices)}")
+    for path, primitives in plan.dequantized.items():
+        lines.append(
+            f"{path} is dequantized for what has no quantized form: "
+            f"{', '.join(primitives)}"
+        )
     for index in plan.unused_rules:
         rule = plan.rules[index]
         said = f"rule {index} (module_path={rule.module_path!r}) decided for no op"

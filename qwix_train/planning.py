@@ -38,6 +38,7 @@ class OpPlan:
       weights: the params that it reads quantized.
       activations: for each operand, how it is quantized when the op runs; None for
         a weight, and for what stays in float.
+      static: whether activations are quantized with ranges collected beforehand.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
     """
@@ -46,6 +47,7 @@ class OpPlan:
     rule_index: int | None = None
     weights: tuple[Path, ...] = ()
     activations: tuple[HowToQuantize | None, ...] = (None, None)
+    static: bool = False
     reason: str = ""
     unsupported: bool = False
 
@@ -114,11 +116,14 @@ class Plan:
       rules: the rules.
       ops: what happens to each op, in the order in which they run.
       params: what happens to each param, by its path.
+      dequantized: the quantized params that something reads which has no quantized
+        form, each with the primitives that do. Filled in for `PtqProvider`s.
     """
 
     rules: tuple[QuantizationRule, ...]
     ops: tuple[OpPlan, ...]
     params: Mapping[Path, ParamPlan]
+    dequantized: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
@@ -234,7 +239,10 @@ class _Planner:
             None,
         )
         if index is None:
-            return OpPlan(op, reason="no rule matches")
+            reason = "no rule matches"
+            if op.name == "gather":
+                reason = "lookups are quantized where a rule's op_names has 'gather'"
+            return OpPlan(op, reason=reason)
         rule = self.rules[index]
         plan = OpPlan(op, index)
         if rule.weight_qtype is None:
@@ -242,13 +250,16 @@ class _Planner:
         obstacle = _obstacle(op)
         if obstacle:
             return dataclasses.replace(plan, reason=obstacle, unsupported=True)
-        if any(not numerics.is_quantizable(o.dtype) for o in op.operands[:2]):
-            dtypes = " and ".join(str(o.dtype) for o in op.operands[:2])
+        read = op.operands[: 1 if op.name == "gather" else 2]
+        if any(not numerics.is_quantizable(o.dtype) for o in read):
+            dtypes = " and ".join(str(o.dtype) for o in read)
             return dataclasses.replace(plan, reason=f"operands are {dtypes}")
         return self.quantize(plan, rule)
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op
+        if op.name == "gather":
+            return self.quantize_lookup(plan, rule)
         origins = _roles(op)
         derived = [o for o in origins if isinstance(o, provenance.Derived)]
         if derived:
@@ -273,12 +284,6 @@ class _Planner:
                 "have no sub-channel quantization. Put a rule without tile_size, for "
                 "op_names=('conv_general_dilated',), before this one."
             )
-        if rule.act_static_scale:
-            raise ValueError(
-                f"{_where(op)}: act_static_scale=True needs collected ranges, which "
-                "QAT does not take yet. For ranges that are known, use "
-                "act_calibration_method='fixed,<low>,<high>'."
-            )
         paths: dict[Path, None] = {}
         notes: list[str] = []
         activations: list[HowToQuantize | None] = [None, None]
@@ -295,7 +300,19 @@ class _Planner:
             plan,
             weights=tuple(paths),
             activations=tuple(activations),
+            static=bool(rule.act_static_scale) and any(activations),
             reason="; ".join(dict.fromkeys(notes)),
+        )
+
+    def quantize_lookup(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
+        """A lookup of rows: the table has scales for each row, or tiles of it."""
+        paths: dict[Path, None] = {}
+        notes: list[str] = []
+        for view in _table(plan.op).views:
+            paths[view.path] = None
+            notes += self.quantize_param(plan, rule, 0, view)
+        return dataclasses.replace(
+            plan, weights=tuple(paths), reason="; ".join(dict.fromkeys(notes))
         )
 
     def annotate(self, plan: OpPlan) -> OpPlan:
@@ -316,6 +333,11 @@ class _Planner:
         return dataclasses.replace(plan, reason="; ".join([plan.reason, *notes]))
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
+        if rule.act_static_scale:
+            # One range for the whole array: it must not depend on the batch's size.
+            return HowToQuantize(
+                qtype=rule.act_qtype, calibration_method=rule.act_method
+            )
         axes = weights.operand_axes(op, side, rule.tile_size)
         _check_tiles(_where(op), op.operands[side].shape, axes, rule)
         return HowToQuantize(
@@ -361,6 +383,12 @@ class _Planner:
                 "give both ops the same weight settings."
             )
         return [f"its weight is quantized along the axes of {_where(first.op)}"]
+
+
+def _table(op: Op) -> provenance.Weight:
+    origin = op.operands[0].provenance
+    assert isinstance(origin, provenance.Weight)
+    return origin
 
 
 def _roles(op: Op) -> list[provenance.Provenance]:

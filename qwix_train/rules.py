@@ -10,7 +10,7 @@ from typing import Any
 
 from qwix_train.core import how, numerics
 
-OP_NAMES = ("dot_general", "einsum", "conv_general_dilated")
+OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class QuantizationRule:
       module_path: a regular expression that the whole path of the module must match,
         such as `"encoder/.*"`.
       op_names: the ops that the rule is for: `"dot_general"`, `"einsum"` or
-        `"conv_general_dilated"`, or one op by its id in the plan, such as
-        `"einsum1"`. All ops if empty.
+        `"conv_general_dilated"`, `"gather"` (a lookup in a table of embeddings, per
+        row), or one op by its id in the plan, such as `"einsum1"`. If empty, all
+        products and convolutions; lookups only where they are named.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
         `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
       act_qtype: the type for activations; they stay in float if None.
@@ -121,7 +122,10 @@ class QuantizationRule:
           op_name: the name of the op.
           op_id: its id within the module.
         """
-        named = not self.op_names or op_name in self.op_names or op_id in self.op_names
+        if self.op_names:
+            named = op_name in self.op_names or op_id in self.op_names
+        else:
+            named = op_name != "gather"
         return named and re.fullmatch(self.module_path, module_path) is not None
 
     @property

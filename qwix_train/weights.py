@@ -38,12 +38,24 @@ def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
     """
     shape, name = op.operands[side].shape, SIDES[side]
     numbers = op.params["dimension_numbers"]
+    if op.name == "gather":
+        return _lookup_axes(numbers, shape, tile_size)
     if op.name == "conv_general_dilated":
         channelwise, tiled = layout.conv_axes(numbers, name)
     else:
         channelwise, tiled = layout.dot_axes(numbers, len(shape), name, tile_size)
     sizes = {axis: absolute_tile(size, shape[axis]) for axis, size in tiled.items()}
     return Axes(channelwise, sizes)
+
+
+def _lookup_axes(numbers, shape, tile_size) -> Axes:
+    """Each row that is looked up has a scale, or one per tile of its last axis."""
+    rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    tiled = {}
+    rest = [axis for axis in range(len(shape)) if axis not in rows]
+    if tile_size is not None and rest:
+        tiled[rest[-1]] = absolute_tile(tile_size, shape[rest[-1]])
+    return Axes(tuple(sorted(rows)), tiled)
 
 
 def absolute_tile(tile_size: int | float, length: int) -> int:

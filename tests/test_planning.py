@@ -47,6 +47,7 @@ def test_records():
             "weight_granularity": "channel 1",
             "act_qtype": "int8",
             "act_granularity": "channel 0",
+            "act_static_scale": False,
             "rule": 0,
             "quantized": True,
             "reason": "",
@@ -60,6 +61,7 @@ def test_records():
             "weight_granularity": None,
             "act_qtype": None,
             "act_granularity": None,
+            "act_static_scale": False,
             "rule": 1,
             "quantized": False,
             "reason": "the rule sets no weight_qtype",
@@ -330,9 +332,15 @@ def test_ops_left_in_float_say_why(function, reason):
     assert op.unsupported == (reason == "ragged_dot")
 
 
-def test_act_static_scale_is_refused():
-    with pytest.raises(ValueError, match="act_static_scale=True needs collected"):
-        plan(two_layers, [rule(act_qtype="int8", act_static_scale=True)], PARAMS, X)
+def test_a_static_scale_is_one_for_the_whole_activation():
+    rules = [rule(act_qtype="int8", act_static_scale=True)]
+    made = plan(two_layers, rules, PARAMS, X)
+    for op in made.ops:
+        how = op.activations[0]
+        assert op.static and how is not None and how.scale_shape((4, 8)) == (1, 1)
+    assert "int8 tensor static" in str(made)
+    with pytest.raises(ValueError, match="QtProvider does not take"):
+        quantize_fn(two_layers, QtProvider(rules))(PARAMS, X)
 
 
 def test_a_matrix_that_stays_in_float_is_listed():

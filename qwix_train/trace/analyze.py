@@ -30,6 +30,7 @@ _OPS = {
     "conv_general_dilated": "conv_general_dilated",
     "ragged_dot_general": "ragged_dot",
     "ragged_dot": "ragged_dot",
+    "gather": "gather",
 }
 # The scope that `jnp.einsum` opens is named by its subscripts: "bi,io->bo", with
 # ellipses and spaces as they were written. A transformation stands around it.
@@ -47,11 +48,12 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A matrix product or convolution of the traced function.
+    """A matrix product, convolution or lookup of the traced function.
 
     Attributes:
       key: where its equation is.
-      name: `dot_general`, `einsum`, `conv_general_dilated` or `ragged_dot`.
+      name: `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, or `gather`
+        where an input says which rows of a param to take.
       id: the name and the count within the module, such as `dot_general0`.
       module_path: the path of the module that ran it, such as `encoder/Dense_0`.
       params: the parameters of its equation.
@@ -121,15 +123,15 @@ class _Walker:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            if name in _OPS or jax_versions.has_body(eqn.params):
+            has_body = jax_versions.has_body(eqn.params)
+            if has_body or _is_op(name, operands):
                 here = (*key, index)
                 inner_scope = _join(scope, str(eqn.source_info.name_stack))
-                if name in _OPS:
-                    self.add(eqn, operands, here, inner_scope, opaque)
-                    results = provenance.propagate(name, {}, operands, (), ((),))
-                else:
+                if has_body:
                     results = self.enter(eqn, operands, here, inner_scope, opaque)
-            else:
+                else:
+                    self.add(eqn, operands, here, inner_scope, opaque)
+            if not has_body:
                 results = provenance.propagate(
                     name,
                     eqn.params,
@@ -276,6 +278,14 @@ class _Walker:
             carry = after
             del self.ops[ops:]
             self.counts = counts.copy()
+
+
+def _is_op(name: str, operands: Sequence[Provenance]) -> bool:
+    if name != "gather":
+        return name in _OPS
+    # A lookup, not indexing with constants or the choice of a loss's labels.
+    table, indices = operands
+    return isinstance(table, provenance.Weight) and provenance.is_activation(indices)
 
 
 def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str, str]:

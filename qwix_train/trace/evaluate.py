@@ -10,7 +10,6 @@ traced computation again, so it can be differentiated, batched, sharded and comp
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,44 +19,10 @@ from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions
 from qwix_train.trace.analyze import Key, Op
+from qwix_train.trace.carried import Carried
 
 # handler(op, operands, run) -> result. `run(*operands)` is the op itself.
 Handler = Callable[[Op, Sequence[Any], Callable[..., Any]], Any]
-
-
-class Deferred:
-    """An input that a transform applies to, as late as possible.
-
-    A quantized weight is made where it is first used: inside the body of a `remat`,
-    so that it is not kept for the backward pass, and once per iteration of a `scan`
-    over stacked layers, so that only one layer's is alive; but outside a loop whose
-    every iteration reads the whole of it.
-
-    Attributes:
-      array: the untransformed input.
-      transform: what to apply.
-      per_iteration: what to apply to one slice of it along axis 0, where that gives
-        a slice of the transformed whole; None where it does not.
-    """
-
-    def __init__(
-        self,
-        array: Any,
-        transform: Callable[[Any], Any],
-        per_iteration: Callable[[Any], Any] | None = None,
-    ):
-        self.array = array
-        self.transform = transform
-        self.per_iteration = per_iteration
-
-    @functools.cached_property
-    def value(self) -> Any:
-        """The transformed input."""
-        return self.transform(self.array)
-
-    def inside(self, array: Any) -> Deferred:
-        """The same input, within a body that receives it as `array`."""
-        return Deferred(array, self.transform, self.per_iteration)
 
 
 def evaluate(
@@ -70,21 +35,25 @@ def evaluate(
 
     Args:
       body: the traced function.
-      inputs: a value for each of its inputs: an array, or a `Deferred` one.
+      inputs: a value for each of its inputs: an array, or a `Carried` one.
       ops: the ops to replace, by where they are.
       handler: called with each of them.
 
     Returns:
-      The results of the body. An input that the body returns as it came is returned
-      untransformed: a model that hands its params on hands on the user's.
+      The results of the body. For an input that the body returns as it came this is
+      what it says is `returned`: a model that hands its params on hands on the user's.
     """
     touched = {key[:length] for key in ops for length in range(1, len(key))}
     outs = _Evaluator(ops, touched, handler).run(body, inputs, ())
-    return _raw(outs)
+    return [x.returned if isinstance(x, Carried) else x for x in outs]
 
 
 def _value(value: Any) -> Any:
-    return value.value if isinstance(value, Deferred) else value
+    return value.value if isinstance(value, Carried) else value
+
+
+def _follows(value: Any) -> bool:
+    return isinstance(value, Carried) and value.follows
 
 
 class _Evaluator:
@@ -105,23 +74,52 @@ class _Evaluator:
         pending: list[Any] = []  # equations to run as they are, in one go
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*key, index)
-            if here not in self.ops and here not in self.touched:
+            chosen = here in self.ops or here in self.touched
+            if not chosen and not _reads_carried(eqn, env):
                 pending.append(eqn)
                 continue
+            if not chosen and not _is_needed(eqn, last_use):
+                continue  # so that nothing is made for a result that nobody reads
             _run_unchanged(pending, env, last_use, index)
             pending = []
             operands = [read(atom) for atom in eqn.invars]
             with _scope(str(eqn.source_info.name_stack)):
-                if here in self.ops:
-                    results = [self.replace(eqn, operands, here)]
-                else:
-                    results = self.rebuild(eqn, operands, here)
+                results = self.results_of(eqn, operands, here)
+            if results is None:
+                for operand in operands:
+                    if isinstance(operand, Carried):
+                        operand.read_by(eqn.primitive.name)
+                pending.append(eqn)
+                continue
             env.update(zip(eqn.outvars, results, strict=True))
         _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
+    def results_of(self, eqn, operands, key) -> list[Any] | None:
+        """The results of one equation; None if it is to run as it was traced."""
+        if key in self.ops:
+            return [self.replace(eqn, operands, key)]
+        name = eqn.primitive.name
+        if name in jax_versions.JIT:
+            return self.rebuild_jit(eqn.params, operands, key)
+        if name in jax_versions.REMAT:
+            return self.rebuild_remat(eqn.params, operands, key)
+        if name == "scan":
+            return self.rebuild_scan(eqn.params, operands, key)
+        if name == "while":
+            return self.rebuild_while(eqn.params, operands, key)
+        if name == "cond":
+            return self.rebuild_cond(eqn.params, operands, key)
+        if name == "shard_map":
+            return self.rebuild_shard_map(eqn.params, operands, key)
+        assert key not in self.touched, f"{name} is opaque"
+        if jax_versions.has_body(eqn.params):
+            return None
+        carried = next(x for x in operands if _follows(x))
+        return carried.apply(name, eqn.params, operands)
+
     def replace(self, eqn, operands, key):
-        arrays = [_value(operand) for operand in operands]
+        operands = [x if _follows(x) else _value(x) for x in operands]
 
         def run(*values):
             # Literals cannot be replaced in an equation, so all operands are named.
@@ -130,138 +128,134 @@ class _Evaluator:
                 for atom in _distinct(eqn.invars)
             ]
             call = jax_versions.without_scope(eqn.replace(invars=names))
+            values = [_value(value) for value in values]
             return jax_versions.evaluate_equations([call], names, eqn.outvars, values)[
                 0
             ]
 
-        return self.handler(self.ops[key], arrays, run)
-
-    def rebuild(self, eqn, operands, key) -> list[Any]:
-        """Runs an equation whose body holds ops to replace."""
-        name, params = eqn.primitive.name, eqn.params
-        if name in jax_versions.JIT:
-            return self.rebuild_jit(params, operands, key)
-        if name in jax_versions.REMAT:
-            return self.rebuild_remat(params, operands, key)
-        if name == "scan":
-            return self.rebuild_scan(params, operands, key)
-        if name == "while":
-            return self.rebuild_while(params, operands, key)
-        if name == "cond":
-            return self.rebuild_cond(params, operands, key)
-        if name == "shard_map":
-            return self.rebuild_shard_map(params, operands, key)
-        raise AssertionError(f"{name} is opaque: no op inside it can be replaced")
+        return self.handler(self.ops[key], operands, run)
 
     def rebuild_jit(self, params, operands, key):
         # Evaluated in place: the caller compiles the whole, or runs eagerly, where
         # a new function would be compiled again at every call.
-        def constrain(values, shardings):
-            return [
-                lax.with_sharding_constraint(_value(value), sharding)
-                if jax_versions.explicit_sharding(sharding)
-                else value
-                for value, sharding in zip(values, shardings, strict=True)
-            ]
-
         body = jax_versions.call_body(params)
-        operands = constrain(
-            operands, params.get("in_shardings", [None] * len(operands))
-        )
+        operands = _constrained(operands, params.get("in_shardings"))
         # The scope that a compiled call would have given to what is in it.
         with _scope(f"jit({params.get('name', '')})"):
             outs = self.run(body, operands, (*key, 0))
-        return constrain(outs, params.get("out_shardings", [None] * len(outs)))
+        return _constrained(outs, params.get("out_shardings"))
 
     def rebuild_remat(self, params, operands, key):
         body = jax_versions.call_body(params)
+        passed = _passed_on(body, operands)
+        arrays, restore = _unpacked(operands)
 
         def function(*arrays):
-            outs = self.run(body, _inside(operands, arrays), (*key, 0))
-            return [_value(out) for out in outs]
+            outs = self.run(body, restore(arrays), (*key, 0))
+            return _computed(outs, passed)
 
         results = jax.checkpoint(
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
-        )(*_raw(operands))
-        return _pass_on(body, operands, results)
+        )(*arrays)
+        return _with_passed(results, passed)
 
     def rebuild_scan(self, params, operands, key):
         num_consts, num_carry = jax_versions.scan_parts(params)
         body = jax_versions.body_of(params["jaxpr"])
         start = num_consts + num_carry
-        consts = [_value(x) for x in operands[:num_consts]]
-        carry = [_value(x) for x in operands[num_consts:start]]
-        scanned = [
-            x if isinstance(x, Deferred) and x.per_iteration else _value(x)
-            for x in operands[start:]
-        ]
+        consts = list(map(_loop_constant, operands[:num_consts]))
+        carry = list(map(_loop_constant, operands[num_consts:start]))
+        scanned = operands[start:]
+        cuts = [x.sliced() if isinstance(x, Carried) else None for x in scanned]
 
-        def function(carry, slices):
-            slices = [
-                Deferred(slice_, x.per_iteration)
-                if isinstance(x, Deferred) and x.per_iteration
-                else slice_
-                for x, slice_ in zip(scanned, slices, strict=True)
+        def unchanged(place, result):
+            # What a loop carries through, and every slice of what it iterates over.
+            if result < num_carry:
+                return place == num_consts + result
+            return place >= start
+
+        passed = _passed_on(body, operands, unchanged)
+        in_carry = [i for i in range(num_carry) if i not in passed]
+
+        def function(varying, slices):
+            inner = list(carry)
+            for place, value in zip(in_carry, varying, strict=True):
+                inner[place] = value
+            inputs = [
+                slice_ if cut is None else cut[1](*slice_)
+                for slice_, cut in zip(slices, cuts, strict=True)
             ]
-            outs = self.run(body, [*consts, *carry, *slices], (*key, 0))
-            outs = [_value(out) for out in outs]
-            return outs[:num_carry], outs[num_carry:]
+            outs = self.run(body, [*consts, *inner, *inputs], (*key, 0))
+            computed = _computed(outs, passed)
+            return computed[: len(in_carry)], computed[len(in_carry) :]
 
-        carry, stacked = lax.scan(
+        varying, stacked = lax.scan(
             function,
-            carry,
-            _raw(scanned),
+            [_value(carry[i]) for i in in_carry],
+            [
+                _value(x) if cut is None else tuple(cut[0])
+                for x, cut in zip(scanned, cuts, strict=True)
+            ],
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
             _split_transpose=params.get("_split_transpose", False),
         )
-
-        def unchanged(place, result):
-            carried = result < num_carry and place == num_consts + result
-            return carried or (result >= num_carry and place >= start)
-
-        return _pass_on(body, operands, [*carry, *stacked], unchanged)
+        return _with_passed([*varying, *stacked], passed)
 
     def rebuild_while(self, params, operands, key):
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
         condition = jax_versions.body_of(params["cond_jaxpr"])
         body = jax_versions.body_of(params["body_jaxpr"])
-        arrays = [_value(x) for x in operands]
-        cond_consts, consts = arrays[:num_cond], arrays[num_cond : num_cond + num_body]
-
-        def test(carry):
-            return self.run(condition, [*cond_consts, *carry], (*key, 0))[0]
-
-        def function(carry):
-            return self.run(body, [*consts, *carry], (*key, 1))
-
-        results = lax.while_loop(test, function, arrays[num_cond + num_body :])
-        return _pass_on(
+        constants = list(map(_loop_constant, operands))
+        cond_consts = constants[:num_cond]
+        consts = constants[num_cond : num_cond + num_body]
+        carry = constants[num_cond + num_body :]
+        passed = _passed_on(
             body,
             operands[num_cond:],
-            results,
             lambda place, result: place == num_body + result,
         )
+        in_carry = [i for i in range(len(carry)) if i not in passed]
+
+        def whole(varying):
+            inner = list(carry)
+            for place, value in zip(in_carry, varying, strict=True):
+                inner[place] = value
+            return inner
+
+        def test(varying):
+            outs = self.run(condition, [*cond_consts, *whole(varying)], (*key, 0))
+            return _value(outs[0])
+
+        def function(varying):
+            outs = self.run(body, [*consts, *whole(varying)], (*key, 1))
+            return _computed(outs, passed)
+
+        results = lax.while_loop(test, function, [_value(carry[i]) for i in in_carry])
+        return _with_passed(results, passed)
 
     def rebuild_cond(self, params, operands, key):
         index, *inputs = operands
+        bodies = [jax_versions.body_of(closed) for closed in params["branches"]]
+        each = [_passed_on(body, inputs) for body in bodies]
+        passed = {
+            result: value
+            for result, value in each[0].items()
+            if all(other.get(result) is value for other in each)
+        }
+        arrays, restore = _unpacked(inputs)
 
         def branch(number, body):
             def function(*arrays):
-                outs = self.run(body, _inside(inputs, arrays), (*key, number))
-                return [_value(out) for out in outs]
+                outs = self.run(body, restore(arrays), (*key, number))
+                return _computed(outs, passed)
 
             return function
 
-        bodies = [jax_versions.body_of(closed) for closed in params["branches"]]
         branches = [branch(i, body) for i, body in enumerate(bodies)]
-        results = lax.switch(_value(index), branches, *_raw(inputs))
-        passed = [_pass_on(body, inputs, results) for body in bodies]
-        return [
-            same[0] if all(x is same[0] for x in same) else result
-            for result, *same in zip(results, *passed, strict=True)
-        ]
+        results = lax.switch(_value(index), branches, *arrays)
+        return _with_passed(results, passed)
 
     def rebuild_shard_map(self, params, operands, key):
         body = jax_versions.body_of(params["jaxpr"])
@@ -270,6 +264,9 @@ class _Evaluator:
             return [_value(out) for out in self.run(body, arrays, (*key, 0))]
 
         # Whole arrays are transformed, not shards: a shard has a range of its own.
+        for operand in operands:
+            if isinstance(operand, Carried):
+                operand.read_by("shard_map")
         return jax.shard_map(
             function,
             mesh=params["mesh"],
@@ -285,39 +282,80 @@ def _scope(name: str):
     return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
-def _pass_on(body, operands, results, unchanged=lambda place, result: True):
-    """Results of a body, with the deferred inputs that it returns as they came.
+def _reads_carried(eqn, env) -> bool:
+    return any(
+        not isinstance(atom, jex.Literal) and _follows(env.get(atom))
+        for atom in eqn.invars
+    )
 
-    Args:
-      body: the body.
-      operands: what its inputs stand for outside of it.
-      results: its results.
-      unchanged: whether an input, by its index, is what a result holds outside.
-    """
-    places = {var: place for place, var in enumerate(body.jaxpr.invars)}
 
-    def outside(index, var, result):
-        place = None if isinstance(var, jex.Literal) else places.get(var)
-        if place is None or not isinstance(operands[place], Deferred):
-            return result
-        return operands[place] if unchanged(place, index) else result
+def _is_needed(eqn, last_use) -> bool:
+    return bool(eqn.effects) or any(var in last_use for var in eqn.outvars)
 
+
+def _loop_constant(value: Any) -> Any:
+    """What a loop reads as a whole in each iteration: transformed once, before it."""
+    return value if _follows(value) else _value(value)
+
+
+def _constrained(values, shardings):
     return [
-        outside(index, var, result)
-        for index, (var, result) in enumerate(
-            zip(body.jaxpr.outvars, results, strict=True)
+        value
+        if not jax_versions.explicit_sharding(sharding)
+        else value.constrained(sharding)
+        if isinstance(value, Carried)
+        else lax.with_sharding_constraint(value, sharding)
+        for value, sharding in zip(
+            values, shardings or [None] * len(values), strict=True
         )
     ]
 
 
-def _raw(values):
-    return [x.array if isinstance(x, Deferred) else x for x in values]
+def _unpacked(values):
+    """The arrays that values hold, and what makes such values of other arrays."""
+    held = [x.arrays if isinstance(x, Carried) else (x,) for x in values]
+
+    def restore(arrays):
+        rest = iter(arrays)
+        groups = [[next(rest) for _ in group] for group in held]
+        return [
+            x.inside(group) if isinstance(x, Carried) else group[0]
+            for x, group in zip(values, groups, strict=True)
+        ]
+
+    return [array for group in held for array in group], restore
 
 
-def _inside(values, arrays):
+def _passed_on(body, operands, unchanged=lambda place, result: True):
+    """The carried inputs that a body returns as they came, by the index of the result.
+
+    Args:
+      body: the body.
+      operands: what its inputs stand for outside of it.
+      unchanged: whether an input, by its index, is what a result holds outside.
+    """
+    places = {var: place for place, var in enumerate(body.jaxpr.invars)}
+    passed = {}
+    for index, var in enumerate(body.jaxpr.outvars):
+        place = None if isinstance(var, jex.Literal) else places.get(var)
+        if place is None or not isinstance(operands[place], Carried):
+            continue
+        if unchanged(place, index):
+            passed[index] = operands[place]
+    return passed
+
+
+def _computed(outs, passed):
+    """The results of a body that it does not just pass on, as arrays."""
+    return [_value(out) for index, out in enumerate(outs) if index not in passed]
+
+
+def _with_passed(results, passed):
+    """All results of a body: those that were computed, and those passed on."""
+    rest = iter(results)
     return [
-        x.inside(array) if isinstance(x, Deferred) else array
-        for x, array in zip(values, arrays, strict=True)
+        passed[index] if index in passed else next(rest)
+        for index in range(len(results) + len(passed))
     ]
 
 

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train.trace import analyze, evaluate, jax_versions, provenance
+from qwix_train.trace import analyze, carried, evaluate, jax_versions, provenance
 
 # The path of a param from the key path of a leaf within one argument, or None where
 # the leaf is not a param.
 ParamName = Callable[[tuple[Any, ...]], tuple[str, ...] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredType:
+    """How to trace a function that finds objects of a class where it expects arrays.
+
+    Attributes:
+      unbox: the object without metadata, from one as it stands among the params.
+      aval: the shape and dtype of the array that an unboxed object stands for.
+      box: what the function receives for an object: an array, with the metadata.
+    """
+
+    unbox: Callable[[Any], Any]
+    aval: Callable[[Any], jax.ShapeDtypeStruct]
+    box: Callable[[Any, Any], Any]
+
+
+_stored_types: dict[type, StoredType] = {}
+
+
+def register_stored_type(cls: type, stored_type: StoredType) -> None:
+    """Lets objects of a class stand for arrays among the params of traced functions."""
+    _stored_types[cls] = stored_type
+
+
+def is_stored(leaf: Any) -> bool:
+    """Whether an object stands for an array, as `register_stored_type` says."""
+    return type(leaf) in _stored_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,36 +61,64 @@ class TracedCall:
       body: the trace.
       inputs: the value of each input of the trace.
       params: for each input, the param that it is, or None.
-      ops: the matrix products and convolutions in it.
+      ops: the matrix products, convolutions and lookups in it.
+      paths: for each input, its path if it is in the first argument, and has one.
     """
 
     body: jax_versions.Body
     inputs: Sequence[Any]
     params: Sequence[Param | None]
     ops: Sequence[analyze.Op]
+    paths: Sequence[tuple[str, ...] | None]
     _rebuild: Callable[[Sequence[Any]], Any]
 
     def run(
         self,
         replace: Sequence[analyze.Op],
         handler: evaluate.Handler,
-        deferred: Callable[[Param], evaluate.Deferred | None],
+        substitute: Callable[[Param], carried.Carried | None],
     ) -> Any:
         """The result of the call, with some ops and params replaced.
 
         Args:
           replace: the ops to hand to `handler`.
           handler: what to do in their place.
-          deferred: a replacement for a param, or None.
+          substitute: what to evaluate in the place of a param, or None.
         """
         inputs = [
-            (deferred(param) if param is not None else None) or value
+            (substitute(param) if param is not None else None) or value
             for param, value in zip(self.params, self.inputs, strict=True)
         ]
         outs = evaluate.evaluate(
             self.body, inputs, {op.key: op for op in replace}, handler
         )
         return self._rebuild(outs)
+
+    @property
+    def named(self) -> dict[tuple[str, ...], Any]:
+        """The inputs that have a path; params, and integers among them."""
+        return {
+            path: value
+            for path, value in zip(self.paths, self.inputs, strict=True)
+            if path is not None
+        }
+
+    def with_inputs(self, inputs: Sequence[Any]) -> TracedCall:
+        """The same call on other inputs, of the same shapes."""
+        params = [
+            Param(p.path, value) if p else None
+            for p, value in zip(self.params, inputs, strict=True)
+        ]
+        return dataclasses.replace(self, params=params, inputs=inputs)
+
+    def with_params(self, values: Mapping[tuple[str, ...], Any]) -> TracedCall:
+        """The same call with other values, by path, for some of its params."""
+        return self.with_inputs(
+            [
+                values.get(p.path, value) if p else value
+                for p, value in zip(self.params, self.inputs, strict=True)
+            ]
+        )
 
 
 def trace(
@@ -84,23 +140,32 @@ def trace(
       param_name: see `ParamName`; called for the leaves of the first argument.
       module_path: where in a larger model the function stands.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(args)
-    inputs, params, slots = [], [], []
+    flat, tree = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_stored)
+    leaves = [leaf for _, leaf in flat]
+    inputs, params, paths, slots = [], [], [], []
     for index, (key_path, leaf) in enumerate(flat):
         first = key_path[0].idx == 0
-        if not is_array(leaf) and not (first and isinstance(leaf, np.ndarray)):
+        stored = is_stored(leaf)
+        if not (stored or is_array(leaf) or (first and isinstance(leaf, np.ndarray))):
             continue
         slots.append(index)
-        inputs.append(leaf)
+        inputs.append(_stored_types[type(leaf)].unbox(leaf) if stored else leaf)
         name = param_name(key_path[1:]) if first else None
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        params.append(Param(name, leaf) if name is not None and floating else None)
-    leaves = [leaf for _, leaf in flat]
+        if name is None and stored:
+            name = param_path(key_path)
+        paths.append(name)
+        is_param = stored or jnp.issubdtype(leaf.dtype, jnp.floating)
+        params.append(
+            Param(name, inputs[-1]) if name is not None and is_param else None
+        )
     layout: list[Any] = []
 
     def flat_function(*values):
         filled = list(leaves)
         for slot, value in zip(slots, values, strict=True):
+            leaf = leaves[slot]
+            if is_stored(leaf):
+                value = _stored_types[type(leaf)].box(leaf, value)
             filled[slot] = value
         out = function(*jax.tree.unflatten(tree, filled))
         out_leaves, out_tree = jax.tree.flatten(out)
@@ -108,7 +173,11 @@ def trace(
         layout[:] = [out_leaves, out_tree]
         return arrays
 
-    closed = jax.make_jaxpr(flat_function)(*inputs)
+    avals = [
+        _stored_types[type(value)].aval(value) if is_stored(value) else value
+        for value in inputs
+    ]
+    closed = jax.make_jaxpr(flat_function)(*avals)
     out_leaves, out_tree = layout
     # Results that are not arrays are kept as they are; arrays are dropped here, so
     # that the trace's tracers are not held.
@@ -124,14 +193,15 @@ def trace(
 
     body = jax_versions.body_of(closed)
     origins = [
-        provenance.param(p.path, p.value.shape) if p else provenance.ACTIVATION
-        for p in params
+        provenance.param(p.path, aval.shape) if p else provenance.ACTIVATION
+        for p, aval in zip(params, avals, strict=True)
     ]
     return TracedCall(
         body=body,
         inputs=inputs,
         params=params,
         ops=analyze.find_ops(body, origins, module_path),
+        paths=paths,
         _rebuild=rebuild,
     )
 

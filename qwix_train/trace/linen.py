@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import core
@@ -73,12 +73,82 @@ def rewrite_call(
       kwargs: the keyword arguments.
       rewrite: the rewrite.
     """
-    scope = module.scope
-    assert scope is not None
+    counters = _counters_of(module)
+    traced = _trace(module, method_name, args, kwargs, counters)
+    with session.suspended():
+        out = rewrite(traced)
+        if out is session.UNCHANGED:
+            return original()
+    scope = _scope_of(module)
+    _update_counters(scope.rng_counters, counters)
+    if scope.mutable is False:
+        return out
+    out, updates = out
+    for collection, values in updates.items():
+        for name, value in values.items():
+            # The caller of `original` captures the result of this very method.
+            if (collection, name) != ("intermediates", method_name):
+                module.put_variable(collection, name, value)
+    return out
+
+
+def init_call(
+    module: nn.Module,
+    method_name: str,
+    original: Callable[[], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    initialize: Callable[[function.TracedCall], tuple[Mapping[Any, Any], Any]],
+    box: Callable[[Any, Any], Any],
+) -> Any:
+    """Initializes a module, and puts other values in the place of its params.
+
+    Args:
+      module: the module, bound, with variables that do not exist yet.
+      method_name: the method that is called.
+      original: calls the method as it is.
+      args: the positional arguments.
+      kwargs: the keyword arguments.
+      initialize: from a traced call with the initialized params, the values to put in
+        their places, by path, and the result of the call with these.
+      box: puts the metadata of a param around the value that takes its place.
+    """
+    counters = _counters_of(module)
+    with session.tracing():  # so that submodules do not put values of their own
+        out = original()
+    traced = _trace(module, method_name, args, kwargs, counters)
+    with session.suspended():
+        values, result = initialize(traced)
+    if result is session.UNCHANGED:
+        return out
+    for path, value in values.items():
+        before = module.variables.get("params", {})
+        for name in path:
+            before = before.get(name, {})
+        tree = box(value, before)
+        for name in reversed(path[1:]):
+            tree = {name: tree}
+        module.put_variable("params", path[0], tree)
+    return result[0]
+
+
+def _scope_of(module: nn.Module):
+    assert module.scope is not None
+    return module.scope
+
+
+def _counters_of(module: nn.Module) -> dict[Any, Any]:
+    """How many random numbers were drawn so far, in a scope and those below it.
+
+    A module that is called twice goes on counting, and so draws other numbers.
+    """
+    return _update_counters({}, _scope_of(module).rng_counters)
+
+
+def _trace(module, method_name, args, kwargs, counters) -> function.TracedCall:
+    """Traces a call of a method of a bound module; updates the counters."""
+    scope = _scope_of(module)
     unbound, variables = module.unbind()
-    # How many random numbers were drawn so far, in this scope and those below it. A
-    # module that is called twice goes on counting, and so draws other numbers.
-    counters = _update_counters({}, scope.rng_counters)
 
     def call(inner_scope, args, kwargs):
         inner_scope.rng_counters = counters
@@ -93,26 +163,12 @@ def rewrite_call(
             return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
     with session.tracing():
-        traced = function.trace(
+        return function.trace(
             pure,
             (dict(variables), args, kwargs),
             param_name,
             module_path="/".join(module.path),
         )
-    with session.suspended():
-        out = rewrite(traced)
-        if out is session.UNCHANGED:
-            return original()
-    _update_counters(scope.rng_counters, counters)
-    if scope.mutable is False:
-        return out
-    out, updates = out
-    for collection, values in updates.items():
-        for name, value in values.items():
-            # The caller of `original` captures the result of this very method.
-            if (collection, name) != ("intermediates", method_name):
-                module.put_variable(collection, name, value)
-    return out
 
 
 def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:

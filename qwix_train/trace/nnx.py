@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -270,13 +270,20 @@ def tracing_call(
     nodes = [leaves[i] for i in slots]
     static = [None if is_node(leaf) else leaf for leaf in leaves]
     result = _Result()
+    prefix = tuple(filter(None, path.split("/")))
+    stored = {(*prefix, *slot.path[1:]): value for slot, value in stored_params(nodes)}
     with nnx.update_context(_UPDATE):
         with nnx.split_context(_UPDATE) as split:
             graphdef, params, rest = split.split(nodes, nnx.Param, ...)
 
-        def pure(params, rest, static):
+        def pure(inputs, rest, static):
+            stand_ins, params = inputs
             with nnx.merge_context(_UPDATE, True) as merge:
                 nodes = merge.merge(graphdef, params, rest)
+            stored_copies = stored_params(nodes)
+            for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
+                slot.fill(stand_in)
+            held = [_raw(stand_in) for stand_in in stand_ins]
             copies = list(modules_in(nodes))
             classes = [type(module) for _, module in copies]
             for module_path, module in nnx.iter_modules(nodes[0]):
@@ -288,20 +295,117 @@ def tracing_call(
             new_args, new_kwargs = jax.tree.unflatten(tree, filled)
             with scopes.module_scope(path):
                 out = method(*new_args, **new_kwargs)
+            for before, stand_in, name in zip(held, stand_ins, stored, strict=True):
+                if _raw(stand_in) is not before:
+                    raise ValueError(
+                        f"The model writes to its param {'/'.join(name)!r}, which is "
+                        "quantized and cannot change."
+                    )
+            for slot, value in stored_copies:
+                slot.fill(value)
             # The caller's objects have these classes.
             for (_, module), cls in zip(copies, classes, strict=True):
                 set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
                 return result.split(split, nodes, out, (params, rest), graphdef)
 
-        def param_name(key_path):
-            # The first key is the index of the object among the arguments.
-            names = function.param_path(key_path[1:])
-            return (*filter(None, path.split("/")), *names)
+        names = list(stored)
 
+        def param_name(key_path):
+            which, *key_path = key_path
+            if which.idx == 0:
+                return names[key_path[0].idx]
+            # The first key is the index of the object among the arguments.
+            name = (*prefix, *function.param_path(key_path[1:]))
+            parts = any(name[: len(whole)] == whole for whole in names)
+            return None if parts else name
+
+        inputs = (list(stored.values()), params)
         with session.tracing():
-            traced = function.trace(pure, (params, rest, static), param_name)
+            traced = function.trace(pure, (inputs, rest, static), param_name)
         yield traced, lambda out: result.merge(nodes, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A place in an object graph: within an attribute of one of its nodes.
+
+    Attributes:
+      owner: the node.
+      path: the path to the place; that of the node, the attribute, and keys within.
+      keys: the keys within the attribute, if that is a plain container.
+    """
+
+    owner: Any
+    path: tuple[str, ...]
+    attribute: str
+    keys: tuple[Any, ...]
+
+    def fill(self, value: Any) -> None:
+        """Puts a value there."""
+        if not self.keys:
+            setattr(self.owner, self.attribute, value)
+            return
+        held = getattr(self.owner, self.attribute)
+        flat, tree = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
+        leaves = [value if key == self.keys else leaf for key, leaf in flat]
+        setattr(self.owner, self.attribute, jax.tree.unflatten(tree, leaves))
+
+
+def _is_whole(value: Any) -> bool:
+    return function.is_stored(value) or is_node(value)
+
+
+def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
+    """The places of a graph that hold variables or stored params."""
+    for path, node in nnx.iter_graph(root):
+        if not isinstance(node, nnx.Pytree):
+            continue
+        for attribute, held in list(vars(node).items()):
+            if attribute.startswith("_pytree__"):
+                continue
+            flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
+            for keys, value in flat:
+                if function.is_stored(value) or isinstance(value, nnx.Variable):
+                    names = (*path, attribute, *function.param_path(keys))
+                    yield _Slot(node, tuple(map(str, names)), attribute, keys), value
+
+
+def stored_params(root: Any) -> list[tuple[_Slot, Any]]:
+    """The places of a graph that hold stored params, and these."""
+    return [(slot, value) for slot, value in _slots(root) if function.is_stored(value)]
+
+
+def replace_params(
+    module: nnx.Module,
+    values: Mapping[tuple[str, ...], Any],
+    box: Callable[[Any, Any], Any],
+) -> None:
+    """Puts stored params in the place of variables, wherever a module holds them.
+
+    Args:
+      module: the module, which is changed.
+      values: the stored params, by path. A path that does not exist becomes a new
+        attribute.
+      box: puts the metadata of a variable around the value that takes its place.
+    """
+    slots = list(_slots(module))
+    new = {
+        id(variable): box(values[slot.path], variable)
+        for slot, variable in slots
+        if slot.path in values
+    }
+    for slot, variable in slots:
+        if id(variable) in new:
+            slot.fill(new[id(variable)])
+    modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
+    for path in set(values) - {slot.path for slot, _ in slots}:
+        setattr(modules[path[:-1]], path[-1], box(values[path], nnx.Param(None)))
+
+
+def _raw(variable: Any) -> Any:
+    raw = variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
+    return raw
 
 
 class _Result:

@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.trace import evaluate, function, linen
+from qwix_train.trace import carried, function, linen
 from tests import models
 
 X = jnp.ones((2, 3))
@@ -46,7 +46,7 @@ def test_a_param_that_is_handed_back_is_not_replaced():
     traced = trace(fn, params, X)
 
     def zero(param):
-        return evaluate.Deferred(param.value, jnp.zeros_like, None)
+        return carried.Deferred(param.value, jnp.zeros_like, None)
 
     product, same, double = traced.run([], None, zero)
     models.assert_same(same, params)

@@ -1,0 +1,122 @@
+"""Activations with a range that was collected beforehand.
+
+The scale of an activation is kept next to the params of the module that runs the op,
+named after the op and the operand: `params["Dense_0"]["dot_general0_lhs_scale"]`, and
+`..._zero_point` where the range is not centered at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import core
+from jax import numpy as jnp
+
+from qwix_train import stored
+from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.core.numerics import storage_dtype
+from qwix_train.core.qarray import QArray, WithAux, quantize_with_scale_zero_point
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.weights import SIDES
+
+
+def path_of(plan: OpPlan, side: int) -> Path:
+    """The path of an operand's range: that of its scale, without `_scale`."""
+    names = plan.op.module_path.split("/") if plan.op.module_path else []
+    return (*names, f"{plan.op.id}_{SIDES[side]}")
+
+
+def scale_path(path: Path) -> Path:
+    """The path of the scale that belongs to a range."""
+    return (*path[:-1], f"{path[-1]}_scale")
+
+
+def zero_point_path(path: Path) -> Path:
+    """The path of the zero point that belongs to a range."""
+    return (*path[:-1], f"{path[-1]}_zero_point")
+
+
+def initial(plan: Plan) -> dict[Path, Any]:
+    """The scales and zero points that a plan asks for, before any range is known.
+
+    The scales are NaN: a model that runs before it has ranges says so in its output.
+    """
+    params: dict[Path, Any] = {}
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            if not op.static or how is None:
+                continue
+            path = path_of(op, side)
+            operand = op.op.operands[side]
+            shape = (1,) * len(operand.shape)
+            scale = jnp.full(shape, jnp.nan, operand.dtype)
+            params[scale_path(path)] = WithAux(scale, how)
+            if needs_zero_point(how.calibration_method):
+                dtype = storage_dtype(how.qtype)
+                params[zero_point_path(path)] = jnp.zeros(shape, dtype)
+    return params
+
+
+def from_statistics(
+    path: Path, statistics: Mapping[str, Any], how: HowToQuantize
+) -> dict[Path, Any]:
+    """The scale and zero point of a range that was collected.
+
+    Args:
+      path: the path of the range.
+      statistics: `count`, and a sum over that many batches for each number that a
+        calibration gives: `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
+      how: how the activation is quantized.
+
+    Raises:
+      ValueError: if nothing was collected.
+    """
+    where = "/".join(path)
+    if "count" not in statistics:
+        raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
+    count = statistics["count"]
+    if not isinstance(count, core.Tracer) and not jnp.all(count > 0):
+        raise ValueError(
+            f"The quant_stats of {where!r} are empty: its op was not reached while "
+            "ranges were collected."
+        )
+    calibration = {
+        name.removeprefix("sum_of_"): jnp.asarray(value) / count
+        for name, value in statistics.items()
+        if name != "count"
+    }
+    scale, zero_point = compute_scale_zero_point(calibration, how.qtype)
+    params: dict[Path, Any] = {scale_path(path): WithAux(scale, how)}
+    if zero_point is not None:
+        params[zero_point_path(path)] = zero_point
+    return params
+
+
+def quantize_activation(
+    array: jax.Array, plan: OpPlan, side: int, named: Mapping[Path, Any]
+) -> QArray:
+    """Quantizes an operand with the range kept among the params.
+
+    Args:
+      array: the operand.
+      plan: what happens to its op.
+      side: 0 for the left operand, 1 for the right one.
+      named: the inputs of the traced call, by path.
+
+    Raises:
+      ValueError: if there is no such range.
+    """
+    how, path = plan.activations[side], path_of(plan, side)
+    assert how is not None
+    scale = named.get(scale_path(path))
+    if scale is None:
+        raise ValueError(
+            f"There is no static range for {'/'.join(path)!r}, which a rule with "
+            "act_static_scale=True asks for. Give quantize_params the quant_stats."
+        )
+    scale = scale.array if stored.is_quantized(scale) else scale
+    zero_point = named.get(zero_point_path(path))
+    return quantize_with_scale_zero_point(array, how.qtype, scale, zero_point)

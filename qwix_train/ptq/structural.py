@@ -1,0 +1,288 @@
+"""What moves the elements of a quantized array, applied to its codes and scales.
+
+Each function takes the parameters of an equation and gives quantized arrays whose
+values are, bit for bit, what the equation makes of the dequantized array; or None where
+there are none, as when a reshape would separate elements from their scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.core.qarray import QArray
+
+Params = Mapping[str, Any]
+Change = Callable[[Params, QArray, Sequence[Any]], list[QArray] | None]
+
+
+def spread(array: QArray, axis: int) -> QArray:
+    """The same values, with a scale for every index along an axis."""
+    size = array.shape[axis]
+
+    def change(part):
+        if part is None or part.shape[axis] == size:
+            return part
+        if part.shape[axis] != 1:
+            repeated = jnp.repeat(part, -(-size // part.shape[axis]), axis)
+            return lax.slice_in_dim(repeated, 0, size, axis=axis)
+        shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
+        return jnp.broadcast_to(part, shape)
+
+    return _with_parts(array, array.qvalue, change)
+
+
+def constrained(array: QArray, sharding: Any) -> QArray:
+    """The same array with the sharding of its codes constrained."""
+    qvalue = lax.with_sharding_constraint(array.qvalue, sharding)
+    return dataclasses.replace(array, qvalue=qvalue)
+
+
+def _with_parts(array: QArray, qvalue: Any, change) -> QArray:
+    return QArray(qvalue, change(array.scale), change(array.zero_point), array.qtype)
+
+
+def _every_part(change) -> Change:
+    """A change that is the same for codes and scales."""
+
+    def changed(params, array, others):
+        return [jax.tree.map(lambda part: change(params, part), array)]
+
+    return changed
+
+
+def _transpose(params, part):
+    return lax.transpose(part, params["permutation"])
+
+
+def _squeeze(params, part):
+    return lax.squeeze(part, params["dimensions"])
+
+
+def _expand_dims(params, part):
+    return lax.expand_dims(part, params["dimensions"])
+
+
+def _broadcast(params, array, others):
+    shape, places = params["shape"], params["broadcast_dimensions"]
+    if others:  # a dynamic shape
+        return None
+    operand_axis = {place: axis for axis, place in enumerate(places)}
+
+    def change(part):
+        if part is None:
+            return None
+        # Along a new axis, and along one that grows, all share what is there.
+        sizes = [
+            part.shape[operand_axis[axis]] if axis in operand_axis else 1
+            for axis in range(len(shape))
+        ]
+        return lax.broadcast_in_dim(part, sizes, places)
+
+    qvalue = lax.broadcast_in_dim(array.qvalue, shape, places)
+    return [_with_parts(array, qvalue, change)]
+
+
+def _reshape(params, array, others):
+    if others or params["dimensions"] is not None:
+        return None
+    return _attempt(lambda: array.reshape(params["new_sizes"]))
+
+
+def _slice(params, array, others):
+    strides = params["strides"] or (1,) * array.ndim
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    return _attempt(lambda: array[tuple(slice(*bound) for bound in bounds)])
+
+
+def _attempt(change: Callable[[], QArray]) -> list[QArray] | None:
+    """A change by a method of the array, which raises where there is none."""
+    try:
+        return [change()]
+    except ValueError:
+        return None
+
+
+def _rev(params, array, others):
+    axes = params["dimensions"]
+    parts = [part for part in (array.scale, array.zero_point) if part is not None]
+    if any(array.shape[axis] % part.shape[axis] for part in parts for axis in axes):
+        return None  # the last tile is shorter
+    return [jax.tree.map(lambda part: lax.rev(part, axes), array)]
+
+
+def _split(params, array, others):
+    axis, start, results = params["axis"], 0, []
+    for size in params["sizes"]:
+        index = [slice(None)] * array.ndim
+        index[axis] = slice(start, start + size)
+        start += size
+        part = _attempt(lambda index=index: array[tuple(index)])
+        if part is None:
+            return None
+        results += part
+    return results
+
+
+def _unstack(params, array, others):
+    axis = params["axis"]
+    index = (slice(None),) * axis
+    return [array[(*index, i)] for i in range(array.shape[axis])]
+
+
+def _dynamic_slice(params, array, others):
+    sizes = params["slice_sizes"]
+    cut = [axis for axis in range(array.ndim) if sizes[axis] != array.shape[axis]]
+    if any(_is_tiled(array, axis) for axis in cut):
+        return None
+
+    def change(part):
+        if part is None:
+            return None
+        whole = [axis not in cut or part.shape[axis] == 1 for axis in range(part.ndim)]
+        indices = [
+            jnp.zeros_like(index) if whole[axis] else index
+            for axis, index in enumerate(others)
+        ]
+        part_sizes = [
+            part.shape[axis] if whole[axis] else size for axis, size in enumerate(sizes)
+        ]
+        return lax.dynamic_slice(part, indices, part_sizes)
+
+    return [_with_parts(array, change(array.qvalue), change)]
+
+
+def _gather(params, array, others):
+    """Rows of a table, each with its own scale."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    for axis, size in enumerate(sizes):
+        if axis in indexed and _is_tiled(array, axis):
+            return None
+        if axis not in indexed and size != array.shape[axis]:
+            return None
+    (indices,) = others
+    for axis in indexed:
+        array = spread(array, axis)
+
+    def take(part, fill_value):
+        return lax.gather(
+            part,
+            indices,
+            numbers,
+            [
+                size if axis in indexed else part.shape[axis]
+                for axis, size in enumerate(sizes)
+            ],
+            unique_indices=params["unique_indices"],
+            indices_are_sorted=params["indices_are_sorted"],
+            mode=params["mode"],
+            fill_value=fill_value,
+        )
+
+    # Out of bounds, the code that stands for 1 is scaled by what the float array is
+    # filled with.
+    one = 15 if array.qtype == "nf4" else 1
+    fill_value = params["fill_value"]
+    scale = take(array.scale, jnp.nan if fill_value is None else fill_value)
+    zero_point = None if array.zero_point is None else take(array.zero_point, 0)
+    return [QArray(take(array.qvalue, one), scale, zero_point, array.qtype)]
+
+
+def _concatenate(params, arrays):
+    """One array of several: of one type, all or none with zero points."""
+    axis = params["dimension"]
+    first = arrays[0]
+    if any(
+        x.qtype != first.qtype
+        or x.dtype != first.dtype
+        or (x.zero_point is None) != (first.zero_point is None)
+        for x in arrays
+    ):
+        return None
+    parts = []
+    for name in ("scale", "zero_point"):
+        values = [getattr(x, name) for x in arrays]
+        if values[0] is None:
+            parts.append(None)
+            continue
+        counts = [{value.shape[a] for value in values} for a in range(first.ndim)]
+        # Along other axes, one scale is repeated where another array has more.
+        if any(len(c - {1}) > 1 for a, c in enumerate(counts) if a != axis):
+            return None
+        values = _aligned([x.shape[axis] for x in arrays], values, axis)
+        shape = [max(c) for c in counts]
+        full = [(*shape[:axis], v.shape[axis], *shape[axis + 1 :]) for v in values]
+        values = [jnp.broadcast_to(v, n) for v, n in zip(values, full, strict=True)]
+        parts.append(lax.concatenate(values, axis))
+    codes = lax.concatenate([x.qvalue for x in arrays], axis)
+    scale, zero_point = parts
+    return QArray(codes, scale, zero_point, first.qtype)
+
+
+def _aligned(sizes, values, axis):
+    """Scales such that those of the joined array all share equally many elements."""
+    tile = math.gcd(
+        *(
+            size // value.shape[axis] if size % value.shape[axis] == 0 else 1
+            for size, value in zip(sizes, values, strict=True)
+        )
+    )
+    aligned = []
+    for size, value in zip(sizes, values, strict=True):
+        each = -(-size // value.shape[axis]) // tile
+        value = jnp.repeat(value, each, axis) if each > 1 else value
+        aligned.append(lax.slice_in_dim(value, 0, size // tile, axis=axis))
+    return aligned
+
+
+def _is_tiled(array: QArray, axis: int) -> bool:
+    parts = (array.scale, array.zero_point)
+    return any(
+        part is not None and part.shape[axis] not in (1, array.shape[axis])
+        for part in parts
+    )
+
+
+def _negate(params, array, others):
+    return [dataclasses.replace(array, scale=-array.scale)]
+
+
+def _constrain(params, array, others):
+    return [constrained(array, params["sharding"])]
+
+
+def _unchanged(params, array, others):
+    return [array]
+
+
+CHANGES: dict[str, Change] = {
+    "transpose": _every_part(_transpose),
+    "squeeze": _every_part(_squeeze),
+    "expand_dims": _every_part(_expand_dims),
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "slice": _slice,
+    "rev": _rev,
+    "split": _split,
+    "unstack": _unstack,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "neg": _negate,
+    "sharding_constraint": _constrain,
+    "copy": _unchanged,
+    "copy_p": _unchanged,
+    "stop_gradient": _unchanged,
+}
+"""By primitive: the results of an equation whose first operand is quantized."""
+
+JOINS: dict[str, Callable[[Params, Sequence[QArray]], QArray | None]] = {
+    "concatenate": _concatenate,
+}
+"""By primitive: the result of an equation of which all operands are quantized."""

@@ -1,0 +1,201 @@
+"""A quantized weight on its way through a traced function.
+
+What a model does to a weight before a product (transposes, casts, slices it, looks up
+rows of it) is done to its codes and scales where that gives exactly the elements that
+the float array would have. Elsewhere the weight is dequantized first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train.core import numerics
+from qwix_train.core.conv import conv_general_dilated
+from qwix_train.core.dot_general import dot_general
+from qwix_train.core.qarray import QArray, WithAux, dequantize
+from qwix_train.ptq import structural
+from qwix_train.trace.carried import Carried
+
+# Called with the path of a param and the name of the primitive that it was
+# dequantized for.
+Listener = Callable[[str, str], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredWeight(Carried):
+    """A quantized weight, or a view of one.
+
+    Attributes:
+      array: the codes and scales.
+      dtype: the dtype that the model cast it to.
+      path: the path of the param.
+      origin: the param as it is stored, if this is the whole of it, untouched.
+      listener: told where it is dequantized.
+    """
+
+    array: QArray
+    dtype: Any
+    path: str
+    origin: WithAux | None = None
+    listener: Listener | None = None
+
+    follows = True
+
+    @functools.cached_property
+    def value(self) -> jax.Array:
+        """The dequantized array."""
+        return dequantize(self.array).astype(self.dtype)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The codes, the scale, and the zero point if there is one."""
+        return tuple(jax.tree.leaves(self.array))
+
+    def inside(self, arrays: Sequence[Any]) -> StoredWeight:
+        """The same weight, within a body."""
+        structure = jax.tree.structure(self.array)
+        return self._with(jax.tree.unflatten(structure, arrays), origin=None)
+
+    @property
+    def returned(self) -> Any:
+        """The param as it is stored, or the dequantized array of a view."""
+        if self.origin is not None:
+            return self.origin
+        self.read_by("return")
+        return self.value
+
+    def sliced(self):
+        """The codes and scales of each slice along axis 0."""
+        array = structural.spread(self.array, 0)
+
+        def one(*parts):
+            structure = jax.tree.structure(array)
+            return self._with(jax.tree.unflatten(structure, parts), origin=None)
+
+        return self._with(array).arrays, one
+
+    def apply(self, primitive, params, operands):
+        """See `Carried.apply`."""
+        if primitive in _PRODUCTS:
+            return [product(primitive, params, operands)]
+        if primitive == "convert_element_type":
+            return self._cast(params["new_dtype"])
+        if primitive in structural.JOINS:
+            if not all(isinstance(x, StoredWeight) for x in operands):
+                return None
+            if any(x.dtype != self.dtype for x in operands):
+                return None
+            arrays = [x.array for x in operands]
+            joined = structural.JOINS[primitive](params, arrays)
+            return None if joined is None else [self._with(joined)]
+        if primitive in ("mul", "div"):
+            return self._scaled(primitive, operands)
+        if primitive in structural.CHANGES and operands[0] is self:
+            if any(isinstance(x, StoredWeight) for x in operands[1:]):
+                return None
+            results = structural.CHANGES[primitive](params, self.array, operands[1:])
+            if results is None:
+                return None
+            return [self._with(array) for array in results]
+        return None
+
+    def read_by(self, primitive: str) -> None:
+        """Tells the listener that the weight is dequantized."""
+        if self.listener is not None:
+            self.listener(self.path, primitive)
+
+    def constrained(self, sharding: Any) -> StoredWeight:
+        """The weight with the sharding of its codes constrained."""
+        return self._with(structural.constrained(self.array, sharding))
+
+    def _with(self, array: QArray, origin: WithAux | None = None) -> StoredWeight:
+        return dataclasses.replace(self, array=array, origin=origin)
+
+    def _scaled(self, primitive: str, operands) -> list[StoredWeight] | None:
+        # A product with one number is one with the scales, to float rounding.
+        left, right = operands
+        if left is not self:
+            left, right = right, left
+        if isinstance(right, StoredWeight) or jnp.shape(right) != ():
+            return None
+        if self.dtype != jnp.float32 or self.array.dtype != jnp.float32:
+            return None
+        if primitive == "div" and operands[0] is not self:
+            return None
+        scale = self.array.scale
+        scale = scale * right if primitive == "mul" else scale / right
+        return [self._with(dataclasses.replace(self.array, scale=scale))]
+
+    def _cast(self, dtype) -> list[StoredWeight] | None:
+        # The scale keeps its dtype, so that the weight is rounded once, to the last
+        # dtype. After a cast to fewer bits, one to more would have to round twice.
+        narrowed = self.dtype != self.array.dtype
+        if not numerics.is_quantizable(dtype) or (narrowed and dtype != self.dtype):
+            return None
+        return [dataclasses.replace(self, dtype=jnp.dtype(dtype), origin=None)]
+
+
+def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> jax.Array:
+    """A matrix product or convolution whose operands may be quantized.
+
+    Args:
+      name: the name of its primitive.
+      params: the parameters of its equation.
+      operands: two arrays, `QArray`s or `StoredWeight`s.
+    """
+    dtypes = [x.dtype for x in operands]
+    preferred = params["preferred_element_type"] or jnp.result_type(*dtypes)
+    arrays = [
+        _product_operand(x, other)
+        for x, other in zip(operands, operands[::-1], strict=True)
+    ]
+    lhs, rhs = arrays
+    return _PRODUCTS[name](params, lhs, rhs, preferred)
+
+
+def _product_operand(value: Any, other: Any) -> Any:
+    if not isinstance(value, StoredWeight):
+        return value
+    # The sums of codes are scaled in the dtype of the stored scale, which is at least
+    # as exact. Next to a float array the weight has the dtype that the model gave it.
+    in_codes = isinstance(other, StoredWeight | QArray)
+    return value.array if in_codes else value.array.astype(value.dtype)
+
+
+def _dot_general(params, lhs, rhs, preferred):
+    return dot_general(
+        lhs,
+        rhs,
+        params["dimension_numbers"],
+        precision=params["precision"],
+        preferred_element_type=preferred,
+        out_sharding=params["out_sharding"],
+    )
+
+
+def _conv_general_dilated(params, lhs, rhs, preferred):
+    return conv_general_dilated(
+        lhs,
+        rhs,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        params["dimension_numbers"],
+        params["feature_group_count"],
+        params["batch_group_count"],
+        params["precision"],
+        preferred,
+    )
+
+
+_PRODUCTS = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv_general_dilated,
+}

@@ -1,0 +1,143 @@
+"""Quantized params in a tree: their metadata, and the arrays that they stand for.
+
+A quantized param is a `WithAux` in the place of an array. Flax keeps metadata, such as
+the names of axes for sharding, in boxes around arrays (`nn.Partitioned`,
+`nnx.Variable`); around the param's own parts here, so that each part is sharded by its
+own shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.linen import meta
+from jax import numpy as jnp
+
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, WithAux, quantize_array
+from qwix_train.trace import function
+
+# Where boxes keep the names of axes.
+_LINEN_NAMES = ("names", "mesh_axes")
+_NNX_NAMES = ("out_sharding", "sharding_names")
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a tree of params is quantized."""
+    return isinstance(leaf, WithAux)
+
+
+def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
+    """Quantizes one param.
+
+    Args:
+      param: a float array, or the shape of one (`jax.ShapeDtypeStruct`), unboxed.
+      how: how to quantize it.
+
+    Returns:
+      The quantized param; of shapes, too, if that is what `param` is.
+    """
+    if isinstance(param, jax.ShapeDtypeStruct):
+        array = jax.eval_shape(functools.partial(quantize_array, how=how), param)
+    else:
+        array = _quantize(jnp.asarray(param), how)
+    return WithAux(array, how)
+
+
+# Compiled, so that no intermediate of the size of a large weight is made.
+_quantize = jax.jit(quantize_array, static_argnums=1)
+
+
+def unbox(tree: Any) -> Any:
+    """A tree without boxes. No sharding is applied."""
+
+    def value(leaf):
+        while _is_box(leaf):
+            if isinstance(leaf, nnx.Variable):
+                leaf = leaf.get_raw_value()
+            elif isinstance(leaf, meta.Partitioned):
+                leaf = leaf.unbox(apply_constraint=False)
+            else:
+                leaf = leaf.unbox()
+        return leaf
+
+    return jax.tree.map(value, tree, is_leaf=_is_box)
+
+
+def box(quantized: WithAux, boxed: Any) -> WithAux:
+    """Puts the parts of a quantized param in boxes such as its array has.
+
+    Args:
+      quantized: the param, unboxed.
+      boxed: the array that it stands for, in its box; or any other object.
+
+    Returns:
+      The param, with the name of an axis dropped from the parts that have one entry
+      along it.
+    """
+    if not _is_box(boxed):
+        return quantized
+    return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
+
+
+def aval(quantized: WithAux) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the array that a quantized param stands for."""
+    return jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
+
+
+def box_of(quantized: WithAux) -> Any:
+    """The box around the codes of a quantized param; None if there is none."""
+    codes = quantized.array
+    codes = codes.qvalue if isinstance(codes, QArray) else codes
+    return codes if _is_box(codes) else None
+
+
+def box_array(quantized: WithAux, array: Any) -> Any:
+    """An array in the box that a quantized param has around its codes."""
+    outer = box_of(quantized)
+    if outer is None:
+        return array
+    return (
+        outer.replace(array)
+        if isinstance(outer, nnx.Variable)
+        else outer.replace_boxed(array)
+    )
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata | nnx.Variable)
+
+
+def _box_part(part: Any, boxed: Any) -> Any:
+    def kept(names):
+        if not isinstance(names, tuple | list | jax.sharding.PartitionSpec):
+            return names
+        sizes = (*part.shape, *(1 for _ in range(len(names) - part.ndim)))
+        masked = [
+            None if size == 1 else name
+            for name, size in zip(names, sizes, strict=False)
+        ]
+        is_spec = isinstance(names, jax.sharding.PartitionSpec)
+        return jax.sharding.PartitionSpec(*masked) if is_spec else tuple(masked)
+
+    if isinstance(boxed, nnx.Variable):
+        metadata = boxed.get_metadata()
+        names = {key: kept(metadata[key]) for key in _NNX_NAMES if key in metadata}
+        return type(boxed)(part, **{**metadata, **names})
+    new = boxed.replace_boxed(part)
+    fields = {field.name for field in dataclasses.fields(new)}  # type: ignore[arg-type]
+    names = {key: kept(getattr(new, key)) for key in _LINEN_NAMES if key in fields}
+    return dataclasses.replace(new, **names)  # type: ignore[type-var]
+
+
+# So that traced models find an array where their param is a quantized one, and
+# attributes of NNX modules may be quantized arrays.
+function.register_stored_type(
+    WithAux, function.StoredType(unbox=unbox, aval=aval, box=box_array)
+)
+for _cls in (QArray, WithAux):
+    nnx.register_data_type(_cls)

@@ -1,0 +1,128 @@
+"""What an evaluation carries in the place of an array: an input not made yet.
+
+A weight that is fake-quantized where it is used, or one that is stored quantized: the
+evaluator passes it through the traced function, into the bodies of loops and branches,
+and asks for the array that it stands for only where an equation needs that.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax import lax
+
+
+class Carried(abc.ABC):
+    """What an evaluation carries in the place of an array.
+
+    It holds arrays of its own, which are what enters the body of a `scan` or `remat`,
+    and becomes one array where an equation has no other way to read it.
+    """
+
+    follows = False
+    """Whether equations that read it are first offered to `apply`."""
+
+    @property
+    @abc.abstractmethod
+    def value(self) -> Any:
+        """The array that it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def arrays(self) -> tuple[Any, ...]:
+        """The arrays that it holds."""
+
+    @abc.abstractmethod
+    def inside(self, arrays: Sequence[Any]) -> Carried:
+        """The same, within a body that receives its arrays as `arrays`."""
+
+    @property
+    @abc.abstractmethod
+    def returned(self) -> Any:
+        """What a function returns that hands it on as it came."""
+
+    @abc.abstractmethod
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., Carried]] | None:
+        """How a `scan` iterates over it.
+
+        Returns:
+          The arrays to iterate over along axis 0, and what makes one iteration's
+          value of their slices; None if the array that it stands for must be used.
+        """
+
+    def apply(
+        self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
+    ) -> list[Any] | None:
+        """The results of an equation without bodies that reads this.
+
+        Args:
+          primitive: the name of its primitive.
+          params: its parameters.
+          operands: its operands; at least one is a `Carried` that `follows`.
+
+        Returns:
+          The results, arrays or `Carried`; None to run the equation on arrays.
+        """
+        return None
+
+    def read_by(self, primitive: str) -> None:  # noqa: B027
+        """Called before an equation of a primitive reads the array itself."""
+
+    def constrained(self, sharding: Any) -> Any:
+        """The same under a sharding constraint."""
+        return lax.with_sharding_constraint(self.value, sharding)
+
+
+class Deferred(Carried):
+    """An input that a transform applies to, as late as possible.
+
+    A fake-quantized weight is made where it is first used: inside the body of a
+    `remat`, so that it is not kept for the backward pass, and once per iteration of a
+    `scan` over stacked layers, so that only one layer's is alive; but outside a loop
+    whose every iteration reads the whole of it.
+
+    Attributes:
+      array: the untransformed input.
+      transform: what to apply.
+      per_iteration: what to apply to one slice of it along axis 0, where that gives
+        a slice of the transformed whole; None where it does not.
+    """
+
+    def __init__(
+        self,
+        array: Any,
+        transform: Callable[[Any], Any],
+        per_iteration: Callable[[Any], Any] | None = None,
+    ):
+        self.array = array
+        self.transform = transform
+        self.per_iteration = per_iteration
+
+    @functools.cached_property
+    def value(self) -> Any:
+        """The transformed input."""
+        return self.transform(self.array)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The untransformed input."""
+        return (self.array,)
+
+    def inside(self, arrays: Sequence[Any]) -> Deferred:
+        """The same input, within a body."""
+        return Deferred(arrays[0], self.transform, self.per_iteration)
+
+    @property
+    def returned(self) -> Any:
+        """The untransformed input: a model that returns its params returns those."""
+        return self.array
+
+    def sliced(self):
+        """Slices of the input, if there is a transform for those."""
+        change = self.per_iteration
+        if change is None:
+            return None
+        return (self.array,), lambda slice_: Deferred(slice_, change)
