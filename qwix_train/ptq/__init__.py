@@ -1,7 +1,11 @@
 """Post-training quantization: quantized params, a model that runs on them, files."""
 
+from qwix_train.ptq.checkpoint import read_manifest as read_manifest
+from qwix_train.ptq.checkpoint import restore as restore
+from qwix_train.ptq.checkpoint import save as save
+from qwix_train.ptq.checkpoint import save_async as save_async
 from qwix_train.ptq.params import abstract_params as abstract_params
 from qwix_train.ptq.params import quantize as quantize
 from qwix_train.ptq.params import quantize_params as quantize_params
-from qwix_train.ptq.params import to_tree as to_tree
 from qwix_train.ptq.provider import PtqProvider as PtqProvider
+from qwix_train.ptq.trees import to_tree as to_tree

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import nnx, traverse_util
+from flax import nnx
 
 from qwix_train import stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.planning import Path, make_plan
-from qwix_train.ptq import static_range
+from qwix_train.ptq import static_range, trees
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import param_path
@@ -69,7 +69,7 @@ def quantize_params(
       >>> quantized["kernel"].array.scale.shape
       (1, 2)
     """
-    target = _flat(to_tree(abstract_quantized_params))
+    target = _flat(trees.to_tree(abstract_quantized_params))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     quantized = []
     for key_path, param in leaves:
@@ -92,7 +92,9 @@ def quantize_params(
     tree = _pruned(jax.tree.unflatten(structure, quantized))
     for path, value in _static_ranges(quant_stats, target).items():
         tree = _inserted(tree, path, value)
-    return _plain(tree) if isinstance(abstract_quantized_params, nnx.Module) else tree
+    return (
+        trees.plain(tree) if isinstance(abstract_quantized_params, nnx.Module) else tree
+    )
 
 
 def quantize(
@@ -140,7 +142,7 @@ def quantize(
         if params is not None or quant_stats is not None:
             values = quantize_params(params or {}, quantized, **options)
             nnx.update(quantized, values)
-        return quantized, to_tree(quantized)
+        return quantized, trees.to_tree(quantized)
     if isinstance(model, nn.Module):
         quantized = quantize_model(model, provider)
         apply = functools.partial(model.apply, mutable=list(variables or ()), **kwargs)
@@ -197,43 +199,6 @@ def abstract_params(
     for path, value in values.items():  # static ranges
         tree = _inserted(tree, path, value)
     return tree
-
-
-def to_tree(model: Any) -> Any:
-    """The params of a model as a nested dictionary, unboxed.
-
-    Args:
-      model: an NNX module, or a tree of params, which may be boxed.
-
-    Returns:
-      A dictionary with a `WithAux` for each quantized param, and arrays.
-    """
-    if not isinstance(model, nnx.Module):
-        return stored.unbox(model)
-    flat: dict[tuple[str | int, ...], Any] = {}
-    for path, node in nnx.iter_graph(model):
-        if not isinstance(node, nnx.Pytree):
-            continue
-        held = {
-            name: value
-            for name, value in vars(node).items()
-            if not name.startswith("_pytree__")
-        }
-        leaves, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_param)
-        for keys, value in leaves:
-            if isinstance(value, WithAux | nnx.Param):
-                names = (*map(str, path), *param_path(keys))
-                flat[tuple(map(_as_index, names))] = stored.unbox(value)
-    return traverse_util.unflatten_dict(flat)
-
-
-def _is_param(value: Any) -> bool:
-    return isinstance(value, WithAux | nnx.Variable | nnx.Pytree)
-
-
-def _as_index(name: str) -> str | int:
-    # The attributes of an `nnx.List` are the digits of its indices.
-    return int(name) if name.isdigit() else name
 
 
 def _flat(tree: Any) -> dict[Path, Any]:
@@ -303,17 +268,3 @@ def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any
             )
         ranges |= static_range.from_statistics(path, statistics, scale.how)
     return ranges
-
-
-def _plain(tree: Any) -> Any:
-    """A tree of arrays, as `nnx.update` takes it."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if not stored.is_quantized(tree):
-        return tree
-    if not hasattr(tree.array, "qvalue"):
-        return {"array": tree.array}
-    parts = {"qvalue": tree.array.qvalue, "scale": tree.array.scale}
-    if tree.array.zero_point is not None:
-        parts["zero_point"] = tree.array.zero_point
-    return {"array": parts}

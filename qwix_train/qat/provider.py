@@ -8,7 +8,7 @@ from typing import Any
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Plan
-from qwix_train.trace.evaluate import Deferred
+from qwix_train.trace.carried import Deferred
 from qwix_train.trace.function import Param, TracedCall
 
 
@@ -33,7 +33,7 @@ class QtProvider(QuantizationProvider):
         def handler(op, operands, run):
             return run(*_fake_quant_activations(plans[op.key], operands))
 
-        def deferred(param: Param) -> Deferred | None:
+        def substitute(param: Param) -> Deferred | None:
             decision = plan.params[param.path]
             if decision.how is None:
                 return None
@@ -44,7 +44,7 @@ class QtProvider(QuantizationProvider):
                 inner and functools.partial(fake_quant, how=inner),
             )
 
-        return traced.run([op.op for op in plan.quantized_ops], handler, deferred)
+        return traced.run([op.op for op in plan.quantized_ops], handler, substitute)
 
 
 def _fake_quant_activations(plan: OpPlan, operands):

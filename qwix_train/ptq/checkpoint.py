@@ -1,0 +1,348 @@
+"""Checkpoints of quantized params, on Orbax.
+
+A checkpoint is a folder that Orbax writes and commits at once, with two items:
+``arrays``, nested dicts as the params are, each param a dict of its arrays
+(``qvalue``, ``scale``, ``zero_point``, or ``value``), codes packed; and ``manifest``,
+the JSON of a `Manifest`. Any Orbax reader can read both.
+
+Orbax's own checkpointers, such as `StandardCheckpointer`, take quantized params, too,
+without packing, checks and manifest. They do not take ``nf4``, whose codes are uint4,
+a type that TensorStore lacks.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx, traverse_util
+from flax.core import FrozenDict
+from jax.experimental import multihost_utils
+
+from qwix_train import plan_table
+from qwix_train.planning import Plan
+from qwix_train.ptq import array_tree, stored_arrays, trees
+from qwix_train.ptq.manifest import Manifest, Path, StoredParam
+from qwix_train.rules import QuantizationRule, check_rules
+
+_MANIFEST = "manifest"
+
+
+def save(
+    path: epath.PathLike,
+    params: Any,
+    *,
+    rules: Sequence[QuantizationRule] = (),
+    plan: Plan | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves quantized params.
+
+    Codes of fewer than 8 bits are packed, on the devices that hold them. A save that
+    is killed leaves nothing at the path, or what was there before.
+
+    Args:
+        path: The folder to make.
+        params: Nested dicts whose leaves are arrays, sharded or not, `QArray` or
+            `WithAux`; or an NNX module, of which all but the random state is saved.
+            Boxes such as `flax.linen.Partitioned` are not stored, only
+            what is in them; nor are empty dicts, and the ``noise_fn`` of a ``how``.
+        rules: The rules that the params were quantized by, for the manifest.
+        plan: The plan of the quantized model, for the manifest.
+        metadata: Anything that JSON can hold, for the manifest.
+        overwrite: Whether to replace what is at the path, once all is written.
+
+    Raises:
+        FileExistsError: Something is at the path, and ``overwrite`` is not set.
+        TypeError: A leaf, or ``metadata``, cannot be stored.
+        ValueError: Codes that are none of their type, or paths that are one when
+            their keys are written as text; the message names the params.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> from qwix_train.core import qarray
+    >>> how = qarray.HowToQuantize(qtype='int4', channelwise_axes=(1,))
+    >>> kernel = qarray.quantize_array(jnp.ones((16, 64)), how)
+    >>> params = {'Dense_0': {'kernel': qarray.WithAux(kernel, how)}}
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'int4'
+    >>> save(folder, params, rules=[QuantizationRule(weight_qtype='int4')])
+    >>> restored = restore(folder)['Dense_0']['kernel']
+    >>> restored.how == how, (restored.array.qvalue == kernel.qvalue).all().item()
+    (True, True)
+    """
+    save_async(
+        path,
+        params,
+        rules=rules,
+        plan=plan,
+        metadata=metadata,
+        overwrite=overwrite,
+    ).wait_until_finished()
+
+
+def save_async(
+    path: epath.PathLike,
+    params: Any,
+    *,
+    rules: Sequence[QuantizationRule] = (),
+    plan: Plan | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> PendingSave:
+    """Saves quantized params in the background.
+
+    It returns when the arrays are packed and copied to the host; params may then be
+    donated or changed. Wait for the save before the process ends: Python stops the
+    threads that write, and nothing comes of it.
+
+    Args:
+        path: As in `save`.
+        params: As in `save`.
+        rules: As in `save`.
+        plan: As in `save`.
+        metadata: As in `save`.
+        overwrite: As in `save`.
+
+    Returns:
+        The save; its ``wait_until_finished()`` raises what went wrong in writing.
+
+    Raises:
+        FileExistsError, TypeError, ValueError: As in `save`.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'step_10'
+    >>> pending = save_async(folder, {'bias': jnp.ones(3)})
+    >>> pending.wait_until_finished()
+    >>> restore(folder)['bias'].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    path = _absolute(path)
+    exists = path.exists()
+    if exists and not overwrite:
+        raise FileExistsError(
+            f"{path} exists. Pass overwrite=True to replace it, or another path."
+        )
+    arrays, records = array_tree.encode(stored_arrays.leaves(trees.to_tree(params)))
+    manifest = Manifest(
+        params=records,
+        rules=check_rules(rules),
+        plan=None if plan is None else plan.records(),
+        metadata=metadata,
+    )
+    # Orbax removes what is there before it writes. Here that stays until the end.
+    target = path.parent / f"{path.name}.qwix_train-new" if exists else path
+    checkpointer = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(),
+        # A folder that cannot be made is an error here, not a timeout of the writers.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
+    items = {
+        array_tree.ITEM: ocp.args.PyTreeSave(arrays),
+        _MANIFEST: ocp.args.JsonSave(manifest.to_json()),
+    }
+    checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    future = executor.submit(_finish, checkpointer, target, path)
+    executor.shutdown(wait=False)
+    return PendingSave(path, future)
+
+
+def restore(
+    path: epath.PathLike, abstract: Any = None, *, shardings: Any = None
+) -> Any:
+    """Restores quantized params, bit for bit.
+
+    Args:
+        path: The folder that `save` made.
+        abstract: The params of the model that will use them, such as
+            ``jax.eval_shape(ptq_model.init, key, x)['params']``; concrete ones do as
+            well. The result has its structure, boxes included. For an NNX module,
+            which may be abstract, a copy of it with the params. With None the
+            structure is that of the checkpoint, as nested dicts.
+        shardings: A `jax.sharding.Sharding` for all params, or nested dicts of
+            shardings, where one is for all of a param, or of all params, below it.
+            Scales and zero points are sharded as their codes, save along axes where
+            they have 1 entry or do not divide. Without it the shardings of
+            ``abstract`` count, and where that has none, an array goes where JAX puts
+            new ones: to the default device or, under ``jax.set_mesh``, to all.
+
+    Returns:
+        The params.
+
+    Raises:
+        FileNotFoundError: Nothing is at the path.
+        ValueError: What is there is no such checkpoint, or incomplete, or was
+            changed, or is for another model, or a sharding does not divide a param.
+            The message names the path and the params.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> from qwix_train.core import qarray
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'int8'
+    >>> params = {'kernel': qarray.quantize(jnp.ones((16, 64)), 'int8')}
+    >>> save(folder, params)
+    >>> restore(folder, jax.eval_shape(lambda: params))['kernel'].shape
+    (16, 64)
+    >>> restore(folder, {'bias': jnp.zeros(64)})
+    Traceback (most recent call last):
+    ...
+    ValueError: ... Missing in the checkpoint: bias. Not in the model: kernel.
+    """
+    if isinstance(abstract, nnx.Module):
+        tree = restore(path, trees.to_tree(abstract), shardings=shardings)
+        return trees.with_tree(abstract, tree)
+    path = _absolute(path)
+    manifest = read_manifest(path)
+    model = None if abstract is None else stored_arrays.leaves(abstract)
+    if model is not None:
+        _check_same_model(path, manifest.params, [leaf.describe() for leaf in model])
+    targets = {}
+    wanted = {} if model is None else {leaf.path: leaf for leaf in model}
+    for param in manifest.params:
+        given = _at(shardings, param.path)
+        if given is None and param.path in wanted:
+            given = stored_arrays.rebuild(wanted[param.path], wanted[param.path].arrays)
+        targets[param.path] = stored_arrays.shardings_of(param, given)
+    arrays = array_tree.read(path, manifest.params, targets)
+    values = {}
+    for param in manifest.params:
+        decoded = {
+            name: stored_arrays.decode(arrays.pop((param.path, name)), record, target)
+            for (name, record), target in zip(
+                param.arrays.items(), targets[param.path].values(), strict=True
+            )
+        }
+        leaf = stored_arrays.Leaf(param.path, decoded, param.qtype, param.how)
+        values[param.path] = stored_arrays.rebuild(leaf, decoded)
+    tree = traverse_util.unflatten_dict(values)
+    if abstract is None:
+        return tree
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(tree))
+
+
+def read_manifest(path: epath.PathLike) -> Manifest:
+    """Reads what a checkpoint says about itself, and no arrays.
+
+    Raises:
+        FileNotFoundError: Nothing is at the path.
+        ValueError: There is no manifest, or it was changed.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'a'
+    >>> rules = [QuantizationRule(weight_qtype='int4')]
+    >>> save(folder, {'bias': jnp.ones(3)}, rules=rules, metadata={'step': 10})
+    >>> manifest = read_manifest(folder)
+    >>> list(manifest.rules) == rules, manifest.metadata['step']
+    (True, 10)
+    """
+    path = _absolute(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        try:
+            record = checkpointer.restore(path / _MANIFEST)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no complete checkpoint of quantized params: its "
+                f"manifest cannot be read ({error})."
+            ) from error
+    try:
+        return Manifest.from_json(record)
+    except ValueError as error:
+        raise ValueError(f"The manifest of {path} is refused: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingSave:
+    """A save in the background.
+
+    Attributes:
+        path: The folder that it makes.
+    """
+
+    path: epath.Path
+    _future: concurrent.futures.Future[None] = dataclasses.field(repr=False)
+
+    def wait_until_finished(self) -> None:
+        """Waits for the save, and raises what went wrong."""
+        self._future.result()
+        if jax.process_count() > 1:
+            # The first process moves the folder into place.
+            multihost_utils.sync_global_devices(f"saved {self.path}")
+
+    def done(self) -> bool:
+        """Whether the save has finished, or failed."""
+        return self._future.done()
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    return epath.Path(path).expanduser().absolute()
+
+
+def _finish(
+    checkpointer: ocp.AsyncCheckpointer, target: epath.Path, path: epath.Path
+) -> None:
+    try:
+        checkpointer.wait_until_finished()
+    finally:
+        checkpointer.close()
+    if target != path and jax.process_index() == 0:
+        replaced = path.parent / f"{path.name}.qwix_train-old"
+        if replaced.exists():
+            replaced.rmtree()
+        # A folder cannot be replaced at once. Between the two steps nothing is at
+        # the path, and both checkpoints are beside it.
+        path.rename(replaced)
+        target.rename(path)
+        replaced.rmtree()
+
+
+def _at(tree: Any, path: Path) -> Any:
+    """What a tree of shardings has for a param; it may end above it."""
+    for key in path:
+        if not isinstance(tree, dict | FrozenDict):
+            break
+        tree = tree.get(key)
+    return tree
+
+
+def _check_same_model(
+    path: epath.Path, have: Sequence[StoredParam], want: Sequence[StoredParam]
+) -> None:
+    checkpoint = {param.path: param for param in have}
+    model = {param.path: param for param in want}
+    missing = [p.name for p in want if p.path not in checkpoint]
+    unexpected = [p.name for p in have if p.path not in model]
+    different = [
+        f"{p.name} ({text}, but in the model {_text(model[p.path])})"
+        for p in have
+        if p.path in model and (text := _text(p)) != _text(model[p.path])
+    ]
+    problems = [
+        f"{title}: {plan_table.some(names, 3)}."
+        for title, names in (
+            ("Missing in the checkpoint", missing),
+            ("Not in the model", unexpected),
+            ("Different", different),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"The checkpoint at {path} is for another model. {' '.join(problems)}"
+        )
+
+
+def _text(param: StoredParam) -> str:
+    """All of a param that has to agree, as text."""
+    arrays = [f"{k} {a.dtype}{list(a.shape)}" for k, a in param.arrays.items()]
+    how = param.how and dataclasses.replace(param.how, noise_fn=None)
+    return ", ".join([param.qtype or "not quantized", *arrays, str(how or "no how")])

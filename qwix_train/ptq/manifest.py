@@ -1,0 +1,235 @@
+"""What a checkpoint says about itself: its params, its rules, its versions.
+
+The manifest is JSON. Every param's record and the whole have a checksum of their own,
+so damage is noticed and, if it hit a record, the param is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import orbax.checkpoint as ocp
+
+from qwix_train.core import numerics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.rules import QuantizationRule
+
+FORMAT = "qwix_train quantized params"
+VERSION = 1
+
+Path = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """One array of a checkpoint.
+
+    Attributes:
+      shape: its shape in memory.
+      dtype: the name of its dtype in memory.
+      packed_as: the type as which it is packed, or None if it is stored as it is.
+      axis: the axis along which it is packed.
+      checksum: the checksum of what is stored, eight hexadecimal digits.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    packed_as: str | None = None
+    axis: int | None = None
+    checksum: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """One param of a checkpoint.
+
+    Attributes:
+      path: its path in the tree.
+      arrays: its arrays by name: `qvalue`, `scale` and perhaps `zero_point` if it is
+        quantized, else `value`.
+      qtype: the type of the codes, or None if it is not quantized.
+      how: how it was quantized, without any noise function; None if the tree holds
+        the array without its `WithAux`.
+    """
+
+    path: Path
+    arrays: Mapping[str, StoredArray]
+    qtype: str | None = None
+    how: HowToQuantize | None = None
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return path_name(self.path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the param."""
+        return self.arrays["qvalue" if self.qtype else "value"].shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself.
+
+    Attributes:
+      params: the params, in the order of the tree.
+      rules: the rules that it was quantized by.
+      plan: the records of its plan, see `Plan.records`; None if none was given.
+      versions: the version of each package that wrote it.
+      metadata: what the caller of `save` added.
+
+    Example:
+      >>> manifest = Manifest((), (QuantizationRule(weight_qtype="int4"),))
+      >>> Manifest.from_json(manifest.to_json()) == manifest
+      True
+    """
+
+    params: tuple[StoredParam, ...]
+    rules: tuple[QuantizationRule, ...] = ()
+    plan: Sequence[Mapping[str, Any]] | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    metadata: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as values that JSON can hold.
+
+        Raises:
+          TypeError: if `plan` or `metadata` holds anything else.
+        """
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "versions": dict(self.versions),
+            "rules": [_to_json(rule, QuantizationRule) for rule in self.rules],
+            "plan": self.plan,
+            "metadata": self.metadata,
+            "params": [_sealed(_param_to_json(param)) for param in self.params],
+        }
+        # Tuples become lists here, as they do in the file.
+        return _sealed(json.loads(json.dumps(record)))
+
+    @classmethod
+    def from_json(cls, record: Any) -> Manifest:
+        """Reads what `to_json` gave.
+
+        Raises:
+          ValueError: if the record is not a manifest, or was changed; the message
+            says what, and which params.
+        """
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError("it is not one of this package's")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"it has format version {record.get('version')!r}, and this release "
+                f"reads version {VERSION}: use the release that wrote it"
+            )
+        entries = record.get("params")
+        entries = entries if isinstance(entries, list) else []
+        changed = [entry for entry in entries if not _is_sealed(entry)]
+        if changed:
+            names = ", ".join(map(_name_in, changed))
+            raise ValueError(f"the records of these params were changed: {names}")
+        if not _is_sealed(record):
+            raise ValueError("it was changed, though not in the record of a param")
+        return cls(
+            params=tuple(_param_from_json(entry) for entry in entries),
+            rules=tuple(map(_rule_from_json, record["rules"])),
+            plan=record["plan"],
+            versions=record["versions"],
+            metadata=record["metadata"],
+        )
+
+
+def path_name(path: Path) -> str:
+    """The path of a param as text.
+
+    Example:
+      >>> path_name(("layers", 0, "kernel"))
+      'layers/0/kernel'
+    """
+    return "/".join(map(str, path))
+
+
+def _versions() -> dict[str, str]:
+    from_modules = {
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "orbax-checkpoint": ocp.__version__,
+    }
+    try:
+        own = importlib.metadata.version("qwix_train")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"  # Imported from a checkout.
+    return {"qwix_train": own, **from_modules}
+
+
+def _to_json(value: Any, cls: Any) -> dict[str, Any]:
+    """The fields of a rule or a `how`, by name, as the constructor takes them."""
+    record = {f.name: getattr(value, f.name) for f in dataclasses.fields(cls)}
+    record.pop("noise_fn", None)  # It took part in rounding, not in what codes mean.
+    if cls is HowToQuantize:
+        record["tiled_axes"] = list(value.tiled_axes.items())  # JSON has string keys.
+    for name, field in record.items():
+        if name.endswith("qtype") and field is not None:
+            record[name] = numerics.qtype_name(field)
+    return record
+
+
+def _rule_from_json(record: Mapping[str, Any]) -> QuantizationRule:
+    # As dtypes, they equal both the names and the scalar types that a rule may have.
+    qtypes = {
+        name: numerics.canonical_qtype(value)
+        for name, value in record.items()
+        if name.endswith("qtype") and value is not None
+    }
+    return QuantizationRule(**{**record, **qtypes})
+
+
+def _param_to_json(param: StoredParam) -> dict[str, Any]:
+    shown = param.arrays["scale" if param.qtype else "value"]
+    return {
+        "path": param.path,
+        "shape": param.shape,
+        "dtype": shown.dtype,
+        "qtype": param.qtype,
+        "how": _to_json(param.how, HowToQuantize) if param.how else None,
+        "arrays": {k: dataclasses.asdict(a) for k, a in param.arrays.items()},
+    }
+
+
+def _param_from_json(record: Mapping[str, Any]) -> StoredParam:
+    how = record["how"]
+    if how is not None:
+        how = HowToQuantize(**{**how, "tiled_axes": dict(how["tiled_axes"])})
+    arrays = {
+        name: StoredArray(**{**fields, "shape": tuple(fields["shape"])})
+        for name, fields in record["arrays"].items()
+    }
+    return StoredParam(tuple(record["path"]), arrays, record["qtype"], how)
+
+
+def _name_in(record: Any) -> str:
+    path = record.get("path") if isinstance(record, dict) else None
+    return path_name(tuple(path)) if isinstance(path, list) else "(one without path)"
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in record.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "sha256": _seal(record)}
+
+
+def _is_sealed(record: Any) -> bool:
+    return isinstance(record, dict) and record.get("sha256") == _seal(record)

@@ -1,0 +1,264 @@
+"""Params of a quantized tree as the arrays that a checkpoint stores, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import FrozenDict
+from flax.core.meta import AxisMetadata
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
+
+from qwix_train.core import numerics, packing
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.ptq.manifest import Path, StoredArray, StoredParam, path_name
+
+# Sub-byte arrays that are no codes: the type of codes that has the same values.
+_PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A param: an array, or the parts of a quantized one.
+
+    Attributes:
+        path: Its path.
+        arrays: ``qvalue``, ``scale`` and perhaps ``zero_point``, or ``value``;
+            concrete or abstract.
+        qtype: The name of the type of the codes, or None.
+        how: The ``how`` of its `WithAux`, or None.
+    """
+
+    path: Path
+    arrays: Mapping[str, Any]
+    qtype: str | None = None
+    how: HowToQuantize | None = None
+
+    def describe(self) -> StoredParam:
+        """What a manifest says of it, but for packing and checksums."""
+        arrays = {
+            name: StoredArray(tuple(array.shape), jnp.dtype(array.dtype).name)
+            for name, array in self.arrays.items()
+        }
+        return StoredParam(self.path, arrays, self.qtype, self.how)
+
+
+def leaves(tree: Any) -> list[Leaf]:
+    """The params of a tree.
+
+    Args:
+        tree: Nested dicts of arrays, concrete or abstract, `QArray` and `WithAux`;
+            metadata boxes such as `flax.linen.Partitioned` are looked through.
+
+    Raises:
+        TypeError: It is no such tree; the message names the param.
+
+    >>> q = QArray(jnp.ones((4, 2), jnp.int8), jnp.ones((1, 2)))
+    >>> [(leaf.path, list(leaf.arrays)) for leaf in leaves({'a': {'kernel': q}})]
+    [(('a', 'kernel'), ['qvalue', 'scale'])]
+    """
+    if not isinstance(tree, dict | FrozenDict):
+        raise TypeError(f"Expected a dict of params, got {type(tree).__name__}.")
+    return [
+        _leaf(path, x) for path, x in traverse_util.flatten_dict(unbox(tree)).items()
+    ]
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without its metadata boxes, and arrays sharded as they are."""
+
+    def content(x: Any) -> Any:
+        if isinstance(x, nn.Partitioned):
+            # Under a mesh it would put the array where the names of axes say.
+            return unbox(x.unbox(apply_constraint=False))
+        return unbox(x.unbox()) if isinstance(x, AxisMetadata) else x
+
+    return jax.tree.map(content, tree, is_leaf=lambda x: isinstance(x, AxisMetadata))
+
+
+def _leaf(path: Path, value: Any) -> Leaf:
+    how, qtype = None, None
+    if isinstance(value, WithAux):
+        value, how = value.array, value.how
+    if isinstance(value, QArray):
+        arrays = {"qvalue": value.qvalue, "scale": value.scale}
+        if value.zero_point is not None:
+            arrays["zero_point"] = value.zero_point
+        qtype = numerics.qtype_name(value.qtype)
+    else:
+        arrays = {"value": value}
+    for name, array in arrays.items():
+        where = f"Param {path_name(path)!r}, {name}"
+        if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(f"{where}: expected an array, got {type(array).__name__}.")
+        _check_dtype(where, array.dtype)
+    return Leaf(path, arrays, qtype, how)
+
+
+def _check_dtype(where: str, dtype: Any) -> None:
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{where}: arrays of dtype {dtype} cannot be stored, but their "
+            "jax.random.key_data can."
+        )
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
+        raise TypeError(f"{where}: arrays of dtype {dtype} cannot be stored.")
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    narrow = dtype != jnp.bool and info(dtype).bits < 8
+    complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
+    if complex_ or (narrow and jnp.dtype(dtype).name not in _PACKED_AS):
+        raise TypeError(f"{where}: arrays of dtype {dtype} cannot be stored.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(
+            f"{where}: JAX holds no {dtype} unless jax_enable_x64 is set; set it, or "
+            "convert the array."
+        )
+
+
+def rebuild(leaf: Leaf, like_arrays: Mapping[str, jax.Array]) -> Any:
+    """The value of a param in a tree, of arrays that were restored."""
+    if leaf.qtype is None:
+        value = like_arrays["value"]
+    else:
+        value = QArray(**like_arrays, qtype=leaf.qtype)
+    return value if leaf.how is None else WithAux(value, leaf.how)
+
+
+def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
+    """Packs the arrays of a param.
+
+    Returns:
+        The arrays to store; what the manifest says of them, without checksums; and
+        whether the codes are those of their type, as an array of one boolean.
+    """
+    stored, records, sound = {}, {}, np.True_
+    for name, record in leaf.describe().arrays.items():
+        array = leaf.arrays[name]
+        packed_as = _PACKED_AS.get(record.dtype)
+        if name == "qvalue" and numerics.qtype_bits(leaf.qtype) < 8:
+            packed_as = leaf.qtype
+        if packed_as is not None:
+            array, axis = _packable(array, packed_as)
+            packed = packing.pack(array, packed_as, axis)
+            if _PACKED_AS.get(record.dtype) != packed_as:
+                # The dtype holds more than the type does: nothing may get lost.
+                back = packing.unpack(packed, packed_as, array.shape[axis], axis)
+                sound = jnp.all(back.astype(array.dtype) == array)
+            array = packed
+            record = dataclasses.replace(record, packed_as=packed_as, axis=axis)
+        stored[name], records[name] = array, record
+    return stored, records, sound
+
+
+def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
+    """The codes with a rank of 1 or more, and the axis along which to pack them."""
+    array = jnp.asarray(array)
+    array = array.reshape(array.shape or (1,))
+    axis = packing.packing_axis(array.shape, packed_as, array.sharding)
+    if axis is None:
+        # Every axis is cut into pieces that hold no whole groups: a small array.
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())  # pyright: ignore
+        array = jax.device_put(array, everywhere)
+        axis = packing.packing_axis(array.shape, packed_as)
+    assert axis is not None
+    return array, axis
+
+
+def stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruct:
+    """The array as it is stored, sharded as the target says where packing allows it."""
+    if record.packed_as is None:
+        return jax.ShapeDtypeStruct(record.shape, record.dtype, sharding=target)
+    shape, axis = record.shape or (1,), record.axis
+    assert axis is not None
+    packed = packing.packed_shape(shape, record.packed_as, axis)
+    count = packing.group_size(record.packed_as)
+    if isinstance(target, NamedSharding) and not packing.fits_shards(
+        shape, count, axis, target
+    ):
+        spec = [*target.spec, *[None] * len(shape)][: len(shape)]
+        spec[axis] = None
+        target = _with_spec(target, spec)
+    return jax.ShapeDtypeStruct(packed, jnp.uint8, sharding=target)
+
+
+def decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array:
+    """The array that is stored in such a form, sharded as the target says."""
+    if record.packed_as is None:
+        return array
+    shape, axis = record.shape or (1,), record.axis
+    assert axis is not None
+    codes = packing.unpack(array, record.packed_as, shape[axis], axis)
+    codes = codes.reshape(record.shape) if not record.shape else codes
+    return jax.device_put(codes.astype(record.dtype), target)
+
+
+def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
+    """How the arrays of a param are to be sharded.
+
+    Args:
+        param: The param.
+        given: A sharding for the param; a `QArray` or `WithAux` of shardings or
+            abstract arrays, or None for where JAX puts new arrays. Scales and zero
+            points that have none of their own are sharded as the codes are, but not
+            along axes where they have too few entries.
+
+    Raises:
+        ValueError: The sharding does not divide the param; the message names both.
+    """
+    given = unbox(given)
+    given = given.array if isinstance(given, WithAux) else given
+    if isinstance(given, QArray):
+        own = {name: _concrete(getattr(given, name)) for name in param.arrays}
+    else:
+        own = dict.fromkeys(param.arrays)
+        own["qvalue" if param.qtype else "value"] = _concrete(given)
+    base = own.get("qvalue") or own.get("value")
+    if base is None:
+        # The default device or, under `jax.set_mesh`, all of the mesh: JAX refuses to
+        # compute there with arrays that are elsewhere.
+        base = jnp.zeros(()).sharding
+    try:
+        shards = base.shard_shape(param.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"Param {param.name!r} of shape {param.shape} cannot be sharded as {base}: "
+            f"{error}"
+        ) from None
+    pieces = [n // s if s else 1 for n, s in zip(param.shape, shards, strict=True)]
+    return {
+        name: own[name] or _alike(base, array.shape, pieces)
+        for name, array in param.arrays.items()
+    }
+
+
+def _concrete(given: Any) -> Sharding | None:
+    sharding = (
+        given if isinstance(given, Sharding) else getattr(given, "sharding", None)
+    )
+    # Under `jax.set_mesh`, `eval_shape` gives meshes without devices.
+    mesh = getattr(sharding, "mesh", None)
+    return None if isinstance(mesh, AbstractMesh) else sharding
+
+
+def _alike(base: Sharding, shape: tuple[int, ...], pieces: list[int]) -> Sharding:
+    if not isinstance(base, NamedSharding):
+        return base
+    spec = [*base.spec, *[None] * len(shape)][: len(shape)]
+    return _with_spec(
+        base,
+        [
+            None if n % count else entry
+            for n, count, entry in zip(shape, pieces, spec, strict=True)
+        ],
+    )
+
+
+def _with_spec(base: NamedSharding, spec: list[Any]) -> NamedSharding:
+    return NamedSharding(base.mesh, PartitionSpec(*spec), memory_kind=base.memory_kind)

@@ -1,0 +1,101 @@
+"""The state of an NNX model as a tree of params, and back.
+
+Linen models and functions take their params as trees. NNX models hold theirs in
+attributes, which are listed here in the same form: nested dictionaries by module path,
+with a `WithAux` for each quantized param.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+
+from qwix_train import stored
+from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.trace.function import param_path
+
+# What a model computes with: everything but its streams of random numbers.
+_STATE = nnx.All(nnx.Variable, nnx.Not(nnx.RngState))
+
+
+def to_tree(model: Any, kind: Any = _STATE) -> Any:
+    """The state of a model as a tree, unboxed.
+
+    Args:
+      model: an NNX module; or a tree of params, which may be boxed.
+      kind: an NNX filter, such as `nnx.Param`, for the variables to list. By default
+        all that are no random state; `nnx.BatchStat`, too, for one.
+
+    Returns:
+      A nested dictionary with a `WithAux` for each quantized param, and arrays.
+
+    Example:
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> {name: array.shape for name, array in to_tree(model).items()}
+      {'bias': (3,), 'kernel': (2, 3)}
+    """
+    if not isinstance(model, nnx.Module):
+        return stored.unbox(model)
+    chosen = nnx.filterlib.to_predicate(kind)
+    flat: dict[tuple[str | int, ...], Any] = {}
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.Pytree):
+            continue
+        held = {
+            name: value
+            for name, value in vars(node).items()
+            if not name.startswith("_pytree__")
+        }
+        leaves, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
+        for keys, value in leaves:
+            variable = stored.box_of(value) if isinstance(value, WithAux) else value
+            names = (*map(str, path), *param_path(keys))
+            if isinstance(variable, nnx.Variable) and chosen(names, variable):
+                flat[tuple(map(_as_index, names))] = stored.unbox(value)
+    return traverse_util.unflatten_dict(dict(sorted(flat.items(), key=_order)))
+
+
+def plain(tree: Any) -> Any:
+    """A tree of arrays alone, as `nnx.update` takes it.
+
+    Args:
+      tree: a nested dictionary with `WithAux` leaves; one becomes the dictionary
+        `{"array": {"qvalue": ..., "scale": ...}}`.
+    """
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if not isinstance(tree, WithAux):
+        return tree
+    if not isinstance(tree.array, QArray):
+        return {"array": tree.array}
+    parts = {"qvalue": tree.array.qvalue, "scale": tree.array.scale}
+    if tree.array.zero_point is not None:
+        parts["zero_point"] = tree.array.zero_point
+    return {"array": parts}
+
+
+def with_tree(model: nnx.Module, tree: Any) -> Any:
+    """A copy of an NNX module with the state that a tree holds.
+
+    Args:
+      model: the module, which may be abstract.
+      tree: as `to_tree` gives it.
+    """
+    graphdef, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, plain(tree))
+    return nnx.merge(graphdef, state)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, WithAux | nnx.Variable | nnx.Pytree)
+
+
+def _as_index(name: str) -> str | int:
+    # The attributes of an `nnx.List` are the digits of its indices.
+    return int(name) if name.isdigit() else name
+
+
+def _order(entry: tuple[tuple[str | int, ...], Any]) -> list[str]:
+    return [str(name) for name in entry[0]]
