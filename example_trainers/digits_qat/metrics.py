@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
 from clu import metrics as clu_metrics
 from flax import struct
+
+from qwix_train import WithAux
 
 
 @struct.dataclass
@@ -21,6 +24,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def compute(*, loss: jax.Array, logits: jax.Array, labels: jax.Array) -> Metrics:
     return Metrics.single_from_model_output(loss=loss, logits=logits, labels=labels)
+
+
+def nbytes(params: Any) -> int:
+    """Returns the size of params, those that are quantized with packed codes."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, WithAux))
+    return sum(
+        leaf.array.nbytes if isinstance(leaf, WithAux) else leaf.nbytes
+        for leaf in leaves
+    )
 
 
 def merge(collected: Sequence[Metrics]) -> dict[str, float]:

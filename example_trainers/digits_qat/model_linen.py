@@ -1,19 +1,22 @@
 """The model and its train step in Flax Linen."""
 
 import functools
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax.training import train_state
 
 import qwix_train
 from example_trainers.digits_qat import metrics
 
-FIRST_LAYER = "Conv_0"
+IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 
 
 class CNN(nn.Module):
@@ -47,7 +50,7 @@ def create_train_state(
     config: ml_collections.ConfigDict, tx: optax.GradientTransformation, seed: int
 ) -> TrainState:
     model = create_model(tuple(config.features))
-    image = jnp.zeros((1, 8, 8, 1))
+    image = jnp.zeros(IMAGE.shape, IMAGE.dtype)
     variables = model.init(jax.random.key(seed), image, train=False)
     return TrainState.create(
         apply_fn=model.apply,
@@ -110,8 +113,60 @@ def make_plan(
 ) -> qwix_train.Plan:
     """Returns what the rules do to every op of the model."""
     model = create_model(tuple(config.features))
-    image = jax.ShapeDtypeStruct((config.batch_size, 8, 8, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((config.batch_size, *IMAGE.shape[1:]), IMAGE.dtype)
     return qwix_train.plan(model, rules, image, train=False)
+
+
+def predict(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    rules: list[qwix_train.QuantizationRule],
+    images: np.ndarray,
+) -> jax.Array:
+    """Returns the logits that the model has in training."""
+    model = create_model(tuple(config.features))
+    if rules:
+        model = qwix_train.quantize_model(model, qwix_train.QtProvider(rules))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.jit(functools.partial(model.apply, train=False))(variables, images)
+
+
+def export(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    rules: list[qwix_train.QuantizationRule],
+    path: pathlib.Path,
+) -> None:
+    """Writes the model to serve: quantized params, and the statistics of BatchNorm."""
+    params, batch_stats = state.params, state.batch_stats
+    if rules:
+        _, params = qwix_train.ptq.quantize(
+            create_model(tuple(config.features)),
+            params,
+            rules,
+            IMAGE,
+            variables={"batch_stats": batch_stats},
+            train=False,
+        )
+    variables = {"params": params, "batch_stats": batch_stats}
+    qwix_train.ptq.save(path, variables, rules=rules)
+
+
+def restore(
+    config: ml_collections.ConfigDict,
+    rules: list[qwix_train.QuantizationRule],
+    path: pathlib.Path,
+) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """Reads an exported model; returns it, and the size of its params in bytes."""
+    model = create_model(tuple(config.features))
+    if rules:
+        model = qwix_train.quantize_model(model, qwix_train.PtqProvider(rules))
+    init = functools.partial(model.init, train=False)
+    abstract = jax.eval_shape(init, jax.random.key(0), IMAGE)
+    variables = qwix_train.ptq.restore(path, abstract)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    size = metrics.nbytes(variables["params"])
+    return functools.partial(apply, variables), size
 
 
 def to_tree(state: TrainState) -> Any:

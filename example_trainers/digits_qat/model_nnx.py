@@ -1,10 +1,14 @@
 """The same model and train step in Flax NNX."""
 
+import functools
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 
@@ -12,6 +16,8 @@ import qwix_train
 from example_trainers.digits_qat import metrics
 
 TrainState = tuple["CNN", nnx.Optimizer]
+
+IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 
 
 class CNN(nnx.Module):
@@ -104,8 +110,60 @@ def make_plan(
 ) -> qwix_train.Plan:
     """Returns what the rules do to every op of the model."""
     model = CNN(tuple(config.features), rngs=nnx.Rngs(0))
-    image = jax.ShapeDtypeStruct((config.batch_size, 8, 8, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((config.batch_size, *IMAGE.shape[1:]), IMAGE.dtype)
     return qwix_train.plan(model, rules, image, train=False)
+
+
+def predict(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    rules: list[qwix_train.QuantizationRule],
+    images: np.ndarray,
+) -> jax.Array:
+    """Returns the logits that the model has in training."""
+    del config
+    model = state[0]
+    if rules:
+        model = qwix_train.quantize_model(model, qwix_train.QtProvider(rules))
+    return _forward(model, images)
+
+
+def export(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    rules: list[qwix_train.QuantizationRule],
+    path: pathlib.Path,
+) -> None:
+    """Writes the model to serve: quantized params, and the statistics of BatchNorm."""
+    del config
+    qwix_train.ptq.save(path, _quantized(state[0], rules), rules=rules)
+
+
+def restore(
+    config: ml_collections.ConfigDict,
+    rules: list[qwix_train.QuantizationRule],
+    path: pathlib.Path,
+) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """Reads an exported model; returns it, and the size of its params in bytes."""
+
+    def create():
+        return _quantized(CNN(tuple(config.features), rngs=nnx.Rngs(0)), rules)
+
+    model = qwix_train.ptq.restore(path, nnx.eval_shape(create))
+    size = metrics.nbytes(qwix_train.ptq.to_tree(model, nnx.Param))
+    return functools.partial(_forward, model), size
+
+
+@nnx.jit
+def _forward(model: CNN, images: jax.Array) -> jax.Array:
+    return model(images, train=False)
+
+
+def _quantized(model: CNN, rules: list[qwix_train.QuantizationRule]) -> CNN:
+    if not rules:
+        return model
+    provider = qwix_train.PtqProvider(rules)
+    return qwix_train.quantize_model(model, provider, IMAGE, train=False)
 
 
 def to_tree(state: TrainState) -> Any:

@@ -100,28 +100,36 @@ def format_table(results: dict[str, Any]) -> str:
                 "-" if recovery is None else f"{recovery:.0%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
-
-    def text(line: tuple[str, ...]) -> str:
-        left = [c.ljust(w) for c, w in zip(line[:2], widths[:2], strict=True)]
-        right = [c.rjust(w) for c, w in zip(line[2:], widths[2:], strict=True)]
-        return "   ".join(left + right).rstrip()
-
     count = len(results["config"]["seeds"])
     return "\n".join(
         [
             f"Test accuracy in %, mean ± sample standard deviation over {count} "
             f"seed{'s' if count > 1 else ''}, 450 images",
-            rule,
-            text(lines[0]),
-            rule,
-            *map(text, lines[1:]),
-            rule,
+            *align(lines, left=2),
             "recovered: (QAT - plain) / (float - plain); "
             f"- where plain fake quant loses less than {100 * MIN_LOSS:g} point",
         ]
     )
+
+
+def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
+    """Lays out a table, of which the first line is the head.
+
+    Args:
+        lines: The cells.
+        left: The number of columns that are aligned to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+
+    def text(line: tuple[str, ...]) -> str:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "   ".join(cells).rstrip()
+
+    return [rule, text(lines[0]), rule, *map(text, lines[1:]), rule]
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -16,7 +16,14 @@ import optax
 import orbax.checkpoint as ocp
 
 import qwix_train
-from example_trainers.digits_qat import data, metrics, model_linen, model_nnx, report
+from example_trainers.digits_qat import (
+    data,
+    export,
+    metrics,
+    model_linen,
+    model_nnx,
+    report,
+)
 
 FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
 
@@ -218,6 +225,8 @@ def train_and_evaluate(
     print(f"{framework.make_plan(config, narrowest)}\n", flush=True)
 
     measurements: list[dict[str, Any]] = []
+    # For each type of weights, the state of the seed that came out best.
+    best: dict[str, tuple[float, Any]] = {}
 
     def measure(seed: int, phase: Phase, method: str, accuracy: float, history):
         measurements.append(
@@ -243,7 +252,10 @@ def train_and_evaluate(
             checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
         )
         method = "qat" if phase in qat_phases else "float"
-        measure(seed, phase, method, evaluate(phase, state, test)["accuracy"], history)
+        accuracy = evaluate(phase, state, test)["accuracy"]
+        measure(seed, phase, method, accuracy, history)
+        if phase is not longer_phase and accuracy > best.get(phase.name, (0, None))[0]:
+            best[phase.name] = accuracy, state
         return state
 
     for seed in config.seeds:
@@ -268,4 +280,12 @@ def train_and_evaluate(
 
     results = report.summarize(config, measurements)
     report.write(results, workdir)
+    export.export_and_serve(
+        framework,
+        config,
+        {name: state for name, (_, state) in best.items()},
+        {"float": [], **{q: make_rules(config, q) for q in config.weight_qtypes}},
+        test,
+        workdir,
+    )
     return results
