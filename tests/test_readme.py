@@ -10,13 +10,14 @@ import numpy as np
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def test_python_blocks_run_in_order(capsys):
+def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict = {}
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     assert names["state"].step == 3
     assert np.isfinite(names["loss"])
 
@@ -33,6 +34,12 @@ def test_python_blocks_run_in_order(capsys):
     )[1]
     assert float_loss != quantized_loss
     assert abs(float_loss - quantized_loss) < 0.2
+
+    # The quantized model computes what the training step saw.
+    assert names["quantized"]["Dense_0"]["kernel"].array.qvalue.dtype == jnp.int4
+    expected = names["qat_logits"]
+    np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5)
+    assert (tmp_path / "export").is_dir()
 
     table = capsys.readouterr().out
     assert re.search(r"Dense_0 +dot_general0 .*int4 channel 1 tile 0:16", table)

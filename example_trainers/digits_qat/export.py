@@ -45,7 +45,7 @@ def export_and_serve(
     for name, state in best.items():
         framework.export(config, state, rules[name], folder / name)
         logits = framework.predict(config, state, rules[name], test["image"])
-        trained[name] = np.argmax(logits, -1)
+        trained[name] = np.argmax(np.asarray(logits), -1)
     records = serve(workdir)
     for record in records:
         predictions = np.array(record.pop("predictions"))

@@ -156,7 +156,7 @@ def restore(
     config: ml_collections.ConfigDict,
     rules: list[qwix_train.QuantizationRule],
     path: pathlib.Path,
-) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+) -> tuple[Callable[[Any], jax.Array], int]:
     """Reads an exported model; returns it, and the size of its params in bytes."""
     model = create_model(tuple(config.features))
     if rules:

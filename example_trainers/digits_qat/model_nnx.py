@@ -143,7 +143,7 @@ def restore(
     config: ml_collections.ConfigDict,
     rules: list[qwix_train.QuantizationRule],
     path: pathlib.Path,
-) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+) -> tuple[Callable[[Any], jax.Array], int]:
     """Reads an exported model; returns it, and the size of its params in bytes."""
 
     def create():
@@ -155,7 +155,7 @@ def restore(
 
 
 @nnx.jit
-def _forward(model: CNN, images: jax.Array) -> jax.Array:
+def _forward(model: CNN, images: Any) -> jax.Array:
     return model(images, train=False)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from example_trainers.digits_qat import config as config_lib
-from example_trainers.digits_qat import data, report, train
+from example_trainers.digits_qat import data, export, report, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -94,6 +94,16 @@ def test_run_and_resume(
     assert row["ptq"]["mean"] < floating["mean"]
     assert row["qat"]["mean"] > row["ptq"]["mean"]
     assert row["lost"] == pytest.approx(floating["mean"] - row["ptq"]["mean"])
+
+    # What a fresh process restored predicts what was trained, image by image.
+    served = json.loads((whole / "serving.json").read_text())
+    assert [record["weights"] for record in served] == ["float", "int2"]
+    for record, accuracy in zip(served, (floating, row["qat"]), strict=True):
+        assert record["same_predictions"] == record["images"] == 450
+        assert record["accuracy"] == record["trained_accuracy"]
+        assert record["accuracy"] == pytest.approx(accuracy["mean"], abs=1e-6)
+    assert served[1]["param_bytes"] < served[0]["param_bytes"] / 6
+    assert export.format_table(served) in printed
 
     with monkeypatch.context() as patch:
         _interrupt_before(patch, failing_step)
