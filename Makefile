@@ -6,7 +6,8 @@
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make lint         ruff and pyright
-#   make bench        the benchmarks
+#   make bench        the benchmark of training
+#   make bench-ptq    the benchmark of quantized models
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12.
@@ -51,7 +52,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,12p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,13p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -118,6 +119,10 @@ lint: $(VENV)/.stamp-dev
 .PHONY: bench
 bench: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qat_step $(ARGS)
+
+.PHONY: bench-ptq
+bench-ptq: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.ptq $(ARGS)
 
 .PHONY: clean
 clean:
