@@ -5,6 +5,7 @@
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
+#   make test-interchange  files against the compressed-tensors library (torch)
 #   make lint         ruff and pyright
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
@@ -22,6 +23,7 @@ ARGS ?=
 
 VENV := .venv
 LATEST := .venv-latest
+INTERCHANGE := .venv-interchange
 PIP := -m pip --disable-pip-version-check --quiet
 
 # JAX on the CPU, and one thread per test worker: XLA would otherwise start a
@@ -52,7 +54,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,13p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,14p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -110,6 +112,22 @@ test-latest:
 run-test-latest: $(LATEST)/.stamp-test
 	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+# Files of Hugging Face's compressed-tensors library, written and read by the library
+# itself: in an environment of its own, as it needs torch, which we never do.
+$(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
+	@echo "make: installing torch and compressed-tensors into $(INTERCHANGE)"
+	@$(VENV)/bin/python -m venv --clear $(INTERCHANGE)
+	@$(INTERCHANGE)/bin/python $(PIP) install torch==2.13.0
+	@$(INTERCHANGE)/bin/python $(PIP) install compressed-tensors==0.20.0 \
+	  safetensors==0.8.0 numpy
+	@touch $@
+
+.PHONY: test-interchange
+test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
+	QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
+	  $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m "" \
+	  tests/ptq/test_compressed_tensors.py $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff check .
@@ -126,4 +144,4 @@ bench-ptq: $(VENV)/.stamp-bench
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) $(LATEST) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(INTERCHANGE) .pytest_cache .ruff_cache .hypothesis

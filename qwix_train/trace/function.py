@@ -63,6 +63,7 @@ class TracedCall:
       params: for each input, the param that it is, or None.
       ops: the matrix products, convolutions and lookups in it.
       paths: for each input, its path if it is in the first argument, and has one.
+      added: values next to the params that are no inputs, by path.
     """
 
     body: jax_versions.Body
@@ -71,6 +72,7 @@ class TracedCall:
     ops: Sequence[analyze.Op]
     paths: Sequence[tuple[str, ...] | None]
     _rebuild: Callable[[Sequence[Any]], Any]
+    added: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(
         self,
@@ -96,12 +98,9 @@ class TracedCall:
 
     @property
     def named(self) -> dict[tuple[str, ...], Any]:
-        """The inputs that have a path; params, and integers among them."""
-        return {
-            path: value
-            for path, value in zip(self.paths, self.inputs, strict=True)
-            if path is not None
-        }
+        """The inputs that have a path, integers among them, and what was added."""
+        pairs = zip(self.paths, self.inputs, strict=True)
+        return {path: x for path, x in pairs if path is not None} | dict(self.added)
 
     def with_inputs(self, inputs: Sequence[Any]) -> TracedCall:
         """The same call on other inputs, of the same shapes."""
@@ -112,13 +111,14 @@ class TracedCall:
         return dataclasses.replace(self, params=params, inputs=inputs)
 
     def with_params(self, values: Mapping[tuple[str, ...], Any]) -> TracedCall:
-        """The same call with other values, by path, for some of its params."""
-        return self.with_inputs(
-            [
-                values.get(p.path, value) if p else value
-                for p, value in zip(self.params, self.inputs, strict=True)
-            ]
-        )
+        """The same call with other values, by path, for params, or next to them."""
+        inputs = [
+            values.get(p.path, value) if p else value
+            for p, value in zip(self.params, self.inputs, strict=True)
+        ]
+        known = {p.path for p in self.params if p}
+        added = {path: value for path, value in values.items() if path not in known}
+        return dataclasses.replace(self.with_inputs(inputs), added=added)
 
 
 def trace(

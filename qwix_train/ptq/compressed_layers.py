@@ -1,0 +1,274 @@
+"""One quantized matrix, as the tensors of a compressed-tensors layer.
+
+The matrix is stored as PyTorch does, ``[out, in]``. Scales have the layout that the
+``strategy`` of the config names:
+
+=========  ==========================================  ======================
+strategy   ``weight_scale``                            shared by
+=========  ==========================================  ======================
+tensor     ``[1]``                                     all
+channel    ``[out, 1]``                                a row
+group      ``[out, in / group_size]``                  part of a row
+block      ``[ceil(out / rows), ceil(in / columns)]``  a rectangle
+=========  ==========================================  ======================
+
+The codes are ``weight`` (int8 or float8), or ``weight_packed`` (see `int32_packing`)
+with ``weight_shape``. ``weight_zero_point`` has the layout of the scales; beside
+packed codes with scales for rows or groups it is packed too, along the rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwix_train.core import numerics, tiling
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.ptq import int32_packing
+
+PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_zero_point",
+    "weight_shape",
+)
+"""What a layer may consist of. ``weight_scale_inv`` is a ``weight_scale``, too."""
+
+
+def layer_format(qtype: Any, int8_format: str) -> str:
+    """Returns the format that the codes of a type are stored in.
+
+    Args:
+        qtype: The type.
+        int8_format: ``int-quantized`` or ``pack-quantized``, for int8.
+
+    Raises:
+        ValueError: The format has no such type.
+    """
+    name = numerics.qtype_name(qtype)
+    if name == "float8_e4m3fn":
+        return "float-quantized"
+    if name == "int8":
+        return int8_format
+    if name in ("int1", "nf4", "float8_e5m2"):
+        raise ValueError(
+            f"compressed-tensors has no type {name}; it takes int2 to int8 and "
+            "float8_e4m3fn"
+        )
+    packed = numerics.qtype_bits(name) in int32_packing.PACKED_BITS
+    return "pack-quantized" if packed else "int-quantized"
+
+
+def encode_layer(
+    array: QArray, format: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the tensors of a matrix and the ``weights`` entry of their config.
+
+    Args:
+        array: A matrix ``[out, in]``.
+        format: What `layer_format` returned.
+
+    Raises:
+        ValueError: The array is no matrix, or its scales have a layout that is lacking.
+    """
+    if array.ndim != 2:
+        raise ValueError(
+            f"it has shape {tuple(array.shape)}, and only matrices can be written. "
+            "Reshape it to one (QArray.reshape)"
+        )
+    scale = np.asarray(array.scale)
+    layout = _layout_args(array.shape, scale.shape)
+    is_float = format == "float-quantized"
+    bits = numerics.qtype_bits(array.qtype)
+    args = {
+        "num_bits": bits,
+        "type": "float" if is_float else "int",
+        "symmetric": array.zero_point is None,
+        "dynamic": False,
+        **layout,
+    }
+    per_tensor = layout["strategy"] == "tensor"
+    codes = np.asarray(array.qvalue)
+    tensors = {"weight_scale": scale.reshape(1) if per_tensor else scale}
+    if format == "pack-quantized":
+        tensors["weight_packed"] = int32_packing.pack(codes.astype(np.int8), bits)
+        tensors["weight_shape"] = np.array(array.shape, np.int64)
+    else:
+        tensors["weight"] = codes if is_float else codes.astype(np.int8)
+    if array.zero_point is not None:
+        zero = np.asarray(array.zero_point).astype(np.int8)
+        zero = np.broadcast_to(zero, scale.shape)
+        if format == "pack-quantized" and layout["strategy"] in ("channel", "group"):
+            zero = int32_packing.pack(np.ascontiguousarray(zero.T), bits).T
+        tensors["weight_zero_point"] = zero.reshape(1) if per_tensor else zero
+    return tensors, args
+
+
+def _layout_args(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> dict:
+    if tiling.padded_axes(shape, scale_shape):
+        raise ValueError(
+            f"its tiles are of unequal length (shape [out, in] {shape}, scales "
+            f"{scale_shape}); choose a tile size that divides the axis"
+        )
+    rows, columns = tiling.tile_sizes(shape, scale_shape)
+    if scale_shape == (1, 1):
+        return {"strategy": "tensor"}
+    if rows == 1:
+        if scale_shape[1] == 1:
+            return {"strategy": "channel"}
+        return {"strategy": "group", "group_size": columns}
+    return {"strategy": "block", "block_structure": [rows, columns]}
+
+
+def decode_layer(
+    tensors: Mapping[str, np.ndarray], args: Mapping[str, Any] | None
+) -> WithAux:
+    """Returns the matrix ``[out, in]`` of a layer.
+
+    Args:
+        tensors: The tensors, by their names in `PARTS`.
+        args: The ``weights`` entry of the config; None if there is no config.
+
+    Raises:
+        ValueError: The tensors are of another format, or do not fit together.
+    """
+    args = args or {}
+    unknown = sorted(set(tensors) - set(PARTS))
+    if unknown:
+        raise ValueError(f"its scheme is not supported: it has {', '.join(unknown)}")
+    if args.get("actorder") in ("group", "dynamic", True):
+        raise ValueError("columns that were reordered by activation are not supported")
+    codes, bits = _codes(tensors, args)
+    is_float = codes.dtype != np.int8
+    qtype = codes.dtype.name if is_float else f"int{bits}"
+    scale = tensors.get("weight_scale", tensors.get("weight_scale_inv"))
+    if scale is None:
+        raise ValueError("it has no weight_scale")
+    if not numerics.is_quantizable(scale.dtype):
+        raise ValueError(f"scales of dtype {scale.dtype} are not supported")
+    scale = _as_layout(scale, codes.shape, args)
+    zero = _zero_point(tensors, args, bits, codes.shape, scale.shape)
+    if zero is not None and is_float:
+        raise ValueError("zero points of float8 codes are not supported")
+    counts = enumerate(zip(codes.shape, scale.shape, strict=True))
+    entries = [(axis, n, s) for axis, (n, s) in counts if s > 1]
+    how = HowToQuantize(
+        qtype=qtype,
+        channelwise_axes=[axis for axis, n, s in entries if s == n],
+        tiled_axes={axis: n // s for axis, n, s in entries if s != n},
+        calibration_method="absmax" if zero is None else "minmax",
+    )
+    stored = numerics.storage_dtype(qtype)
+    qvalue = jnp.asarray(codes).astype(stored)
+    zero_point = None if zero is None else jnp.asarray(zero).astype(stored)
+    return WithAux(QArray(qvalue, jnp.asarray(scale), zero_point, qtype), how)
+
+
+def _codes(
+    tensors: Mapping[str, np.ndarray], args: Mapping[str, Any]
+) -> tuple[np.ndarray, int]:
+    """Returns the codes, unpacked, and their bits."""
+    if "weight_packed" not in tensors:
+        if "weight" not in tensors:
+            raise ValueError("it has scales, but no weight")
+        codes = tensors["weight"]
+        if codes.dtype.name not in ("int8", "float8_e4m3fn", "float8_e5m2"):
+            raise ValueError(
+                f"its weight is of dtype {codes.dtype}, not int8 or float8, though "
+                "it has scales: it was not compressed"
+            )
+        bits = int(args.get("num_bits", 8))
+    else:
+        packed = tensors["weight_packed"]
+        if args.get("type", "int") != "int" or packed.dtype != np.int32:
+            raise ValueError(
+                f"packed {args.get('num_bits')}-bit codes of type {args.get('type')} "
+                f"({packed.dtype}) are not supported"
+            )
+        if "num_bits" not in args or "weight_shape" not in tensors:
+            raise ValueError(
+                "its codes are packed, which needs num_bits in the "
+                "quantization_config of config.json, and weight_shape"
+            )
+        bits = int(args["num_bits"])
+        if bits not in int32_packing.PACKED_BITS:
+            raise ValueError(
+                f"packed codes of {bits} bits are not supported, only of "
+                f"{', '.join(map(str, int32_packing.PACKED_BITS))}: how others are "
+                "packed differs between releases"
+            )
+        out, columns = (int(n) for n in tensors["weight_shape"])
+        if packed.shape != (out, -(-columns * bits // 32)):
+            raise ValueError(
+                f"weight_packed of shape {packed.shape} does not hold a matrix of "
+                f"shape {(out, columns)} in {bits} bits"
+            )
+        codes = int32_packing.unpack(packed, bits, columns)
+    if codes.ndim != 2:
+        raise ValueError(f"its weight has shape {codes.shape}; it must be a matrix")
+    return codes, bits
+
+
+def _as_layout(
+    part: np.ndarray, shape: tuple[int, ...], args: Mapping[str, Any]
+) -> np.ndarray:
+    """Returns scales or zero points in a layout of `tiling` for a matrix."""
+    given = part.shape
+    if part.size == 1:
+        part = part.reshape(1, 1)
+    elif part.shape == shape[:1]:
+        part = part[:, None]
+    sizes = [None, None]
+    if args.get("strategy") == "block":
+        sizes = args.get("block_structure") or sizes
+        if isinstance(sizes, str):
+            sizes = [int(size) for size in sizes.split("x")]
+    elif args.get("strategy") == "group":
+        sizes = [1, args.get("group_size")]
+    fits = part.ndim == 2
+    for axis in range(part.ndim) if fits else ():
+        n, count, size = shape[axis], part.shape[axis], sizes[axis]
+        if size is None:
+            fits &= count > 0 and n % count == 0
+        elif count != -(-n // size):
+            fits = False
+        elif n % size and count > 1:
+            # Here the last block is the shorter one by more than a layout allows.
+            part = np.take(part, np.arange(n) // size, axis)
+    if not fits:
+        raise ValueError(
+            f"scales or zero points of shape {given} do not fit a matrix of shape "
+            f"{shape} with the weights {json.dumps(dict(args), default=str)}"
+        )
+    return part
+
+
+def _zero_point(
+    tensors: Mapping[str, np.ndarray],
+    args: Mapping[str, Any],
+    bits: int,
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+) -> np.ndarray | None:
+    zero = tensors.get("weight_zero_point")
+    if zero is None:
+        if args.get("symmetric", True):
+            return None
+        raise ValueError("it is asymmetric, but has no weight_zero_point")
+    if zero.dtype == np.int32 and "weight_packed" in tensors:
+        if zero.shape != (-(-shape[0] * bits // 32), scale_shape[1]):
+            raise ValueError(f"its packed zero points have shape {zero.shape}")
+        zero = int32_packing.unpack(zero.T, bits, shape[0]).T
+    if args.get("symmetric", True):
+        # Some files hold the zeros of a symmetric scheme.
+        if np.any(zero.astype(np.float32)):
+            raise ValueError("it is symmetric, but has zero points other than 0")
+        return None
+    return _as_layout(zero, shape, args)

@@ -1,0 +1,364 @@
+"""Quantized params in safetensors files, in the layouts of compressed-tensors.
+
+This is the layout of quantized checkpoints on the Hugging Face hub: a folder with
+``model.safetensors`` (or shards and their index) and ``config.json``, whose
+``quantization_config`` says how each layer is quantized. See `compressed_layers` for
+the tensors of a layer, and https://github.com/vllm-project/compressed-tensors.
+
+Names and axes. The param ``Dense_0/kernel`` of shape ``[in, out]`` is the tensor
+``Dense_0.weight`` of shape ``[out, in]``: matrices whose param is called ``kernel`` are
+transposed, codes and scales alike, and nothing else is. An ``embedding`` (a matrix) and
+a ``scale`` (a vector, of a norm) are called ``weight`` too. Other params keep their
+names. With ``rename`` a caller maps the names of a model to those that a PyTorch
+implementation of it has, which is what makes a file load there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from qwix_train.core import numerics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
+from qwix_train.ptq.trees import to_tree
+
+# Where a file says which params its tensors are, so that a tree comes back as it was.
+_PARAMS = "qwix_train.params"
+_STATIC = re.compile(r"(?:dot_general|einsum)0_lhs_(?:scale|zero_point)")
+_KINDS = ("scale", "zero_point")
+_QUANTIZED = re.compile(r"(weight|input|output)($|_)")
+
+
+def save_compressed_tensors(
+    directory: str | pathlib.Path,
+    params: Any,
+    *,
+    rename: Callable[[str], str] | None = None,
+    act_qtype: Any = None,
+    int8_format: str = "int-quantized",
+) -> None:
+    """Writes quantized params as a compressed-tensors checkpoint.
+
+    int8 codes are written as they are, int2 and int4 packed ("pack-quantized"), other
+    integers as int8, and float8_e4m3fn as it is ("float-quantized").
+
+    Args:
+        directory: The folder, made if it does not exist. ``model.safetensors`` is
+            written, and ``quantization_config`` in ``config.json``; what else is in an
+            existing ``config.json`` is kept.
+        params: Nested mappings of arrays and `WithAux`, or an NNX model. The static
+            range of a layer's input (``dot_general0_lhs_scale``) becomes its
+            ``input_scale``.
+        rename: Maps the path of a param, such as ``"layers_0/mlp/kernel"``, to the name
+            of its tensor, such as ``"model.layers.0.mlp.weight"``; the default is
+            described at the top of this module.
+        act_qtype: The type that readers shall quantize activations to at run time, per
+            token; static ranges come first. None for weight-only.
+        int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
+            runs weight-only int8 from.
+
+    Raises:
+        ImportError: `safetensors` is not installed.
+        ValueError: The format cannot hold a param (a type or layout that it lacks, an
+            array that is no matrix), or two have one name; the message has its path.
+
+    >>> import tempfile
+    >>> from qwix_train.core.qarray import quantize_array
+    >>> how = HowToQuantize(qtype='int4', channelwise_axes=(1,), tiled_axes={0: 4})
+    >>> kernel = WithAux(quantize_array(jnp.ones((16, 2)), how), how)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_compressed_tensors(folder, {'Dense_0': {'kernel': kernel}})
+    ...     again = load_compressed_tensors(folder)['Dense_0']['kernel']
+    >>> again.array.scale.shape, again.how == how
+    ((4, 2), True)
+    """
+    if int8_format not in ("int-quantized", "pack-quantized"):
+        raise ValueError(
+            f"Unknown int8_format {int8_format!r}; choose int-quantized or "
+            "pack-quantized."
+        )
+    activations = None
+    if act_qtype is not None:
+        activations = compressed_config.dynamic_activations(act_qtype)
+    writer = _Writer(rename, activations, int8_format)
+    static = {}
+    for path, leaf in _flatten(to_tree(params)):
+        if _STATIC.fullmatch(path[-1]):
+            static[path] = leaf
+        else:
+            writer.add(path, leaf)
+    for path, leaf in static.items():
+        zero = (*path[:-1], path[-1].removesuffix("scale") + "zero_point")
+        writer.add_static(path, leaf, symmetric=zero not in static)
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The format "pt" is what readers of the hub look for; it says nothing on layout.
+    metadata = {"format": "pt", _PARAMS: json.dumps(writer.recorded)}
+    safetensors_files.write_file(
+        directory / safetensors_files.FILE, writer.tensors, metadata
+    )
+    config_file = directory / safetensors_files.CONFIG
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    config["quantization_config"] = compressed_config.make_config(writer.layers)
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_compressed_tensors(
+    path: str | pathlib.Path, *, rename: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """Reads a checkpoint in the compressed-tensors layout, or a plain fp8 one.
+
+    Layers may be int8, packed int2, int4 or int8, other integers stored as int8, or
+    float8, with scales for the tensor, rows, groups or blocks. Nothing is rounded:
+    `dequantize` gives what the library of the format gives.
+
+    Args:
+        path: The folder, or one safetensors file, with ``config.json`` beside it.
+        rename: Maps the name of a tensor, such as ``"model.embed_tokens.weight"``, to
+            the path of its param, such as ``"embed_tokens/embedding"``; quantized
+            weights are named ``...weight`` however they are stored. By default params
+            that `save_compressed_tensors` wrote get their paths back, and in others the
+            matrix ``a.b.weight`` is ``a/b/kernel``, the vector ``a.b.weight`` is
+            ``a/b/scale``, and ``.`` becomes ``/``.
+
+    Returns:
+        Nested dicts of arrays and `WithAux`; matrices at a path that ends in
+        ``kernel`` are transposed to ``[in, out]``. The ``input_scale`` of a layer
+        becomes ``dot_general0_lhs_scale``, of rank 2 if the file does not say.
+
+    Raises:
+        ImportError: `safetensors` is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: A layer has a scheme that is not supported, or tensors that do not
+            fit together; the message has its name.
+    """
+    files, config_file = safetensors_files.find_files(pathlib.Path(path))
+    config = None
+    if config_file.exists():
+        config = json.loads(config_file.read_text()).get("quantization_config")
+    if config is not None:
+        compressed_config.check_config(config)
+    tensors: dict[str, np.ndarray] = {}
+    recorded: dict[str, tuple[str, int]] = {}
+    for file in files:
+        stored, metadata = safetensors_files.read_file(file)
+        tensors.update(stored)
+        recorded.update(json.loads(metadata.get(_PARAMS, "{}")))
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in sorted(tensors.items()):
+        layer, _, part = name.rpartition(".")
+        modules.setdefault(layer, {})[part] = tensor
+
+    reader = _Reader(rename, recorded)
+    for layer, parts in modules.items():
+        prefix = f"{layer}." if layer else ""
+        if any(part.startswith(("weight_packed", "weight_scale")) for part in parts):
+            scheme = compressed_config.find_scheme(config, layer)
+            own = {p: parts.pop(p) for p in list(parts) if _QUANTIZED.match(p)}
+            reader.add_layer(prefix, own, scheme)
+        for part, tensor in parts.items():
+            reader.add(prefix + part, jnp.asarray(tensor))
+    return traverse_util.unflatten_dict(reader.params)
+
+
+class _Writer:
+    """Collects the tensors of a checkpoint.
+
+    Attributes:
+        tensors: The tensors, by name.
+        layers: The scheme of each quantized layer, by name.
+        recorded: The path and rank of each param, by the name of its tensor.
+    """
+
+    def __init__(
+        self,
+        rename: Callable[[str], str] | None,
+        activations: dict[str, Any] | None,
+        int8_format: str,
+    ):
+        self._rename, self._activations = rename, activations
+        self._int8_format = int8_format
+        self._modules: dict[str, list[str]] = {}
+        self.tensors: dict[str, np.ndarray] = {}
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.recorded: dict[str, tuple[str, int]] = {}
+
+    def add(self, path: tuple[str, ...], leaf: Any) -> None:
+        where = "/".join(path)
+        rename = self._rename
+        name = rename(where) if rename else _default_name(path, leaf.ndim)
+        if name in self.recorded:
+            other = self.recorded[name][0]
+            raise ValueError(
+                f"{where} and {other} would both be written as {name}. Pass `rename`."
+            )
+        self.recorded[name] = (where, leaf.ndim)
+        if _is_transposed(path, leaf.ndim):
+            leaf = _transpose(leaf)
+        if not isinstance(leaf, WithAux):
+            self.tensors[name] = np.asarray(leaf)
+            return
+        try:
+            scheme = self._encode(name, leaf.array)
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be written: {error}.") from error
+        layer = name.removesuffix("weight").removesuffix(".")
+        self.layers[layer] = scheme
+        self._modules.setdefault("/".join(path[:-1]), []).append(layer)
+
+    def _encode(self, name: str, array: Any) -> dict[str, Any]:
+        if not isinstance(array, QArray):
+            raise ValueError("it is the scale of an activation other than a layer's")
+        if name.rpartition(".")[2] != "weight":
+            raise ValueError(
+                f"quantized params are named 'weight', not {name!r}; pass `rename`"
+            )
+        format = compressed_layers.layer_format(array.qtype, self._int8_format)
+        tensors, args = compressed_layers.encode_layer(array, format)
+        prefix = name.removesuffix("weight")
+        self.tensors.update({prefix + part: x for part, x in tensors.items()})
+        activations = self._activations
+        return {"format": format, "weights": args, "input_activations": activations}
+
+    def add_static(self, path: tuple[str, ...], leaf: Any, symmetric: bool) -> None:
+        """Adds the static scale, or zero point, of the input of a layer."""
+        where = "/".join(path)
+        kind = "scale" if path[-1].endswith("scale") else "zero_point"
+        layers = self._modules.get("/".join(path[:-1]), [])
+        value = leaf.array if isinstance(leaf, WithAux) else leaf
+        if len(layers) != 1 or value.size != 1:
+            raise ValueError(
+                f"{where} cannot be written: a layer, which has one quantized matrix, "
+                "can have one scale for its input. This module has "
+                f"{len(layers)} such matrices, and the range has shape {value.shape}."
+            )
+        (layer,) = layers
+        name = f"{layer}.input_{kind}" if layer else f"input_{kind}"
+        self.recorded[name] = (where, value.ndim)
+        value = np.asarray(value).reshape(1)
+        if kind == "scale":
+            self.layers[layer]["input_activations"] = (
+                compressed_config.static_activations(leaf.how.qtype, symmetric)
+            )
+        self.tensors[name] = value if kind == "scale" else value.astype(np.int8)
+
+
+class _Reader:
+    """Collects the params of a checkpoint, by path."""
+
+    def __init__(
+        self,
+        rename: Callable[[str], str] | None,
+        recorded: Mapping[str, tuple[str, int]],
+    ):
+        self._rename, self._recorded = rename, recorded
+        self.params: dict[tuple[str, ...], Any] = {}
+
+    def add(self, name: str, leaf: Any) -> tuple[str, ...]:
+        if self._rename is not None:
+            where = self._rename(name)
+        elif name in self._recorded:
+            where = self._recorded[name][0]
+        else:
+            where = _default_path(name, leaf.ndim)
+        path = tuple(where.split("/"))
+        if path in self.params:
+            raise ValueError(f"{name} and another tensor would both become {where}.")
+        transposed = _is_transposed(path, leaf.ndim)
+        self.params[path] = _transpose(leaf) if transposed else leaf
+        return path
+
+    def add_layer(
+        self, prefix: str, tensors: dict[str, np.ndarray], scheme: Mapping[str, Any]
+    ) -> None:
+        ranges = {kind: tensors.pop(f"input_{kind}", None) for kind in _KINDS}
+        try:
+            weight = compressed_layers.decode_layer(tensors, scheme.get("weights"))
+            ranges = _static_ranges(ranges, scheme, weight.how.qtype)
+        except ValueError as error:
+            raise ValueError(f"{prefix}weight cannot be read: {error}.") from error
+        path = self.add(f"{prefix}weight", weight)
+        for kind, (value, how) in ranges.items():
+            name = f"dot_general0_lhs_{kind}"
+            where, ndim = self._recorded.get(f"{prefix}input_{kind}", (name, 2))
+            value = jnp.asarray(value).reshape((1,) * ndim)
+            leaf = value if how is None else WithAux(value, how)
+            self.params[(*path[:-1], where.rpartition("/")[2])] = leaf
+
+
+def _static_ranges(
+    ranges: Mapping[str, np.ndarray | None],
+    scheme: Mapping[str, Any],
+    default: Any,
+) -> dict[str, tuple[np.ndarray, HowToQuantize | None]]:
+    """Returns the static scale and zero point of the input of a layer."""
+    scale, zero = ranges["scale"], ranges["zero_point"]
+    if scale is None:
+        return {}
+    if scale.size != 1:
+        raise ValueError(f"its input_scale has shape {scale.shape}; it must be one")
+    args = scheme.get("input_activations")
+    qtype = compressed_config.activation_qtype(args, default)
+    asymmetric = zero is not None and bool(np.any(zero.astype(np.float32)))
+    method = "minmax" if asymmetric else "absmax"
+    how = HowToQuantize(qtype=qtype, calibration_method=method)
+    result: dict[str, tuple[np.ndarray, HowToQuantize | None]] = {"scale": (scale, how)}
+    if zero is not None and asymmetric:
+        result["zero_point"] = (zero.astype(numerics.storage_dtype(qtype)), None)
+    return result
+
+
+def _flatten(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        where = (*path, str(key))
+        if not isinstance(value, Mapping):
+            yield where, value
+        elif "qvalue" in value:
+            raise ValueError(
+                f"{'/'.join(path)} is a quantized param as a pure dict, which does not "
+                "say its type. Pass the NNX model, or a tree with WithAux leaves."
+            )
+        else:
+            yield from _flatten(value, where)
+
+
+def _is_transposed(path: tuple[str, ...], ndim: int) -> bool:
+    return path[-1] == "kernel" and ndim == 2
+
+
+def _transpose(leaf: Any) -> Any:
+    if not isinstance(leaf, WithAux):
+        return leaf.T
+    how = dataclasses.replace(
+        leaf.how,
+        channelwise_axes=[1 - axis % 2 for axis in leaf.how.channelwise_axes],
+        tiled_axes={1 - axis % 2: t for axis, t in leaf.how.tiled_axes.items()},
+    )
+    return WithAux(leaf.array.T, how)  # pyright: ignore
+
+
+def _default_name(path: tuple[str, ...], ndim: int) -> str:
+    last = path[-1]
+    matrix = ndim == 2 and last in ("kernel", "embedding")
+    if matrix or (ndim == 1 and last == "scale"):
+        path = (*path[:-1], "weight")
+    return ".".join(path)
+
+
+def _default_path(name: str, ndim: int) -> str:
+    *modules, last = name.split(".")
+    if last == "weight":
+        last = {1: "scale", 2: "kernel"}.get(ndim, last)
+    return "/".join((*modules, last))

@@ -1,0 +1,300 @@
+"""Trees of quantized params for the runtime of `qwix`, and from it.
+
+The two libraries lay a quantized param out alike: ``WithAux(array=QArray(...), how)``,
+or ``{'array': {'qvalue', 'scale'}}`` in the pure dict of an NNX model. They differ in
+this:
+
+- `qwix` stores a param in the shape in which an op reads it, this package in the shape
+  that the model declares. A model that reshapes a param before use tells them apart.
+- `qwix` has no ``int1`` (every code is 0). The codes -1 and +1 are handed to it as
+  ``int2``, a type that holds them, with the same scale.
+- `qwix` has no tiles of unequal length, and its models look up no quantized table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qwix_train import stored
+from qwix_train.core import numerics, tiling
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, WithAux, dequantize
+from qwix_train.ptq.trees import plain, to_tree
+
+
+def to_qwix(params: Any, like: Any = None) -> Any:
+    """Converts quantized params to those that `qwix.PtqProvider` models consume.
+
+    Args:
+        params: Nested mappings of arrays and `WithAux`, a whole tree or a part of it;
+            an NNX model, or its pure dict.
+        like: The params of the `qwix` model, which may be abstract:
+            ``jax.eval_shape(qwix_model.init, key, x)['params']``, or the NNX model.
+            With it, params take the shapes in which `qwix` stores them, and params that
+            it keeps in float are dequantized. It can be left out where the model
+            reads every quantized param in the shape that it declares.
+
+    Returns:
+        A nested dict with the classes of `qwix`; a pure dict, for `nnx.update`, if
+        ``like`` is an NNX model.
+
+    Raises:
+        ImportError: `qwix` is not installed.
+        ValueError: A param cannot be represented, is not in ``like``, or does not fit
+            there; the message has its path.
+
+    >>> import jax.numpy as jnp
+    >>> from qwix_train import quantize
+    >>> kernel = quantize(jnp.ones((4, 2)), 'int8', channelwise_axes=(1,))
+    >>> how = HowToQuantize(qtype='int8', channelwise_axes=(1,))
+    >>> theirs = to_qwix({'Dense_0': {'kernel': WithAux(kernel, how)}})
+    >>> type(theirs['Dense_0']['kernel']).__module__.split('.')[0]
+    'qwix'
+    """
+    classes = _qwix_classes()
+    pure = isinstance(like, nnx.Module)
+
+    def convert(where: str, leaf: Any, target: Any) -> Any:
+        quantized = isinstance(leaf, WithAux) or _is_pure(leaf)
+        if target is not None and _is_with_aux(target) != quantized:
+            if not quantized:
+                raise ValueError(
+                    f"{where} is not quantized, but the qwix model expects it to be. "
+                    "Quantize it, or take it out of the rules of the qwix model."
+                )
+            array = getattr(leaf, "array", None)
+            if not isinstance(array, QArray):
+                raise ValueError(
+                    f"{where} is quantized, but the qwix model keeps it in float, and "
+                    "it has no type to dequantize it with."
+                )
+            return dequantize(array)
+        if _is_pure(leaf):
+            return _reshape_pure(where, leaf, target)
+        if not isinstance(leaf, WithAux):
+            return leaf
+        array = leaf.array
+        if isinstance(array, QArray):
+            _check_tiles(where, array)
+            array = _reshape(where, array, target)
+            if pure:
+                return plain(WithAux(array, leaf.how))
+            qtype = numerics.qtype_name(array.qtype)
+            array = classes["QArray"](
+                array.qvalue,
+                array.scale,
+                array.zero_point,
+                "int2" if qtype == "int1" else qtype,
+            )
+        elif pure:
+            return plain(leaf)
+        how = _how_to_qwix(leaf.how, classes) if target is None else target.how
+        return classes["WithAux"](array, how)
+
+    return _map_leaves(convert, to_tree(params), like, "the qwix model")
+
+
+def from_qwix(params: Any, like: Any = None) -> Any:
+    """Converts quantized params of `qwix` to those of this package.
+
+    The classes of `qwix` are known by their names; it need not be installed.
+
+    Args:
+        params: What `qwix.quantize_params` or the ``init`` of a `qwix` model returned,
+            whole or in part, abstract or not. Boxes such as `nn.Partitioned` are
+            removed. Of an NNX model, the pure dict that `qwix.quantize_params`
+            returned, the state, or the model itself.
+        like: The params of the model of this package, which may be abstract, or that
+            NNX model. With it, params take the shapes that the model declares. It can
+            be left out where the model reads every quantized param in that shape.
+
+    Returns:
+        A nested dict. From an NNX model or its state, and from a pure dict, a pure
+        dict, which does not say types.
+
+    Raises:
+        ValueError: A param has a type that this package does not have, is not in
+            ``like``, or does not fit there; the message has its path.
+
+    >>> from_qwix({'Dense_0': {'bias': 0.5}})
+    {'Dense_0': {'bias': 0.5}}
+    """
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params, nnx.Param)
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
+
+    def convert(where: str, leaf: Any, target: Any) -> Any:
+        if target is not None and not _is_with_aux(target):
+            if _is_with_aux(leaf) or _is_pure(leaf):
+                raise ValueError(
+                    f"{where} is quantized, but the model keeps it in float. Add it to "
+                    "the rules of the model."
+                )
+        if _is_pure(leaf):
+            return _reshape_pure(where, leaf, target)
+        if not _is_with_aux(leaf):
+            return leaf
+        array, how = leaf.array, _how_from_qwix(where, leaf.how)
+        if hasattr(array, "qvalue"):
+            dtype = numerics.storage_dtype(how.qtype)
+            zero = array.zero_point
+            array = QArray(
+                _cast(array.qvalue, dtype),
+                array.scale,
+                None if zero is None else _cast(zero, dtype),
+                how.qtype,
+            )
+            array = _reshape(where, array, target)
+        return WithAux(array, how if target is None else target.how)
+
+    return _map_leaves(convert, stored.unbox(params), like, "the model")
+
+
+def _qwix_classes() -> dict[str, Any]:
+    try:
+        qwix = importlib.import_module("qwix")
+    except ImportError as error:
+        raise ImportError(
+            "to_qwix builds objects of qwix, which is not installed: pip install qwix"
+        ) from error
+    # Two of the classes have no public name. They are defined beside two that have.
+    ptq = importlib.import_module(qwix.PtqProvider.__module__)
+    arrays = importlib.import_module(qwix.QArray.__module__)
+    return {
+        "QArray": qwix.QArray,
+        "WithAux": ptq.WithAux,
+        "HowToQuantize": arrays.HowToQuantize,
+    }
+
+
+def _map_leaves(
+    convert: Callable[[str, Any, Any], Any],
+    tree: Any,
+    like: Any,
+    owner: str,
+    path: tuple[Any, ...] = (),
+) -> Any:
+    """Rebuilds nested mappings as dicts, with each leaf converted.
+
+    Args:
+        convert: Called with the path of a leaf, the leaf, and its namesake in ``like``.
+        tree: The mappings.
+        like: Mappings or an NNX module; or None, then there are no namesakes.
+        owner: What ``like`` belongs to, for messages.
+        path: The path of ``tree``.
+    """
+    if not isinstance(tree, Mapping) or _is_pure(tree):
+        return convert("/".join(map(str, path)), tree, like)
+    result = {}
+    for key, value in tree.items():
+        child = None if like is None else _child(like, key)
+        if like is not None and child is None:
+            where = "/".join(map(str, (*path, key)))
+            raise ValueError(f"There is no {where} in {owner}.")
+        result[key] = _map_leaves(convert, value, child, owner, (*path, key))
+    return result
+
+
+def _child(node: Any, key: Any) -> Any:
+    """A branch of mappings, lists or NNX modules; None if there is none."""
+    if isinstance(node, Mapping):
+        return node.get(key)
+    if isinstance(key, int):
+        return node[key] if key < len(node) else None
+    return getattr(node, key, None)
+
+
+def _is_with_aux(leaf: Any) -> bool:
+    """Whether a leaf is a `WithAux`, of either library."""
+    return hasattr(leaf, "array") and hasattr(leaf, "how")
+
+
+def _is_pure(leaf: Any) -> bool:
+    """Whether a leaf is a quantized param as the pure dict of an NNX model has it."""
+    if not isinstance(leaf, Mapping) or set(leaf) != {"array"}:
+        return False
+    parts = leaf["array"]
+    return isinstance(parts, Mapping) and {"qvalue", "scale"} <= set(parts)
+
+
+def _reshape_pure(where: str, leaf: Any, target: Any) -> Any:
+    parts = leaf["array"]
+    # Which type the codes are of does not matter to their shape.
+    dtype = parts["qvalue"].dtype
+    qtype = "nf4" if dtype == "uint4" else dtype
+    array = QArray(parts["qvalue"], parts["scale"], parts.get("zero_point"), qtype)
+    how = HowToQuantize(qtype=qtype)
+    return plain(WithAux(_reshape(where, array, target), how))
+
+
+def _reshape(where: str, array: QArray, target: Any) -> QArray:
+    shape = array.shape if target is None else _shape(target)
+    if shape == array.shape:
+        return array
+    try:
+        return array.reshape(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} of shape {array.shape} does not fit the model, where it has "
+            f"shape {shape}: {error}"
+        ) from error
+
+
+def _shape(target: Any) -> tuple[int, ...]:
+    # The shape property of qwix's WithAux warns with newer versions of Flax.
+    array = stored.unbox(target.array)
+    return tuple(getattr(array, "qvalue", array).shape)
+
+
+def _check_tiles(where: str, array: QArray) -> None:
+    for part in (array.scale, array.zero_point):
+        if part is not None and tiling.padded_axes(array.shape, part.shape):
+            raise ValueError(
+                f"{where} of shape {array.shape} has tiles of unequal length (scales "
+                f"of shape {part.shape}), which qwix does not have. Choose a tile size "
+                "that divides the axis."
+            )
+
+
+def _how_to_qwix(how: HowToQuantize, classes: Mapping[str, Any]) -> Any:
+    qtype = numerics.qtype_name(how.qtype)
+    return classes["HowToQuantize"](
+        qtype="int2" if qtype == "int1" else qtype,
+        channelwise_axes=how.channelwise_axes,
+        tiled_axes=dict(how.tiled_axes),
+        calibration_method=how.calibration_method,
+        noise_fn=how.noise_fn,
+    )
+
+
+def _how_from_qwix(where: str, how: Any) -> HowToQuantize:
+    try:
+        converted = HowToQuantize(
+            qtype=how.qtype,
+            channelwise_axes=tuple(how.channelwise_axes),
+            tiled_axes=dict(how.tiled_axes),
+            calibration_method=how.calibration_method,
+            noise_fn=how.noise_fn,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be converted: {error}") from error
+    if numerics.qtype_name(converted.qtype) == "int1":
+        raise ValueError(
+            f"{where} is int1, for which the codes of qwix are all 0. Quantize the "
+            "float params with this package."
+        )
+    return converted
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if x.dtype == dtype:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype)
+    return x.astype(dtype)
