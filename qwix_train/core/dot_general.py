@@ -20,10 +20,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwix_train.core import operands as ops
 from qwix_train.core import tiling
+from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
+from qwix_train.core.weight_only import weight_only_dot
 
 MIN_TILE_SIZE = 128
 """Contracted axes in smaller tiles are dequantized first.
@@ -49,7 +52,8 @@ def dot_general(
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
     If one is a float array, is nf4, or has a contracted axis with tiles that are
-    smaller than `MIN_TILE_SIZE` or padded, quantized operands are dequantized first.
+    smaller than `MIN_TILE_SIZE` or padded, it is the product of the dequantized
+    operands, to rounding: a large one stays quantized, see `weight_only`.
 
     Args:
         lhs: The left operand.
@@ -90,16 +94,13 @@ def dot_general(
     result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
     tiles = _contracted_tiles(lhs, rhs, numbers)
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
-        left, right = ops.as_float(lhs), ops.as_float(rhs)
-        return jax.lax.dot_general(
-            left, right, numbers, preferred_element_type=result, **kwargs
-        )
+        return _dequantized_product(lhs, rhs, numbers, result, kwargs)
 
     (lhs_contracting, rhs_contracting), _ = numbers
     lhs_counts = _counts(lhs_contracting, tiles)
     rhs_counts = _counts(rhs_contracting, tiles)
     split = _split_numbers(numbers, tiles)
-    left, right = ops.common_codes(lhs, rhs)
+    left, right = ops.codes_of(lhs), ops.codes_of(rhs)
     sums = _sum_products(
         _cut(left, lhs_counts),
         _cut(right, rhs_counts),
@@ -198,6 +199,40 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
             ):
                 return False
     return True
+
+
+def _dequantized_product(
+    lhs: MaybeQArray,
+    rhs: MaybeQArray,
+    numbers: _Numbers,
+    result: np.dtype,
+    kwargs: dict[str, Any],
+) -> jax.Array:
+    """Returns the product of values, one operand of which may stay quantized."""
+    (left_axes, right_axes), (batch, _) = numbers
+    # The larger one stays; the smaller one is the activation.
+    swap = isinstance(lhs, QArray) and not (
+        isinstance(rhs, QArray) and rhs.size >= lhs.size
+    )
+    weight, x = (lhs, ops.as_float(rhs)) if swap else (rhs, ops.as_float(lhs))
+    is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+    if batch or kwargs["out_sharding"] is not None or not is_float:
+        return jax.lax.dot_general(
+            ops.as_float(lhs),
+            ops.as_float(rhs),
+            numbers,
+            preferred_element_type=result,
+            **kwargs,
+        )
+    assert isinstance(weight, QArray)
+    contracting = (right_axes, left_axes) if swap else (left_axes, right_axes)
+    out = weight_only_dot(
+        x, weight, contracting, precision=kwargs["precision"], result=result
+    )
+    if not swap:
+        return out
+    kept = x.ndim - len(right_axes)
+    return out.transpose(*range(kept, out.ndim), *range(kept))
 
 
 def _contracted_tiles(
@@ -300,9 +335,15 @@ def _sum_products(
             parts.append(part.astype(jnp.float32))
         return parts[0] + parts[1]
 
-    out = jax.lax.dot_general(
-        left, right, numbers, preferred_element_type=accumulator, **kwargs
-    )
+    if accumulator == jnp.int32 and kwargs["out_sharding"] is None:
+        out = integer_dot(left, right, numbers, kwargs["precision"])
+    else:
+        out = jax.lax.dot_general(
+            *ops.common_codes(left, right),
+            numbers,
+            preferred_element_type=accumulator,
+            **kwargs,
+        )
     ndims = (left.ndim, right.ndim)
     left_zero = None if left_zero is None else left_zero.astype(accumulator)
     right_zero = None if right_zero is None else right_zero.astype(accumulator)

@@ -71,7 +71,9 @@ def encode(x: jax.Array) -> jax.Array:
     for index, threshold in enumerate(_thresholds().tolist()):
         above = ~(x <= threshold) if index < 7 else x > threshold
         code += above.astype(jnp.int8)
-    return code.astype(jnp.uint4)
+    # XLA on a CPU does not vectorize a loop that writes half bytes. The barrier keeps
+    # the comparisons out of that loop.
+    return jax.lax.optimization_barrier(code).astype(jnp.uint4)
 
 
 def decode(q: jax.Array, dtype: Any) -> jax.Array:

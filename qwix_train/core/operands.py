@@ -118,3 +118,8 @@ def scale_dtype(*operands: MaybeQArray, result: np.dtype) -> np.dtype:
 def size_of(shape: tuple[int, ...], axes: Any) -> int:
     """Returns the number of elements along some axes."""
     return math.prod(shape[axis] for axis in axes)
+
+
+def is_explicitly_sharded(array: jax.Array) -> bool:
+    """Whether a sharding is part of the type, so that reshapes must respect it."""
+    return any(axis is not None for axis in jax.typeof(array).sharding.spec)

@@ -201,3 +201,27 @@ def test_gradient_reaches_the_float_operand_and_the_scale():
         lambda s: dot_general(both, rhs.replace(scale=s), NUMBERS).sum()
     )(rhs.scale)
     assert (scale_grad != 0).all()
+
+
+def test_a_large_weight_on_either_side():
+    numbers = (((1,), (0,)), ((), ()))
+    weight = operand((1024, 1536), "rhs", "int8", "minmax", 128, numbers)
+    for act_type in (None, "nf4"):
+        act = operand((5, 1024), "lhs", act_type, numbers=numbers)
+        got = dot(act, weight)
+        check(got, act, weight)
+        swapped = dot_general(weight, act, (((0,), (1,)), ((), ())))
+        np.testing.assert_allclose(swapped, got.T, atol=1e-5 * np.abs(got).max())
+
+
+@pytest.mark.parametrize("rhs_type", ["int8", "int4"])
+def test_rows_do_not_depend_on_how_many_there_are(rhs_type):
+    # Few rows are multiplied in another way on a CPU: the bits must be the same.
+    numbers = (((1,), (0,)), ((), ()))
+    act = operand((64, 4096), "lhs", "int8", "minmax", numbers=numbers)
+    weight = operand((4096, 1040), "rhs", rhs_type, "minmax", numbers=numbers)
+    fn = jax.jit(dot)
+    many = fn(act, weight)
+    check(many, act, weight)
+    for rows in (1, 3):
+        np.testing.assert_array_equal(fn(act[:rows], weight), many[:rows])
