@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import jax
 from flax import linen as nn
 from flax import nnx
+from jax import numpy as jnp
 
 from qwix_train import stored
+from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session, subclasses
@@ -64,8 +66,11 @@ class QuantizationProvider(abc.ABC):
           plan: what the rules do to it; made here if None.
 
         Raises:
-          ValueError: if no rule matches, unless `allow_unmatched`.
+          ValueError: if no rule matches, unless `allow_unmatched`; if params are
+            quantized already, and this mode keeps them in float.
         """
+        if not self.stores_params:
+            _check_float(traced, type(self).__name__)
         plan = make_plan(traced, self.rules) if plan is None else plan
         self.check(plan)
         if not plan.quantized_ops:
@@ -82,6 +87,13 @@ class QuantizationProvider(abc.ABC):
           plan: what the rules do to it.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
+
+    def initialize(
+        self, traced: function.TracedCall, plan: Plan
+    ) -> tuple[dict[Path, Any], Any]:
+        """What `store_params` gives, and the result of a call with these params."""
+        params = self.store_params(traced, plan)
+        return params, self.transform(traced.with_params(params), plan)
 
     def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
         """The plan with what only this mode can say of the call."""
@@ -229,6 +241,20 @@ def quantize_fn(
     return quantized
 
 
+def _check_float(traced: function.TracedCall, provider: str) -> None:
+    names = [
+        "/".join(param.path)
+        for param in traced.params
+        if param is not None and stored.is_quantized(param.value)
+    ]
+    if names:
+        raise ValueError(
+            f"{provider} takes float params, and {len(names)} are quantized, among "
+            f"them {names[0]!r}. Run them with a PtqProvider, or give the float params "
+            "that they were made from."
+        )
+
+
 def _check_provider(provider: Any) -> None:
     if not isinstance(provider, QuantizationProvider):
         raise TypeError(
@@ -314,6 +340,7 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
                 kwargs,
                 functools.partial(_initialize, provider),
                 stored.box,
+                _stand_in,
             )
         return linen_calls.rewrite_call(
             self,
@@ -339,8 +366,12 @@ def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
         if not provider.allow_unmatched:
             raise ValueError(plan.no_match_message())
         return {}, session.UNCHANGED
-    params = provider.store_params(traced, plan)
-    return params, provider.transform(traced.with_params(params), plan)
+    return provider.initialize(traced, plan)
+
+
+def _stand_in(quantized: WithAux) -> Any:
+    """Zeros in the place of a quantized param, boxed as its array was."""
+    return stored.box_array(quantized, jnp.zeros(quantized.shape, quantized.dtype))
 
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):

@@ -51,6 +51,15 @@ class OpPlan:
     reason: str = ""
     unsupported: bool = False
 
+    def range_path(self, side: int) -> Path:
+        """The path of the range of an operand: its module, its op and its side.
+
+        Args:
+          side: 0 for the left operand, 1 for the right one.
+        """
+        names = self.op.module_path.split("/") if self.op.module_path else []
+        return (*names, f"{self.op.id}_{weights.SIDES[side]}")
+
     @property
     def quantized(self) -> bool:
         """Whether the op reads anything that a rule quantizes."""

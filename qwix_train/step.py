@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import operator
 import threading
@@ -69,7 +70,7 @@ def wrap_train_step(
       >>> step = jax.jit(wrap_train_step(train_step, rules))
       >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
     """
-    return cast(Step, _wrap(step, rules, allow_unmatched))
+    return cast(Step, wrap(step, QtProvider(rules, allow_unmatched=allow_unmatched)))
 
 
 def wrap_eval_step(
@@ -89,7 +90,7 @@ def wrap_eval_step(
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
     """
-    return cast(Step, _wrap(step, rules, allow_unmatched))
+    return cast(Step, wrap(step, QtProvider(rules, allow_unmatched=allow_unmatched)))
 
 
 class _Wrapped:
@@ -150,7 +151,18 @@ class _Seen(threading.local):
         self.unmatched: set[str] = set()
 
 
-def _wrap(step, rules: Sequence[QuantizationRule], allow_unmatched: bool):
+def wrap(
+    step: Callable[..., Any], provider: QuantizationProvider
+) -> Callable[..., Any]:
+    """Has a provider rewrite the model calls in a step.
+
+    Args:
+      step: the step.
+      provider: the mode and the rules.
+
+    Raises:
+      TypeError: if the step is compiled already, or no function.
+    """
     if isinstance(step, jax.stages.Compiled | jax.stages.Lowered):
         raise TypeError(
             "The step was compiled ahead of time and can no longer be quantized. Wrap "
@@ -170,13 +182,15 @@ def _wrap(step, rules: Sequence[QuantizationRule], allow_unmatched: bool):
     owner = getattr(function, "__self__", None)
     name = getattr(function, "__name__", None) or type(function).__name__
     # The step as a whole is checked, not each of its models.
-    wrapped = _Wrapped(QtProvider(rules, allow_unmatched=True), name)
+    checked, provider = not provider.allow_unmatched, copy.copy(provider)
+    provider.allow_unmatched = True
+    wrapped = _Wrapped(provider, name)
 
     def quantized_step(*args, **kwargs):
         given = ((*bound_args, *args), {**bound_kwargs, **kwargs})
         args, kwargs = _map_arguments(_ENTER, given)
         with contextlib.ExitStack() as stack:
-            if not allow_unmatched:
+            if checked:
                 stack.enter_context(wrapped.checking())
             held = owner if nnx_calls.is_node(owner) else None
             stack.enter_context(nnx_calls.intercepted((held, args, kwargs)))

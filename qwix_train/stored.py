@@ -23,12 +23,17 @@ from qwix_train.trace import function
 
 # Where boxes keep the names of axes.
 _LINEN_NAMES = ("names", "mesh_axes")
-_NNX_NAMES = ("out_sharding", "sharding_names")
+_NNX_NAMES = "out_sharding"
 
 
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of a tree of params is quantized."""
     return isinstance(leaf, WithAux)
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is an array in a box that Flax keeps metadata in."""
+    return isinstance(leaf, meta.AxisMetadata | nnx.Variable)
 
 
 def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
@@ -56,7 +61,7 @@ def unbox(tree: Any) -> Any:
     """A tree without boxes. No sharding is applied."""
 
     def value(leaf):
-        while _is_box(leaf):
+        while is_box(leaf):
             if isinstance(leaf, nnx.Variable):
                 leaf = leaf.get_raw_value()
             elif isinstance(leaf, meta.Partitioned):
@@ -65,7 +70,7 @@ def unbox(tree: Any) -> Any:
                 leaf = leaf.unbox()
         return leaf
 
-    return jax.tree.map(value, tree, is_leaf=_is_box)
+    return jax.tree.map(value, tree, is_leaf=is_box)
 
 
 def box(quantized: WithAux, boxed: Any) -> WithAux:
@@ -79,21 +84,40 @@ def box(quantized: WithAux, boxed: Any) -> WithAux:
       The param, with the name of an axis dropped from the parts that have one entry
       along it.
     """
-    if not _is_box(boxed):
+    if not is_box(boxed):
         return quantized
     return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
 
 
 def aval(quantized: WithAux) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of the array that a quantized param stands for."""
-    return jax.ShapeDtypeStruct(quantized.shape, quantized.dtype)
+    """The shape and dtype of the array that a quantized param stands for.
+
+    Its sharding is that of the codes; see `shape_of`.
+    """
+    codes = quantized.array
+    codes = codes.qvalue if isinstance(codes, QArray) else codes
+    return shape_of(codes).update(dtype=quantized.dtype)
+
+
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, concrete, traced or abstract.
+
+    On a mesh with explicit axes also the sharding, which belongs to the type there: a
+    model that reshards its weights must find what there is to reshard.
+    """
+    sharding = None
+    if isinstance(array, jax.Array):
+        found = jax.typeof(array).sharding
+        if jax.sharding.AxisType.Explicit in found.mesh.axis_types:
+            sharding = found
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def box_of(quantized: WithAux) -> Any:
     """The box around the codes of a quantized param; None if there is none."""
     codes = quantized.array
     codes = codes.qvalue if isinstance(codes, QArray) else codes
-    return codes if _is_box(codes) else None
+    return codes if is_box(codes) else None
 
 
 def box_array(quantized: WithAux, array: Any) -> Any:
@@ -106,10 +130,6 @@ def box_array(quantized: WithAux, array: Any) -> Any:
         if isinstance(outer, nnx.Variable)
         else outer.replace_boxed(array)
     )
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, meta.AxisMetadata | nnx.Variable)
 
 
 def _box_part(part: Any, boxed: Any) -> Any:
@@ -125,9 +145,13 @@ def _box_part(part: Any, boxed: Any) -> Any:
         return jax.sharding.PartitionSpec(*masked) if is_spec else tuple(masked)
 
     if isinstance(boxed, nnx.Variable):
-        metadata = boxed.get_metadata()
-        names = {key: kept(metadata[key]) for key in _NNX_NAMES if key in metadata}
-        return type(boxed)(part, **{**metadata, **names})
+        metadata = dict(boxed.get_metadata())
+        if _NNX_NAMES in metadata:
+            metadata[_NNX_NAMES] = kept(metadata[_NNX_NAMES])
+        if isinstance(part, jax.ShapeDtypeStruct):
+            # The constructor would shard it, which a shape cannot be.
+            return type(boxed).from_metadata(part, metadata)
+        return type(boxed)(part, **metadata)
     new = boxed.replace_boxed(part)
     fields = {field.name for field in dataclasses.fields(new)}  # type: ignore[arg-type]
     names = {key: kept(getattr(new, key)) for key in _LINEN_NAMES if key in fields}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict, freeze, unfreeze
+from jax import numpy as jnp
+from jax.core import Tracer
 
 from qwix_train import stored
-from qwix_train.core.qarray import WithAux
+from qwix_train.core.how import needs_zero_point
+from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.planning import Path, make_plan
 from qwix_train.ptq import static_range, trees
@@ -55,8 +59,10 @@ def quantize_params(
 
     Raises:
       TypeError: if a leaf of `params` is no array.
-      ValueError: if a param is not one of the quantized model's, or has another shape,
-        or if ranges are missing or empty.
+      ValueError: if a param is not one of the quantized model's, or has another shape
+        or an integer dtype; if the statistics of a range are empty, or of no range of
+        the model's; or if all weights are there, and not the ranges that belong to
+        them.
 
     Example:
       >>> from jax import numpy as jnp
@@ -69,32 +75,35 @@ def quantize_params(
       >>> quantized["kernel"].array.scale.shape
       (1, 2)
     """
-    target = _flat(trees.to_tree(abstract_quantized_params))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    in_module = isinstance(abstract_quantized_params, nnx.Module)
+    frozen, params = isinstance(params, FrozenDict), unfreeze(params)
+    target = _flat(_target(abstract_quantized_params))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    flat = [(param_path(key_path), param) for key_path, param in leaves]
+    # Two params may be one array, which is deleted after it was read for both.
+    last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
-    for key_path, param in leaves:
-        names = param_path(key_path)
-        if not isinstance(param, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"Param {'/'.join(names)!r} is a {type(param).__name__}, not an array. "
-                "Unbox the params: flax.linen.unbox(params), or "
-                "nnx.to_pure_dict(nnx.state(model, nnx.Param))."
-            )
+    for index, (names, param) in enumerate(flat):
+        _check_array(names, param)
         if names in target:
             quantized.append(_quantized(names, param, target[names]))
         elif allow_extra_params:
             quantized.append(_LEFT_OUT)
         else:
             raise ValueError(_unknown(names, target))
-        if donate and isinstance(param, jax.Array) and quantized[-1] is not param:
-            jax.block_until_ready(quantized[-1])
-            param.delete()
-    tree = _pruned(jax.tree.unflatten(structure, quantized))
-    for path, value in _static_ranges(quant_stats, target).items():
+        if donate and last[id(param)] == index:
+            _delete(param, quantized)
+    tree = jax.tree.unflatten(structure, quantized)
+    if any(value is _LEFT_OUT for value in quantized):
+        tree = _pruned(tree)
+        tree = {} if tree is _LEFT_OUT else tree
+    ranges = _static_ranges(quant_stats, target)
+    _check_ranges({names for names, _ in flat}, ranges, target)
+    for path, value in ranges.items():
         tree = _inserted(tree, path, value)
-    return (
-        trees.plain(tree) if isinstance(abstract_quantized_params, nnx.Module) else tree
-    )
+    if in_module:
+        return trees.plain(tree)
+    return freeze(tree) if frozen else tree
 
 
 def quantize(
@@ -112,13 +121,15 @@ def quantize(
     Args:
       model: a Linen module, an NNX module, or a function whose first argument is a
         tree of params.
-      params: its float params; for an NNX module, None stands for the ones it holds.
+      params: its float params; for an NNX module the ones that it is to have in the
+        place of its own, as `nnx.to_pure_dict` gives them, or None.
       rules: the rules.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the other collections of a Linen model, such as `batch_stats`. If
         None, their shapes are found with `model.init`.
       quant_stats: see `quantize_params`.
-      donate: see `quantize_params`.
+      donate: see `quantize_params`; without `params` it is the float arrays of the NNX
+        module that are deleted.
       **kwargs: keyword inputs.
 
     Returns:
@@ -138,10 +149,14 @@ def quantize(
     provider = PtqProvider(rules)
     options = {"quant_stats": quant_stats, "donate": donate}
     if isinstance(model, nnx.Module):
-        quantized = quantize_model(model, provider, *inputs, **kwargs)
-        if params is not None or quant_stats is not None:
-            values = quantize_params(params or {}, quantized, **options)
-            nnx.update(quantized, values)
+        graphdef, held, rest = nnx.split(model, nnx.Param, ...)
+        floats = nnx.to_pure_dict(held)
+        if params is not None:
+            floats = _updated(floats, params)
+        # Its own params are quantized once, and not at all where others are given.
+        abstract = nnx.merge(graphdef, jax.tree.map(_shape, held), rest)
+        quantized = quantize_model(abstract, provider, *inputs, **kwargs)
+        nnx.update(quantized, quantize_params(floats, quantized, **options))
         return quantized, trees.to_tree(quantized)
     if isinstance(model, nn.Module):
         quantized = quantize_model(model, provider)
@@ -153,8 +168,8 @@ def quantize(
         first = {**variables, "params": params}
         shapes = abstract_params(apply, first, rules, *inputs)["params"]
         return quantized, quantize_params(params, shapes, **options)
-    shapes = abstract_params(model, params, rules, *inputs, **kwargs)
     quantized = quantize_fn(model, provider)
+    shapes = abstract_params(model, params, rules, *inputs, **kwargs)
     return quantized, quantize_params(params, shapes, **options)
 
 
@@ -179,12 +194,7 @@ def abstract_params(
       quantized. A `params` collection is quantized within the dictionary that holds it.
     """
     provider = PtqProvider(rules)
-
-    def shape(leaf):
-        is_array = isinstance(leaf, jax.Array | np.ndarray)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
-
-    params = jax.tree.map(shape, stored.unbox(params))
+    params = jax.tree.map(_shape, stored.unbox(params))
     traced = trace_function(fn, (params, *inputs), kwargs)
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
@@ -201,9 +211,58 @@ def abstract_params(
     return tree
 
 
+def _target(quantized: Any) -> Any:
+    """The params of a quantized model, which it may be itself, as a tree."""
+    if isinstance(quantized, nnx.State):
+        raise TypeError(
+            "The quantized params of an NNX model are given by the model itself. Its "
+            "state does not say how they are quantized."
+        )
+    return trees.to_tree(quantized, nnx.Variable)
+
+
 def _flat(tree: Any) -> dict[Path, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stored.is_quantized)
     return {param_path(path): leaf for path, leaf in leaves}
+
+
+def _shape(leaf: Any) -> Any:
+    return stored.shape_of(leaf) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+
+def _updated(tree: Any, other: Any) -> Any:
+    """A nested dictionary with the entries of another one in the place of its own."""
+    if not isinstance(tree, Mapping) or not isinstance(other, Mapping):
+        return other
+    below = {key: _updated(tree.get(key), value) for key, value in other.items()}
+    return {**tree, **below}
+
+
+def _is_whole(leaf: Any) -> bool:
+    return stored.is_quantized(leaf) or stored.is_box(leaf)
+
+
+def _check_array(names: Path, param: Any) -> None:
+    if isinstance(param, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return
+    name = "/".join(names)
+    if stored.is_quantized(param):
+        raise TypeError(f"Param {name!r} is quantized already.")
+    hint = ""
+    if stored.is_box(param):
+        hint = (
+            " Unbox the params: flax.linen.unbox(params), or "
+            "nnx.to_pure_dict(nnx.state(model, nnx.Param))."
+        )
+    raise TypeError(f"Param {name!r} is a {type(param).__name__}, not an array.{hint}")
+
+
+def _delete(param: Any, quantized: Sequence[Any]) -> None:
+    """Frees a float array, unless it is one of the quantized params itself."""
+    is_held = isinstance(param, jax.Array) and not isinstance(param, Tracer)
+    if is_held and all(value is not param for value in quantized):
+        jax.block_until_ready(quantized[-1])
+        param.delete()
 
 
 # Stands for a param that the quantized model does not have.
@@ -215,11 +274,8 @@ def _pruned(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _pruned(value) for key, value in tree.items()}
-    same = all(kept[key] is value for key, value in tree.items())
     left = {key: value for key, value in kept.items() if value is not _LEFT_OUT}
-    if len(left) == len(tree) and same:
-        return tree
-    return left or _LEFT_OUT
+    return left if left or not tree else _LEFT_OUT
 
 
 def _inserted(tree: Any, path: Path, value: Any) -> Any:
@@ -241,11 +297,19 @@ def _quantized(names: Path, param: Any, target: Any) -> Any:
         )
     if not stored.is_quantized(target):
         return param
-    return stored.quantize_param(param, target.how)
+    try:
+        return stored.quantize_param(param, target.how)
+    except ValueError as error:
+        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
 
 
 def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
-    known = sorted({"/".join(path) for path in flat})
+    if (*names, "array", "qvalue") in flat:
+        return (
+            f"Param {'/'.join(names)!r} of the quantized model comes without how it is "
+            "quantized. Give the NNX model itself, not its state."
+        )
+    known = sorted({"/".join(path) for path in flat}) or ["none"]
     return (
         f"Param {'/'.join(names)!r} is not one of the quantized model, which has "
         f"{', '.join(known[:8])}{' and more' if len(known) > 8 else ''}. Pass "
@@ -260,11 +324,62 @@ def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any
         groups.setdefault(path[:-1], {})[path[-1]] = value
     ranges: dict[Path, Any] = {}
     for path, statistics in groups.items():
+        # Params may stand in a collection, and the statistics in one of their own.
+        places = [path, ("params", *path)]
+        path = next((p for p in places if static_range.scale_path(p) in flat), path)
         scale = flat.get(static_range.scale_path(path))
         if not isinstance(scale, WithAux):
             raise ValueError(
                 f"There are quant_stats for {'/'.join(path)!r}, and no rule of the "
                 "quantized model gives that a static range."
             )
-        ranges |= static_range.from_statistics(path, statistics, scale.how)
+        ranges |= _range(path, statistics, scale)
     return ranges
+
+
+def _range(
+    path: Path, statistics: Mapping[str, Any], scale: WithAux
+) -> dict[Path, Any]:
+    """The scale and zero point of one range."""
+    centered = not needs_zero_point(scale.how.calibration_method)
+    sums = {"sum_of_absmax"} if centered else {"sum_of_min", "sum_of_max"}
+    if (given := set(statistics) - {"count"}) != sums:
+        raise ValueError(
+            f"The quant_stats of {'/'.join(path)!r} have {sorted(given)}, and the "
+            f"calibration method {scale.how.calibration_method!r} takes {sorted(sums)}."
+        )
+    params = static_range.from_statistics(path, statistics, scale.how)
+    shape = params[static_range.scale_path(path)].shape
+    if shape != scale.shape:
+        raise ValueError(
+            f"The quant_stats of {'/'.join(path)!r} give a range of shape {shape}; in "
+            f"the quantized model it has {scale.shape}."
+        )
+    return params
+
+
+def _check_ranges(
+    names: Collection[Path], ranges: Mapping[Path, Any], target: Mapping[Path, Any]
+) -> None:
+    """Complains of ranges that are missing next to the params of a whole model."""
+    quantized = {path: x for path, x in target.items() if stored.is_quantized(x)}
+    weights = {path for path, x in quantized.items() if isinstance(x.array, QArray)}
+    if not weights or not weights.issubset(names):
+        return  # a part of a model, whose ranges may come with another
+    missing = [
+        "/".join(path).removesuffix("_scale")
+        for path, x in quantized.items()
+        if path not in weights and path not in ranges and not _is_known(x.array)
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} activations have a static range that is not known, among "
+            f"them {missing[0]!r}. Give their quant_stats."
+        )
+
+
+def _is_known(scale: Any) -> bool:
+    """Whether the scale of a quantized model has a value already."""
+    if isinstance(scale, Tracer):
+        return True  # which cannot be told here
+    return isinstance(scale, jax.Array) and not bool(jnp.isnan(scale).any())

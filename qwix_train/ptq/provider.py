@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from qwix_train import stored
-from qwix_train.core.qarray import QArray, dequantize, quantize_array
+from qwix_train.core.qarray import QArray
 from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan, make_plan
 from qwix_train.ptq import static_range
 from qwix_train.ptq.weight import Listener, StoredWeight, product
+from qwix_train.trace import carried
 from qwix_train.trace.function import Param, TracedCall
 
 
@@ -66,7 +68,13 @@ class PtqProvider(QuantizationProvider):
           ValueError: if a param that a rule quantizes is a float array, or has codes
             of another type.
         """
-        return _run(traced, plan, None)
+        return _run(traced, plan)
+
+    def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
+        """See `QuantizationProvider.initialize`. No static range is known yet."""
+        params = self.store_params(traced, plan)
+        unknown = static_range.initial(plan)
+        return params, _run(traced.with_params(params), plan, unknown=unknown)
 
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`: adds where params are dequantized."""
@@ -77,17 +85,39 @@ class PtqProvider(QuantizationProvider):
 
         def run(inputs: list[Any]) -> None:
             call = traced.with_inputs(inputs)
-            _run(call.with_params(self.store_params(call, plan)), plan, listen)
+            call = call.with_params(self.store_params(call, plan))
+            _run(call, plan, listen, static_range.initial(plan))
 
         jax.eval_shape(run, list(traced.inputs))
         dequantized = {path: tuple(by) for path, by in found.items()}
         return dataclasses.replace(plan, dequantized=dequantized)
 
 
-def _run(traced: TracedCall, plan: Plan, listener: Listener | None) -> Any:
+def _run(
+    traced: TracedCall,
+    plan: Plan,
+    listener: Listener | None = None,
+    unknown: Mapping[Path, Any] | None = None,
+) -> Any:
+    """Evaluates a traced call.
+
+    Args:
+      traced: the call.
+      plan: what happens to its ops.
+      listener: told where params are dequantized.
+      unknown: what stands for static ranges where none are known yet.
+    """
     _check_params(traced, plan)
     plans = {op.op.key: op for op in plan.quantized_ops}
     named = traced.named
+
+    def ranges_of(op: OpPlan) -> list[static_range.Range | None]:
+        return [
+            static_range.find(op, side, named, unknown)
+            if op.static and how is not None
+            else None
+            for side, how in enumerate(op.activations)
+        ]
 
     def handler(op, operands, run):
         plan = plans[op.key]
@@ -96,17 +126,20 @@ def _run(traced: TracedCall, plan: Plan, listener: Listener | None) -> Any:
             if isinstance(operands[0], StoredWeight):
                 taken = operands[0].apply("gather", op.params, operands)
             return run(*operands) if taken is None else taken[0]
-        operands = [
-            _operand(operand, plan, side, named)
-            for side, operand in enumerate(operands)
-        ]
-        weights = [x for x in operands if isinstance(x, StoredWeight)]
-        quantized = [x for x in operands if isinstance(x, QArray)]
-        if weights or len(quantized) == 2:
-            name = "dot_general" if op.name == "einsum" else op.name
+        name = "dot_general" if op.name == "einsum" else op.name
+        operands = list(operands)
+        for side, how in enumerate(plan.activations):
+            if how is not None and isinstance(operands[side], StoredWeight):
+                # An activation by the plan, such as the rows that tokens looked up.
+                operands[side].read_by(name)
+                operands[side] = operands[side].value
+        kept = [isinstance(x, StoredWeight) for x in operands]
+        if all(how or x for how, x in zip(plan.activations, kept, strict=True)):
+            return _product_of_codes(name, plan, operands, ranges_of(plan))
+        if any(kept):
             return product(name, op.params, operands)
         # The weight was dequantized on the way here, and so the product is in float.
-        return run(*(dequantize(x) if isinstance(x, QArray) else x for x in operands))
+        return run(*_fake_quantized(operands, plan, ranges_of(plan)))
 
     def substitute(param: Param) -> StoredWeight | None:
         whole = param.value
@@ -119,16 +152,52 @@ def _run(traced: TracedCall, plan: Plan, listener: Listener | None) -> Any:
     return traced.run([op.op for op in plan.quantized_ops], handler, substitute)
 
 
-def _operand(operand: Any, plan: OpPlan, side: int, named: Any) -> Any:
-    how = plan.activations[side] if side < len(plan.activations) else None
-    if how is None:
-        return operand
-    if isinstance(operand, StoredWeight):
-        # An activation by the plan, such as the rows that tokens looked up.
-        operand = operand.value
-    if plan.static:
-        return static_range.quantize_activation(operand, plan, side, named)
-    return quantize_array(operand, how)
+def _product_of_codes(
+    name: str,
+    plan: OpPlan,
+    operands: Sequence[Any],
+    ranges: Sequence[static_range.Range | None],
+) -> jax.Array:
+    """A product of quantized weights and of arrays that are quantized for it.
+
+    Its derivative is that of the same product in QAT: codes have none of their own.
+    """
+    arrays, restore = carried.unpacked(operands)
+
+    @jax.custom_jvp
+    def of_codes(arrays, ranges):
+        quantized = [
+            x if how is None else static_range.quantize_activation(x, how, given)
+            for x, how, given in zip(
+                restore(arrays), plan.activations, ranges, strict=True
+            )
+        ]
+        return product(name, plan.op.params, quantized)
+
+    @jax.checkpoint  # keeps the codes for the backward pass, and no floats
+    def of_floats(arrays, ranges):
+        values = _fake_quantized(restore(arrays), plan, ranges)
+        values = [x.value if isinstance(x, StoredWeight) else x for x in values]
+        return product(name, plan.op.params, values)
+
+    @of_codes.defjvp
+    def _(primals, tangents):
+        _, tangent = jax.jvp(of_floats, primals, tangents)
+        return of_codes(*primals), tangent
+
+    return of_codes(arrays, list(ranges))
+
+
+def _fake_quantized(
+    operands: Sequence[Any],
+    plan: OpPlan,
+    ranges: Sequence[static_range.Range | None],
+) -> list[Any]:
+    """The operands of an op, with activations fake-quantized as planned."""
+    return [
+        x if how is None else static_range.fake_quantize_activation(x, how, given)
+        for x, how, given in zip(operands, plan.activations, ranges, strict=True)
+    ]
 
 
 def _check_params(traced: TracedCall, plan: Plan) -> None:

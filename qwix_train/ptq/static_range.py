@@ -8,19 +8,33 @@ named after the op and the operand: `params["Dense_0"]["dot_general0_lhs_scale"]
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import core
 from jax import numpy as jnp
 
 from qwix_train import stored
 from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.core.numerics import storage_dtype
-from qwix_train.core.qarray import QArray, WithAux, quantize_with_scale_zero_point
+from qwix_train.core.qarray import (
+    QArray,
+    WithAux,
+    quantize_array,
+    quantize_with_scale_zero_point,
+)
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.weights import SIDES
+
+
+class Range(NamedTuple):
+    """The scale and zero point of an activation."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
 
 
 def path_of(plan: OpPlan, side: int) -> Path:
@@ -78,7 +92,7 @@ def from_statistics(
     if "count" not in statistics:
         raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
     count = statistics["count"]
-    if not isinstance(count, core.Tracer) and not jnp.all(count > 0):
+    if _is_known(count) and not np.all(np.asarray(count) > 0):
         raise ValueError(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
             "ranges were collected."
@@ -95,28 +109,58 @@ def from_statistics(
     return params
 
 
-def quantize_activation(
-    array: jax.Array, plan: OpPlan, side: int, named: Mapping[Path, Any]
-) -> QArray:
-    """Quantizes an operand with the range kept among the params.
+def find(
+    plan: OpPlan,
+    side: int,
+    named: Mapping[Path, Any],
+    unknown: Mapping[Path, Any] | None = None,
+) -> Range:
+    """The range of an operand, from among the params.
 
     Args:
-      array: the operand.
-      plan: what happens to its op.
-      side: 0 for the left operand, 1 for the right one.
+      plan: what happens to the op.
+      side: 0 for its left operand, 1 for its right one.
       named: the inputs of the traced call, by path.
+      unknown: what stands for ranges where none are known yet, by path.
 
     Raises:
-      ValueError: if there is no such range.
+      ValueError: if there is no such range, or nothing was collected for it yet.
     """
-    how, path = plan.activations[side], path_of(plan, side)
-    assert how is not None
-    scale = named.get(scale_path(path))
+    path = path_of(plan, side)
+    values = named if unknown is None else unknown
+    scale, zero_point = values.get(scale_path(path)), values.get(zero_point_path(path))
     if scale is None:
         raise ValueError(
             f"There is no static range for {'/'.join(path)!r}, which a rule with "
             "act_static_scale=True asks for. Give quantize_params the quant_stats."
         )
     scale = scale.array if stored.is_quantized(scale) else scale
-    zero_point = named.get(zero_point_path(path))
-    return quantize_with_scale_zero_point(array, how.qtype, scale, zero_point)
+    if unknown is None and _is_known(scale) and np.isnan(scale).any():
+        raise ValueError(
+            f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
+            "as it is initialized. Give quantize_params the quant_stats."
+        )
+    return Range(scale, zero_point)
+
+
+def quantize_activation(
+    array: jax.Array, how: HowToQuantize, given: Range | None
+) -> QArray:
+    """Quantizes an activation, with a range that is given if there is one."""
+    if given is None:
+        return quantize_array(array, how)
+    return quantize_with_scale_zero_point(array, how.qtype, *given)
+
+
+def fake_quantize_activation(
+    array: jax.Array, how: HowToQuantize, given: Range | None
+) -> jax.Array:
+    """The values of the quantized activation, with the gradients of QAT."""
+    if given is None:
+        return fake_quant(array, how)
+    return fake_quant_with_scale(array, how.qtype, *given)
+
+
+def _is_known(value: Any) -> bool:
+    # NumPy looks at it: within a trace, JAX would give a tracer of the answer.
+    return not isinstance(value, core.Tracer)

@@ -153,7 +153,10 @@ def _dynamic_slice(params, array, others):
         part_sizes = [
             part.shape[axis] if whole[axis] else size for axis, size in enumerate(sizes)
         ]
-        return lax.dynamic_slice(part, indices, part_sizes)
+        # The equation clamps negative indices; those from the end are added already.
+        return lax.dynamic_slice(
+            part, indices, part_sizes, allow_negative_indices=False
+        )
 
     return [_with_parts(array, change(array.qvalue), change)]
 
@@ -226,6 +229,12 @@ def _concatenate(params, arrays):
     return QArray(codes, scale, zero_point, first.qtype)
 
 
+def _stack(params, arrays):
+    axis = params["axis"]
+    arrays = [jax.tree.map(lambda x: lax.expand_dims(x, [axis]), x) for x in arrays]
+    return _concatenate({"dimension": axis}, arrays)
+
+
 def _aligned(sizes, values, axis):
     """Scales such that those of the joined array all share equally many elements."""
     tile = math.gcd(
@@ -284,5 +293,6 @@ CHANGES: dict[str, Change] = {
 
 JOINS: dict[str, Callable[[Params, Sequence[QArray]], QArray | None]] = {
     "concatenate": _concatenate,
+    "stack": _stack,
 }
 """By primitive: the result of an equation of which all operands are quantized."""

@@ -156,7 +156,10 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
         for x, other in zip(operands, operands[::-1], strict=True)
     ]
     lhs, rhs = arrays
-    return _PRODUCTS[name](params, lhs, rhs, preferred)
+    # The stored scale may be wider than what the model cast it to; some products
+    # cannot give a result that is narrower than an operand.
+    wide = jnp.result_type(preferred, lhs.dtype, rhs.dtype)
+    return _PRODUCTS[name](params, lhs, rhs, wide).astype(preferred)
 
 
 def _product_operand(value: Any, other: Any) -> Any:

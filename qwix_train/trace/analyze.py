@@ -61,6 +61,8 @@ class Op:
       out_shape: the shape of its result.
       opaque: the enclosing operation that cannot be rewritten, such as
         `custom_vjp_call`, or None.
+      scans: the length of each `scan` around it, outermost first, if it goes over
+        params, as one over the layers of a model does; 0 for any other.
     """
 
     key: Key
@@ -71,6 +73,12 @@ class Op:
     operands: tuple[Operand, ...]
     out_shape: tuple[int, ...]
     opaque: str | None = None
+    scans: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The sizes of the axes of layers that the op is run for."""
+        return tuple(length for length in self.scans if length)
 
 
 def find_ops(
@@ -100,6 +108,7 @@ class _Walker:
         self.first_operands: dict[int, Sequence[Provenance]] = {}
         self.renamed: dict[str, str] = {}
         self.outside = 0
+        self.scans: tuple[int, ...] = ()
 
     def walk(
         self,
@@ -168,6 +177,7 @@ class _Walker:
                 ),
                 out_shape=tuple(eqn.outvars[0].aval.shape),
                 opaque=opaque,
+                scans=self.scans,
             )
         )
 
@@ -229,12 +239,16 @@ class _Walker:
         scanned = [
             provenance.per_iteration(x) for x in operands[num_consts + num_carry :]
         ]
+        layers = any(isinstance(x, provenance.Weight) for x in scanned)
+        outside = self.scans
+        self.scans = (*outside, params["length"] if layers else 0)
         carry, outs = self.to_fixpoint(
             operands[num_consts : num_consts + num_carry],
             lambda carry: self.walk(
                 body, [*consts, *carry, *scanned], (*key, 0), scope, opaque
             ),
         )
+        self.scans = outside
         stacked = provenance.propagate("scan", {}, outs[num_carry:], (), ((),))
         return [*carry, *(stacked * (len(outs) - num_carry))]
 

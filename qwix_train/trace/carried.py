@@ -76,6 +76,27 @@ class Carried(abc.ABC):
         return lax.with_sharding_constraint(self.value, sharding)
 
 
+def unpacked(
+    values: Sequence[Any],
+) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
+    """The arrays that values hold, and what makes such values of other arrays.
+
+    Args:
+      values: arrays, and `Carried`s.
+    """
+    held = [x.arrays if isinstance(x, Carried) else (x,) for x in values]
+
+    def restore(arrays):
+        rest = iter(arrays)
+        groups = [[next(rest) for _ in group] for group in held]
+        return [
+            x.inside(group) if isinstance(x, Carried) else group[0]
+            for x, group in zip(values, groups, strict=True)
+        ]
+
+    return [array for group in held for array in group], restore
+
+
 class Deferred(Carried):
     """An input that a transform applies to, as late as possible.
 

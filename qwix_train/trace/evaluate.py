@@ -17,9 +17,10 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
-from qwix_train.trace import jax_versions
+from qwix_train.trace import carried, jax_versions
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
+from qwix_train.trace.passed import sources
 
 # handler(op, operands, run) -> result. `run(*operands)` is the op itself.
 Handler = Callable[[Op, Sequence[Any], Callable[..., Any]], Any]
@@ -44,12 +45,21 @@ def evaluate(
       what it says is `returned`: a model that hands its params on hands on the user's.
     """
     touched = {key[:length] for key in ops for length in range(1, len(key))}
+    passed = _passed_on(body, inputs)
     outs = _Evaluator(ops, touched, handler).run(body, inputs, ())
+    outs = [passed.get(index, out) for index, out in enumerate(outs)]
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
 
 def _value(value: Any) -> Any:
     return value.value if isinstance(value, Carried) else value
+
+
+def _read(value: Any, primitive: str) -> Any:
+    """The array that a value stands for, read for an equation of a primitive."""
+    if isinstance(value, Carried):
+        value.read_by(primitive)
+    return _value(value)
 
 
 def _follows(value: Any) -> bool:
@@ -87,8 +97,7 @@ class _Evaluator:
                 results = self.results_of(eqn, operands, here)
             if results is None:
                 for operand in operands:
-                    if isinstance(operand, Carried):
-                        operand.read_by(eqn.primitive.name)
+                    _read(operand, eqn.primitive.name)
                 pending.append(eqn)
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
@@ -128,7 +137,7 @@ class _Evaluator:
                 for atom in _distinct(eqn.invars)
             ]
             call = jax_versions.without_scope(eqn.replace(invars=names))
-            values = [_value(value) for value in values]
+            values = [_read(value, eqn.primitive.name) for value in values]
             return jax_versions.evaluate_equations([call], names, eqn.outvars, values)[
                 0
             ]
@@ -148,11 +157,11 @@ class _Evaluator:
     def rebuild_remat(self, params, operands, key):
         body = jax_versions.call_body(params)
         passed = _passed_on(body, operands)
-        arrays, restore = _unpacked(operands)
+        arrays, restore = carried.unpacked(operands)
 
         def function(*arrays):
             outs = self.run(body, restore(arrays), (*key, 0))
-            return _computed(outs, passed)
+            return _computed(outs, passed, "checkpoint")
 
         results = jax.checkpoint(
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
@@ -178,22 +187,22 @@ class _Evaluator:
         in_carry = [i for i in range(num_carry) if i not in passed]
 
         def function(varying, slices):
-            inner = list(carry)
+            inner = _entering(carry)
             for place, value in zip(in_carry, varying, strict=True):
                 inner[place] = value
             inputs = [
                 slice_ if cut is None else cut[1](*slice_)
                 for slice_, cut in zip(slices, cuts, strict=True)
             ]
-            outs = self.run(body, [*consts, *inner, *inputs], (*key, 0))
-            computed = _computed(outs, passed)
+            outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
+            computed = _computed(outs, passed, "scan")
             return computed[: len(in_carry)], computed[len(in_carry) :]
 
         varying, stacked = lax.scan(
             function,
-            [_value(carry[i]) for i in in_carry],
+            [_read(carry[i], "scan") for i in in_carry],
             [
-                _value(x) if cut is None else tuple(cut[0])
+                _read(x, "scan") if cut is None else tuple(cut[0])
                 for x, cut in zip(scanned, cuts, strict=True)
             ],
             length=params["length"],
@@ -219,20 +228,22 @@ class _Evaluator:
         in_carry = [i for i in range(len(carry)) if i not in passed]
 
         def whole(varying):
-            inner = list(carry)
+            inner = _entering(carry)
             for place, value in zip(in_carry, varying, strict=True):
                 inner[place] = value
             return inner
 
         def test(varying):
-            outs = self.run(condition, [*cond_consts, *whole(varying)], (*key, 0))
-            return _value(outs[0])
+            inputs = [*_entering(cond_consts), *whole(varying)]
+            return _value(self.run(condition, inputs, (*key, 0))[0])
 
         def function(varying):
-            outs = self.run(body, [*consts, *whole(varying)], (*key, 1))
-            return _computed(outs, passed)
+            inputs = [*_entering(consts), *whole(varying)]
+            outs = self.run(body, inputs, (*key, 1))
+            return _computed(outs, passed, "while")
 
-        results = lax.while_loop(test, function, [_value(carry[i]) for i in in_carry])
+        start = [_read(carry[i], "while") for i in in_carry]
+        results = lax.while_loop(test, function, start)
         return _with_passed(results, passed)
 
     def rebuild_cond(self, params, operands, key):
@@ -244,12 +255,12 @@ class _Evaluator:
             for result, value in each[0].items()
             if all(other.get(result) is value for other in each)
         }
-        arrays, restore = _unpacked(inputs)
+        arrays, restore = carried.unpacked(inputs)
 
         def branch(number, body):
             def function(*arrays):
                 outs = self.run(body, restore(arrays), (*key, number))
-                return _computed(outs, passed)
+                return _computed(outs, passed, "cond")
 
             return function
 
@@ -264,9 +275,6 @@ class _Evaluator:
             return [_value(out) for out in self.run(body, arrays, (*key, 0))]
 
         # Whole arrays are transformed, not shards: a shard has a range of its own.
-        for operand in operands:
-            if isinstance(operand, Carried):
-                operand.read_by("shard_map")
         return jax.shard_map(
             function,
             mesh=params["mesh"],
@@ -274,7 +282,7 @@ class _Evaluator:
             out_specs=list(params["out_specs"]),
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
-        )(*[_value(x) for x in operands])
+        )(*[_read(x, "shard_map") for x in operands])
 
 
 def _scope(name: str):
@@ -298,6 +306,15 @@ def _loop_constant(value: Any) -> Any:
     return value if _follows(value) else _value(value)
 
 
+def _entering(values: Sequence[Any]) -> list[Any]:
+    """What the body of a loop reads, each time that it is traced.
+
+    The array that a `Carried` stands for is made at most once; made within the body
+    it belongs to that trace alone, so each trace gets a `Carried` of its own.
+    """
+    return [x.inside(x.arrays) if isinstance(x, Carried) else x for x in values]
+
+
 def _constrained(values, shardings):
     return [
         value
@@ -311,21 +328,6 @@ def _constrained(values, shardings):
     ]
 
 
-def _unpacked(values):
-    """The arrays that values hold, and what makes such values of other arrays."""
-    held = [x.arrays if isinstance(x, Carried) else (x,) for x in values]
-
-    def restore(arrays):
-        rest = iter(arrays)
-        groups = [[next(rest) for _ in group] for group in held]
-        return [
-            x.inside(group) if isinstance(x, Carried) else group[0]
-            for x, group in zip(values, groups, strict=True)
-        ]
-
-    return [array for group in held for array in group], restore
-
-
 def _passed_on(body, operands, unchanged=lambda place, result: True):
     """The carried inputs that a body returns as they came, by the index of the result.
 
@@ -334,20 +336,23 @@ def _passed_on(body, operands, unchanged=lambda place, result: True):
       operands: what its inputs stand for outside of it.
       unchanged: whether an input, by its index, is what a result holds outside.
     """
-    places = {var: place for place, var in enumerate(body.jaxpr.invars)}
+    held = [isinstance(operand, Carried) for operand in operands]
+    if not any(held):
+        return {}
     passed = {}
-    for index, var in enumerate(body.jaxpr.outvars):
-        place = None if isinstance(var, jex.Literal) else places.get(var)
-        if place is None or not isinstance(operands[place], Carried):
+    for index, place in enumerate(sources(body)):
+        if place is None or not held[place]:
             continue
         if unchanged(place, index):
             passed[index] = operands[place]
     return passed
 
 
-def _computed(outs, passed):
+def _computed(outs, passed, primitive):
     """The results of a body that it does not just pass on, as arrays."""
-    return [_value(out) for index, out in enumerate(outs) if index not in passed]
+    return [
+        _read(out, primitive) for index, out in enumerate(outs) if index not in passed
+    ]
 
 
 def _with_passed(results, passed):

@@ -96,6 +96,10 @@ class TracedCall:
         )
         return self._rebuild(outs)
 
+    def rebuild(self, outs: Sequence[Any]) -> Any:
+        """The result of the call from the results of its body."""
+        return self._rebuild(outs)
+
     @property
     def named(self) -> dict[tuple[str, ...], Any]:
         """The inputs that have a path, integers among them, and what was added."""

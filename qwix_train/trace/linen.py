@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import core
 from flax import linen as nn
 
@@ -84,11 +85,20 @@ def rewrite_call(
     if scope.mutable is False:
         return out
     out, updates = out
+    held = _stored_params(module)
     for collection, values in updates.items():
         for name, value in values.items():
             # The caller of `original` captures the result of this very method.
             if (collection, name) != ("intermediates", method_name):
                 module.put_variable(collection, name, value)
+    for path, value in held.items():
+        # Handed on as it came, it has lost the metadata of its parts.
+        handed_on = updates.get("params", {})
+        for name in path:
+            handed_on = handed_on.get(name, {})
+        leaves = jax.tree.leaves(handed_on, is_leaf=function.is_stored)
+        if any(map(function.is_stored, leaves)):
+            _put_param(module, path, value)
     return out
 
 
@@ -100,6 +110,7 @@ def init_call(
     kwargs: dict[str, Any],
     initialize: Callable[[function.TracedCall], tuple[Mapping[Any, Any], Any]],
     box: Callable[[Any, Any], Any],
+    stand_in: Callable[[Any], Any],
 ) -> Any:
     """Initializes a module, and puts other values in the place of its params.
 
@@ -112,10 +123,17 @@ def init_call(
       initialize: from a traced call with the initialized params, the values to put in
         their places, by path, and the result of the call with these.
       box: puts the metadata of a param around the value that takes its place.
+      stand_in: an array, in its metadata, for a value that took the place of a param
+        when the module was called before.
     """
     counters = _counters_of(module)
+    held = _stored_params(module)
+    for path, value in held.items():
+        _put_param(module, path, stand_in(value))
     with session.tracing():  # so that submodules do not put values of their own
         out = original()
+    for path, value in held.items():
+        _put_param(module, path, value)
     traced = _trace(module, method_name, args, kwargs, counters)
     with session.suspended():
         values, result = initialize(traced)
@@ -125,11 +143,26 @@ def init_call(
         before = module.variables.get("params", {})
         for name in path:
             before = before.get(name, {})
-        tree = box(value, before)
-        for name in reversed(path[1:]):
-            tree = {name: tree}
-        module.put_variable("params", path[0], tree)
+        _put_param(module, path, box(value, before))
     return result[0]
+
+
+def _stored_params(module: nn.Module) -> dict[tuple[str, ...], Any]:
+    """The params of a bound module that are no arrays but stand for some, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        module.variables.get("params", {}), is_leaf=function.is_stored
+    )
+    return {
+        function.param_path(path): leaf
+        for path, leaf in leaves
+        if function.is_stored(leaf)
+    }
+
+
+def _put_param(module: nn.Module, path: tuple[str, ...], value: Any) -> None:
+    for name in reversed(path[1:]):
+        value = {name: value}
+    module.put_variable("params", path[0], value)
 
 
 def _scope_of(module: nn.Module):

@@ -271,7 +271,9 @@ def tracing_call(
     static = [None if is_node(leaf) else leaf for leaf in leaves]
     result = _Result()
     prefix = tuple(filter(None, path.split("/")))
-    stored = {(*prefix, *slot.path[1:]): value for slot, value in stored_params(nodes)}
+    found = stored_params(nodes)
+    # The first key is the index of the object among the arguments.
+    names = [(*prefix, *slot.path[1:]) for slot, _ in found]
     with nnx.update_context(_UPDATE):
         with nnx.split_context(_UPDATE) as split:
             graphdef, params, rest = split.split(nodes, nnx.Param, ...)
@@ -283,7 +285,6 @@ def tracing_call(
             stored_copies = stored_params(nodes)
             for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
                 slot.fill(stand_in)
-            held = [_raw(stand_in) for stand_in in stand_ins]
             copies = list(modules_in(nodes))
             classes = [type(module) for _, module in copies]
             for module_path, module in nnx.iter_modules(nodes[0]):
@@ -295,35 +296,41 @@ def tracing_call(
             new_args, new_kwargs = jax.tree.unflatten(tree, filled)
             with scopes.module_scope(path):
                 out = method(*new_args, **new_kwargs)
-            for before, stand_in, name in zip(held, stand_ins, stored, strict=True):
-                if _raw(stand_in) is not before:
-                    raise ValueError(
-                        f"The model writes to its param {'/'.join(name)!r}, which is "
-                        "quantized and cannot change."
-                    )
+            finals = [_raw(stand_in) for stand_in in stand_ins]
             for slot, value in stored_copies:
                 slot.fill(value)
             # The caller's objects have these classes.
             for (_, module), cls in zip(copies, classes, strict=True):
                 set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
-                return result.split(split, nodes, out, (params, rest), graphdef)
-
-        names = list(stored)
+                out = result.split(split, nodes, out, (params, rest), graphdef)
+            return out, finals
 
         def param_name(key_path):
             which, *key_path = key_path
             if which.idx == 0:
                 return names[key_path[0].idx]
-            # The first key is the index of the object among the arguments.
             name = (*prefix, *function.param_path(key_path[1:]))
             parts = any(name[: len(whole)] == whole for whole in names)
             return None if parts else name
 
-        inputs = (list(stored.values()), params)
+        inputs = ([value for _, value in found], params)
         with session.tracing():
             traced = function.trace(pure, (inputs, rest, static), param_name)
-        yield traced, lambda out: result.merge(nodes, out)
+
+        def finish(out):
+            out, finals = out
+            # Loops write back what they only read, so that this cannot be told from
+            # the trace: what was only read comes out as it is stored.
+            for name, final in zip(names, finals, strict=True):
+                if not function.is_stored(final):
+                    raise ValueError(
+                        f"The model writes to its param {'/'.join(name)!r}, which is "
+                        "quantized and cannot change."
+                    )
+            return result.merge(nodes, out)
+
+        yield traced, finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +368,8 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
     for path, node in nnx.iter_graph(root):
         if not isinstance(node, nnx.Pytree):
             continue
-        for attribute, held in list(vars(node).items()):
+        # Sorted, since a copy of a node has its attributes in another order.
+        for attribute, held in sorted(vars(node).items()):
             if attribute.startswith("_pytree__"):
                 continue
             flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)

@@ -2,8 +2,11 @@
 
 The forward of QAT, on floats, must equal the same layers computed the way a quantized
 model does: codes and scales of the stored params, quantized activations, and products
-of integers (or fp8 numbers, or nf4 levels) rescaled afterwards.
+of integers (or fp8 numbers, or nf4 levels) rescaled afterwards. It must equal what the
+PTQ model of the same rules computes from the quantized params.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,9 @@ import pytest
 from flax import linen as nn
 
 import qwix_train
+from qwix_train import ptq
 from qwix_train.core import quantize_array
+from tests.spellings import QUICK
 
 TYPES = ["int8", "int4", "int3", "int2", "int1", "nf4", "float8_e4m3fn", "float8_e5m2"]
 
@@ -128,3 +133,75 @@ def check(model, rule, dtype, tolerance):
     # float8_e5m2 and large ranges: relative to the size of the result.
     size = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = x.reshape(4, -1, 16, 4)
+        w = self.param("kernel", nn.initializers.lecun_normal(), (16, 4, 8))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", heads, heads[:, ::-1])
+        return jnp.einsum("bqhd,hde->bqe", heads, w.astype(x.dtype)), scores
+
+
+def conv(features=8, size=3, **kwargs):
+    return nn.Conv(features, (size, size), use_bias=False, **kwargs)
+
+
+PRODUCTS = {
+    "dense": Dense(),
+    "general": nn.DenseGeneral((3, 8), axis=-1, use_bias=False),
+    "einsum": Einsum(),
+    "attention": Attention(),
+}
+CONVOLUTIONS = {
+    "conv": conv(),
+    "grouped": conv(feature_group_count=2, strides=2),
+    "depthwise": conv(feature_group_count=4, padding="VALID"),
+    "dilated": conv(kernel_dilation=2, padding="CIRCULAR"),
+    "input dilated": conv(input_dilation=2, padding=1),
+    "transposed": nn.ConvTranspose(8, (3, 3), strides=(2, 2), use_bias=False),
+}
+ALL_TYPES = [f"int{bits}" for bits in range(8, 0, -1)] + TYPES[-3:]
+ACTS = [None, "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
+COMBINATIONS = [
+    *itertools.product(PRODUCTS, ALL_TYPES, ACTS, [None, 16], ["float32", "bfloat16"]),
+    *itertools.product(CONVOLUTIONS, ALL_TYPES, ACTS, [None], ["float32", "bfloat16"]),
+]
+# A step that shares no factor with the number of choices visits all of each.
+SOME = set(COMBINATIONS[::41])
+
+
+@pytest.mark.parametrize(
+    "name, weight_qtype, act_qtype, tile_size, dtype",
+    [
+        case if case in SOME else pytest.param(*case, marks=pytest.mark.slow)
+        for case in COMBINATIONS
+    ],
+)
+def test_qat_forward_equals_ptq_model(name, weight_qtype, act_qtype, tile_size, dtype):
+    model = PRODUCTS.get(name) or CONVOLUTIONS[name]
+    if name == "attention" and tile_size:
+        tile_size = 4  # of the axes that its two products sum over
+    rule = qwix_train.QuantizationRule(
+        weight_qtype=weight_qtype, act_qtype=act_qtype, tile_size=tile_size
+    )
+    if hasattr(model, "dtype"):
+        model = model.clone(dtype=dtype)
+    x = jax.random.normal(jax.random.key(1), (16, 64), dtype)
+    x = x.reshape(16, 4, 4, 4) if name in CONVOLUTIONS else x
+    params = model.init(jax.random.key(0), x)["params"]
+    qat = qwix_train.quantize_model(model, qwix_train.QtProvider([rule]))
+    quantized, stored = ptq.quantize(model, params, [rule], x)
+    (kernel,) = stored.values()
+    assert kernel.array.qtype == weight_qtype
+    apply = jax.jit(quantized.apply, compiler_options=QUICK)
+    got, expected = (
+        apply({"params": stored}, x),
+        jax.jit(qat.apply, compiler_options=QUICK)({"params": params}, x),
+    )
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert a.dtype == b.dtype == dtype
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        tolerance = 4e-6 if dtype == "float32" else 0.02
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())

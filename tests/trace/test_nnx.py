@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
+from qwix_train import WithAux
+from qwix_train.core.how import HowToQuantize
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import session
 from tests import models
@@ -115,3 +117,14 @@ def test_classes_that_are_no_pytrees():
         assert jax.tree.leaves(model) == [model]
         models.assert_same(model(X), plain)
     assert type(model) is Opaque
+
+
+def test_stored_params_are_found_in_one_order():
+    how = HowToQuantize(qtype="int8")
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    # The attributes of a copy are sorted, and those of the original are not.
+    for name in ("z", "a"):
+        setattr(model, name, WithAux(nnx.Param(jnp.ones(2)), how))
+    for root in (model, nnx.clone(model)):
+        paths = [slot.path for slot, _ in nnx_calls.stored_params(root)]
+        assert paths == [("a",), ("z",)]

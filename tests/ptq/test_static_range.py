@@ -1,0 +1,222 @@
+"""Activations with collected ranges, given as `quant_stats`."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import qwix_train
+from qwix_train import PtqProvider, QtProvider, QuantizationRule, WithAux
+from tests.qat.parity import Attention, Mlp
+from tests.spellings import data
+
+KEY = jax.random.key(0)
+X = jnp.asarray(data(6, 8, seed=1) - 0.3)
+STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
+SYMMETRIC = QuantizationRule(**STATIC)
+ASYMMETRIC = QuantizationRule(**STATIC, act_calibration_method="minmax")
+
+
+def absmax(value, count=2):
+    total = jnp.full((1, 1), count * value)
+    return {"count": jnp.int32(count), "sum_of_absmax": total}
+
+
+def minmax(low, high, count=4):
+    sums = {"sum_of_min": low, "sum_of_max": high}
+    sums = {name: jnp.full((1, 1), count * value) for name, value in sums.items()}
+    return {"count": jnp.int32(count), **sums}
+
+
+def stats(first, second):
+    return {
+        "Dense_0": {"dot_general0_lhs": first},
+        "Dense_1": {"dot_general0_lhs": second},
+    }
+
+
+# For `qwix` too: the rule, and the statistics.
+CASES = {
+    "absmax": (SYMMETRIC, stats(absmax(0.75), absmax(1.0))),
+    "minmax": (ASYMMETRIC, stats(minmax(-0.3, 0.75), minmax(-0.9, 1.0))),
+}
+
+
+def quantized(rule, quant_stats):
+    model = qwix_train.quantize_model(Mlp(), PtqProvider([rule]))
+    floats = Mlp().init(KEY, X)["params"]
+    abstract = jax.eval_shape(model.init, KEY, X)["params"]
+    return model, floats, qwix_train.quantize_params(floats, abstract, quant_stats)
+
+
+def test_scales_stand_next_to_the_params_of_their_module():
+    model, _, params = quantized(*CASES["minmax"])
+    ours = model.init(KEY, X)["params"]
+    assert jax.tree.structure(ours) == jax.tree.structure(params)
+    dense = params["Dense_0"]
+    assert set(dense) == {
+        "kernel", "bias", "dot_general0_lhs_scale", "dot_general0_lhs_zero_point"
+    }  # fmt: skip
+    scale = dense["dot_general0_lhs_scale"]
+    assert isinstance(scale, WithAux) and scale.how.calibration_method == "minmax"
+    np.testing.assert_allclose(scale.array, [[1.05 / 255]], 1e-6)
+    # -0.3 is code -128.
+    assert dense["dot_general0_lhs_zero_point"].tolist() == [[-128 + 73]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranges_are_used_whatever_the_batch_holds(name):
+    model, floats, params = quantized(*CASES[name])
+    x = 3 * X  # much of it outside of the ranges
+    got = model.apply({"params": params}, x)
+    np.testing.assert_allclose(
+        jax.jit(model.apply)({"params": params}, x), got, 1e-6, 1e-6
+    )
+    fixed = {"absmax": ["-0.75,0.75", "-1,1"], "minmax": ["-0.3,0.75", "-0.9,1"]}[name]
+    rules = [
+        QuantizationRule(
+            module_path=f"Dense_{i}",
+            weight_qtype="int8",
+            act_qtype="int8",
+            act_calibration_method=f"fixed,{bounds}",
+        )
+        for i, bounds in enumerate(fixed)
+    ]
+    qat = qwix_train.quantize_model(Mlp(), QtProvider(rules))
+    expected = qat.apply({"params": floats}, x)
+    np.testing.assert_allclose(got, expected, 1e-5, 1e-5)
+    one = jnp.concatenate([model.apply({"params": params}, row[None]) for row in x])
+    np.testing.assert_allclose(one, got, 1e-6, 1e-6)
+
+    def loss(model, params):
+        return lambda x: model.apply({"params": params}, x).sum()
+
+    np.testing.assert_allclose(
+        jax.grad(loss(model, params))(x), jax.grad(loss(qat, floats))(x), 1e-5, 1e-5
+    )
+
+
+def test_products_of_two_activations_have_two_ranges():
+    model = qwix_train.quantize_model(Attention(), PtqProvider([SYMMETRIC]))
+    x = X.reshape(1, 6, 8)
+    abstract = jax.eval_shape(model.init, KEY, x)["params"]
+    names = {name for name in abstract if name.endswith("_scale")}
+    assert names == {
+        f"einsum{i}_{side}_scale"
+        for i, sides in enumerate([("lhs", "rhs"), ("lhs", "rhs"), ("lhs",)])
+        for side in sides
+    }
+    floats = Attention().init(KEY, x)["params"]
+    quant_stats = {
+        name.removesuffix("_scale"): {
+            "count": jnp.int32(1),
+            "sum_of_absmax": jnp.full(abstract[name].shape, 2.0),
+        }
+        for name in names
+    }
+    for i in range(2):
+        quant_stats[f"DenseGeneral_{i}"] = {
+            "dot_general0_lhs": {
+                "count": jnp.int32(1),
+                "sum_of_absmax": jnp.full((1, 1, 1), 2.0),
+            }
+        }
+    params = qwix_train.quantize_params(floats, abstract, quant_stats)
+    rule = QuantizationRule(
+        weight_qtype="int8", act_qtype="int8", act_calibration_method="fixed,-2,2"
+    )
+    qat = qwix_train.quantize_model(Attention(), QtProvider([rule]))
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), qat.apply({"params": floats}, x), 1e-4, 1e-5
+    )
+
+
+def test_a_model_without_ranges_does_not_run():
+    with pytest.raises(ValueError, match="2 activations have a static range that is"):
+        quantized(SYMMETRIC, None)
+    model, _, params = quantized(*CASES["absmax"])
+    del params["Dense_1"]["dot_general0_lhs_scale"]
+    with pytest.raises(ValueError, match="no static range for 'Dense_1/dot_general0_"):
+        model.apply({"params": params}, X)
+    out, variables = model.init_with_output(KEY, X)
+    assert np.isnan(out).all()
+    with pytest.raises(ValueError, match="'Dense_[01]/dot_general0_lhs' is not known"):
+        model.apply(variables, X)
+    # A compiled model cannot complain of values; its output does.
+    assert np.isnan(jax.jit(model.apply)(variables, X)).all()
+
+
+def test_statistics_that_are_empty_are_refused():
+    with pytest.raises(ValueError, match="'Dense_1/dot_general0_lhs' are empty"):
+        quantized(SYMMETRIC, stats(absmax(1.0), absmax(0.0, count=0)))
+    with pytest.raises(ValueError, match="have no 'count'"):
+        quantized(SYMMETRIC, stats(absmax(1.0), {"sum_of_absmax": jnp.ones((1, 1))}))
+
+
+def test_ranges_known_at_compile_time():
+    """Statistics that a compiled function closes over are still looked at."""
+    model = qwix_train.quantize_model(Mlp(), PtqProvider([SYMMETRIC]))
+    floats = Mlp().init(KEY, X)["params"]
+    abstract = jax.eval_shape(model.init, KEY, X)["params"]
+    quant_stats = CASES["absmax"][1]
+
+    @jax.jit
+    def run(floats, x):
+        params = qwix_train.quantize_params(floats, abstract, quant_stats)
+        return jax.lax.map(lambda x: model.apply({"params": params}, x), x[:, None])
+
+    _, _, params = quantized(*CASES["absmax"])
+    expected = model.apply({"params": params}, X)
+    np.testing.assert_allclose(run(floats, X)[:, 0], expected, 1e-6, 1e-6)
+    scan = jax.lax.map(lambda x: model.apply({"params": params}, x), X[:, None])
+    np.testing.assert_allclose(scan[:, 0], expected, 1e-6, 1e-6)
+
+
+def test_qat_refuses_rules_with_collected_ranges():
+    model = qwix_train.quantize_model(nn.Dense(4), QtProvider([SYMMETRIC]))
+    with pytest.raises(ValueError, match="act_static_scale=True needs collected"):
+        model.apply(nn.Dense(4).init(KEY, X), X)
+
+
+def test_logits_are_those_of_qwix(tmp_path):
+    pytest.importorskip("qwix")
+    path = tmp_path / "logits.npz"
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.ptq.test_static_range", path],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+    )
+    with np.load(path) as theirs:
+        for name, case in CASES.items():
+            model, _, params = quantized(*case)
+            got = model.apply({"params": params}, X)
+            np.testing.assert_allclose(got, theirs[name], 1e-5, 1e-5)
+
+
+def main(path):
+    """The logits of `qwix`, which patches JAX, so in a process of its own."""
+    import qwix
+
+    logits = {}
+    for name, (rule, quant_stats) in CASES.items():
+        rule = qwix.QuantizationRule(
+            **STATIC, act_calibration_method=rule.act_calibration_method
+        )
+        model = qwix.quantize_model(Mlp(), qwix.PtqProvider([rule]))
+        floats = Mlp().init(KEY, X)["params"]
+        abstract = jax.eval_shape(model.init, KEY, X)["params"]
+        params = qwix.quantize_params(floats, abstract, quant_stats)
+        logits[name] = model.apply({"params": params}, X)
+    np.savez(path, **logits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
