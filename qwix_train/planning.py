@@ -38,6 +38,7 @@ class OpPlan:
       weights: the params that it reads quantized.
       activations: for each operand, how it is quantized when the op runs; None for
         a weight, and for what stays in float.
+      module_path: the path of its module among the params of the traced call.
       static: whether activations are quantized with ranges collected beforehand.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
@@ -47,6 +48,7 @@ class OpPlan:
     rule_index: int | None = None
     weights: tuple[Path, ...] = ()
     activations: tuple[HowToQuantize | None, ...] = (None, None)
+    module_path: str = ""
     static: bool = False
     reason: str = ""
     unsupported: bool = False
@@ -57,7 +59,7 @@ class OpPlan:
         Args:
           side: 0 for the left operand, 1 for the right one.
         """
-        names = self.op.module_path.split("/") if self.op.module_path else []
+        names = self.module_path.split("/") if self.module_path else []
         return (*names, f"{self.op.id}_{weights.SIDES[side]}")
 
     @property
@@ -225,14 +227,21 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
       ValueError: if a tile size does not divide its axis, or if two ops ask for one
         param to be quantized in two ways.
     """
-    planner = _Planner(check_rules(rules), [p for p in traced.params if p is not None])
+    params = [p for p in traced.params if p is not None]
+    planner = _Planner(check_rules(rules), params, traced.module_path)
     ops = [planner.decide(op) for op in traced.ops]
     return Plan(planner.rules, tuple(map(planner.annotate, ops)), planner.params)
 
 
 class _Planner:
-    def __init__(self, rules: tuple[QuantizationRule, ...], params: Sequence[Param]):
+    def __init__(
+        self,
+        rules: tuple[QuantizationRule, ...],
+        params: Sequence[Param],
+        module_path: str,
+    ):
         self.rules = rules
+        self.module_path = module_path
         self.params = {
             p.path: ParamPlan(p.path, tuple(p.value.shape), p.value.dtype)
             for p in params
@@ -253,7 +262,8 @@ class _Planner:
                 reason = "lookups are quantized where a rule's op_names has 'gather'"
             return OpPlan(op, reason=reason)
         rule = self.rules[index]
-        plan = OpPlan(op, index)
+        path = op.module_path.removeprefix(self.module_path).removeprefix("/")
+        plan = OpPlan(op, index, module_path=path)
         if rule.weight_qtype is None:
             return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
         obstacle = _obstacle(op)

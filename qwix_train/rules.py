@@ -38,6 +38,11 @@ class QuantizationRule:
       weight_calibration_method: how the range of a weight is found: `"absmax"`,
         `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
       act_calibration_method: the same for activations; `"absmax"` if None.
+      act_observer: for static ranges, what is measured in a batch, where it is not
+        `act_calibration_method`: `"percentile,99.99"`, `"mse"`, `"entropy"`, or an
+        `Observer`.
+      act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
+        `"minmax"`, `"last"`, or an `Averaging`.
       act_batch_axes: the axes of an activation along which collected ranges are
         averaged.
       act_act: whether products of two activations, such as attention's, are
@@ -62,6 +67,8 @@ class QuantizationRule:
     act_static_scale: bool | None = None
     weight_calibration_method: str = "absmax"
     act_calibration_method: str | None = None
+    act_observer: Any = None
+    act_averaging: Any = "mean"
     act_batch_axes: Collection[int] = (0,)
     act_act: bool = True
     pad_tiles: bool = False

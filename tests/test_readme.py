@@ -17,7 +17,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert names["state"].step == 3
     assert np.isfinite(names["loss"])
 
@@ -40,6 +40,10 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     expected = names["qat_logits"]
     np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5)
     assert (tmp_path / "export").is_dir()
+    scale = names["static_params"]["Dense_1"]["dot_general0_lhs_scale"].array
+    # The images are ones, which the best range makes as good as exact.
+    scale = float(scale[0, 0])
+    assert abs(round(1 / scale) * scale - 1) < 0.002
 
     table = capsys.readouterr().out
     assert re.search(r"Dense_0 +dot_general0 .*int4 channel 1 tile 0:16", table)

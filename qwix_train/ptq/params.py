@@ -350,7 +350,10 @@ def _range(
         )
     params = static_range.from_statistics(path, statistics, scale.how)
     shape = params[static_range.scale_path(path)].shape
-    if shape != scale.shape:
+    # More than one entry along an axis is a finer range than was asked for.
+    if len(shape) != len(scale.shape) or any(
+        had > 1 and had != has for had, has in zip(scale.shape, shape, strict=True)
+    ):
         raise ValueError(
             f"The quant_stats of {'/'.join(path)!r} give a range of shape {shape}; in "
             f"the quantized model it has {scale.shape}."

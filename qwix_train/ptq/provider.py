@@ -119,7 +119,7 @@ def _run(
             for side, how in enumerate(op.activations)
         ]
 
-    def handler(op, operands, run):
+    def handler(op, operands, run, ranges):
         plan = plans[op.key]
         if op.name == "gather":
             taken = None
@@ -135,11 +135,11 @@ def _run(
                 operands[side] = operands[side].value
         kept = [isinstance(x, StoredWeight) for x in operands]
         if all(how or x for how, x in zip(plan.activations, kept, strict=True)):
-            return _product_of_codes(name, plan, operands, ranges_of(plan))
+            return _product_of_codes(name, plan, operands, ranges)
         if any(kept):
             return product(name, op.params, operands)
         # The weight was dequantized on the way here, and so the product is in float.
-        return run(*_fake_quantized(operands, plan, ranges_of(plan)))
+        return run(*_fake_quantized(operands, plan, ranges))
 
     def substitute(param: Param) -> StoredWeight | None:
         whole = param.value
@@ -149,7 +149,9 @@ def _run(
             whole.array, whole.dtype, "/".join(param.path), whole, listener
         )
 
-    return traced.run([op.op for op in plan.quantized_ops], handler, substitute)
+    given = {op.op.key: ranges_of(op) for op in plan.quantized_ops}
+    ops = [op.op for op in plan.quantized_ops]
+    return traced.run(ops, handler, substitute, given)
 
 
 def _product_of_codes(

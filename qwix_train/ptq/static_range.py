@@ -27,7 +27,6 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.weights import SIDES
 
 
 class Range(NamedTuple):
@@ -35,12 +34,6 @@ class Range(NamedTuple):
 
     scale: jax.Array
     zero_point: jax.Array | None
-
-
-def path_of(plan: OpPlan, side: int) -> Path:
-    """The path of an operand's range: that of its scale, without `_scale`."""
-    names = plan.op.module_path.split("/") if plan.op.module_path else []
-    return (*names, f"{plan.op.id}_{SIDES[side]}")
 
 
 def scale_path(path: Path) -> Path:
@@ -63,9 +56,10 @@ def initial(plan: Plan) -> dict[Path, Any]:
         for side, how in enumerate(op.activations):
             if not op.static or how is None:
                 continue
-            path = path_of(op, side)
+            path = op.range_path(side)
             operand = op.op.operands[side]
-            shape = (1,) * len(operand.shape)
+            # Layers that are scanned over have a range each.
+            shape = (*op.op.layers, *(1 for _ in operand.shape))
             scale = jnp.full(shape, jnp.nan, operand.dtype)
             params[scale_path(path)] = WithAux(scale, how)
             if needs_zero_point(how.calibration_method):
@@ -98,9 +92,9 @@ def from_statistics(
             "ranges were collected."
         )
     calibration = {
-        name.removeprefix("sum_of_"): jnp.asarray(value) / count
+        name.removeprefix("sum_of_"): _mean(jnp.asarray(value), count)
         for name, value in statistics.items()
-        if name != "count"
+        if name.startswith("sum_of_")
     }
     scale, zero_point = compute_scale_zero_point(calibration, how.qtype)
     params: dict[Path, Any] = {scale_path(path): WithAux(scale, how)}
@@ -126,7 +120,7 @@ def find(
     Raises:
       ValueError: if there is no such range, or nothing was collected for it yet.
     """
-    path = path_of(plan, side)
+    path = plan.range_path(side)
     values = named if unknown is None else unknown
     scale, zero_point = values.get(scale_path(path)), values.get(zero_point_path(path))
     if scale is None:
@@ -140,6 +134,11 @@ def find(
             f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
             "as it is initialized. Give quantize_params the quant_stats."
         )
+    layers, ndim = plan.op.layers, len(plan.op.operands[side].shape)
+    if layers and scale.ndim == ndim:  # one range for all layers
+        scale = jnp.broadcast_to(scale, (*layers, *scale.shape))
+        if zero_point is not None:
+            zero_point = jnp.broadcast_to(zero_point, (*layers, *zero_point.shape))
     return Range(scale, zero_point)
 
 
@@ -159,6 +158,12 @@ def fake_quantize_activation(
     if given is None:
         return fake_quant(array, how)
     return fake_quant_with_scale(array, how.qtype, *given)
+
+
+def _mean(total: jax.Array, count: Any) -> jax.Array:
+    # Of stacked layers, each has a count.
+    count = jnp.asarray(count)
+    return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
 
 def _is_known(value: Any) -> bool:

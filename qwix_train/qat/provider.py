@@ -30,7 +30,7 @@ class QtProvider(QuantizationProvider):
         """The result of a traced call, with fake quantization as planned."""
         plans = {op.op.key: op for op in plan.quantized_ops}
 
-        def handler(op, operands, run):
+        def handler(op, operands, run, given):
             return run(*_fake_quant_activations(plans[op.key], operands))
 
         def substitute(param: Param) -> Deferred | None:

@@ -22,8 +22,9 @@ from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.passed import sources
 
-# handler(op, operands, run) -> result. `run(*operands)` is the op itself.
-Handler = Callable[[Op, Sequence[Any], Callable[..., Any]], Any]
+# handler(op, operands, run, given) -> result. `run(*operands)` is the op itself, and
+# `given` what `evaluate` was given for it.
+Handler = Callable[[Op, Sequence[Any], Callable[..., Any], Any], Any]
 
 
 def evaluate(
@@ -31,6 +32,7 @@ def evaluate(
     inputs: Sequence[Any],
     ops: Mapping[Key, Op],
     handler: Handler,
+    given: Mapping[Key, Any] | None = None,
 ) -> list[Any]:
     """Evaluates a body with some of its ops replaced.
 
@@ -39,6 +41,9 @@ def evaluate(
       inputs: a value for each of its inputs: an array, or a `Carried` one.
       ops: the ops to replace, by where they are.
       handler: called with each of them.
+      given: a tree of arrays for an op, by where it is, that its handler needs. Of an
+        op within scans over layers, an axis of layers for each of these stands in
+        front, and the handler gets the slice of the layer.
 
     Returns:
       The results of the body. For an input that the body returns as it came this is
@@ -46,7 +51,7 @@ def evaluate(
     """
     touched = {key[:length] for key in ops for length in range(1, len(key))}
     passed = _passed_on(body, inputs)
-    outs = _Evaluator(ops, touched, handler).run(body, inputs, ())
+    outs = _Evaluator(ops, touched, handler, given or {}).run(body, inputs, ())
     outs = [passed.get(index, out) for index, out in enumerate(outs)]
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
@@ -67,10 +72,12 @@ def _follows(value: Any) -> bool:
 
 
 class _Evaluator:
-    def __init__(self, ops, touched, handler):
+    def __init__(self, ops, touched, handler, given):
         self.ops = ops
         self.touched = touched
         self.handler = handler
+        self.given = given
+        self.depth = 0  # of scans
 
     def run(self, body: jax_versions.Body, inputs: Sequence[Any], key: Key):
         jaxpr = body.jaxpr
@@ -80,7 +87,7 @@ class _Evaluator:
         def read(atom):
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-        last_use = _last_uses(jaxpr)
+        last_use = last_uses(jaxpr)
         pending: list[Any] = []  # equations to run as they are, in one go
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*key, index)
@@ -90,7 +97,7 @@ class _Evaluator:
                 continue
             if not chosen and not _is_needed(eqn, last_use):
                 continue  # so that nothing is made for a result that nobody reads
-            _run_unchanged(pending, env, last_use, index)
+            run_unchanged(pending, env, last_use, index)
             pending = []
             operands = [read(atom) for atom in eqn.invars]
             with _scope(str(eqn.source_info.name_stack)):
@@ -101,7 +108,7 @@ class _Evaluator:
                 pending.append(eqn)
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
-        _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
+        run_unchanged(pending, env, last_use, len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
     def results_of(self, eqn, operands, key) -> list[Any] | None:
@@ -142,7 +149,7 @@ class _Evaluator:
                 0
             ]
 
-        return self.handler(self.ops[key], operands, run)
+        return self.handler(self.ops[key], operands, run, self.given.get(key))
 
     def rebuild_jit(self, params, operands, key):
         # Evaluated in place: the caller compiles the whole, or runs eagerly, where
@@ -185,8 +192,15 @@ class _Evaluator:
 
         passed = _passed_on(body, operands, unchanged)
         in_carry = [i for i in range(num_carry) if i not in passed]
+        per_layer = {
+            at: value
+            for at, value in self.given.items()
+            if at[: len(key)] == key and self.ops[at].scans[self.depth]
+        }
 
         def function(varying, slices):
+            slices, values = slices
+            given = dict(zip(per_layer, values, strict=True))
             inner = _entering(carry)
             for place, value in zip(in_carry, varying, strict=True):
                 inner[place] = value
@@ -194,23 +208,37 @@ class _Evaluator:
                 slice_ if cut is None else cut[1](*slice_)
                 for slice_, cut in zip(slices, cuts, strict=True)
             ]
-            outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
+            with self.within_scan(given):
+                outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
             computed = _computed(outs, passed, "scan")
             return computed[: len(in_carry)], computed[len(in_carry) :]
 
         varying, stacked = lax.scan(
             function,
             [_read(carry[i], "scan") for i in in_carry],
-            [
-                _read(x, "scan") if cut is None else tuple(cut[0])
-                for x, cut in zip(scanned, cuts, strict=True)
-            ],
+            (
+                [
+                    _read(x, "scan") if cut is None else tuple(cut[0])
+                    for x, cut in zip(scanned, cuts, strict=True)
+                ],
+                list(per_layer.values()),
+            ),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
             _split_transpose=params.get("_split_transpose", False),
         )
         return _with_passed([*varying, *stacked], passed)
+
+    @contextlib.contextmanager
+    def within_scan(self, given):
+        """While the body of a scan is evaluated, with what its ops are given there."""
+        before = self.given
+        self.given, self.depth = {**before, **given}, self.depth + 1
+        try:
+            yield
+        finally:
+            self.given, self.depth = before, self.depth - 1
 
     def rebuild_while(self, params, operands, key):
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
@@ -373,7 +401,7 @@ def _distinct(atoms):
         yield jex.Var(atom.aval) if repeated else atom
 
 
-def _last_uses(jaxpr) -> dict[Any, int]:
+def last_uses(jaxpr: Any) -> dict[Any, int]:
     """The index of the last equation that reads each variable."""
     last: dict[Any, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
@@ -386,7 +414,7 @@ def _last_uses(jaxpr) -> dict[Any, int]:
     return last
 
 
-def _run_unchanged(equations, env, last_use, end) -> None:
+def run_unchanged(equations, env, last_use, end) -> None:
     """Runs consecutive equations as traced; `end` is the index after the last."""
     if not equations:
         return

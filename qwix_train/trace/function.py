@@ -63,6 +63,7 @@ class TracedCall:
       params: for each input, the param that it is, or None.
       ops: the matrix products, convolutions and lookups in it.
       paths: for each input, its path if it is in the first argument, and has one.
+      module_path: where in a larger model the function stands.
       added: values next to the params that are no inputs, by path.
     """
 
@@ -72,6 +73,7 @@ class TracedCall:
     ops: Sequence[analyze.Op]
     paths: Sequence[tuple[str, ...] | None]
     _rebuild: Callable[[Sequence[Any]], Any]
+    module_path: str = ""
     added: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(
@@ -79,6 +81,7 @@ class TracedCall:
         replace: Sequence[analyze.Op],
         handler: evaluate.Handler,
         substitute: Callable[[Param], carried.Carried | None],
+        given: Mapping[analyze.Key, Any] | None = None,
     ) -> Any:
         """The result of the call, with some ops and params replaced.
 
@@ -86,13 +89,14 @@ class TracedCall:
           replace: the ops to hand to `handler`.
           handler: what to do in their place.
           substitute: what to evaluate in the place of a param, or None.
+          given: see `evaluate.evaluate`.
         """
         inputs = [
             (substitute(param) if param is not None else None) or value
             for param, value in zip(self.params, self.inputs, strict=True)
         ]
         outs = evaluate.evaluate(
-            self.body, inputs, {op.key: op for op in replace}, handler
+            self.body, inputs, {op.key: op for op in replace}, handler, given
         )
         return self._rebuild(outs)
 
@@ -206,6 +210,7 @@ def trace(
         params=params,
         ops=analyze.find_ops(body, origins, module_path),
         paths=paths,
+        module_path=module_path,
         _rebuild=rebuild,
     )
 

@@ -251,8 +251,9 @@ def tracing_call(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     path: str = "",
+    mark: bool = True,
 ) -> Iterator[tuple[function.TracedCall, Callable[[Any], Any]]]:
-    """Traces a call of a method of a module.
+    """Traces a call of a method of a module, or of any function of NNX objects.
 
     Args:
       method: the plain function of the class.
@@ -260,6 +261,8 @@ def tracing_call(
         (such as `nnx.Rngs`).
       kwargs: the keyword arguments.
       path: the path of the module within the model.
+      mark: whether modules mark the trace with their paths. A function that has its
+        model calls rewritten does without.
 
     Yields:
       The traced call, and a function that takes its result, updates the NNX objects
@@ -287,7 +290,7 @@ def tracing_call(
                 slot.fill(stand_in)
             copies = list(modules_in(nodes))
             classes = [type(module) for _, module in copies]
-            for module_path, module in nnx.iter_modules(nodes[0]):
+            for module_path, module in nnx.iter_modules(nodes[0]) if mark else ():
                 names = [path, *map(str, module_path)]
                 _intercept(module, "/".join(name for name in names if name))
             filled = list(static)
@@ -315,7 +318,7 @@ def tracing_call(
             return None if parts else name
 
         inputs = ([value for _, value in found], params)
-        with session.tracing():
+        with session.tracing() if mark else contextlib.nullcontext():
             traced = function.trace(pure, (inputs, rest, static), param_name)
 
         def finish(out):

@@ -1,0 +1,281 @@
+"""How the ranges of several batches are combined into one.
+
+An averaging keeps a flat dict of arrays: ``count``, an int32 scalar, and one float32
+array for each end of the range, in the shape of the scale.
+
+==============  ========================  =====================  ==================
+name            keeps                     range of the batches   merging a, then b
+==============  ========================  =====================  ==================
+``mean``        ``sum_of_*``              the mean               adds
+``ema,decay``   ``ema_of_*``              exponential mean       a decays by b's count
+``minmax``      ``extreme_of_*``          the widest range       the wider one
+``last``        ``last_of_*``             that of the last       b, if it has any
+==============  ========================  =====================  ==================
+
+The layout of ``mean`` is that of `qwix`: its statistics go into its `quantize_params`,
+and into ours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+State: TypeAlias = dict[str, jax.Array]
+"""What was collected so far: arrays by name."""
+
+Range: TypeAlias = Mapping[str, Any]
+"""``{'absmax': ...}``, or ``{'min': ..., 'max': ...}`` with ``min <= 0 <= max``."""
+
+AVERAGINGS = {
+    "mean": "mean",
+    "ema": "ema,decay",
+    "minmax": "minmax",
+    "last": "last",
+}
+"""Each averaging and how it is written."""
+
+
+class Averaging(Protocol):
+    """What an averaging has to offer; a class of yours with these methods will do.
+
+    It is hashable, and its methods are pure functions that may be traced.
+    """
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch, with an int32 scalar ``count`` of 0.
+
+        Args:
+            calibration: The range of a batch, or its shapes and dtypes.
+        """
+        ...
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Adds the range of one batch, which is finite."""
+        ...
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state after the batches of ``a`` and then those of ``b``."""
+        ...
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the range of all batches, for a state that has some."""
+        ...
+
+
+def parse_averaging(text: str) -> Averaging:
+    """Makes the averaging that a text names.
+
+    Args:
+        text: As `AVERAGINGS` writes it, in any case.
+
+    Raises:
+        ValueError: The name is unknown, or the decay is not in ``[0, 1)``.
+
+    >>> parse_averaging('ema,0.99')
+    Ema(decay=0.99)
+    """
+    name, *parts = (part.strip() for part in text.lower().split(","))
+    if name not in AVERAGINGS:
+        forms = "; ".join(AVERAGINGS.values())
+        raise ValueError(f"Unknown averaging {text!r}; choose from: {forms}.")
+    if name == "ema":
+        try:
+            (decay,) = (float(part) for part in parts)
+        except ValueError:
+            raise ValueError(
+                f"Bad averaging {text!r}: it takes one number. Write ema,decay."
+            ) from None
+        return Ema(decay)
+    if parts:
+        raise ValueError(f"Bad averaging {text!r}: {name} takes no arguments.")
+    return {"mean": Mean, "minmax": MinMax, "last": Last}[name]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean of the ranges, each batch counting the same.
+
+    >>> mean = Mean()
+    >>> state = mean.init({'absmax': jnp.zeros((1, 1))})
+    >>> for absmax in 2., 4.:
+    ...     state = mean.update(state, {'absmax': jnp.full((1, 1), absmax)})
+    >>> sorted(state), mean.calibration(state)['absmax'].item()
+    (['count', 'sum_of_absmax'], 3.0)
+    """
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch: zeros."""
+        return _zeros("sum_of_", calibration)
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Adds the range of one batch."""
+        return _each(state, "sum_of_", calibration, jnp.add)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state of the batches of both."""
+        return {key: a[key] + b[key] for key in a}
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the mean range."""
+        return {key: v / state["count"] for key, v in _strip(state, "sum_of_").items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """An exponential moving average, the bias of its start at zero taken out.
+
+    With the decay ``d`` and the range ``r[t]`` of batch ``t`` of ``n``,
+
+        m[t] = d * m[t - 1] + (1 - d) * r[t],  m[0] = 0
+        range = m[n] / (1 - d**n)
+
+    Attributes:
+        decay: From 0 (the last batch only) to below 1.
+
+    Raises:
+        ValueError: The decay is out of its bounds.
+
+    References:
+        Kingma and Ba, "Adam", section 3, https://arxiv.org/abs/1412.6980
+
+    >>> ema = Ema(0.5)
+    >>> state = ema.init({'absmax': jnp.zeros(1)})
+    >>> for absmax in 3., 6.:
+    ...     state = ema.update(state, {'absmax': jnp.full(1, absmax)})
+    >>> ema.calibration(state)['absmax'].tolist()  # (3 + 2 * 6) / 3
+    [5.0]
+    """
+
+    decay: float
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"The decay of an exponential moving average is {self.decay!r}, but "
+                "must be at least 0 and below 1, such as in 'ema,0.99'."
+            )
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch: zeros."""
+        return _zeros("ema_of_", calibration)
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Adds the range of one batch."""
+
+        def average(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old * self.decay + new * (1 - self.decay)
+
+        return _each(state, "ema_of_", calibration, average)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state after the batches of ``a`` and then those of ``b``."""
+        decay = self.decay ** b["count"].astype(jnp.float32)
+        merged = {key: a[key] * decay + b[key] for key in a if key != "count"}
+        return {"count": a["count"] + b["count"], **merged}
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the average range."""
+        # 1 - decay**count, which cancels where the decay is close to 1.
+        log_decay = math.log(self.decay) if self.decay else -math.inf
+        weight = -jnp.expm1(jnp.maximum(state["count"], 1) * log_decay)
+        return {key: v / weight for key, v in _strip(state, "ema_of_").items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """The widest range: the smallest ``min``, the largest ``max`` or ``absmax``.
+
+    >>> widest = MinMax()
+    >>> state = widest.init({'min': jnp.zeros(1), 'max': jnp.zeros(1)})
+    >>> for low, high in (-1., 5.), (-3., 2.):
+    ...     batch = {'min': jnp.full(1, low), 'max': jnp.full(1, high)}
+    ...     state = widest.update(state, batch)
+    >>> {key: end.item() for key, end in widest.calibration(state).items()}
+    {'min': -3.0, 'max': 5.0}
+    """
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch: zeros, which every range holds."""
+        return _zeros("extreme_of_", calibration)
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Widens the range to hold that of one batch."""
+        return _each(state, "extreme_of_", calibration, _wider)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the range that holds both."""
+        merged = {key: _wider(a[key], b[key]) for key in a}
+        return {**merged, "count": a["count"] + b["count"]}
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the widest range."""
+        return _strip(state, "extreme_of_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Last:
+    """The range of the last batch.
+
+    >>> last = Last()
+    >>> state = last.init({'absmax': jnp.zeros(1)})
+    >>> for absmax in 3., 2.:
+    ...     state = last.update(state, {'absmax': jnp.full(1, absmax)})
+    >>> last.calibration(state)['absmax'].tolist(), state['count'].item()
+    ([2.0], 2)
+    """
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch: zeros."""
+        return _zeros("last_of_", calibration)
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Takes the range of one batch."""
+        return _each(state, "last_of_", calibration, lambda old, new: new)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the range of ``b``, or that of ``a`` if ``b`` has no batch."""
+        merged = {key: jnp.where(b["count"] > 0, b[key], a[key]) for key in a}
+        return {**merged, "count": a["count"] + b["count"]}
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the range of the last batch."""
+        return _strip(state, "last_of_")
+
+
+def _zeros(prefix: str, calibration: Range) -> State:
+    # float32: in bfloat16, sums stop growing after some hundred batches.
+    ends = {
+        prefix + key: jnp.zeros(v.shape, jnp.float32) for key, v in calibration.items()
+    }
+    return {"count": jnp.zeros((), jnp.int32), **ends}
+
+
+def _each(state: State, prefix: str, calibration: Range, fn: Any) -> State:
+    """Applies a function to each end of the kept range and the one of a batch."""
+    ends = {}
+    for key, new in calibration.items():
+        old = state[prefix + key]
+        if old.shape != new.shape:
+            raise ValueError(
+                f"A batch has ranges of shape {new.shape}, but the statistics have "
+                f"{old.shape}: the size of a channelwise or tiled axis changed."
+            )
+        ends[prefix + key] = fn(old, jnp.asarray(new, jnp.float32))
+    return {"count": state["count"] + 1, **ends}
+
+
+def _wider(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the end that is farther from 0, which lies in every range."""
+    return jnp.where(jnp.abs(b) > jnp.abs(a), b, a)
+
+
+def _strip(state: State, prefix: str) -> dict[str, jax.Array]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }

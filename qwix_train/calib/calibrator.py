@@ -1,0 +1,169 @@
+"""Ranges of activations, collected while a user's own loop runs."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import core
+
+from qwix_train.calib.observe import Observed, Stats
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import nnx as nnx_calls
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+class Calibrator:
+    """Collects the ranges that static quantization of activations needs.
+
+    Wrap the eval step, run the eval loop, and hand `quant_stats` to
+    `quantize_params`. The loop and the step stay as they are, and so does what the
+    step returns. Several steps may be wrapped; they share the statistics.
+
+    Attributes:
+      state: the statistics as they are, by name: a tree of arrays, to be saved with a
+        checkpoint and put back.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> rule = QuantizationRule(
+      ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
+      ... )
+      >>> model = nn.Dense(2)
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> calibrator = Calibrator([rule])
+      >>> eval_step = calibrator.wrap(jax.jit(lambda params, x: model.apply(params, x)))
+      >>> for scale in (1.0, 3.0):
+      ...     out = eval_step(params, scale * jnp.ones((8, 4)))
+      >>> stats = calibrator.quant_stats["dot_general0_lhs"]
+      >>> stats["sum_of_absmax"] / stats["count"]
+      Array([[2.]], dtype=float32)
+    """
+
+    def __init__(self, rules: Sequence[QuantizationRule]):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, those that the model is to be quantized by.
+
+        Raises:
+          ValueError: if no rule sets `act_static_scale=True`.
+        """
+        self.rules = tuple(rules)
+        self.state: Stats = {}
+        self._observed: list[Observed] = []
+        self._lock = threading.Lock()
+        Observed(print, self.rules)  # complains of rules without static ranges
+
+    def wrap(self, step: Step) -> Step:
+        """Makes a step collect ranges at every call.
+
+        A step that is jitted runs compiled, together with the statistics.
+
+        Args:
+          step: a step that calls a Linen or NNX model. The result must not go into
+            `jit`, `scan` and the like: use `observe` for that.
+
+        Returns:
+          A step with the same signature and the same results.
+
+        Raises:
+          ValueError: by the step, when it is called within a transformation.
+        """
+        observed = Observed(step, self.rules)
+        self._observed.append(observed)
+        run = _Compiled(observed) if hasattr(step, "lower") else observed
+
+        @functools.wraps(step)
+        def collecting(*args, **kwargs):
+            leaves = jax.tree.leaves((args, kwargs))
+            if any(isinstance(leaf, core.Tracer) for leaf in leaves):
+                raise ValueError(
+                    "A step that a Calibrator wraps keeps statistics between calls and "
+                    "cannot run inside of jit, grad, vmap or scan. Jit the step first, "
+                    "calibrator.wrap(jax.jit(step)), or use the pure form, "
+                    "calib.observe(step, rules)."
+                )
+            with self._lock:
+                # Compiled once: with statistics from the start.
+                state = self.state or observed.init(*args, **kwargs)
+                self.state, out = run(state, *args, **kwargs)
+            return out
+
+        return cast(Step, collecting)
+
+    @property
+    def quant_stats(self) -> dict[str, Any]:
+        """The ranges as a nested dictionary, as `quantize_params` takes them.
+
+        At the path of each module, for each operand such as `dot_general0_lhs`, a
+        `count` and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
+
+        Raises:
+          ValueError: if nothing was collected, or for some operand no batch that was
+            not empty and was finite.
+        """
+        for observed in self._observed:
+            if any(name in self.state for name in observed.ranges):
+                return observed.quant_stats(self.state)
+        raise ValueError("No range was collected: run the wrapped step first.")
+
+
+class _Compiled:
+    """A pure step, compiled for each structure of its arguments.
+
+    What is no array among the arguments (flags, strings) is part of the structure, so
+    that a step with static arguments needs no more than it did.
+    """
+
+    def __init__(self, observed: Observed):
+        self._observed = observed
+        self._compiled: dict[Any, tuple[Callable[..., Any], list[Any]]] = {}
+
+    def __call__(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=nnx_calls.is_node)
+        is_input = [_is_input(leaf) for leaf in leaves]
+        statics = tuple(
+            None if given else leaf
+            for leaf, given in zip(leaves, is_input, strict=True)
+        )
+        key = (structure, tuple(is_input), statics)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(*key)
+        function, layout = self._compiled[key]
+        inputs = [leaf for leaf, given in zip(leaves, is_input, strict=True) if given]
+        state, outs = function(state, inputs)
+        out_structure, out_statics = layout
+        rest = iter(outs)
+        return state, jax.tree.unflatten(
+            out_structure, [next(rest) if s is None else s[0] for s in out_statics]
+        )
+
+    def _compile(self, structure, is_input, statics):
+        layout: list[Any] = []
+
+        @nnx.jit
+        def function(state, inputs):
+            rest = iter(inputs)
+            leaves = [
+                next(rest) if given else leaf
+                for leaf, given in zip(statics, is_input, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(structure, leaves)
+            state, out = self._observed(state, *args, **kwargs)
+            outs, out_structure = jax.tree.flatten(out, is_leaf=nnx_calls.is_node)
+            layout[:] = out_structure, [None if _is_input(x) else (x,) for x in outs]
+            return state, [x for x in outs if _is_input(x)]
+
+        return function, layout
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) or nnx_calls.is_node(leaf)

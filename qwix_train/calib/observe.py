@@ -1,0 +1,213 @@
+"""Collects the ranges of activations from inside of an unmodified step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax import numpy as jnp
+
+from qwix_train import step as step_lib
+from qwix_train.calib.observers import Statistics, make_statistics
+from qwix_train.model import QuantizationProvider
+from qwix_train.planning import Path, Plan
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import function, harvest
+from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace.function import TracedCall
+
+# The state of each range, by its path: "Dense_0/dot_general0_lhs".
+Stats = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A range to collect.
+
+    Attributes:
+      path: its path: the module, the op, and the side of the operand.
+      statistics: what is measured, and how batches combine.
+      shape: the shape of the activation, in one layer.
+      dtype: its dtype.
+    """
+
+    path: Path
+    statistics: Statistics
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path)
+
+
+class Observed:
+    """A step that collects ranges, as a pure function of them. See `observe`."""
+
+    def __init__(
+        self, step: Callable[..., Any], rules: Sequence[QuantizationRule]
+    ) -> None:
+        self._provider = _Tagging(rules)
+        self._step = step_lib.wrap(step, self._provider)
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The ranges that were found so far, by name."""
+        return dict(self._provider.ranges)
+
+    def __call__(self, stats: Stats, *args: Any, **kwargs: Any) -> tuple[Stats, Any]:
+        """Runs the step, and updates the statistics.
+
+        Args:
+          stats: the statistics so far. Of ranges that it does not hold, they start.
+          *args: the arguments of the step.
+          **kwargs: the keyword arguments of the step.
+
+        Returns:
+          The statistics, with this call's, and what the step returns.
+        """
+        with self._traced(args, kwargs) as (traced, finish):
+            states = {**self._initial(traced), **stats}
+            found = harvest.names_in(traced.body)
+            outs, after = harvest.harvest(
+                traced.body,
+                traced.inputs,
+                {name: states[name] for name in found},
+                lambda name, value, state: self._provider.ranges[
+                    name
+                ].statistics.update(state, value),
+            )
+            return {**states, **after}, finish(traced.rebuild(outs))
+
+    def quant_stats(self, stats: Stats) -> dict[str, Any]:
+        """The ranges that statistics give, as `quantize_params` takes them.
+
+        Args:
+          stats: the statistics.
+
+        Raises:
+          ValueError: if one was never updated with a batch that counts.
+        """
+        flat = {}
+        for name, found in self.ranges.items():
+            state = stats[name]
+            if not np.all(np.asarray(state["count"]) > 0):
+                raise ValueError(
+                    f"No range was collected for {name!r}: its op was not reached, or "
+                    "every batch was empty or not finite."
+                )
+            quant_stats = found.statistics.quant_stats
+            for _ in range(np.ndim(state["count"])):  # layers
+                quant_stats = jax.vmap(quant_stats)
+            flat[found.path] = quant_stats(state)
+        return traverse_util.unflatten_dict(flat)
+
+    def init(self, *args: Any, **kwargs: Any) -> Stats:
+        """The statistics before any batch; the step is traced, not run.
+
+        Args:
+          *args: the arguments of the step, or their shapes.
+          **kwargs: the keyword arguments of the step.
+        """
+        with self._traced(args, kwargs) as (traced, _):
+            return self._initial(traced)
+
+    def _initial(self, traced: TracedCall) -> dict[str, Any]:
+        states = {}
+        for name, layers in harvest.names_in(traced.body).items():
+            found = self._provider.ranges[name]
+            state = found.statistics.init(found.shape, found.dtype)
+            states[name] = jax.tree.map(
+                lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)),
+                state,
+            )
+        return states
+
+    @contextlib.contextmanager
+    def _traced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[tuple[TracedCall, Callable[[Any], Any]]]:
+        leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_calls.is_node)
+        if any(map(nnx_calls.is_node, leaves)):
+            with nnx_calls.tracing_call(
+                self._step, args, kwargs, mark=False
+            ) as traced_and_finish:
+                yield traced_and_finish
+            return
+        traced = function.trace(
+            lambda args, kwargs: self._step(*args, **kwargs),
+            (args, kwargs),
+            lambda key_path: None,
+        )
+        yield traced, lambda out: out
+
+
+def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Observed:
+    """Makes a step collect the ranges of activations, without changing what it does.
+
+    For loops that jit, scan or shard the step themselves. `Calibrator` keeps the
+    statistics for all others.
+
+    Args:
+      step: an eval step, or any step that calls a Flax model.
+      rules: the rules. Ranges are collected for activations that a rule with
+        `act_static_scale=True` quantizes.
+
+    Returns:
+      A function `observed(stats, *args) -> (stats, outputs)`. It starts from
+      `observed.init(*args)`, or from an empty dictionary.
+
+    Raises:
+      ValueError: by the function, if nothing in the step has a static range.
+    """
+    return Observed(step, rules)
+
+
+class _Tagging(QuantizationProvider):
+    """Tags the activations that need ranges, in a model that stays in float."""
+
+    takes_static_ranges = True
+
+    def __init__(self, rules: Sequence[QuantizationRule]):
+        super().__init__(rules)
+        self.ranges: dict[str, Range] = {}
+        if not any(rule.act_static_scale for rule in self.rules):
+            raise ValueError(
+                "No rule sets act_static_scale=True, so there is no range to collect."
+            )
+
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call, with its activations tagged."""
+        plans = {op.op.key: op for op in plan.quantized_ops if op.static}
+
+        def handler(op, operands, run, given):
+            operands = list(operands)
+            for side, how in enumerate(plans[op.key].activations):
+                if how is None:
+                    continue
+                index = plans[op.key].rule_index
+                assert index is not None
+                rule = self.rules[index]
+                operand = operands[side]
+                found = Range(
+                    plans[op.key].range_path(side),
+                    make_statistics(
+                        rule.act_observer or how.calibration_method,
+                        rule.act_averaging,
+                        how=how,
+                    ),
+                    operand.shape,
+                    operand.dtype,
+                )
+                self.ranges[found.name] = found
+                layers = [length > 0 for length in op.scans]
+                operands[side] = harvest.tag(operand, found.name, layers)
+            return run(*operands)
+
+        return traced.run([plan.op for plan in plans.values()], handler, lambda _: None)

@@ -1,0 +1,268 @@
+"""Ranges collected in unmodified loops, against NumPy on all batches at once."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+from jax import numpy as jnp
+
+from qwix_train import QuantizationRule, calib, ptq
+from tests import models
+
+
+def rule(**kwargs):
+    return QuantizationRule(
+        **{
+            "weight_qtype": "int8",
+            "act_qtype": "int8",
+            "act_static_scale": True,
+            **kwargs,
+        }
+    )
+
+
+RULES = [rule()]
+BATCHES = [
+    np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32) * (i + 1)
+    for i in range(4)
+]
+
+
+class Linear:
+    """The same two layers in each dialect, and what enters them."""
+
+    def __init__(self, framework):
+        self.framework = framework
+        if framework == "nnx":
+            self.model = NnxMlp(nnx.Rngs(0))
+            self.params = None
+            first = self.model.first
+            self.kernel, self.bias = first.kernel[...], first.bias[...]
+            self.names = ("first", "second")
+        else:
+            self.model = models.Mlp()
+            self.params = self.model.init(jax.random.key(0), BATCHES[0])["params"]
+            self.kernel = self.params["Dense_0"]["kernel"]
+            self.bias = self.params["Dense_0"]["bias"]
+            self.names = ("Dense_0", "Dense_1")
+
+    def eval_step(self):
+        if self.framework == "nnx":
+            return nnx.jit(lambda model, x: {"mean": model(x).mean()})
+        if self.framework == "linen":
+            model = self.model
+            return jax.jit(
+                lambda params, x: {"mean": model.apply({"params": params}, x).mean()}
+            )
+        return jax.jit(
+            lambda state, x: {
+                "mean": state.apply_fn({"params": state.params}, x).mean()
+            }
+        )
+
+    def args(self, x):
+        if self.framework == "nnx":
+            return self.model, x
+        if self.framework == "linen":
+            return self.params, x
+        state = train_state.TrainState(
+            step=0,
+            apply_fn=self.model.apply,
+            params=self.params,
+            tx=None,  # type: ignore[arg-type]
+            opt_state=None,  # type: ignore[arg-type]
+        )
+        return state, x
+
+    def inputs(self, x):
+        """What enters the first layer and the second."""
+        hidden = np.maximum(x @ np.asarray(self.kernel) + np.asarray(self.bias), 0)
+        return x, hidden
+
+
+class NnxMlp(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(6, 16, rngs=rngs)
+        self.second = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("framework", ["linen", "state", "nnx"])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_ranges_of_an_eval_loop(framework, jitted):
+    case = Linear(framework)
+    step = case.eval_step()
+    if not jitted:
+        step = step.__wrapped__
+    calibrator = calib.Calibrator(RULES)
+    calibrated = calibrator.wrap(step)
+    for x in BATCHES:
+        found, expected = (f(*case.args(x))["mean"] for f in (calibrated, step))
+        if jitted:
+            assert found == expected  # bit-identical metrics
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for side, name in enumerate(case.names):
+        stats = calibrator.quant_stats[name]["dot_general0_lhs"]
+        expected = np.mean([np.abs(case.inputs(x)[side]).max() for x in BATCHES])
+        found = stats["sum_of_absmax"] / stats["count"]
+        np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
+
+
+def test_the_ranges_quantize_a_model():
+    case = Linear("linen")
+    calibrator = calib.Calibrator(RULES)
+    step = calibrator.wrap(case.eval_step())
+    for x in BATCHES:
+        step(*case.args(x))
+    model, params = ptq.quantize(
+        case.model, case.params, RULES, BATCHES[0], quant_stats=calibrator.quant_stats
+    )
+    x = BATCHES[1]
+    expected = np.mean([np.abs(case.inputs(x)[0]).max() for x in BATCHES]) / 127.5
+    scale = params["Dense_0"]["dot_general0_lhs_scale"].array
+    np.testing.assert_allclose(scale, [[expected]], rtol=1e-6)
+    out = model.apply({"params": params}, x)
+    float_out = case.model.apply({"params": case.params}, x)
+    assert 0 < np.abs(out - float_out).max() < 0.1 * np.abs(float_out).max()
+    # A scale of the whole activation does not depend on the size of the batch.
+    np.testing.assert_allclose(model.apply({"params": params}, x[:1]), out[:1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("observer", "averaging", "reference"),
+    [
+        ("absmax", "mean", lambda xs: np.mean([np.abs(x).max() for x in xs])),
+        ("absmax", "minmax", lambda xs: np.max([np.abs(x).max() for x in xs])),
+        ("absmax", "last", lambda xs: np.abs(xs[-1]).max()),
+        ("absmax,0.5", "mean", lambda xs: np.mean([np.abs(x).max() for x in xs]) / 2),
+        ("rms,3", "mean", lambda xs: 3 * np.mean([np.sqrt((x**2).mean()) for x in xs])),
+    ],
+)
+def test_observers_and_averaging_by_name(observer, averaging, reference):
+    case = Linear("linen")
+    calibrator = calib.Calibrator(
+        [rule(act_observer=observer, act_averaging=averaging)]
+    )
+    step = calibrator.wrap(case.eval_step())
+    for x in BATCHES:
+        step(*case.args(x))
+    stats = calibrator.quant_stats["Dense_0"]["dot_general0_lhs"]
+    found = stats["sum_of_absmax"] / stats["count"]
+    np.testing.assert_allclose(found, [[reference(BATCHES)]], rtol=1e-5)
+
+
+class Layers(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(3 * nn.Dense(6, use_bias=False)(x)), None
+
+        layer = nn.remat(Layer) if self.remat else Layer
+        stack = nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return stack(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_remat_grad_and_micro_batches_at_once(remat):
+    """A range for each layer, each counted once for each micro-batch."""
+    model = Layers(remat)
+    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+
+    def train_step(params, batches):
+        def loss(params, x):
+            return jnp.mean(model.apply({"params": params}, x) ** 2)
+
+        def body(total, x):
+            value, grads = jax.value_and_grad(loss)(params, x)
+            return jax.tree.map(jnp.add, total, grads), value
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(body, zeros, batches)
+
+    observed = calib.observe(train_step, RULES)
+    batches = jnp.stack(BATCHES)
+    stats = observed.init(params, batches)
+    stats, out = jax.jit(observed)(stats, params, batches)
+    models.assert_close(out, train_step(params, batches))
+    (state,) = stats.values()
+    np.testing.assert_array_equal(state["count"], [4, 4, 4])
+
+    kernels = np.asarray(params["layers"]["Dense_0"]["kernel"])
+    ranges = []
+    for x in BATCHES:
+        ranges.append([])
+        for kernel in kernels:
+            ranges[-1].append(np.abs(x).max())
+            x = np.tanh(3 * (x @ kernel))
+    found = observed.quant_stats(stats)["layers"]["Dense_0"]["dot_general0_lhs"]
+    np.testing.assert_allclose(
+        np.ravel(found["sum_of_absmax"]) / found["count"],
+        np.mean(ranges, 0),
+        rtol=1e-5,
+    )
+
+
+def test_the_pure_form_in_a_scan_over_batches():
+    case = Linear("linen")
+    observed = calib.observe(case.eval_step(), RULES)
+    stats = observed.init(*case.args(BATCHES[0]))
+    stats, out = jax.lax.scan(
+        lambda stats, x: observed(stats, *case.args(x)), stats, jnp.stack(BATCHES)
+    )
+    assert out["mean"].shape == (4,)
+    found = observed.quant_stats(stats)["Dense_0"]["dot_general0_lhs"]
+    expected = np.mean([np.abs(x).max() for x in BATCHES])
+    np.testing.assert_allclose(
+        found["sum_of_absmax"] / found["count"], [[expected]], rtol=1e-6
+    )
+
+
+def test_a_batch_that_is_not_finite_does_not_count():
+    case = Linear("linen")
+    calibrator = calib.Calibrator(RULES)
+    step = calibrator.wrap(case.eval_step())
+    step(*case.args(np.full_like(BATCHES[0], np.nan)))
+    with pytest.raises(ValueError, match="No range was collected for 'Dense_"):
+        _ = calibrator.quant_stats
+    step(*case.args(BATCHES[0]))
+    stats = calibrator.quant_stats["Dense_0"]["dot_general0_lhs"]
+    expected = np.abs(BATCHES[0]).max()
+    np.testing.assert_allclose(stats["sum_of_absmax"], [[expected]])
+
+
+def test_sharded_batches_give_the_same_ranges():
+    case = Linear("linen")
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    both = []
+    for place in (lambda x: x, functools.partial(jax.device_put, device=sharding)):
+        calibrator = calib.Calibrator(RULES)
+        step = calibrator.wrap(case.eval_step())
+        for x in BATCHES:
+            step(*case.args(place(x)))
+        both.append(calibrator.quant_stats)
+    models.assert_same(*both)
+
+
+def test_errors():
+    case = Linear("linen")
+    with pytest.raises(ValueError, match="No rule sets act_static_scale=True"):
+        calib.Calibrator([QuantizationRule(weight_qtype="int8", act_qtype="int8")])
+    calibrator = calib.Calibrator(RULES)
+    with pytest.raises(ValueError, match="run the wrapped step first"):
+        _ = calibrator.quant_stats
+    step = calibrator.wrap(case.eval_step())
+    with pytest.raises(ValueError, match="calib.observe"):
+        jax.jit(step)(*case.args(BATCHES[0]))
