@@ -109,9 +109,8 @@ class QuantizationProvider(abc.ABC):
             if op.static and not self.takes_static_ranges:
                 raise ValueError(
                     f"{op.op.module_path}/{op.op.id}: act_static_scale=True needs "
-                    f"collected ranges, which {type(self).__name__} does not take. For "
-                    "ranges that are known, use "
-                    "act_calibration_method='fixed,<low>,<high>'."
+                    "ranges that were collected. Collect them with calib.Calibrator, "
+                    f"and give them to {type(self).__name__} as quant_stats."
                 )
         for op in plan.unsupported:
             where = "/".join(filter(None, (op.op.module_path, op.op.id)))

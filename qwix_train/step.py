@@ -7,7 +7,7 @@ import copy
 import functools
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -29,6 +29,7 @@ def wrap_train_step(
     step: Step,
     rules: Sequence[QuantizationRule],
     *,
+    quant_stats: Mapping[str, Any] | None = None,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes a train step quantization-aware.
@@ -47,6 +48,8 @@ def wrap_train_step(
     Args:
       step: the train step.
       rules: the rules, in order of precedence: the first that matches an op decides.
+      quant_stats: the ranges of activations, for rules with `act_static_scale=True`;
+        they stay as they are. See `QtProvider`.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
 
@@ -70,13 +73,17 @@ def wrap_train_step(
       >>> step = jax.jit(wrap_train_step(train_step, rules))
       >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
     """
-    return cast(Step, wrap(step, QtProvider(rules, allow_unmatched=allow_unmatched)))
+    provider = QtProvider(
+        rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+    )
+    return cast(Step, wrap(step, provider))
 
 
 def wrap_eval_step(
     step: Step,
     rules: Sequence[QuantizationRule],
     *,
+    quant_stats: Mapping[str, Any] | None = None,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes an eval step compute what the quantized model will.
@@ -87,10 +94,14 @@ def wrap_eval_step(
     Args:
       step: the eval step.
       rules: the rules.
+      quant_stats: the ranges of activations, for rules with `act_static_scale=True`.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
     """
-    return cast(Step, wrap(step, QtProvider(rules, allow_unmatched=allow_unmatched)))
+    provider = QtProvider(
+        rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+    )
+    return cast(Step, wrap(step, provider))
 
 
 class _Wrapped:

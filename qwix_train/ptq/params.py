@@ -14,12 +14,12 @@ from flax.core import FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import stored
+from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.planning import Path, make_plan
-from qwix_train.ptq import static_range, trees
+from qwix_train.ptq import trees
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import param_path

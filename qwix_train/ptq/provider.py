@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 
-from qwix_train import stored
+from qwix_train import static_range, stored
 from qwix_train.core.qarray import QArray
 from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan, make_plan
-from qwix_train.ptq import static_range
 from qwix_train.ptq.weight import Listener, StoredWeight, product
 from qwix_train.trace import carried
 from qwix_train.trace.function import Param, TracedCall
@@ -111,14 +110,6 @@ def _run(
     plans = {op.op.key: op for op in plan.quantized_ops}
     named = traced.named
 
-    def ranges_of(op: OpPlan) -> list[static_range.Range | None]:
-        return [
-            static_range.find(op, side, named, unknown)
-            if op.static and how is not None
-            else None
-            for side, how in enumerate(op.activations)
-        ]
-
     def handler(op, operands, run, ranges):
         plan = plans[op.key]
         if op.name == "gather":
@@ -149,7 +140,10 @@ def _run(
             whole.array, whole.dtype, "/".join(param.path), whole, listener
         )
 
-    given = {op.op.key: ranges_of(op) for op in plan.quantized_ops}
+    given = {
+        op.op.key: static_range.ranges_of(op, named, unknown)
+        for op in plan.quantized_ops
+    }
     ops = [op.op for op in plan.quantized_ops]
     return traced.run(ops, handler, substitute, given)
 

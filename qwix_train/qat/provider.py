@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwix_train import static_range
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.model import QuantizationProvider
-from qwix_train.planning import OpPlan, Plan
+from qwix_train.planning import Plan
+from qwix_train.rules import QuantizationRule
 from qwix_train.trace.carried import Deferred
 from qwix_train.trace.function import Param, TracedCall
 
@@ -26,12 +29,42 @@ class QtProvider(QuantizationProvider):
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
     """
 
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule],
+        *,
+        quant_stats: Mapping[str, Any] | None = None,
+        allow_unmatched: bool = False,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, in order of precedence.
+          quant_stats: the ranges of activations, for rules with
+            `act_static_scale=True`: those of a `calib.Calibrator`, or any that
+            `quantize_params` takes. They stay as they are while training.
+          allow_unmatched: see `QuantizationProvider`.
+        """
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        self.quant_stats = quant_stats
+        self.takes_static_ranges = quant_stats is not None
+
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, with fake quantization as planned."""
         plans = {op.op.key: op for op in plan.quantized_ops}
+        ranges = static_range.collected(plan, self.quant_stats or {})
+        given = {key: static_range.ranges_of(op, ranges) for key, op in plans.items()}
 
-        def handler(op, operands, run, given):
-            return run(*_fake_quant_activations(plans[op.key], operands))
+        def handler(op, operands, run, ranges):
+            hows = plans[op.key].activations
+            return run(
+                *(
+                    x
+                    if how is None
+                    else static_range.fake_quantize_activation(x, how, given)
+                    for x, how, given in zip(operands, hows, ranges, strict=True)
+                )
+            )
 
         def substitute(param: Param) -> Deferred | None:
             decision = plan.params[param.path]
@@ -44,15 +77,5 @@ class QtProvider(QuantizationProvider):
                 inner and functools.partial(fake_quant, how=inner),
             )
 
-        return traced.run([op.op for op in plan.quantized_ops], handler, substitute)
-
-
-def _fake_quant_activations(plan: OpPlan, operands):
-    return [
-        operand if how is None else fake_quant(operand, how)
-        for operand, how in zip(
-            operands,
-            (*plan.activations, *(None for _ in operands[2:])),
-            strict=True,
-        )
-    ]
+        ops = [op.op for op in plan.quantized_ops]
+        return traced.run(ops, handler, substitute, given)

@@ -103,6 +103,43 @@ def from_statistics(
     return params
 
 
+def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
+    """The scales and zero points that a plan asks for, of ranges that were collected.
+
+    Args:
+      plan: the plan.
+      quant_stats: the statistics, as `quantize_params` takes them.
+
+    Raises:
+      ValueError: if a range is missing, or empty.
+    """
+    params: dict[Path, Any] = {}
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            if not op.static or how is None:
+                continue
+            statistics: Any = quant_stats
+            for name in (path := op.range_path(side)):
+                statistics = statistics.get(name, {})
+            if not statistics:
+                raise ValueError(
+                    f"There are no quant_stats for {'/'.join(path)!r}, which a rule "
+                    "with act_static_scale=True asks for."
+                )
+            params |= from_statistics(path, statistics, how)
+    return params
+
+
+def ranges_of(
+    plan: OpPlan, named: Mapping[Path, Any], unknown: Mapping[Path, Any] | None = None
+) -> list[Range | None]:
+    """The ranges of the operands of an op; see `find`."""
+    return [
+        find(plan, side, named, unknown) if plan.static and how is not None else None
+        for side, how in enumerate(plan.activations)
+    ]
+
+
 def find(
     plan: OpPlan,
     side: int,

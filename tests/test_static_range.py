@@ -178,18 +178,18 @@ def test_ranges_known_at_compile_time():
     np.testing.assert_allclose(scan[:, 0], expected, 1e-6, 1e-6)
 
 
-def test_qat_refuses_rules_with_collected_ranges():
+def test_qat_needs_the_ranges_of_such_rules():
     model = qwix_train.quantize_model(nn.Dense(4), QtProvider([SYMMETRIC]))
-    with pytest.raises(ValueError, match="act_static_scale=True needs collected"):
+    with pytest.raises(ValueError, match="act_static_scale=True needs ranges"):
         model.apply(nn.Dense(4).init(KEY, X), X)
 
 
 def test_logits_are_those_of_qwix(tmp_path):
     pytest.importorskip("qwix")
     path = tmp_path / "logits.npz"
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[1]
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ptq.test_static_range", path],
+        [sys.executable, "-W", "ignore", "-m", "tests.test_static_range", path],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         check=True,
@@ -220,3 +220,66 @@ def main(path):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_qat_with_the_same_ranges_computes_the_same(name):
+    rule, quant_stats = CASES[name]
+    model, floats, params = quantized(rule, quant_stats)
+    qat = qwix_train.quantize_model(Mlp(), QtProvider([rule], quant_stats=quant_stats))
+    x = 1.5 * X  # some of it outside of the ranges
+    expected = qat.apply({"params": floats}, x)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5
+    )
+    step = qwix_train.wrap_eval_step(
+        lambda params, x: Mlp().apply({"params": params}, x),
+        [rule],
+        quant_stats=quant_stats,
+    )
+    np.testing.assert_array_equal(
+        jax.jit(step)(floats, x), jax.jit(qat.apply)({"params": floats}, x)
+    )
+    missing = QtProvider([rule], quant_stats={"Dense_0": quant_stats["Dense_0"]})
+    with pytest.raises(ValueError, match="no quant_stats for 'Dense_1/dot_general0"):
+        qwix_train.quantize_model(Mlp(), missing).apply({"params": floats}, x)
+
+
+def test_stacked_layers_have_a_range_each():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(3 * nn.Dense(8, use_bias=False)(x)), None
+
+    scan = nn.scan(
+        Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return scan(name="layers")(x, None)[0]
+
+    floats = Model().init(KEY, X)["params"]
+    ranges, x = [], np.asarray(X, np.float64)
+    for kernel in np.asarray(floats["layers"]["Dense_0"]["kernel"], np.float64):
+        ranges.append(0.9 * np.abs(x).max())
+        # By hand: a range and a scale for each layer.
+        scale = ranges[-1] / 127.5
+        x = np.clip(np.round(x / scale), -128, 127) * scale
+        scales = 1.1 * np.abs(kernel).max(0) / 127.5
+        kernel = np.clip(np.round(kernel / scales), -128, 127) * scales
+        x = np.tanh(3 * (x @ kernel))
+    sums = jnp.asarray(ranges, jnp.float32).reshape(3, 1, 1)
+    statistics = {"count": jnp.ones(3, jnp.int32), "sum_of_absmax": sums}
+    quant_stats = {"layers": {"Dense_0": {"dot_general0_lhs": statistics}}}
+    # Wider than the weights, of which the largest would be a tie between two codes.
+    rules = [QuantizationRule(**STATIC, weight_calibration_method="absmax,1.1")]
+    model, params = qwix_train.ptq.quantize(
+        Model(), floats, rules, X, quant_stats=quant_stats
+    )
+    assert params["layers"]["Dense_0"]["dot_general0_lhs_scale"].shape == (3, 1, 1)
+    np.testing.assert_allclose(model.apply({"params": params}, X), x, atol=2e-5)
+    qat = QtProvider(rules, quant_stats=quant_stats)
+    qat = qwix_train.quantize_model(Model(), qat)
+    np.testing.assert_allclose(qat.apply({"params": floats}, X), x, atol=2e-5)
