@@ -1,8 +1,5 @@
 """Activations with collected ranges, given as `quant_stats`."""
 
-import os
-import pathlib
-import subprocess
 import sys
 
 import flax.linen as nn
@@ -13,6 +10,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import PtqProvider, QtProvider, QuantizationRule, WithAux
+from tests import reference_process
 from tests.qat.parity import Attention, Mlp
 from tests.spellings import data
 
@@ -185,15 +183,8 @@ def test_qat_needs_the_ranges_of_such_rules():
 
 
 def test_logits_are_those_of_qwix(tmp_path):
-    pytest.importorskip("qwix")
     path = tmp_path / "logits.npz"
-    root = pathlib.Path(__file__).parents[1]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.test_static_range", path],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=True,
-    )
+    reference_process.run("tests.test_static_range", path)
     with np.load(path) as theirs:
         for name, case in CASES.items():
             model, _, params = quantized(*case)

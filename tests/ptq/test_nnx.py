@@ -6,10 +6,8 @@ own, since `qwix` patches JAX.
 
 import copy
 import operator
-import os
 import pathlib
 import pickle
-import subprocess
 import sys
 
 import jax
@@ -19,7 +17,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import PtqProvider, QtProvider, WithAux, ptq, quantize_model
-from tests import models
+from tests import models, reference_process
 from tests.qat.parity import ACT, MARGIN, NnxMlp
 
 X = jax.random.normal(jax.random.key(1), (6, 8))
@@ -393,15 +391,8 @@ def run(library, rule):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
-    pytest.importorskip("qwix")
     path = tmp_path_factory.mktemp("qwix") / "reference.pickle"
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ptq.test_nnx", path],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=True,
-    )
+    reference_process.run("tests.ptq.test_nnx", path)
     return pickle.loads(path.read_bytes())
 
 

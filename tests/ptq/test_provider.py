@@ -350,7 +350,6 @@ assert not any(name.startswith("qwix") for name in sys.modules)
 
 @pytest.mark.parametrize("rules", [INT8, WEIGHTS], ids=["int8", "weights"])
 def test_an_exported_model_runs_without_this_package(rules, tmp_path):
-    pytest.importorskip("flatbuffers")  # which JAX writes with
     model = quantize_model(Mlp(), PtqProvider(rules))
     variables = model.init(KEY, X)
     apply = jax.jit(lambda x: model.apply(variables, x))

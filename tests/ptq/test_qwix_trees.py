@@ -1,9 +1,6 @@
 """Params that go to models of `qwix` 0.1.8, and come from there."""
 
-import os
-import pathlib
 import pickle
-import subprocess
 import sys
 
 import jax
@@ -17,6 +14,7 @@ import qwix_train
 from qwix_train import QArray, WithAux, dequantize
 from qwix_train.core.how import HowToQuantize
 from qwix_train.ptq.qwix_trees import from_qwix, to_qwix
+from tests import reference_process
 from tests.ptq import qwix_reference
 from tests.ptq.qwix_reference import CASES
 
@@ -29,15 +27,8 @@ BACK = [name for name in CASES if name not in ("int1", "embedding", *NNX)]
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
-    pytest.importorskip("qwix")
     path = tmp_path_factory.mktemp("qwix") / "reference.pickle"
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ptq.qwix_reference", path],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=True,
-    )
+    reference_process.run("tests.ptq.qwix_reference", path)
     return pickle.loads(path.read_bytes())
 
 
@@ -48,6 +39,7 @@ def leaf(shape=(8, 6), qtype="int8", **layout):
     return WithAux(qwix_train.core.quantize_array(x, how), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_their_models_compute_the_same_from_our_params(reference, name):
     outputs = dict(reference[name]["outputs"])
@@ -61,6 +53,7 @@ def test_their_models_compute_the_same_from_our_params(reference, name):
         np.testing.assert_array_equal(output, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACK)
 def test_their_params_become_ours(reference, name):
     ours, back = (
@@ -88,6 +81,7 @@ def test_their_params_become_ours(reference, name):
 @pytest.mark.parametrize(
     "name", [name for name in (*BACK, "int1", "embedding") if "static" not in name]
 )
+@pytest.mark.slow
 def test_the_params_that_go_there_are_those_of_quantize_params(reference, name):
     case, results = CASES[name], reference[name]
     rule = dict(case.rule, **({"weight_qtype": "int1"} if name == "int1" else {}))
@@ -106,6 +100,7 @@ def test_the_params_that_go_there_are_those_of_quantize_params(reference, name):
                 np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACK)
 def test_our_models_compute_the_same_from_their_params(reference, name):
     case, results = CASES[name], reference[name]
@@ -117,6 +112,7 @@ def test_our_models_compute_the_same_from_their_params(reference, name):
     np.testing.assert_allclose(out, expected, 1e-5, 1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NNX)
 def test_our_nnx_models_compute_the_same_from_their_params(reference, name):
     case, results = CASES[name], reference[name]

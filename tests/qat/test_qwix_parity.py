@@ -1,29 +1,18 @@
 """The same outputs and gradients as `qwix` 0.1.8, to float rounding."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 import qwix_train
+from tests import reference_process
 from tests.qat import parity
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
-    pytest.importorskip("qwix")
     path = tmp_path_factory.mktemp("qwix") / "reference.npz"
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.qat.parity", path],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=True,
-    )
+    reference_process.run("tests.qat.parity", path)
     with np.load(path) as results:
         return dict(results)
 
