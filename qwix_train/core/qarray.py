@@ -172,6 +172,18 @@ class WithAux:
     array: MaybeQArray
     how: HowToQuantize = flax.struct.field(pytree_node=False)
 
+    def __getitem__(self, index: Any) -> Any:
+        """Says why a module finds this in the place of its array.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "This param is quantized, and is read by code that does not know of it: a "
+            "method that was not given to quantize_model(..., methods=...), or a part "
+            "of the model that was called by itself. Its array is `param.array`."
+        )
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the original array."""

@@ -380,6 +380,19 @@ CASES = {
 }
 
 
+def test_a_method_that_was_not_quantized_says_so():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(8, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    model = quantize_model(Model(), PtqProvider(models.INT8), X)
+    with pytest.raises(TypeError, match="methods="):
+        model.layer(X)
+
+
 def run(library, rule):
     """A quantized model, and what it computes."""
     provider = library.PtqProvider([library.QuantizationRule(**rule)])
