@@ -34,10 +34,13 @@ class QuantizationProvider(abc.ABC):
     Attributes:
       stores_params: whether models hold quantized params (see `store_params`).
       takes_static_ranges: whether ranges may be collected beforehand.
+      keeps_quant_stats: whether Linen models hold statistics of ranges, in a
+        collection `quant_stats` (see `run_with_quant_stats`).
     """
 
     stores_params = False
     takes_static_ranges = False
+    keeps_quant_stats = False
 
     def __init__(
         self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
@@ -94,6 +97,27 @@ class QuantizationProvider(abc.ABC):
         """What `store_params` gives, and the result of a call with these params."""
         params = self.store_params(traced, plan)
         return params, self.transform(traced.with_params(params), plan)
+
+    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
+        """The statistics that a model holds at first, as a nested dictionary."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def run_with_quant_stats(
+        self,
+        traced: function.TracedCall,
+        plan: Plan,
+        quant_stats: Any,
+        update: bool,
+    ) -> tuple[Any, Any]:
+        """The result of a traced call, and the statistics after it.
+
+        Args:
+          traced: the call.
+          plan: what the rules do to it.
+          quant_stats: the statistics that the model holds.
+          update: whether they may change.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
 
     def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
         """The plan with what only this mode can say of the call."""
@@ -315,6 +339,9 @@ def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
 
 _ORIGINAL = "_qwix_train_original"
 
+# The Linen collection of the statistics of static ranges.
+QUANT_STATS = "quant_stats"
+
 
 def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
     fields = {name: _linen_method(cls, name, provider) for name in methods}
@@ -328,6 +355,15 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
     def quantized(self, *args, **kwargs):
         if session.marking() or self.scope is None:
             return method(self, *args, **kwargs)
+        if provider.keeps_quant_stats:
+            return _call_with_quant_stats(
+                self,
+                name,
+                lambda: method(self, *args, **kwargs),
+                args,
+                kwargs,
+                provider,
+            )
         if not linen_calls.can_rewrite(self):
             if not provider.stores_params:
                 return method(self, *args, **kwargs)
@@ -357,13 +393,65 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
     return quantized
 
 
-def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
-    """The params that a model is to hold, and the result of a call with them."""
+def _call_with_quant_stats(
+    module: nn.Module,
+    name: str,
+    original: Callable[[], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    provider: QuantizationProvider,
+) -> Any:
+    """Calls a method of a module that holds statistics in a collection.
+
+    Args:
+      module: the module, bound.
+      name: the method.
+      original: calls the method as it is.
+      args: the positional arguments.
+      kwargs: the keyword arguments.
+      provider: the provider.
+    """
+    held = dict(module.variables.get(QUANT_STATS, {}))
+    found: dict[str, Any] = {}
+
+    def initialize(traced):
+        plan = _checked_plan(provider, traced)
+        found.update(provider.initial_quant_stats(plan))
+        return {}, session.UNCHANGED
+
+    def rewrite(traced):
+        plan = _checked_plan(provider, traced)
+        if not plan.quantized_ops:
+            return session.UNCHANGED
+        update = module.is_mutable_collection(QUANT_STATS)
+        out, after = provider.run_with_quant_stats(traced, plan, held, update)
+        if update:
+            found.update(after)
+        return out
+
+    if linen_calls.can_rewrite(module):
+        out = linen_calls.rewrite_call(module, name, original, args, kwargs, rewrite)
+    else:
+        out = linen_calls.init_call(
+            module, name, original, args, kwargs, initialize, stored.box, _stand_in
+        )
+    for key, value in found.items():
+        module.put_variable(QUANT_STATS, key, value)
+    return out
+
+
+def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
+    if not plan.quantized_ops and not provider.allow_unmatched:
+        raise ValueError(plan.no_match_message())
+    return plan
+
+
+def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
+    """The params that a model is to hold, and the result of a call with them."""
+    plan = _checked_plan(provider, traced)
     if not plan.quantized_ops:
-        if not provider.allow_unmatched:
-            raise ValueError(plan.no_match_message())
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)
 

@@ -59,7 +59,7 @@ def initial(plan: Plan) -> dict[Path, Any]:
             path = op.range_path(side)
             operand = op.op.operands[side]
             # Layers that are scanned over have a range each.
-            shape = (*op.op.layers, *(1 for _ in operand.shape))
+            shape = (*op.op.layers, *how.scale_shape(operand.shape))
             scale = jnp.full(shape, jnp.nan, operand.dtype)
             params[scale_path(path)] = WithAux(scale, how)
             if needs_zero_point(how.calibration_method):
@@ -76,7 +76,8 @@ def from_statistics(
     Args:
       path: the path of the range.
       statistics: `count`, and a sum over that many batches for each number that a
-        calibration gives: `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
+        calibration gives: `sum_of_absmax`, or `sum_of_min` and `sum_of_max`. Or the
+        numbers themselves, as other averages keep them: `ema_of_absmax`.
       how: how the activation is quantized.
 
     Raises:
@@ -92,15 +93,28 @@ def from_statistics(
             "ranges were collected."
         )
     calibration = {
-        name.removeprefix("sum_of_"): _mean(jnp.asarray(value), count)
-        for name, value in statistics.items()
-        if name.startswith("sum_of_")
+        end: _mean(jnp.asarray(value), count) if kind == "sum" else jnp.asarray(value)
+        for (kind, end), value in ends_in(statistics).items()
     }
     scale, zero_point = compute_scale_zero_point(calibration, how.qtype)
     params: dict[Path, Any] = {scale_path(path): WithAux(scale, how)}
     if zero_point is not None:
         params[zero_point_path(path)] = zero_point
     return params
+
+
+def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """The ends of the range in statistics, by what is kept of them and their name.
+
+    Args:
+      statistics: such as `{"count": ..., "sum_of_min": ..., "sum_of_max": ...}`.
+    """
+    ends = {}
+    for key, value in statistics.items():
+        kind, found, end = key.partition("_of_")
+        if found and kind in ("sum", "ema", "extreme", "last"):
+            ends[kind, end] = value
+    return ends
 
 
 def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
@@ -124,7 +138,9 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
             if not statistics:
                 raise ValueError(
                     f"There are no quant_stats for {'/'.join(path)!r}, which a rule "
-                    "with act_static_scale=True asks for."
+                    "with act_static_scale=True asks for. Collect them with "
+                    "calib.Calibrator and pass quant_stats=calibrator.quant_stats, or "
+                    "keep them in the state of a train step: with_quant_stats."
                 )
             params |= from_statistics(path, statistics, how)
     return params

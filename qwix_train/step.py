@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import operator
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-import jax
-from flax import linen as nn
-from flax import nnx
+from jax import numpy as jnp
 
-from qwix_train.model import QuantizationProvider, rewrite_function
-from qwix_train.planning import make_plan
+from qwix_train import state as state_lib
 from qwix_train.qat import QtProvider
-from qwix_train.rules import QuantizationRule
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import nnx as nnx_calls
-from qwix_train.trace import session
+from qwix_train.qat.running_ranges import RangeUpdates, RunningRangesProvider
+from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace import harvest
+from qwix_train.trace.compiled import Compiled
+from qwix_train.trace.whole_step import tracing_step
+from qwix_train.wrapping import check_step, wrap
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -30,6 +25,9 @@ def wrap_train_step(
     rules: Sequence[QuantizationRule],
     *,
     quant_stats: Mapping[str, Any] | None = None,
+    update_quant_stats: bool | Callable[..., Any] = True,
+    quant_stats_warmup: int = 0,
+    quant_stats_frozen_after: int | None = None,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes a train step quantization-aware.
@@ -45,24 +43,42 @@ def wrap_train_step(
     would the step: `jax.jit(wrap_train_step(step, rules), donate_argnums=0)`. Called
     eagerly it traces the model at every call, which takes milliseconds.
 
+    Rules with `act_static_scale=True` quantize activations with ranges that are kept
+    in the state (see `with_quant_stats`). Each step measures its activations and
+    updates them, in the order in which the model runs: under gradient accumulation and
+    `scan`, once per micro-batch; under `remat`, once. The forward uses the range with
+    its own batch in it.
+
     Args:
       step: the train step.
       rules: the rules, in order of precedence: the first that matches an op decides.
-      quant_stats: the ranges of activations, for rules with `act_static_scale=True`;
-        they stay as they are. See `QtProvider`.
+      quant_stats: ranges of activations that stay as they are, in the place of those
+        in the state. See `QtProvider`.
+      update_quant_stats: whether the step updates the ranges in the state: False to
+        leave them as they are, or a function of the step's arguments that returns a
+        bool scalar.
+      quant_stats_warmup: the number of batches that statistics must have before they
+        are used. Until then, and in any case before the first, the range of an
+        activation is that of its own batch.
+      quant_stats_frozen_after: the number of steps after which the ranges in the state
+        stay as they are; by the `step` of the train state or `nnx.Optimizer` among the
+        arguments.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
 
     Returns:
       The step, quantization-aware. The state that it takes and returns is that of
-      the float step: params stay in float, checkpoints are the same.
+      the float step: params stay in float, checkpoints are the same. With ranges in the
+      state, its statistics are updated.
 
     Raises:
       ValueError: by the step when called, if no model call was reached, or no rule
-        matches any op.
+        matches any op; if a rule asks for static ranges, and there are neither
+        `quant_stats` nor statistics in the state.
 
     Example:
-      >>> from jax import numpy as jnp
+      >>> import jax
+      >>> from flax import linen as nn
       >>> model = nn.Dense(1)
       >>> params = model.init(jax.random.key(0), jnp.ones((2, 8)))
       >>> def train_step(params, x, y):
@@ -73,10 +89,22 @@ def wrap_train_step(
       >>> step = jax.jit(wrap_train_step(train_step, rules))
       >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
     """
-    provider = QtProvider(
-        rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
-    )
-    return cast(Step, wrap(step, provider))
+    if not _keeps_ranges(rules, quant_stats):
+        provider = QtProvider(
+            rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+        )
+        return cast(Step, wrap(step, provider))
+
+    def updates_of(args, kwargs):
+        update = update_quant_stats
+        if callable(update):
+            update = update(*args, **kwargs)
+        if quant_stats_frozen_after is not None:
+            steps = state_lib.step_count((args, kwargs))
+            update = jnp.logical_and(update, steps < quant_stats_frozen_after)
+        return RangeUpdates(update, quant_stats_warmup)
+
+    return cast(Step, _with_ranges(step, rules, updates_of, allow_unmatched))
 
 
 def wrap_eval_step(
@@ -84,222 +112,94 @@ def wrap_eval_step(
     rules: Sequence[QuantizationRule],
     *,
     quant_stats: Mapping[str, Any] | None = None,
+    quant_stats_warmup: int = 0,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes an eval step compute what the quantized model will.
 
     See `wrap_train_step`; the forward is the same. With params from float training
-    this measures post-training quantization.
+    this measures post-training quantization. Static ranges in the state are used, and
+    do not change.
 
     Args:
       step: the eval step.
       rules: the rules.
-      quant_stats: the ranges of activations, for rules with `act_static_scale=True`.
+      quant_stats: the ranges of activations, for rules with `act_static_scale=True`,
+        in the place of those in the state.
+      quant_stats_warmup: the number of batches that statistics must have before they
+        are used, as for the train step.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise.
     """
-    provider = QtProvider(
-        rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+    if not _keeps_ranges(rules, quant_stats):
+        provider = QtProvider(
+            rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+        )
+        return cast(Step, wrap(step, provider))
+    updates = RangeUpdates(False, quant_stats_warmup)
+    return cast(
+        Step, _with_ranges(step, rules, lambda args, kwargs: updates, allow_unmatched)
     )
-    return cast(Step, wrap(step, provider))
 
 
-class _Wrapped:
-    """What is known of a wrapped step over all of its calls.
-
-    A call of a step that was jitted traces nothing if an earlier call did, so what
-    that one found counts for this one.
-    """
-
-    def __init__(self, provider: QuantizationProvider, name: str):
-        self.provider = provider
-        self.name = name
-        self.session = session.Session(self.rewrite)
-        self.quantized = False
-        # Models that no rule matches, in steps that hold others that one does.
-        self.tolerated: set[str] = set()
-        self.seen = _Seen()
-
-    def rewrite(self, traced):
-        plan = make_plan(traced, self.provider.rules)
-        if plan.quantized_ops:
-            self.seen.quantized = True
-        elif plan.ops:
-            self.seen.unmatched.add(plan.no_match_message())
-        return self.provider.rewrite(traced, plan)
-
-    @contextlib.contextmanager
-    def checking(self):
-        """Complains after a call that left all models in float."""
-        before = self.seen.quantized, self.seen.unmatched
-        self.seen.quantized, self.seen.unmatched = False, set()
-        try:
-            yield
-            quantized, unmatched = self.seen.quantized, self.seen.unmatched
-        finally:
-            self.seen.quantized, self.seen.unmatched = before
-        if quantized:
-            self.quantized = True
-            self.tolerated |= unmatched
-        elif unmatched - self.tolerated:
-            raise ValueError(f"{self.name}: {min(unmatched - self.tolerated)}")
-        elif not self.quantized:
-            raise ValueError(
-                f"{self.name} reached no call of a Flax model, so nothing in it was "
-                "quantized. If it was compiled ahead of time "
-                "(`.lower(...).compile()`), wrap the function first and compile the "
-                "result. If it uses an NNX model, or a graph definition, that it does "
-                "not receive as an argument, pass that in. If it calls a plain "
-                "function, wrap that with quantize_fn instead of the step."
-            )
+def _keeps_ranges(
+    rules: Sequence[QuantizationRule], quant_stats: Mapping[str, Any] | None
+) -> bool:
+    """Whether the ranges of activations are in the state of a step."""
+    static = any(rule.act_static_scale for rule in check_rules(rules))
+    return static and quant_stats is None
 
 
-class _Seen(threading.local):
-    """What this thread's call of a step has found so far."""
-
-    def __init__(self):
-        self.quantized = False
-        self.unmatched: set[str] = set()
-
-
-def wrap(
-    step: Callable[..., Any], provider: QuantizationProvider
+def _with_ranges(
+    step: Callable[..., Any],
+    rules: Sequence[QuantizationRule],
+    updates_of: Callable[[Any, Any], RangeUpdates],
+    allow_unmatched: bool,
 ) -> Callable[..., Any]:
-    """Has a provider rewrite the model calls in a step.
+    """A step that takes static ranges from its state, and puts them back there."""
+    check_step(step)
 
-    Args:
-      step: the step.
-      provider: the mode and the rules.
-
-    Raises:
-      TypeError: if the step is compiled already, or no function.
-    """
-    if isinstance(step, jax.stages.Compiled | jax.stages.Lowered):
-        raise TypeError(
-            "The step was compiled ahead of time and can no longer be quantized. Wrap "
-            "the function first, and compile the result: "
-            "jax.jit(wrap_train_step(step, rules)).lower(...).compile()."
+    def provider_for(args, kwargs, updates):
+        states = state_lib.states_of((args, kwargs))
+        if not states:
+            raise ValueError(
+                "A rule sets act_static_scale=True, and the step has no ranges: its "
+                "state has no quant_stats. Make room for them with "
+                "with_quant_stats(state, rules, *inputs), or collect them beforehand "
+                "with calib.Calibrator and pass quant_stats=calibrator.quant_stats."
+            )
+        return RunningRangesProvider(
+            rules, states, updates, allow_unmatched=allow_unmatched
         )
-    if not callable(step):
-        raise TypeError(
-            f"Expected a step function, got {step!r}: wrap_train_step(step, rules)."
-        )
-    # What a partial function holds are arguments of the step like any other.
-    function, bound_args, bound_kwargs = step, (), {}
-    while isinstance(function, functools.partial):
-        bound_args = (*function.args, *bound_args)
-        bound_kwargs = {**function.keywords, **bound_kwargs}
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    name = getattr(function, "__name__", None) or type(function).__name__
-    # The step as a whole is checked, not each of its models.
-    checked, provider = not provider.allow_unmatched, copy.copy(provider)
-    provider.allow_unmatched = True
-    wrapped = _Wrapped(provider, name)
 
+    def call(*args, **kwargs):
+        updates = updates_of(args, kwargs)
+        provider = provider_for(args, kwargs, updates)
+        # The ranges are values of this very call, so a trace that is cached under its
+        # session must not serve another: each call has a session of its own.
+        if not updates.may_update:
+            return wrap(step, provider)(*args, **kwargs)
+        tagging: list[RunningRangesProvider] = []
+
+        def inner(*args, **kwargs):
+            tagging[:] = [provider_for(args, kwargs, updates_of(args, kwargs))]
+            return wrap(step, tagging[0])(*args, **kwargs)
+
+        states = state_lib.states_of((args, kwargs))
+        named = {"/".join(path): state for path, state in states.items()}
+        with tracing_step(inner, args, kwargs) as (traced, finish):
+            found = {name: named[name] for name in harvest.names_in(traced.body)}
+            add = functools.partial(tagging[0].add, updates=updates)
+            outs, after = harvest.harvest(traced.body, traced.inputs, found, add)
+            out = finish(traced.rebuild(outs))
+        updated = {tuple(name.split("/")): state for name, state in after.items()}
+        return state_lib.put_states((args, kwargs), out, {**states, **updated})
+
+    # A step that was jitted runs compiled, together with the statistics.
+    run = Compiled(call) if hasattr(step, "lower") else call
+
+    @functools.wraps(step, updated=())
     def quantized_step(*args, **kwargs):
-        given = ((*bound_args, *args), {**bound_kwargs, **kwargs})
-        args, kwargs = _map_arguments(_ENTER, given)
-        with contextlib.ExitStack() as stack:
-            if checked:
-                stack.enter_context(wrapped.checking())
-            held = owner if nnx_calls.is_node(owner) else None
-            stack.enter_context(nnx_calls.intercepted((held, args, kwargs)))
-            stack.enter_context(nn.intercept_methods(linen_calls.interceptor))
-            stack.enter_context(wrapped.session.open())
-            out = function(*args, **kwargs)
-        nnx_calls.release_all(out)
-        return _map_arguments(_LEAVE, out)
+        return run(*args, **kwargs)
 
-    # `jax.jit` finds the step's signature, for `static_argnames` and the like, through
-    # `__wrapped__`. Attributes, such as those of a function that was jitted before,
-    # would say of this one what is not so.
-    with contextlib.suppress(AttributeError, TypeError):
-        functools.update_wrapper(quantized_step, step, updated=())
     return quantized_step
-
-
-class _RewrittenApply:
-    """An `apply_fn` that is no Linen module's, rewritten while a session is open.
-
-    Equal to the function it stands for, so that a train state that holds it has the
-    same tree structure as the user's.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *args, **kwargs):
-        open_session = session.current()
-        if open_session is None or session.marking():
-            return self.function(*args, **kwargs)
-        return rewrite_function(self.function, args, kwargs, open_session.rewrite)
-
-    def __eq__(self, other):
-        return self.function == getattr(other, "function", other)
-
-    def __hash__(self):
-        return hash(self.function)
-
-
-class _InterceptedApply(_RewrittenApply):
-    """The `apply` of an NNX graph definition, whose modules are intercepted."""
-
-    def __call__(self, *args, **kwargs):
-        graphdef = nnx_calls.intercepted_graphdef(self.function.__self__)
-        return graphdef.apply(*args, **kwargs)
-
-
-def _enter_state(state):
-    if not callable(state.apply_fn):
-        return state
-    owner = getattr(state.apply_fn, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return state  # its calls are intercepted
-    wrapper = _InterceptedApply if isinstance(owner, nnx.GraphDef) else _RewrittenApply
-    return state.replace(apply_fn=wrapper(state.apply_fn))
-
-
-def _leave_state(state):
-    if isinstance(state.apply_fn, _RewrittenApply):
-        return state.replace(apply_fn=state.apply_fn.function)
-    return state
-
-
-# What becomes of a train state and of a graph definition, before and after a step.
-_ENTER = (_enter_state, nnx_calls.intercepted_graphdef)
-_LEAVE = (_leave_state, nnx_calls.original_graphdef)
-
-
-def _map_arguments(changes, tree):
-    """Changes the train states and graph definitions in a tree of arguments.
-
-    All else stays the same object: NNX modules are trees, too, but a copy of one
-    would not see the step's updates.
-    """
-    change_state, change_graphdef = changes
-
-    def is_state(value):
-        return hasattr(value, "apply_fn") and hasattr(value, "replace")
-
-    def is_leaf(value):
-        return (
-            nnx_calls.is_node(value)
-            or is_state(value)
-            or isinstance(value, nnx.GraphDef)
-        )
-
-    def change(value):
-        if nnx_calls.is_node(value):
-            return value
-        if is_state(value):
-            return change_state(value)
-        if isinstance(value, nnx.GraphDef):
-            return change_graphdef(value)
-        return value
-
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
-    changed = [change(leaf) for leaf in leaves]
-    if all(map(operator.is_, leaves, changed)):
-        return tree
-    return jax.tree.unflatten(structure, changed)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax import numpy as jnp
+
 from qwix_train import static_range
-from qwix_train.core.fake_quant import fake_quant
+from qwix_train.calib.ranges import states_in
 from qwix_train.model import QuantizationProvider
-from qwix_train.planning import Plan
+from qwix_train.planning import Path, Plan
+from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.qat.running_ranges import (
+    RangeUpdates,
+    RunningRangesProvider,
+    States,
+    harvest_call,
+    initial_states,
+    nested,
+)
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace.carried import Deferred
-from qwix_train.trace.function import Param, TracedCall
+from qwix_train.trace.function import TracedCall
 
 
 class QtProvider(QuantizationProvider):
@@ -42,40 +51,51 @@ class QtProvider(QuantizationProvider):
           rules: the rules, in order of precedence.
           quant_stats: the ranges of activations, for rules with
             `act_static_scale=True`: those of a `calib.Calibrator`, or any that
-            `quantize_params` takes. They stay as they are while training.
+            `quantize_params` takes. They stay as they are while training. If None, a
+            Linen model holds statistics in a collection `quant_stats`: `init` makes
+            it, and `apply` updates it where it is mutable.
           allow_unmatched: see `QuantizationProvider`.
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
         self.quant_stats = quant_stats
-        self.takes_static_ranges = quant_stats is not None
+        self.takes_static_ranges = any(rule.act_static_scale for rule in self.rules)
+        self.keeps_quant_stats = self.takes_static_ranges and quant_stats is None
 
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, with fake quantization as planned."""
-        plans = {op.op.key: op for op in plan.quantized_ops}
         ranges = static_range.collected(plan, self.quant_stats or {})
-        given = {key: static_range.ranges_of(op, ranges) for key, op in plans.items()}
+        given = {
+            op.op.key: static_range.ranges_of(op, ranges) for op in plan.quantized_ops
+        }
 
-        def handler(op, operands, run, ranges):
-            hows = plans[op.key].activations
-            return run(
-                *(
-                    x
-                    if how is None
-                    else static_range.fake_quantize_activation(x, how, given)
-                    for x, how, given in zip(operands, hows, ranges, strict=True)
-                )
-            )
+        def fake_quantize(op, op_plan, side, x, given):
+            how = op_plan.activations[side]
+            return static_range.fake_quantize_activation(x, how, given)
 
-        def substitute(param: Param) -> Deferred | None:
-            decision = plan.params[param.path]
-            if decision.how is None:
-                return None
-            inner = decision.per_iteration
-            return Deferred(
-                param.value,
-                functools.partial(fake_quant, how=decision.how),
-                inner and functools.partial(fake_quant, how=inner),
-            )
+        return run_fake_quantized(traced, plan, fake_quantize, given)
 
-        ops = [op.op for op in plan.quantized_ops]
-        return traced.run(ops, handler, substitute, given)
+    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
+        """The statistics that a Linen model holds at first."""
+        return nested(_without_skipped(initial_states(plan, self.rules)))
+
+    def run_with_quant_stats(
+        self, traced: TracedCall, plan: Plan, quant_stats: Any, update: bool
+    ) -> tuple[Any, Any]:
+        """The result of a traced call, and the statistics after it."""
+        states = {
+            path: {"skipped": jnp.zeros_like(state["count"]), **state}
+            for path, state in states_in(quant_stats).items()
+        }
+        provider = RunningRangesProvider(self.rules, states, RangeUpdates(update))
+        if not update:
+            return provider.transform(traced, plan), quant_stats
+        out, states = harvest_call(provider, traced, plan, states)
+        return out, nested(_without_skipped(states))
+
+
+def _without_skipped(states: States) -> dict[Path, Any]:
+    """Statistics in the layout of `qwix`, which counts no batches that it skips."""
+    return {
+        path: {key: value for key, value in state.items() if key != "skipped"}
+        for path, state in states.items()
+    }

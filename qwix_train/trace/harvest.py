@@ -13,6 +13,7 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
@@ -38,6 +39,24 @@ def tag(value: Any, name: str, layers: Sequence[bool] = ()) -> Any:
     """
     code = "".join("01"[layer] for layer in layers)
     return checkpoint_name(value, f"{_PREFIX}{code}:{name}")
+
+
+def check_not_batched(name: str, value: Any, ndim: int) -> None:
+    """Complains of a value that `vmap` has given an axis of examples.
+
+    Args:
+      name: the name of its state.
+      value: the value, as `harvest` has found it.
+      ndim: the number of axes that it was tagged with.
+
+    Raises:
+      ValueError: if it has another number of axes.
+    """
+    if value.ndim != ndim:
+        raise ValueError(
+            f"{name}: the model is called inside of vmap, where values cannot be "
+            "collected from it. Call it on the whole batch."
+        )
 
 
 def names_in(body: jax_versions.Body) -> dict[str, tuple[int, ...]]:
@@ -122,8 +141,8 @@ def _bodies(eqn: Any) -> list[jax_versions.Body]:
     return jax_versions.bodies(params) if jax_versions.has_body(params) else []
 
 
-# A step is not differentiated once more, so a function with a derivative of its own is
-# a call like any other.
+# A function with a derivative of its own is a call like any other: it holds tags only
+# in a step that is not differentiated once more, as no model's op in it is rewritten.
 _CALLS = jax_versions.JIT | jax_versions.REMAT | {"custom_jvp_call", "custom_vjp_call"}
 
 
@@ -189,12 +208,13 @@ class _Harvester:
 
     def enter(self, eqn, operands, states, key):
         name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS:
-            # A `remat` that is not differentiated any more is a call, too.
+        if name in _CALLS and name not in jax_versions.REMAT:
             body = jax_versions.call_body(params)
             return self.run(body, operands, states, (*key, 0))
         inside = {n: states[n] for n in self.below[key]}
-        if name == "scan":
+        if name in jax_versions.REMAT:
+            results, inside = self.remat(params, operands, inside, key)
+        elif name == "scan":
             results, inside = self.scan(params, operands, inside, key)
         elif name == "while":
             results, inside = self.loop(params, operands, inside, key)
@@ -206,6 +226,16 @@ class _Harvester:
                 "the model outside of it."
             )
         return results, {**states, **inside}
+
+    def remat(self, params, operands, states, key):
+        body = jax_versions.call_body(params)
+
+        def function(operands, states):
+            return self.run(body, operands, dict(states), (*key, 0))
+
+        return jax.checkpoint(
+            function, policy=params["policy"], prevent_cse=params["prevent_cse"]
+        )(operands, states)
 
     def scan(self, params, operands, states, key):
         num_consts, num_carry = jax_versions.scan_parts(params)
@@ -231,6 +261,7 @@ class _Harvester:
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
+            _split_transpose=params.get("_split_transpose", False),
         )
         return [*carry, *stacked], {**carried, **sliced}
 

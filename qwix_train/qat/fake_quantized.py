@@ -1,0 +1,60 @@
+"""A traced call with its weights and activations fake-quantized."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qwix_train.core.fake_quant import fake_quant
+from qwix_train.planning import OpPlan, Plan
+from qwix_train.trace.analyze import Key, Op
+from qwix_train.trace.carried import Deferred
+from qwix_train.trace.function import Param, TracedCall
+
+# What becomes of an activation: of an op, its plan, the side of the operand, the array,
+# and what is given for that side.
+FakeQuantize = Callable[[Op, OpPlan, int, Any, Any], Any]
+
+
+def run_fake_quantized(
+    traced: TracedCall,
+    plan: Plan,
+    fake_quantize: FakeQuantize,
+    given: Mapping[Key, Sequence[Any]],
+) -> Any:
+    """The result of a traced call, with fake-quantized weights and activations.
+
+    Args:
+      traced: the call.
+      plan: what the rules do to it.
+      fake_quantize: called with each activation that is quantized.
+      given: for each op, trees of arrays for its operands that `fake_quantize` needs;
+        see `trace.evaluate`.
+    """
+    plans = {op.op.key: op for op in plan.quantized_ops}
+
+    def handler(op, operands, run, given):
+        op_plan = plans[op.key]
+        return run(
+            *(
+                x if how is None else fake_quantize(op, op_plan, side, x, given[side])
+                for side, (x, how) in enumerate(
+                    zip(operands, op_plan.activations, strict=True)
+                )
+            )
+        )
+
+    def substitute(param: Param) -> Deferred | None:
+        decision = plan.params[param.path]
+        if decision.how is None:
+            return None
+        inner = decision.per_iteration
+        return Deferred(
+            param.value,
+            functools.partial(fake_quant, how=decision.how),
+            inner and functools.partial(fake_quant, how=inner),
+        )
+
+    ops = [op.op for op in plan.quantized_ops]
+    return traced.run(ops, handler, substitute, given)

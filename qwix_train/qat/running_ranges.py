@@ -1,0 +1,233 @@
+"""Static ranges that training itself keeps up to date.
+
+The forward of each step measures the activations, updates the statistics with that,
+and quantizes by the range that they give then. What was measured is tagged on the way,
+so that the statistics come out of a step that does not return them (see
+`trace.harvest`): `QtProvider` with a collection `quant_stats` harvests them from the
+call of the model, `wrap_train_step` from the whole step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.calib.observe import statistics_of
+from qwix_train.calib.observers import RangeObserver, Statistics
+from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
+from qwix_train.model import QuantizationProvider
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import function, harvest
+from qwix_train.trace.function import TracedCall
+
+# The statistics of each range, by its path.
+States = Mapping[Path, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeUpdates:
+    """When statistics change, and from when on they are used.
+
+    Attributes:
+      update: whether this step updates the statistics: a bool, or a bool scalar of
+        the step's.
+      warmup: the number of batches before statistics are used. Until then, and in any
+        case before the first batch, an activation has the range of its own batch.
+    """
+
+    update: Any = True
+    warmup: int = 0
+
+    @property
+    def may_update(self) -> bool:
+        """Whether statistics change at all."""
+        return self.update is not False
+
+    def updated(self, old: Any, new: Any) -> Any:
+        """The statistics after a step."""
+        if self.update is True:
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(self.update, b, a), old, new)
+
+
+class RunningRangesProvider(QuantizationProvider):
+    """Fake-quantizes with the static ranges of statistics that it is given."""
+
+    takes_static_ranges = True
+
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule],
+        states: States,
+        updates: RangeUpdates,
+        *,
+        allow_unmatched: bool = False,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules.
+          states: the statistics before this call.
+          updates: when they change, and are used.
+          allow_unmatched: see `QuantizationProvider`.
+        """
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        # What is collected, by the name of the range, for those that were reached.
+        self._found: dict[str, _Collected] = {}
+        self._states = states
+        self.updates = updates
+
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call; what is measured in it is tagged."""
+        given = {op.op.key: self._states_of(op) for op in plan.quantized_ops}
+        return run_fake_quantized(traced, plan, self._fake_quantize, given)
+
+    def add(
+        self, name: str, measured: Any, state: Any, *, updates: RangeUpdates
+    ) -> Any:
+        """For `harvest`: the statistics after what was measured under a name.
+
+        Args:
+          name: the name of the range.
+          measured: what was tagged.
+          state: the statistics before.
+          updates: when statistics change; as this provider's, but where the harvest
+            is, which may be outside of the trace that the call is in.
+        """
+        found = self._found[name]
+        harvest.check_not_batched(name, measured, found.ndim)
+        new = found.statistics.add(state, found.unpacked(measured))
+        return updates.updated(state, new)
+
+    def _states_of(self, plan: OpPlan) -> list[Any]:
+        states = []
+        for side, how in enumerate(plan.activations):
+            path = plan.range_path(side)
+            wanted = plan.static and how is not None
+            if wanted and path not in self._states:
+                raise ValueError(
+                    f"The quant_stats have no range for {'/'.join(path)!r}, which a "
+                    "rule with act_static_scale=True asks for. Make them with the same "
+                    "rules, and a model call like that of the step: "
+                    "with_quant_stats(state, rules, *inputs)."
+                )
+            states.append(self._states[path] if wanted else None)
+        return states
+
+    def _fake_quantize(self, op, plan, side, x, state):
+        how = plan.activations[side]
+        if not plan.static:
+            return fake_quant(x, how)
+        statistics = statistics_of(plan, side, self.rules)
+        measured = statistics.measure(x)
+        if self.updates.may_update:
+            found = _Collected(statistics, measured)
+            name = "/".join(plan.range_path(side))
+            self._found[name] = found
+            layers = [length > 0 for length in op.scans]
+            packed = harvest.tag(found.packed(measured), name, layers)
+            measured = found.unpacked(packed)
+            state = self.updates.updated(state, statistics.add(state, measured))
+        calibration = _calibration(statistics, state, measured, self.updates.warmup)
+        return fake_quant_with_scale(
+            x, how.qtype, *compute_scale_zero_point(calibration, how.qtype)
+        )
+
+
+def harvest_call(
+    provider: RunningRangesProvider, traced: TracedCall, plan: Plan, states: States
+) -> tuple[Any, dict[Path, Any]]:
+    """The result of a traced call, and the statistics after it.
+
+    It may be differentiated, as part of a user's own loss function.
+
+    Args:
+      provider: the provider that has these states.
+      traced: the call.
+      plan: what the rules do to it.
+      states: the statistics before.
+    """
+
+    def call(inputs):
+        return provider.transform(traced.with_inputs(inputs), plan)
+
+    add = functools.partial(provider.add, updates=provider.updates)
+    outer = function.trace(call, (list(traced.inputs),), lambda key_path: None)
+    named = {"/".join(path): state for path, state in states.items()}
+    found = {name: named[name] for name in harvest.names_in(outer.body)}
+    outs, after = harvest.harvest(outer.body, outer.inputs, found, add)
+    updated = {tuple(name.split("/")): state for name, state in after.items()}
+    return outer.rebuild(outs), {**states, **updated}
+
+
+def initial_states(
+    plan: Plan, rules: Sequence[QuantizationRule]
+) -> dict[Path, dict[str, Any]]:
+    """The statistics before any batch, for each range that a plan asks for."""
+    states = {}
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            if not op.static or how is None:
+                continue
+            operand = op.op.operands[side]
+            state = statistics_of(op, side, rules).init(operand.shape, operand.dtype)
+            layers = op.op.layers
+            states[op.range_path(side)] = jax.tree.map(
+                lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)),
+                state,
+            )
+    return states
+
+
+def nested(states: States) -> dict[str, Any]:
+    """The nested dictionary of statistics, from those by path."""
+    return traverse_util.unflatten_dict(dict(states))
+
+
+class _Collected:
+    """What is collected of an activation, and how it goes into one array.
+
+    A tag is on one array; the two ends of a range are two.
+    """
+
+    def __init__(self, statistics: Statistics, measured: Any):
+        self.statistics = statistics
+        self._ends = sorted(measured) if isinstance(measured, Mapping) else None
+        self.ndim = jnp.ndim(self.packed(measured))
+
+    def packed(self, measured: Any) -> Any:
+        if self._ends is None:
+            return measured
+        return jnp.stack([measured[end] for end in self._ends])
+
+    def unpacked(self, packed: Any) -> Any:
+        if self._ends is None:
+            return packed
+        return dict(zip(self._ends, packed, strict=True))
+
+
+def _calibration(statistics: Statistics, state: Any, measured: Any, warmup: int) -> Any:
+    """The range that statistics give, or where they are too few that of the batch."""
+    trusted = state["count"] >= max(1, warmup)
+    if isinstance(statistics.observer, RangeObserver):
+        collected = statistics.calibration(state)
+        return {
+            key: jnp.where(trusted, value, measured[key])
+            for key, value in collected.items()
+        }
+
+    def of_batch():
+        empty = statistics.init(measured.shape, measured.dtype)
+        return statistics.calibration(statistics.add(empty, measured))
+
+    return lax.cond(trusted, lambda: statistics.calibration(state), of_batch)

@@ -1,0 +1,268 @@
+"""Train states that carry the statistics of static ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx, struct
+from flax.training import train_state
+
+from qwix_train import calib
+from qwix_train.calib.ranges import states_in
+from qwix_train.planning import Path
+from qwix_train.qat.running_ranges import States, nested
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import nnx as nnx_calls
+
+
+class QuantTrainState(train_state.TrainState):
+    """A `TrainState` with the statistics of static ranges in it.
+
+    Attributes:
+      quant_stats: the statistics, as `with_quant_stats` makes them: a nested dictionary
+        with, for each activation such as `["Dense_0"]["dot_general0_lhs"]`, a
+        dictionary of arrays. `quantize_params` takes it.
+    """
+
+    quant_stats: Any = struct.field(default_factory=dict)
+
+
+class QuantStat(nnx.Variable):
+    """The statistics of one static range of an NNX model: a dictionary of arrays."""
+
+
+def with_quant_stats(
+    state: Any,
+    rules: Sequence[QuantizationRule],
+    *inputs: Any,
+    step: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Makes room, in a train state or NNX model, for the statistics of static ranges.
+
+    They start empty; `wrap_train_step` updates them. Nothing is computed.
+
+    Args:
+      state: a `TrainState`, of a class of your own, too; any other dataclass with a
+        `replace` method, if `step` is given; or an NNX model, which is changed in
+        place.
+      rules: the rules that the step is to be wrapped with.
+      *inputs: inputs of the model, or their shapes. With `step`, what the step takes
+        after the state.
+      step: the step, where the model's inputs are not at hand, or are not all that its
+        call takes. It is traced abstractly.
+      **kwargs: keyword inputs.
+
+    Returns:
+      The NNX model, with a `QuantStat` in the module of each op; or the state, with a
+      field `quant_stats`. If the class of the state has no such field, it is of a
+      subclass that does.
+
+    Raises:
+      ValueError: if no rule sets `act_static_scale=True`, or none matches an op.
+      TypeError: if `state` is no such object.
+
+    Example:
+      >>> import optax
+      >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> rule = QuantizationRule(
+      ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
+      ... )
+      >>> model, x = nn.Dense(2), jnp.ones((8, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> state = train_state.TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=optax.sgd(0.1)
+      ... )
+      >>> state = with_quant_stats(state, [rule], x)
+      >>> sorted(state.quant_stats["dot_general0_lhs"])
+      ['count', 'skipped', 'sum_of_absmax']
+    """
+    if not inputs and not kwargs:
+        raise TypeError(
+            "with_quant_stats needs inputs of the model, or step= and what the step "
+            "takes after the state: with_quant_stats(state, rules, *inputs)."
+        )
+    if step is None:
+        step = _call_of(state)
+    observed = calib.observe(step, rules)
+    # A copy, as an NNX model may be updated by its call.
+    traced = nnx.clone(state) if isinstance(state, nnx.Module) else state
+    stats = observed.init(traced, *inputs, **kwargs)
+    states = {observed.ranges[name].path: stats[name] for name in stats}
+    if isinstance(state, nnx.Module):
+        for path, value in states.items():
+            owner = functools.reduce(_child, path[:-1], state)
+            setattr(owner, path[-1], QuantStat(value))
+        return state
+    return _replaced(state, states)
+
+
+def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
+    """The statistics that the arguments of a step hold, by path.
+
+    Raises:
+      ValueError: if two of them have statistics of the same name.
+    """
+    found: dict[Path, Mapping[str, Any]] = {}
+    for state in _train_states(tree):
+        _add(found, states_in(state.quant_stats))
+    for path, stat in _quant_stats(tree):
+        _add(found, {path: dict(stat.get_value())})
+    return found
+
+
+def put_states(args: Any, out: Any, states: States) -> Any:
+    """Puts statistics where a step keeps such.
+
+    Args:
+      args: the arguments of the step. NNX models among them are changed in place.
+      out: the results of the step.
+      states: the statistics, by path.
+
+    Returns:
+      The results, with the statistics in the train states among them.
+
+    Raises:
+      ValueError: if there is no place for them.
+    """
+    places = 0
+
+    def put(value):
+        nonlocal places
+        if not _is_train_state(value):
+            return value
+        places += 1
+        updated = {path: states[path] for path in states_in(value.quant_stats)}
+        return value.replace(quant_stats=nested(updated))
+
+    out = jax.tree.map(
+        put, out, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
+    )
+    for path, stat in _quant_stats((args, out)):
+        stat.set_value(dict(states[path]))
+        places += 1
+    if not places:
+        raise ValueError(
+            "The step updates static ranges, but returns no state that has "
+            "quant_stats, so they would be lost. Return the state, or wrap the "
+            "step with update_quant_stats=False."
+        )
+    return out
+
+
+def step_count(tree: Any) -> Any:
+    """The number of updates that the state among a step's arguments has had.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    for state in _train_states(tree):
+        if hasattr(state, "step"):
+            return state.step
+    for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
+        if isinstance(leaf, nnx.Optimizer):
+            return leaf.step.get_value()
+    raise ValueError(
+        "quant_stats_frozen_after needs the number of steps so far, and no argument of "
+        "the step is a train state or an nnx.Optimizer. Give update_quant_stats a "
+        "function of the step's arguments instead."
+    )
+
+
+def _call_of(state: Any) -> Callable[..., Any]:
+    """The function of a state and inputs that calls its model."""
+    if isinstance(state, nnx.Module):
+        return lambda model, *inputs, **kwargs: model(*inputs, **kwargs)
+    if not hasattr(state, "apply_fn") or not hasattr(state, "params"):
+        raise TypeError(
+            f"Expected a TrainState or an NNX model, got {type(state).__name__}. Give "
+            "step= for a state that has no apply_fn and params."
+        )
+
+    def call(state, *inputs, **kwargs):
+        # Such as `batch_stats`, under the name that the field has by convention.
+        others = {
+            field.name: getattr(state, field.name)
+            for field in dataclasses.fields(state)
+            if field.name not in ("params", "opt_state", "quant_stats")
+            and isinstance(getattr(state, field.name), Mapping)
+        }
+        return state.apply_fn({"params": state.params, **others}, *inputs, **kwargs)
+
+    return call
+
+
+def _replaced(state: Any, states: States) -> Any:
+    if not dataclasses.is_dataclass(state) or not hasattr(state, "replace"):
+        raise TypeError(
+            f"Expected a TrainState, or another flax.struct.dataclass, got {state!r}."
+        )
+    if not hasattr(state, "quant_stats"):
+        fields = {
+            field.name: getattr(state, field.name)
+            for field in dataclasses.fields(state)
+        }
+        return _with_field(type(state))(**fields, quant_stats=nested(states))
+    return state.replace(quant_stats=nested(states))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _with_field(cls: type) -> type:
+    """A subclass of a dataclass with a field for statistics; the same each time."""
+    fields = {
+        "__annotations__": {"quant_stats": Any},
+        "quant_stats": struct.field(default_factory=dict),
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
+    subclass = type(f"{cls.__name__}WithQuantStats", (cls,), fields)
+    return (
+        subclass if "_flax_dataclass" in vars(subclass) else struct.dataclass(subclass)
+    )
+
+
+def _child(node: Any, name: str) -> Any:
+    if isinstance(node, Mapping):
+        return node[name]
+    if isinstance(node, Sequence) or (name.isdigit() and hasattr(node, "__getitem__")):
+        return node[int(name)]
+    return getattr(node, name)
+
+
+def _is_train_state(value: Any) -> bool:
+    return (
+        not isinstance(value, nnx.Module | type)
+        and hasattr(value, "quant_stats")
+        and hasattr(value, "replace")
+        and bool(value.quant_stats)
+    )
+
+
+def _train_states(tree: Any) -> Iterator[Any]:
+    leaves = jax.tree.leaves(
+        tree, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
+    )
+    return filter(_is_train_state, leaves)
+
+
+def _quant_stats(tree: Any) -> Iterator[tuple[Path, QuantStat]]:
+    for name, module in nnx_calls.modules_in(tree):
+        for attribute, held in vars(module).items():
+            if isinstance(held, QuantStat):
+                path = name.split("/") if name else []
+                yield (*path, attribute), held
+
+
+def _add(found: dict[Path, Mapping[str, Any]], more: States) -> None:
+    for path, state in more.items():
+        if path in found:
+            raise ValueError(
+                f"Two arguments of the step have quant_stats for {'/'.join(path)!r}, "
+                "and it is not known which model call is whose. Wrap a step for each."
+            )
+        found[path] = state
