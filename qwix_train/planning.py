@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qwix_train import plan_table, weights
@@ -352,16 +352,18 @@ class _Planner:
         return dataclasses.replace(plan, reason="; ".join([plan.reason, *notes]))
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
-        if rule.act_static_scale:
-            # One range for the whole array: it must not depend on the batch's size.
-            return HowToQuantize(
-                qtype=rule.act_qtype, calibration_method=rule.act_method
-            )
         axes = weights.operand_axes(op, side, rule.tile_size)
+        channelwise = axes.channelwise
+        if rule.act_static_scale:
+            # A range must not depend on the size of the batch, nor on the length of a
+            # sequence, which products of two activations may contract.
+            channelwise = _static_axes(op, side, rule, channelwise)
+            if not any(isinstance(o, provenance.Weight) for o in _roles(op)):
+                axes = weights.operand_axes(op, side, None)
         _check_tiles(_where(op), op.operands[side].shape, axes, rule)
         return HowToQuantize(
             qtype=rule.act_qtype,
-            channelwise_axes=axes.channelwise,
+            channelwise_axes=channelwise,
             tiled_axes=axes.tiled,
             calibration_method=rule.act_method,
             pad_tiles=rule.pad_tiles,
@@ -450,6 +452,22 @@ def _weight_fields(rule: QuantizationRule) -> str:
 
 def _where(op: Op) -> str:
     return f"{op.module_path}/{op.id}" if op.module_path else op.id
+
+
+def _static_axes(
+    op: Op, side: int, rule: QuantizationRule, channelwise: Collection[int]
+) -> tuple[int, ...]:
+    """The axes along which each index of an activation keeps a static range."""
+    ndim = len(op.operands[side].shape)
+    axes = {axis % ndim for axis in rule.act_channelwise_axes if -ndim <= axis < ndim}
+    if len(axes) < len(set(rule.act_channelwise_axes)) or axes - set(channelwise):
+        raise ValueError(
+            f"{_where(op)}: act_channelwise_axes={rule.act_channelwise_axes} does not "
+            f"fit its {weights.SIDES[side]}, of shape "
+            f"{tuple(op.operands[side].shape)}: axes that may have ranges of their own "
+            f"are {tuple(channelwise)}."
+        )
+    return tuple(sorted(axes))
 
 
 def _check_tiles(where, shape, axes, rule) -> None:

@@ -43,8 +43,11 @@ class QuantizationRule:
         `Observer`.
       act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
         `"minmax"`, `"last"`, or an `Averaging`.
-      act_batch_axes: the axes of an activation along which collected ranges are
-        averaged.
+      act_batch_axes: for static ranges, axes of an activation such as that of the
+        batch: the range of a batch is the mean of the ranges that each index along
+        them has. If None, it is that of the batch as a whole.
+      act_channelwise_axes: for static ranges, axes of an activation, not contracted,
+        along which each index keeps a range of its own, such as that of the heads.
       act_act: whether products of two activations, such as attention's, are
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
@@ -69,13 +72,16 @@ class QuantizationRule:
     act_calibration_method: str | None = None
     act_observer: Any = None
     act_averaging: Any = "mean"
-    act_batch_axes: Collection[int] = (0,)
+    act_batch_axes: Collection[int] | None = None
+    act_channelwise_axes: Collection[int] = ()
     act_act: bool = True
     pad_tiles: bool = False
 
     def __post_init__(self):
-        for field in ("op_names", "act_batch_axes"):
+        for field in ("op_names", "act_batch_axes", "act_channelwise_axes"):
             value = getattr(self, field)
+            if value is None:
+                continue
             if isinstance(value, str):
                 raise self._error(field, f"it must be a collection: ({value!r},)")
             object.__setattr__(self, field, tuple(value))
@@ -101,6 +107,9 @@ class QuantizationRule:
             )
         if self.act_static_scale and self.act_qtype is None:
             raise self._error("act_static_scale", "it needs an act_qtype")
+        for field in ("act_batch_axes", "act_channelwise_axes"):
+            if getattr(self, field) and not self.act_static_scale:
+                raise self._error(field, "it needs act_static_scale=True")
         for name in ("weight", "act"):
             field = f"{name}_calibration_method"
             method, qtype = getattr(self, field), getattr(self, f"{name}_qtype")

@@ -339,7 +339,7 @@ def test_a_static_scale_is_one_for_the_whole_activation():
         how = op.activations[0]
         assert op.static and how is not None and how.scale_shape((4, 8)) == (1, 1)
     assert "int8 tensor static" in str(made)
-    with pytest.raises(ValueError, match="to QtProvider as quant_stats"):
+    with pytest.raises(ValueError, match="Collect them with calib.Calibrator"):
         quantize_fn(two_layers, QtProvider(rules))(PARAMS, X)
 
 

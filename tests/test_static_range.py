@@ -178,8 +178,54 @@ def test_ranges_known_at_compile_time():
 
 def test_qat_needs_the_ranges_of_such_rules():
     model = qwix_train.quantize_model(nn.Dense(4), QtProvider([SYMMETRIC]))
-    with pytest.raises(ValueError, match="act_static_scale=True needs ranges"):
+    with pytest.raises(ValueError, match="quant_stats have no range for 'dot_general0"):
         model.apply(nn.Dense(4).init(KEY, X), X)
+    layer = qwix_train.quantize_fn(lambda w, x: x @ w, QtProvider([SYMMETRIC]))
+    with pytest.raises(ValueError, match="Collect them with calib.Calibrator"):
+        layer(jnp.ones((8, 4)), X)
+
+
+def test_a_range_for_each_tile_and_for_each_head():
+    """Such as the rules ask for, in calibration, QAT and PTQ."""
+    tiled = QuantizationRule(**STATIC, tile_size=2)
+    # The axes of q and of k are (batch, length, heads, features).
+    heads = QuantizationRule(**STATIC, op_names=("einsum0",), act_channelwise_axes=(2,))
+    rules = [heads, QuantizationRule(**STATIC, module_path=""), tiled]
+    x = X.reshape(1, 6, 8)
+    floats = Attention().init(KEY, x)["params"]
+    calibrator = qwix_train.calib.Calibrator(rules)
+    calibrator.wrap(lambda params: Attention().apply({"params": params}, x))(floats)
+    stats = calibrator.quant_stats
+    tiles = np.abs(np.asarray(x)).reshape(6, 4, 2).max((0, 2))
+    found = stats["DenseGeneral_0"]["dot_general0_lhs"]["sum_of_absmax"]
+    np.testing.assert_allclose(found, tiles.reshape(1, 1, 4))
+    dense = floats["DenseGeneral_0"]
+    q = np.einsum("bqf,fhd->bqhd", x, dense["kernel"]) + dense["bias"]
+    found = stats["einsum0_lhs"]["sum_of_absmax"]
+    np.testing.assert_allclose(
+        found, np.abs(q).max((0, 1, 3), keepdims=True), rtol=1e-5
+    )
+    model, params = qwix_train.ptq.quantize(
+        Attention(), floats, rules, x, quant_stats=stats
+    )
+    scale = params["DenseGeneral_0"]["dot_general0_lhs_scale"].array
+    np.testing.assert_allclose(scale, tiles.reshape(1, 1, 4) / 127.5, rtol=1e-6)
+    assert params["einsum0_lhs_scale"].shape == (1, 1, 2, 1)
+    qat = qwix_train.quantize_model(Attention(), QtProvider(rules, quant_stats=stats))
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), qat.apply({"params": floats}, x), 1e-4, 1e-5
+    )
+    # One token gets the same ranges as all of them.
+    model.apply({"params": params}, x[:, :1])
+
+
+def test_a_contracted_axis_cannot_keep_ranges():
+    rule = QuantizationRule(**STATIC, act_channelwise_axes=(1,))
+    with pytest.raises(ValueError, match=r"/dot_general0: act_channelwise_axes"):
+        qwix_train.plan(Mlp(), [rule], X)
+    for field in ("act_channelwise_axes", "act_batch_axes"):
+        with pytest.raises(ValueError, match="it needs act_static_scale=True"):
+            QuantizationRule(weight_qtype="int8", act_qtype="int8", **{field: (0,)})
 
 
 def test_logits_are_those_of_qwix(tmp_path):
