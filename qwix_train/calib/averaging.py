@@ -133,6 +133,8 @@ class Ema:
         m[t] = d * m[t - 1] + (1 - d) * r[t],  m[0] = 0
         range = m[n] / (1 - d**n)
 
+    What is kept is the range itself.
+
     Attributes:
         decay: From 0 (the last batch only) to below 1.
 
@@ -165,24 +167,32 @@ class Ema:
 
     def update(self, state: State, calibration: Range) -> State:
         """Adds the range of one batch."""
+        before, after = self._weight(state["count"]), self._weight(state["count"] + 1)
 
         def average(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old * self.decay + new * (1 - self.decay)
+            return (old * (self.decay * before) + new * (1 - self.decay)) / after
 
         return _each(state, "ema_of_", calibration, average)
 
     def merge(self, a: State, b: State) -> State:
         """Returns the state after the batches of ``a`` and then those of ``b``."""
-        decay = self.decay ** b["count"].astype(jnp.float32)
-        merged = {key: a[key] * decay + b[key] for key in a if key != "count"}
-        return {"count": a["count"] + b["count"], **merged}
+        count = a["count"] + b["count"]
+        of_a = self.decay ** b["count"].astype(jnp.float32) * self._weight(a["count"])
+        of_b = self._weight(b["count"])
+        total = self._weight(jnp.maximum(count, 1))
+        merged = {
+            key: (a[key] * of_a + b[key] * of_b) / total for key in a if key != "count"
+        }
+        return {"count": count, **merged}
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the average range."""
-        # 1 - decay**count, which cancels where the decay is close to 1.
+        return _strip(state, "ema_of_")
+
+    def _weight(self, count: jax.Array) -> jax.Array:
+        """Returns ``1 - decay**count``, which cancels where the decay is close to 1."""
         log_decay = math.log(self.decay) if self.decay else -math.inf
-        weight = -jnp.expm1(jnp.maximum(state["count"], 1) * log_decay)
-        return {key: v / weight for key, v in _strip(state, "ema_of_").items()}
+        return jnp.where(count > 0, -jnp.expm1(jnp.maximum(count, 1) * log_decay), 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
-import numpy as np
-from flax import nnx
 from jax import core
 
-from qwix_train.calib.observe import Observed, Stats
+from qwix_train.calib.observe import Observed, RangeTagging, Stats
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace.compiled import Compiled
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -60,7 +58,7 @@ class Calibrator:
         self.state: Stats = {}
         self._observed: list[Observed] = []
         self._lock = threading.Lock()
-        Observed(print, self.rules)  # complains of rules without static ranges
+        RangeTagging(self.rules)  # complains of rules without static ranges
 
     def wrap(self, step: Step) -> Step:
         """Makes a step collect ranges at every call.
@@ -77,9 +75,9 @@ class Calibrator:
         Raises:
           ValueError: by the step, when it is called within a transformation.
         """
-        observed = Observed(step, self.rules)
+        observed = Observed(step, RangeTagging(self.rules))
         self._observed.append(observed)
-        run = _Compiled(observed) if hasattr(step, "lower") else observed
+        run = Compiled(observed) if hasattr(step, "lower") else observed
 
         @functools.wraps(step)
         def collecting(*args, **kwargs):
@@ -100,6 +98,11 @@ class Calibrator:
         return cast(Step, collecting)
 
     @property
+    def ranges(self) -> dict[str, Any]:
+        """The ranges that were found so far, by name; see `calib.observe.Range`."""
+        return {k: v for each in self._observed for k, v in each.ranges.items()}
+
+    @property
     def quant_stats(self) -> dict[str, Any]:
         """The ranges as a nested dictionary, as `quantize_params` takes them.
 
@@ -114,56 +117,3 @@ class Calibrator:
             if any(name in self.state for name in observed.ranges):
                 return observed.quant_stats(self.state)
         raise ValueError("No range was collected: run the wrapped step first.")
-
-
-class _Compiled:
-    """A pure step, compiled for each structure of its arguments.
-
-    What is no array among the arguments (flags, strings) is part of the structure, so
-    that a step with static arguments needs no more than it did.
-    """
-
-    def __init__(self, observed: Observed):
-        self._observed = observed
-        self._compiled: dict[Any, tuple[Callable[..., Any], list[Any]]] = {}
-
-    def __call__(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=nnx_calls.is_node)
-        is_input = [_is_input(leaf) for leaf in leaves]
-        statics = tuple(
-            None if given else leaf
-            for leaf, given in zip(leaves, is_input, strict=True)
-        )
-        key = (structure, tuple(is_input), statics)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(*key)
-        function, layout = self._compiled[key]
-        inputs = [leaf for leaf, given in zip(leaves, is_input, strict=True) if given]
-        state, outs = function(state, inputs)
-        out_structure, out_statics = layout
-        rest = iter(outs)
-        return state, jax.tree.unflatten(
-            out_structure, [next(rest) if s is None else s[0] for s in out_statics]
-        )
-
-    def _compile(self, structure, is_input, statics):
-        layout: list[Any] = []
-
-        @nnx.jit
-        def function(state, inputs):
-            rest = iter(inputs)
-            leaves = [
-                next(rest) if given else leaf
-                for leaf, given in zip(statics, is_input, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            state, out = self._observed(state, *args, **kwargs)
-            outs, out_structure = jax.tree.flatten(out, is_leaf=nnx_calls.is_node)
-            layout[:] = out_structure, [None if _is_input(x) else (x,) for x in outs]
-            return state, [x for x in outs if _is_input(x)]
-
-        return function, layout
-
-
-def _is_input(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) or nnx_calls.is_node(leaf)

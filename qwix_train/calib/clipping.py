@@ -1,7 +1,7 @@
 """Ranges that leave outliers outside, from a histogram of all the data.
 
 Within a bin, the values count as spread evenly. What is computed, a group that shares a
-scale at a time, for all groups at once:
+scale at a time, for all groups at once, and compiled once for each shape:
 
 - `percentile_range`: the range that holds a share of the values.
 - `mse_range`: the range with the least mean squared quantization error.
@@ -35,6 +35,7 @@ _CELLS = 16
 """Cells that a level is divided in to compare the distributions before and after."""
 
 
+@functools.partial(jax.jit, static_argnames=("percentile", "symmetric"))
 def percentile_range(
     state: Mapping[str, jax.Array], percentile: float, *, symmetric: bool = True
 ) -> dict[str, jax.Array]:
@@ -66,6 +67,7 @@ def percentile_range(
     return {"min": jnp.minimum(low, 0), "max": jnp.maximum(high, 0)}
 
 
+@functools.partial(jax.jit, static_argnames=("qtype", "symmetric"))
 def mse_range(
     state: Mapping[str, jax.Array], qtype: numerics.QType, *, symmetric: bool = True
 ) -> dict[str, jax.Array]:
@@ -121,6 +123,7 @@ def mse_range(
     return {"min": low, "max": high}
 
 
+@functools.partial(jax.jit, static_argnames=("qtype",))
 def entropy_range(
     state: Mapping[str, jax.Array], qtype: numerics.QType
 ) -> dict[str, jax.Array]:
@@ -226,7 +229,18 @@ def squared_error(
     errors = jnp.where(a_level == b_level, within_level, across)
     # Empty bins may be infinitely large.
     errors = jnp.where(bins.masses > 0, errors, 0)
-    return jnp.sum(bins.masses * errors, -1) * scale[..., 0] ** 2
+    return _weighted_sum(bins.masses, errors) * scale[..., 0] ** 2
+
+
+def _weighted_sum(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns ``sum(weights * values)`` over the last axis.
+
+    As a product of matrices: XLA for CPU would compute the values inside of the loop
+    of a sum, one at a time, which takes 20 times as long on JAX 0.10.
+    """
+    return jnp.einsum(
+        "...i,...i->...", weights, values, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _nearest(

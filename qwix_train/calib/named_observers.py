@@ -89,7 +89,7 @@ class CalibrationMethod:
         return core.calibrate(x, how)
 
 
-class _Histogram:
+class HistogramObserver:
     """What the observers that read a histogram have in common."""
 
     def init(self, shape: tuple[int, ...], how: HowToQuantize) -> State:
@@ -121,7 +121,7 @@ class _Histogram:
 
 
 @dataclasses.dataclass(frozen=True)
-class Percentile(_Histogram):
+class Percentile(HistogramObserver):
     """The range that holds a percentage of all data, see `clipping.percentile_range`.
 
     Attributes:
@@ -155,7 +155,7 @@ class Percentile(_Histogram):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mse(_Histogram):
+class Mse(HistogramObserver):
     """The range with the least mean squared error, see `clipping.mse_range`.
 
     Attributes:
@@ -174,7 +174,7 @@ class Mse(_Histogram):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entropy(_Histogram):
+class Entropy(HistogramObserver):
     """The range with the least KL divergence, see `clipping.entropy_range`."""
 
     def calibration(self, state: State, how: HowToQuantize) -> dict[str, jax.Array]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +11,14 @@ import numpy as np
 from flax import traverse_util
 from jax import numpy as jnp
 
-from qwix_train import step as step_lib
 from qwix_train.calib.observers import Statistics, make_statistics
 from qwix_train.model import QuantizationProvider
-from qwix_train.planning import Path, Plan
+from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace import function, harvest
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
+from qwix_train.trace.whole_step import tracing_step
+from qwix_train.wrapping import wrap
 
 # The state of each range, by its path: "Dense_0/dot_general0_lhs".
 Stats = Mapping[str, Any]
@@ -50,15 +49,13 @@ class Range:
 class Observed:
     """A step that collects ranges, as a pure function of them. See `observe`."""
 
-    def __init__(
-        self, step: Callable[..., Any], rules: Sequence[QuantizationRule]
-    ) -> None:
-        self._provider = _Tagging(rules)
-        self._step = step_lib.wrap(step, self._provider)
+    def __init__(self, step: Callable[..., Any], provider: Tagging) -> None:
+        self._provider = provider
+        self._step = wrap(step, provider)
 
     @property
-    def ranges(self) -> dict[str, Range]:
-        """The ranges that were found so far, by name."""
+    def ranges(self) -> dict[str, Any]:
+        """The ranges that were found so far, by name; see `Tagging`."""
         return dict(self._provider.ranges)
 
     def __call__(self, stats: Stats, *args: Any, **kwargs: Any) -> tuple[Stats, Any]:
@@ -72,17 +69,16 @@ class Observed:
         Returns:
           The statistics, with this call's, and what the step returns.
         """
-        with self._traced(args, kwargs) as (traced, finish):
+        with tracing_step(self._step, args, kwargs) as (traced, finish):
             states = {**self._initial(traced), **stats}
-            found = harvest.names_in(traced.body)
-            outs, after = harvest.harvest(
-                traced.body,
-                traced.inputs,
-                {name: states[name] for name in found},
-                lambda name, value, state: self._provider.ranges[
-                    name
-                ].statistics.update(state, value),
-            )
+
+            def update(name, value, state):
+                found = self._provider.ranges[name]
+                harvest.check_not_batched(name, value, len(found.shape))
+                return found.statistics.update(state, value)
+
+            found = {name: states[name] for name in harvest.names_in(traced.body)}
+            outs, after = harvest.harvest(traced.body, traced.inputs, found, update)
             return {**states, **after}, finish(traced.rebuild(outs))
 
     def quant_stats(self, stats: Stats) -> dict[str, Any]:
@@ -115,7 +111,7 @@ class Observed:
           *args: the arguments of the step, or their shapes.
           **kwargs: the keyword arguments of the step.
         """
-        with self._traced(args, kwargs) as (traced, _):
+        with tracing_step(self._step, args, kwargs) as (traced, _):
             return self._initial(traced)
 
     def _initial(self, traced: TracedCall) -> dict[str, Any]:
@@ -128,24 +124,6 @@ class Observed:
                 state,
             )
         return states
-
-    @contextlib.contextmanager
-    def _traced(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[tuple[TracedCall, Callable[[Any], Any]]]:
-        leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_calls.is_node)
-        if any(map(nnx_calls.is_node, leaves)):
-            with nnx_calls.tracing_call(
-                self._step, args, kwargs, mark=False
-            ) as traced_and_finish:
-                yield traced_and_finish
-            return
-        traced = function.trace(
-            lambda args, kwargs: self._step(*args, **kwargs),
-            (args, kwargs),
-            lambda key_path: None,
-        )
-        yield traced, lambda out: out
 
 
 def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Observed:
@@ -166,17 +144,59 @@ def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Obse
     Raises:
       ValueError: by the function, if nothing in the step has a static range.
     """
-    return Observed(step, rules)
+    return Observed(step, RangeTagging(rules))
 
 
-class _Tagging(QuantizationProvider):
-    """Tags the activations that need ranges, in a model that stays in float."""
+def statistics_of(
+    plan: OpPlan, side: int, rules: Sequence[QuantizationRule]
+) -> Statistics:
+    """What is collected of an activation, as the rule of its op says.
+
+    Args:
+      plan: what happens to the op.
+      side: 0 for its left operand, 1 for its right one.
+      rules: the rules that the plan was made from.
+    """
+    how = plan.activations[side]
+    assert how is not None and plan.rule_index is not None
+    rule = rules[plan.rule_index]
+    try:
+        return make_statistics(
+            rule.act_observer or how.calibration_method,
+            rule.act_averaging,
+            how=how,
+            batch_axes=rule.act_batch_axes,
+        )
+    except ValueError as error:
+        raise ValueError(f"{'/'.join(plan.range_path(side))}: {error}") from None
+
+
+class Tagging(QuantizationProvider):
+    """Tags arrays of a model that stays in float, for statistics of them.
+
+    Attributes:
+      ranges: what was tagged so far, by name: a `Range`, or what has the attributes of
+        one.
+    """
 
     takes_static_ranges = True
 
     def __init__(self, rules: Sequence[QuantizationRule]):
+        """Checks the rules."""
         super().__init__(rules)
-        self.ranges: dict[str, Range] = {}
+        self.ranges: dict[str, Any] = {}
+
+
+class RangeTagging(Tagging):
+    """Tags the activations that need ranges."""
+
+    def __init__(self, rules: Sequence[QuantizationRule]):
+        """Checks the rules.
+
+        Raises:
+          ValueError: if none asks for ranges.
+        """
+        super().__init__(rules)
         if not any(rule.act_static_scale for rule in self.rules):
             raise ValueError(
                 "No rule sets act_static_scale=True, so there is no range to collect."
@@ -191,17 +211,10 @@ class _Tagging(QuantizationProvider):
             for side, how in enumerate(plans[op.key].activations):
                 if how is None:
                     continue
-                index = plans[op.key].rule_index
-                assert index is not None
-                rule = self.rules[index]
                 operand = operands[side]
                 found = Range(
                     plans[op.key].range_path(side),
-                    make_statistics(
-                        rule.act_observer or how.calibration_method,
-                        rule.act_averaging,
-                        how=how,
-                    ),
+                    statistics_of(plans[op.key], side, self.rules),
                     operand.shape,
                     operand.dtype,
                 )

@@ -6,7 +6,7 @@ the data of all batches, and finds one range for them in the end.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -78,6 +78,7 @@ def make_statistics(
     averaging: str | Averaging = "mean",
     *,
     how: HowToQuantize,
+    batch_axes: Collection[int] | None = None,
 ) -> "Statistics":
     """Makes the statistics of an activation.
 
@@ -89,6 +90,8 @@ def make_statistics(
             with the methods of `Averaging`. Observers that collect all data
             (percentile, mse, entropy) have no use for one, and take the default only.
         how: Which elements share a range, and the type of the codes.
+        batch_axes: Axes that each index has a range of its own along, the mean of which
+            is the range of the batch. None for one range of the whole batch.
 
     Raises:
         ValueError: A name is unknown, or the parts do not go together.
@@ -113,7 +116,14 @@ def make_statistics(
     if isinstance(observer, RangeObserver):
         if isinstance(averaging, str):
             averaging = parse_averaging(averaging)
+        if batch_axes is not None:
+            observer = _MeanOverAxes(observer, tuple(batch_axes))
         return Statistics(observer, averaging, how)
+    if batch_axes is not None:
+        raise ValueError(
+            f"The observer {observer} collects the data of all batches as a whole, so "
+            f"act_batch_axes={tuple(batch_axes)} has no meaning. Leave it out."
+        )
     if averaging != "mean":
         raise ValueError(
             f"The observer {observer} collects the data of all batches, so there is "
@@ -178,19 +188,46 @@ class Statistics:
         Raises:
             ValueError: The batch does not fit the state.
         """
-        if x.size == 0:
-            return {**state, "skipped": state["skipped"] + 1}
+        return self.add(state, self.measure(x))
+
+    def measure(self, x: jax.Array) -> Any:
+        """Returns what `add` needs of a batch: its range, or for streams all of it.
+
+        Args:
+            x: The batch; no gradient flows from it.
+
+        Returns:
+            For a `RangeObserver`, ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``,
+            float32, NaN if the batch is empty. For a `StreamObserver`, the batch.
+        """
         x = jax.lax.stop_gradient(x)
-        if not is_explicitly_sharded(x):
-            return self._update(state, x)
-        mesh = jax.typeof(x).sharding.mesh
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        axes = tuple(a for a, kind in kinds if kind == jax.sharding.AxisType.Explicit)
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        update: Any = jax.sharding.auto_axes(
-            self._update, axes=axes, out_sharding=everywhere
-        )
-        return update(dict(state), x)
+        if not isinstance(self.observer, RangeObserver):
+            return x
+        if x.size == 0:
+            shape = tuple(max(n, 1) for n in x.shape)
+            range_of = jax.eval_shape(
+                self._observe, jax.ShapeDtypeStruct(shape, x.dtype)
+            )
+            return {
+                key: jnp.full(v.shape, jnp.nan, v.dtype) for key, v in range_of.items()
+            }
+        return _unsharded(self._observe, x)(x)
+
+    def add(self, state: Mapping[str, jax.Array], measured: Any) -> State:
+        """Adds a batch that was measured; `update` is both in one.
+
+        Args:
+            state: The state before.
+            measured: What `measure` gives of the batch.
+
+        Raises:
+            ValueError: The batch does not fit the state.
+        """
+        if isinstance(self.observer, RangeObserver):
+            return self._add(dict(state), measured)
+        if measured.size == 0:
+            return {**state, "skipped": state["skipped"] + 1}
+        return _unsharded(self._add, measured)(dict(state), measured)
 
     def merge(self, a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> State:
         """Returns the state of the batches of two states, such as those of two hosts.
@@ -257,16 +294,15 @@ class Statistics:
             },
         }
 
-    def _update(self, state: Mapping[str, jax.Array], x: jax.Array) -> State:
+    def _add(self, state: Mapping[str, jax.Array], measured: Any) -> State:
         old = {key: value for key, value in state.items() if key != "skipped"}
         if isinstance(self.observer, RangeObserver):
             assert self.averaging is not None
-            calibration = self._observe(x)
-            valid = _all_finite(*calibration.values())
-            new = self.averaging.update(old, calibration)
+            valid = _all_finite(*measured.values())
+            new = self.averaging.update(old, measured)
         else:
-            valid = _all_finite(x)
-            new = self.observer.update(old, x, self.how)
+            valid = _all_finite(measured)
+            new = self.observer.update(old, measured, self.how)
             new["count"] = old["count"] + 1
         new = {key: jnp.where(valid, new[key], old[key]) for key in old}
         return {**new, "skipped": state["skipped"] + ~valid}
@@ -275,6 +311,39 @@ class Statistics:
         assert isinstance(self.observer, RangeObserver)
         calibration = self.observer.observe(x, self.how)
         return {key: jnp.asarray(v, jnp.float32) for key, v in calibration.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanOverAxes:
+    """The mean, over some axes, of the ranges that each index along them has."""
+
+    observer: RangeObserver
+    axes: tuple[int, ...]
+
+    def observe(self, x: jax.Array, how: HowToQuantize) -> Mapping[str, Any]:
+        if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
+            raise ValueError(
+                f"act_batch_axes={self.axes} does not fit an activation of shape "
+                f"{x.shape}."
+            )
+        axes = tuple(sorted({axis % x.ndim for axis in self.axes}))
+        channelwise = tuple(sorted({*how.channelwise_axes, *axes}))
+        each = dataclasses.replace(how, channelwise_axes=channelwise)
+        return {
+            key: value.mean(axes, keepdims=True)
+            for key, value in self.observer.observe(x, each).items()
+        }
+
+
+def _unsharded(function: Any, x: jax.Array) -> Any:
+    """A function of an array whose results are on all devices of its explicit mesh."""
+    if not is_explicitly_sharded(x):
+        return function
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(a for a, kind in kinds if kind == jax.sharding.AxisType.Explicit)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=everywhere)
 
 
 def _all_finite(*arrays: jax.Array) -> jax.Array:

@@ -1,0 +1,211 @@
+"""What `calib.compare` found: a table, records, a plot, and the rules it suggests."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from qwix_train.calib.averaging import Averaging
+from qwix_train.calib.observers import Observer, RangeObserver
+from qwix_train.rules import QuantizationRule
+
+Record: TypeAlias = dict[str, Any]
+
+DYNAMIC = "dynamic"
+"""The method that is no observer: a range for each batch, or token."""
+
+
+class Method(NamedTuple):
+    """A way to find a range."""
+
+    observer: Observer
+    averaging: str | Averaging
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The quantization error of each activation, with each method. Made by `compare`.
+
+    Printed, it is a table of signal-to-quantization-noise ratios, the best observer of
+    each activation marked.
+
+    Attributes:
+      records: a dictionary for each activation and method: `op`, the path of the
+        activation, with the layer if it is one of several under `scan`; `range`, the
+        path without it; `method`; `sqnr_db`; `saturated`, the share of elements
+        outside of the range; `absmax`, or `min` and `max`, the range: a number, or a
+        nested list where channels or tiles have their own; `qtype`; `elements`;
+        `batches` and `skipped`; `note`, which says why a method cannot be used, in
+        which case there are no numbers.
+      methods: the observers that are compared, by name.
+      templates: for each `range`, the rule that quantizes it, for its op alone.
+      given_rules: the rules that were given.
+    """
+
+    records: Sequence[Record]
+    methods: Mapping[str, Method]
+    templates: Mapping[str, QuantizationRule]
+    given_rules: Sequence[QuantizationRule]
+
+    def best(self) -> dict[str, str]:
+        """The observer with the highest ratio, for each activation.
+
+        Of several the first. Activations that none can be used for are left out.
+        """
+        best: dict[str, Record] = {}
+        for record in self._observed():
+            rival = best.get(record["op"])
+            if rival is None or _ratio(record) > _ratio(rival):
+                best[record["op"]] = record
+        return {op: record["method"] for op, record in best.items()}
+
+    def worst(self, n: int = 5) -> list[str]:
+        """The activations that quantization hurts most, whatever the observer.
+
+        Args:
+          n: how many; from the lowest ratio on that the best observer reaches.
+        """
+        best = self.best()
+        ratios = {
+            r["op"]: _ratio(r)
+            for r in self._observed()
+            if best[r["op"]] == r["method"] and not math.isnan(r["sqnr_db"])
+        }
+        return sorted(ratios, key=lambda op: ratios[op])[:n]
+
+    def rules(self) -> list[QuantizationRule]:
+        """Rules with static ranges and, for each op, its best observer.
+
+        An op has one rule: if both of its operands are activations, or there are
+        layers, its observer is that with the highest ratio where that is lowest. The
+        rules that were given follow, for what else they match.
+        """
+        lowest: dict[Any, dict[str, float]] = collections.defaultdict(dict)
+        templates = {}
+        for record in self._observed():
+            template = self.templates[record["range"]]
+            key = template.module_path, tuple(template.op_names)
+            templates[key] = template
+            by_method, method = lowest[key], record["method"]
+            by_method[method] = min(by_method.get(method, math.inf), _ratio(record))
+        rules = []
+        for key, by_method in lowest.items():
+            observer, averaging = self.methods[
+                max(by_method, key=by_method.__getitem__)
+            ]
+            streams = not isinstance(observer, RangeObserver)
+            rules.append(
+                dataclasses.replace(
+                    templates[key],
+                    act_static_scale=True,
+                    act_observer=observer,
+                    act_averaging=averaging,
+                    act_batch_axes=None if streams else templates[key].act_batch_axes,
+                )
+            )
+        return [*rules, *self.given_rules]
+
+    def __str__(self) -> str:
+        """The ratios as a table, and what else is worth knowing."""
+        best, methods = self.best(), [DYNAMIC, *self.methods]
+        cells = {(r["op"], r["method"]): r for r in self.records}
+        rows = [["activation", "type", *methods]]
+        for op in dict.fromkeys(r["op"] for r in self.records):
+            row = [_cell(cells[op, m], best.get(op) == m) for m in methods]
+            rows.append([op, cells[op, DYNAMIC]["qtype"], *row])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            texts = zip(row[:2], widths[:2], strict=True)
+            numbers = zip(row[2:], widths[2:], strict=True)
+            parts = [t.ljust(w) for t, w in texts] + [t.rjust(w) for t, w in numbers]
+            lines.append("  ".join(parts).rstrip())
+        title = "Signal to quantization noise, in dB (*: the best observer)"
+        rule = "-" * max(map(len, lines))
+        return "\n".join(
+            [title, rule, lines[0], rule, *lines[1:], rule, *self._notes()]
+        )
+
+    def plot(self, path: str | pathlib.Path) -> None:
+        """Writes a plot of the ratios, a row for each activation.
+
+        Args:
+          path: the file, such as `"comparison.png"`; the suffix says which format.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError(
+                "Comparison.plot needs matplotlib: pip install 'qwix_train[examples]'."
+            ) from None
+        measured = [r for r in self.records if "sqnr_db" in r]
+        finite = [r for r in measured if math.isfinite(r["sqnr_db"])]
+        ops = list(dict.fromkeys(r["op"] for r in measured))
+        figure = Figure(figsize=(8, 1.6 + 0.28 * len(ops)), layout="constrained")
+        axes = figure.subplots()
+        marks = "osD^vP*Xhp"
+        for index, method in enumerate([DYNAMIC, *self.methods]):
+            points = [r for r in finite if r["method"] == method]
+            axes.plot(
+                [r["sqnr_db"] for r in points],
+                [ops.index(r["op"]) for r in points],
+                "|" if method == DYNAMIC else marks[index % len(marks)],
+                markersize=12 if method == DYNAMIC else 6,
+                color="black" if method == DYNAMIC else f"C{index % 10}",
+                alpha=0.8,
+                label=method,
+            )
+        axes.set_yticks(range(len(ops)), ops)
+        axes.invert_yaxis()
+        axes.set_xlabel("signal to quantization noise (dB)")
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+        figure.savefig(path, dpi=150)
+
+    def _observed(self) -> list[Record]:
+        return [r for r in self.records if "sqnr_db" in r and r["method"] != DYNAMIC]
+
+    def _notes(self) -> list[str]:
+        best = self.best()
+        found = {(r["op"], r["method"]): r for r in self.records}
+        lines = []
+        if worst := self.worst(3):
+            hurt = [
+                f"{op} ({found[op, best[op]]['sqnr_db']:.1f} dB, {best[op]}, "
+                f"{found[op, best[op]]['saturated']:.2%} saturated)"
+                for op in worst
+            ]
+            lines.append(f"hurt most: {'; '.join(hurt)}")
+        notes = collections.defaultdict(list)
+        for record in self.records:
+            if record["note"]:
+                notes[f"{record['method']}: {record['note']}"].append(record["op"])
+            elif record["method"] == DYNAMIC and record["skipped"]:
+                total = record["batches"] + record["skipped"]
+                note = f"{record['skipped']} of {total} batches, empty or not finite"
+                notes[f"skipped: {note}"].append(record["op"])
+        return lines + [f"{note} ({_some(ops)})" for note, ops in notes.items()]
+
+
+def _ratio(record: Record) -> float:
+    """The ratio to rank by; without a signal there is nothing to hurt."""
+    return math.inf if math.isnan(record["sqnr_db"]) else record["sqnr_db"]
+
+
+def _cell(record: Record, best: bool) -> str:
+    if "sqnr_db" not in record or math.isnan(record["sqnr_db"]):
+        return "- "
+    return f"{record['sqnr_db']:.1f}{'*' if best else ' '}"
+
+
+def _some(ops: Sequence[str]) -> str:
+    return ops[0] if len(ops) == 1 else f"{ops[0]} and {len(ops) - 1} more"

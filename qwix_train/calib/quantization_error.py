@@ -1,0 +1,212 @@
+"""The quantization error of several ranges of an activation, from one pass over data.
+
+While the data pass, the ranges are not known yet. So an `ErrorObserver` collects a
+histogram with bins far narrower than the steps of a type, `measure` finds the ranges in
+the end, and the error of each is integrated over the bins, piece by piece between the
+borders of the codes. The error of dynamic ranges is known as the data pass.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from qwix_train.calib import clipping, histogram
+from qwix_train.calib.named_observers import HistogramObserver
+from qwix_train.calib.observers import Statistics
+from qwix_train.core import tiling
+from qwix_train.core.calibration import calibrate
+from qwix_train.core.fake_quant import fake_quant
+from qwix_train.core.how import HowToQuantize
+
+State: TypeAlias = dict[str, jax.Array]
+
+MANTISSA_BITS = 11
+"""With these, the widest bins in a range are 1/16 of a step of int8."""
+
+_SUMS = ("elements", "error", "outside")
+
+_SHARED_BITS = 3
+"""From this many bits of groups on, each has fewer bins: memory is bounded."""
+
+
+class Measured(NamedTuple):
+    """The error of one method.
+
+    Attributes:
+        error: The sum of squared errors.
+        outside: The number of elements outside of the range.
+        range: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``; empty for ranges
+            that are found in each batch anew.
+    """
+
+    error: jax.Array
+    outside: jax.Array
+    range: Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorObserver:
+    """Collects what the errors of several methods follow from. A `StreamObserver`.
+
+    For one range it keeps about 650 KiB: 10 bytes for each of 65,536 bins; and at most
+    40 KiB a channel where there are many.
+
+    Attributes:
+        methods: What finds a range, each with its name.
+        dynamic: How the activation is quantized with a range for each batch.
+    """
+
+    methods: tuple[tuple[str, Statistics], ...]
+    dynamic: HowToQuantize
+
+    def init(self, shape: tuple[int, ...], how: HowToQuantize) -> State:
+        """Returns the state before any batch."""
+        groups = jax.eval_shape(
+            lambda x: jnp.max(*_tiles(x, how), keepdims=True),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ).shape
+        many = max(0, (math.prod(groups) - 1).bit_length() - _SHARED_BITS)
+        bits = max(MANTISSA_BITS - many, histogram.MANTISSA_BITS)
+        parts = {"bins": histogram.init(groups, bits, positions=True)}
+        for name, statistics in self._averaged():
+            parts[name] = statistics.init(shape, jnp.float32)
+        parts["dynamic"] = {key: jnp.zeros((), jnp.float32) for key in _SUMS}
+        return _join(parts)
+
+    def update(self, state: State, x: jax.Array, how: HowToQuantize) -> State:
+        """Adds a batch."""
+        x = x.astype(jnp.float32)
+        parts = {"bins": histogram.update(_part(state, "bins"), _tiles(x, how)[0])}
+        for name, statistics in self._averaged():
+            parts[name] = statistics.update(_part(state, name), x)
+        error = jnp.square(fake_quant(x, self.dynamic) - x)
+        outside = ~_is_inside(x, calibrate(x, self.dynamic))
+        sums = {
+            "error": _sum(error),
+            "outside": _sum(outside.astype(jnp.float32)),
+            "elements": jnp.asarray(x.size, jnp.float32),
+        }
+        dynamic = _part(state, "dynamic")
+        parts["dynamic"] = {key: dynamic[key] + sums[key] for key in _SUMS}
+        return _join(parts)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state of the batches of both."""
+        parts = {"bins": histogram.merge(_part(a, "bins"), _part(b, "bins"))}
+        for name, statistics in self._averaged():
+            parts[name] = statistics.merge(_part(a, name), _part(b, name))
+        pairs = _part(a, "dynamic"), _part(b, "dynamic")
+        parts["dynamic"] = jax.tree.map(jnp.add, *pairs)
+        return _join(parts)
+
+    def calibration(self, state: State, how: HowToQuantize) -> dict[str, jax.Array]:
+        """Returns the range that holds all data."""
+        del how
+        return {"absmax": histogram.absmax(_part(state, "bins"))}
+
+    def _averaged(self) -> list[tuple[str, Statistics]]:
+        """Those methods that keep something besides the histogram, which is shared."""
+        return [
+            (name, statistics)
+            for name, statistics in self.methods
+            if not isinstance(statistics.observer, HistogramObserver)
+        ]
+
+
+@functools.partial(jax.jit, static_argnames=("methods", "how"))
+def measure(
+    state: State, methods: tuple[tuple[str, Statistics], ...], how: HowToQuantize
+) -> tuple[jax.Array, jax.Array, dict[str, Measured]]:
+    """Returns the number of elements, their sum of squares, and each method's error.
+
+    Args:
+        state: What an `ErrorObserver` collected, in one layer.
+        methods: The methods of that observer.
+        how: How the activation is quantized with a range that was collected.
+
+    Returns:
+        The number of elements, the sum of their squares, and what was measured, by the
+        name of the method; ``'dynamic'`` are ranges that each batch has of its own.
+    """
+    bins = histogram.signed_bins(_part(state, "bins"))
+    usual = histogram.coarse(_part(state, "bins"))
+    low, high = bins.lower, bins.upper
+    squares = (low * low + low * high + high * high) / 3
+    squares = jnp.where(bins.masses > 0, squares, 0)
+    measured = {}
+    for name, statistics in methods:
+        observer: Any = statistics.observer
+        if isinstance(statistics.observer, HistogramObserver):
+            found: Any = observer.calibration(usual, how)
+        else:
+            found = statistics.calibration(_part(state, name))
+        by_group = {k: v.reshape(bins.masses.shape[:-1]) for k, v in found.items()}
+        error = clipping.squared_error(bins, by_group, how.qtype)
+        measured[name] = Measured(_sum(error), _sum(_outside(bins, by_group)), found)
+    dynamic = _part(state, "dynamic")
+    measured["dynamic"] = Measured(dynamic["error"], dynamic["outside"], {})
+    return dynamic["elements"], _sum(bins.masses * squares), measured
+
+
+def _outside(bins: histogram.Bins, found: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the number of elements outside of the range, for each group.
+
+    Those of a bin that an end of the range lies in count in proportion.
+    """
+    low, high = (end[..., None] for end in _ends(found))
+    width = bins.upper - bins.lower
+    wide = jnp.where(width > 0, width, 1)
+    share = jnp.clip((bins.upper - high) / wide, 0, 1)
+    share += jnp.clip((low - bins.lower) / wide, 0, 1)
+    point = (bins.lower > high) | (bins.upper < low)
+    return jnp.sum(bins.masses * jnp.where(width > 0, share, point), -1)
+
+
+def _tiles(x: jax.Array, how: HowToQuantize) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns an array split in tiles, and the axes that share a scale.
+
+    Zeros that fill up the last tile of an axis have no error.
+    """
+    counts = how.scale_shape(x.shape)
+    return tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
+
+
+def _is_inside(x: jax.Array, found: Mapping[str, Any]) -> jax.Array:
+    low, high = (jnp.asarray(end, x.dtype) for end in _ends(found))
+    return tiling.elementwise(
+        lambda x, low, high: (x >= low) & (x <= high), x, low, high
+    )
+
+
+def _ends(found: Mapping[str, Any]) -> tuple[Any, Any]:
+    if "absmax" in found:
+        return -found["absmax"], found["absmax"]
+    return found["min"], found["max"]
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    # An axis at a time: of millions of numbers, a float32 sum would lose the last.
+    while x.ndim:
+        x = jnp.sum(x, -1)
+    return x
+
+
+def _join(parts: Mapping[str, Mapping[str, jax.Array]]) -> State:
+    """Returns one flat dict: what statistics keep."""
+    return {
+        f"{name}/{key}": v for name, part in parts.items() for key, v in part.items()
+    }
+
+
+def _part(state: Mapping[str, jax.Array], name: str) -> State:
+    prefix = f"{name}/"
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }

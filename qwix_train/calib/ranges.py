@@ -1,0 +1,78 @@
+"""The ranges that statistics in a train state give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from qwix_train.calib.observers import make_statistics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.planning import Path
+from qwix_train.rules import QuantizationRule
+
+
+def collected_ranges(
+    quant_stats: Mapping[str, Any], rules: Sequence[QuantizationRule]
+) -> dict[str, Any]:
+    """The ranges that statistics give, as `quantize_params` takes them.
+
+    Statistics of ranges are taken by `quantize_params` as they are. Those of observers
+    that collect all data (`percentile`, `mse`, `entropy`) are histograms, from which
+    this finds the ranges.
+
+    Args:
+      quant_stats: the statistics in a train state; see `with_quant_stats`.
+      rules: the rules that it was made with.
+
+    Returns:
+      A nested dictionary like `quant_stats`, with a `count`, and `sum_of_absmax`, or
+      `sum_of_min` and `sum_of_max`, for each range.
+
+    Raises:
+      ValueError: if a range has no batch, or no rule is for it.
+    """
+    ranges = {}
+    for path, state in states_in(quant_stats).items():
+        name = "/".join(path)
+        op_id = path[-1].rpartition("_")[0]
+        op_name = op_id.rstrip("0123456789")
+        matching = (
+            rule for rule in rules if rule.matches("/".join(path[:-1]), op_name, op_id)
+        )
+        rule = next(matching, None)
+        if rule is None or not rule.act_static_scale:
+            raise ValueError(
+                f"There are quant_stats for {name!r}, and no rule gives that a static "
+                "range. Pass the rules that the statistics were made with."
+            )
+        if not np.all(np.asarray(state["count"]) > 0):
+            raise ValueError(
+                f"No range was collected for {name!r}: its op was not reached, or "
+                "every batch was empty or not finite."
+            )
+        how = HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method)
+        statistics = make_statistics(
+            rule.act_observer or rule.act_method, rule.act_averaging, how=how
+        )
+        quant_stats_of = statistics.quant_stats
+        for _ in range(np.ndim(state["count"])):  # layers
+            quant_stats_of = jax.vmap(quant_stats_of)
+        ranges[path] = quant_stats_of(state)
+    return traverse_util.unflatten_dict(ranges)
+
+
+def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, Mapping[str, Any]]:
+    """The statistics in a nested dictionary, by the path of their range.
+
+    Args:
+      quant_stats: the nested dictionary; at each path, a dictionary with a `count`.
+    """
+    flat: Any = traverse_util.flatten_dict(
+        dict(quant_stats),
+        is_leaf=lambda path, x: not isinstance(x.get("count", {}), Mapping),
+    )
+    return flat

@@ -1,0 +1,69 @@
+"""The ranges that statistics in a train state give, against those of a calibration."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qwix_train import QuantizationRule, calib
+from tests import models
+
+STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
+MODEL = nn.Dense(3)
+BATCHES = [
+    np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32) for i in range(3)
+]
+PARAMS = MODEL.init(jax.random.key(0), BATCHES[0])
+
+
+def observed(rule, batches):
+    run = calib.observe(lambda x: MODEL.apply(PARAMS, x), [rule])
+    stats = run.init(BATCHES[0])
+    for x in batches:
+        stats, _ = run(stats, jnp.asarray(x))
+    return run.quant_stats(stats) if batches else None, {
+        run.ranges[name].path[-1]: state for name, state in stats.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"act_averaging": "ema,0.5"},
+        {"act_observer": "percentile,95"},
+        {"act_observer": "mse"},
+        {"act_calibration_method": "minmax", "act_averaging": "minmax"},
+    ],
+)
+def test_ranges_of_statistics(fields):
+    rule = QuantizationRule(**STATIC, **fields)
+    expected, stats = observed(rule, BATCHES)
+    models.assert_same(calib.collected_ranges(stats, [rule]), expected)
+
+
+def test_ranges_of_stacked_layers():
+    rule = QuantizationRule(**STATIC, module_path="layers")
+    statistics = {
+        "count": jnp.array([2, 1]),
+        "skipped": jnp.zeros(2, jnp.int32),
+        "sum_of_absmax": jnp.array([[[3.0]], [[5.0]]]),
+    }
+    ranges = calib.collected_ranges(
+        {"layers": {"dot_general0_lhs": statistics}}, [rule]
+    )
+    found = ranges["layers"]["dot_general0_lhs"]
+    assert sorted(found) == ["count", "sum_of_absmax"]
+    models.assert_same(found["sum_of_absmax"], statistics["sum_of_absmax"])
+
+
+def test_errors():
+    rule = QuantizationRule(**STATIC)
+    _, empty = observed(rule, [])
+    with pytest.raises(
+        ValueError, match="No range was collected for 'dot_general0_lhs"
+    ):
+        calib.collected_ranges(empty, [rule])
+    with pytest.raises(ValueError, match="no rule gives that a static range"):
+        calib.collected_ranges(empty, [QuantizationRule(module_path="other", **STATIC)])
