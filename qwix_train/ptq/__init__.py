@@ -1,5 +1,6 @@
 """Post-training quantization: quantized params, a model that runs on them, files."""
 
+from qwix_train.ptq.awq import Awq as Awq
 from qwix_train.ptq.checkpoint import read_manifest as read_manifest
 from qwix_train.ptq.checkpoint import restore as restore
 from qwix_train.ptq.checkpoint import save as save
@@ -10,10 +11,12 @@ from qwix_train.ptq.compressed_tensors import (
 from qwix_train.ptq.compressed_tensors import (
     save_compressed_tensors as save_compressed_tensors,
 )
+from qwix_train.ptq.gptq import Gptq as Gptq
 from qwix_train.ptq.params import abstract_params as abstract_params
 from qwix_train.ptq.params import quantize as quantize
 from qwix_train.ptq.params import quantize_params as quantize_params
 from qwix_train.ptq.provider import PtqProvider as PtqProvider
 from qwix_train.ptq.qwix_trees import from_qwix as from_qwix
 from qwix_train.ptq.qwix_trees import to_qwix as to_qwix
+from qwix_train.ptq.smoothquant import SmoothQuant as SmoothQuant
 from qwix_train.ptq.trees import to_tree as to_tree

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,42 @@ def quantize_params(
       >>> quantized["kernel"].array.scale.shape
       (1, 2)
     """
+    return quantize_tree(
+        params,
+        abstract_quantized_params,
+        quantized_leaf,
+        lambda target: (quant_stats, {}),
+        allow_extra_params=allow_extra_params,
+        donate=donate,
+    )
+
+
+# What becomes of a param: from its path, its value, and the param, which may be a
+# `WithAux`, that the quantized model has there.
+QuantizeLeaf = Callable[[Path, Any, Any], Any]
+
+
+def quantize_tree(
+    params: Any,
+    abstract_quantized_params: Any,
+    quantize_leaf: QuantizeLeaf,
+    finish: Callable[[Mapping[Path, Any]], tuple[Any, Mapping[Path, Any]]],
+    *,
+    allow_extra_params: bool = False,
+    donate: bool = False,
+) -> Any:
+    """`quantize_params`, with another way to quantize one param.
+
+    Args:
+      params: see `quantize_params`.
+      abstract_quantized_params: see `quantize_params`.
+      quantize_leaf: quantizes a param, as `quantized_leaf` does.
+      finish: called after the last param, with the params of the quantized model by
+        path; gives the ranges of activations, as `quant_stats` of `quantize_params`,
+        and values to put next to the params, by path.
+      allow_extra_params: see `quantize_params`.
+      donate: see `quantize_params`.
+    """
     in_module = isinstance(abstract_quantized_params, nnx.Module)
     frozen, params = isinstance(params, FrozenDict), unfreeze(params)
     target = _flat(_target(abstract_quantized_params))
@@ -86,7 +122,7 @@ def quantize_params(
     for index, (names, param) in enumerate(flat):
         _check_array(names, param)
         if names in target:
-            quantized.append(_quantized(names, param, target[names]))
+            quantized.append(quantize_leaf(names, param, target[names]))
         elif allow_extra_params:
             quantized.append(_LEFT_OUT)
         else:
@@ -97,13 +133,38 @@ def quantize_params(
     if any(value is _LEFT_OUT for value in quantized):
         tree = _pruned(tree)
         tree = {} if tree is _LEFT_OUT else tree
+    quant_stats, added = finish(target)
     ranges = _static_ranges(quant_stats, target)
     _check_ranges({names for names, _ in flat}, ranges, target)
-    for path, value in ranges.items():
+    for path, value in {**ranges, **added}.items():
         tree = _inserted(tree, path, value)
     if in_module:
         return trees.plain(tree)
     return freeze(tree) if frozen else tree
+
+
+def quantized_leaf(names: Path, param: Any, target: Any) -> Any:
+    """One param, quantized by rounding to the nearest codes.
+
+    Args:
+      names: its path.
+      param: a float array, or the shape of one.
+      target: what the quantized model has there.
+
+    Raises:
+      ValueError: if it has another shape, or cannot be quantized.
+    """
+    if tuple(param.shape) != tuple(target.shape):
+        raise ValueError(
+            f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
+            f"quantized model {tuple(target.shape)}."
+        )
+    if not stored.is_quantized(target):
+        return param
+    try:
+        return stored.quantize_param(param, target.how)
+    except ValueError as error:
+        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
 
 
 def quantize(
@@ -289,20 +350,6 @@ def _inserted(tree: Any, path: Path, value: Any) -> Any:
     return below
 
 
-def _quantized(names: Path, param: Any, target: Any) -> Any:
-    if tuple(param.shape) != tuple(target.shape):
-        raise ValueError(
-            f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
-            f"quantized model {tuple(target.shape)}."
-        )
-    if not stored.is_quantized(target):
-        return param
-    try:
-        return stored.quantize_param(param, target.how)
-    except ValueError as error:
-        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
-
-
 def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
     if (*names, "array", "qvalue") in flat:
         return (
@@ -341,12 +388,20 @@ def _range(
     path: Path, statistics: Mapping[str, Any], scale: WithAux
 ) -> dict[Path, Any]:
     """The scale and zero point of one range."""
-    centered = not needs_zero_point(scale.how.calibration_method)
-    sums = {"sum_of_absmax"} if centered else {"sum_of_min", "sum_of_max"}
-    if (given := set(statistics) - {"count"}) != sums:
+    wanted = ["absmax"]
+    if needs_zero_point(scale.how.calibration_method):
+        wanted = ["max", "min"]
+    given = sorted(end for _, end in static_range.ends_in(statistics))
+    if not given and len(statistics) > 1:
         raise ValueError(
-            f"The quant_stats of {'/'.join(path)!r} have {sorted(given)}, and the "
-            f"calibration method {scale.how.calibration_method!r} takes {sorted(sums)}."
+            f"The quant_stats of {'/'.join(path)!r} have {sorted(statistics)}, which "
+            "are the data of an observer, and no range. Find the ranges with "
+            "calib.collected_ranges(quant_stats, rules)."
+        )
+    if given != wanted:
+        raise ValueError(
+            f"The quant_stats of {'/'.join(path)!r} have the range {given}, and the "
+            f"calibration method {scale.how.calibration_method!r} takes {wanted}."
         )
     params = static_range.from_statistics(path, statistics, scale.how)
     shape = params[static_range.scale_path(path)].shape

@@ -12,7 +12,9 @@ from qwix_train import static_range, stored
 from qwix_train.core.qarray import QArray
 from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan, make_plan
+from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.weight import Listener, StoredWeight, product
+from qwix_train.rules import QuantizationRule
 from qwix_train.trace import carried
 from qwix_train.trace.function import Param, TracedCall
 
@@ -38,8 +40,30 @@ class PtqProvider(QuantizationProvider):
     stores_params = True
     takes_static_ranges = True
 
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule],
+        *,
+        allow_unmatched: bool = False,
+        pre_quant_scale: bool = False,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, in order of precedence.
+          allow_unmatched: see `QuantizationProvider`.
+          pre_quant_scale: whether the params of the model have a place for the scales
+            of input channels that `Awq` and `SmoothQuant` give; they are 1 at first.
+            Those that are among the params of a call are applied in any case.
+        """
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        self.pre_quant_scale = pre_quant_scale
+
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
-        """See `QuantizationProvider.store_params`: codes and scales, static ranges."""
+        """See `QuantizationProvider.store_params`.
+
+        Codes and scales, static ranges, and scales of input channels.
+        """
         params = {
             param.path: stored.quantize_param(param.value, how)
             for param in traced.params
@@ -48,8 +72,10 @@ class PtqProvider(QuantizationProvider):
             and not stored.is_quantized(param.value)
         }
         named = traced.named
-        ranges = static_range.initial(plan).items()
-        return params | {path: x for path, x in ranges if path not in named}
+        added = static_range.initial(plan)
+        if self.pre_quant_scale:
+            added |= pre_quant_scale.initial(plan)
+        return params | {path: x for path, x in added.items() if path not in named}
 
     def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
         """See `QuantizationProvider.rewrite`."""
@@ -110,8 +136,9 @@ def _run(
     plans = {op.op.key: op for op in plan.quantized_ops}
     named = traced.named
 
-    def handler(op, operands, run, ranges):
+    def handler(op, operands, run, given):
         plan = plans[op.key]
+        ranges, input_scales = given
         if op.name == "gather":
             taken = None
             if isinstance(operands[0], StoredWeight):
@@ -120,10 +147,14 @@ def _run(
         name = "dot_general" if op.name == "einsum" else op.name
         operands = list(operands)
         for side, how in enumerate(plan.activations):
-            if how is not None and isinstance(operands[side], StoredWeight):
+            input_scale = input_scales[side]
+            as_array = how is not None or input_scale is not None
+            if as_array and isinstance(operands[side], StoredWeight):
                 # An activation by the plan, such as the rows that tokens looked up.
                 operands[side].read_by(name)
                 operands[side] = operands[side].value
+            if input_scale is not None:
+                operands[side] *= input_scale.astype(operands[side].dtype)
         kept = [isinstance(x, StoredWeight) for x in operands]
         if all(how or x for how, x in zip(plan.activations, kept, strict=True)):
             return _product_of_codes(name, plan, operands, ranges)
@@ -141,7 +172,10 @@ def _run(
         )
 
     given = {
-        op.op.key: static_range.ranges_of(op, named, unknown)
+        op.op.key: (
+            static_range.ranges_of(op, named, unknown),
+            pre_quant_scale.scales_of(op, named),
+        )
         for op in plan.quantized_ops
     }
     ops = [op.op for op in plan.quantized_ops]

@@ -322,9 +322,12 @@ def test_static_ranges_next_to_a_collection_of_params():
         (stats(layers=("Dense_2",)), "for 'Dense_2/dot_general0_lhs', and no rule"),
         (
             stats(2, "min", "max"),
-            r"\['sum_of_max', 'sum_of_min'\], .* takes \['sum_of_abs",
+            r"have the range \['max', 'min'\], .* takes \['absmax'\]",
         ),
-        ({"Dense_0": {"dot_general0_lhs": {"count": 1}}}, r"'Dense_0/.*' have \[\]"),
+        (
+            {"Dense_0": {"dot_general0_lhs": {"count": 1}}},
+            r"'Dense_0/.* the range",
+        ),
         (
             {
                 "Dense_0": {

@@ -1,0 +1,169 @@
+"""Methods that scale the input channels of a weight before it is rounded."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train import stored
+from qwix_train.core.calibration import calibrate
+from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.core.qarray import QArray
+from qwix_train.ptq.calibrated_weight import QuantizedWeight, Scale, Weight
+from qwix_train.ptq.input_statistics import WeightInput
+from qwix_train.ptq.weight_matrices import Channels, MatrixView
+from qwix_train.ptq.weight_method import WeightMethod
+
+
+class InputScaling(WeightMethod):
+    """A method that multiplies the input of a weight by ``p``, and divides it by that.
+
+    The products stay the same, ``x @ w = (x * p) @ (w / p)``; what is rounded is not.
+    See `pre_quant_scale` for where ``p`` is kept.
+    """
+
+    scales_inputs = True
+
+    def obstacle(self, weight: Weight) -> str:
+        """See `WeightMethod.obstacle`: other ops would read the scaled weight."""
+        found, *others = weight.inputs
+        if others:
+            return "several ops read it, and would read it scaled"
+        if not isinstance(found.channels, Channels):
+            return "a convolution sees each channel of its input at many places"
+        if found.layers and not weight.view.layers:
+            return "all layers that are scanned over read it"
+        return ""
+
+    @abc.abstractmethod
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, str]:
+        """What the weight is multiplied by, and what the report says of it.
+
+        Returns:
+          A positive number for each channel, shape (matrices, channels), float32.
+        """
+
+    def rounded(self, scaled: jax.Array, weight: Weight, scale: jax.Array) -> QArray:
+        """The codes of a scaled weight.
+
+        Args:
+          scaled: the param, divided by `scale`.
+          weight: the weight as it was.
+          scale: the scale of the input, shape (matrices, channels).
+        """
+        del scale
+        array = stored.quantize_param(scaled, weight.how).array
+        assert isinstance(array, QArray)
+        return array
+
+    def quantize_weight(self, weight: Weight) -> QuantizedWeight:
+        """See `WeightMethod.quantize_weight`.
+
+        Raises:
+          ValueError: if the range of the scaled input cannot be told from what was
+            collected.
+        """
+        (found,) = weight.inputs
+        scale, note = self.channel_scale(weight)
+        # Rounded as the model will read it, and only then taken out of the weight.
+        scale = (1 / scale).astype(found.dtype)
+        values = stored_scale(found, scale)
+        scaled = scaled_weight(weight.param, scale, weight.view)
+        array = self.rounded(scaled, weight, scale)
+        ranges = None
+        if found.static is not None:
+            ranges = scaled_range(found, weight, scale)
+        return QuantizedWeight(array, Scale(scale, values, ranges), note)
+
+
+def scaled_weight(param: jax.Array, scale: jax.Array, view: MatrixView) -> jax.Array:
+    """A stored weight, divided by the scale of its input.
+
+    Args:
+      param: the param.
+      scale: the scale, shape (matrices, channels).
+      view: how the param is read as matrices.
+    """
+    each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], view.shape)
+    return (param / view.from_matrices(each)).astype(param.dtype)
+
+
+def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
+    """The scale of an input, in the shape in which it is stored.
+
+    Args:
+      found: the input.
+      scale: shape (matrices, channels).
+
+    Returns:
+      The axes of layers, and then those of the input, of size 1 where the scale is the
+      same for every entry.
+    """
+    assert isinstance(found.channels, Channels)
+    axes = (*found.channels.groups, *found.channels.contracting)
+    depth = len(found.layers)
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    scale = scale.reshape(*found.layers, *(found.shape[axis] for axis in axes))
+    scale = scale.transpose((*range(depth), *(depth + i for i in order)))
+    own = [n if axis in axes else 1 for axis, n in enumerate(found.shape)]
+    scale = scale.reshape(*found.layers, *own)
+    return jnp.broadcast_to(scale, (*found.layers, *found.scaled_shape))
+
+
+def scaled_range(
+    found: WeightInput, weight: Weight, scale: jax.Array
+) -> dict[str, jax.Array]:
+    """The statistics of the range that a scaled input had over all batches.
+
+    Args:
+      found: the input.
+      weight: the weight that it meets.
+      scale: what it is multiplied by, shape (matrices, channels).
+
+    Returns:
+      What `quantize_params` takes as `quant_stats`.
+
+    Raises:
+      ValueError: if the range is not one of smallest and largest values.
+    """
+    how = found.static
+    assert how is not None
+    _check_range(found, how)
+    scale = scale.astype(jnp.float32)
+    layers = (*found.layers, -1)
+    low = (weight.moments["min"] * scale).reshape(layers).min(-1)
+    high = (weight.moments["max"] * scale).reshape(layers).max(-1)
+    ends = jnp.stack([low, high]).reshape(2, math.prod(found.layers))
+    ends = ends.astype(found.dtype)
+    calibration: dict[str, Any] = jax.vmap(lambda x: calibrate(x, how), 1)(ends)
+    shape = (*found.layers, *(1 for _ in found.shape))
+    return {
+        "count": jnp.ones(found.layers, jnp.int32),
+        **{f"sum_of_{key}": end.reshape(shape) for key, end in calibration.items()},
+    }
+
+
+def _check_range(found: WeightInput, how: HowToQuantize) -> None:
+    if how.tiled_axes or how.channelwise_axes:
+        raise ValueError(
+            f"The input {found.name!r} is scaled, and has more than one static range: "
+            "leave tile_size and act_channelwise_axes out of its rule."
+        )
+    method = found.observer or how.calibration_method
+    name = method.split(",")[0].strip().lower() if isinstance(method, str) else method
+    if name in ("absmax", "minmax") and (
+        found.observer is None
+        or parse_calibration_method(method)
+        == parse_calibration_method(how.calibration_method)
+    ):
+        return
+    raise ValueError(
+        f"The input {found.name!r} is scaled, and its range measured by {method!r} is "
+        "not known: from the smallest and the largest value of each channel follow "
+        "those of the scaled input, which act_calibration_method='absmax' and 'minmax' "
+        "take. Set one of these, and no other act_observer."
+    )

@@ -1,0 +1,296 @@
+"""Statistics of what enters the products that read a weight, for each of its channels.
+
+They are collected like the ranges of activations, from inside of an unmodified step,
+and each is a state of arrays that can be saved, merged and put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train.calib.observe import Tagging
+from qwix_train.calib.observers import Statistics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.ptq import pre_quant_scale
+from qwix_train.ptq.provider import PtqProvider
+from qwix_train.ptq.weight_matrices import (
+    Channels,
+    MatrixView,
+    Patches,
+    axes_of,
+    channel_order,
+    matrix_view,
+)
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import harvest, provenance
+from qwix_train.trace.function import TracedCall
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMoments:
+    """Collects the moments of an input, seen as vectors of channels.
+
+    An observer of streams (see `calib.observers`). Its state is, in float32,
+
+    * ``samples``: the number of vectors,
+    * ``absmean``, ``min``, ``max``: of each channel, shape (groups, channels),
+    * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels).
+
+    Attributes:
+      channels: how the input is seen as vectors.
+      second_moment: whether that is collected.
+
+    Example:
+      >>> moments = InputMoments(Channels(contracting=(1,)))
+      >>> how = HowToQuantize(qtype='int8')
+      >>> state = moments.init((2, 3), how)
+      >>> for x in jnp.ones((2, 3)), -3 * jnp.ones((6, 3)):
+      ...     state = moments.update(state, x, how)
+      >>> [state[name][0, 0].item() for name in ('absmean', 'min', 'max')]
+      [2.5, -3.0, 1.0]
+      >>> state['second_moment'][0, 0].tolist(), state['samples'].item()
+      ([7.0, 7.0, 7.0], 8.0)
+    """
+
+    channels: Channels | Patches
+    second_moment: bool = True
+
+    def init(self, shape: tuple[int, ...], how: HowToQuantize) -> dict[str, jax.Array]:
+        """The state before any batch, for inputs of a shape."""
+        del how
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        groups, _, channels = jax.eval_shape(self.channels.samples, x).shape
+        one = jnp.zeros((groups, channels), jnp.float32)
+        state = {"absmean": one, "min": one, "max": one}
+        if self.second_moment:
+            state["second_moment"] = jnp.zeros((groups, channels, channels))
+        return {"samples": jnp.zeros((), jnp.float32), **state}
+
+    def update(
+        self, state: Mapping[str, jax.Array], x: jax.Array, how: HowToQuantize
+    ) -> dict[str, jax.Array]:
+        """Adds a batch.
+
+        Raises:
+          ValueError: if the input has another rank than the model said, as it has
+            where the model is called in `jax.vmap`.
+        """
+        del how
+        x = self.channels.samples(x.astype(jnp.float32))
+        count = x.shape[1]
+        batch = {
+            "samples": jnp.float32(count),
+            "absmean": jnp.mean(jnp.abs(x), 1),
+            "min": jnp.min(x, 1),
+            "max": jnp.max(x, 1),
+        }
+        if self.second_moment:
+            batch["second_moment"] = (
+                jnp.einsum("gni,gnj->gij", x, x, precision=jax.lax.Precision.HIGHEST)
+                / count
+            )
+        return self.merge(state, batch)
+
+    def merge(
+        self, a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The state of the batches of both, each vector counting the same."""
+        samples = a["samples"] + b["samples"]
+        weight = b["samples"] / jnp.maximum(samples, 1)
+        merged = {"samples": samples}
+        for name in ("absmean", *(["second_moment"] if self.second_moment else [])):
+            merged[name] = a[name] + (b[name] - a[name]) * weight
+        for name, widest in (("min", jnp.minimum), ("max", jnp.maximum)):
+            both = (a["samples"] > 0) & (b["samples"] > 0)
+            either = jnp.where(a["samples"] > 0, a[name], b[name])
+            merged[name] = jnp.where(both, widest(a[name], b[name]), either)
+        return merged
+
+    def calibration(
+        self, state: Mapping[str, jax.Array], how: HowToQuantize
+    ) -> dict[str, jax.Array]:
+        """The range of each channel, widened to hold 0."""
+        del how
+        return {
+            "min": jnp.minimum(state["min"], 0),
+            "max": jnp.maximum(state["max"], 0),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInput:
+    """What enters a product that reads a weight.
+
+    Attributes:
+      path: its path: the module, the op, and the side of the operand.
+      statistics: what is collected.
+      shape: the shape of the input, in one layer.
+      dtype: its dtype.
+      channels: the input as vectors.
+      view: the weight as matrices.
+      layers: the sizes of the axes of layers that the op is run for.
+      scaled_shape: the shape of a scale of its channels that is stored, in one layer.
+      static: how the input is quantized, if that is with a range collected beforehand.
+      observer: what measures such a range, if the rule names one.
+    """
+
+    path: Path
+    statistics: Statistics
+    shape: tuple[int, ...]
+    dtype: Any
+    channels: Channels | Patches
+    view: MatrixView
+    layers: tuple[int, ...]
+    scaled_shape: tuple[int, ...]
+    static: HowToQuantize | None
+    observer: Any
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path)
+
+
+# For each quantized param, the ops that read it: what enters it or, as text, why that
+# is of no use.
+Reads = dict[Path, dict[str, WeightInput | str]]
+
+
+class InputTagging(Tagging):
+    """Tags the inputs of products that read quantized weights, in a float model.
+
+    Attributes:
+      ranges: the inputs that were found so far, by name.
+      reads: by which ops each param is read.
+    """
+
+    def __init__(self, rules, *, second_moment: bool):
+        super().__init__(rules)
+        self.second_moment = second_moment
+        self.ranges: dict[str, WeightInput] = {}
+        self.reads: Reads = {}
+
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call, with the inputs of weights tagged."""
+        plan = PtqProvider(self.rules).annotate(traced, plan)
+        tagged: dict[Any, WeightInput] = {}
+        for op in plan.ops:
+            paths = dict.fromkeys(
+                path
+                for operand in op.op.operands[:2]
+                for path in provenance.paths_of(operand.provenance)
+                if plan.params[path].how is not None
+            )
+            for path in paths:
+                found = self._found(op, path, plan)
+                reads = self.reads.setdefault(path, {})
+                name = "/".join((*op.range_path(0)[:-1], op.op.id))
+                before = reads.setdefault(name, found)
+                if _differ(before, found):
+                    raise ValueError(
+                        f"{name!r} reads the param {'/'.join(path)!r} in two ways: "
+                        "the step calls two models that have params of this name. "
+                        "Collect for one model at a time."
+                    )
+                if isinstance(found, WeightInput):
+                    tagged[op.op.key] = found
+                    self.ranges[found.name] = found
+
+        def handler(op, operands, run, given):
+            found = tagged[op.key]
+            side = 0 if found.path[-1].endswith("_lhs") else 1
+            operands = list(operands)
+            layers = [length > 0 for length in op.scans]
+            operands[side] = harvest.tag(operands[side], found.name, layers)
+            return run(*operands)
+
+        ops = [op.op for op in plan.ops if op.op.key in tagged]
+        return traced.run(ops, handler, lambda _: None)
+
+    def _found(self, plan: OpPlan, path: Path, whole: Plan) -> WeightInput | str:
+        """What enters an op that reads a param; why it is of no use, otherwise."""
+        op = plan.op
+        if "/".join(path) in whole.dequantized:
+            by = ", ".join(whole.dequantized["/".join(path)])
+            return f"it is dequantized for {by}"
+        if path not in plan.weights:
+            return f"{_where(op)} reads it, too, and does not multiply by its codes"
+        side = pre_quant_scale.weight_side(op)
+        if side is None:
+            return f"{_where(op)} does not read it as its only weight"
+        views = [
+            view
+            for view in op.operands[side].provenance.views  # type: ignore[union-attr]
+            if view.path == path
+        ]
+        if len(views) > 1:
+            return f"{_where(op)} reads it more than once"
+        try:
+            view = matrix_view(views[0], op, side)
+            channels = _channels(op, side, views[0])
+        except ValueError as error:
+            return f"{_where(op)}: {error}"
+        assert plan.rule_index is not None
+        rule: QuantizationRule = whole.rules[plan.rule_index]
+        operand = op.operands[1 - side]
+        how = whole.params[path].how
+        assert how is not None
+        moments = InputMoments(channels, self.second_moment)
+        return WeightInput(
+            path=plan.range_path(1 - side),
+            statistics=Statistics(moments, None, how),
+            shape=operand.shape,
+            dtype=operand.dtype,
+            channels=channels,
+            view=view,
+            layers=op.layers,
+            scaled_shape=pre_quant_scale.scale_shape(op, 1 - side)[len(op.layers) :],
+            static=plan.activations[1 - side] if plan.static else None,
+            observer=rule.act_observer,
+        )
+
+
+def _channels(op, side: int, view) -> Channels | Patches:
+    """How the input of an op is seen as vectors.
+
+    Raises:
+      ValueError: if it cannot be.
+    """
+    order = channel_order(view, op, side)
+    if op.name == "conv_general_dilated":
+        if side != 1:
+            raise ValueError("its weight is not the kernel")
+        if op.params["feature_group_count"] != 1 or op.params["batch_group_count"] != 1:
+            raise ValueError("a convolution in groups has no one matrix of inputs")
+        names = (
+            "window_strides",
+            "padding",
+            "lhs_dilation",
+            "rhs_dilation",
+            "dimension_numbers",
+        )
+        params = tuple((name, op.params[name]) for name in names)
+        return Patches(op.operands[side].shape, order, params)
+    contracting, batch = axes_of(op, 1 - side)
+    # Along an axis that was added to the weight, every entry meets the same matrix.
+    own = [
+        any(atom.size > 1 for atom in view.dims[axis]) for axis in axes_of(op, side)[1]
+    ]
+    groups = tuple(axis for axis, own in zip(batch, own, strict=True) if own)
+    return Channels(tuple(contracting[i] for i in order), groups)
+
+
+def _differ(a: WeightInput | str, b: WeightInput | str) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return a != b
+    return (a.path, a.view, a.layers) != (b.path, b.view, b.layers)
+
+
+def _where(op) -> str:
+    return f"{op.module_path}/{op.id}" if op.module_path else op.id

@@ -1,0 +1,97 @@
+"""Scales of the input channels of a product, applied before anything is rounded.
+
+A product is the same with its input channels scaled and its weight scaled back:
+
+    y = x @ w = (x * p) @ (w / p)
+
+The weight is stored as the codes of ``w / p``. The scale ``p`` is kept next to the
+params of the module that runs the op, named after the op and the operand as static
+ranges are: ``params["Dense_0"]["dot_general0_lhs_pre_quant_scale"]``, in a shape that
+broadcasts against the activation, with an axis in front for layers that are scanned
+over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.ptq.weight_matrices import axes_of
+from qwix_train.trace import provenance
+from qwix_train.trace.analyze import Op
+
+
+def scale_path(path: Path) -> Path:
+    """The path of the scale of an operand, from that of its range."""
+    return (*path[:-1], f"{path[-1]}_pre_quant_scale")
+
+
+def weight_side(op: Op) -> int | None:
+    """Which operand of a product is the weight; None unless exactly one is."""
+    sides = [
+        side
+        for side, operand in enumerate(op.operands[:2])
+        if isinstance(operand.provenance, provenance.Weight)
+        and not operand.provenance.selected
+    ]
+    return sides[0] if len(sides) == 1 and op.name != "gather" else None
+
+
+def scale_shape(op: Op, side: int) -> tuple[int, ...]:
+    """The shape of the scale of an operand: its contracted and its batched axes.
+
+    Args:
+      op: the product.
+      side: 0 for its left operand, 1 for its right one.
+    """
+    if op.name == "conv_general_dilated":
+        return ()  # it has none
+    contracting, batch = axes_of(op, side)
+    shape = op.operands[side].shape
+    kept = {*contracting, *batch}
+    own = (size if axis in kept else 1 for axis, size in enumerate(shape))
+    return (*op.layers, *own)
+
+
+def initial(plan: Plan) -> dict[Path, jax.Array]:
+    """Scales of 1 for the input of every product that reads one quantized weight."""
+    scales = {}
+    for op in plan.quantized_ops:
+        side = weight_side(op.op)
+        if side is None or not op.weights or op.op.name == "conv_general_dilated":
+            continue
+        shape = scale_shape(op.op, 1 - side)
+        dtype = op.op.operands[1 - side].dtype
+        scales[scale_path(op.range_path(1 - side))] = jnp.ones(shape, dtype)
+    return scales
+
+
+def scales_of(plan: OpPlan, named: Mapping[Path, Any]) -> list[jax.Array | None]:
+    """The scales of the operands of an op, from among the params.
+
+    Args:
+      plan: what happens to the op.
+      named: the inputs of the traced call, by path.
+
+    Raises:
+      ValueError: if a scale is not one of the operand's.
+    """
+    scales: list[jax.Array | None] = []
+    for side in range(min(2, len(plan.op.operands))):
+        path = scale_path(plan.range_path(side))
+        scale = named.get(path)
+        scales.append(scale)
+        if scale is None:
+            continue
+        shape = scale_shape(plan.op, side)
+        if scale.shape != shape:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} has shape {tuple(scale.shape)}, and the "
+                f"operand that it scales takes one of shape {shape}: it was made for "
+                "another model."
+            )
+    return scales

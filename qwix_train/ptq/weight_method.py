@@ -1,0 +1,339 @@
+"""Methods that look at the inputs of a weight before they choose its codes."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+from jax import core
+from jax import numpy as jnp
+
+from qwix_train import stored
+from qwix_train.calib.observe import Observed
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import WithAux
+from qwix_train.planning import Path
+from qwix_train.ptq import pre_quant_scale
+from qwix_train.ptq.calibrated_weight import (
+    QuantizedWeight,
+    Weight,
+    output_error,
+)
+from qwix_train.ptq.input_statistics import (
+    InputTagging,
+    WeightInput,
+)
+from qwix_train.ptq.params import quantize_tree, quantized_leaf
+from qwix_train.ptq.provider import PtqProvider
+from qwix_train.ptq.weight_report import WeightRecord, WeightReport
+from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace.compiled import Compiled
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+State = Mapping[str, Any]
+"""What was collected for each input, by its path: ``Dense_0/dot_general0_lhs``."""
+
+
+class WeightMethod(abc.ABC):
+    """Collects the inputs of weights in a user's loop, then quantizes the weights.
+
+    Wrap the eval step of the float model and run the loop; `quantize_params` then
+    takes the place of the function of that name. Several steps may be wrapped.
+
+    Attributes:
+      rules: the rules.
+      state: the statistics as they are, by name: a tree of arrays, to be saved and
+        put back.
+      report: what became of each weight, after `quantize_params`.
+    """
+
+    title = ""
+    second_moment = True
+    scales_inputs = False
+
+    def __init__(self, rules: Sequence[QuantizationRule]):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, those that the model is to be quantized by.
+        """
+        self.rules = check_rules(rules)
+        self.state: State = {}
+        self.report: WeightReport | None = None
+        self._tagging = InputTagging(self.rules, second_moment=self.second_moment)
+        self._lock = threading.Lock()
+
+    @property
+    def provider(self) -> PtqProvider:
+        """The mode of the model that is to run what `quantize_params` gives."""
+        return PtqProvider(self.rules, pre_quant_scale=self.scales_inputs)
+
+    def wrap(self, step: Step) -> Step:
+        """Makes a step collect statistics at every call.
+
+        Args:
+          step: a step that calls a Linen or NNX model, in float. If it is jitted, it
+            runs compiled. The result must not go into `jit`, `scan` and the like:
+            use `observe` for that.
+
+        Returns:
+          A step with the same signature and the same results.
+
+        Raises:
+          ValueError: by the step, when it is called within a transformation, or if no
+            rule quantizes a weight that it reads.
+        """
+        observed = self.observe(step)
+        run = Compiled(observed) if hasattr(step, "lower") else observed
+
+        @functools.wraps(step)
+        def collecting(*args, **kwargs):
+            leaves = jax.tree.leaves((args, kwargs))
+            if any(isinstance(leaf, core.Tracer) for leaf in leaves):
+                name = type(self).__name__
+                raise ValueError(
+                    f"A step that {name} wraps keeps statistics between calls and "
+                    "cannot run inside of jit, grad, vmap or scan. Jit the step first, "
+                    "method.wrap(jax.jit(step)), or use the pure form, "
+                    "method.observe(step)."
+                )
+            with self._lock:
+                state = self.state or observed.init(*args, **kwargs)
+                self.state, out = run(state, *args, **kwargs)
+            return out
+
+        return cast(Step, collecting)
+
+    def observe(self, step: Callable[..., Any]) -> Observed:
+        """The pure form of `wrap`, for loops that jit, scan or shard the step.
+
+        Args:
+          step: a step that calls a Linen or NNX model, in float.
+
+        Returns:
+          A function `observed(state, *args) -> (state, outputs)`, which starts from
+          `observed.init(*args)`. Put the last state into `state` of this object.
+        """
+        return Observed(step, self._tagging)
+
+    def merge(self, a: State, b: State) -> State:
+        """The statistics of the batches of two states, such as those of two hosts.
+
+        Args:
+          a: a state; those of an input that only one has are kept.
+          b: another one.
+        """
+        merged = {**a, **b}
+        for name in a.keys() & b.keys():
+            found = self._tagging.ranges[name]
+            merge = found.statistics.merge
+            for _ in found.layers:
+                merge = jax.vmap(merge)
+            merged[name] = merge(a[name], b[name])
+        return merged
+
+    def quantize_params(
+        self,
+        params: Any,
+        abstract_quantized_params: Any,
+        quant_stats: Any = None,
+        *,
+        allow_extra_params: bool = False,
+        donate: bool = False,
+    ) -> Any:
+        """Quantizes float params as a quantized model says.
+
+        A weight that the method cannot be applied to is rounded to nearest, as the
+        function `quantize_params` does; `report` says which, and why.
+
+        Args:
+          params: see the function `quantize_params`.
+          abstract_quantized_params: see there. The model is one that `provider`
+            quantizes.
+          quant_stats: see there. For an input that gets a scale for its channels, the
+            range is that of the scaled input, over all batches, from what was
+            collected here; what is given for it here does not count.
+          allow_extra_params: see there.
+          donate: see there.
+
+        Returns:
+          The quantized params.
+
+        Raises:
+          TypeError, ValueError: see there; and if nothing was collected, or a
+            quantized param was not reached in the steps that were run.
+        """
+        self._check_collected()
+        is_module = isinstance(abstract_quantized_params, nnx.Module)
+        job = _Job(self, in_module=is_module)
+        tree = quantize_tree(
+            params,
+            abstract_quantized_params,
+            job.leaf,
+            functools.partial(job.finish, quant_stats),
+            allow_extra_params=allow_extra_params,
+            donate=donate,
+        )
+        self.report = WeightReport(self.title, tuple(job.records))
+        return tree
+
+    @abc.abstractmethod
+    def quantize_weight(self, weight: Weight) -> QuantizedWeight:
+        """The codes of a weight."""
+
+    def obstacle(self, weight: Weight) -> str:
+        """Why the method does not apply to a weight; empty if it does."""
+        del weight
+        return ""
+
+    def _check_collected(self) -> None:
+        if not self._tagging.reads or not self.state:
+            raise ValueError(
+                "No inputs were collected: run the wrapped step first. For a state "
+                "that was put back, trace the step: method.observe(step).init(*args)."
+            )
+        for name in self._tagging.ranges:
+            counts = self.state[name]["count"] if name in self.state else 0
+            if not isinstance(counts, core.Tracer) and not np.all(np.asarray(counts)):
+                raise ValueError(
+                    f"No input was collected for {name!r}: its op was not reached, or "
+                    "every batch was empty or not finite."
+                )
+
+
+class _Job:
+    """One call of `quantize_params`."""
+
+    def __init__(self, method: WeightMethod, *, in_module: bool):
+        self.method = method
+        self.in_module = in_module
+        self.tagging = method._tagging
+        self.records: list[WeightRecord] = []
+        self.scales: dict[Path, jax.Array] = {}
+        self.ranges: dict[Path, dict[str, jax.Array]] = {}
+        self.unscaled: list[Path] = []
+
+    def leaf(self, names: Path, param: Any, target: Any) -> Any:
+        """Quantizes one param."""
+        rounded = quantized_leaf(names, param, target)
+        if not stored.is_quantized(target):
+            return rounded
+        where = f"Param {'/'.join(names)!r}"
+        if isinstance(param, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{where} is a shape, and {self.method.title} looks at values. To have "
+                "shapes of the result, put the call into jax.eval_shape."
+            )
+        path = names if names in self.tagging.reads else names[1:]
+        if path not in self.tagging.reads:
+            raise ValueError(
+                f"{where} was not reached: no op that reads it was in the steps that "
+                "were run. Run steps that reach it, or leave it out of the rules."
+            )
+        prefix = names[: len(names) - len(path)]
+        reads = self.tagging.reads[path]
+        weight = self._weight(path, jnp.asarray(param), target.how)
+        reason = weight if isinstance(weight, str) else self.method.obstacle(weight)
+        record = WeightRecord("/".join(path), tuple(reads), not reason, reason)
+        if reason or isinstance(weight, str):
+            self.records.append(record)
+            self.unscaled += [(*prefix, *name.split("/")) for name in reads]
+            return rounded
+        result = self.method.quantize_weight(weight)
+        if (scale := result.scale) is not None:
+            (found,) = weight.inputs
+            path = (*prefix, *pre_quant_scale.scale_path(found.path))
+            self.scales[path] = scale.stored
+            if scale.range is not None:
+                self.ranges[found.path] = scale.range
+        if "second_moment" in weight.moments:
+            record = dataclasses.replace(
+                record,
+                rounding_error=_known(output_error(weight, rounded.array)),
+                error=_known(
+                    output_error(weight, result.array, scale and scale.channels)
+                ),
+            )
+        self.records.append(dataclasses.replace(record, note=result.note))
+        return WithAux(result.array, rounded.how)
+
+    def finish(self, quant_stats: Any, target: Mapping[Path, Any]) -> Any:
+        """The ranges, with those of scaled inputs, and the scales."""
+        if self.in_module and (lost := sorted(self.scales.keys() - target.keys())):
+            raise ValueError(
+                f"The quantized model has no place for {'/'.join(lost[0])!r}. Quantize "
+                "it with the provider of the method: "
+                "quantize_model(model, method.provider, *inputs)."
+            )
+        for path in self.unscaled:
+            for side in ("lhs", "rhs"):
+                place = pre_quant_scale.scale_path((*path[:-1], f"{path[-1]}_{side}"))
+                if place in target:
+                    shape = stored.shape_of(target[place])
+                    self.scales[place] = jnp.ones(shape.shape, shape.dtype)
+        given = traverse_util.flatten_dict(stored.unbox(quant_stats or {}))
+        kept = {
+            path: value
+            for path, value in given.items()
+            if tuple(map(str, path[:-1])) not in self.ranges
+        }
+        for path, statistics in self.ranges.items():
+            kept |= {(*path, name): value for name, value in statistics.items()}
+        return traverse_util.unflatten_dict(kept), self.scales
+
+    def _weight(self, path: Path, param: jax.Array, how: HowToQuantize) -> Weight | str:
+        """The weight at a path; why the method does not apply, if that is so."""
+        reads = self.tagging.reads[path].values()
+        reasons = [found for found in reads if isinstance(found, str)]
+        if reasons:
+            return "; ".join(dict.fromkeys(reasons))
+        inputs = tuple(found for found in reads if isinstance(found, WeightInput))
+        view = inputs[0].view
+        if any(found.view != view for found in inputs):
+            return "its ops contract different axes of it"
+        if view.stored != param.shape:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} has shape {param.shape}, and {view.stored} "
+                "in the model whose inputs were collected."
+            )
+        all_states = [
+            state
+            for found in inputs
+            for state in _per_matrix(found, self.method.state[found.name])
+        ]
+        merge = inputs[0].statistics.merge
+        return Weight(param, how, view, inputs, functools.reduce(merge, all_states))
+
+
+def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The state of an input with one axis of matrices in front.
+
+    A weight that all of the layers share that are scanned over has a state for each.
+    """
+    depth = len(found.layers)
+    count = math.prod(found.layers)
+
+    def stacked(value: Any) -> jax.Array:
+        if not isinstance(value, core.Tracer):
+            value = np.asarray(value)  # off the mesh of the step, which may be another
+        return jnp.asarray(value).reshape(count, *value.shape[depth:])
+
+    moments = {name: stacked(value) for name, value in state.items()}
+    if found.view.layers or not found.layers:
+        names = [name for name in moments if moments[name].ndim > 1]
+        merged = {name: jnp.concatenate(list(moments[name])) for name in names}
+        others = {name: moments[name][0] for name in moments.keys() - set(names)}
+        return [{**merged, **others}]
+    return [{name: value[i] for name, value in moments.items()} for i in range(count)]
+
+
+def _known(value: jax.Array) -> float | None:
+    return None if isinstance(value, core.Tracer) else float(value)

@@ -1,0 +1,83 @@
+"""What a method made of each weight, as records and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRecord:
+    """What became of one quantized param.
+
+    Attributes:
+      param: its path.
+      ops: the ops that read it.
+      applied: whether the method was; otherwise the param is rounded to nearest.
+      reason: why it was not.
+      rounding_error: the squared error of the outputs, on the inputs that were
+        collected and as a share of their square, if the param is rounded to nearest.
+        None where the method does not collect what that takes.
+      error: the same of what the param was quantized to.
+      note: what else the method has to say.
+    """
+
+    param: str
+    ops: tuple[str, ...]
+    applied: bool
+    reason: str = ""
+    rounding_error: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """What a method made of the weights of a model; printed, it is a table.
+
+    Attributes:
+      method: the name of the method.
+      weights: a record for each quantized param.
+
+    Example:
+      >>> record = WeightRecord('Dense_0/kernel', ('Dense_0/dot_general0',), True,
+      ...                       rounding_error=0.02, error=0.005)
+      >>> print(WeightReport('GPTQ', (record,)))
+      param           method  error of outputs  note
+      ----------------------------------------------
+      Dense_0/kernel  GPTQ    2.00% -> 0.50%
+    """
+
+    method: str
+    weights: tuple[WeightRecord, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records as dictionaries."""
+        return [dataclasses.asdict(weight) for weight in self.weights]
+
+    def __str__(self) -> str:
+        rows = [["param", "method", "error of outputs", "note"]]
+        for weight in self.weights:
+            method = self.method if weight.applied else "rounding"
+            errors = _percent(weight.rounding_error)
+            if weight.applied and errors:
+                errors += f" -> {_percent(weight.error)}"
+            notes = filter(None, (weight.reason, weight.note))
+            rows.append([weight.param, method, errors or "-", "; ".join(notes)])
+        return _aligned(rows)
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{100 * error:.2f}%"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in rows
+    ]
+    lines = ["  ".join(row).rstrip() for row in cells]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
