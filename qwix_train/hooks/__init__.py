@@ -1,0 +1,10 @@
+"""Periodic actions for training loops: calibrate, report, export.
+
+They are called as those of `clu.periodic_actions`, after every step, and need neither
+`clu` nor TensorFlow.
+"""
+
+from qwix_train.hooks.calibrate import Calibrate as Calibrate
+from qwix_train.hooks.export import Export as Export
+from qwix_train.hooks.periodic import PeriodicAction as PeriodicAction
+from qwix_train.hooks.report import QuantReport as QuantReport

@@ -1,0 +1,100 @@
+"""When periodic actions are due."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Iterable
+from typing import Any
+
+
+class PeriodicAction(abc.ABC):
+    """Something to do every so many steps or seconds; call it after each step.
+
+    It is due when those of `clu.periodic_actions` are. Subclasses do it in `_apply`,
+    which is given the step, the time, and what else the call was given.
+
+    Example:
+      >>> class Print(PeriodicAction):
+      ...     def _apply(self, step, t, loss):
+      ...         print(f"step {step}: loss {loss}")
+      >>> report = Print(every_steps=2)
+      >>> [report(step, loss=1 / step) for step in range(1, 5)]
+      step 2: loss 0.5
+      step 4: loss 0.25
+      [False, True, False, True]
+    """
+
+    def __init__(
+        self,
+        *,
+        every_steps: int | None = None,
+        every_secs: float | None = None,
+        on_steps: Iterable[int] | None = None,
+    ):
+        """Says when the action is due: whenever one of the arguments says so.
+
+        Args:
+          every_steps: at steps that this divides. The hook must then be called after
+            every step.
+          every_secs: once more than so many seconds have passed since the last time,
+            or since the first call.
+          on_steps: at these steps.
+
+        Raises:
+          ValueError: if `every_steps` is below 1.
+        """
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps={every_steps}: it must be 1 or more.")
+        self._every_steps = every_steps
+        self._every_secs = every_secs
+        self._on_steps = frozenset(on_steps or ())
+        self._last_step: int | None = None
+        self._previous_time = 0.0  # of the action, or of the first call
+
+    def __call__(
+        self, step: int, t: float | None = None, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Does the action if it is due.
+
+        Args:
+          step: the step that was just done.
+          t: the time in seconds; `time.monotonic()` if None.
+          *args: for the action, where it takes more, such as the train state.
+          **kwargs: the same by keyword.
+
+        Returns:
+          Whether it was due.
+
+        Raises:
+          ValueError: if there is `every_steps`, and a step was left out or repeated.
+        """
+        t = time.monotonic() if t is None else t
+        if self._last_step is None:
+            self._previous_time = t
+        elif self._every_steps is not None and step != self._last_step + 1:
+            raise ValueError(
+                f"{type(self).__name__} with every_steps={self._every_steps} was "
+                f"called with step {step} after step {self._last_step}: call it once "
+                "after every step, or use every_secs or on_steps."
+            )
+        self._last_step = step
+        if not self._is_due(step, t):
+            return False
+        self._apply(step, t, *args, **kwargs)
+        self._previous_time = t
+        return True
+
+    def _is_due(self, step: int, t: float) -> bool:
+        return (
+            (self._every_steps is not None and step % self._every_steps == 0)
+            or (
+                self._every_secs is not None
+                and t - self._previous_time > self._every_secs
+            )
+            or step in self._on_steps
+        )
+
+    @abc.abstractmethod
+    def _apply(self, step: int, t: float, *args: Any, **kwargs: Any) -> None:
+        """Does the action."""

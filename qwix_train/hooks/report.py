@@ -1,0 +1,266 @@
+"""Writes what quantization does to a model, as scalars for a dashboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax import numpy as jnp
+
+from qwix_train import static_range, stored
+from qwix_train.core import tiling
+from qwix_train.core.calibration import calibrate
+from qwix_train.core.fake_quant import fake_quant
+from qwix_train.core.how import HowToQuantize
+from qwix_train.hooks import state as states
+from qwix_train.hooks.periodic import PeriodicAction
+from qwix_train.planning import ParamPlan, Path, Plan
+from qwix_train.trace.function import param_path
+from qwix_train.trace.provenance import Weight
+
+
+class Writer(Protocol):
+    """What scalars are written to, such as a `clu.metric_writers.MetricWriter`."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any], /) -> Any:
+        """Writes the scalars of a step."""
+
+
+class QuantReport(PeriodicAction):
+    """Writes how well a model's weights and activations fit their types.
+
+    For each weight that the plan quantizes, such as `Dense_0/kernel`:
+
+    * `quant/Dense_0/kernel/sqnr_db`: the signal-to-quantization-noise ratio of its
+      float values `x` and their fake-quantized ones `q`,
+      `10 log10(sum(x**2) / sum((x - q)**2))`; infinite where they are equal,
+    * `quant/Dense_0/kernel/saturated`: the fraction of its elements that lie outside
+      of the range, and are clipped. 0 where the method of calibration covers all.
+
+    For each range of an activation, such as that of `Dense_0/dot_general0_lhs`, its
+    ends: `quant/Dense_0/dot_general0_lhs/absmax`, or `min` and `max`; of several
+    channels or layers the widest.
+
+    A `hook(step, state=state)` gets the state as an argument: a train state, variables,
+    params, or an NNX module. Or it is given once, see `state` below.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> from qwix_train import QuantizationRule, plan
+      >>> class Writer:  # or a clu.metric_writers.MetricWriter
+      ...     def write_scalars(self, step, scalars):
+      ...         for name, value in scalars.items():
+      ...             print(step, name, round(value, 1))
+      >>> model, x = nn.Dense(2), jnp.ones((1, 4))
+      >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.zeros(2)}
+      >>> rules = [QuantizationRule(weight_qtype="int4")]
+      >>> report = QuantReport(Writer(), plan(model, rules, x), every_steps=10)
+      >>> report(10, state=params)
+      10 quant/kernel/sqnr_db 23.1
+      10 quant/kernel/saturated 0.0
+      True
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        plan: Plan,
+        *,
+        state: states.Source = None,
+        quant_stats: states.QuantStats = None,
+        per_layer: bool = False,
+        prefix: str = "quant",
+        every_steps: int | None = None,
+        every_secs: float | None = None,
+        on_steps: Iterable[int] | None = None,
+    ):
+        """Sets up the report.
+
+        Args:
+          writer: where the scalars go; see `Writer`.
+          plan: what rules do to the model: `qwix_train.plan(model, rules, *inputs)`.
+          state: an NNX module, or a function without arguments that returns the state
+            of the loop, for calls of the hook that are not given one.
+          quant_stats: the ranges of activations as `quantize_params` takes them, or a
+            function that returns them, such as `lambda: calibrate.quant_stats` of a
+            `Calibrate` hook. If there are none, those that the state has, as that of
+            QAT does (`with_quant_stats`); otherwise only weights are reported.
+          per_layer: whether the layers of weights and ranges that are stacked for
+            `scan` have scalars of their own, too: `quant/.../layer_0/sqnr_db`.
+          prefix: the first part of all names.
+          every_steps: see `PeriodicAction`.
+          every_secs: see `PeriodicAction`.
+          on_steps: see `PeriodicAction`.
+
+        Raises:
+          TypeError: if the writer or the plan is none.
+          ValueError: if the plan quantizes no weight.
+        """
+        super().__init__(
+            every_steps=every_steps, every_secs=every_secs, on_steps=on_steps
+        )
+        if not callable(getattr(writer, "write_scalars", None)):
+            raise TypeError(
+                f"The writer {writer!r} has no method write_scalars(step, scalars)."
+            )
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                "Expected the plan of a model, qwix_train.plan(model, rules, "
+                f"*inputs), got {plan!r}."
+            )
+        weights = {path: p for path, p in plan.params.items() if p.how is not None}
+        if not weights:
+            raise ValueError(plan.no_match_message())
+        self._writer = writer
+        self._rules = plan.rules
+        self._weights = weights
+        self._state = state
+        self._quant_stats = quant_stats
+        self._per_layer = per_layer
+        self._prefix = prefix
+        self._measure = jax.jit(self._measure_all)
+
+    def scalars(self, state: Any = None) -> dict[str, float]:
+        """The scalars, by name, without the prefix.
+
+        Args:
+          state: the state; see the class.
+
+        Raises:
+          ValueError: if a weight of the plan is not among its params, has another
+            shape, or is quantized already.
+        """
+        state = states.current(state, self._state, type(self).__name__)
+        params = self._params(states.params_of(state))
+        scalars: dict[str, float] = {}
+        for path, (signal, noise, outside) in jax.device_get(
+            self._measure(params)
+        ).items():
+            name, size = "/".join(path), params[path].size
+            ratio = {
+                "sqnr_db": _decibels(signal.sum(), noise.sum()),
+                "saturated": float(outside.sum() / max(size, 1)),
+            }
+            scalars |= _named(name, ratio)
+            for where, index in self._layers(signal.shape):
+                ratio = {
+                    "sqnr_db": _decibels(signal[index], noise[index]),
+                    "saturated": float(outside[index] * signal.size / max(size, 1)),
+                }
+                scalars |= _named(f"{name}/{where}", ratio)
+        return scalars | self._range_scalars(state)
+
+    def _apply(self, step: int, t: float, state: Any = None) -> None:
+        scalars = _named(self._prefix, self.scalars(state))
+        self._writer.write_scalars(step, scalars)
+
+    def _params(self, tree: Any) -> dict[Path, Any]:
+        """The weights of the plan, by path."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=stored.is_quantized
+        )
+        given = {param_path(key_path): leaf for key_path, leaf in leaves}
+        params = {}
+        for path, planned in self._weights.items():
+            param = given.get(path)
+            name = "/".join(path)
+            if stored.is_quantized(param):
+                raise ValueError(
+                    f"Param {name!r} is quantized already; the report compares the "
+                    "float params with what they become."
+                )
+            if param is None or tuple(param.shape) != planned.shape:
+                found = "no such param" if param is None else f"shape {param.shape}"
+                raise ValueError(
+                    f"The plan quantizes a param {name!r} of shape {planned.shape}; "
+                    f"the state has {found} there. Make the plan for this model."
+                )
+            params[path] = param
+        return params
+
+    def _measure_all(self, params: dict[Path, Any]) -> dict[Path, Any]:
+        return {
+            path: _measure(param, planned.how, _layer_axes(planned))
+            for path, param in params.items()
+            if (planned := self._weights[path]).how is not None
+        }
+
+    def _range_scalars(self, state: Any) -> dict[str, float]:
+        quant_stats = states.quant_stats_of(self._quant_stats, state, self._rules)
+        groups: dict[Path, dict[str, Any]] = {}
+        flat = traverse_util.flatten_dict(stored.unbox(quant_stats or {}))
+        for path, value in flat.items():
+            groups.setdefault(path[:-1], {})[path[-1]] = np.asarray(value, np.float32)
+        scalars: dict[str, float] = {}
+        for path, statistics in groups.items():
+            name, count = "/".join(path), statistics["count"]
+            for (kind, end), value in static_range.ends_in(statistics).items():
+                if kind == "sum":
+                    axes = count.shape + (1,) * (value.ndim - count.ndim)
+                    value = value / count.reshape(axes)
+                widest = np.min if end == "min" else np.max
+                scalars[f"{name}/{end}"] = float(widest(value))
+                for where, index in self._layers(count.shape):
+                    scalars[f"{name}/{where}/{end}"] = float(widest(value[index]))
+        return scalars
+
+    def _layers(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """The names and indices of layers that are stacked in this shape."""
+        if not self._per_layer or not shape:
+            return []
+        return [
+            ("layer_" + "_".join(map(str, index)), index) for index in np.ndindex(shape)
+        ]
+
+
+def _measure(
+    x: jax.Array, how: HowToQuantize, layer_axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The power of a weight, that of its noise, and how many elements are clipped."""
+    calibration = calibrate(x, how)
+    if "absmax" in calibration:
+        calibration = {"min": -calibration["absmax"], "max": calibration["absmax"]}
+    outside = tiling.elementwise(
+        lambda x, low, high: (x < low) | (x > high),
+        x,
+        *(jnp.asarray(calibration[key]) for key in ("min", "max")),
+    )
+    noise = x.astype(jnp.float32) - fake_quant(x, how).astype(jnp.float32)
+    axes = tuple(axis for axis in range(x.ndim) if axis not in layer_axes)
+    return (
+        jnp.sum(jnp.square(x.astype(jnp.float32)), axes),
+        jnp.sum(jnp.square(noise), axes),
+        jnp.sum(outside.astype(jnp.float32), axes),
+    )
+
+
+def _layer_axes(planned: ParamPlan) -> tuple[int, ...]:
+    """The axes of a param along which `scan` takes one layer after the other."""
+    assert planned.op is not None
+    op = planned.op.op
+    for operand in op.operands:
+        if not isinstance(operand.provenance, Weight):
+            continue
+        for view in operand.provenance.views:
+            if view.path != planned.path:
+                continue
+            held = {atom.axis for dim in view.dims for atom in dim}
+            axes = tuple(a for a in range(len(planned.shape)) if a not in held)
+            # Other axes may be missing, too, such as one that was indexed.
+            if tuple(planned.shape[a] for a in axes) == op.layers:
+                return axes
+    return ()
+
+
+def _decibels(signal: Any, noise: Any) -> float:
+    if noise == 0:
+        return float("inf")
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10(np.float64(signal) / np.float64(noise)))
+
+
+def _named(prefix: str, scalars: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}" if prefix else name: x for name, x in scalars.items()}
