@@ -2,6 +2,7 @@
 # outside this folder. Stamp files in .venv record which extras are there.
 #
 #   make demo         train the digits example: float, plain fake quant, QAT
+#   make example-static-range  a language model with static ranges, GPTQ and others
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
@@ -9,6 +10,7 @@
 #   make lint         ruff and pyright
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
+#   make bench-calibration  the benchmark of calibration
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -55,7 +57,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,14p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,13p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -81,6 +83,10 @@ $(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-python
 .PHONY: demo
 demo: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.digits_qat $(ARGS)
+
+.PHONY: example-static-range
+example-static-range: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.static_range $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.stamp-test
@@ -152,6 +158,10 @@ bench: $(VENV)/.stamp-bench
 .PHONY: bench-ptq
 bench-ptq: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.ptq $(ARGS)
+
+.PHONY: bench-calibration
+bench-calibration: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.calibration $(ARGS)
 
 .PHONY: clean
 clean:

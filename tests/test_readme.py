@@ -17,8 +17,8 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 7
-    assert names["state"].step == 3
+    assert len(blocks) == 9
+    assert names["state"].step == 4
     assert np.isfinite(names["loss"])
 
     # The wrapped step is quantized: its loss is that of the quantized weights.

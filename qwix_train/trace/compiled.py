@@ -32,7 +32,8 @@ class Compiled:
             None if given else leaf
             for leaf, given in zip(leaves, is_input, strict=True)
         )
-        key = (structure, tuple(is_input), statics)
+        has_nodes = any(map(nnx_calls.is_node, leaves))
+        key = (structure, tuple(is_input), statics, has_nodes)
         if key not in self._compiled:
             self._compiled[key] = self._compile(*key)
         function, layout = self._compiled[key]
@@ -44,10 +45,12 @@ class Compiled:
             out_structure, [next(rest) if s is None else s[0] for s in out_statics]
         )
 
-    def _compile(self, structure, is_input, statics):
+    def _compile(self, structure, is_input, statics, has_nodes):
         layout: list[Any] = []
+        # `nnx.jit` walks over every input in Python, which takes it milliseconds.
+        jit = nnx.jit if has_nodes else jax.jit
 
-        @nnx.jit
+        @jit
         def function(inputs):
             rest = iter(inputs)
             leaves = [
