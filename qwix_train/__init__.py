@@ -1,6 +1,7 @@
 """Quantizes a JAX model while it trains, without changing the model or the loop."""
 
 from qwix_train import calib as calib
+from qwix_train import hooks as hooks
 from qwix_train import ptq as ptq
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot

@@ -77,6 +77,25 @@ def mlp(params, x, **bits):
     )
 
 
+class Layers(nn.Module):
+    """Three layers under `scan`."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(3 * nn.Dense(6, use_bias=False)(x)), None
+
+        layer = nn.remat(Layer) if self.remat else Layer
+        stack = nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return stack(name="layers")(x, None)[0]
+
+
 class Everything(nn.Module):
     """Convolution, BatchNorm, dropout and a dense layer."""
 

@@ -55,6 +55,7 @@ def check(new_state, value, batch=BATCH, **bits):
     models.assert_close((new_state.params, value), (params, loss))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("rules,bits", [(models.INT8, 8), (models.INT4, 4)])
 def test_a_train_state_step_trains_on_fake_quantized_values(compile_step, rules, bits):

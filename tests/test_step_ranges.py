@@ -186,7 +186,8 @@ def test_a_moving_average():
     expected.check(state.params, state.quant_stats, "ema_of_absmax")
 
 
-@pytest.mark.parametrize("observer", ["percentile,99", "mse"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("observer", ["mse", "percentile,99"])
 def test_observers_of_all_data(observer):
     """The range is that of a calibration over the same activations."""
     rules = [dataclasses.replace(RULES[0], act_observer=observer)]
@@ -261,26 +262,9 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     assert abs(third - not_own) > 1e-5 * abs(not_own)
 
 
-class Layers(nn.Module):
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        class Layer(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return jnp.tanh(3 * nn.Dense(6, use_bias=False)(x)), None
-
-        layer = nn.remat(Layer) if self.remat else Layer
-        stack = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        return stack(name="layers")(x, None)[0]
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_remat_and_micro_batches_at_once(remat):
-    model = Layers(remat)
+    model = models.Layers(remat)
     params = model.init(KEY, BATCHES[0])["params"]
     state = train_state.TrainState.create(
         apply_fn=model.apply, params=params, tx=optax.sgd(RATE)

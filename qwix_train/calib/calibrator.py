@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-from jax import core
-
-from qwix_train.calib.observe import Observed, RangeTagging, Stats
+from qwix_train.calib.collector import Collector, Step
+from qwix_train.calib.observe import Observed, RangeTagging, quant_stats_of
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace.compiled import Compiled
-
-Step = TypeVar("Step", bound=Callable[..., Any])
 
 
-class Calibrator:
+class Calibrator(Collector):
     """Collects the ranges that static quantization of activations needs.
 
     Wrap the eval step, run the eval loop, and hand `quant_stats` to
@@ -29,6 +22,7 @@ class Calibrator:
         checkpoint and put back.
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
       >>> rule = QuantizationRule(
@@ -54,10 +48,9 @@ class Calibrator:
         Raises:
           ValueError: if no rule sets `act_static_scale=True`.
         """
+        super().__init__()
         self.rules = tuple(rules)
-        self.state: Stats = {}
         self._observed: list[Observed] = []
-        self._lock = threading.Lock()
         RangeTagging(self.rules)  # complains of rules without static ranges
 
     def wrap(self, step: Step) -> Step:
@@ -77,25 +70,7 @@ class Calibrator:
         """
         observed = Observed(step, RangeTagging(self.rules))
         self._observed.append(observed)
-        run = Compiled(observed) if hasattr(step, "lower") else observed
-
-        @functools.wraps(step)
-        def collecting(*args, **kwargs):
-            leaves = jax.tree.leaves((args, kwargs))
-            if any(isinstance(leaf, core.Tracer) for leaf in leaves):
-                raise ValueError(
-                    "A step that a Calibrator wraps keeps statistics between calls and "
-                    "cannot run inside of jit, grad, vmap or scan. Jit the step first, "
-                    "calibrator.wrap(jax.jit(step)), or use the pure form, "
-                    "calib.observe(step, rules)."
-                )
-            with self._lock:
-                # Compiled once: with statistics from the start.
-                state = self.state or observed.init(*args, **kwargs)
-                self.state, out = run(state, *args, **kwargs)
-            return out
-
-        return cast(Step, collecting)
+        return self.collecting(step, observed, "calib.observe(step, rules)")
 
     @property
     def ranges(self) -> dict[str, Any]:
@@ -113,7 +88,6 @@ class Calibrator:
           ValueError: if nothing was collected, or for some operand no batch that was
             not empty and was finite.
         """
-        for observed in self._observed:
-            if any(name in self.state for name in observed.ranges):
-                return observed.quant_stats(self.state)
-        raise ValueError("No range was collected: run the wrapped step first.")
+        if not self.state:
+            raise ValueError("No range was collected: run the wrapped step first.")
+        return quant_stats_of(self.ranges, self.state)

@@ -90,19 +90,7 @@ class Observed:
         Raises:
           ValueError: if one was never updated with a batch that counts.
         """
-        flat = {}
-        for name, found in self.ranges.items():
-            state = stats[name]
-            if not np.all(np.asarray(state["count"]) > 0):
-                raise ValueError(
-                    f"No range was collected for {name!r}: its op was not reached, or "
-                    "every batch was empty or not finite."
-                )
-            quant_stats = found.statistics.quant_stats
-            for _ in range(np.ndim(state["count"])):  # layers
-                quant_stats = jax.vmap(quant_stats)
-            flat[found.path] = quant_stats(state)
-        return traverse_util.unflatten_dict(flat)
+        return quant_stats_of(self.ranges, stats)
 
     def init(self, *args: Any, **kwargs: Any) -> Stats:
         """The statistics before any batch; the step is traced, not run.
@@ -145,6 +133,31 @@ def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Obse
       ValueError: by the function, if nothing in the step has a static range.
     """
     return Observed(step, RangeTagging(rules))
+
+
+def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
+    """The ranges that statistics give, as `quantize_params` takes them.
+
+    Args:
+      ranges: what is collected, by name.
+      stats: the statistics.
+
+    Raises:
+      ValueError: if one was never updated with a batch that counts.
+    """
+    flat = {}
+    for name, found in ranges.items():
+        state = stats.get(name, {"count": 0})
+        if not np.all(np.asarray(state["count"]) > 0):
+            raise ValueError(
+                f"No range was collected for {name!r}: its op was not reached, or "
+                "every batch was empty or not finite."
+            )
+        quant_stats = found.statistics.quant_stats
+        for _ in range(np.ndim(state["count"])):  # layers
+            quant_stats = jax.vmap(quant_stats)
+        flat[found.path] = quant_stats(state)
+    return traverse_util.unflatten_dict(flat)
 
 
 def statistics_of(

@@ -6,9 +6,8 @@ import abc
 import dataclasses
 import functools
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from jax import core
 from jax import numpy as jnp
 
 from qwix_train import stored
+from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import WithAux
@@ -35,14 +35,12 @@ from qwix_train.ptq.params import quantize_tree, quantized_leaf
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.ptq.weight_report import WeightRecord, WeightReport
 from qwix_train.rules import QuantizationRule, check_rules
-from qwix_train.trace.compiled import Compiled
 
-Step = TypeVar("Step", bound=Callable[..., Any])
 State = Mapping[str, Any]
 """What was collected for each input, by its path: ``Dense_0/dot_general0_lhs``."""
 
 
-class WeightMethod(abc.ABC):
+class WeightMethod(Collector, abc.ABC):
     """Collects the inputs of weights in a user's loop, then quantizes the weights.
 
     Wrap the eval step of the float model and run the loop; `quantize_params` then
@@ -65,11 +63,10 @@ class WeightMethod(abc.ABC):
         Args:
           rules: the rules, those that the model is to be quantized by.
         """
+        super().__init__()
         self.rules = check_rules(rules)
-        self.state: State = {}
         self.report: WeightReport | None = None
         self._tagging = InputTagging(self.rules, second_moment=self.second_moment)
-        self._lock = threading.Lock()
 
     @property
     def provider(self) -> PtqProvider:
@@ -92,25 +89,7 @@ class WeightMethod(abc.ABC):
             rule quantizes a weight that it reads.
         """
         observed = self.observe(step)
-        run = Compiled(observed) if hasattr(step, "lower") else observed
-
-        @functools.wraps(step)
-        def collecting(*args, **kwargs):
-            leaves = jax.tree.leaves((args, kwargs))
-            if any(isinstance(leaf, core.Tracer) for leaf in leaves):
-                name = type(self).__name__
-                raise ValueError(
-                    f"A step that {name} wraps keeps statistics between calls and "
-                    "cannot run inside of jit, grad, vmap or scan. Jit the step first, "
-                    "method.wrap(jax.jit(step)), or use the pure form, "
-                    "method.observe(step)."
-                )
-            with self._lock:
-                state = self.state or observed.init(*args, **kwargs)
-                self.state, out = run(state, *args, **kwargs)
-            return out
-
-        return cast(Step, collecting)
+        return self.collecting(step, observed, "method.observe(step)")
 
     def observe(self, step: Callable[..., Any]) -> Observed:
         """The pure form of `wrap`, for loops that jit, scan or shard the step.

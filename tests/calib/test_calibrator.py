@@ -157,27 +157,10 @@ def test_observers_and_averaging_by_name(observer, averaging, reference):
     np.testing.assert_allclose(found, [[reference(BATCHES)]], rtol=1e-5)
 
 
-class Layers(nn.Module):
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        class Layer(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return jnp.tanh(3 * nn.Dense(6, use_bias=False)(x)), None
-
-        layer = nn.remat(Layer) if self.remat else Layer
-        stack = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        return stack(name="layers")(x, None)[0]
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_remat_grad_and_micro_batches_at_once(remat):
     """A range for each layer, each counted once for each micro-batch."""
-    model = Layers(remat)
+    model = models.Layers(remat)
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
 
     def train_step(params, batches):
@@ -254,6 +237,21 @@ def test_sharded_batches_give_the_same_ranges():
             step(*case.args(place(x)))
         both.append(calibrator.quant_stats)
     models.assert_same(*both)
+
+
+def test_several_steps_share_the_statistics():
+    case = Linear("linen")
+    calibrator = calib.Calibrator(RULES)
+    whole = calibrator.wrap(case.eval_step())
+    first = calibrator.wrap(
+        jax.jit(lambda params, x: nn.Dense(6, name="head").apply({"params": params}, x))
+    )
+    whole(*case.args(BATCHES[0]))
+    first({"kernel": jnp.ones((6, 6)), "bias": jnp.zeros(6)}, BATCHES[1])
+    whole(*case.args(BATCHES[2]))
+    stats = calibrator.quant_stats
+    assert stats["Dense_0"]["dot_general0_lhs"]["count"] == 2
+    assert stats["dot_general0_lhs"]["count"] == 1
 
 
 def test_errors():

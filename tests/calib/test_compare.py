@@ -10,7 +10,8 @@ from flax import nnx
 
 from qwix_train import QuantizationRule, calib, ptq
 from qwix_train.calib import named_observers
-from tests.calib.test_calibrator import BATCHES, Layers, Linear
+from tests import models
+from tests.calib.test_calibrator import BATCHES, Linear
 
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
 OBSERVERS = ["absmax", "rms,3"]
@@ -91,7 +92,7 @@ def test_ranges_are_those_that_a_calibrator_collects():
 
 
 def test_layers_under_scan_have_a_row_each():
-    model = Layers()
+    model = models.Layers()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
     compared = calib.compare(
         functools.partial(lambda p, x: model.apply({"params": p}, x), params),

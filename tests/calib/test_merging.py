@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train import calib
 from tests import models
-from tests.calib.test_calibrator import BATCHES, Layers, Linear, rule
+from tests.calib.test_calibrator import BATCHES, Linear, rule
 
 OBSERVERS = [
     ("absmax", "mean"),
@@ -45,6 +45,7 @@ def data(stats):
     return {name: {**state, "count": 0} for name, state in stats.items()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
     mesh = jax.make_mesh((8,), ("data",))
@@ -69,6 +70,7 @@ def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
                 assert found[1][name][key].sum() == want.sum()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("observer", "averaging"), EXACT)
 def test_shards_merge_to_what_one_batch_gives(observer, averaging):
     """Each of eight devices collects its shard of a batch."""
@@ -93,6 +95,7 @@ def test_shards_merge_to_what_one_batch_gives(observer, averaging):
     models.assert_same(data({name: first[name]}), data({name: whole[name]}))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_two_runs_merge_to_one(observer, averaging):
     observed, collect = observe(observer, averaging)
@@ -109,7 +112,7 @@ def test_two_runs_merge_to_one(observer, averaging):
 
 
 def test_layers_and_batches_that_were_skipped():
-    model = Layers()
+    model = models.Layers()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
     observed = calib.observe(
         lambda x: model.apply({"params": params}, x), [rule(act_observer="mse")]
@@ -130,6 +133,7 @@ def test_layers_and_batches_that_were_skipped():
     assert state["count"].tolist() == [2] * 3 and state["skipped"].tolist() == [1] * 3
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("observer", ["absmax", "mse"])
 def test_orbax_saves_them_with_a_train_state(tmp_path, framework, observer):

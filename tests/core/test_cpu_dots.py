@@ -73,6 +73,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout, qtype, tile, method", CASES)
 def test_weights(form, layout, qtype, tile, method):
@@ -107,7 +108,7 @@ def test_what_fits_no_form():
     assert run(x[:0], weight, ((1, 2), (0, 1)), None) is None
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
     rows=st.integers(1, 3),
     depth=st.sampled_from([8, 31, 1024, 3000, 4096, 20_000]),

@@ -73,6 +73,7 @@ class _InterruptError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_resumes_as_if_unbroken(tmp_path, monkeypatch):
     config = config_lib.get_quick_config()
     config.eval_every = 2

@@ -19,7 +19,7 @@ from qwix_train import (
 from tests import models
 from tests.calib.test_calibrator import NnxMlp
 from tests.ptq.gptq_reference import abstract, collect, correlated, run, run_nnx
-from tests.ptq.test_weight_method import Layers, NnxLayers, mlp_params
+from tests.ptq.test_weight_method import NnxLayers, mlp_params
 
 WEIGHTS = QuantizationRule(weight_qtype="int8")
 BOTH = models.INT8
@@ -136,7 +136,7 @@ def test_stacked_layers(framework):
         weights = dequantize(ptq.to_tree(whole.layers.kernel.array))
         out = whole(BATCHES[0])
     else:
-        model = Layers()
+        model = models.Layers(remat=True)
         params = model.init(jax.random.key(0), BATCHES[0])["params"]
         kernels = np.asarray(params["layers"]["Dense_0"]["kernel"])
         quantized = run(method, model, params, *BATCHES)

@@ -102,6 +102,7 @@ def _layers():
     }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", _layers())
 def test_layers(name):
     layer, x = _layers()[name]

@@ -77,23 +77,6 @@ def test_an_eval_loop(framework):
     check_mlp(layers, [quantized[name]["kernel"].array for name in names])
 
 
-class Layers(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        class Layer(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return jnp.tanh(3 * nn.Dense(6, use_bias=False)(x)), None
-
-        stack = nn.scan(
-            nn.remat(Layer),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-        )
-        return stack(name="layers")(x, None)[0]
-
-
 class NnxLayers(nnx.Module):
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)
@@ -120,7 +103,7 @@ def test_stacked_layers_have_a_statistic_each(framework):
         array = run_nnx(method, model, *BATCHES).layers.kernel.array
         array = ptq.to_tree(array)
     else:
-        model = Layers()
+        model = models.Layers(remat=True)
         params = model.init(jax.random.key(0), BATCHES[0])["params"]
         kernels = params["layers"]["Dense_0"]["kernel"]
         quantized = run(method, model, params, *BATCHES)
@@ -202,7 +185,7 @@ def test_batches_count_by_their_vectors_and_bad_ones_not_at_all():
 
 
 def test_states_of_two_hosts_merge():
-    model, (a, b, both) = Layers(), (ptq.Awq(RULES) for _ in range(3))
+    model, (a, b, both) = models.Layers(remat=True), (ptq.Awq(RULES) for _ in range(3))
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
     collect(a, model, params, BATCHES[0])
     collect(b, model, params, BATCHES[1][:7], BATCHES[2])
