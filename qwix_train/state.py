@@ -87,12 +87,19 @@ def with_quant_stats(
             "with_quant_stats needs inputs of the model, or step= and what the step "
             "takes after the state: with_quant_stats(state, rules, *inputs)."
         )
-    if step is None:
-        step = _call_of(state)
-    observed = calib.observe(step, rules)
+    observed = calib.observe(step or _call_of(state), rules)
     # A copy, as an NNX model may be updated by its call.
     traced = nnx.clone(state) if isinstance(state, nnx.Module) else state
-    stats = observed.init(traced, *inputs, **kwargs)
+    try:
+        stats = observed.init(traced, *inputs, **kwargs)
+    except Exception as error:
+        if step is None:
+            error.add_note(
+                "with_quant_stats has called the model on the inputs that it was "
+                "given. If your step calls it in another way, such as on a part of a "
+                "batch, use with_quant_stats(state, rules, batch, step=train_step)."
+            )
+        raise
     states = {observed.ranges[name].path: stats[name] for name in stats}
     if isinstance(state, nnx.Module):
         for path, value in states.items():

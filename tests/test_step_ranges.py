@@ -461,6 +461,9 @@ def test_errors():
         qwix_train.wrap_train_step(train_step, RULES)(new_state(), x)
     with pytest.raises(TypeError, match="needs inputs of the model"):
         with_quant_stats(new_state(), RULES)
+    with pytest.raises(Exception) as raised:
+        with_quant_stats(new_state(), RULES, {"image": x})
+    assert any("step=train_step" in note for note in raised.value.__notes__)
     with pytest.raises(TypeError, match="Expected a TrainState or an NNX model"):
         with_quant_stats({"params": {}}, RULES, x)
     with pytest.raises(ValueError, match="No rule sets act_static_scale"):
