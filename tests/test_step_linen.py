@@ -134,6 +134,7 @@ def image_step(state, batch, axis_name=None):
     return new, (value, updates["intermediates"])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
 def test_what_no_rule_matches_is_bit_identical(compile_step):
     plain = compile_step(image_step)
@@ -260,6 +261,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_steps_that_close_over_a_module(name):
     model = TwoHeads()

@@ -148,6 +148,7 @@ def nnx_step(model, optimizer, x):
     return loss
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("how", ["jit", "eager", "jitted before"])
 def test_the_same_with_nnx_objects(how):
     expected = Threaded()

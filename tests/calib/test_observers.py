@@ -69,6 +69,7 @@ def test_mean_range_against_a_reference(layout, observer):
         np.testing.assert_allclose(value, want, rtol=2e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 @pytest.mark.parametrize("observer", RANGES[:-1])
@@ -163,6 +164,7 @@ def test_sharded_batches_have_the_same_state(observer, kind):
             assert_same(state, collect(statistics, [x]), rtol)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 def test_jit_vmap_scan_and_cond(observer):
     statistics, batches = make(observer), jnp.asarray(data(3))

@@ -27,6 +27,7 @@ def observed(rule, batches):
     }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "fields",
     [
