@@ -231,7 +231,13 @@ def test_processes_combine_what_they_saw():
         )
         for i in range(2)
     ]
-    for child in children:
-        out, err = child.communicate(timeout=240)
+    try:
+        outputs = [child.communicate(timeout=240) for child in children]
+    finally:
+        for child in children:  # one that failed leaves the other waiting for it
+            child.kill()
+            child.communicate()
+    for child, (out, err) in zip(children, outputs, strict=True):
         assert child.returncode == 0, err[-3000:]
-        assert out == "merged 6\n"
+        # The library that connects the processes may print lines of its own.
+        assert "merged 6" in out.splitlines()
