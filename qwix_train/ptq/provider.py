@@ -142,7 +142,7 @@ def _run(
         if op.name == "gather":
             taken = None
             if isinstance(operands[0], StoredWeight):
-                taken = operands[0].apply("gather", op.params, operands)
+                taken = operands[0].apply("gather", op.params, operands, run)
             return run(*operands) if taken is None else taken[0]
         name = "dot_general" if op.name == "einsum" else op.name
         operands = list(operands)

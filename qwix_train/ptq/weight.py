@@ -80,8 +80,9 @@ class StoredWeight(Carried):
 
         return self._with(array).arrays, one
 
-    def apply(self, primitive, params, operands):
+    def apply(self, primitive, params, operands, run):
         """See `Carried.apply`."""
+        del run
         if primitive in _PRODUCTS:
             return [product(primitive, params, operands)]
         if primitive == "convert_element_type":

@@ -54,7 +54,11 @@ class Carried(abc.ABC):
         """
 
     def apply(
-        self, primitive: str, params: Mapping[str, Any], operands: Sequence[Any]
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
     ) -> list[Any] | None:
         """The results of an equation without bodies that reads this.
 
@@ -62,10 +66,12 @@ class Carried(abc.ABC):
           primitive: the name of its primitive.
           params: its parameters.
           operands: its operands; at least one is a `Carried` that `follows`.
+          run: the equation itself, on arrays.
 
         Returns:
           The results, arrays or `Carried`; None to run the equation on arrays.
         """
+        del primitive, params, operands, run
         return None
 
     def read_by(self, primitive: str) -> None:  # noqa: B027

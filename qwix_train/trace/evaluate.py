@@ -10,6 +10,7 @@ traced computation again, so it can be differentiated, batched, sharded and comp
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -132,22 +133,14 @@ class _Evaluator:
         if jax_versions.has_body(eqn.params):
             return None
         carried = next(x for x in operands if _follows(x))
-        return carried.apply(name, eqn.params, operands)
+        run = functools.partial(_run, eqn)
+        return carried.apply(name, eqn.params, operands, run)
 
     def replace(self, eqn, operands, key):
         operands = [x if _follows(x) else _value(x) for x in operands]
 
         def run(*values):
-            # Literals cannot be replaced in an equation, so all operands are named.
-            names = [
-                jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
-                for atom in _distinct(eqn.invars)
-            ]
-            call = jax_versions.without_scope(eqn.replace(invars=names))
-            values = [_read(value, eqn.primitive.name) for value in values]
-            return jax_versions.evaluate_equations([call], names, eqn.outvars, values)[
-                0
-            ]
+            return _run(eqn, *(_read(value, eqn.primitive.name) for value in values))[0]
 
         return self.handler(self.ops[key], operands, run, self.given.get(key))
 
@@ -311,6 +304,17 @@ class _Evaluator:
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
         )(*[_read(x, "shard_map") for x in operands])
+
+
+def _run(eqn, *values):
+    """The results of an equation, from arrays for its operands."""
+    # Literals cannot be replaced in an equation, so all operands are named.
+    names = [
+        jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
+        for atom in _distinct(eqn.invars)
+    ]
+    call = jax_versions.without_scope(eqn.replace(invars=names))
+    return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
 
 
 def _scope(name: str):

@@ -322,8 +322,8 @@ def test_a_weight_tells_who_dequantized_it():
     heard = []
     array = QArray(jnp.ones((2, 2), jnp.int8), jnp.full((1, 2), 0.5))
     weight = StoredWeight(array, array.dtype, "w", None, lambda *a: heard.append(a))
-    assert weight.apply("neg", {}, [weight])[0].path == "w"
-    assert weight.apply("exp", {}, [weight]) is None
+    assert weight.apply("neg", {}, [weight], None)[0].path == "w"
+    assert weight.apply("exp", {}, [weight], None) is None
     np.testing.assert_array_equal(weight.returned, np.full((2, 2), 0.5))
     assert heard == [("w", "return")]
 

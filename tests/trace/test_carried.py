@@ -34,7 +34,7 @@ class Halved(carried.Carried):
     def sliced(self):
         return (self.array,), lambda part: Halved(part, self.sign, self.heard)
 
-    def apply(self, primitive, params, operands):
+    def apply(self, primitive, params, operands, run):
         if primitive == "neg":
             return [Halved(self.array, -self.sign, self.heard)]
         return None
