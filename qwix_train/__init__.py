@@ -2,6 +2,7 @@
 
 from qwix_train import calib as calib
 from qwix_train import hooks as hooks
+from qwix_train import lora as lora
 from qwix_train import ptq as ptq
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
@@ -12,7 +13,11 @@ from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize
 from qwix_train.core.qarray import quantize as quantize
+from qwix_train.lora import LoraProvider as LoraProvider
+from qwix_train.lora import LoraRule as LoraRule
+from qwix_train.lora import LoraTrainState as LoraTrainState
 from qwix_train.model import QuantizationProvider as QuantizationProvider
+from qwix_train.model import apply_lora_to_model as apply_lora_to_model
 from qwix_train.model import plan as plan
 from qwix_train.model import quantize_fn as quantize_fn
 from qwix_train.model import quantize_model as quantize_model

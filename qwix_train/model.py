@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import copy
+import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,7 @@ from qwix_train import stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
-from qwix_train.trace import function, session, subclasses
+from qwix_train.trace import call_mode, function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
@@ -72,11 +73,11 @@ class QuantizationProvider(abc.ABC):
           ValueError: if no rule matches, unless `allow_unmatched`; if params are
             quantized already, and this mode keeps them in float.
         """
-        if not self.stores_params:
+        if not self.stores_params and not traced.runs_stored:
             _check_float(traced, type(self).__name__)
         plan = make_plan(traced, self.rules) if plan is None else plan
         self.check(plan)
-        if not plan.quantized_ops:
+        if not self.matches(plan):
             if not self.allow_unmatched:
                 raise ValueError(plan.no_match_message())
             return session.UNCHANGED
@@ -90,6 +91,36 @@ class QuantizationProvider(abc.ABC):
           plan: what the rules do to it.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
+
+    def matches(self, plan: Plan) -> bool:
+        """Whether the rules do anything to a model."""
+        return bool(plan.quantized_ops)
+
+    def within(self, rewrite: session.Rewrite) -> session.Rewrite:
+        """What another mode does to a call of a model of this one.
+
+        Args:
+          rewrite: what the other mode does to a call of a model that is not quantized.
+        """
+        return rewrite
+
+    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:  # noqa: B027
+        """Adds to an NNX model, in place, what this mode keeps in it next to params.
+
+        Args:
+          model: the model.
+          rngs: where random keys come from; None if none were given.
+        """
+
+    def of_nnx(self, model: nnx.Module) -> QuantizationProvider:
+        """The provider for one call of an NNX model, with what the model keeps for it."""
+        del model
+        return self
+
+    def variable(self, path: Path, value: Any) -> Any:
+        """The NNX variable for a param that the float model does not have."""
+        del path
+        return stored.box(value, nnx.Param(None))
 
     def initialize(
         self, traced: function.TracedCall, plan: Plan
@@ -163,7 +194,9 @@ def quantize_model(
         them. The rules are checked against the model at once, abstractly: the values
         of inputs do not matter, and nothing in `model` changes.
       methods: the methods to quantize.
-      **model_inputs_kwargs: keyword inputs.
+      **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
+        an NNX model does not have in float; its method gets them, too, if it takes
+        them.
 
     Returns:
       A model of the same kind. With `QtProvider` it has the same params. With
@@ -189,7 +222,7 @@ def quantize_model(
             "plain function, use quantize_fn."
         )
     _check_provider(provider)
-    cls = getattr(type(model), _ORIGINAL, type(model))
+    cls = subclasses.original(type(model))
     methods = (methods,) if isinstance(methods, str) else tuple(methods)
     for name in methods:
         if not callable(getattr(cls, name, None)):
@@ -208,6 +241,7 @@ def quantize_model(
         object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
         return quantized
     given = bool(model_inputs or model_inputs_kwargs)
+    rngs = model_inputs_kwargs.get("rngs")
     if provider.stores_params and not given:
         raise ValueError(
             f"{type(provider).__name__} needs inputs of an NNX model, since what it "
@@ -218,17 +252,55 @@ def quantize_model(
     nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
+        if rngs is not None and not _takes(method, "rngs"):
+            del model_inputs_kwargs["rngs"]
         with nnx_calls.tracing_call(
             method, (model, *model_inputs), model_inputs_kwargs
         ) as (traced, _):
-            plan = make_plan(traced, provider.rules)
-            provider.check(plan)
-        if not plan.quantized_ops and not provider.allow_unmatched:
-            raise ValueError(plan.no_match_message())
+            plan = _checked_plan(provider, traced)
         if provider.stores_params:
+            if rngs is not None:
+                make_rng = functools.partial(_drawn, rngs)
+                traced = dataclasses.replace(traced, make_rng=make_rng)
             params = provider.store_params(traced, plan)
-            nnx_calls.replace_params(quantized, params, stored.box)
+            nnx_calls.replace_params(quantized, params, stored.box, provider.variable)
+            provider.prepare_nnx(quantized, rngs)
     return quantized
+
+
+def apply_lora_to_model(
+    model: Model,
+    provider: QuantizationProvider,
+    *model_inputs: Any,
+    methods: Collection[str] = ("__call__",),
+    **model_inputs_kwargs: Any,
+) -> Model:
+    """A copy of a model whose weights have adapters.
+
+    The same as `quantize_model`, under the name that it has in `qwix`.
+
+    Args:
+      model: a Linen module, or an NNX module.
+      provider: a `LoraProvider`.
+      *model_inputs: see `quantize_model`.
+      methods: see `quantize_model`.
+      **model_inputs_kwargs: see `quantize_model`; `rngs=nnx.Rngs(0)` for the adapters
+        of an NNX model.
+    """
+    return quantize_model(
+        model, provider, *model_inputs, methods=methods, **model_inputs_kwargs
+    )
+
+
+def _takes(method: Callable[..., Any], name: str) -> bool:
+    """Whether a method has a parameter of a name."""
+    parameters = inspect.signature(method).parameters.values()
+    return any(p.name == name or p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _drawn(rngs: nnx.Rngs, name: str) -> jax.Array:
+    """A random key of a stream of an NNX model."""
+    return rngs[name]()
 
 
 def quantize_fn(
@@ -325,7 +397,32 @@ def trace_function(
             return fn(**{key: first}, **kwargs)
 
     with session.tracing():
-        return function.trace(flat, (first, args[1:], others), name)
+        traced = function.trace(flat, (first, args[1:], others), name)
+    return dataclasses.replace(
+        traced,
+        make_rng=functools.partial(_key_of, kwargs.get("rngs")),
+        deterministic=_deterministic(fn, args, kwargs),
+    )
+
+
+def _key_of(rngs: Any, name: str) -> Any:
+    """The random key of a stream, from those given to Linen's `Module.apply`."""
+    if isinstance(rngs, Mapping):
+        return rngs.get(name, rngs.get("params"))
+    return rngs
+
+
+def _deterministic(fn: Callable[..., Any], args, kwargs) -> bool | None:
+    """Whether a call of a function, or of a Linen module's `apply`, is an evaluation."""
+    module = getattr(fn, "__self__", None)
+    if not isinstance(module, nn.Module):
+        return call_mode.deterministic_of(fn, args, kwargs)
+    method = kwargs.get("method") or "__call__"
+    if isinstance(method, str):
+        method = getattr(subclasses.original(type(module)), method)
+    apply_only = ("variables", "rngs", "method", "mutable", "capture_intermediates")
+    given = {name: x for name, x in kwargs.items() if name not in apply_only}
+    return call_mode.deterministic_of(method, (module, *args[1:]), given, module)
 
 
 def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
@@ -337,15 +434,14 @@ def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
     return next((name for name in names if name in kwargs), next(iter(kwargs)))
 
 
-_ORIGINAL = "_qwix_train_original"
-
 # The Linen collection of the statistics of static ranges.
 QUANT_STATS = "quant_stats"
 
 
 def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
     fields = {name: _linen_method(cls, name, provider) for name in methods}
-    return subclasses.subclass(cls, nn.Module, {_ORIGINAL: cls, **fields})
+    fields[subclasses.WITHIN] = lambda self, rewrite: provider.within(rewrite)
+    return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
 
 
 def _linen_method(cls: type, name: str, provider: QuantizationProvider):
@@ -421,7 +517,7 @@ def _call_with_quant_stats(
 
     def rewrite(traced):
         plan = _checked_plan(provider, traced)
-        if not plan.quantized_ops:
+        if not provider.matches(plan):
             return session.UNCHANGED
         update = module.is_mutable_collection(QUANT_STATS)
         out, after = provider.run_with_quant_stats(traced, plan, held, update)
@@ -443,7 +539,7 @@ def _call_with_quant_stats(
 def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
-    if not plan.quantized_ops and not provider.allow_unmatched:
+    if not provider.matches(plan) and not provider.allow_unmatched:
         raise ValueError(plan.no_match_message())
     return plan
 
@@ -451,7 +547,7 @@ def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -
 def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     """The params that a model is to hold, and the result of a call with them."""
     plan = _checked_plan(provider, traced)
-    if not plan.quantized_ops:
+    if not provider.matches(plan):
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)
 
@@ -463,7 +559,10 @@ def _stand_in(quantized: WithAux) -> Any:
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
     fields = {name: _nnx_method(cls, name, provider) for name in methods}
-    return nnx_calls.subclass(cls, {_ORIGINAL: cls, **fields})
+    fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
+        rewrite
+    )
+    return nnx_calls.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
@@ -473,7 +572,8 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
     def quantized(*args, **kwargs):
         if session.marking():
             return method(*args, **kwargs)
-        return nnx_calls.rewrite_call(method, args, kwargs, provider.rewrite)
+        rewrite = provider.of_nnx(args[0]).rewrite
+        return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
 
     return quantized
 
@@ -517,7 +617,7 @@ def plan(
         return make_plan(traced, rules)
 
     if isinstance(model, nnx.Module):
-        cls = getattr(type(model), _ORIGINAL, type(model))
+        cls = subclasses.original(type(model))
         called = getattr(cls, method) if isinstance(method, str) else method
         with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
             return planned(traced)

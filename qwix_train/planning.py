@@ -200,7 +200,7 @@ class Plan:
             *(f"  {path!r}" for path in self.module_paths),
         ]
         asked = [
-            f"  {_where(op.op)}: {op.reason}"
+            f"  {op.op.where}: {op.reason}"
             for op in self.ops
             if op.rule_index is not None and op.reason
         ]
@@ -299,7 +299,7 @@ class _Planner:
             return dataclasses.replace(plan, reason=reason)
         if rule.tile_size is not None and op.name == "conv_general_dilated":
             raise ValueError(
-                f"{_where(op)}: tile_size={rule.tile_size} is set, but convolutions "
+                f"{op.where}: tile_size={rule.tile_size} is set, but convolutions "
                 "have no sub-channel quantization. Put a rule without tile_size, for "
                 "op_names=('conv_general_dilated',), before this one."
             )
@@ -345,7 +345,7 @@ class _Planner:
         )
         notes = [
             f"it reads {'/'.join(path)}, which is quantized because of "
-            f"{_where(param.op.op)}"
+            f"{param.op.op.where}"
             for path in read
             if (param := self.params[path]).op is not None
         ]
@@ -360,7 +360,7 @@ class _Planner:
             channelwise = _static_axes(op, side, rule, channelwise)
             if not any(isinstance(o, provenance.Weight) for o in _roles(op)):
                 axes = weights.operand_axes(op, side, None)
-        _check_tiles(_where(op), op.operands[side].shape, axes, rule)
+        _check_tiles(op.where, op.operands[side].shape, axes, rule)
         return HowToQuantize(
             qtype=rule.act_qtype,
             channelwise_axes=channelwise,
@@ -372,7 +372,7 @@ class _Planner:
     def quantize_param(self, plan, rule, side, view) -> list[str]:
         """Records how a param is quantized; returns notes for the op's reason."""
         op = plan.op
-        where = f"{_where(op)}, param {'/'.join(view.path)!r}"
+        where = f"{op.where}, param {'/'.join(view.path)!r}"
         axes = weights.operand_axes(op, side, rule.tile_size)
         _check_tiles(where, op.operands[side].shape, axes, rule)
         try:
@@ -398,12 +398,12 @@ class _Planner:
         if _weight_fields(other) != _weight_fields(rule):
             raise ValueError(
                 f"Param {'/'.join(view.path)!r} is asked to be quantized in two ways: "
-                f"by rule {first.rule_index} at {_where(first.op)} "
+                f"by rule {first.rule_index} at {first.op.where} "
                 f"({_weight_fields(other)}), and by rule {plan.rule_index} at "
-                f"{_where(op)} ({_weight_fields(rule)}). A param has one quantization: "
+                f"{op.where} ({_weight_fields(rule)}). A param has one quantization: "
                 "give both ops the same weight settings."
             )
-        return [f"its weight is quantized along the axes of {_where(first.op)}"]
+        return [f"its weight is quantized along the axes of {first.op.where}"]
 
 
 def _table(op: Op) -> provenance.Weight:
@@ -450,10 +450,6 @@ def _weight_fields(rule: QuantizationRule) -> str:
     return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
 
 
-def _where(op: Op) -> str:
-    return f"{op.module_path}/{op.id}" if op.module_path else op.id
-
-
 def _static_axes(
     op: Op, side: int, rule: QuantizationRule, channelwise: Collection[int]
 ) -> tuple[int, ...]:
@@ -462,7 +458,7 @@ def _static_axes(
     axes = {axis % ndim for axis in rule.act_channelwise_axes if -ndim <= axis < ndim}
     if len(axes) < len(set(rule.act_channelwise_axes)) or axes - set(channelwise):
         raise ValueError(
-            f"{_where(op)}: act_channelwise_axes={rule.act_channelwise_axes} does not "
+            f"{op.where}: act_channelwise_axes={rule.act_channelwise_axes} does not "
             f"fit its {weights.SIDES[side]}, of shape "
             f"{tuple(op.operands[side].shape)}: axes that may have ranges of their own "
             f"are {tuple(channelwise)}."

@@ -18,7 +18,7 @@ from flax.linen import meta
 from jax import numpy as jnp
 
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import QArray, WithAux, quantize_array
+from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
 from qwix_train.trace import function
 
 # Where boxes keep the names of axes.
@@ -51,6 +51,16 @@ def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
     else:
         array = _quantize(jnp.asarray(param), how)
     return WithAux(array, how)
+
+
+def dequantized(quantized: WithAux) -> jax.Array:
+    """The array that a quantized param stands for, or the shape of it."""
+    array = unbox(quantized).array
+    if not isinstance(array, QArray):
+        raise TypeError(f"Expected a quantized weight, got {type(array).__name__}.")
+    if isinstance(array.qvalue, jax.ShapeDtypeStruct):
+        return jax.eval_shape(dequantize, array)
+    return dequantize(array)
 
 
 # Compiled, so that no intermediate of the size of a large weight is made.

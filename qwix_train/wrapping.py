@@ -188,6 +188,8 @@ def _enter_state(state):
     owner = getattr(state.apply_fn, "__self__", None)
     if isinstance(owner, nn.Module):
         return state  # its calls are intercepted
+    if getattr(state.apply_fn, "rewrites_itself", False):
+        return state
     wrapper = _InterceptedApply if isinstance(owner, nnx.GraphDef) else _RewrittenApply
     return state.replace(apply_fn=wrapper(state.apply_fn))
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from qwix_train import static_range, stored
-from qwix_train.core.qarray import QArray
 from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan, make_plan
 from qwix_train.ptq import pre_quant_scale
-from qwix_train.ptq.weight import Listener, StoredWeight, product
+from qwix_train.ptq.weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import carried
+from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall
 
 
@@ -93,13 +93,14 @@ class PtqProvider(QuantizationProvider):
           ValueError: if a param that a rule quantizes is a float array, or has codes
             of another type.
         """
-        return _run(traced, plan)
+        check_params(traced, plan)
+        return run_on_codes(traced, plan)
 
     def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
         """See `QuantizationProvider.initialize`. No static range is known yet."""
         params = self.store_params(traced, plan)
         unknown = static_range.initial(plan)
-        return params, _run(traced.with_params(params), plan, unknown=unknown)
+        return params, run_on_codes(traced.with_params(params), plan, unknown=unknown)
 
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`: adds where params are dequantized."""
@@ -111,20 +112,20 @@ class PtqProvider(QuantizationProvider):
         def run(inputs: list[Any]) -> None:
             call = traced.with_inputs(inputs)
             call = call.with_params(self.store_params(call, plan))
-            _run(call, plan, listen, static_range.initial(plan))
+            run_on_codes(call, plan, listen, static_range.initial(plan))
 
         jax.eval_shape(run, list(traced.inputs))
         dequantized = {path: tuple(by) for path, by in found.items()}
         return dataclasses.replace(plan, dequantized=dequantized)
 
 
-def _run(
+def run_on_codes(
     traced: TracedCall,
     plan: Plan,
     listener: Listener | None = None,
     unknown: Mapping[Path, Any] | None = None,
 ) -> Any:
-    """Evaluates a traced call.
+    """The result of a traced call, computed from quantized params.
 
     Args:
       traced: the call.
@@ -132,7 +133,6 @@ def _run(
       listener: told where params are dequantized.
       unknown: what stands for static ranges where none are known yet.
     """
-    _check_params(traced, plan)
     plans = {op.op.key: op for op in plan.quantized_ops}
     named = traced.named
 
@@ -163,13 +163,10 @@ def _run(
         # The weight was dequantized on the way here, and so the product is in float.
         return run(*_fake_quantized(operands, plan, ranges))
 
-    def substitute(param: Param) -> StoredWeight | None:
-        whole = param.value
-        if not stored.is_quantized(whole) or not isinstance(whole.array, QArray):
+    def substitute(param: Param) -> Carried | None:
+        if not stored.is_quantized(param.value):
             return None
-        return StoredWeight(
-            whole.array, whole.dtype, "/".join(param.path), whole, listener
-        )
+        return stored_weight(param, listener)
 
     given = {
         op.op.key: (
@@ -230,7 +227,7 @@ def _fake_quantized(
     ]
 
 
-def _check_params(traced: TracedCall, plan: Plan) -> None:
+def check_params(traced: TracedCall, plan: Plan) -> None:
     """Complains of params that are not quantized as the rules say."""
     in_float, other = [], []
     for param in traced.params:

@@ -21,6 +21,7 @@ from qwix_train.core.dot_general import dot_general
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq import structural
 from qwix_train.trace.carried import Carried
+from qwix_train.trace.function import Param
 
 # Called with the path of a param and the name of the primitive that it was
 # dequantized for.
@@ -140,6 +141,23 @@ class StoredWeight(Carried):
         if not numerics.is_quantizable(dtype) or (narrowed and dtype != self.dtype):
             return None
         return [dataclasses.replace(self, dtype=jnp.dtype(dtype), origin=None)]
+
+
+def stored_weight(param: Param, listener: Listener | None = None) -> Carried | None:
+    """What an evaluation carries for a param that is stored quantized.
+
+    Args:
+      param: the param; its value is a `WithAux`.
+      listener: told where it is dequantized.
+
+    Returns:
+      The weight; None for what is no weight, such as the range of an activation.
+    """
+    whole = param.value
+    if not isinstance(whole.array, QArray):
+        return None
+    path = "/".join(param.path)
+    return StoredWeight(whole.array, whole.dtype, path, whole, listener)
 
 
 def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> jax.Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwix_train.core.fake_quant import fake_quant
-from qwix_train.planning import OpPlan, Plan
+from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Deferred
 from qwix_train.trace.function import Param, TracedCall
@@ -46,15 +46,24 @@ def run_fake_quantized(
         )
 
     def substitute(param: Param) -> Deferred | None:
-        decision = plan.params[param.path]
-        if decision.how is None:
-            return None
-        inner = decision.per_iteration
-        return Deferred(
-            param.value,
-            functools.partial(fake_quant, how=decision.how),
-            inner and functools.partial(fake_quant, how=inner),
-        )
+        return fake_quantized_param(param.value, plan.params[param.path])
 
     ops = [op.op for op in plan.quantized_ops]
     return traced.run(ops, handler, substitute, given)
+
+
+def fake_quantized_param(array: Any, plan: ParamPlan) -> Deferred | None:
+    """A param that is fake-quantized where it is used; None if it stays in float.
+
+    Args:
+      array: the param.
+      plan: how it is quantized.
+    """
+    if plan.how is None:
+        return None
+    inner = plan.per_iteration
+    return Deferred(
+        array,
+        functools.partial(fake_quant, how=plan.how),
+        inner and functools.partial(fake_quant, how=inner),
+    )

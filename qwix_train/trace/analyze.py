@@ -76,6 +76,11 @@ class Op:
     scans: tuple[int, ...] = ()
 
     @property
+    def where(self) -> str:
+        """The module and the op, such as `encoder/Dense_0/dot_general0`."""
+        return f"{self.module_path}/{self.id}" if self.module_path else self.id
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The sizes of the axes of layers that the op is run for."""
         return tuple(length for length in self.scans if length)

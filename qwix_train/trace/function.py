@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -65,6 +65,11 @@ class TracedCall:
       paths: for each input, its path if it is in the first argument, and has one.
       module_path: where in a larger model the function stands.
       added: values next to the params that are no inputs, by path.
+      make_rng: gives a random key of a stream of the model, by the name of the stream;
+        None if it has no such stream.
+      deterministic: whether the call says that the model is evaluated, not trained;
+        None if it does not say.
+      runs_stored: whether params may be quantized, whatever the mode.
     """
 
     body: jax_versions.Body
@@ -75,6 +80,10 @@ class TracedCall:
     _rebuild: Callable[[Sequence[Any]], Any]
     module_path: str = ""
     added: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
+    make_rng: Callable[[str], Any] = lambda name: None
+    deterministic: bool | None = None
+
+    runs_stored: ClassVar[bool] = False
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 from flax import core
 from flax import linen as nn
 
-from qwix_train.trace import function, scopes, session
+from qwix_train.trace import call_mode, function, scopes, session, subclasses
 
 
 def interceptor(
@@ -41,7 +42,7 @@ def interceptor(
         lambda: next_function(*args, **kwargs),
         args,
         kwargs,
-        open_session.rewrite,
+        subclasses.within(module, open_session.rewrite),
     )
 
 
@@ -196,12 +197,23 @@ def _trace(module, method_name, args, kwargs, counters) -> function.TracedCall:
             return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
     with session.tracing():
-        return function.trace(
+        traced = function.trace(
             pure,
             (dict(variables), args, kwargs),
             param_name,
             module_path="/".join(module.path),
         )
+    method = getattr(subclasses.original(type(module)), method_name, None)
+    deterministic = None
+    if method is not None:
+        deterministic = call_mode.deterministic_of(
+            method, (module, *args), kwargs, module
+        )
+
+    def make_rng(name):
+        return module.make_rng(name) if module.has_rng(name) else None
+
+    return dataclasses.replace(traced, make_rng=make_rng, deterministic=deterministic)
 
 
 def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:

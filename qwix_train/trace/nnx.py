@@ -215,7 +215,8 @@ def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[...,
         open_session = session.current()
         if open_session is None:
             return method(*args, **kwargs)
-        return rewrite_call(method, args, kwargs, open_session.rewrite, path)
+        rewrite = subclasses.within(args[0], open_session.rewrite)
+        return rewrite_call(method, args, kwargs, rewrite, path)
 
     return wrapped
 
@@ -391,6 +392,7 @@ def replace_params(
     module: nnx.Module,
     values: Mapping[tuple[str, ...], Any],
     box: Callable[[Any, Any], Any],
+    new_variable: Callable[[tuple[str, ...], Any], Any],
 ) -> None:
     """Puts stored params in the place of variables, wherever a module holds them.
 
@@ -399,6 +401,7 @@ def replace_params(
       values: the stored params, by path. A path that does not exist becomes a new
         attribute.
       box: puts the metadata of a variable around the value that takes its place.
+      new_variable: gives what a new attribute holds, from its path and value.
     """
     slots = list(_slots(module))
     new = {
@@ -411,7 +414,7 @@ def replace_params(
             slot.fill(new[id(variable)])
     modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
     for path in set(values) - {slot.path for slot, _ in slots}:
-        setattr(modules[path[:-1]], path[-1], box(values[path], nnx.Param(None)))
+        setattr(modules[path[:-1]], path[-1], new_variable(path, values[path]))
 
 
 def _raw(variable: Any) -> Any:

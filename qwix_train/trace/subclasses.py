@@ -5,6 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 
+ORIGINAL = "_qwix_train_original"
+"""The attribute in which the class of a quantized model keeps the user's."""
+
+
+WITHIN = "_qwix_train_within"
+"""The method by which a quantized model says what another mode does to its calls."""
+
+
+def within(model: Any, rewrite: Any) -> Any:
+    """What a mode does to a call of a model, which may be quantized itself.
+
+    Args:
+      model: the model.
+      rewrite: what the mode does to a call of a model that is not.
+    """
+    return getattr(model, WITHIN, lambda rewrite: rewrite)(rewrite)
+
+
+def original(cls: type) -> type:
+    """The user's own class of a model, which may be quantized."""
+    return getattr(cls, ORIGINAL, cls)
+
+
 def subclass(cls: type, root: type, fields: dict[str, Any], **keywords: Any) -> type:
     """A subclass of a module's class, under the same name.
 

@@ -1,0 +1,8 @@
+"""Adapters: LoRA, QLoRA and their variants, in loops that stay as they were."""
+
+from qwix_train.lora.layout import AdapterLayout as AdapterLayout
+from qwix_train.lora.provider import LoraProvider as LoraProvider
+from qwix_train.lora.rules import LoraRule as LoraRule
+from qwix_train.lora.train_state import LoraTrainState as LoraTrainState
+from qwix_train.lora.train_state import create_train_state as create_train_state
+from qwix_train.lora.train_state import init as init

@@ -1,0 +1,261 @@
+"""A param with an adapter, on its way through a traced function.
+
+What a model does to a weight before a product (transposes, casts, slices it, scans over
+it) is done to the base and to both factors of the adapter. A product then takes three
+small ones, ``x @ W + scaling * (x @ A) @ B``. Anything else that reads the weight finds
+``W + scaling * A @ B`` as one array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.core.qarray import QArray
+from qwix_train.lora import adapted_product
+from qwix_train.lora.layout import contract
+from qwix_train.ptq import structural
+from qwix_train.trace.carried import Carried
+
+# The results of an equation, from arrays for its operands.
+Run = Callable[..., list[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedWeight(Carried):
+    """A weight with an adapter, or a view of one.
+
+    Attributes:
+      base: the weight without it: an array, or what an evaluation carries for one.
+      a: the factor ``A``: the axes of the weight, each of its size or 1, and the rank.
+      b: the factor ``B``, in the same way; the scaling is in it.
+      gain: what the sum of base and adapter is multiplied by, along axes as those of
+        the factors, without the rank; None if by nothing.
+      whole: whether this is the param as it is stored.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    gain: jax.Array | None = None
+    whole: bool = True
+
+    follows = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return tuple(self._held.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that the model cast it to."""
+        return getattr(self.base, "dtype", self._held.dtype)
+
+    @property
+    def _held(self) -> Any:
+        return self.base.array if isinstance(self.base, Carried) else self.base
+
+    @functools.cached_property
+    def value(self) -> jax.Array:
+        """The weight with the adapter in it, as one array."""
+        base = value_of(self.base)
+        weight = base + contract(self.a, self.b, base.shape)
+        if self.gain is not None:
+            weight = weight * self.gain
+        return weight.astype(base.dtype)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What the base holds, the factors, and the gain if there is one."""
+        base = self.base.arrays if isinstance(self.base, Carried) else (self.base,)
+        gain = () if self.gain is None else (self.gain,)
+        return (*base, self.a, self.b, *gain)
+
+    def inside(self, arrays: Sequence[Any]) -> AdaptedWeight:
+        """The same weight, within a body."""
+        arrays = list(arrays)
+        gain = None if self.gain is None else arrays.pop()
+        *parts, a, b = arrays
+        carried = isinstance(self.base, Carried)
+        base = self.base.inside(parts) if carried else parts[0]
+        return AdaptedWeight(base, a, b, gain, whole=False)
+
+    @property
+    def returned(self) -> Any:
+        """The base as it is stored, or the array of a view."""
+        if not self.whole:
+            return self.value
+        return self.base.returned if isinstance(self.base, Carried) else self.base
+
+    def sliced(self):
+        """The base and the factors of each slice along axis 0."""
+        base, of_slice = self.base, None
+        if isinstance(base, Carried):
+            cut = base.sliced()
+            if cut is None:
+                base = base.value
+            else:
+                base, of_slice = cut
+        bases = tuple(base) if of_slice else (base,)
+        size = self.shape[0]
+        others = [self.a, self.b] + ([] if self.gain is None else [self.gain])
+        others = [_full(x, 0, size) for x in others]
+
+        def one(*parts):
+            own, rest = parts[: len(bases)], parts[len(bases) :]
+            base = of_slice(*own) if of_slice else own[0]
+            return AdaptedWeight(base, *rest, whole=False)
+
+        return (*bases, *others), one
+
+    def apply(self, primitive, params, operands, run):
+        """See `Carried.apply`."""
+        if primitive in adapted_product.PRODUCTS:
+            base = functools.partial(base_results, primitive, params, run=run)
+            product = adapted_product.product(
+                primitive, params, operands, lambda *x: base(x)[0]
+            )
+            return [product]
+        if primitive == "convert_element_type":
+            (base,) = base_results(primitive, params, [self.base], run)
+            dtype = params["new_dtype"]
+            if not jnp.issubdtype(dtype, jnp.floating):
+                return None
+            gain = None if self.gain is None else self.gain.astype(dtype)
+            a, b = self.a.astype(dtype), self.b.astype(dtype)
+            return [AdaptedWeight(base, a, b, gain, whole=False)]
+        if primitive in ("mul", "div"):
+            return self._scaled(primitive, params, operands, run)
+        if primitive not in structural.CHANGES or operands[0] is not self:
+            return None
+        if any(isinstance(x, Carried) for x in operands[1:]):
+            return None
+        parts = [self.a, self.b] + ([] if self.gain is None else [self.gain[..., None]])
+        try:
+            changed = [
+                _changed(primitive, params, self.shape, part, operands[1:])
+                for part in parts
+            ]
+        except _CannotChange:
+            return None
+        bases = base_results(primitive, params, [self.base, *operands[1:]], run)
+        gains = [None] * len(bases)
+        if self.gain is not None:
+            gains = [gain[..., 0] for gain in changed[2]]
+        return [
+            AdaptedWeight(base, a, b, gain, whole=False)
+            for base, a, b, gain in zip(bases, *changed[:2], gains, strict=True)
+        ]
+
+    def read_by(self, primitive: str) -> None:
+        """Tells the base that it is read."""
+        if isinstance(self.base, Carried):
+            self.base.read_by(primitive)
+
+    def constrained(self, sharding: Any) -> AdaptedWeight:
+        """The weight with the sharding of its base constrained."""
+        if isinstance(self.base, Carried):
+            base = self.base.constrained(sharding)
+        else:
+            base = lax.with_sharding_constraint(self.base, sharding)
+        return dataclasses.replace(self, base=base)
+
+    def _scaled(self, primitive, params, operands, run):
+        """A product with one number is one with the base and with a factor."""
+        left, right = operands
+        if left is not self:
+            left, right = right, left
+        if isinstance(right, Carried) or jnp.shape(right) != ():
+            return None
+        if primitive == "div" and operands[0] is not self:
+            return None
+        bases = [self.base if x is self else x for x in operands]
+        (base,) = base_results(primitive, params, bases, run)
+        a = self.a * right if primitive == "mul" else self.a / right
+        return [dataclasses.replace(self, base=base, a=a, whole=False)]
+
+
+def value_of(value: Any) -> Any:
+    """The array that a value stands for."""
+    return value.value if isinstance(value, Carried) else value
+
+
+def base_results(
+    primitive: str, params: Mapping[str, Any], operands: Sequence[Any], run: Run
+) -> list[Any]:
+    """The results of an equation that reads bases in the place of adapted weights.
+
+    Args:
+      primitive: the name of its primitive.
+      params: its parameters.
+      operands: arrays, and what an evaluation carries for some.
+      run: runs the equation on arrays.
+    """
+    followed = [x for x in operands if isinstance(x, Carried) and x.follows]
+    if followed:
+        results = followed[0].apply(primitive, params, operands, run)
+        if results is not None:
+            return results
+    for operand in followed:
+        operand.read_by(primitive)
+    return run(*map(value_of, operands))
+
+
+class _CannotChange(Exception):
+    """An equation makes of a factor what is none."""
+
+
+def _changed(primitive, params, shape, factor, others) -> list[jax.Array]:
+    """What an equation that moves the elements of a weight makes of a factor.
+
+    A factor has an entry for what shares it, as a scale of a quantized array does, for
+    each index of the rank.
+    """
+    if primitive == "gather":
+        rows = _same_rows(params, shape, factor, others)
+        if rows is not None:
+            return [rows]
+    codes = jnp.zeros(shape, jnp.int8)
+
+    def change(part):
+        results = structural.CHANGES[primitive](params, QArray(codes, part), others)
+        if results is None:
+            raise _CannotChange
+        for axis in range(results[0].ndim):
+            results = [
+                structural.spread(x, axis) if x.scale.shape[axis] != 1 else x
+                for x in results
+            ]
+        return [x.scale for x in results]
+
+    return jax.vmap(change, in_axes=-1, out_axes=-1)(factor)
+
+
+def _same_rows(params, shape, factor, others) -> jax.Array | None:
+    """A factor that every row of a table shares, for rows that are looked up."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    if any(factor.shape[axis] != 1 for axis in indexed) or indexed != dropped:
+        return None
+    kept = [axis for axis in range(len(shape)) if axis not in indexed]
+    if any(sizes[axis] != shape[axis] for axis in kept):
+        return None
+    (indices,) = others
+    result = [1] * (len(numbers.offset_dims) + jnp.ndim(indices) - 1)
+    for place, axis in zip(numbers.offset_dims, kept, strict=True):
+        result[place] = factor.shape[axis]
+    return factor.reshape(*result, factor.shape[-1])
+
+
+def _full(factor: jax.Array, axis: int, size: int) -> jax.Array:
+    """A factor with an entry for every index along an axis."""
+    shape = (*factor.shape[:axis], size, *factor.shape[axis + 1 :])
+    return factor if factor.shape[axis] == size else jnp.broadcast_to(factor, shape)

@@ -1,0 +1,145 @@
+"""How adapters start, and what is left of the weight as their base."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import dequantize, quantize_array
+from qwix_train.lora.layout import AdapterLayout
+from qwix_train.lora.rules import LoraRule
+
+
+class Start(NamedTuple):
+    """An adapter at the start of training.
+
+    Attributes:
+      a: shape `AdapterLayout.a_shape`.
+      b: shape `AdapterLayout.b_shape`.
+      magnitude: shape `AdapterLayout.magnitude_shape`, or None without DoRA.
+      base: what is left of the weight as the base, in its shape; the weight itself,
+        where the adapter adds nothing at first.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    magnitude: jax.Array | None
+    base: jax.Array
+
+
+def initial(
+    weight: jax.Array,
+    layout: AdapterLayout,
+    rule: LoraRule,
+    how: HowToQuantize | None,
+    key: jax.Array,
+) -> Start:
+    """The adapter of a weight as its rule says.
+
+    Args:
+      weight: the float weight, shape `layout.shape`.
+      layout: the shapes of its adapter.
+      rule: the rule.
+      how: how the base is quantized, or None.
+      key: a random key.
+    """
+    if rule.init == "pissa":
+        return pissa(weight, layout)
+    if rule.loftq_steps:
+        assert how is not None
+        return loftq(weight, layout, how, rule.loftq_steps)
+    a_key, b_key = jax.random.split(key)
+    a = rule.lora_a_initializer(a_key, layout.a_shape, weight.dtype)
+    b = rule.lora_b_initializer(b_key, layout.b_shape, weight.dtype)
+    magnitude = None
+    if layout.dora:
+        delta = layout.delta(a, b)
+        magnitude = layout.norm((weight + delta).astype(weight.dtype))
+    return Start(a, b, magnitude, weight)
+
+
+def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
+    r"""The principal singular values and vectors as the adapter, the rest as the base.
+
+    With ``W = U diag(s) V^T``, ``scaling * A = U_r diag(sqrt(s_r))`` up to where the
+    scaling stands, ``B = diag(sqrt(s_r)) V_r^T`` (PiSSA, arXiv 2404.02948, equations 2
+    to 4), for each layer and each group on its own.
+
+    Args:
+      weight: shape `layout.shape`, a float dtype.
+      layout: the shapes of the adapter.
+
+    Returns:
+      The adapter, whose product with the base adds up to ``weight``.
+    """
+    a, b = _principal(weight, layout)
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
+    dtype = weight.dtype
+    return Start(a.astype(dtype), b.astype(dtype), None, base.astype(dtype))
+
+
+def loftq(
+    weight: jax.Array, layout: AdapterLayout, how: HowToQuantize, steps: int
+) -> Start:
+    """Base and adapter chosen in turns, so that their sum is close to the weight.
+
+    ``Q_t = quantize(W - A_{t-1} B_{t-1})``, then ``A_t, B_t`` from the `rank` largest
+    singular values of ``W - Q_t`` (LoftQ, arXiv 2310.08659, algorithm 1).
+
+    Args:
+      weight: shape `layout.shape`, a float dtype.
+      layout: the shapes of the adapter.
+      how: how the base is quantized.
+      steps: the number of turns.
+    """
+    dtype = weight.dtype
+    wide = weight.astype(jnp.promote_types(dtype, jnp.float32))
+    base, start = wide, None
+    for _ in range(steps):
+        quantized = dequantize(quantize_array(base.astype(dtype), how))
+        # What the base of this turn will be, once it is quantized.
+        kept = base
+        a, b = _principal(wide - quantized.astype(wide.dtype), layout)
+        start = Start(a.astype(dtype), b.astype(dtype), None, kept.astype(dtype))
+        base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
+    assert start is not None
+    return start
+
+
+def _principal(
+    weight: jax.Array, layout: AdapterLayout
+) -> tuple[jax.Array, jax.Array]:
+    """The factors of the best approximation of a rank, with the scaling divided out."""
+    shape, rank = layout.shape, layout.rank
+    columns = [a for a in layout.b_axes if a not in layout.a_axes]
+    batch = [a for a in layout.a_axes if a not in layout.contracted]
+    rows = [a for a in layout.a_axes if a in layout.contracted]
+    if batch and not layout.flat:
+        name = "/".join(layout.path)
+        raise ValueError(
+            f"Param {name!r} of shape {shape} is multiplied in groups along the axes "
+            f"{tuple(batch)}, and its groups share one B: it has no adapter that holds "
+            "its principal part. Give it a rule without init."
+        )
+    order = [*layout.layers, *batch, *rows, *columns]
+    lead = [shape[a] for a in (*layout.layers, *batch)]
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    matrices = wide.transpose(order).reshape(
+        *lead, math.prod(shape[a] for a in rows), math.prod(shape[a] for a in columns)
+    )
+    left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
+    roots = jnp.sqrt(values[..., :rank] / layout.scaling)
+    a = left[..., :rank] * roots[..., None, :]
+    b = roots[..., :, None] * right[..., :rank, :]
+    return a.reshape(layout.a_shape), b.reshape(layout.b_shape)
+
+
+def key_of(key: jax.Array, path: tuple[str, ...]) -> jax.Array:
+    """A key of its own for each param, whatever other params there are."""
+    return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))

@@ -1,0 +1,364 @@
+"""Which params get adapters, of which shapes, and what an adapter adds to its param.
+
+An adapter belongs to a param, not to an op: wherever the model reads the param it finds
+``W + scaling * A @ B``. What of ``W`` are the rows of ``A`` and the columns of ``B`` is
+decided by the first op that a rule matches: it contracts the axes of ``A``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from qwix_train.lora.rules import LoraRule
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.trace import provenance
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.provenance import View
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterLayout:
+    """The shapes of the adapter of one param, and how they map to its axes.
+
+    Attributes:
+      path: the path of the param.
+      shape: its shape.
+      rank: the number of columns of ``A`` and rows of ``B``.
+      alpha: the numerator of the scaling.
+      scaling: what ``A @ B`` is multiplied by.
+      dora: whether there is a magnitude.
+      op: the name of the op that decided.
+      layers: axes of the param of which each index has an adapter of its own, such as
+        the layers of a scan. They stand in front in both ``A`` and ``B``.
+      a_axes: the other axes of the param that ``A`` has, in its order.
+      b_axes: the other axes of the param that ``B`` has, in its order. Of a batched
+        `dot_general` some are in both.
+      contracted: the axes that the op contracts.
+      flat: whether the contracted axes are one axis of ``A``, and the kept ones one of
+        ``B``, as for `dot_general`.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    rank: int
+    alpha: float
+    scaling: float
+    dora: bool
+    op: str
+    layers: tuple[int, ...]
+    a_axes: tuple[int, ...]
+    b_axes: tuple[int, ...]
+    contracted: tuple[int, ...]
+    flat: bool
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """The shape of ``A``; its last axis is the rank."""
+        return (*self._lead, *self._sizes(self.a_axes), self.rank)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """The shape of ``B``, with the rank before the axes of `b_axes`."""
+        lead, batch = self._lead, self._batch
+        batch = self._sizes(batch, flat=False)
+        kept = [axis for axis in self.b_axes if axis not in self._batch]
+        return (*lead, *batch, self.rank, *self._sizes(kept))
+
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of the magnitude: the axes that are not contracted."""
+        return tuple(
+            size for axis, size in enumerate(self.shape) if axis not in self.contracted
+        )
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The rows and columns of one of the matrices that ``A @ B`` has."""
+        rows = math.prod(self.shape[axis] for axis in self.contracted)
+        columns = [a for a in self.b_axes if a not in self.a_axes]
+        return rows, math.prod(self.shape[axis] for axis in columns)
+
+    def name(self, part: str) -> Path:
+        """The path of a part of the adapter: `a`, `b` or `magnitude`."""
+        return (*self.path[:-1], f"{self.path[-1]}_lora_{part}")
+
+    @property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        """The shape of each part, by its path."""
+        shapes = {self.name("a"): self.a_shape, self.name("b"): self.b_shape}
+        if self.dora:
+            shapes[self.name("magnitude")] = self.magnitude_shape
+        return shapes
+
+    def factors(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``A`` and ``B`` on the axes of the param, and the rank behind them.
+
+        Args:
+          a: shape `a_shape`.
+          b: shape `b_shape`.
+
+        Returns:
+          Two arrays, each with one entry along an axis that it does not have; the sum
+          over the last axis of their product is ``A @ B`` in the shape of the param.
+        """
+        a = a.reshape(*self._lead, *self._full(self.a_axes), self.rank)
+        batch = self._full(self._batch)
+        kept = tuple(axis for axis in self.b_axes if axis not in self._batch)
+        b = b.reshape(*self._lead, *batch, self.rank, *self._full(kept))
+        b = jnp.moveaxis(b, len(self._lead) + len(batch), -1)
+        b_axes = (*self._batch, *kept)
+        return self._spread(a, self.a_axes), self._spread(b, b_axes)
+
+    def delta(self, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
+        """``scaling * A @ B`` in the shape of the param.
+
+        Args:
+          a: shape `a_shape`.
+          b: shape `b_shape`.
+          precision: as in `jax.lax.dot_general`.
+        """
+        return self.scaling * contract(*self.factors(a, b), self.shape, precision)
+
+    def norm(self, weight: jax.Array) -> jax.Array:
+        """The norm of each output channel of the param, shape `magnitude_shape`.
+
+        Args:
+          weight: an array of the shape of the param.
+        """
+        squares = jnp.square(weight.astype(jnp.float32))
+        norm = jnp.sqrt(jnp.sum(squares, axis=self.contracted))
+        return norm.astype(weight.dtype)
+
+    def gain(self, magnitude: jax.Array, norm: jax.Array) -> jax.Array:
+        """What the adapted weight is multiplied by, on the axes of the param.
+
+        Args:
+          magnitude: shape `magnitude_shape`.
+          norm: the same.
+        """
+        return jnp.expand_dims(magnitude / norm, self.contracted)
+
+    def merged(
+        self,
+        base: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        magnitude: jax.Array | None = None,
+    ) -> jax.Array:
+        """The param with its adapter in it, in its dtype.
+
+        Args:
+          base: the param, shape `shape`, a float dtype.
+          a: shape `a_shape`.
+          b: shape `b_shape`.
+          magnitude: shape `magnitude_shape`, for DoRA.
+        """
+        wide = jnp.promote_types(base.dtype, jnp.float32)
+        delta = self.delta(a.astype(wide), b.astype(wide), jax.lax.Precision.HIGHEST)
+        weight = base.astype(wide) + delta
+        if magnitude is not None:
+            weight *= self.gain(magnitude.astype(wide), self.norm(weight))
+        return weight.astype(base.dtype)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.layers)
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return tuple(axis for axis in self.b_axes if axis in self.a_axes)
+
+    def _full(self, axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+    def _sizes(self, axes: Sequence[int], flat: bool | None = None) -> tuple[int, ...]:
+        sizes = self._full(axes)
+        if not (self.flat if flat is None else flat):
+            return sizes
+        batch = [self.shape[axis] for axis in axes if axis in self._batch]
+        return (*batch, math.prod(sizes) // math.prod(batch))
+
+    def _spread(self, factor: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """A factor with axes `layers`, then `axes`, then the rank, on those of W."""
+        held = [*self.layers, *axes]
+        order = [*np.argsort(held).tolist(), len(held)]
+        missing = [axis for axis in range(len(self.shape)) if axis not in held]
+        return jnp.expand_dims(factor.transpose(order), missing)
+
+
+def contract(
+    a: jax.Array, b: jax.Array, shape: Sequence[int], precision: Any = None
+) -> jax.Array:
+    """The sum over the last axis of the product of two factors.
+
+    Args:
+      a: along each other axis the size in `shape`, or 1.
+      b: the same.
+      shape: the shape of the result.
+      precision: as in `jax.lax.dot_general`.
+    """
+    letters = string.ascii_lowercase[: len(shape)]
+    names, parts = [], []
+    for factor in (a, b):
+        dropped = [axis for axis in range(len(shape)) if factor.shape[axis] == 1]
+        kept = [axis for axis in range(len(shape)) if axis not in dropped]
+        parts.append(factor.squeeze(dropped))
+        names.append("".join(letters[axis] for axis in kept) + "Z")
+    out = [axis for axis in range(len(shape)) if letters[axis] in names[0] + names[1]]
+    subscripts = f"{names[0]},{names[1]}->{''.join(letters[axis] for axis in out)}"
+    product = jnp.einsum(subscripts, *parts, precision=precision)
+    missing = [axis for axis in range(len(shape)) if axis not in out]
+    return jnp.broadcast_to(jnp.expand_dims(product, missing), shape)
+
+
+def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
+    """The adapters that the rules of a plan ask for, by the path of the param.
+
+    Args:
+      plan: what the rules do to a model.
+
+    Returns:
+      For each param its layout, and the rule that decided.
+
+    Raises:
+      ValueError: if a rank is larger than the matrix; if two rules give one param
+        adapters of different settings; or if an op contracts a part of an axis.
+    """
+    found: dict[Path, tuple[AdapterLayout, OpPlan, LoraRule]] = {}
+    for op_plan in plan.ops:
+        index = op_plan.rule_index
+        rule = None if index is None else plan.rules[index]
+        if not isinstance(rule, LoraRule):
+            continue
+        for side, view in weights_of(op_plan.op):
+            if view.path in found:
+                _check_same(view.path, found[view.path], op_plan, rule)
+                continue
+            layout = _layout(op_plan.op, side, view, rule)
+            found[view.path] = (layout, op_plan, rule)
+    return {path: (layout, rule) for path, (layout, _, rule) in found.items()}
+
+
+def rules_without_weight(plan: Plan) -> list[int]:
+    """The indices of the `LoraRule`s that match no op which reads a weight."""
+    used = {op.rule_index for op in plan.ops if weights_of(op.op)}
+    return [
+        index
+        for index, rule in enumerate(plan.rules)
+        if isinstance(rule, LoraRule) and index not in used
+    ]
+
+
+def weights_of(op: Op) -> list[tuple[int, View]]:
+    """The params that an op reads as weights, each with the side of the operand."""
+    if op.name == "gather":
+        origin = op.operands[0].provenance
+        return [(0, view) for view in getattr(origin, "views", ())]
+    return [
+        (side, view)
+        for side, operand in enumerate(op.operands[:2])
+        if isinstance(operand.provenance, provenance.Weight)
+        and not operand.provenance.selected
+        for view in operand.provenance.views
+    ]
+
+
+def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
+    where = f"{op.where}, param {'/'.join(view.path)!r}"
+    contracted_dims, batch_dims = _dims(op, side)
+    roles: dict[int, set[str]] = {}
+    order: list[int] = []
+    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
+    for dim in (*contracted_dims, *dims):
+        role = "kept"
+        if dim in contracted_dims:
+            role = "contracted"
+        elif dim in batch_dims:
+            role = "batch"
+        for atom in view.dims[dim]:
+            roles.setdefault(atom.axis, set()).add(role)
+            if atom.axis not in order:
+                order.append(atom.axis)
+    mixed = [axis for axis, found in roles.items() if len(found) > 1]
+    if mixed:
+        raise ValueError(
+            f"{where}: the op contracts a part of axis {mixed[0]} of the shape "
+            f"{view.shape} and keeps the rest, so that no adapter of that axis is one "
+            "of its product. Leave it out with a rule of its own before this one."
+        )
+    # A size of 1 may have lost its factors; it makes no difference where it stands.
+    lost = [axis for axis, size in enumerate(view.shape) if axis not in roles]
+    layers = tuple(axis for axis in lost if view.shape[axis] > 1)
+    # A param that the model reads one layer at a time has layers of size 1, too.
+    if len(layers) < len(op.layers):
+        layers = tuple(lost[: len(op.layers)])
+    ones = [axis for axis in lost if axis not in layers]
+    kind = {axis: next(iter(found)) for axis, found in roles.items()}
+    contracted = [axis for axis in order if kind[axis] == "contracted"]
+    batch = [axis for axis in range(len(view.shape)) if kind.get(axis) == "batch"]
+    kept = [axis for axis in order if kind[axis] == "kept"]
+    flat = op.name == "dot_general"
+    if flat:
+        a_axes, b_axes = [*batch, *contracted, *ones], [*batch, *kept]
+    else:
+        # The axes of a batch are in A alone: its product with B has them all the same.
+        a_axes, b_axes = sorted([*batch, *contracted, *ones]), sorted(kept)
+    layout = AdapterLayout(
+        path=view.path,
+        shape=view.shape,
+        rank=rule.rank,
+        alpha=float(rule.alpha),
+        scaling=rule.scaling,
+        dora=rule.dora,
+        op=op.name,
+        layers=layers,
+        a_axes=tuple(a_axes),
+        b_axes=tuple(b_axes),
+        contracted=tuple(sorted([*contracted, *ones])),
+        flat=flat,
+    )
+    if rule.rank > min(layout.matrix_shape):
+        rows, columns = layout.matrix_shape
+        raise ValueError(
+            f"{where}: rank={rule.rank} is larger than the {rows} x {columns} matrix "
+            "that it is to adapt. Give it a rule with a smaller rank, or none."
+        )
+    return layout
+
+
+def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of an operand that are contracted, and those of a batch."""
+    numbers, ndim = op.params["dimension_numbers"], len(op.operands[side].shape)
+    if op.name == "gather":
+        rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
+        return tuple(sorted(rows)), ()
+    if op.name == "conv_general_dilated":
+        # The kernel is what has a spatial extent of its own, whichever side it is on.
+        out = numbers.rhs_spec[0] if side == 1 else numbers.lhs_spec[0]
+        return tuple(axis for axis in range(ndim) if axis != out), ()
+    contracting, batch = numbers
+    return tuple(contracting[side]), tuple(batch[side])
+
+
+def _check_same(path, first, op_plan: OpPlan, rule: LoraRule) -> None:
+    layout, other, before = first
+    names = ("rank", "alpha", "rank_stabilized", "dora", "dropout", "init")
+    settings = [
+        ", ".join(f"{name}={getattr(r, name)!r}" for name in names)
+        for r in (before, rule)
+    ]
+    if settings[0] != settings[1]:
+        raise ValueError(
+            f"Param {'/'.join(path)!r} is asked to have two adapters: by rule "
+            f"{other.rule_index} at {other.op.where} ({settings[0]}), and by rule "
+            f"{op_plan.rule_index} at {op_plan.op.where} ({settings[1]}). A param "
+            "has one adapter: give both ops the same settings."
+        )

@@ -1,0 +1,366 @@
+"""Models with adapters: Linen, NNX and functions behind the same door as other modes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qwix_train import static_range
+from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
+from qwix_train.lora.layout import (
+    AdapterLayout,
+    find_layouts,
+    rules_without_weight,
+    weights_of,
+)
+from qwix_train.lora.rules import LoraRule
+from qwix_train.lora.start import Starter
+from qwix_train.planning import OpPlan, Path, Plan, make_plan
+from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import session
+from qwix_train.trace.analyze import Key
+from qwix_train.trace.function import TracedCall
+
+# The attribute of an NNX model that says whether adapters drop out, and with what key.
+DROPOUT = "lora_dropout"
+
+
+class LoraProvider(PtqProvider):
+    """Gives the weights of a model adapters: LoRA, and QLoRA where the base is quantized.
+
+    Next to a param `kernel` stand `kernel_lora_a` and `kernel_lora_b`, `nnx.LoRAParam`s
+    in NNX models, and with DoRA `kernel_lora_magnitude`. Wherever the model reads the
+    param it finds ``W + scaling * A @ B`` (arXiv 2106.09685, section 4.1), and products
+    take ``x @ W + scaling * (x @ A) @ B``. What the rules quantize without adapters is
+    quantized as by a `PtqProvider`.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import quantize_model
+      >>> provider = LoraProvider(module_path=".*", rank=2, alpha=4.0)
+      >>> model = quantize_model(nn.Dense(8), provider)
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+      >>> {name: array.shape for name, array in sorted(params.items())}
+      {'bias': (8,), 'kernel': (4, 8), 'kernel_lora_a': (4, 2), 'kernel_lora_b': (2, 8)}
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule] | None = None,
+        *,
+        deterministic: bool | None = None,
+        allow_unmatched: bool = False,
+        **kwargs: Any,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: `LoraRule`s, and `QuantizationRule`s, in order of precedence.
+          deterministic: whether there is no dropout. If None, what the call of the
+            model says: an argument, or an attribute of the model, that is called
+            `deterministic`, `train`, `training` or `is_training`; for an NNX model
+            what `model.eval()` and `model.train()` do.
+          allow_unmatched: whether a `LoraRule` may match no weight. An error otherwise.
+          **kwargs: the fields of one `LoraRule`, in the place of `rules`.
+
+        Raises:
+          ValueError: if there are rules and fields of one, or neither; if no rule is a
+            `LoraRule`.
+        """
+        if rules is None:
+            if not kwargs:
+                raise ValueError(
+                    "LoraProvider needs rules, or the fields of one: "
+                    "LoraProvider(module_path='.*', rank=8, alpha=16.0)."
+                )
+            rules = [LoraRule(**kwargs)]
+        elif kwargs:
+            raise ValueError(
+                f"LoraProvider got rules, and also {sorted(kwargs)}, which are fields "
+                "of a rule. Put them into a LoraRule of the list."
+            )
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        if not any(isinstance(rule, LoraRule) for rule in self.rules):
+            raise ValueError(
+                "None of the rules is a LoraRule, so nothing would get an adapter. Use "
+                "PtqProvider to quantize without adapters."
+            )
+        self.deterministic = deterministic
+
+    def check(self, plan: Plan) -> None:
+        """See `QuantizationProvider.check`."""
+        super().check(plan)
+        find_layouts(plan)
+
+    def matches(self, plan: Plan) -> bool:
+        """See `QuantizationProvider.matches`."""
+        return bool(find_layouts(plan)) or super().matches(plan)
+
+    def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
+        """See `QuantizationProvider.store_params`: bases and adapters.
+
+        Raises:
+          ValueError: if a `LoraRule` matches no weight.
+        """
+        self.check_rules_matched(plan)
+        key = traced.make_rng("params")
+        starter = Starter(plan, jax.random.key(0) if key is None else key)
+        named = traced.named
+        params = {
+            param.path: base
+            for param in traced.params
+            if param is not None
+            and (base := starter.base(param.path, param.value)) is not param.value
+        }
+        added = starter.adapters | static_range.initial(plan)
+        return params | {path: x for path, x in added.items() if path not in named}
+
+    def variable(self, path: Path, value: Any) -> nnx.Variable:
+        """See `QuantizationProvider.variable`."""
+        if is_adapter(path):
+            return nnx.LoRAParam(value)
+        return super().variable(path, value)
+
+    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:
+        """See `QuantizationProvider.prepare_nnx`."""
+        if any(isinstance(rule, LoraRule) and rule.dropout for rule in self.rules):
+            setattr(model, DROPOUT, LoraDropout(rngs))
+
+    def of_nnx(self, model: nnx.Module) -> LoraProvider:
+        """See `QuantizationProvider.of_nnx`: draws the key of the dropout."""
+        dropout = getattr(model, DROPOUT, None)
+        return self if dropout is None else _Drawn(self, dropout)
+
+    def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
+        """See `QuantizationProvider.rewrite`."""
+        plan = make_plan(traced, self.rules) if plan is None else plan
+        self.check(plan)
+        if not self.matches(plan) and self.allow_unmatched:
+            return session.UNCHANGED
+        return self.transform(traced, plan)
+
+    def within(self, rewrite: session.Rewrite) -> session.Rewrite:
+        """See `QuantizationProvider.within`: another mode runs the base."""
+
+        def rewrite_adapted(traced):
+            plan = make_plan(traced, self.rules)
+            out = rewrite(self.adapt(traced, plan))
+            return self.rewrite(traced, plan) if out is session.UNCHANGED else out
+
+        return rewrite_adapted
+
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call with adapters.
+
+        Raises:
+          ValueError: if an adapter is missing, or is of another model or rank.
+        """
+        return self.run(self.adapt(traced, plan), plan)
+
+    def run(self, adapted: AdaptedCall, plan: Plan) -> Any:
+        """The result of a traced call, with the adapters that it has.
+
+        Args:
+          adapted: the call.
+          plan: what the rules do to it.
+
+        Raises:
+          ValueError: if its base is not quantized as the rules say.
+        """
+        check_params(adapted, self._stored_plan(plan))
+        return run_on_codes(adapted, plan)
+
+    def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
+        """See `QuantizationProvider.initialize`."""
+        params = self.store_params(traced, plan)
+        adapted = self.adapt(traced.with_params(params), plan)
+        unknown = static_range.initial(plan)
+        return params, run_on_codes(adapted, plan, unknown=unknown)
+
+    def adapt(
+        self,
+        traced: TracedCall,
+        plan: Plan,
+        adapters: Mapping[Path, Any] | None = None,
+    ) -> AdaptedCall:
+        """A traced call with the adapters that are among its params.
+
+        Args:
+          traced: the call.
+          plan: what the rules do to it.
+          adapters: the adapters, by path, where they are not among the params.
+        """
+        named = traced.named if adapters is None else adapters
+        found = find_layouts(plan)
+        parts = {
+            path: _parts(layout, rule, plan, named)
+            for path, (layout, rule) in found.items()
+        }
+        fields = {
+            field.name: getattr(traced, field.name)
+            for field in dataclasses.fields(TracedCall)
+        }
+        dropouts = self._dropouts(traced, plan)
+        return AdaptedCall(**fields, adapters=parts, dropouts=dropouts)
+
+    def check_rules_matched(self, plan: Plan) -> None:
+        """Complains of a `LoraRule` that matches no weight.
+
+        Raises:
+          ValueError: if there is one, unless `allow_unmatched`.
+        """
+        for index in rules_without_weight(plan):
+            if self.allow_unmatched:
+                continue
+            raise ValueError(_unmatched(plan, index))
+
+    def _stored_plan(self, plan: Plan) -> Plan:
+        """The plan without the params that stay in float for fake quantization."""
+        in_float = {path for path, (_, rule) in find_layouts(plan).items() if rule.qat}
+        params = {
+            path: dataclasses.replace(param, how=None) if path in in_float else param
+            for path, param in plan.params.items()
+        }
+        return dataclasses.replace(plan, params=params)
+
+    def _dropouts(self, traced: TracedCall, plan: Plan) -> dict[Key, Dropout]:
+        found: dict[Key, Dropout] = {}
+        switch = self.deterministic
+        off = traced.deterministic if switch is None else switch
+        if off:
+            return found
+        key = None
+        for index, op in enumerate(plan.ops):
+            rate = _dropout_rate(op, plan)
+            if not rate:
+                continue
+            key = traced.make_rng("dropout") if key is None else key
+            if key is None:
+                raise ValueError(_no_key(op, rate, traced.deterministic))
+            if op.op.opaque:
+                raise ValueError(
+                    f"{op.op.where}: dropout={rate} cannot be applied inside of "
+                    f"{op.op.opaque}. Give it a LoraRule without dropout."
+                )
+            own = jax.random.fold_in(key, index)
+            layers = op.op.layers
+            found[op.op.key] = Dropout(
+                rate, jax.random.split(own, layers) if layers else own
+            )
+        return found
+
+
+class LoraDropout(nnx.Module):
+    """Says whether the adapters of an NNX model drop out, and draws their keys.
+
+    `model.train()` and `model.eval()` switch it, as they do `nnx.Dropout`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs | None):
+        """Takes a stream of keys.
+
+        Args:
+          rngs: what the stream is forked from.
+        """
+        self.deterministic = False
+        self.rngs = nnx.Rngs(0 if rngs is None else rngs.dropout())
+
+    def key(self) -> jax.Array:
+        """A new key."""
+        return self.rngs()
+
+
+class _Drawn(LoraProvider):
+    """A provider for one call of an NNX model, with the key of that call."""
+
+    def __init__(self, provider: LoraProvider, dropout: LoraDropout):
+        vars(self).update(vars(provider))
+        self._off = bool(dropout.deterministic)
+        self._key = None if self._off else dropout.key()
+
+    def adapt(self, traced, plan, adapters=None):
+        """See `LoraProvider.adapt`."""
+        drawn = dataclasses.replace(
+            traced, make_rng=lambda name: self._key, deterministic=self._off
+        )
+        return super().adapt(drawn, plan, adapters)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is that of a part of an adapter."""
+    return path[-1].endswith(("_lora_a", "_lora_b", "_lora_magnitude"))
+
+
+def _parts(
+    layout: AdapterLayout, rule: LoraRule, plan: Plan, named: Mapping[Path, Any]
+) -> Adapter:
+    """The adapter of a param, from arrays by path."""
+    where = "/".join(layout.path)
+    arrays = []
+    for path, shape in layout.shapes.items():
+        array = named.get(path)
+        if array is None:
+            raise ValueError(
+                f"Param {where!r} has no adapter: there is no {'/'.join(path)!r} among "
+                "the params. Initialize adapters with model.init, "
+                "lora.create_train_state or lora.init, with these rules."
+            )
+        if tuple(array.shape) != shape:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} has shape {tuple(array.shape)}, and the "
+                f"adapter of {where!r}, of shape {layout.shape}, has shape {shape} "
+                f"with rank={layout.rank}: it was made for another model, or by a rule "
+                "with another rank."
+            )
+        arrays.append(array)
+    merged = plan.params[layout.path] if rule.qat else None
+    a, b, *rest = arrays
+    return Adapter(layout, a, b, rest[0] if rest else None, merged)
+
+
+def _dropout_rate(op: OpPlan, plan: Plan) -> float:
+    rule = None if op.rule_index is None else plan.rules[op.rule_index]
+    if not isinstance(rule, LoraRule) or op.op.name == "gather" or rule.qat:
+        return 0.0
+    return rule.dropout if weights_of(op.op) else 0.0
+
+
+def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:
+    said = (
+        "the call says that it trains the model"
+        if deterministic is False
+        else "nothing says whether the call trains the model or evaluates it"
+    )
+    return (
+        f"{op.op.where}: its adapter has dropout={rate}, {said}, and there is no random "
+        "key. To train, pass rngs={'dropout': key}. To evaluate, switch dropout off: "
+        "with the argument of the model that does (deterministic=True, train=False), "
+        "or, for a model that has none, with "
+        "LoraProvider(rules, deterministic=True)."
+    )
+
+
+def _unmatched(plan: Plan, index: int) -> str:
+    rule = plan.rules[index]
+    near = plan.near_misses(index)
+    lines = [
+        f"Rule {index}, LoraRule(module_path={rule.module_path!r}, "
+        f"op_names={tuple(rule.op_names)!r}), matches no op that reads a weight. Ops "
+        "exist at these module paths:",
+        *(f"  {path!r}" for path in plan.module_paths),
+    ]
+    if near:
+        lines.append(f"Near misses: {', '.join(map(repr, near))}.")
+    if shadowed := plan.shadowed_by(index):
+        lines.append(f"Earlier rules decided for what it matches: {shadowed}.")
+    lines.append(
+        "A rule's module_path is a regular expression that must match the whole path; "
+        "lookups in tables need op_names=('gather',)."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Rules for adapters: which weights get one, and how their base is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.nn import initializers
+
+from qwix_train.core import numerics
+from qwix_train.rules import QuantizationRule
+
+INITIALIZATIONS = ("pissa", "loftq", "loftq,STEPS")
+"""How adapters may start, other than from their initializers."""
+
+_LOFTQ_STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraRule(QuantizationRule):
+    r"""Selects ops whose weights get low-rank adapters.
+
+    A weight ``W`` becomes ``W + scaling * A @ B``, with ``scaling = alpha / rank``
+    (arXiv 2106.09685, section 4.1). The fields of `QuantizationRule` say how the base
+    ``W`` is quantized; without `weight_qtype` it stays in float. Rules of both kinds
+    may stand in one list. Lookups in tables of embeddings get adapters where
+    `op_names` has `"gather"`.
+
+    Attributes:
+      rank: the number of columns of ``A`` and rows of ``B``.
+      alpha: the numerator of the scaling.
+      dropout: the probability with which an element of the input of ``A`` is set to
+        zero in training; the others are divided by ``1 - dropout``. The input of the
+        base is not changed.
+      lora_a_initializer: gives ``A`` from a key, a shape and a dtype.
+      lora_b_initializer: the same for ``B``.
+      rank_stabilized: whether the scaling is ``alpha / sqrt(rank)`` (rsLoRA, arXiv
+        2312.03732, theorem 3.2).
+      dora: whether each output channel has a trained magnitude ``m``, and the weight
+        is ``m * (W + scaling * A @ B) / norm`` with the norm of each channel of what
+        is divided, which counts as a constant (DoRA, arXiv 2402.09353, section 4).
+      init: `"pissa"`: ``A @ B`` starts as the principal part of ``W``, its `rank`
+        largest singular values, and the base is the rest (arXiv 2404.02948, equations
+        2 to 4). `"loftq"` or `"loftq,5"`: base and adapters are chosen in turns, as
+        often as it says, so that together they are close to ``W`` (arXiv 2310.08659,
+        algorithm 1). If None, they start from the initializers, and the model as it
+        was.
+      double_quant: whether the codes of the base are packed two to a byte, and its
+        scales are quantized to 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314,
+        section 3), as long as it is frozen. For types of 4 bits.
+      qat: whether the base stays in float, and the forward fake-quantizes the weight
+        with its adapter merged in, as merging and exporting it will. Needs a
+        `weight_qtype`.
+
+    Raises:
+      ValueError: if a field is wrong.
+
+    Example:
+      >>> LoraRule(rank=8, alpha=16.0, weight_qtype="nf4", tile_size=64).scaling
+      2.0
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    lora_a_initializer: Callable[..., jax.Array] = initializers.he_uniform()
+    lora_b_initializer: Callable[..., jax.Array] = initializers.zeros
+    rank_stabilized: bool = False
+    dora: bool = False
+    init: str | None = None
+    double_quant: bool = False
+    qat: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("rank_stabilized", "dora", "double_quant", "qat"):
+            if not isinstance(getattr(self, field), bool):
+                raise self._error(field, "it must be True or False")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise self._error("rank", "it must be a positive int")
+        if self.rank < 1:
+            raise self._error("rank", "it must be a positive int")
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise self._error("alpha", "it must be a finite number")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise self._error("dropout", "it must be at least 0 and below 1")
+        for field in ("lora_a_initializer", "lora_b_initializer"):
+            if not callable(getattr(self, field)):
+                raise self._error(field, "it must be a function(key, shape, dtype)")
+        if self.init is not None:
+            self._check("init", _parsed_init, self.init)
+        if self.init is not None and self.alpha <= 0:
+            raise self._error("alpha", f"init={self.init!r} needs a positive one")
+        if self.init is not None and self.dora:
+            raise self._error("init", "it cannot be combined with dora=True")
+        if self.loftq_steps and self.weight_qtype is None:
+            raise self._error("init", "LoftQ needs a weight_qtype")
+        if self.double_quant:
+            qtype = self.weight_qtype
+            if qtype is None or numerics.qtype_name(qtype) not in ("nf4", "int4"):
+                raise self._error("double_quant", "it needs a weight_qtype of 4 bits")
+            if self.qat:
+                raise self._error("double_quant", "with qat=True the base is in float")
+        if self.qat and self.weight_qtype is None:
+            raise self._error("qat", "it needs a weight_qtype")
+        if self.qat and self.dropout:
+            raise self._error("dropout", "with qat=True there is one merged product")
+
+    @property
+    def scaling(self) -> float:
+        """What ``A @ B`` is multiplied by."""
+        divisor = math.sqrt(self.rank) if self.rank_stabilized else self.rank
+        return self.alpha / divisor
+
+    @property
+    def loftq_steps(self) -> int:
+        """How often LoftQ chooses base and adapters; 0 if it does not."""
+        name, steps = _parsed_init(self.init) if self.init else ("", 0)
+        return steps if name == "loftq" else 0
+
+
+def _parsed_init(text: Any) -> tuple[str, int]:
+    name, *rest = str(text).split(",")
+    if name == "pissa" and not rest:
+        return name, 0
+    if name == "loftq" and len(rest) <= 1:
+        steps = rest[0].strip() if rest else str(_LOFTQ_STEPS)
+        if steps.isdigit() and int(steps) > 0:
+            return name, int(steps)
+    raise ValueError(f"choose from {', '.join(INITIALIZATIONS)}")

@@ -1,0 +1,111 @@
+"""Adapters and bases at the start of training, from trained params."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from qwix_train import stored
+from qwix_train.core.how import HowToQuantize
+from qwix_train.lora import initialization
+from qwix_train.lora.layout import AdapterLayout, find_layouts
+from qwix_train.lora.rules import LoraRule
+from qwix_train.planning import Path, Plan
+
+
+class Starter:
+    """What becomes of each param when a model gets adapters.
+
+    Attributes:
+      layouts: the layouts of the adapters, by the path of their param.
+      adapters: the parts of the adapters that were started, by path.
+    """
+
+    def __init__(self, plan: Plan, key: jax.Array):
+        """Takes a plan.
+
+        Args:
+          plan: what the rules do to the model.
+          key: a random key.
+        """
+        self._plan = plan
+        self._key = key
+        self._found = find_layouts(plan)
+        self.layouts = {path: layout for path, (layout, _) in self._found.items()}
+        self.adapters: dict[Path, Any] = {}
+
+    def base(self, path: Path, param: Any) -> Any:
+        """The base that a param becomes; its adapter goes into `adapters`.
+
+        Args:
+          path: the path of the param.
+          param: a float array, the shape of one, or a param that is quantized.
+
+        Returns:
+          The param itself where nothing changes it.
+
+        Raises:
+          ValueError: if the rule starts from a float weight, and it is quantized.
+        """
+        decision = self._plan.params.get(path)
+        how = None if decision is None else decision.how
+        if path not in self._found:
+            return _quantized(param, how)
+        layout, rule = self._found[path]
+        is_quantized = stored.is_quantized(param)
+        if is_quantized and rule.init is not None:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} is quantized already, and "
+                f"init={rule.init!r} starts from the float weight. Give the float "
+                "params, or a rule without init."
+            )
+        if is_quantized and rule.qat:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} is quantized already, and qat=True keeps "
+                "its base in float. Give the float params, or a rule without qat."
+            )
+        weight = stored.dequantized(param) if is_quantized else param
+        begun = self._begin(weight, layout, rule, how)
+        self.adapters[layout.name("a")] = begun.a
+        self.adapters[layout.name("b")] = begun.b
+        if begun.magnitude is not None:
+            self.adapters[layout.name("magnitude")] = begun.magnitude
+        if is_quantized:
+            return _packed(param, rule, layout)
+        base = param if rule.init is None else begun.base
+        if rule.qat:
+            return base
+        return _packed(_quantized(base, how), rule, layout)
+
+    def _begin(
+        self,
+        weight: Any,
+        layout: AdapterLayout,
+        rule: LoraRule,
+        how: HowToQuantize | None,
+    ) -> initialization.Start:
+        begin = functools.partial(
+            initialization.initial,
+            layout=layout,
+            rule=rule,
+            how=how,
+            key=initialization.key_of(self._key, layout.path),
+        )
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            return jax.eval_shape(begin, weight)
+        return begin(weight)
+
+
+def _quantized(param: Any, how: HowToQuantize | None) -> Any:
+    if how is None or stored.is_quantized(param):
+        return param
+    return stored.quantize_param(param, how)
+
+
+def _packed(param: Any, rule: LoraRule, layout: AdapterLayout) -> Any:
+    """A quantized param with its codes packed and its scales quantized, if asked."""
+    if not rule.double_quant or not stored.is_quantized(param):
+        return param
+    return stored.packed(param, layout.layers)
