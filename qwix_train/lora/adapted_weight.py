@@ -131,6 +131,9 @@ class AdaptedWeight(Carried):
             gain = None if self.gain is None else self.gain.astype(dtype)
             a, b = self.a.astype(dtype), self.b.astype(dtype)
             return [AdaptedWeight(base, a, b, gain, whole=False)]
+        if primitive == "neg":
+            (base,) = base_results(primitive, params, [self.base], run)
+            return [dataclasses.replace(self, base=base, a=-self.a, whole=False)]
         if primitive in ("mul", "div"):
             return self._scaled(primitive, params, operands, run)
         if primitive not in structural.CHANGES or operands[0] is not self:
