@@ -79,7 +79,7 @@ class QuantizationProvider(abc.ABC):
         self.check(plan)
         if not self.matches(plan):
             if not self.allow_unmatched:
-                raise ValueError(plan.no_match_message())
+                raise ValueError(self.no_match_message(plan))
             return session.UNCHANGED
         return self.transform(traced, plan)
 
@@ -95,6 +95,10 @@ class QuantizationProvider(abc.ABC):
     def matches(self, plan: Plan) -> bool:
         """Whether the rules do anything to a model."""
         return bool(plan.quantized_ops)
+
+    def no_match_message(self, plan: Plan) -> str:
+        """Says that the rules do nothing to a model."""
+        return plan.no_match_message()
 
     def within(self, rewrite: session.Rewrite) -> session.Rewrite:
         """What another mode does to a call of a model of this one.
@@ -540,7 +544,7 @@ def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
     if not provider.matches(plan) and not provider.allow_unmatched:
-        raise ValueError(plan.no_match_message())
+        raise ValueError(provider.no_match_message(plan))
     return plan
 
 

@@ -102,6 +102,27 @@ class LoraProvider(PtqProvider):
         """See `QuantizationProvider.matches`."""
         return bool(find_layouts(plan)) or super().matches(plan)
 
+    def no_match_message(self, plan: Plan) -> str:
+        """See `QuantizationProvider.no_match_message`."""
+        return _unmatched(plan, rules_without_weight(plan)[0])
+
+    def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
+        """See `QuantizationProvider.annotate`: adds which ops read adapters."""
+        found = find_layouts(plan)
+        ops = []
+        for op in super().annotate(traced, plan).ops:
+            ranks = {
+                "/".join(view.path): found[view.path][0].rank
+                for _, view in weights_of(op.op)
+                if view.path in found
+            }
+            notes = [f"adapter of rank {rank} on {name}" for name, rank in ranks.items()]
+            if op.quantized and op.reason:
+                notes.append(op.reason)
+            reason = "; ".join(notes) or op.reason
+            ops.append(dataclasses.replace(op, reason=reason))
+        return dataclasses.replace(plan, ops=tuple(ops))
+
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`: bases and adapters.
 
@@ -141,7 +162,9 @@ class LoraProvider(PtqProvider):
         """See `QuantizationProvider.rewrite`."""
         plan = make_plan(traced, self.rules) if plan is None else plan
         self.check(plan)
-        if not self.matches(plan) and self.allow_unmatched:
+        if not self.matches(plan):
+            if not self.allow_unmatched:
+                raise ValueError(self.no_match_message(plan))
             return session.UNCHANGED
         return self.transform(traced, plan)
 
