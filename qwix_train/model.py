@@ -117,7 +117,7 @@ class QuantizationProvider(abc.ABC):
         """
 
     def of_nnx(self, model: nnx.Module) -> QuantizationProvider:
-        """The provider for one call of an NNX model, with what the model keeps for it."""
+        """The provider for one call of an NNX model."""
         del model
         return self
 
@@ -263,6 +263,7 @@ def quantize_model(
         ) as (traced, _):
             plan = _checked_plan(provider, traced)
         if provider.stores_params:
+            traced = dataclasses.replace(traced, boxes=nnx_calls.variables_of(model))
             if rngs is not None:
                 make_rng = functools.partial(_drawn, rngs)
                 traced = dataclasses.replace(traced, make_rng=make_rng)
@@ -417,7 +418,7 @@ def _key_of(rngs: Any, name: str) -> Any:
 
 
 def _deterministic(fn: Callable[..., Any], args, kwargs) -> bool | None:
-    """Whether a call of a function, or of a Linen module's `apply`, is an evaluation."""
+    """Whether a call of a function, or of a Linen model, says that it evaluates."""
     module = getattr(fn, "__self__", None)
     if not isinstance(module, nn.Module):
         return call_mode.deterministic_of(fn, args, kwargs)
@@ -443,7 +444,9 @@ QUANT_STATS = "quant_stats"
 
 
 def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields = {name: _linen_method(cls, name, provider) for name in methods}
+    fields: dict[str, Any] = {
+        name: _linen_method(cls, name, provider) for name in methods
+    }
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.within(rewrite)
     return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
 
@@ -562,7 +565,9 @@ def _stand_in(quantized: WithAux) -> Any:
 
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields = {name: _nnx_method(cls, name, provider) for name in methods}
+    fields: dict[str, Any] = {
+        name: _nnx_method(cls, name, provider) for name in methods
+    }
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
         rewrite
     )

@@ -144,9 +144,7 @@ def _adapted_weight(base: Any, adapter: Adapter) -> AdaptedWeight:
 
 def _merged(param: Param, adapter: Adapter) -> Carried | None:
     assert adapter.merged is not None
-    weight = adapter.layout.merged(
-        param.value, adapter.a, adapter.b, adapter.magnitude
-    )
+    weight = adapter.layout.merged(param.value, adapter.a, adapter.b, adapter.magnitude)
     return fake_quantized_param(weight, adapter.merged)
 
 

@@ -183,7 +183,9 @@ def _squeezed(
 
 
 def _with_axes(array: jax.Array, names: Sequence[str], out: Sequence[str]) -> jax.Array:
-    return jnp.expand_dims(array, [i for i, name in enumerate(out) if name not in names])
+    return jnp.expand_dims(
+        array, [i for i, name in enumerate(out) if name not in names]
+    )
 
 
 def _but(shape: Sequence[int], axis: int, size: int) -> list[int]:

@@ -51,16 +51,7 @@ class AdaptedWeight(Carried):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
-        return tuple(self._held.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype that the model cast it to."""
-        return getattr(self.base, "dtype", self._held.dtype)
-
-    @property
-    def _held(self) -> Any:
-        return self.base.array if isinstance(self.base, Carried) else self.base
+        return tuple(self.base.shape)
 
     @functools.cached_property
     def value(self) -> jax.Array:

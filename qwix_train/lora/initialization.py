@@ -112,9 +112,7 @@ def loftq(
     return start
 
 
-def _principal(
-    weight: jax.Array, layout: AdapterLayout
-) -> tuple[jax.Array, jax.Array]:
+def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax.Array]:
     """The factors of the best approximation of a rank, with the scaling divided out."""
     shape, rank = layout.shape, layout.rank
     columns = [a for a in layout.b_axes if a not in layout.a_axes]

@@ -79,6 +79,26 @@ class AdapterLayout:
             size for axis, size in enumerate(self.shape) if axis not in self.contracted
         )
 
+    def axes_of(self, part: str) -> list[int | None]:
+        """For each axis of a part the axis of the param that it is, or starts with.
+
+        Args:
+          part: `a`, `b` or `magnitude`. The axis of the rank is none.
+        """
+        kept = [axis for axis in self.b_axes if axis not in self._batch]
+        rows = list(self.a_axes)
+        if self.flat:
+            rows = [*self._batch, *[a for a in rows if a not in self._batch][:1]]
+            kept = kept[:1]
+        if part == "a":
+            axes = [*self.layers, *rows, None]
+            missing = len(self.a_shape) - len(axes)
+            return [*axes[:-1], *[None] * missing, None]
+        if part == "b":
+            axes = [*self.layers, *self._batch, None, *kept]
+            return [*axes, *[None] * (len(self.b_shape) - len(axes))]
+        return [a for a in range(len(self.shape)) if a not in self.contracted]
+
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The rows and columns of one of the matrices that ``A @ B`` has."""

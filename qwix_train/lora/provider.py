@@ -1,4 +1,4 @@
-"""Models with adapters: Linen, NNX and functions behind the same door as other modes."""
+"""Models with adapters: Linen, NNX and functions behind one door."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qwix_train import static_range
+from qwix_train import static_range, stored
 from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
 from qwix_train.lora.layout import (
     AdapterLayout,
@@ -31,7 +31,7 @@ DROPOUT = "lora_dropout"
 
 
 class LoraProvider(PtqProvider):
-    """Gives the weights of a model adapters: LoRA, and QLoRA where the base is quantized.
+    """Gives weights adapters: LoRA, and QLoRA where their base is quantized.
 
     Next to a param `kernel` stand `kernel_lora_a` and `kernel_lora_b`, `nnx.LoRAParam`s
     in NNX models, and with DoRA `kernel_lora_magnitude`. Wherever the model reads the
@@ -116,7 +116,9 @@ class LoraProvider(PtqProvider):
                 for _, view in weights_of(op.op)
                 if view.path in found
             }
-            notes = [f"adapter of rank {rank} on {name}" for name, rank in ranks.items()]
+            notes = [
+                f"adapter of rank {rank} on {name}" for name, rank in ranks.items()
+            ]
             if op.quantized and op.reason:
                 notes.append(op.reason)
             reason = "; ".join(notes) or op.reason
@@ -131,7 +133,8 @@ class LoraProvider(PtqProvider):
         """
         self.check_rules_matched(plan)
         key = traced.make_rng("params")
-        starter = Starter(plan, jax.random.key(0) if key is None else key)
+        key = jax.random.key(0) if key is None else key
+        starter = Starter(plan, key, traced.boxes)
         named = traced.named
         params = {
             param.path: base
@@ -145,7 +148,7 @@ class LoraProvider(PtqProvider):
     def variable(self, path: Path, value: Any) -> nnx.Variable:
         """See `QuantizationProvider.variable`."""
         if is_adapter(path):
-            return nnx.LoRAParam(value)
+            return value if isinstance(value, nnx.Variable) else nnx.LoRAParam(value)
         return super().variable(path, value)
 
     def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:
@@ -327,7 +330,7 @@ def _parts(
     where = "/".join(layout.path)
     arrays = []
     for path, shape in layout.shapes.items():
-        array = named.get(path)
+        array = stored.unbox(named.get(path))
         if array is None:
             raise ValueError(
                 f"Param {where!r} has no adapter: there is no {'/'.join(path)!r} among "
@@ -361,8 +364,8 @@ def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:
         else "nothing says whether the call trains the model or evaluates it"
     )
     return (
-        f"{op.op.where}: its adapter has dropout={rate}, {said}, and there is no random "
-        "key. To train, pass rngs={'dropout': key}. To evaluate, switch dropout off: "
+        f"{op.op.where}: its adapter has dropout={rate}, {said}, and there is no "
+        "random key. To train, pass rngs={'dropout': key}. To evaluate, switch dropout off: "
         "with the argument of the model that does (deterministic=True, train=False), "
         "or, for a model that has none, with "
         "LoraProvider(rules, deterministic=True)."

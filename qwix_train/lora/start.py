@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from qwix_train import stored
 from qwix_train.core.how import HowToQuantize
 from qwix_train.lora import initialization
 from qwix_train.lora.layout import AdapterLayout, find_layouts
+from qwix_train.lora.placement import placed
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import Path, Plan
 
@@ -23,13 +25,15 @@ class Starter:
       adapters: the parts of the adapters that were started, by path.
     """
 
-    def __init__(self, plan: Plan, key: jax.Array):
+    def __init__(self, plan: Plan, key: jax.Array, boxes: Mapping[Path, Any]):
         """Takes a plan.
 
         Args:
           plan: what the rules do to the model.
           key: a random key.
+          boxes: what Flax holds params in, by their path.
         """
+        self._boxes = boxes
         self._plan = plan
         self._key = key
         self._found = find_layouts(plan)
@@ -68,10 +72,12 @@ class Starter:
             )
         weight = stored.dequantized(param) if is_quantized else param
         begun = self._begin(weight, layout, rule, how)
-        self.adapters[layout.name("a")] = begun.a
-        self.adapters[layout.name("b")] = begun.b
-        if begun.magnitude is not None:
-            self.adapters[layout.name("magnitude")] = begun.magnitude
+        box = self._boxes.get(path)
+        for part in ("a", "b", "magnitude"):
+            if (value := getattr(begun, part)) is not None:
+                self.adapters[layout.name(part)] = placed(
+                    value, layout, part, weight, box
+                )
         if is_quantized:
             return _packed(param, rule, layout)
         base = param if rule.init is None else begun.base

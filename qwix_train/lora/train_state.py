@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from flax import serialization, struct, traverse_util
 from flax.training import train_state
+from jax.core import Tracer
 
 from qwix_train import stored
 from qwix_train.lora.layout import AdapterLayout
@@ -108,7 +109,7 @@ class _BoundApply:
 
 
 class _ApplyField:
-    """The field `apply_fn`, which is static, and reads bound to the base of the state."""
+    """The static field `apply_fn`, which reads bound to the base of the state."""
 
     def __get__(self, state: Any, owner: Any = None) -> Any:
         if state is None:
@@ -365,8 +366,9 @@ def _begun(
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
     provider.check_rules_matched(plan)
-    starter = Starter(plan, rng)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    boxes = {param_path(path): leaf for path, leaf in leaves if stored.is_box(leaf)}
+    starter = Starter(plan, rng, boxes)
     last = {id(leaf): index for index, (_, leaf) in enumerate(leaves)}
     frozen = []
     for index, (key_path, leaf) in enumerate(leaves):
@@ -385,7 +387,7 @@ def _is_whole(leaf: Any) -> bool:
 
 
 def _delete(value: Any, base: Any) -> None:
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         jax.block_until_ready(base)
         value.delete()
 

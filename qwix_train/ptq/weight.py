@@ -54,6 +54,11 @@ class StoredWeight(Carried):
         return dequantize(self.array).astype(self.dtype)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.array.shape
+
+    @property
     def arrays(self) -> tuple[Any, ...]:
         """The codes, the scale, and the zero point if there is one."""
         return tuple(jax.tree.leaves(self.array))

@@ -31,6 +31,11 @@ class Carried(abc.ABC):
         """The array that it stands for."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of that array."""
+        return self.value.shape
+
+    @property
     @abc.abstractmethod
     def arrays(self) -> tuple[Any, ...]:
         """The arrays that it holds."""
@@ -132,6 +137,11 @@ class Deferred(Carried):
     def value(self) -> Any:
         """The transformed input."""
         return self.transform(self.array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the input."""
+        return self.array.shape
 
     @property
     def arrays(self) -> tuple[Any, ...]:

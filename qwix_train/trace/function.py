@@ -69,6 +69,7 @@ class TracedCall:
         None if it has no such stream.
       deterministic: whether the call says that the model is evaluated, not trained;
         None if it does not say.
+      boxes: what Flax holds params in, where it holds more than the array, by path.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -82,6 +83,7 @@ class TracedCall:
     added: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
     make_rng: Callable[[str], Any] = lambda name: None
     deterministic: bool | None = None
+    boxes: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
     runs_stored: ClassVar[bool] = False
 

@@ -213,7 +213,19 @@ def _trace(module, method_name, args, kwargs, counters) -> function.TracedCall:
     def make_rng(name):
         return module.make_rng(name) if module.has_rng(name) else None
 
-    return dataclasses.replace(traced, make_rng=make_rng, deterministic=deterministic)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        variables.get("params", {}), is_leaf=_is_box
+    )
+    return dataclasses.replace(
+        traced,
+        make_rng=make_rng,
+        deterministic=deterministic,
+        boxes={function.param_path(p): leaf for p, leaf in leaves if _is_box(leaf)},
+    )
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:

@@ -383,6 +383,15 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
                     yield _Slot(node, tuple(map(str, names)), attribute, keys), value
 
 
+def variables_of(root: Any) -> dict[tuple[str, ...], nnx.Variable]:
+    """The variables of a graph, by path."""
+    return {
+        slot.path: value
+        for slot, value in _slots(root)
+        if isinstance(value, nnx.Variable)
+    }
+
+
 def stored_params(root: Any) -> list[tuple[_Slot, Any]]:
     """The places of a graph that hold stored params, and these."""
     return [(slot, value) for slot, value in _slots(root) if function.is_stored(value)]

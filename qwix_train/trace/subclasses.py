@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 ORIGINAL = "_qwix_train_original"
 """The attribute in which the class of a quantized model keeps the user's."""
 
