@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.linen import meta
-from jax import numpy as jnp
 
+from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
 from qwix_train.trace import function
@@ -49,7 +49,7 @@ def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
     if isinstance(param, jax.ShapeDtypeStruct):
         array = jax.eval_shape(functools.partial(quantize_array, how=how), param)
     else:
-        array = _quantize(jnp.asarray(param), how)
+        array = quantize_compiled(param, how)
     return WithAux(array, how)
 
 
@@ -61,10 +61,6 @@ def dequantized(quantized: WithAux) -> jax.Array:
     if isinstance(array.qvalue, jax.ShapeDtypeStruct):
         return jax.eval_shape(dequantize, array)
     return dequantize(array)
-
-
-# Compiled, so that no intermediate of the size of a large weight is made.
-_quantize = jax.jit(quantize_array, static_argnums=1)
 
 
 def unbox(tree: Any) -> Any:

@@ -24,7 +24,7 @@ from flax import nnx, traverse_util
 from flax.core import FrozenDict
 from jax.experimental import multihost_utils
 
-from qwix_train import plan_table
+from qwix_train import plan_table, stored
 from qwix_train.planning import Plan
 from qwix_train.ptq import array_tree, stored_arrays, trees
 from qwix_train.ptq.manifest import Manifest, Path, StoredParam
@@ -179,8 +179,9 @@ def restore(
     Raises:
         FileNotFoundError: Nothing is at the path.
         ValueError: What is there is no such checkpoint, or incomplete, or was
-            changed, or is for another model, or a sharding does not divide a param.
-            The message names the path and the params.
+            changed, or is for another model, or a sharding does not divide a param,
+            or is for none. The message names the path and the params.
+        TypeError: What stands among the shardings is none, such as a `PartitionSpec`.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -203,6 +204,7 @@ def restore(
     model = None if abstract is None else stored_arrays.leaves(abstract)
     if model is not None:
         _check_same_model(path, manifest.params, [leaf.describe() for leaf in model])
+    _check_shardings(path, shardings, manifest.params)
     targets = {}
     wanted = {} if model is None else {leaf.path: leaf for leaf in model}
     for param in manifest.params:
@@ -312,6 +314,35 @@ def _at(tree: Any, path: Path) -> Any:
             break
         tree = tree.get(key)
     return tree
+
+
+def _check_shardings(
+    path: epath.Path, tree: Any, params: Sequence[StoredParam], at: Path = ()
+) -> None:
+    """Complains of shardings that would be passed over."""
+    if isinstance(tree, dict | FrozenDict):
+        for key, below in tree.items():
+            here = (*at, key)
+            if all(param.path[: len(here)] != here for param in params):
+                names = plan_table.some([param.name for param in params], 3)
+                raise ValueError(
+                    f"There is a sharding for {_joined(here)!r}, where the checkpoint "
+                    f"at {path} has no param. It has {names}."
+                )
+            _check_shardings(path, below, params, here)
+        return
+    for leaf in jax.tree.leaves(stored.unbox(tree)):
+        if not isinstance(leaf, jax.sharding.Sharding) and not hasattr(
+            leaf, "sharding"
+        ):
+            raise TypeError(
+                f"The sharding of {_joined(at) or 'all params'} is {leaf!r}. Expected "
+                "a jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
+            )
+
+
+def _joined(path: Path) -> str:
+    return "/".join(map(str, path))
 
 
 def _check_same_model(

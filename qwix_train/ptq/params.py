@@ -58,7 +58,8 @@ def quantize_params(
       of arrays that `nnx.update(model, ...)` takes.
 
     Raises:
-      TypeError: if a leaf of `params` is no array.
+      TypeError: if a leaf of `params` is no array, or the quantized params are given
+        as a Linen model, a function, or the state of an NNX model.
       ValueError: if a param is not one of the quantized model's, or has another shape
         or an integer dtype; if the statistics of a range are empty, or of no range of
         the model's; or if all weights are there, and not the ranges that belong to
@@ -278,6 +279,15 @@ def _target(quantized: Any) -> Any:
         raise TypeError(
             "The quantized params of an NNX model are given by the model itself. Its "
             "state does not say how they are quantized."
+        )
+    if isinstance(quantized, nn.Module) or (
+        callable(quantized) and not isinstance(quantized, nnx.Module)
+    ):
+        raise TypeError(
+            "Expected the params of the quantized model, or their shapes, got "
+            f"{type(quantized).__name__}. A Linen model has them in "
+            'jax.eval_shape(model.init, key, x)["params"], a function in '
+            "ptq.abstract_params(fn, params, rules, *inputs)."
         )
     return trees.to_tree(quantized, nnx.Variable)
 

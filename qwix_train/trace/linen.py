@@ -129,13 +129,17 @@ def init_call(
     """
     counters = _counters_of(module)
     held = _stored_params(module)
+    at_first = core.unfreeze(dict(module.variables))
     for path, value in held.items():
         _put_param(module, path, stand_in(value))
     with session.tracing():  # so that submodules do not put values of their own
         out = original()
     for path, value in held.items():
         _put_param(module, path, value)
-    traced = _trace(module, method_name, args, kwargs, counters)
+    # The params exist now. What else a model holds, such as the cache of a decoder, is
+    # to be made again: a module that finds it does what comes after initialization.
+    variables = {**at_first, "params": module.variables.get("params", {})}
+    traced = _trace(module, method_name, args, kwargs, counters, variables)
     with session.suspended():
         values, result = initialize(traced)
     if result is session.UNCHANGED:
@@ -179,10 +183,16 @@ def _counters_of(module: nn.Module) -> dict[Any, Any]:
     return _update_counters({}, _scope_of(module).rng_counters)
 
 
-def _trace(module, method_name, args, kwargs, counters) -> function.TracedCall:
-    """Traces a call of a method of a bound module; updates the counters."""
+def _trace(
+    module, method_name, args, kwargs, counters, variables=None
+) -> function.TracedCall:
+    """Traces a call of a method of a bound module; updates the counters.
+
+    The variables are those that the module has, unless others are given.
+    """
     scope = _scope_of(module)
-    unbound, variables = module.unbind()
+    unbound, held = module.unbind()
+    variables = held if variables is None else variables
 
     def call(inner_scope, args, kwargs):
         inner_scope.rng_counters = counters

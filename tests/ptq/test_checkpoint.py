@@ -291,6 +291,24 @@ class TestShards:
         with pytest.raises(ValueError, match=r"Param 'w' of shape \(6, 6\) cannot be"):
             checkpoint.restore(tmp_path / "a", shardings=sharding)
 
+    @pytest.mark.parametrize(
+        "shardings, error, message",
+        [
+            (PartitionSpec("b"), TypeError, r"all params is P.*\('b',?\)"),
+            ({"w": {"k": PartitionSpec("b")}}, TypeError, r"of w/k is P.*\('b',?\)"),
+            ({"w": "b"}, TypeError, "w is 'b'.* NamedSharding"),
+            ({"w": {"l": None}}, ValueError, "'w/l', where .* It has w/k"),
+            ({"w": {"k": {"array": None}}}, ValueError, "'w/k/array', where"),
+        ],
+    )
+    def test_shardings_that_would_be_passed_over(
+        self, tmp_path, shardings, error, message
+    ):
+        checkpoint.save(tmp_path / "a", {"w": {"k": quantized((6, 6), qtype="int4")}})
+        with pytest.raises(error, match=message):
+            checkpoint.restore(tmp_path / "a", shardings=shardings)
+        checkpoint.restore(tmp_path / "a", shardings={"w": None})
+
 
 class TestRefusals:
     def test_other_models(self, tmp_path):

@@ -243,6 +243,33 @@ def test_init_shapes_of_batch_statistics_are_the_models():
     equal(copied.apply(variables, X), model.apply(variables, X))
 
 
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.MultiHeadDotProductAttention(2, decode=True)(x))
+
+
+def test_a_cache_is_initialized_for_the_longest_input():
+    """The module with the cache takes a whole sequence once, and then single steps."""
+    x = jnp.asarray(data(2, 5, 8, seed=4))
+    model, floats, variables = quantized(Decoder(), [INT8], x)
+    equal(model.init(KEY, x)["cache"], floats["cache"])
+    qat = qwix_train.quantize_model(Decoder(), QtProvider([INT8]))
+    step = lambda model: jax.jit(  # noqa: E731
+        lambda variables, x: model.apply(variables, x, mutable="cache")
+    )
+    steps = {"ptq": (step(model), variables), "qat": (step(qat), floats)}
+    for token in range(5):
+        outputs = {}
+        for name, (run, held) in steps.items():
+            outputs[name], updates = run(held, x[:, token : token + 1])
+            steps[name] = run, {**held, **updates}
+        np.testing.assert_allclose(outputs["ptq"], outputs["qat"], 1e-5, 1e-5)
+    assert (
+        steps["ptq"][1]["cache"]["MultiHeadDotProductAttention_0"]["cache_index"] == 5
+    )
+
+
 def test_two_methods():
     methods = ("encode", "decode")
     model = qwix_train.quantize_model(Codec(), PtqProvider([INT8]), methods=methods)

@@ -131,6 +131,9 @@ def test_other_errors():
         quantize_params(params, nnx.to_pure_dict(nnx.state(quantized)))
     with pytest.raises(TypeError, match="'bias' is a Param"):
         quantize_params(nnx.state(model), quantized)
+    for linen in (quantize_model(MODEL, PtqProvider(models.INT8)), MODEL.init):
+        with pytest.raises(TypeError, match="jax.eval_shape.model.init, key, x"):
+            quantize_params(PARAMS, linen)
 
 
 def test_extra_params_are_left_out():
