@@ -159,7 +159,7 @@ def _with_ranges(
     """A step that takes static ranges from its state, and puts them back there."""
     check_step(step)
 
-    def provider_for(args, kwargs, updates):
+    def states_of(args, kwargs):
         states = state_lib.states_of((args, kwargs))
         if not states:
             raise ValueError(
@@ -168,11 +168,15 @@ def _with_ranges(
                 "with_quant_stats(state, rules, *inputs), or collect them beforehand "
                 "with calib.Calibrator and pass quant_stats=calibrator.quant_stats."
             )
+        return states
+
+    def provider_for(args, kwargs, updates):
         return RunningRangesProvider(
-            rules, states, updates, allow_unmatched=allow_unmatched
+            rules, states_of(args, kwargs), updates, allow_unmatched=allow_unmatched
         )
 
     def call(*args, **kwargs):
+        states = states_of(args, kwargs)
         updates = updates_of(args, kwargs)
         provider = provider_for(args, kwargs, updates)
         # The ranges are values of this very call, so a trace that is cached under its
@@ -185,7 +189,6 @@ def _with_ranges(
             tagging[:] = [provider_for(args, kwargs, updates_of(args, kwargs))]
             return wrap(step, tagging[0])(*args, **kwargs)
 
-        states = state_lib.states_of((args, kwargs))
         named = {"/".join(path): state for path, state in states.items()}
         with tracing_step(inner, args, kwargs) as (traced, finish):
             found = {name: named[name] for name in harvest.names_in(traced.body)}

@@ -72,6 +72,52 @@ def wrap(
     return quantized_step
 
 
+def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a plain function as the model of the steps that call it.
+
+    Models of Flax are known for what they are. Of any other function that a step calls
+    it takes a word that it is the model: which of its arguments are params, and where
+    the names of its ops begin. What wraps a step then treats it as any model:
+    `wrap_train_step`, `wrap_eval_step`, `calib.Calibrator`, `calib.observe`,
+    `calib.compare`, and the weight methods of `ptq`. Everywhere else the function is
+    what it was.
+
+    Args:
+      fn: any JAX function whose first argument is a tree of params, as for
+        `quantize_fn`. The `apply_fn` of a train state need not be marked.
+
+    Returns:
+      A function with the signature of `fn`.
+
+    Raises:
+      TypeError: if `fn` is no function.
+
+    Example:
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, calib
+      >>> forward = as_model(lambda params, x: x @ params["w"])
+      >>> rule = QuantizationRule(
+      ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
+      ... )
+      >>> calibrator = calib.Calibrator([rule])
+      >>> eval_step = calibrator.wrap(jax.jit(lambda p, x: forward(p, x).mean()))
+      >>> mean = eval_step({"w": jnp.ones((4, 2))}, 3 * jnp.ones((1, 4)))
+      >>> calibrator.quant_stats["dot_general0_lhs"]["sum_of_absmax"]
+      Array([[3.]], dtype=float32)
+    """
+    if not callable(fn):
+        raise TypeError(f"Expected a function, got {fn!r}: as_model(forward).")
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        open_session = session.current()
+        if open_session is None:
+            return fn(*args, **kwargs)
+        return rewrite_function(fn, args, kwargs, open_session.rewrite)
+
+    return call
+
+
 def check_step(step: Any) -> None:
     """Complains of what cannot be wrapped.
 
@@ -138,8 +184,8 @@ class _Wrapped:
                 "quantized. If it was compiled ahead of time "
                 "(`.lower(...).compile()`), wrap the function first and compile the "
                 "result. If it uses an NNX model, or a graph definition, that it does "
-                "not receive as an argument, pass that in. If it calls a plain "
-                "function, wrap that with quantize_fn instead of the step."
+                "not receive as an argument, pass that in. If its model is a plain "
+                "function, mark that: forward = qwix_train.as_model(forward)."
             )
 
 

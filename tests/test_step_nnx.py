@@ -477,5 +477,5 @@ def test_a_hidden_model_is_refused():
     with pytest.raises(ValueError, match="does not receive as an argument"):
         wrap_train_step(lambda x, y: step(model, optimizer, x, y), RULES)(X, Y)
     wrapped = wrap_train_step(lambda f, p, x: f(p, x), RULES)
-    with pytest.raises(ValueError, match="quantize_fn"):
+    with pytest.raises(ValueError, match="as_model"):
         wrapped(quantize_fn(lambda p, x: x @ p, QtProvider(models.INT8)), X.T, X)

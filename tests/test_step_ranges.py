@@ -263,9 +263,9 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     assert abs(third - not_own) > 1e-5 * abs(not_own)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, True, "nested"])
 def test_scanned_layers_remat_and_micro_batches_at_once(remat):
-    model = models.Layers(remat)
+    model = models.Layers(bool(remat))
     params = model.init(KEY, BATCHES[0])["params"]
     state = train_state.TrainState.create(
         apply_fn=model.apply, params=params, tx=optax.sgd(RATE)
@@ -275,8 +275,10 @@ def test_scanned_layers_remat_and_micro_batches_at_once(remat):
         def loss_fn(params, x):
             return jnp.mean(state.apply_fn({"params": params}, x) ** 2)
 
+        whole = jax.checkpoint(loss_fn) if remat == "nested" else loss_fn
+
         def body(total, x):
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, x)
+            loss, grads = jax.value_and_grad(whole)(state.params, x)
             return jax.tree.map(jnp.add, total, grads), loss
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -469,6 +471,9 @@ def test_errors():
         with_quant_stats({"params": {}}, RULES, x)
     with pytest.raises(ValueError, match="No rule sets act_static_scale"):
         with_quant_stats(new_state(), models.INT8, x)
+    frozen = qwix_train.wrap_train_step(train_step, RULES, quant_stats_frozen_after=1)
+    with pytest.raises(ValueError, match="its state has no quant_stats"):
+        frozen(new_state(), x)
     first = [dataclasses.replace(RULES[0], module_path="Dense_0")]
     state = with_quant_stats(new_state(), first, x)
     with pytest.raises(ValueError, match="no range for 'Dense_1/dot_general0_lhs'"):

@@ -56,14 +56,18 @@ class Calibrator(Collector):
     def wrap(self, step: Step) -> Step:
         """Makes a step collect ranges at every call.
 
-        A step that is jitted runs compiled, together with the statistics.
+        A step that is jitted runs compiled, together with the statistics. Any other
+        runs one operation at a time, as it was traced.
 
         Args:
-          step: a step that calls a Linen or NNX model. The result must not go into
-            `jit`, `scan` and the like: use `observe` for that.
+          step: a step that calls a Linen or NNX model, or a function that `as_model`
+            marks. The result must not go into `jit`, `scan` and the like: use
+            `observe` for that.
 
         Returns:
-          A step with the same signature and the same results.
+          A step with the same signature and the same results: bit for bit if it is
+          jitted; to float rounding if not, as JAX compiles some of its functions, such
+          as `jnp.mean`, as a whole.
 
         Raises:
           ValueError: by the step, when it is called within a transformation.

@@ -43,19 +43,25 @@ class Collector:
         run = Compiled(observed) if hasattr(step, "lower") else observed
         name = type(self).__name__
 
-        @functools.wraps(step)
-        def wrapped(*args, **kwargs):
-            leaves = jax.tree.leaves((args, kwargs))
+        def check_not_traced(tree):
+            leaves = jax.tree.leaves(tree)
             if any(isinstance(leaf, core.Tracer) for leaf in leaves):
                 raise ValueError(
                     f"A step that a {name} wraps keeps statistics between calls and "
                     "cannot run inside of jit, grad, vmap or scan. Jit the step "
                     f"first, wrap(jax.jit(step)), or use the pure form, {pure_form}."
                 )
+
+        @functools.wraps(step)
+        def wrapped(*args, **kwargs):
+            check_not_traced((args, kwargs))
             with self._lock:
                 # Compiled once: with statistics from the start.
                 state = self.state or observed.init(*args, **kwargs)
-                self.state, out = run(state, *args, **kwargs)
+                state, out = run(state, *args, **kwargs)
+                # Where all that is traced is what the step closes over, or nothing.
+                check_not_traced(state)
+                self.state = state
             return out
 
         return cast(Step, wrapped)

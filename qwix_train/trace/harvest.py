@@ -60,13 +60,24 @@ def check_not_batched(name: str, value: Any, ndim: int) -> None:
 
 
 def names_in(body: jax_versions.Body) -> dict[str, tuple[int, ...]]:
-    """The tags in a traced step, each with the sizes of its axes of layers."""
+    """The tags in a traced step, each with the sizes of its axes of layers.
+
+    Raises:
+      ValueError: if a value is nowhere computed but where a derivative needs it again.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for (code, name), _, lengths in _find(body, (), ()):
         sizes = [
             n for layer, n in zip(code, _last(lengths, code), strict=True) if layer
         ]
         found.setdefault(name, tuple(sizes))
+    for (_, name), _, _ in _find(body, (), (), recomputed=True):
+        if name not in found:
+            raise ValueError(
+                f"{name}: its values cannot be collected, since all that is left of "
+                "them is what jax.checkpoint computes again for a derivative. Take "
+                "the checkpoint off, or collect in a step without a derivative."
+            )
     return found
 
 
@@ -104,27 +115,37 @@ def _parse(eqn: Any) -> tuple[tuple[bool, ...], str] | None:
     return tuple(bit == "1" for bit in code), name
 
 
-def _find(body, key: Key, scans: tuple[tuple[Key, int], ...]):
-    """Yields each tag, the keys of the scans around it, and their lengths."""
+def _find(body, key: Key, scans: tuple[tuple[Key, int], ...], recomputed=False):
+    """Yields each tag, the keys of the scans around it, and their lengths.
+
+    Those that are computed again for a derivative are left out, unless asked for.
+    """
     for index, eqn in enumerate(body.jaxpr.eqns):
         here = (*key, index)
         parsed = _parse(eqn)
         if parsed is not None:
             yield parsed, tuple(k for k, _ in scans), tuple(n for _, n in scans)
             continue
-        if _is_backward(eqn):
+        if not recomputed and _is_recomputed(eqn):
             continue
         around = scans
         if eqn.primitive.name == "scan":
             around = (*scans, (here, eqn.params["length"]))
         for number, inner in enumerate(_bodies(eqn)):
-            yield from _find(inner, (*here, number), around)
+            yield from _find(inner, (*here, number), around, recomputed)
 
 
-def _is_backward(eqn: Any) -> bool:
-    """Whether an equation computes a forward again, on the way back through it."""
-    return eqn.primitive.name in jax_versions.REMAT and bool(
-        eqn.params.get("differentiated")
+def _is_recomputed(eqn: Any) -> bool:
+    """Whether an equation computes a forward again, on the way back through it.
+
+    What JAX calls differentiated may be the forward, too: that of layers with a
+    checkpoint each, in a `scan` that is in a checkpoint itself. There, nothing is
+    computed for a second time.
+    """
+    return (
+        eqn.primitive.name in jax_versions.REMAT
+        and bool(eqn.params.get("differentiated"))
+        and jax_versions.recomputes(jax_versions.call_body(eqn.params))
     )
 
 
@@ -166,7 +187,7 @@ class _Harvester:
             parsed = _parse(eqn)
             if parsed is not None:
                 found = {parsed[1]: None}
-            elif _is_backward(eqn):
+            elif _is_recomputed(eqn):
                 found = {}
             else:
                 found = {}

@@ -39,6 +39,8 @@ class Inner(NamedTuple):
 JIT = frozenset({"jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
 
+# The scope that a checkpoint gives, on the way back, to its forward.
+_RECOMPUTED = "rematted_computation"
 
 _DEBUG_INFO = jex.DebugInfo("evaluate_equations", "qwix_train", None, None)
 
@@ -75,6 +77,15 @@ def bodies(params: dict[str, Any]) -> list[Body]:
         Body(body.jaxpr, tuple(body.consts) or (None,) * len(body.jaxpr.constvars))
         for body in found
     ]
+
+
+def recomputes(body: Body) -> bool:
+    """Whether anything in the body of a checkpoint is computed for a second time."""
+    return any(
+        _RECOMPUTED in str(eqn.source_info.name_stack)
+        or any(map(recomputes, bodies(eqn.params)))
+        for eqn in body.jaxpr.eqns
+    )
 
 
 def evaluate_equations(

@@ -264,3 +264,19 @@ def test_errors():
     step = calibrator.wrap(case.eval_step())
     with pytest.raises(ValueError, match="calib.observe"):
         jax.jit(step)(*case.args(BATCHES[0]))
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_a_step_traced_without_traced_arguments_is_refused(jitted):
+    """What the step closes over does not say that it runs inside of a `jit`."""
+    case = Linear("linen")
+    step, args = case.eval_step(), case.args(BATCHES[0])
+    calibrator = calib.Calibrator(RULES)
+    calibrated = calibrator.wrap(step if jitted else step.__wrapped__)
+    with pytest.raises(ValueError, match="calib.observe"):
+        jax.jit(lambda scale: scale * calibrated(*args)["mean"])(2.0)
+    assert not calibrator.state
+    calibrated(*args)
+    with pytest.raises(ValueError, match="calib.observe"):
+        jax.jit(lambda scale: scale * calibrated(*args)["mean"])(2.0)
+    assert calibrator.quant_stats["Dense_0"]["dot_general0_lhs"]["count"] == 1

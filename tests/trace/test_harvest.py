@@ -37,6 +37,17 @@ def micro_batches(ws, xs):
     return jax.lax.scan(body, 0.0, xs)
 
 
+def nested_remat(ws, xs):
+    """Layers with a checkpoint each, in one around the loss, in micro-batches."""
+
+    def body(total, x):
+        whole = jax.checkpoint(lambda ws: loss(ws, x, remat=True))
+        value, grads = jax.value_and_grad(whole)(ws)
+        return total + value, grads
+
+    return jax.lax.scan(body, 0.0, xs)
+
+
 def every_other(ws, xs):
     """A loop of unknown length with a branch in it."""
 
@@ -77,6 +88,7 @@ def largest(xs):
         (gradients, [0], 1),
         (with_remat, [0], 1),  # the backward pass computes it again
         (micro_batches, [0, 1, 2, 3], 4),
+        (nested_remat, [0, 1, 2, 3], 4),
         (every_other, [0, 2], 2),
         (batched, [0, 1, 2, 3], 1),
         (custom, [0], 1),
@@ -105,6 +117,14 @@ def test_values_and_counts(step, batches, times, jitted):
     layers, out = largest(BATCHES[batches])
     np.testing.assert_allclose(after["layer"]["max"], layers, rtol=1e-6)
     np.testing.assert_allclose(after["out"]["max"], out, rtol=1e-6)
+
+
+def test_a_backward_pass_alone_holds_no_values():
+    ws, x = jnp.asarray(WEIGHTS), jnp.asarray(BATCHES[0])
+    _, backward = jax.vjp(jax.checkpoint(lambda ws: loss(ws, x)), ws)
+    body = jax_versions.body_of(jax.make_jaxpr(backward)(1.0))
+    with pytest.raises(ValueError, match="layer: its values cannot be collected"):
+        harvest.names_in(body)
 
 
 def test_a_shard_is_no_whole():

@@ -1,0 +1,99 @@
+"""Plain functions as the models of steps, against the same arithmetic by hand."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import qwix_train
+from qwix_train import QuantTrainState, as_model, calib, ptq, wrap_train_step
+from tests import models
+
+RULES = [models.rule("int8", "int8", act_static_scale=True)]
+BATCHES = [
+    np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32) * (i + 1)
+    for i in range(3)
+]
+PARAMS = {
+    name: jax.random.normal(jax.random.key(i), shape)
+    for i, (name, shape) in enumerate({"first": (6, 7), "second": (7, 3)}.items())
+}
+
+
+def forward(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+MODEL = as_model(forward)
+
+
+def eval_step(params, x):
+    # A product after the model, which is none of its ops.
+    out = MODEL(params, x)
+    return {"mean": out.mean(), "gram": out.T @ out}
+
+
+def expected_ranges():
+    hidden = [np.tanh(x @ PARAMS["first"]) for x in BATCHES]
+    return [
+        models.MARGIN * np.mean([np.abs(x).max() for x in xs])
+        for xs in (BATCHES, hidden)
+    ]
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_ranges_are_collected_and_quantize_the_function(jitted):
+    step = jax.jit(eval_step) if jitted else eval_step
+    calibrator = calib.Calibrator(RULES)
+    calibrated = calibrator.wrap(step)
+    for x in BATCHES:
+        check = models.assert_same if jitted else models.assert_close
+        check(calibrated(PARAMS, x), step(PARAMS, x))
+    stats = calibrator.quant_stats
+    assert sorted(stats) == ["dot_general0_lhs", "dot_general1_lhs"]
+    for found, expected in zip(stats.values(), expected_ranges(), strict=True):
+        np.testing.assert_allclose(found["sum_of_absmax"] / 3, [[expected]], 1e-6)
+    quantized, params = ptq.quantize(
+        forward, PARAMS, RULES, BATCHES[0], quant_stats=stats
+    )
+    scale = params["dot_general0_lhs_scale"].array
+    np.testing.assert_allclose(scale, [[expected_ranges()[0] / 127.5]], 1e-6)
+    out, exact = quantized(params, BATCHES[0]), forward(PARAMS, BATCHES[0])
+    assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_qat_with_ranges_in_the_state():
+    def step(state, x):
+        def loss(params):
+            return jnp.mean(MODEL(params, x) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    state = QuantTrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1))
+    state = qwix_train.with_quant_stats(state, RULES, BATCHES[0], step=step)
+    state, loss = jax.jit(wrap_train_step(step, RULES))(state, BATCHES[0])
+
+    def fake(x, weight):
+        # The first batch: its range is that of the statistics.
+        x = models.fake_quant(x, 8, (0, 1))
+        return x @ models.fake_quant(weight, 8, 0)
+
+    hidden = np.tanh(fake(BATCHES[0], PARAMS["first"]))
+    expected = np.mean(fake(hidden, PARAMS["second"]) ** 2)
+    np.testing.assert_allclose(loss, expected, 1e-4)
+    assert state.quant_stats["dot_general1_lhs"]["count"] == 1
+
+
+def test_elsewhere_it_is_the_function():
+    models.assert_same(MODEL(PARAMS, BATCHES[0]), forward(PARAMS, BATCHES[0]))
+    assert MODEL.__name__ == "forward"
+    with pytest.raises(TypeError, match="Expected a function"):
+        as_model(PARAMS)
+
+
+def test_a_function_that_is_not_marked_is_named():
+    step = calib.Calibrator(RULES).wrap(lambda params, x: forward(params, x).mean())
+    with pytest.raises(ValueError, match=r"qwix_train.as_model\(forward\)"):
+        step(PARAMS, BATCHES[0])
