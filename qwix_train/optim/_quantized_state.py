@@ -76,7 +76,7 @@ def quantized_state(
     scales its rank. `jax.jit` leaves both sharded as the array is where an axis has at
     least ``block_size`` elements on each device. State is an ordinary pytree, which
     Orbax saves, and `optax.tree_map_params` sees codes and scales as copies of the
-    params. Call ``init`` under `jax.jit` so that no float state is ever allocated.
+    params.
 
     Wrap what keeps moments rather than what keeps params or sums (such as
     `optax.lookahead` and `optax.MultiSteps`), whose arrays would be rounded, too:
@@ -148,7 +148,11 @@ def quantized_state(
             x.dtype if _is_quantized(x, min_size) else None
             for x in map(jnp.asarray, jax.tree.leaves(inner_state))
         ]
-        return quantized(inner_state, dtypes)
+        # XLA would compute the codes of a constant, such as zeros, when it compiles:
+        # half a minute for an array of four million elements.
+        return quantized(
+            jax.tree.map(jax.lax.optimization_barrier, inner_state), dtypes
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         if not isinstance(state, QuantizedState):

@@ -70,7 +70,7 @@ def test_steps_by_hand(tx, by_hand):
     assert error.max() < 0.02
 
 
-@pytest.mark.parametrize("make", [optax.adam, optax.lion, optax.adamw, optax.adafactor])
+@pytest.mark.parametrize("make", [optax.adam, optax.lion])
 @pytest.mark.parametrize("qtype", ["dynamic", "int8"])
 def test_bytes(make, qtype):
     params = {"kernel": jnp.zeros((512, 768)), "head": jnp.zeros((768, 10))}
@@ -78,10 +78,9 @@ def test_bytes(make, qtype):
 
     def size(tx):
         leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-        return sum(x.size * x.dtype.itemsize for x in leaves if x.size >= 16)
+        return sum(x.size * x.dtype.itemsize for x in leaves if x.ndim)
 
-    limit = 1 if make is optax.adafactor else 0.3  # It has no large array to quantize.
-    assert size(optim.quantized_state(tx, qtype)) <= limit * size(tx)
+    assert size(optim.quantized_state(tx, qtype)) <= 0.3 * size(tx)
 
 
 def test_what_is_small_is_as_it_was():
@@ -129,10 +128,17 @@ def test_shards_are_quantized_where_they_are(spec):
         assert tree.nu.sharding.is_equivalent_to(sharding, 2)
 
 
+def test_the_compiler_does_not_compute_the_codes_of_zeros():
+    # It would take half a minute for a matrix of 1024 x 4096.
+    init = jax.jit(optim.quantized_state(optax.adam(0.1)).init)
+    text = init.lower(jnp.ones((64, 64))).compile().as_text()
+    assert " reduce(" in text
+
+
 def test_errors():
     with pytest.raises(ValueError, match="qtype='int4'.: choose from dynamic, int8"):
         optim.quantized_state(optax.adam(0.1), "int4")
-    for value in 0, 2.5, True - 1:
+    for value in 0, -1, 2.5:
         with pytest.raises(ValueError, match="block_size=.*must be a positive int"):
             optim.quantized_state(optax.adam(0.1), block_size=value)
     params = jnp.ones((64, 64))
