@@ -3,6 +3,7 @@
 from qwix_train import calib as calib
 from qwix_train import hooks as hooks
 from qwix_train import lora as lora
+from qwix_train import optim as optim
 from qwix_train import ptq as ptq
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot

@@ -1,0 +1,269 @@
+"""What every transformation has to be: it goes wherever one of Optax goes.
+
+A transformation is tested by a line in `TRANSFORMS`: a function that takes an Optax
+transformation and returns one.
+"""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import P
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from orbax import checkpoint as ocp
+
+from qwix_train import optim
+from tests import models
+
+TRANSFORMS = {
+    "lora_plus": lambda tx: optim.lora_plus(tx, ratio=4.0),
+    "freeze": lambda tx: optim.selective_transform(tx, freeze=".*layer/kernel"),
+    "train": lambda tx: optim.selective_transform(tx, train=".*_lora_[ab]"),
+    "dynamic": lambda tx: optim.quantized_state(tx, block_size=16, min_size=512),
+    "int8": lambda tx: optim.quantized_state(tx, "int8", block_size=16, min_size=512),
+}
+# Those that share most of their code with another.
+SLOW = ("train", "int8")
+MAKE = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, make in TRANSFORMS.items()
+    ],
+)
+SHAPES = {
+    "kernel": (16, 64),
+    "bias": (64,),
+    "kernel_lora_a": (16, 8),
+    "kernel_lora_b": (8, 64),
+}
+MESH = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+SPECS = {
+    "kernel": P("data", "model"),
+    "bias": P("model"),
+    "kernel_lora_a": P("data", None),
+    "kernel_lora_b": P(None, "model"),
+}
+
+
+def tree(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    leaves = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in SHAPES.items()}
+    return {"layer": leaves}
+
+
+PARAMS, GRADS = tree(0), tree(1)
+
+
+def adam(learning_rate=0.1):
+    return optax.adam(learning_rate)
+
+
+def assert_same_types(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def run(tx, params=PARAMS, grads=GRADS, steps=3, **extra_args):
+    """The params and the state after some steps, of a compiled loop."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(grads, state, params, **extra_args)
+        assert_same_types(updates, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def loop(params):
+        # A carry of `scan` keeps its structure, shapes and dtypes.
+        return jax.lax.scan(step, (params, tx.init(params)), None, steps)[0]
+
+    return loop(params)
+
+
+@MAKE
+def test_jit(make):
+    tx = make(adam())
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        updates, state = tx.update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), (params, state)))
+    compiled, compiled_state = run(tx, steps=2)
+    assert_same_types(state, compiled_state)
+    models.assert_close(compiled, params)
+    # Something is trained.
+    assert not jax.tree.all(jax.tree.map(jnp.array_equal, params, PARAMS))
+
+
+@MAKE
+def test_donation(make):
+    tx = make(adam())
+    step = jax.jit(tx.update, donate_argnums=1)
+    state = jax.jit(tx.init)(PARAMS)
+    before = jax.tree.leaves(state)
+    _, state = step(GRADS, state)
+    # What is of the size of a param was reused.
+    assert all(x.is_deleted() for x in before if x.size >= 64)
+    step(GRADS, state)
+
+
+@MAKE
+def test_extra_args(make):
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+    once, _ = run(make(optax.chain(optax.sgd(0.1), plateau)), value=1.0, steps=1)
+    models.assert_close(once, run(make(optax.sgd(0.1)), steps=1)[0])
+
+
+@MAKE
+def test_chain(make):
+    chained, _ = run(optax.chain(optax.scale(2.0), make(adam()), optax.scale(3.0)))
+    scaled = jax.tree.map(lambda g: 2 * g, GRADS)
+    alone, _ = run(make(optax.chain(adam(), optax.scale(3.0))), grads=scaled)
+    models.assert_close(chained, alone)
+
+
+@MAKE
+def test_multi_transform(make):
+    both = {"ours": PARAMS, "theirs": tree(2)}
+    labels = {"ours": "ours", "theirs": "theirs"}
+    tx = optax.multi_transform({"ours": make(adam()), "theirs": adam(0.2)}, labels)
+    grads = {"ours": GRADS, "theirs": GRADS}
+    params, _ = run(tx, both, grads)
+    models.assert_close(params["theirs"], run(adam(0.2), both["theirs"])[0])
+    ours = optax.masked(make(adam()), {"ours": True, "theirs": False})
+    models.assert_close(params["ours"], run(ours, both, grads)[0]["ours"])
+
+
+@MAKE
+def test_masked(make):
+    mask = {"layer": {name: name != "bias" for name in SHAPES}}
+    params, _ = run(optax.masked(make(adam()), mask), steps=1)
+    alone, _ = run(make(adam()), steps=1)
+    bias = PARAMS["layer"]["bias"] + GRADS["layer"]["bias"]
+    models.assert_close(params["layer"].pop("bias"), bias)
+    alone["layer"].pop("bias")
+    models.assert_close(params, alone)
+
+
+@MAKE
+def test_multi_steps(make):
+    params, _ = run(optax.MultiSteps(make(adam()), 2), steps=6)
+    models.assert_close(params, run(make(adam()), steps=3)[0])
+
+
+@MAKE
+def test_inject_hyperparams(make):
+    tx = optax.inject_hyperparams(lambda learning_rate: make(adam(learning_rate)))
+    models.assert_close(run(tx(learning_rate=0.1))[0], run(make(adam()))[0])
+    tx = tx(learning_rate=0.1)
+    state = tx.init(PARAMS)
+    first, _ = tx.update(GRADS, state, PARAMS)
+    state.hyperparams["learning_rate"] = jnp.float32(0.2)
+    second, _ = tx.update(GRADS, state, PARAMS)
+    models.assert_close(second, jax.tree.map(lambda u: 2 * u, first))
+
+
+@MAKE
+def test_sharded(make):
+    tx = make(adam())
+    specs = {"layer": SPECS}
+    shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
+    params, grads = jax.device_put((PARAMS, GRADS), (shardings, shardings))
+    state = jax.jit(tx.init)(params)
+    step = jax.jit(tx.update)
+    updates, state = step(grads, state, params)
+    updates, state = step(grads, state, params)
+    _, one = run(tx, steps=1)
+    expected, two = jax.jit(tx.update)(GRADS, one, PARAMS)
+    models.assert_close(updates, expected)
+    assert_same_types(state, two)
+    # What has the shape of a param lies where the param lies.
+    of_shape = {SHAPES[name]: sharding for name, sharding in shardings["layer"].items()}
+    found = [x for x in jax.tree.leaves(state) if x.shape in of_shape]
+    assert found
+    for x in found:
+        assert x.sharding.is_equivalent_to(of_shape[x.shape], x.ndim)
+
+
+@MAKE
+def test_specs_of_the_state(make):
+    tx = make(adam())
+    state = tx.init(PARAMS)
+    specs = optax.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        state,
+        {"layer": SPECS},
+        transform_non_params=lambda _: P(),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    leaves = [
+        jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        for tree in (state, specs)
+    ]
+    for x, spec in zip(*leaves, strict=True):
+        if isinstance(x, jax.Array):
+            jax.device_put(x, NamedSharding(MESH, spec))
+
+
+@MAKE
+def test_empty_trees(make):
+    for params in ({}, {"layer": {}}):
+        assert run(make(adam()), params, params)[0] == params
+
+
+@MAKE
+def test_bfloat16(make):
+    low = run(make(adam()), tree(0, jnp.bfloat16), tree(1, jnp.bfloat16))[0]
+    high = run(make(adam()))[0]
+    low = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    models.assert_close(low, high, 0.03)
+
+
+@MAKE
+def test_saved_and_restored(make, tmp_path):
+    tx = make(adam())
+    params, state = run(tx)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        abstract = jax.eval_shape(tx.init, PARAMS)
+        restored = checkpointer.restore(tmp_path / "state", abstract)
+    models.assert_same(restored, state)
+    update = jax.jit(tx.update)
+    models.assert_same(update(GRADS, restored, params), update(GRADS, state, params))
+
+
+class Layer(nnx.Module):
+    def __init__(self, params):
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.layer = Layer(PARAMS["layer"])
+
+
+@MAKE
+def test_nnx_optimizer(make):
+    model = Model()
+    optimizer = nnx.Optimizer(model, make(adam()), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            products = jax.tree.map(
+                lambda p, g: jnp.vdot(p, g), nnx.to_pure_dict(nnx.state(model)), GRADS
+            )
+            return sum(jax.tree.leaves(products))
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(3):
+        step(model, optimizer)
+    models.assert_close(nnx.to_pure_dict(nnx.state(model)), run(make(adam()))[0])
