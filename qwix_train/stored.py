@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -18,12 +19,17 @@ from flax.linen import meta
 
 from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import PackedQArray, pack, quantize_packed, unpack
 from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
 from qwix_train.trace import function
 
 # Where boxes keep the names of axes.
 _LINEN_NAMES = ("names", "mesh_axes")
 _NNX_NAMES = "out_sharding"
+
+
+QUANTIZED_ARRAYS = (QArray, PackedQArray)
+"""The classes of arrays of codes."""
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -53,14 +59,71 @@ def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
     return WithAux(array, how)
 
 
+def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
+    """A quantized param with its codes packed and its scales quantized.
+
+    Args:
+      quantized: the param, unboxed; or the shapes of one. One that is packed already
+        stays as it is.
+      layers: the axes that stack layers. Those that are not in front are packed as any
+        other.
+
+    Raises:
+      ValueError: its codes do not have 4 bits.
+    """
+    if isinstance(quantized.array, PackedQArray):
+        return quantized
+    change = functools.partial(pack, layer_axes=_leading(layers))
+    if isinstance(quantized.array.qvalue, jax.ShapeDtypeStruct):
+        return WithAux(jax.eval_shape(change, quantized.array), quantized.how)
+    return WithAux(change(quantized.array), quantized.how)
+
+
+def quantize_param_packed(
+    param: Any, how: HowToQuantize, layers: Collection[int] = ()
+) -> WithAux:
+    """`packed(quantize_param(param, how), layers)`, faster and in less memory."""
+    change = functools.partial(quantize_packed, how=how, layer_axes=_leading(layers))
+    if isinstance(param, jax.ShapeDtypeStruct):
+        return WithAux(jax.eval_shape(change, param), how)
+    return WithAux(change(jnp.asarray(param)), how)
+
+
+def _leading(layers: Collection[int]) -> int:
+    """How many axes of layers stand in front."""
+    count = 0
+    while count in layers:
+        count += 1
+    return count
+
+
+def parts(array: QArray | PackedQArray) -> dict[str, Any]:
+    """The arrays that stand for one, by name.
+
+    Example:
+      >>> list(parts(QArray(jnp.ones((4, 2), jnp.int8), jnp.ones((1, 2)))))
+      ['qvalue', 'scale']
+    """
+    held = {
+        field.name: getattr(array, field.name)
+        for field in dataclasses.fields(array)  # pyright: ignore[reportArgumentType]
+        if field.metadata.get("pytree_node", True)
+    }
+    return {name: part for name, part in held.items() if part is not None}
+
+
 def dequantized(quantized: WithAux) -> jax.Array:
     """The array that a quantized param stands for, or the shape of it."""
     array = unbox(quantized).array
-    if not isinstance(array, QArray):
+    if not isinstance(array, QUANTIZED_ARRAYS):
         raise TypeError(f"Expected a quantized weight, got {type(array).__name__}.")
-    if isinstance(array.qvalue, jax.ShapeDtypeStruct):
-        return jax.eval_shape(dequantize, array)
-    return dequantize(array)
+
+    def change(array):
+        return dequantize(unpack(array) if isinstance(array, PackedQArray) else array)
+
+    if isinstance(jax.tree.leaves(array)[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(change, array)
+    return change(array)
 
 
 def unbox(tree: Any) -> Any:
@@ -92,7 +155,17 @@ def box(quantized: WithAux, boxed: Any) -> WithAux:
     """
     if not is_box(boxed):
         return quantized
-    return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
+    array = quantized.array
+    if not isinstance(array, PackedQArray):
+        return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
+    # What stands for the scales of a layer has its axes of layers, and one of its own.
+    named = array.layer_axes
+    by_layer = {
+        name: _box_part(getattr(array, name), boxed, named)
+        for name in ("scale_steps", "scale_mean")
+    }
+    whole = jax.tree.map(lambda part: _box_part(part, boxed), array)
+    return WithAux(whole.replace(**by_layer), quantized.how)
 
 
 def aval(quantized: WithAux) -> jax.ShapeDtypeStruct:
@@ -100,9 +173,8 @@ def aval(quantized: WithAux) -> jax.ShapeDtypeStruct:
 
     Its sharding is that of the codes; see `shape_of`.
     """
-    codes = quantized.array
-    codes = codes.qvalue if isinstance(codes, QArray) else codes
-    return shape_of(codes).update(dtype=quantized.dtype)
+    codes = shape_of(_codes(quantized))
+    return codes.update(shape=quantized.shape, dtype=quantized.dtype)
 
 
 def shape_of(array: Any) -> jax.ShapeDtypeStruct:
@@ -121,9 +193,15 @@ def shape_of(array: Any) -> jax.ShapeDtypeStruct:
 
 def box_of(quantized: WithAux) -> Any:
     """The box around the codes of a quantized param; None if there is none."""
-    codes = quantized.array
-    codes = codes.qvalue if isinstance(codes, QArray) else codes
+    codes = _codes(quantized)
     return codes if is_box(codes) else None
+
+
+def _codes(quantized: WithAux) -> Any:
+    array = quantized.array
+    if isinstance(array, PackedQArray):
+        return array.packed
+    return array.qvalue if isinstance(array, QArray) else array
 
 
 def box_array(quantized: WithAux, array: Any) -> Any:
@@ -138,15 +216,19 @@ def box_array(quantized: WithAux, array: Any) -> Any:
     )
 
 
-def _box_part(part: Any, boxed: Any) -> Any:
+def _box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
+    """Boxes a part; only its first `named` axes are those of the array, if given."""
+
     def kept(names):
         if not isinstance(names, tuple | list | jax.sharding.PartitionSpec):
             return names
-        sizes = (*part.shape, *(1 for _ in range(len(names) - part.ndim)))
+        own = names[:named]
+        sizes = (*part.shape, *(1 for _ in range(len(own) - part.ndim)))
         masked = [
-            None if size == 1 else name
-            for name, size in zip(names, sizes, strict=False)
+            None if size == 1 else name for name, size in zip(own, sizes, strict=False)
         ]
+        # Linen wants a name for each axis.
+        masked += [None] * (min(len(names), part.ndim) - len(masked))
         is_spec = isinstance(names, jax.sharding.PartitionSpec)
         return jax.sharding.PartitionSpec(*masked) if is_spec else tuple(masked)
 
@@ -169,5 +251,5 @@ def _box_part(part: Any, boxed: Any) -> Any:
 function.register_stored_type(
     WithAux, function.StoredType(unbox=unbox, aval=aval, box=box_array)
 )
-for _cls in (QArray, WithAux):
+for _cls in (QArray, PackedQArray, WithAux):
     nnx.register_data_type(_cls)

@@ -63,17 +63,31 @@ def encode(x: jax.Array) -> jax.Array:
     >>> encode(jnp.array([-3., 0.01, 0.9])).tolist()
     [0, 7, 15]
     """
-    # A value's code is the number of thresholds below it. `NaN > t` is false, so
-    # counting all 15 that way would send NaN to the lowest level; the seven below
-    # zero count `not (x <= t)` instead, which sends it to level 7, which is 0.
+    # A value's code is the number of thresholds below it, found by bisection: bit by
+    # bit from the highest, each compared with the threshold in the middle of what is
+    # left. `NaN > t` is false, so NaN comes to the lower half; there, and below, `not
+    # (x <= t)` sends it to the highest, level 7, which is 0.
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    code = jnp.zeros(x.shape, jnp.int8)
-    for index, threshold in enumerate(_thresholds().tolist()):
-        above = ~(x <= threshold) if index < 7 else x > threshold
-        code += above.astype(jnp.int8)
+    thresholds = _thresholds().tolist()
+    bits = [x > thresholds[7]]
+    for step in (4, 2, 1):
+        middle = thresholds[step - 1 :: 2 * step]
+        bits.append(~(x <= _chosen(bits, middle, x.dtype)))
+    code = jnp.zeros(x.shape, jnp.uint8)
+    for weight, bit in zip((8, 4, 2, 1), bits, strict=True):
+        code |= jnp.where(bit, jnp.uint8(weight), jnp.uint8(0))
     # XLA on a CPU does not vectorize a loop that writes half bytes. The barrier keeps
     # the comparisons out of that loop.
     return jax.lax.optimization_barrier(code).astype(jnp.uint4)
+
+
+def _chosen(bits: list[jax.Array], values: list[Any], dtype: Any) -> jax.Array:
+    """One of values, by the bits of its index, the highest first."""
+    chosen = [jnp.asarray(value, dtype) for value in values]
+    for bit in reversed(bits):
+        pairs = zip(chosen[0::2], chosen[1::2], strict=True)
+        chosen = [jnp.where(bit, high, low) for low, high in pairs]
+    return chosen[0]
 
 
 def decode(q: jax.Array, dtype: Any) -> jax.Array:
@@ -81,10 +95,5 @@ def decode(q: jax.Array, dtype: Any) -> jax.Array:
     # A binary tree of selects, one bit of the code at a time: it fuses with what
     # follows, where a lookup would be a gather.
     codes = q.astype(jnp.uint8)
-    values: list[Any] = LEVELS.astype(jnp.dtype(dtype)).tolist()
-    values = [jnp.asarray(value, dtype) for value in values]
-    for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        pairs = zip(values[0::2], values[1::2], strict=True)
-        values = [jnp.where(is_set, high, low) for low, high in pairs]
-    return values[0]
+    bits = [(codes >> bit) & 1 == 1 for bit in (3, 2, 1, 0)]
+    return _chosen(bits, LEVELS.astype(jnp.dtype(dtype)).tolist(), dtype)

@@ -165,11 +165,12 @@ class WithAux:
     """A quantized array in a tree of params, with how it was quantized.
 
     Attributes:
-        array: The array.
+        array: The array: a `QArray` or, packed, a `PackedQArray`; codes alone or the
+            range of an activation in some trees.
         how: How it was quantized.
     """
 
-    array: MaybeQArray
+    array: Any
     how: HowToQuantize = flax.struct.field(pytree_node=False)
 
     def __getitem__(self, index: Any) -> Any:

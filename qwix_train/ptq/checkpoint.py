@@ -221,7 +221,9 @@ def restore(
                 param.arrays.items(), targets[param.path].values(), strict=True
             )
         }
-        leaf = stored_arrays.Leaf(param.path, decoded, param.qtype, param.how)
+        leaf = stored_arrays.Leaf(
+            param.path, decoded, param.qtype, param.how, param.layout
+        )
         values[param.path] = stored_arrays.rebuild(leaf, decoded)
     tree = traverse_util.unflatten_dict(values)
     if abstract is None:
@@ -376,4 +378,6 @@ def _text(param: StoredParam) -> str:
     """All of a param that has to agree, as text."""
     arrays = [f"{k} {a.dtype}{list(a.shape)}" for k, a in param.arrays.items()]
     how = param.how and dataclasses.replace(param.how, noise_fn=None)
-    return ", ".join([param.qtype or "not quantized", *arrays, str(how or "no how")])
+    layout = [] if param.layout is None else [str(param.layout)]
+    qtype = param.qtype or "not quantized"
+    return ", ".join([qtype, *arrays, str(how or "no how"), *layout])

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import PackedLayout
 from qwix_train.rules import QuantizationRule
 
 FORMAT = "qwix_train quantized params"
@@ -57,12 +58,15 @@ class StoredParam:
       qtype: the type of the codes, or None if it is not quantized.
       how: how it was quantized, without any noise function; None if the tree holds
         the array without its `WithAux`.
+      layout: how the codes are packed in memory, if they are. Then its arrays are those
+        of a `PackedQArray`.
     """
 
     path: Path
     arrays: Mapping[str, StoredArray]
     qtype: str | None = None
     how: HowToQuantize | None = None
+    layout: PackedLayout | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +76,24 @@ class StoredParam:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the param."""
-        return self.arrays["qvalue" if self.qtype else "value"].shape
+        shape = list(self.arrays[self.codes].shape)
+        if self.layout is not None:
+            shape[self.layout.axis] = self.layout.length
+        return tuple(shape)
+
+    @property
+    def codes(self) -> str:
+        """The name of the array that is as long as the param, but for packing."""
+        if self.layout is not None:
+            return "packed"
+        return "qvalue" if self.qtype else "value"
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of the (dequantized) param."""
+        if self.layout is not None:
+            return self.layout.dtype.name
+        return self.arrays["scale" if self.qtype else "value"].dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +193,13 @@ def _versions() -> dict[str, str]:
 
 
 def _to_json(value: Any, cls: Any) -> dict[str, Any]:
-    """The fields of a rule or a `how`, by name, as the constructor takes them."""
+    """The fields of a rule, `how` or layout, by name, as the constructor takes them."""
     record = {f.name: getattr(value, f.name) for f in dataclasses.fields(cls)}
     record.pop("noise_fn", None)  # It took part in rounding, not in what codes mean.
     if cls is HowToQuantize:
         record["tiled_axes"] = list(value.tiled_axes.items())  # JSON has string keys.
+    if cls is PackedLayout:
+        record["dtype"] = value.dtype.name
     for name, field in record.items():
         if name.endswith("qtype") and field is not None:
             record[name] = numerics.qtype_name(field)
@@ -194,13 +217,13 @@ def _rule_from_json(record: Mapping[str, Any]) -> QuantizationRule:
 
 
 def _param_to_json(param: StoredParam) -> dict[str, Any]:
-    shown = param.arrays["scale" if param.qtype else "value"]
     return {
         "path": param.path,
         "shape": param.shape,
-        "dtype": shown.dtype,
+        "dtype": param.dtype,
         "qtype": param.qtype,
         "how": _to_json(param.how, HowToQuantize) if param.how else None,
+        "layout": _to_json(param.layout, PackedLayout) if param.layout else None,
         "arrays": {k: dataclasses.asdict(a) for k, a in param.arrays.items()},
     }
 
@@ -213,7 +236,8 @@ def _param_from_json(record: Mapping[str, Any]) -> StoredParam:
         name: StoredArray(**{**fields, "shape": tuple(fields["shape"])})
         for name, fields in record["arrays"].items()
     }
-    return StoredParam(tuple(record["path"]), arrays, record["qtype"], how)
+    layout = record["layout"] and PackedLayout(**record["layout"])
+    return StoredParam(tuple(record["path"]), arrays, record["qtype"], how, layout)
 
 
 def _name_in(record: Any) -> str:

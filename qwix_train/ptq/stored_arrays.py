@@ -15,8 +15,10 @@ from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
+from qwix_train import stored
 from qwix_train.core import numerics, packing
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import PackedLayout, PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.ptq.manifest import Path, StoredArray, StoredParam, path_name
 
@@ -30,16 +32,18 @@ class Leaf:
 
     Attributes:
         path: Its path.
-        arrays: ``qvalue``, ``scale`` and perhaps ``zero_point``, or ``value``;
-            concrete or abstract.
+        arrays: ``qvalue``, ``scale`` and perhaps ``zero_point``; those of a
+            `PackedQArray`; or ``value``. Concrete or abstract.
         qtype: The name of the type of the codes, or None.
         how: The ``how`` of its `WithAux`, or None.
+        layout: The ``layout`` of its `PackedQArray`, or None.
     """
 
     path: Path
     arrays: Mapping[str, Any]
     qtype: str | None = None
     how: HowToQuantize | None = None
+    layout: PackedLayout | None = None
 
     def describe(self) -> StoredParam:
         """What a manifest says of it, but for packing and checksums."""
@@ -47,7 +51,7 @@ class Leaf:
             name: StoredArray(tuple(array.shape), jnp.dtype(array.dtype).name)
             for name, array in self.arrays.items()
         }
-        return StoredParam(self.path, arrays, self.qtype, self.how)
+        return StoredParam(self.path, arrays, self.qtype, self.how, self.layout)
 
 
 def leaves(tree: Any) -> list[Leaf]:
@@ -84,14 +88,13 @@ def unbox(tree: Any) -> Any:
 
 
 def _leaf(path: Path, value: Any) -> Leaf:
-    how, qtype = None, None
+    how, qtype, layout = None, None, None
     if isinstance(value, WithAux):
         value, how = value.array, value.how
-    if isinstance(value, QArray):
-        arrays = {"qvalue": value.qvalue, "scale": value.scale}
-        if value.zero_point is not None:
-            arrays["zero_point"] = value.zero_point
+    if isinstance(value, stored.QUANTIZED_ARRAYS):
+        arrays = stored.parts(value)
         qtype = numerics.qtype_name(value.qtype)
+        layout = value.layout if isinstance(value, PackedQArray) else None
     else:
         arrays = {"value": value}
     for name, array in arrays.items():
@@ -99,7 +102,7 @@ def _leaf(path: Path, value: Any) -> Leaf:
         if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(f"{where}: expected an array, got {type(array).__name__}.")
         _check_dtype(where, array.dtype)
-    return Leaf(path, arrays, qtype, how)
+    return Leaf(path, arrays, qtype, how, layout)
 
 
 def _check_dtype(where: str, dtype: Any) -> None:
@@ -126,6 +129,9 @@ def rebuild(leaf: Leaf, like_arrays: Mapping[str, jax.Array]) -> Any:
     """The value of a param in a tree, of arrays that were restored."""
     if leaf.qtype is None:
         value = like_arrays["value"]
+    elif leaf.layout is not None:
+        arrays = {"zero_point": None, **like_arrays}
+        value = PackedQArray(**arrays, layout=leaf.layout)
     else:
         value = QArray(**like_arrays, qtype=leaf.qtype)
     return value if leaf.how is None else WithAux(value, leaf.how)
@@ -138,7 +144,7 @@ def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
         The arrays to store; what the manifest says of them, without checksums; and
         whether the codes are those of their type, as an array of one boolean.
     """
-    stored, records, sound = {}, {}, np.True_
+    encoded, records, sound = {}, {}, np.True_
     for name, record in leaf.describe().arrays.items():
         array = leaf.arrays[name]
         packed_as = _PACKED_AS.get(record.dtype)
@@ -153,8 +159,8 @@ def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
                 sound = jnp.all(back.astype(array.dtype) == array)
             array = packed
             record = dataclasses.replace(record, packed_as=packed_as, axis=axis)
-        stored[name], records[name] = array, record
-    return stored, records, sound
+        encoded[name], records[name] = array, record
+    return encoded, records, sound
 
 
 def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
@@ -204,22 +210,21 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
 
     Args:
         param: The param.
-        given: A sharding for the param; a `QArray` or `WithAux` of shardings or
-            abstract arrays, or None for where JAX puts new arrays. Scales and zero
-            points that have none of their own are sharded as the codes are, but not
-            along axes where they have too few entries.
+        given: A sharding for the param; a `QArray`, `PackedQArray` or `WithAux` of
+            shardings or abstract arrays, or None for where JAX puts new arrays. Scales
+            and zero points that have none of their own are sharded as the codes are,
+            but not along axes where they have too few entries.
 
     Raises:
         ValueError: The sharding does not divide the param; the message names both.
     """
     given = unbox(given)
     given = given.array if isinstance(given, WithAux) else given
-    if isinstance(given, QArray):
+    if isinstance(given, QArray | PackedQArray):
         own = {name: _concrete(getattr(given, name)) for name in param.arrays}
     else:
         own = dict.fromkeys(param.arrays)
-        own["qvalue" if param.qtype else "value"] = _concrete(given)
-    base = own.get("qvalue") or own.get("value")
+    base = own[param.codes] or _concrete(given)
     if base is None:
         # The default device or, under `jax.set_mesh`, all of the mesh: JAX refuses to
         # compute there with arrays that are elsewhere.
@@ -232,8 +237,14 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
             f"{error}"
         ) from None
     pieces = [n // s if s else 1 for n, s in zip(param.shape, shards, strict=True)]
+    named = {}
+    if param.layout is not None:
+        # They have the axes of layers alone, and one of their own.
+        layers = len(param.arrays["scale_mean"].shape)
+        named = {"scale_steps": layers, "scale_mean": layers}
     return {
-        name: own[name] or _alike(base, array.shape, pieces)
+        name: own[name]
+        or _alike(base, array.shape, pieces, named.get(name, len(pieces)))
         for name, array in param.arrays.items()
     }
 
@@ -247,10 +258,15 @@ def _concrete(given: Any) -> Sharding | None:
     return None if isinstance(mesh, AbstractMesh) else sharding
 
 
-def _alike(base: Sharding, shape: tuple[int, ...], pieces: list[int]) -> Sharding:
+def _alike(
+    base: Sharding, shape: tuple[int, ...], pieces: list[int], named: int
+) -> Sharding:
+    """The sharding of a part whose first axes are so many of those of the codes."""
     if not isinstance(base, NamedSharding):
         return base
-    spec = [*base.spec, *[None] * len(shape)][: len(shape)]
+    spec = [*base.spec, *[None] * len(shape)][:named]
+    spec = [*spec, *[None] * (len(shape) - len(spec))]
+    pieces = [*pieces[:named], *[1] * len(shape)][: len(shape)]
     return _with_spec(
         base,
         [

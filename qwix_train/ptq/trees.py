@@ -13,7 +13,7 @@ import jax
 from flax import nnx, traverse_util
 
 from qwix_train import stored
-from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.core.qarray import WithAux
 from qwix_train.trace.function import param_path
 
 # What a model computes with: everything but its streams of random numbers.
@@ -68,12 +68,9 @@ def plain(tree: Any) -> Any:
         return {key: plain(value) for key, value in tree.items()}
     if not isinstance(tree, WithAux):
         return tree
-    if not isinstance(tree.array, QArray):
+    if not isinstance(tree.array, stored.QUANTIZED_ARRAYS):
         return {"array": tree.array}
-    parts = {"qvalue": tree.array.qvalue, "scale": tree.array.scale}
-    if tree.array.zero_point is not None:
-        parts["zero_point"] = tree.array.zero_point
-    return {"array": parts}
+    return {"array": stored.parts(tree.array)}
 
 
 def with_tree(model: nnx.Module, tree: Any) -> Any:

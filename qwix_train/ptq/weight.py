@@ -18,10 +18,14 @@ from jax import numpy as jnp
 from qwix_train.core import numerics
 from qwix_train.core.conv import conv_general_dilated
 from qwix_train.core.dot_general import dot_general
+from qwix_train.core.packed_array import PackedQArray, unpack
+from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq import structural
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
+
+_CAST = "convert_element_type"
 
 # Called with the path of a param and the name of the primitive that it was
 # dequantized for.
@@ -66,7 +70,7 @@ class StoredWeight(Carried):
     def inside(self, arrays: Sequence[Any]) -> StoredWeight:
         """The same weight, within a body."""
         structure = jax.tree.structure(self.array)
-        return self._with(jax.tree.unflatten(structure, arrays), origin=None)
+        return self._with(jax.tree.unflatten(structure, arrays))
 
     @property
     def returned(self) -> Any:
@@ -82,7 +86,7 @@ class StoredWeight(Carried):
 
         def one(*parts):
             structure = jax.tree.structure(array)
-            return self._with(jax.tree.unflatten(structure, parts), origin=None)
+            return self._with(jax.tree.unflatten(structure, parts))
 
         return self._with(array).arrays, one
 
@@ -91,8 +95,8 @@ class StoredWeight(Carried):
         del run
         if primitive in _PRODUCTS:
             return [product(primitive, params, operands)]
-        if primitive == "convert_element_type":
-            return self._cast(params["new_dtype"])
+        if primitive == _CAST:
+            return self.moved(primitive, params)
         if primitive in structural.JOINS:
             if not all(isinstance(x, StoredWeight) for x in operands):
                 return None
@@ -106,11 +110,23 @@ class StoredWeight(Carried):
         if primitive in structural.CHANGES and operands[0] is self:
             if any(isinstance(x, StoredWeight) for x in operands[1:]):
                 return None
-            results = structural.CHANGES[primitive](params, self.array, operands[1:])
-            if results is None:
-                return None
-            return [self._with(array) for array in results]
+            return self.moved(primitive, params, operands[1:])
         return None
+
+    def moved(
+        self, primitive: str, params: Mapping[str, Any], others: Sequence[Any] = ()
+    ) -> list[StoredWeight] | None:
+        """The results of an equation that moves the elements of this, or casts them.
+
+        Args:
+          primitive: the name of its primitive.
+          params: its parameters.
+          others: its operands but for the first, which is this.
+        """
+        if primitive == _CAST:
+            return self._cast(params["new_dtype"])
+        results = structural.CHANGES[primitive](params, self.array, others)
+        return None if results is None else [self._with(array) for array in results]
 
     def read_by(self, primitive: str) -> None:
         """Tells the listener that the weight is dequantized."""
@@ -121,8 +137,8 @@ class StoredWeight(Carried):
         """The weight with the sharding of its codes constrained."""
         return self._with(structural.constrained(self.array, sharding))
 
-    def _with(self, array: QArray, origin: WithAux | None = None) -> StoredWeight:
-        return dataclasses.replace(self, array=array, origin=origin)
+    def _with(self, array: QArray) -> StoredWeight:
+        return StoredWeight(array, self.dtype, self.path, listener=self.listener)
 
     def _scaled(self, primitive: str, operands) -> list[StoredWeight] | None:
         # A product with one number is one with the scales, to float rounding.
@@ -145,7 +161,99 @@ class StoredWeight(Carried):
         narrowed = self.dtype != self.array.dtype
         if not numerics.is_quantizable(dtype) or (narrowed and dtype != self.dtype):
             return None
-        return [dataclasses.replace(self, dtype=jnp.dtype(dtype), origin=None)]
+        dtype = jnp.dtype(dtype)
+        return [StoredWeight(self.array, dtype, self.path, listener=self.listener)]
+
+
+class PackedWeight(StoredWeight):
+    """A quantized weight whose codes are packed, or a view of one.
+
+    It is unpacked where it is read. A product does that within itself, forward and
+    backward, so that no float weight is kept in between; and what moves the elements
+    on the way to a product, or casts them, is done there, too.
+
+    Attributes:
+      packed: the packed array.
+      view: what was done to it since: primitives, and their parameters.
+    """
+
+    packed: PackedQArray
+    view: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    def __init__(
+        self,
+        packed: PackedQArray,
+        path: str,
+        origin: WithAux | None = None,
+        listener: Listener | None = None,
+        view: tuple[tuple[str, Mapping[str, Any]], ...] = (),
+    ):
+        fields = dict(packed=packed, path=path, view=view)
+        for name, value in {**fields, "origin": origin, "listener": listener}.items():
+            object.__setattr__(self, name, value)  # Its class is frozen.
+        dtypes = [p["new_dtype"] for name, p in view if name == _CAST]
+        object.__setattr__(self, "dtype", jnp.dtype([packed.dtype, *dtypes][-1]))
+
+    @functools.cached_property
+    def array(self) -> QArray:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The codes and scales, unpacked."""
+        return self._unpacked(self.packed).array
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The packed codes, and what stands for the scales and zero points."""
+        return tuple(jax.tree.leaves(self.packed))
+
+    def inside(self, arrays: Sequence[Any]) -> PackedWeight:
+        """The same weight, within a body."""
+        packed = jax.tree.unflatten(jax.tree.structure(self.packed), arrays)
+        return PackedWeight(packed, self.path, listener=self.listener, view=self.view)
+
+    def sliced(self):
+        """The packed arrays of each slice along axis 0, where that is one of layers."""
+        if self.view or not self.packed.layer_axes:
+            return super().sliced()
+        return self.arrays, lambda *parts: self.inside(parts)
+
+    def apply(self, primitive, params, operands, run):
+        """See `Carried.apply`."""
+        moves = primitive in structural.CHANGES and len(operands) == 1
+        if not moves and primitive != _CAST:
+            return super().apply(primitive, params, operands, run)
+        view = (*self.view, (primitive, params))
+        later = PackedWeight(self.packed, self.path, listener=self.listener, view=view)
+        try:
+            jax.eval_shape(lambda packed: later._unpacked(packed).arrays, self.packed)
+        except _NoView:
+            return None
+        return [later]
+
+    def multiplied(self, name: str, params: Mapping[str, Any], operands) -> jax.Array:
+        """The product of this and an array, which are the operands in any order."""
+        side = 0 if operands[0] is self else 1
+
+        def weight_of(packed):
+            weight = self._unpacked(packed)
+            return dequantize(weight.array.astype(weight.dtype))
+
+        def of_arrays(x, weight):
+            return product(name, params, [weight, x] if side == 0 else [x, weight])
+
+        return packed_product(of_arrays, weight_of, operands[1 - side], self.packed)
+
+    def _unpacked(self, packed: PackedQArray) -> StoredWeight:
+        array = unpack(packed)
+        weight = StoredWeight(array, packed.dtype, self.path, listener=self.listener)
+        for primitive, params in self.view:
+            results = weight.moved(primitive, params)
+            if results is None or len(results) > 1:
+                raise _NoView
+            (weight,) = results
+        return weight
+
+
+class _NoView(Exception):
+    """An equation makes of a quantized array what is not one."""
 
 
 def stored_weight(param: Param, listener: Listener | None = None) -> Carried | None:
@@ -158,10 +266,11 @@ def stored_weight(param: Param, listener: Listener | None = None) -> Carried | N
     Returns:
       The weight; None for what is no weight, such as the range of an activation.
     """
-    whole = param.value
+    whole, path = param.value, "/".join(param.path)
+    if isinstance(whole.array, PackedQArray):
+        return PackedWeight(whole.array, path, whole, listener)
     if not isinstance(whole.array, QArray):
         return None
-    path = "/".join(param.path)
     return StoredWeight(whole.array, whole.dtype, path, whole, listener)
 
 
@@ -173,6 +282,9 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
       params: the parameters of its equation.
       operands: two arrays, `QArray`s or `StoredWeight`s.
     """
+    for x, other in zip(operands, operands[::-1], strict=True):
+        if isinstance(x, PackedWeight) and _is_float_array(other):
+            return x.multiplied(name, params, operands)
     dtypes = [x.dtype for x in operands]
     preferred = params["preferred_element_type"] or jnp.result_type(*dtypes)
     arrays = [
@@ -184,6 +296,12 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
     # cannot give a result that is narrower than an operand.
     wide = jnp.result_type(preferred, lhs.dtype, rhs.dtype)
     return _PRODUCTS[name](params, lhs, rhs, wide).astype(preferred)
+
+
+def _is_float_array(value: Any) -> bool:
+    if isinstance(value, StoredWeight | QArray):
+        return False
+    return jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _product_operand(value: Any, other: Any) -> Any:

@@ -1,0 +1,341 @@
+"""Quantized arrays of 4 bits, packed: the storage of a frozen base (QLoRA).
+
+Two codes share a byte, and the scales are quantized themselves. That is the *double
+quantization* of QLoRA (arXiv 2305.14314, section 3): with their mean taken away, scales
+become codes of 8 bits, in blocks of 256 with one float32 factor each. At one scale for
+64 codes an element then takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
+
+Here the codes of scales are linear integers,
+
+    scale ~ mean + code * step,    step = max |scale - mean| / 127 in its block
+
+so the error of a scale is at most half a step.
+
+Axes of *layers*, which stacked weights have in front, are kept apart: every array has
+them, so that a `scan` over a `PackedQArray` and an index into each of its arrays give a
+layer's own. The codes that share a byte lie half a tile apart, so unpacking writes
+whole rows, and a shard that holds whole tiles is unpacked where it is.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qwix_train.core import numerics, tiling
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import QArray, quantize_array, validate_qarray
+
+SCALE_BLOCK = 256
+"""Scales that share one factor."""
+
+_STEPS = 127
+_LONGEST_TILE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLayout:
+    """How codes are packed.
+
+    Attributes:
+        qtype: The type of the codes.
+        dtype: The dtype of the dequantized array.
+        axis: The axis along which codes share bytes, counted from the last (-1).
+        tile: The codes along it that are packed together: the first with the one half
+            a tile later, and so on.
+        length: The codes along it; a last code without a partner has a byte too.
+    """
+
+    qtype: Any
+    dtype: Any
+    axis: int
+    tile: int
+    length: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "qtype", numerics.canonical_qtype(self.qtype))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+
+@flax.struct.dataclass
+class PackedQArray:
+    """A quantized array of 4 bits whose codes are packed and whose scales quantized.
+
+    Attributes:
+        packed: The codes, uint8, with an axis of half the length; the code of the first
+            half of a tile in the lower bits.
+        scale_codes: The codes of the scales, int8, in the layout of the scale.
+        scale_steps: The factors of these, float32: axes of layers, and one entry for
+            each `SCALE_BLOCK` scales of a layer, in their order in memory.
+        scale_mean: The mean of the scales of each layer, float32.
+        zero_point: The code that stands for 0, int8, or None where that is code 0.
+        layout: How the codes are packed.
+
+    >>> from qwix_train.core.qarray import quantize
+    >>> q = quantize(jnp.ones((96, 8)), 'nf4', channelwise_axes=[1], tiled_axes={0: 32})
+    >>> packed = pack(q)
+    >>> packed.shape, packed.packed.shape, packed.scale_codes.shape
+    ((96, 8), (48, 8), (3, 8))
+    """
+
+    packed: jax.Array
+    scale_codes: jax.Array
+    scale_steps: jax.Array
+    scale_mean: jax.Array
+    zero_point: jax.Array | None
+    layout: PackedLayout = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the original array."""
+        axis, shape = self.layout.axis, list(self.packed.shape)
+        shape[axis] = self.layout.length
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the original array."""
+        return self.packed.ndim
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the dequantized array."""
+        return self.layout.dtype
+
+    @property
+    def qtype(self) -> Any:
+        """The type of the codes."""
+        return self.layout.qtype
+
+    @property
+    def layer_axes(self) -> int:
+        """The number of leading axes that are axes of layers."""
+        return self.scale_mean.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves(self))
+
+    @property
+    def bits_per_param(self) -> float:
+        """The bits that an element takes, scales and all."""
+        return 8 * self.nbytes / self.size
+
+
+def pack(array: QArray, layer_axes: int = 0) -> PackedQArray:
+    """Packs the codes of an array, and quantizes its scales.
+
+    The codes are kept bit for bit. The scale 1, which tiles of zeros have, becomes the
+    mean of the others if all of its codes stand for 0, so that it does not enlarge the
+    steps. A scale that is not finite makes all of its layer so.
+
+    Args:
+        array: A quantized array of ``int4`` or ``nf4``, of rank 1 or more.
+        layer_axes: The number of leading axes that stack layers.
+
+    Returns:
+        The packed array; its arrays are sharded as the codes and scales are.
+
+    Raises:
+        ValueError: The codes are of another type, or the rank is too low.
+
+    >>> from qwix_train.core.qarray import quantize
+    >>> q = quantize(jnp.array([[3., -1.], [1.5, 2.]]), 'int4', channelwise_axes=[0])
+    >>> pack(q).packed.tolist()  # 7 and -2, then 6 and 7
+    [[231], [118]]
+    """
+    _check(array.qtype, array.shape, layer_axes)
+    validate_qarray(array)
+    layout = _layout(array, layer_axes, getattr(array.qvalue, "sharding", None))
+    return _pack(array, layer_axes, layout)
+
+
+def quantize_packed(
+    array: jax.Array, how: HowToQuantize, layer_axes: int = 0
+) -> PackedQArray:
+    """Quantizes an array and packs it, without codes of a byte each in between.
+
+    Args:
+        array: Any shape, a float dtype.
+        how: How to quantize it, with codes of 4 bits.
+        layer_axes: The number of leading axes that stack layers.
+
+    Returns:
+        ``pack(quantize_array(array, how), layer_axes)``.
+
+    Raises:
+        ValueError: ``how`` does not fit the array, or `pack` would raise.
+    """
+    _check(how.qtype, array.shape, layer_axes)
+    shapes = jax.eval_shape(functools.partial(quantize_array, how=how), array)
+    layout = _layout(shapes, layer_axes, getattr(array, "sharding", None))
+    return _quantize_packed(array, how, layer_axes, layout)
+
+
+def unpack(array: PackedQArray) -> QArray:
+    """Returns the quantized array, its scales with the error of their quantization.
+
+    >>> from qwix_train.core.qarray import quantize
+    >>> q = quantize(jnp.linspace(-1., 1., 6), 'int4')
+    >>> unpack(pack(q)).qvalue.tolist() == q.qvalue.tolist()
+    True
+    """
+    layout, zero_point = array.layout, array.zero_point
+    if zero_point is not None:
+        zero_point = zero_point.astype(numerics.storage_dtype(layout.qtype))
+    qvalue = _from_bits(_codes(array.packed, layout), layout.qtype)
+    return QArray(qvalue, _unpacked_scale(array), zero_point, layout.qtype)
+
+
+def _check(qtype: Any, shape: Sequence[int], layer_axes: int) -> None:
+    if numerics.qtype_name(qtype) not in ("int4", "nf4"):
+        raise ValueError(
+            f"Codes of {numerics.qtype_name(qtype)} are not packed in pairs: those of "
+            "int4 and nf4 are."
+        )
+    if not 0 <= layer_axes < len(shape):
+        raise ValueError(
+            f"An array of shape {tuple(shape)} with {layer_axes} axes of layers has no "
+            "axis along which to pack codes."
+        )
+
+
+def _layout(array: QArray, layer_axes: int, sharding: Any) -> PackedLayout:
+    """How to pack: along tiles if there are some, in tiles that no shard cuts."""
+    shape, entries = array.shape, array.scale.shape
+    local = shape
+    if isinstance(sharding, NamedSharding):
+        local = sharding.shard_shape(shape)
+    shared = {
+        axis: -(-shape[axis] // max(entries[axis], 1))
+        for axis in range(layer_axes, len(shape))
+    }
+    best = None
+    # Elements that share a scale lie along the axes that a product sums over.
+    for axis in sorted(shared, key=lambda a: (shared[a] == 1, entries[a] == 1, -a)):
+        longest = shared[axis] if 1 < entries[axis] < shape[axis] else _LONGEST_TILE
+        tile = math.gcd(local[axis], shape[axis], longest)
+        if tile and tile % 2 == 0:
+            best = axis, tile
+            break
+    axis, tile = best or (len(shape) - 1, 2)
+    return PackedLayout(array.qtype, array.dtype, axis - len(shape), tile, shape[axis])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize_packed(
+    array: jax.Array, how: HowToQuantize, layer_axes: int, layout: PackedLayout
+) -> PackedQArray:
+    return _pack(quantize_array(array, how), layer_axes, layout)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pack(array: QArray, layer_axes: int, layout: PackedLayout) -> PackedQArray:
+    axis, codes = array.ndim + layout.axis, array.qvalue
+    zero_point = array.zero_point
+    # A signed type of 8 bits first: uint8 takes no negative int4.
+    signed = jnp.uint8 if array.qtype == "nf4" else jnp.int8
+    bits = codes.astype(signed).astype(jnp.uint8) & 15
+    pad = [(0, 0)] * codes.ndim
+    pad[axis] = (0, -codes.shape[axis] % layout.tile)
+    bits = jnp.pad(bits, pad) if pad[axis][1] else bits
+    before, after = bits.shape[:axis], bits.shape[axis + 1 :]
+    pairs = bits.reshape(*before, -1, 2, layout.tile // 2, *after)
+    low, high = (jax.lax.index_in_dim(pairs, i, axis + 1, False) for i in (0, 1))
+    packed = (low | high << 4).reshape(*before, -1, *after)
+
+    layers = array.shape[:layer_axes]
+    scale = _by_layer(array.scale, layers).astype(jnp.float32)
+    # Looked at only where it may be otherwise: it takes as long as the quantization.
+    may_be_empty = jnp.any(array.scale == 1)
+    matters = jax.lax.cond(
+        may_be_empty,
+        lambda packed: _has_values(_codes(packed, layout), array),
+        lambda packed: jnp.ones(array.scale.shape, bool),
+        packed,
+    )
+    matters = _by_layer(matters, layers)
+    scale_codes, steps, mean = _quantized_scale(scale, matters, layer_axes)
+    if zero_point is not None:
+        zero_point = _by_layer(zero_point, layers).astype(jnp.int8)
+    return PackedQArray(packed, scale_codes, steps, mean, zero_point, layout)
+
+
+def _codes(packed: jax.Array, layout: PackedLayout) -> jax.Array:
+    """The bits of each code."""
+    axis = packed.ndim + layout.axis
+    before, after = packed.shape[:axis], packed.shape[axis + 1 :]
+    # An element-wise operation, which XLA fuses with the decoding of the codes. Put
+    # together from two halves they would be copied first.
+    shifts = jnp.array([0, 4], jnp.uint8).reshape(2, *(1,) * (1 + len(after)))
+    pairs = packed.reshape(*before, -1, 1, layout.tile // 2, *after)
+    codes = (pairs >> shifts & 15).reshape(*before, -1, *after)
+    return jax.lax.slice_in_dim(codes, 0, layout.length, axis=axis)
+
+
+def _from_bits(bits: jax.Array, qtype: Any) -> jax.Array:
+    dtype = numerics.storage_dtype(qtype)
+    if qtype == "nf4":
+        return bits.astype(dtype)
+    # Flipping the sign bit and taking its weight away extends it to the upper bits.
+    return ((bits.astype(jnp.int8) ^ 8) - 8).astype(dtype)
+
+
+def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    """A scale or the like with an entry for each layer."""
+    return jnp.broadcast_to(part, (*layers, *part.shape[len(layers) :]))
+
+
+def _has_values(bits: jax.Array, array: QArray) -> jax.Array:
+    """Of each scale, whether a code that it scales stands for anything but 0."""
+    if array.zero_point is not None:
+        return jnp.ones(array.scale.shape, bool)
+    zero = jnp.uint8(7 if array.qtype == "nf4" else 0)
+    counts = array.scale.shape
+    # What a shorter last tile is filled with becomes 0, which is no value.
+    values = tiling.pad_to_tiles(bits ^ zero, counts)
+    split, within = tiling.split_tiled_axes(values, counts)
+    return (jnp.max(split, within, initial=0) > 0).reshape(counts)
+
+
+def _quantized_scale(
+    scale: jax.Array, matters: jax.Array, layer_axes: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The codes of scales, the steps of their blocks, and the mean of each layer."""
+    shape, layers = scale.shape, scale.shape[:layer_axes]
+    flat = scale.reshape(*layers, -1)
+    matters = matters.reshape(flat.shape)
+    count = jnp.maximum(matters.sum(-1), 1)
+    mean = jnp.where(matters, flat, 0).sum(-1) / count
+    centered = jnp.where(matters, flat - mean[..., None], 0)
+    size = flat.shape[-1]
+    pad = [(0, 0)] * layer_axes + [(0, -size % SCALE_BLOCK)]
+    blocks = jnp.pad(centered, pad).reshape(*layers, -1, SCALE_BLOCK)
+    steps = jnp.abs(blocks).max(-1) / _STEPS
+    inverse = jnp.where(steps > 0, 1 / steps, 0)
+    codes = jnp.clip(jnp.round(blocks * inverse[..., None]), -_STEPS, _STEPS)
+    codes = codes.astype(jnp.int8).reshape(*layers, -1)[..., :size]
+    return codes.reshape(shape), steps, mean
+
+
+def _unpacked_scale(array: PackedQArray) -> jax.Array:
+    codes = array.scale_codes
+    layers = codes.shape[: array.layer_axes]
+    steps = jnp.repeat(array.scale_steps, SCALE_BLOCK, axis=-1)
+    steps = steps[..., : math.prod(codes.shape[len(layers) :])].reshape(codes.shape)
+    mean = array.scale_mean.reshape(*layers, *(1,) * (codes.ndim - len(layers)))
+    # Half a step may take a small scale below 0, where none was.
+    scale = jnp.maximum(mean + codes.astype(jnp.float32) * steps, 0)
+    return scale.astype(array.dtype)
