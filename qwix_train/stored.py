@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.linen import meta
+from jax import numpy as jnp
 
 from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize

@@ -366,8 +366,8 @@ def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:
     return (
         f"{op.op.where}: its adapter has dropout={rate}, {said}, and there is no "
         "random key. To train, pass rngs={'dropout': key}. To evaluate, switch "
-        "dropout off: with the argument of the model that does (deterministic=True, train=False), "
-        "or, for a model that has none, with "
+        "dropout off: with the argument of the model that does (deterministic=True, "
+        "train=False), or, for a model that has none, with "
         "LoraProvider(rules, deterministic=True)."
     )
 

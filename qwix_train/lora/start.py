@@ -79,11 +79,11 @@ class Starter:
                     value, layout, part, weight, box
                 )
         if is_quantized:
-            return _packed(param, rule, layout)
+            return stored.packed(param, layout.layers) if rule.double_quant else param
         base = param if rule.init is None else begun.base
-        if rule.qat:
-            return base
-        return _packed(_quantized(base, how), rule, layout)
+        if rule.double_quant and how is not None:
+            return stored.quantize_param_packed(base, how, layout.layers)
+        return base if rule.qat else _quantized(base, how)
 
     def _begin(
         self,
@@ -108,10 +108,3 @@ def _quantized(param: Any, how: HowToQuantize | None) -> Any:
     if how is None or stored.is_quantized(param):
         return param
     return stored.quantize_param(param, how)
-
-
-def _packed(param: Any, rule: LoraRule, layout: AdapterLayout) -> Any:
-    """A quantized param with its codes packed and its scales quantized, if asked."""
-    if not rule.double_quant or not stored.is_quantized(param):
-        return param
-    return stored.packed(param, layout.layers)

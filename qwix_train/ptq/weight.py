@@ -200,6 +200,14 @@ class PackedWeight(StoredWeight):
         return self._unpacked(self.packed).array
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        if not self.view:
+            return self.packed.shape
+        unpacked = jax.eval_shape(lambda x: self._unpacked(x).array, self.packed)
+        return unpacked.shape
+
+    @property
     def arrays(self) -> tuple[Any, ...]:
         """The packed codes, and what stands for the scales and zero points."""
         return tuple(jax.tree.leaves(self.packed))
