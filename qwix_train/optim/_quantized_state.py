@@ -68,9 +68,9 @@ def quantized_state(
     Lion     0.0328 ± 0.0036      +0.0011 ± 0.0005     +0.0044 ± 0.0017
     =======  ===================  ===================  =========================
 
-    With a constant rate of 1e-3 and 1500 steps, Adam diverges for some of 5 seeds with
+    With a constant rate of 1e-3 and 1500 steps, Adam diverges for one of 5 seeds with
     the signed map alone; and where small second moments may round to 0, its loss on the
-    test data is a quarter higher.
+    test data is about a quarter higher.
 
     Blocks are boxes of the last axes (see Note), codes have the shape of the array and
     scales its rank. `jax.jit` leaves both sharded as the array is where an axis has at
