@@ -90,7 +90,7 @@ def test_elsewhere_it_is_the_function():
     models.assert_same(MODEL(PARAMS, BATCHES[0]), forward(PARAMS, BATCHES[0]))
     assert MODEL.__name__ == "forward"
     with pytest.raises(TypeError, match="Expected a function"):
-        as_model(PARAMS)
+        as_model(PARAMS)  # type: ignore[arg-type]
 
 
 def test_a_function_that_is_not_marked_is_named():
