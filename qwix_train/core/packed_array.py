@@ -26,7 +26,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
@@ -158,8 +158,9 @@ def pack(array: QArray, layer_axes: int = 0) -> PackedQArray:
     """
     _check(array.qtype, array.shape, layer_axes)
     validate_qarray(array)
-    layout = _layout(array, layer_axes, getattr(array.qvalue, "sharding", None))
-    return _pack(array, layer_axes, layout)
+    sharding = getattr(array.qvalue, "sharding", None)  # NumPy arrays have none.
+    layout = _layout(array, layer_axes, sharding)
+    return _pack(array, layer_axes, layout, _scale_sharding(array, sharding))
 
 
 def quantize_packed(
@@ -180,8 +181,10 @@ def quantize_packed(
     """
     _check(how.qtype, array.shape, layer_axes)
     shapes = jax.eval_shape(functools.partial(quantize_array, how=how), array)
-    layout = _layout(shapes, layer_axes, getattr(array, "sharding", None))
-    return _quantize_packed(array, how, layer_axes, layout)
+    sharding = getattr(array, "sharding", None)
+    layout = _layout(shapes, layer_axes, sharding)
+    of_scale = _scale_sharding(shapes, sharding)
+    return _quantize_packed(array, how, layer_axes, layout, of_scale)
 
 
 def unpack(array: PackedQArray) -> QArray:
@@ -234,15 +237,38 @@ def _layout(array: QArray, layer_axes: int, sharding: Any) -> PackedLayout:
     return PackedLayout(array.qtype, array.dtype, axis - len(shape), tile, shape[axis])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scale_sharding(array: QArray, sharding: Any) -> NamedSharding | None:
+    """The sharding of the codes where it divides the scales; XLA would gather them."""
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return None
+    shards = sharding.shard_shape(array.shape)
+    axes = zip(array.shape, shards, array.scale.shape, strict=True)
+    divided = [bool(own and n % own == 0 and m % (n // own) == 0) for n, own, m in axes]
+    spec = [*sharding.spec, *[None] * array.ndim][: array.ndim]
+    spec = [name if fits else None for name, fits in zip(spec, divided, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantize_packed(
-    array: jax.Array, how: HowToQuantize, layer_axes: int, layout: PackedLayout
+    array: jax.Array,
+    how: HowToQuantize,
+    layer_axes: int,
+    layout: PackedLayout,
+    scale_sharding: NamedSharding | None,
 ) -> PackedQArray:
-    return _pack(quantize_array(array, how), layer_axes, layout)
+    return _pack(quantize_array(array, how), layer_axes, layout, scale_sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _pack(array: QArray, layer_axes: int, layout: PackedLayout) -> PackedQArray:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pack(
+    array: QArray,
+    layer_axes: int,
+    layout: PackedLayout,
+    scale_sharding: NamedSharding | None,
+) -> PackedQArray:
     axis, codes = array.ndim + layout.axis, array.qvalue
     zero_point = array.zero_point
     # A signed type of 8 bits first: uint8 takes no negative int4.
@@ -259,15 +285,18 @@ def _pack(array: QArray, layer_axes: int, layout: PackedLayout) -> PackedQArray:
     layers = array.shape[:layer_axes]
     scale = _by_layer(array.scale, layers).astype(jnp.float32)
     # Looked at only where it may be otherwise: it takes as long as the quantization.
-    may_be_empty = jnp.any(array.scale == 1)
+    differs = (array.scale != 1) | (zero_point is not None)
     matters = jax.lax.cond(
-        may_be_empty,
-        lambda packed: _has_values(_codes(packed, layout), array),
-        lambda packed: jnp.ones(array.scale.shape, bool),
+        jnp.all(differs),
+        lambda packed, differs: differs,
+        lambda packed, differs: differs | _has_values(_codes(packed, layout), array),
         packed,
+        differs,
     )
     matters = _by_layer(matters, layers)
     scale_codes, steps, mean = _quantized_scale(scale, matters, layer_axes)
+    if scale_sharding is not None:
+        scale_codes = jax.lax.with_sharding_constraint(scale_codes, scale_sharding)
     if zero_point is not None:
         zero_point = _by_layer(zero_point, layers).astype(jnp.int8)
     return PackedQArray(packed, scale_codes, steps, mean, zero_point, layout)
@@ -300,8 +329,6 @@ def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
 
 def _has_values(bits: jax.Array, array: QArray) -> jax.Array:
     """Of each scale, whether a code that it scales stands for anything but 0."""
-    if array.zero_point is not None:
-        return jnp.ones(array.scale.shape, bool)
     zero = jnp.uint8(7 if array.qtype == "nf4" else 0)
     counts = array.scale.shape
     # What a shorter last tile is filled with becomes 0, which is no value.
@@ -315,6 +342,11 @@ def _quantized_scale(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The codes of scales, the steps of their blocks, and the mean of each layer."""
     shape, layers = scale.shape, scale.shape[:layer_axes]
+    sharding = _explicit_sharding(scale)
+    if sharding is not None:
+        # Blocks run across shards.
+        whole = PartitionSpec(*sharding.spec[:layer_axes])
+        scale, matters = (jax.sharding.reshard(x, whole) for x in (scale, matters))
     flat = scale.reshape(*layers, -1)
     matters = matters.reshape(flat.shape)
     count = jnp.maximum(matters.sum(-1), 1)
@@ -326,8 +358,10 @@ def _quantized_scale(
     steps = jnp.abs(blocks).max(-1) / _STEPS
     inverse = jnp.where(steps > 0, 1 / steps, 0)
     codes = jnp.clip(jnp.round(blocks * inverse[..., None]), -_STEPS, _STEPS)
-    codes = codes.astype(jnp.int8).reshape(*layers, -1)[..., :size]
-    return codes.reshape(shape), steps, mean
+    codes = codes.astype(jnp.int8).reshape(*layers, -1)[..., :size].reshape(shape)
+    if sharding is not None:
+        codes = jax.sharding.reshard(codes, sharding.spec)
+    return codes, steps, mean
 
 
 def _unpacked_scale(array: PackedQArray) -> jax.Array:
@@ -335,7 +369,16 @@ def _unpacked_scale(array: PackedQArray) -> jax.Array:
     layers = codes.shape[: array.layer_axes]
     steps = jnp.repeat(array.scale_steps, SCALE_BLOCK, axis=-1)
     steps = steps[..., : math.prod(codes.shape[len(layers) :])].reshape(codes.shape)
+    sharding = _explicit_sharding(codes)
+    if sharding is not None:
+        steps = jax.sharding.reshard(steps, sharding.spec)
     mean = array.scale_mean.reshape(*layers, *(1,) * (codes.ndim - len(layers)))
     # Half a step may take a small scale below 0, where none was.
     scale = jnp.maximum(mean + codes.astype(jnp.float32) * steps, 0)
     return scale.astype(array.dtype)
+
+
+def _explicit_sharding(array: jax.Array) -> Any:
+    """The sharding of an array if it is part of its type."""
+    sharding = jax.typeof(array).sharding
+    return sharding if any(axis is not None for axis in sharding.spec) else None
