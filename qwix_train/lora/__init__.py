@@ -1,6 +1,13 @@
 """Adapters: LoRA, QLoRA and their variants, in loops that stay as they were."""
 
 from qwix_train.lora.layout import AdapterLayout as AdapterLayout
+from qwix_train.lora.merge import Merged as Merged
+from qwix_train.lora.merge import merge as merge
+from qwix_train.lora.merge import merge_with_report as merge_with_report
+from qwix_train.lora.merge import unmerge as unmerge
+from qwix_train.lora.merge_report import MergeRecord as MergeRecord
+from qwix_train.lora.merge_report import MergeReport as MergeReport
+from qwix_train.lora.parts import split as split
 from qwix_train.lora.provider import LoraProvider as LoraProvider
 from qwix_train.lora.rules import LoraRule as LoraRule
 from qwix_train.lora.train_state import LoraTrainState as LoraTrainState
