@@ -1,6 +1,10 @@
 """Adapters: LoRA, QLoRA and their variants, in loops that stay as they were."""
 
+from qwix_train.lora.checkpoint import read_manifest as read_manifest
+from qwix_train.lora.checkpoint import restore as restore
+from qwix_train.lora.checkpoint import save as save
 from qwix_train.lora.layout import AdapterLayout as AdapterLayout
+from qwix_train.lora.manifest import AdapterManifest as AdapterManifest
 from qwix_train.lora.merge import Merged as Merged
 from qwix_train.lora.merge import merge as merge
 from qwix_train.lora.merge import merge_with_report as merge_with_report
