@@ -1,5 +1,6 @@
 """Adapters: LoRA, QLoRA and their variants, in loops that stay as they were."""
 
+from qwix_train.lora.adapter_set import AdapterSet as AdapterSet
 from qwix_train.lora.checkpoint import read_manifest as read_manifest
 from qwix_train.lora.checkpoint import restore as restore
 from qwix_train.lora.checkpoint import save as save
