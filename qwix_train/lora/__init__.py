@@ -13,6 +13,8 @@ from qwix_train.lora.merge import unmerge as unmerge
 from qwix_train.lora.merge_report import MergeRecord as MergeRecord
 from qwix_train.lora.merge_report import MergeReport as MergeReport
 from qwix_train.lora.parts import split as split
+from qwix_train.lora.peft import load_peft as load_peft
+from qwix_train.lora.peft import save_peft as save_peft
 from qwix_train.lora.provider import LoraProvider as LoraProvider
 from qwix_train.lora.rules import LoraRule as LoraRule
 from qwix_train.lora.train_state import LoraTrainState as LoraTrainState
