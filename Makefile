@@ -6,7 +6,7 @@
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
-#   make test-interchange  files against the compressed-tensors library (torch)
+#   make test-interchange  files against the libraries of their formats (torch)
 #   make lint         ruff and pyright
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
@@ -119,14 +119,15 @@ test-latest:
 run-test-latest: $(LATEST)/.stamp-test
 	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-# Files of Hugging Face's compressed-tensors library, written and read by the library
-# itself: in an environment of its own, as it needs torch, which we never do.
+# Files of Hugging Face's compressed-tensors and PEFT libraries, written and read by the
+# libraries themselves: in an environment of its own, as they need torch, which we never
+# do. PEFT imports transformers.
 $(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
-	@echo "make: installing torch and compressed-tensors into $(INTERCHANGE)"
+	@echo "make: installing torch, compressed-tensors and peft into $(INTERCHANGE)"
 	@$(VENV)/bin/python -m venv --clear $(INTERCHANGE)
 	@$(INTERCHANGE)/bin/python $(PIP) install torch==2.13.0
 	@$(INTERCHANGE)/bin/python $(PIP) install compressed-tensors==0.20.0 \
-	  safetensors==0.8.0 numpy
+	  safetensors==0.8.0 numpy peft==0.21.2 transformers==5.24.0 accelerate==1.15.0
 	@touch $@
 
 .PHONY: test-interchange
@@ -134,16 +135,17 @@ test-interchange: $(VENV)/.stamp-test
 	@if $(MAKE) --no-print-directory $(INTERCHANGE)/.stamp; then \
 	  $(MAKE) --no-print-directory run-test-interchange; \
 	else \
-	  echo "make: TEST-INTERCHANGE WAS NOT RUN: torch or compressed-tensors could not" \
-	    "be installed" >&2; \
+	  echo "make: TEST-INTERCHANGE WAS NOT RUN: torch, compressed-tensors or peft could" \
+	    "not be installed" >&2; \
 	  [ -n "$(ALLOW_MISSING)" ]; \
 	fi
 
 .PHONY: run-test-interchange
 run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 	QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
+	  QWIX_TRAIN_PEFT_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
 	  $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m "" \
-	  tests/ptq/test_compressed_tensors.py $(PYTEST_ARGS)
+	  tests/ptq/test_compressed_tensors.py tests/lora/test_peft.py $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.stamp-dev

@@ -448,6 +448,7 @@ def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, 
         name: _linen_method(cls, name, provider) for name in methods
     }
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.within(rewrite)
+    fields[subclasses.MODE] = (provider, methods)
     return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
 
 
@@ -571,6 +572,7 @@ def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ..
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
         rewrite
     )
+    fields[subclasses.MODE] = (provider, methods)
     return nnx_calls.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
 
 

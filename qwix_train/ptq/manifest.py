@@ -129,7 +129,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "versions": dict(self.versions),
-            "rules": [_to_json(rule, QuantizationRule) for rule in self.rules],
+            "rules": [rule_to_json(rule) for rule in self.rules],
             "plan": self.plan,
             "metadata": self.metadata,
             "params": [_sealed(_param_to_json(param)) for param in self.params],
@@ -162,7 +162,7 @@ class Manifest:
             raise ValueError("it was changed, though not in the record of a param")
         return cls(
             params=tuple(_param_from_json(entry) for entry in entries),
-            rules=tuple(map(_rule_from_json, record["rules"])),
+            rules=tuple(map(rule_from_json, record["rules"])),
             plan=record["plan"],
             versions=record["versions"],
             metadata=record["metadata"],
@@ -177,6 +177,32 @@ def path_name(path: Path) -> str:
       'layers/0/kernel'
     """
     return "/".join(map(str, path))
+
+
+def rule_to_json(
+    rule: QuantizationRule, cls: type[QuantizationRule] = QuantizationRule
+) -> dict[str, Any]:
+    """The fields of a class of rules, with the values that a rule has in them.
+
+    Example:
+      >>> rule = QuantizationRule(weight_qtype="int4")
+      >>> rule_from_json(rule_to_json(rule)) == rule
+      True
+    """
+    return _to_json(rule, cls)
+
+
+def rule_from_json(
+    record: Mapping[str, Any], cls: type[QuantizationRule] = QuantizationRule
+) -> QuantizationRule:
+    """Reads what `rule_to_json` gave for the fields of a class of rules."""
+    # As dtypes, they equal both the names and the scalar types that a rule may have.
+    qtypes = {
+        name: numerics.canonical_qtype(value)
+        for name, value in record.items()
+        if name.endswith("qtype") and value is not None
+    }
+    return cls(**{**record, **qtypes})
 
 
 def _versions() -> dict[str, str]:
@@ -204,16 +230,6 @@ def _to_json(value: Any, cls: Any) -> dict[str, Any]:
         if name.endswith("qtype") and field is not None:
             record[name] = numerics.qtype_name(field)
     return record
-
-
-def _rule_from_json(record: Mapping[str, Any]) -> QuantizationRule:
-    # As dtypes, they equal both the names and the scalar types that a rule may have.
-    qtypes = {
-        name: numerics.canonical_qtype(value)
-        for name, value in record.items()
-        if name.endswith("qtype") and value is not None
-    }
-    return QuantizationRule(**{**record, **qtypes})
 
 
 def _param_to_json(param: StoredParam) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
+
+from qwix_train import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +66,8 @@ class WeightReport:
                 errors += f" -> {_percent(weight.error)}"
             notes = filter(None, (weight.reason, weight.note))
             rows.append([weight.param, method, errors or "-", "; ".join(notes)])
-        return _aligned(rows)
+        return text_table.aligned(rows)
 
 
 def _percent(error: float | None) -> str:
     return "" if error is None else f"{100 * error:.2f}%"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [
-        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        for row in rows
-    ]
-    lines = ["  ".join(row).rstrip() for row in cells]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)

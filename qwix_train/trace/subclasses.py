@@ -12,6 +12,16 @@ WITHIN = "_qwix_train_within"
 """The method by which a quantized model says what another mode does to its calls."""
 
 
+MODE = "_qwix_train_mode"
+"""The attribute in which the class of a quantized model keeps its provider, and the
+names of the methods that it runs."""
+
+
+def mode(model: Any) -> tuple[Any, tuple[str, ...]] | None:
+    """The provider of a quantized model and the methods that it runs, or None."""
+    return getattr(type(model), MODE, None)
+
+
 def within(model: Any, rewrite: Any) -> Any:
     """What a mode does to a call of a model, which may be quantized itself.
 

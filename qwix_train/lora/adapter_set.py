@@ -1,0 +1,196 @@
+"""Several adapters for one base, switched without compiling again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train import plan_table
+from qwix_train.lora.layout import AdapterLayout
+from qwix_train.lora.parts import Layouts, checked, tree_of
+from qwix_train.lora.train_state import LoraTrainState
+from qwix_train.planning import Path
+
+
+class AdapterSet(Mapping[str, Any]):
+    """Adapters for one base, by name, all of the shapes that one program takes.
+
+    To switch is to pass other arrays to the same jitted function. An adapter of a
+    smaller rank than the program's is filled up with zeros. Where its scaling is
+    another one, ``B`` is multiplied by the ratio of the two; the program then computes
+    what the adapter was trained to do, to the rounding of ``B``.
+
+    Example:
+      >>> from qwix_train.lora import LoraRule, init
+      >>> def model(params, x):
+      ...     return x @ params["kernel"]
+      >>> params, x = {"kernel": jnp.ones((8, 4))}, jnp.ones((1, 8))
+      >>> def adapters(rank):
+      ...     rules = [LoraRule(rank=rank, alpha=4.0)]
+      ...     return init(params, model, rules, jax.random.key(0), x)
+      >>> prose, _, layouts = adapters(rank=4)
+      >>> code, _, narrow = adapters(rank=2)
+      >>> known = AdapterSet(layouts)
+      >>> known.add("prose", prose)
+      >>> known.add("code", code, narrow)
+      >>> [known[name]["kernel_lora_a"].shape for name in known]
+      [(8, 4), (8, 4)]
+    """
+
+    def __init__(self, layouts: Layouts | LoraTrainState):
+        """Takes the layouts of the program.
+
+        Args:
+          layouts: the layouts of the adapters that the jitted function takes, or the
+            state that has it as its `apply_fn`: the rank of its rules is the largest
+            that an adapter of the set may have.
+        """
+        if isinstance(layouts, LoraTrainState):
+            layouts = layouts.layouts
+        self.layouts = dict(layouts)
+        self._adapters: dict[str, Any] = {}
+
+    def add(self, name: str, adapters: Any, layouts: Layouts | None = None) -> None:
+        """Adds adapters, or puts others in the place of those of that name.
+
+        Args:
+          name: a name for them.
+          adapters: a `LoraTrainState`, or a nested dictionary of arrays.
+          layouts: their layouts, unless there is a state or they are those of the set:
+            `lora.read_manifest(path).layouts` of adapters that were restored.
+
+        Raises:
+          ValueError: if they are for another model, or of a larger rank; if either they
+            or the program have magnitudes (DoRA). The message names the params.
+        """
+        if isinstance(adapters, LoraTrainState):
+            adapters, layouts = adapters.params, adapters.layouts
+        own = self.layouts if layouts is None else layouts
+        try:
+            self._adapters[name] = fitted(adapters, own, self.layouts)
+        except ValueError as error:
+            raise ValueError(f"Adapters {name!r}: {error}") from None
+
+    def __getitem__(self, name: str) -> Any:
+        """The adapters of a name, as the program takes them."""
+        try:
+            return self._adapters[name]
+        except KeyError:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise KeyError(f"No adapters {name!r}; there are {known}.") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def stacked(self, names: Sequence[str]) -> Any:
+        """The adapters of several names in one tree, for batches that mix them.
+
+        Args:
+          names: a name for each entry, such as one for each example of a batch.
+
+        Returns:
+          Adapters with an axis for the names in front.
+
+        Example:
+          >>> from qwix_train.lora import LoraRule, init
+          >>> known = AdapterSet({})
+          >>> known.add("a", {})
+          >>> known.stacked(["a", "a"])
+          {}
+
+          With a `LoraTrainState` for a model that takes batches, each example of `x`
+          is computed with the adapters of its name by::
+
+              one = lambda adapters, x: state.apply_fn({"params": adapters}, x[None])[0]
+              jax.vmap(one)(known.stacked(names), x)
+        """
+        return jax.tree.map(lambda *x: jnp.stack(x), *(self[name] for name in names))
+
+
+def fitted(adapters: Any, layouts: Layouts, target: Layouts) -> Any:
+    """Adapters in the shapes of other layouts, which adapt in the same way.
+
+    Args:
+      adapters: a nested dictionary of arrays.
+      layouts: their layouts.
+      target: layouts for the same params, of the same rank or a larger one.
+
+    Returns:
+      Adapters for `target`, which add to each weight what `adapters` do.
+
+    Raises:
+      ValueError: see `AdapterSet.add`.
+    """
+    parts = checked(adapters, layouts)
+    missing = ["/".join(path) for path in target if path not in layouts]
+    unknown = ["/".join(path) for path in layouts if path not in target]
+    if missing or unknown:
+        said = [f"None for {plan_table.some(missing, 3)}."] if missing else []
+        if unknown:
+            said.append(f"For {plan_table.some(unknown, 3)}, which have none here.")
+        raise ValueError(f"they are for other params. {' '.join(said)}")
+    found: dict[Path, Any] = {}
+    for path, wanted in target.items():
+        _check_fits(layouts[path], wanted)
+        found |= _fitted(layouts[path], wanted, parts)
+    return tree_of(found)
+
+
+def _fitted(
+    own: AdapterLayout, wanted: AdapterLayout, parts: Mapping[Path, Any]
+) -> dict[Path, Any]:
+    a, b = parts[own.name("a")], parts[own.name("b")]
+    rest = wanted.rank - own.rank
+    if own.scaling != wanted.scaling:
+        b = b * (own.scaling / wanted.scaling)
+    if rest:
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rest)])
+        (axis,) = (
+            axis
+            for axis, (size, other) in enumerate(
+                zip(own.b_shape, wanted.b_shape, strict=True)
+            )
+            if size != other
+        )
+        b = jnp.pad(b, [(0, rest if i == axis else 0) for i in range(b.ndim)])
+    fitted = {wanted.name("a"): a, wanted.name("b"): b}
+    if wanted.dora:
+        fitted[wanted.name("magnitude")] = parts[own.name("magnitude")]
+    return fitted
+
+
+def _check_fits(own: AdapterLayout, wanted: AdapterLayout) -> None:
+    name = "/".join(own.path)
+    axes = [
+        dataclasses.replace(x, rank=1, alpha=1.0, scaling=1.0, dora=False, op="")
+        for x in (own, wanted)
+    ]
+    if axes[0] != axes[1]:
+        raise ValueError(
+            f"the one of {name!r} is for a param of shape {own.shape} that is "
+            f"contracted along {own.contracted}, and here it has shape "
+            f"{wanted.shape} and is along {wanted.contracted}: it is another model's."
+        )
+    if own.rank > wanted.rank:
+        raise ValueError(
+            f"the one of {name!r} has rank {own.rank}, and the program has rank "
+            f"{wanted.rank}. Make the state with rules of the largest rank of all."
+        )
+    if own.dora != wanted.dora:
+        has = "a magnitude (DoRA), and the program has none"
+        lacks = "no magnitude, and the program has them (DoRA)"
+        raise ValueError(
+            f"the one of {name!r} has {has if own.dora else lacks}. Make a state for "
+            "each kind: what one computes is not what the other does."
+        )
+    if wanted.scaling == 0 != own.scaling:
+        raise ValueError(
+            f"the one of {name!r} has scaling {own.scaling}, and the program has 0."
+        )

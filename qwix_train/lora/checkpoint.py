@@ -1,0 +1,195 @@
+"""Checkpoints of adapters alone, on Orbax.
+
+A checkpoint is one of `ptq.save`, and can be read by `ptq.restore`: arrays, and a
+manifest with checksums. What is particular to adapters, an `AdapterManifest`, is in the
+manifest's metadata, under ``lora``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from qwix_train import plan_table
+from qwix_train.lora.layout import AdapterLayout
+from qwix_train.lora.manifest import AdapterManifest
+from qwix_train.lora.parts import Layouts, of_state, tree_of
+from qwix_train.lora.train_state import LoraTrainState, by_path
+from qwix_train.ptq import checkpoint
+from qwix_train.rules import QuantizationRule, check_rules
+
+_KEY = "lora"
+
+
+def save(
+    path: epath.PathLike,
+    adapters: Any,
+    *layouts: Layouts,
+    rules: Sequence[QuantizationRule] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves adapters without their base.
+
+    Args:
+      path: the folder to make. A save that is killed leaves nothing there, or what was
+        there before.
+      adapters: a `LoraTrainState`; or adapters, with their layouts after them.
+      *layouts: the layout of each adapter, unless there is a state.
+      rules: the rules that the adapters were made by, for the manifest; those of the
+        state if None.
+      metadata: anything that JSON can hold, for the manifest.
+      overwrite: whether to replace what is at the path, once all is written.
+
+    Raises:
+      FileExistsError: if something is at the path, and `overwrite` is not set.
+      TypeError: if layouts are missing, or `metadata` cannot be stored.
+      ValueError: if the adapters do not fit the layouts.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax
+      >>> from jax import numpy as jnp
+      >>> from qwix_train.lora import LoraRule, init
+      >>> adapters, frozen, layouts = init(
+      ...     {"kernel": jnp.ones((4, 2))}, lambda p, x: x @ p["kernel"],
+      ...     [LoraRule(rank=1, alpha=2.0)], jax.random.key(0), jnp.ones((1, 4)),
+      ... )
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "adapters"
+      >>> save(folder, adapters, layouts, metadata={"step": 100})
+      >>> restored = restore(folder, layouts)
+      >>> (restored["kernel_lora_a"] == adapters["kernel_lora_a"]).all().item()
+      True
+      >>> read_manifest(folder).metadata
+      {'step': 100}
+    """
+    if rules is None:
+        is_state = isinstance(adapters, LoraTrainState)
+        rules = adapters.provider.rules if is_state else ()
+    adapters, known = of_state(adapters, layouts, "lora.save")
+    manifest = AdapterManifest(known, check_rules(rules), {}, metadata)
+    checkpoint.save(
+        path, adapters, metadata={_KEY: manifest.to_json()}, overwrite=overwrite
+    )
+
+
+def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) -> Any:
+    """Restores adapters, bit for bit.
+
+    Args:
+      path: the folder that `save` made.
+      target: what the adapters are for: a `LoraTrainState`, or layouts. None for
+        whatever is there, which goes with the layouts that `read_manifest` gives.
+      shardings: a `jax.sharding.Sharding` for all arrays, or nested dictionaries of
+        shardings, where one is for all below it. Without it those of the adapters of
+        the state count; where there are none, arrays go where JAX puts new ones.
+
+    Returns:
+      The adapters; for a state the state with them, its optimizer state as it is.
+
+    Raises:
+      FileNotFoundError: if nothing is at the path.
+      ValueError: if what is there is no checkpoint of adapters, or damaged, or of
+        adapters of another model, rank or scaling. The message names the params.
+    """
+    manifest = read_manifest(path)
+    if target is None:
+        return checkpoint.restore(path, shardings=shardings)
+    is_state = isinstance(target, LoraTrainState)
+    layouts = target.layouts if is_state else target
+    if not isinstance(layouts, Mapping):
+        raise TypeError(
+            f"Expected a LoraTrainState or layouts, got {type(target).__name__}."
+        )
+    _check_same(epath.Path(path), manifest.layouts, layouts)
+    if not is_state:
+        return checkpoint.restore(path, shardings=shardings)
+    if shardings is None:
+        shardings = _shardings(target.params)
+    found = by_path(checkpoint.restore(path, shardings=shardings))
+    wanted = [key for layout in layouts.values() for key in layout.shapes]
+    return target.replace(params=tree_of({key: found[key] for key in wanted}))
+
+
+def read_manifest(path: epath.PathLike) -> AdapterManifest:
+    """Reads what a checkpoint of adapters says about them, and no arrays.
+
+    Args:
+      path: the folder that `save` made.
+
+    Raises:
+      FileNotFoundError: if nothing is at the path.
+      ValueError: if there is no manifest of adapters, or it was changed.
+    """
+    whole = checkpoint.read_manifest(path)
+    record = (whole.metadata or {}).get(_KEY)
+    if record is None:
+        raise ValueError(
+            f"{path} holds params, and no adapters that lora.save wrote. Read them "
+            "with ptq.restore."
+        )
+    try:
+        return AdapterManifest.from_json(record, whole.versions)
+    except ValueError as error:
+        raise ValueError(f"The manifest of {path} is refused: {error}.") from None
+
+
+def _shardings(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _shardings(value) for key, value in tree.items()}
+    return getattr(tree, "sharding", None)
+
+
+def _check_same(path: epath.Path, have: Layouts, want: Layouts) -> None:
+    """Complains of layouts in a checkpoint that are not the model's."""
+    missing = ["/".join(param) for param in want if param not in have]
+    unexpected = ["/".join(param) for param in have if param not in want]
+    other_shape = [
+        f"{'/'.join(param)} {have[param].shape}, and {want[param].shape} in the model"
+        for param in want
+        if param in have and have[param].shape != want[param].shape
+    ]
+    other_adapter = [
+        f"{'/'.join(param)}: {_different(have[param], want[param])}"
+        for param in want
+        if param in have
+        and have[param].shape == want[param].shape
+        and _comparable(have[param]) != _comparable(want[param])
+    ]
+    if missing or unexpected or other_shape:
+        problems = {
+            "Without adapter in the checkpoint": missing,
+            "Without adapter in the model": unexpected,
+            "Of other shapes": other_shape,
+        }
+        said = [f"{k}: {plan_table.some(v, 3)}." for k, v in problems.items() if v]
+        raise ValueError(
+            f"The adapters at {path} are for another model, or were made by rules that "
+            f"match other weights. {' '.join(said)}"
+        )
+    if other_adapter:
+        raise ValueError(
+            f"The adapters at {path} are of another kind than the model's: "
+            f"{plan_table.some(other_adapter, 3)}. Make the model with the rules that "
+            "they were made by, lora.read_manifest(path).rules; or restore them "
+            "without a target, and fit them to a larger rank with lora.AdapterSet."
+        )
+
+
+def _comparable(layout: AdapterLayout) -> AdapterLayout:
+    # Which op decided does not matter where the axes are the same.
+    return dataclasses.replace(layout, op="")
+
+
+def _different(have: AdapterLayout, want: AdapterLayout) -> str:
+    """The fields in which two layouts differ."""
+    pairs = {
+        name: (getattr(have, name), getattr(want, name))
+        for name in ("rank", "alpha", "scaling", "dora", "a_shape", "b_shape")
+    }
+    found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = found or {"axes": (have.a_axes + have.b_axes, want.a_axes + want.b_axes)}
+    return ", ".join(f"{k} {a} and {b} in the model" for k, (a, b) in found.items())

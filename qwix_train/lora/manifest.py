@@ -1,0 +1,108 @@
+"""What a checkpoint of adapters says about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qwix_train.lora.layout import AdapterLayout
+from qwix_train.lora.rules import LoraRule
+from qwix_train.planning import Path
+from qwix_train.ptq.manifest import rule_from_json, rule_to_json
+from qwix_train.rules import QuantizationRule
+
+VERSION = 1
+
+# They took part in the start of training, not in what adapters mean.
+_NOT_KEPT = ("lora_a_initializer", "lora_b_initializer")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterManifest:
+    """What a checkpoint of adapters says about them.
+
+    Attributes:
+      layouts: the layout of each adapter, by the path of its param.
+      rules: the rules that they were made by, with the default initializers.
+      versions: the version of each package that wrote it.
+      metadata: what the caller of `save` added.
+
+    Example:
+      >>> manifest = AdapterManifest({}, (LoraRule(rank=2, alpha=4.0),), {})
+      >>> AdapterManifest.from_json(manifest.to_json(), {}) == manifest
+      True
+    """
+
+    layouts: Mapping[Path, AdapterLayout]
+    rules: tuple[QuantizationRule, ...]
+    versions: Mapping[str, str]
+    metadata: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the versions, as values that JSON can hold."""
+        return {
+            "version": VERSION,
+            "layouts": [
+                {
+                    **dataclasses.asdict(layout),
+                    "a_shape": layout.a_shape,
+                    "b_shape": layout.b_shape,
+                }
+                for layout in self.layouts.values()
+            ],
+            "rules": [_rule_to_json(rule) for rule in self.rules],
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_json(cls, record: Any, versions: Mapping[str, str]) -> AdapterManifest:
+        """Reads what `to_json` gave.
+
+        Args:
+          record: that.
+          versions: the versions of packages.
+
+        Raises:
+          ValueError: if it is of another version of the format, or of no adapters.
+        """
+        if not isinstance(record, Mapping):
+            raise ValueError("it is not one of adapters")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"it has format version {record.get('version')!r}, and this release "
+                f"reads version {VERSION}: use the release that wrote it"
+            )
+        layouts = [_layout_from_json(entry) for entry in record["layouts"]]
+        return cls(
+            layouts={layout.path: layout for layout in layouts},
+            rules=tuple(map(_rule_from_json, record["rules"])),
+            versions=versions,
+            metadata=record["metadata"],
+        )
+
+
+def _layout_from_json(record: Mapping[str, Any]) -> AdapterLayout:
+    fields = {field.name: record[field.name] for field in _fields(AdapterLayout)}
+    # JSON has no tuples.
+    return AdapterLayout(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
+
+
+def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:
+    kind = LoraRule if isinstance(rule, LoraRule) else QuantizationRule
+    record = rule_to_json(rule, kind)
+    for name in _NOT_KEPT:
+        record.pop(name, None)
+    return {"kind": kind.__name__, **record}
+
+
+def _rule_from_json(record: Mapping[str, Any]) -> QuantizationRule:
+    record = dict(record)
+    kinds = {kind.__name__: kind for kind in (LoraRule, QuantizationRule)}
+    return rule_from_json(record, kinds[record.pop("kind")])
+
+
+def _fields(cls: type) -> Any:
+    return dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]

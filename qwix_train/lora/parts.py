@@ -1,0 +1,184 @@
+"""The arrays of adapters: taken out of the params of a model, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx, traverse_util
+from flax.core import unfreeze
+
+from qwix_train import plan_table, stored
+from qwix_train.lora.layout import AdapterLayout, find_layouts
+from qwix_train.lora.provider import LoraProvider, is_adapter
+from qwix_train.lora.train_state import LoraTrainState, by_path
+from qwix_train.model import plan
+from qwix_train.planning import Path
+from qwix_train.ptq.trees import to_tree
+from qwix_train.trace import subclasses
+
+Layouts = Mapping[Path, AdapterLayout]
+"""The layout of each adapter, by the path of its param."""
+
+
+def split(
+    model: Any,
+    *inputs: Any,
+    params: Any = None,
+    variables: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, dict[Path, AdapterLayout]]:
+    """Takes the params of a model with adapters apart.
+
+    Args:
+      model: what `apply_lora_to_model` gave: a Linen or an NNX module.
+      *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do: nothing is
+        computed.
+      params: the params of a Linen model, adapters among them.
+      variables: the other collections of a Linen model, such as `batch_stats`.
+      **kwargs: keyword inputs of the model.
+
+    Returns:
+      What `lora.init` gives: the adapters; the params of the base; and the layout of
+      each adapter, by the path of its param. Trees of an NNX model are nested
+      dictionaries, as `ptq.to_tree` gives them.
+
+    Raises:
+      TypeError: if the model is not one with adapters.
+      ValueError: if an adapter is missing, or has another shape.
+
+    Example:
+      >>> import jax
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import apply_lora_to_model
+      >>> provider = LoraProvider(module_path=".*", rank=2, alpha=4.0)
+      >>> model = apply_lora_to_model(nn.Dense(8), provider)
+      >>> x = jnp.ones((1, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> adapters, base, layouts = split(model, x, params=params)
+      >>> sorted(adapters), sorted(base), list(layouts)
+      (['kernel_lora_a', 'kernel_lora_b'], ['bias', 'kernel'], [('kernel',)])
+    """
+    provider = provider_of(model)
+    if isinstance(model, nnx.Module):
+        if params is not None or variables is not None:
+            raise TypeError("An NNX model holds its params: give inputs alone.")
+        params = to_tree(model, nnx.Param)
+        planned = plan(model, provider.rules, *inputs, **kwargs)
+    else:
+        if params is None:
+            raise TypeError(
+                "A Linen model holds no params: lora.split(model, *inputs, "
+                "params=params)."
+            )
+        given = {**(variables or {}), "params": params}
+        planned = plan(model, provider.rules, *inputs, variables=given, **kwargs)
+    layouts = {path: layout for path, (layout, _) in find_layouts(planned).items()}
+    parts = {path for layout in layouts.values() for path in layout.shapes}
+    base, adapters = {}, {}
+    for path, leaf in traverse_util.flatten_dict(unfreeze(params)).items():
+        kind = adapters if tuple(map(str, path)) in parts else base
+        kind[path] = leaf
+    adapters = traverse_util.unflatten_dict(adapters)
+    checked(adapters, layouts)
+    return adapters, traverse_util.unflatten_dict(base), layouts
+
+
+def provider_of(model: Any) -> LoraProvider:
+    """The provider of a model with adapters.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise TypeError(f"Expected a Flax module, got {type(model).__name__}.")
+    provider, _ = subclasses.mode(model) or (None, ())
+    if not isinstance(provider, LoraProvider):
+        raise TypeError(
+            f"This {type(model).__name__} is no model with adapters, which "
+            "apply_lora_to_model(model, LoraProvider(rules), ...) gives."
+        )
+    return provider
+
+
+def of_state(value: Any, given: Sequence[Any], call: str) -> tuple[Any, Layouts]:
+    """Adapters and their layouts, from a state or from both.
+
+    Args:
+      value: a `LoraTrainState`, or adapters.
+      given: the arguments after it: the layouts, if `value` is adapters.
+      call: how the function is called, for the error.
+
+    Raises:
+      TypeError: if layouts are missing, or there is too much.
+      ValueError: see `checked`.
+    """
+    if isinstance(value, LoraTrainState):
+        if given:
+            raise TypeError(f"A LoraTrainState holds its layouts: {call}(state).")
+        value, layouts = value.params, value.layouts
+    elif len(given) != 1 or not isinstance(given[0], Mapping):
+        raise TypeError(
+            f"Expected a LoraTrainState, or adapters and their layouts: {call}(state) "
+            f"or {call}(adapters, layouts)."
+        )
+    else:
+        (layouts,) = given
+    checked(value, layouts)
+    return value, layouts
+
+
+def checked(adapters: Any, layouts: Layouts) -> dict[Path, Any]:
+    """The arrays of adapters, by path.
+
+    Args:
+      adapters: a nested dictionary of arrays.
+      layouts: the layouts of the adapters.
+
+    Raises:
+      ValueError: if one is missing, is too much, or has another shape. The message
+        names them.
+    """
+    parts = by_path(adapters)
+    wanted = {
+        path: (layout, shape)
+        for layout in layouts.values()
+        for path, shape in layout.shapes.items()
+    }
+    problems = []
+    if missing := ["/".join(path) for path in wanted if path not in parts]:
+        problems.append(f"Missing: {plan_table.some(missing, 3)}.")
+    if unknown := ["/".join(path) for path in parts if path not in wanted]:
+        problems.append(f"Of no layout: {plan_table.some(unknown, 3)}.")
+    different = [
+        f"{'/'.join(path)} has shape {tuple(parts[path].shape)}, and the adapter of "
+        f"rank {layout.rank} of {'/'.join(layout.path)} {layout.shape} has {shape}"
+        for path, (layout, shape) in wanted.items()
+        if path in parts and tuple(parts[path].shape) != shape
+    ]
+    if different:
+        problems.append(f"Of other shapes: {plan_table.some(different, 3)}.")
+    if problems:
+        hint = " Layouts and adapters come from one state, lora.init or lora.split."
+        if any(not is_adapter(path) for path in parts if path not in wanted):
+            hint = " Give adapters alone; lora.split takes them out of other params."
+        raise ValueError(
+            f"The adapters do not fit the layouts. {' '.join(problems)}{hint}"
+        )
+    return {path: parts[path] for path in wanted}
+
+
+def is_whole(leaf: Any) -> bool:
+    """Whether a node of a tree of params is one param, boxed or quantized."""
+    return stored.is_quantized(leaf) or stored.is_box(leaf)
+
+
+def arrays_of(layout: AdapterLayout, parts: Mapping[Path, Any]) -> list[Any]:
+    """``A``, ``B`` and perhaps the magnitude of an adapter."""
+    return [parts[path] for path in layout.shapes]
+
+
+def tree_of(parts: Mapping[Path, Any]) -> dict[str, Any]:
+    """Adapters as a nested dictionary, from arrays by path."""
+    return traverse_util.unflatten_dict(dict(parts))

@@ -1,0 +1,321 @@
+"""Adapters in the files of Hugging Face's PEFT.
+
+A folder with ``adapter_model.safetensors`` and ``adapter_config.json``, as
+``PeftModel.save_pretrained`` writes it and ``PeftModel.from_pretrained`` reads it, for
+LoRA on Linear, Conv and Embedding layers. See `peft_tensors` for the tensors.
+
+Names. The adapter of the param ``decoder/proj/kernel`` is that of the PyTorch module
+``decoder.proj``: a last ``kernel`` or ``embedding`` is left out. Layers that are
+stacked in one param, as under `nn.scan`, are modules of their own, numbered after the
+first part of the path: ``layers/proj/kernel`` is ``layers.0.proj``, ``layers.1.proj``
+and so on. `names` says otherwise, with ``{layer}`` for the number.
+
+Where PEFT computes something else: an adapter of a grouped convolution has all input
+channels in its ``lora_A`` there, so it does not fit; the ``lora_A`` of a dilated
+convolution is not dilated there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qwix_train import plan_table
+from qwix_train.lora import peft_config, peft_tensors
+from qwix_train.lora.adapter_set import fitted
+from qwix_train.lora.layout import AdapterLayout
+from qwix_train.lora.parts import Layouts, arrays_of, checked, of_state, tree_of
+from qwix_train.lora.train_state import LoraTrainState
+from qwix_train.planning import Path
+from qwix_train.ptq import safetensors_files
+
+Names = Callable[[str], str] | Mapping[str, str]
+"""The name of the module of a param, from its path, such as ``"head/kernel"``."""
+
+_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Of a `PeftModel` the tuner, and of that the model.
+_PREFIX = "base_model.model."
+_LAYER = "{layer}"
+
+
+def save_peft(
+    directory: str | pathlib.Path,
+    adapters: Any,
+    *layouts: Layouts,
+    names: Names | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes adapters as PEFT does.
+
+    They fit the base that they were trained with. With `init="pissa"` or `"loftq"` that
+    is not the model before, but `LoraTrainState.frozen`.
+
+    Args:
+      directory: the folder, made if it does not exist.
+      adapters: a `LoraTrainState`; or adapters, with their layouts after them.
+      *layouts: the layout of each adapter, unless there is a state.
+      names: the name of the PyTorch module of each param, by its path, or as a function
+        of it. The default is described at the top of this module.
+      config: more entries for `adapter_config.json`, such as `task_type`,
+        `lora_dropout` or `base_model_name_or_path`.
+
+    Raises:
+      ImportError: if `safetensors` is not installed.
+      TypeError: if layouts are missing.
+      ValueError: if PEFT cannot hold an adapter, or two have one name; the message has
+        the path of the param.
+
+    Example:
+      >>> import tempfile
+      >>> import jax
+      >>> from jax import numpy as jnp
+      >>> from qwix_train.lora import LoraRule, init
+      >>> adapters, frozen, layouts = init(
+      ...     {"proj": {"kernel": jnp.ones((4, 2))}},
+      ...     lambda params, x: x @ params["proj"]["kernel"],
+      ...     [LoraRule(rank=1, alpha=2.0)], jax.random.key(0), jnp.ones((1, 4)),
+      ... )
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_peft(folder, adapters, layouts, config={"task_type": "CAUSAL_LM"})
+      ...     again = load_peft(folder, layouts)
+      >>> jax.tree.map(lambda x, y: bool((x == y).all()), again, adapters)
+      {'proj': {'kernel_lora_a': True, 'kernel_lora_b': True}}
+    """
+    adapters, known = of_state(adapters, layouts, "lora.save_peft")
+    parts = checked(adapters, known)
+    modules: dict[str, AdapterLayout] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for layout in known.values():
+        peft_tensors.check(layout)
+        entries = peft_tensors.encode(layout, arrays_of(layout, parts))
+        for module, entry in zip(_modules(layout, names), entries, strict=True):
+            _add_module(modules, module, layout)
+            tensors |= {f"{_PREFIX}{module}.{name}": x for name, x in entry.items()}
+    if not modules:
+        raise ValueError("There are no adapters to save.")
+    record = {**peft_config.make(modules), **(config or {})}
+    text = json.dumps(record, indent=2, sort_keys=True)
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors_files.write_file(directory / _FILE, tensors, {"format": "pt"})
+    (directory / _CONFIG).write_text(text + "\n")
+
+
+def load_peft(
+    directory: str | pathlib.Path,
+    target: Any,
+    *,
+    names: Names | None = None,
+    pad: bool = False,
+) -> Any:
+    """Reads adapters that PEFT, or `save_peft`, wrote.
+
+    Args:
+      directory: the folder.
+      target: what the adapters are for: a `LoraTrainState`, or layouts.
+      names: see `save_peft`.
+      pad: whether adapters of a smaller rank, or of another scaling, are fitted to the
+        target, as in an `AdapterSet`. An error otherwise.
+
+    Returns:
+      The adapters, in the dtype of the file; for a state the state with them, its
+      optimizer state as it is.
+
+    Raises:
+      FileNotFoundError: if there are no such files.
+      ImportError: if `safetensors` is not installed.
+      TypeError: if `target` is neither.
+      ValueError: if the config says what is not supported; if adapters are missing, too
+        many, or of another shape, rank or scaling. The message names them.
+    """
+    is_state = isinstance(target, LoraTrainState)
+    layouts = target.layouts if is_state else target
+    if not isinstance(layouts, Mapping):
+        raise TypeError(
+            f"Expected a LoraTrainState or layouts, got {type(target).__name__}."
+        )
+    directory = pathlib.Path(directory)
+    config, tensors = _read(directory)
+    own: dict[Path, AdapterLayout] = {}
+    found: dict[Path, Any] = {}
+    problems: list[str] = []
+    for path, layout in layouts.items():
+        peft_tensors.check(layout)
+        modules = _modules(layout, names)
+        entries = [_take(tensors, module, layout, problems) for module in modules]
+        if not all(entries):
+            continue
+        own[path] = _own_layout(layout, modules, entries, config)
+        if wrong := _of_other_shapes(own[path], modules, entries):
+            problems.append(wrong)
+            continue
+        arrays = peft_tensors.decode(own[path], entries)
+        found |= dict(zip(own[path].shapes, arrays, strict=True))
+    if tensors:
+        problems.append(
+            f"Of no adapter of the model: {plan_table.some(sorted(tensors), 3)}."
+        )
+    if problems:
+        raise ValueError(
+            f"The adapters in {directory} are not the model's. "
+            f"{' '.join(problems[:4])} Modules are named by `names`, and get adapters "
+            "by the rules of the model."
+        )
+    if not pad:
+        _check_same(directory, own, layouts)
+    adapters = fitted(tree_of(found), own, layouts) if pad else tree_of(found)
+    return target.replace(params=adapters) if is_state else adapters
+
+
+def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    for name in (_CONFIG, _FILE):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"There is no {name} in {directory}.")
+    config = json.loads((directory / _CONFIG).read_text())
+    try:
+        peft_config.check(config)
+    except ValueError as error:
+        raise ValueError(f"{directory / _CONFIG}: {error}.") from None
+    tensors, _ = safetensors_files.read_file(directory / _FILE)
+    return config, {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
+
+
+def _modules(layout: AdapterLayout, names: Names | None) -> list[str]:
+    """The names of the modules of a param, one for each of its stacked layers."""
+    path = "/".join(layout.path)
+    if names is None:
+        name = _default_name(layout)
+    elif callable(names):
+        name = names(path)
+    else:
+        if path not in names:
+            raise ValueError(
+                f"`names` has no module for {path!r}. Give one for each param that has "
+                "an adapter."
+            )
+        name = names[path]
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"The module of {path!r} has no name: {name!r}. Pass `names`, since PEFT "
+            "adapts modules within a model."
+        )
+    if layout.layers and _LAYER not in name:
+        raise ValueError(
+            f"{path!r} holds {len(peft_tensors.indices(layout))} stacked layers, and "
+            f"its module is named {name!r}. Put {_LAYER} where the number of the layer "
+            "is."
+        )
+    if not layout.layers:
+        return [name]
+    return [
+        name.replace(_LAYER, ".".join(map(str, index)))
+        for index in peft_tensors.indices(layout)
+    ]
+
+
+def _default_name(layout: AdapterLayout) -> str:
+    parts = list(layout.path)
+    if parts[-1] in ("kernel", "embedding"):
+        parts.pop()
+    if layout.layers and parts:
+        parts.insert(1, _LAYER)
+    return ".".join(parts)
+
+
+def _add_module(
+    modules: dict[str, AdapterLayout], module: str, layout: AdapterLayout
+) -> None:
+    if module in modules:
+        both = (modules[module].path, layout.path)
+        one, other = ("/".join(path) for path in both)
+        raise ValueError(
+            f"The adapters of {one!r} and {other!r} would both be those of the module "
+            f"{module!r}. Pass `names`."
+        )
+    modules[module] = layout
+
+
+def _take(
+    tensors: dict[str, np.ndarray],
+    module: str,
+    layout: AdapterLayout,
+    problems: list[str],
+) -> dict[str, np.ndarray]:
+    """Takes the tensors of a module out of those of a file."""
+    plain = peft_tensors.names_of(dataclasses.replace(layout, dora=False))
+    missing = [name for name in plain if f"{module}.{name}" not in tensors]
+    if missing:
+        problems.append(
+            f"For {'/'.join(layout.path)} there is no {module}.{missing[0]}."
+        )
+        return {}
+    held = [*plain, peft_tensors.MAGNITUDE]
+    keys = {name: f"{module}.{name}" for name in held}
+    return {name: tensors.pop(key) for name, key in keys.items() if key in tensors}
+
+
+def _own_layout(
+    layout: AdapterLayout,
+    modules: list[str],
+    entries: list[dict[str, np.ndarray]],
+    config: Mapping[str, Any],
+) -> AdapterLayout:
+    """The layout that an adapter in a file has."""
+    first, _ = peft_tensors.names_of(dataclasses.replace(layout, dora=False))
+    settings = {
+        (len(x[first]), peft_config.alpha_of(config, module), len(x) > 2)
+        for module, x in zip(modules, entries, strict=True)
+    }
+    if len(settings) > 1:
+        raise ValueError(
+            f"The layers of {'/'.join(layout.path)!r} are stacked, and their adapters "
+            f"differ in rank, alpha or magnitude: {sorted(settings)}."
+        )
+    ((rank, alpha, dora),) = settings
+    scaling = peft_config.scaling_of(config, alpha, rank)
+    if math.isclose(scaling, layout.scaling):
+        scaling = layout.scaling
+    return dataclasses.replace(
+        layout, rank=rank, alpha=alpha, scaling=scaling, dora=dora
+    )
+
+
+def _of_other_shapes(
+    layout: AdapterLayout, modules: list[str], entries: list[dict[str, np.ndarray]]
+) -> str:
+    """Says which tensors of a param do not have the shapes of its layout."""
+    shapes = peft_tensors.shapes_of(layout)
+    for module, entry in zip(modules, entries, strict=True):
+        for name, array in entry.items():
+            if array.shape != shapes[name]:
+                return (
+                    f"{module}.{name} has shape {array.shape}, and {shapes[name]} fits "
+                    f"{'/'.join(layout.path)} {layout.shape}."
+                )
+    return ""
+
+
+def _check_same(directory: pathlib.Path, own: Layouts, layouts: Layouts) -> None:
+    def settings(layout):
+        return f"rank {layout.rank}, scaling {layout.scaling:g}" + (
+            ", DoRA" if layout.dora else ""
+        )
+
+    different = [
+        f"{'/'.join(path)}: {settings(own[path])}, and {settings(layout)} in the model"
+        for path, layout in layouts.items()
+        if (own[path].rank, own[path].scaling, own[path].dora)
+        != (layout.rank, layout.scaling, layout.dora)
+    ]
+    if different:
+        raise ValueError(
+            f"The adapters in {directory} are of another kind than the model's: "
+            f"{plan_table.some(different, 3)}. Make the model with rules of that rank "
+            "and alpha; or pass pad=True, which fits them to a larger rank."
+        )

@@ -1,0 +1,299 @@
+"""Adapters in PEFT's files, held against the library and against NumPy.
+
+The library needs PyTorch. `QWIX_TRAIN_PEFT_PYTHON` names an interpreter that has it;
+`make test-interchange` sets it.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from qwix_train import lora
+from qwix_train.ptq import safetensors_files
+from tests.lora import peft_reference as library
+from tests.lora.test_merge import flat, random_like
+from tests.models import Mlp, assert_same
+
+PYTHON = os.environ.get("QWIX_TRAIN_PEFT_PYTHON")
+needs_library = pytest.mark.skipif(
+    not PYTHON, reason="no QWIX_TRAIN_PEFT_PYTHON: `make test-interchange` has it"
+)
+OPS = ("dot_general", "einsum", "conv_general_dilated", "gather")
+TOKENS = jax.random.randint(jax.random.key(0), (3, 6), 0, 11)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(8, name="proj")(x)), None
+
+
+class Net(nn.Module):
+    """What `peft_reference.build` makes in PyTorch."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 8, name="embed")(tokens)
+        x = jnp.tanh(nn.DenseGeneral((2, 3), name="split")(x))
+        x = jnp.tanh(nn.DenseGeneral(8, axis=(-2, -1), name="join")(x))
+        stack = nn.scan(
+            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        x, _ = stack(name="layers")(x, None)
+        x = nn.Conv(5, (2, 2), padding="VALID", name="conv")(x.reshape(-1, 6, 2, 4))
+        return nn.Dense(3, name="head")(jnp.tanh(x.reshape(len(x), -1)))
+
+
+def rules_of(case):
+    """The rules that give what a config of PEFT says."""
+    settings = library.CASES[case]
+
+    def rule(module_path, rank=settings["r"], alpha=settings["lora_alpha"]):
+        return lora.LoraRule(
+            module_path=module_path,
+            op_names=OPS,
+            rank=rank,
+            alpha=alpha,
+            rank_stabilized=settings.get("use_rslora", False),
+            dora=settings.get("use_dora", False),
+        )
+
+    if case != "patterns":
+        return [rule(".*")]
+    return [
+        rule("head", rank=3),
+        rule("conv", alpha=1.5),
+        rule("layers/proj", rank=1, alpha=2),
+        rule(".*"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = random_like(Net().init(jax.random.key(0), TOKENS)["params"], 7)
+    return jax.tree.map(lambda x: 0.5 * (x - 1), params)
+
+
+def state_of(rules, params):
+    state = lora.create_train_state(
+        Net().apply, params, optax.sgd(0.1), rules, jax.random.key(1), TOKENS
+    )
+    adapters = jax.tree.map(lambda x: x - 0.4, random_like(state.params))
+    return state.replace(params=adapters)
+
+
+def torch_weights(params):
+    """The params with the names, axes and shapes that PyTorch has."""
+    p = {name: np.asarray(x) for name, x in flat(params).items()}
+    weights = {
+        "embed.weight": p["embed/embedding"],
+        "split.weight": p["split/kernel"].reshape(8, 6).T,
+        "split.bias": p["split/bias"].reshape(6),
+        "join.weight": p["join/kernel"].reshape(6, 8).T,
+        "join.bias": p["join/bias"],
+        "conv.weight": p["conv/kernel"].transpose(3, 2, 0, 1),
+        "conv.bias": p["conv/bias"],
+        "head.weight": p["head/kernel"].T,
+        "head.bias": p["head/bias"],
+    }
+    for i in range(2):
+        weights[f"layers.{i}.proj.weight"] = p["layers/proj/kernel"][i].T
+        weights[f"layers.{i}.proj.bias"] = p["layers/proj/bias"][i]
+    return weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, params):
+    folder = tmp_path_factory.mktemp("peft")
+    for case in library.CASES:
+        lora.save_peft(folder / "ours" / case, state_of(rules_of(case), params))
+    frozen = state_of(rules_of("plain"), params).frozen
+    np.savez(folder / "base.npz", tokens=TOKENS, **torch_weights(frozen))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [PYTHON, pathlib.Path(library.__file__), folder],
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", library.CASES)
+def test_the_library_computes_the_same_with_our_files(folder, params, case):
+    state = state_of(rules_of(case), params)
+    theirs = np.load(folder / "ours" / case / "outputs.npz")
+    ours = state.apply_fn({"params": state.params}, TOKENS)
+    base = Net().apply({"params": state.frozen}, TOKENS)
+    assert np.abs(ours - base).max() > 0.1
+    np.testing.assert_allclose(theirs["adapted"], ours, 1e-5, 1e-5)
+    ours = Net().apply({"params": lora.merge(state)}, TOKENS)
+    np.testing.assert_allclose(theirs["merged"], ours, 1e-5, 1e-5)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", library.CASES)
+def test_we_compute_the_same_with_files_of_the_library(folder, params, case):
+    state = state_of(rules_of(case), params)
+    state = lora.load_peft(folder / "theirs" / case, state)
+    theirs = np.load(folder / "theirs" / case / "outputs.npz")
+    ours = state.apply_fn({"params": state.params}, TOKENS)
+    np.testing.assert_allclose(ours, theirs["adapted"], 1e-5, 1e-5)
+    ours = Net().apply({"params": lora.merge(state)}, TOKENS)
+    np.testing.assert_allclose(ours, theirs["merged"], 1e-5, 1e-5)
+
+
+@needs_library
+@pytest.mark.slow
+def test_a_smaller_rank_is_padded(folder, params):
+    wide = state_of([lora.LoraRule(rank=3, alpha=7.0, op_names=OPS)], params)
+    with pytest.raises(
+        ValueError, match="rank 2, scaling 2, and rank 3, scaling 2.33333 in"
+    ):
+        lora.load_peft(folder / "theirs" / "patterns", wide)
+    state = lora.load_peft(folder / "theirs" / "patterns", wide, pad=True)
+    theirs = np.load(folder / "theirs" / "patterns" / "outputs.npz")
+    ours = state.apply_fn({"params": state.params}, TOKENS)
+    np.testing.assert_allclose(ours, theirs["adapted"], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("case", library.CASES)
+def test_what_is_read_is_what_was_written(tmp_path, params, case):
+    state = state_of(rules_of(case), params)
+    lora.save_peft(tmp_path, state.params, state.layouts)
+    assert_same(lora.load_peft(tmp_path, state.layouts), state.params)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(library.TARGETS)
+    settings = library.CASES[case]
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if case != "patterns":
+            assert config[name] == settings.get(name, False)
+    if case == "patterns":
+        assert config["rank_pattern"] == {
+            r"^layers\.0\.proj": 1,
+            r"^layers\.1\.proj": 1,
+            "^head": 3,
+        }
+
+
+def test_the_tensors_are_those_of_the_merged_weight(tmp_path, params):
+    """In NumPy, from the definition of LoRA in PyTorch's layout."""
+    state = state_of(rules_of("plain"), params)
+    lora.save_peft(tmp_path, state)
+    tensors, _ = safetensors_files.read_file(tmp_path / "adapter_model.safetensors")
+    base, merged = torch_weights(state.frozen), torch_weights(lora.merge(state))
+    for module in library.TARGETS:
+        prefix = f"base_model.model.{module}."
+        delta = np.float64(merged[f"{module}.weight"]) - base[f"{module}.weight"]
+        if module == "embed":
+            a, b = (tensors.pop(f"{prefix}lora_embedding_{x}") for x in "AB")
+            product = (np.float64(b) @ a).T
+        else:
+            a, b = (tensors.pop(f"{prefix}lora_{x}.weight") for x in "AB")
+            assert a.ndim == b.ndim == delta.ndim
+            product = np.tensordot(np.float64(b.reshape(b.shape[:2])), a, 1)
+        np.testing.assert_allclose(delta, 1.5 * product, atol=1e-6)
+    assert not tensors
+
+
+def test_names(tmp_path, params):
+    state = state_of(rules_of("plain"), params)
+    paths = ["/".join(path) for path in state.layouts]
+
+    def name(path):
+        return f"model.{path.removesuffix('/kernel').replace('/', '.{layer}.')}"
+
+    lora.save_peft(tmp_path, state, names=name, config={"task_type": "CAUSAL_LM"})
+    tensors, _ = safetensors_files.read_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.1.proj.lora_A.weight" in tensors
+    assert "base_model.model.model.embed.{layer}.embedding.lora_embedding_A" in tensors
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["peft_type"] == "LORA"
+    names = {path: name(path) for path in paths}
+    assert_same(lora.load_peft(tmp_path, state, names=names).params, state.params)
+    names.pop("head/kernel")
+    with pytest.raises(ValueError, match="no module for 'head/kernel'"):
+        lora.save_peft(tmp_path, state, names=names)
+    with pytest.raises(ValueError, match="'layers/proj/kernel' holds 2 stacked"):
+        lora.save_peft(tmp_path, state, names=lambda path: path)
+    with pytest.raises(ValueError, match="would both be those of the module 'x.0'"):
+        names = dict.fromkeys(paths, "x.0") | {"layers/proj/kernel": "x.{layer}"}
+        lora.save_peft(tmp_path, state, names=names)
+
+
+class Experts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (2, 6, 4))
+        return jnp.einsum("ebi,eio->ebo", jnp.stack([x, x]), w)
+
+
+def small_state(model, **kwargs):
+    x = jnp.ones((5, 6))
+    params = model.init(jax.random.key(0), x)["params"]
+    rules = [lora.LoraRule(rank=2, alpha=3.0, **kwargs)]
+    return lora.create_train_state(
+        model.apply, params, optax.sgd(0.1), rules, jax.random.key(1), x
+    )
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'w' has axes of a batch"):
+        lora.save_peft(tmp_path, small_state(Experts()))
+    with pytest.raises(ValueError, match="module of 'kernel' has no name"):
+        lora.save_peft(tmp_path, small_state(nn.Dense(4)))
+    dora, plain = small_state(Mlp(), dora=True), small_state(Mlp())
+    layouts = {**plain.layouts}
+    layouts["Dense_0", "kernel"] = dora.layouts["Dense_0", "kernel"]
+    adapters = {**plain.params, "Dense_0": dora.params["Dense_0"]}
+    with pytest.raises(ValueError, match="'Dense_0' has a magnitude .* 'Dense_1'"):
+        lora.save_peft(tmp_path, adapters, layouts)
+    with pytest.raises(TypeError, match=r"lora.save_peft\(adapters, layouts\)"):
+        lora.save_peft(tmp_path, adapters)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    state = small_state(Mlp())
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+        lora.load_peft(tmp_path, state)
+    lora.save_peft(tmp_path, state)
+    with pytest.raises(ValueError, match=r"Dense_0.lora_B.* \(16, 2\).*\(9, 2\)"):
+        lora.load_peft(tmp_path, small_state(Mlp(width=9)))
+    with pytest.raises(ValueError, match=r"Of no adapter of the model: Dense_1.lora_A"):
+        lora.load_peft(tmp_path, small_state(Mlp(), module_path="Dense_0"))
+    with pytest.raises(ValueError, match="there is no other.Dense_0.lora_A.weight"):
+        lora.load_peft(tmp_path, state, names=lambda path: f"other.{path[:7]}")
+    with pytest.raises(ValueError, match="scaling 1.5, and rank 2, scaling 2.12.*DoRA"):
+        other = small_state(Mlp(), dora=True, rank_stabilized=True)
+        lora.load_peft(tmp_path, other)
+    with pytest.raises(TypeError, match="Expected a LoraTrainState or layouts"):
+        lora.load_peft(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', not 'LORA'"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
+    ],
+)
+def test_a_config_that_means_something_else_is_refused(tmp_path, entry, message):
+    state = small_state(Mlp())
+    lora.save_peft(tmp_path, state, config=entry)
+    with pytest.raises(ValueError, match=message):
+        lora.load_peft(tmp_path, state)
