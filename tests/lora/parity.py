@@ -1,10 +1,11 @@
 """Models with adapters that `qwix` and this package are compared on.
 
-`python -m tests.lora.parity FILE` runs the cases with `qwix`, in a process of its own,
-since `qwix` patches JAX.
+`python -m tests.lora.parity default.pickle` runs the cases of the default tests with
+`qwix`, in a process of its own, since `qwix` patches JAX; `slow.pickle` all others.
 """
 
 import dataclasses
+import pathlib
 import pickle
 import sys
 import zlib
@@ -122,6 +123,16 @@ CASES = {
     "nnx list": Case(NnxList, {"module_path": "layers/1", **INT8}),
 }
 
+DEFAULT = (
+    "dense int4",
+    "dense activations",
+    "general",
+    "conv",
+    "nnx dense nf4",
+    "nnx einsum int8",
+    "nnx list",
+)
+
 
 def run(library: Any, case: Case) -> dict[str, Any]:
     """The params of a model with adapters, its output, and the gradients of adapters."""
@@ -207,7 +218,12 @@ def drawn_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
 def main(path: str) -> None:
     import qwix
 
-    results = {name: run(qwix, case) for name, case in CASES.items()}
+    default = pathlib.Path(path).stem == "default"
+    results = {
+        name: run(qwix, case)
+        for name, case in CASES.items()
+        if (name in DEFAULT) == default
+    }
     with open(path, "wb") as file:
         pickle.dump(results, file)
 
