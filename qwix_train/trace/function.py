@@ -188,21 +188,18 @@ def trace(
             filled[slot] = value
         out = function(*jax.tree.unflatten(tree, filled))
         out_leaves, out_tree = jax.tree.flatten(out)
-        arrays = [leaf for leaf in out_leaves if is_array(leaf)]
-        layout[:] = [out_leaves, out_tree]
-        return arrays
+        # Results that are not arrays are kept as they are, and arrays are not, so that
+        # the tracers of the trace are not held.
+        statics = [None if is_array(leaf) else (leaf,) for leaf in out_leaves]
+        layout[:] = [statics, out_tree]
+        return [leaf for leaf in out_leaves if is_array(leaf)]
 
     avals = [
         _stored_types[type(value)].aval(value) if is_stored(value) else value
         for value in inputs
     ]
     closed = jax.make_jaxpr(flat_function)(*avals)
-    out_leaves, out_tree = layout
-    # Results that are not arrays are kept as they are; arrays are dropped here, so
-    # that the trace's tracers are not held.
-    statics = [None if is_array(leaf) else (leaf,) for leaf in out_leaves]
-    del out_leaves
-    layout.clear()
+    statics, out_tree = layout
 
     def rebuild(outs):
         rest = iter(outs)

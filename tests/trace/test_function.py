@@ -38,6 +38,11 @@ def test_what_is_no_array_keeps_its_value():
     assert out == {"options": options, "none": None}
 
 
+def test_no_tracer_is_held():
+    with jax.check_tracer_leaks():
+        trace(lambda p, x: {"y": x @ p, "n": 3}, jnp.ones((3, 2)), X)
+
+
 def test_a_param_that_is_handed_back_is_not_replaced():
     def fn(params, x):
         return x @ params["w"], params, params["w"] * 2

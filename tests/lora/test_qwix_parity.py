@@ -1,0 +1,45 @@
+"""The same params, outputs and gradients as `qwix` 0.1.8, to float rounding."""
+
+import functools
+import pickle
+
+import numpy as np
+import pytest
+
+import qwix_train
+from tests import reference_process
+from tests.lora import parity
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """What `qwix` computes, in a process that its patches cannot leave."""
+
+    @functools.cache
+    def of(cases):
+        path = tmp_path_factory.mktemp("qwix") / f"{cases}.pickle"
+        reference_process.run("tests.lora.parity", path)
+        return pickle.loads(path.read_bytes())
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in parity.DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+        for name in parity.CASES
+    ],
+)
+def test_params_outputs_and_gradients(reference, name):
+    theirs = reference("default" if name in parity.DEFAULT else "slow")[name]
+    ours = parity.run(qwix_train, parity.CASES[name])
+    assert ours.pop("shapes") == theirs.pop("shapes")
+    assert ours.keys() == theirs.keys()
+    tolerance = 3e-2 if "bfloat16" in name else 1e-5
+    for key, value in ours.items():
+        scale = np.abs(theirs[key]).max()
+        assert scale > 0
+        np.testing.assert_allclose(
+            value, theirs[key], tolerance, tolerance * scale, err_msg=key
+        )
