@@ -144,7 +144,7 @@ def export(
     """Merges adapters if there are any, quantizes, and writes the model to serve."""
     params = state.params
     if isinstance(state, lora.LoraTrainState):
-        params = lora.merge(state.frozen, state.params, state.layouts)
+        params = lora.merge(state, to_float=True)
     _, quantized = qwix_train.ptq.quantize(
         _model(config), params, list(rules), _tokens(config)
     )

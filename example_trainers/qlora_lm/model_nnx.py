@@ -156,7 +156,7 @@ def export(
     """Merges adapters if there are any, quantizes, and writes the model to serve."""
     model = nnx.clone(state[0])
     if state[1].wrt is nnx.LoRAParam:
-        model = lora.merge(model)
+        model = lora.merge(model, _tokens(config), to_float=True)
     qwix_train.ptq.save(
         path, _quantized(config, model, rules), rules=rules, overwrite=True
     )
