@@ -3,6 +3,7 @@
 #
 #   make demo         train the digits example: float, plain fake quant, QAT
 #   make example-static-range  a language model with static ranges, GPTQ and others
+#   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
@@ -11,6 +12,7 @@
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
 #   make bench-calibration  the benchmark of calibration
+#   make bench-qlora  the benchmark of fine-tuning
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -57,7 +59,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,13p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,15p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -87,6 +89,10 @@ demo: $(VENV)/.stamp-examples
 .PHONY: example-static-range
 example-static-range: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.static_range $(ARGS)
+
+.PHONY: example-qlora
+example-qlora: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.qlora_lm $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.stamp-test
@@ -164,6 +170,10 @@ bench-ptq: $(VENV)/.stamp-bench
 .PHONY: bench-calibration
 bench-calibration: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.calibration $(ARGS)
+
+.PHONY: bench-qlora
+bench-qlora: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.qlora $(ARGS)
 
 .PHONY: clean
 clean:

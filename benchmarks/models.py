@@ -43,6 +43,46 @@ class Transformer(nn.Module):
         return nn.Dense(self.vocabulary, dtype=self.dtype)(x)
 
 
+class DecoderBlock(nn.Module):
+    """Causal attention with one matrix for query, key and value, then two layers."""
+
+    width: int
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        y = nn.RMSNorm(dtype=self.dtype)(x)
+        y = dense(3 * self.width, "query_key_value")(y)
+        y = y.reshape(*y.shape[:2], self.heads, -1)
+        query, key, value = jnp.split(y, 3, axis=-1)
+        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x += dense(self.width, "out")(y.reshape(x.shape))
+        y = nn.RMSNorm(dtype=self.dtype)(x)
+        y = nn.gelu(dense(4 * self.width, "up")(y))
+        return x + dense(self.width, "down")(y)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer; its layers are unrolled."""
+
+    layers: int
+    width: int
+    vocabulary: int = 1024
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+        for _ in range(self.layers):
+            x = DecoderBlock(self.width, max(1, self.width // 64), self.dtype)(x)
+        x = nn.RMSNorm(dtype=self.dtype)(x)
+        return nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)(x)
+
+
 class ResidualBlock(nn.Module):
     features: int
     strides: int
@@ -127,9 +167,21 @@ def transformer(
     layers: int, width: int, batch: int, tokens: int, dtype: Any = jnp.float32
 ) -> Task:
     model = Transformer(layers, width, dtype=dtype)
-    x = jax.random.randint(jax.random.key(1), (batch, tokens), 0, model.vocabulary)
     name = f"transformer, {layers} layers, d={width}, {batch}x{tokens} tokens"
-    return Task(name, model, {"x": x, "y": jnp.roll(x, -1, axis=1)})
+    return Task(name, model, _next_tokens(batch, tokens, model.vocabulary))
+
+
+def decoder(
+    layers: int, width: int, batch: int, tokens: int, dtype: Any = jnp.float32
+) -> Task:
+    model = Decoder(layers, width, dtype=dtype)
+    name = f"decoder, {layers} layers, d={width}, {batch}x{tokens} tokens"
+    return Task(name, model, _next_tokens(batch, tokens, model.vocabulary))
+
+
+def _next_tokens(batch: int, tokens: int, vocabulary: int) -> dict[str, jax.Array]:
+    x = jax.random.randint(jax.random.key(1), (batch, tokens), 0, vocabulary)
+    return {"x": x, "y": jnp.roll(x, -1, axis=1)}
 
 
 def resnet(width: int, batch: int, size: int, dtype: Any = jnp.float32) -> Task:

@@ -1,16 +1,11 @@
-"""The help texts of Python, byte by byte, behind a Grain pipeline."""
+"""The help texts of Python, in three splits."""
 
-import re
-from collections.abc import Iterator
 from pydoc_data import topics
-from typing import Any
 
-import grain
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from example_trainers import byte_text
 
-VOCABULARY = 256
 # The split is part of the task: it stays the same when the seed of a run changes.
 SPLIT_SEED = 0
 # The most that each of the held-out splits takes of the text.
@@ -35,72 +30,4 @@ def load_splits() -> dict[str, np.ndarray]:
                 splits[split].append(texts[name])
                 names.remove(name)
     splits["train"] = [texts[name] for name in names]
-
-    seen: set[str] = set()
-    tokens = {}
-    for split, held in splits.items():
-        paragraphs = dict.fromkeys(p for text in held for p in split_paragraphs(text))
-        kept = [p for p in paragraphs if p not in seen]
-        seen.update(kept)
-        tokens[split] = np.frombuffer("\n\n".join(kept).encode(), np.uint8)
-    return tokens
-
-
-def split_paragraphs(text: str) -> list[str]:
-    """Returns the parts of a text that have empty lines between them."""
-    return re.split(r"\n{2,}", text.strip("\n"))
-
-
-class _Sequences:
-    """Random access to a text, one sequence and the byte after it at a time."""
-
-    def __init__(self, text: np.ndarray, length: int):
-        self._text = text
-        self._length = length
-
-    def __len__(self) -> int:
-        return (len(self._text) - 1) // self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        start = index * self._length
-        tokens = self._text[start : start + self._length + 1].astype(np.int32)
-        return {"input": tokens[:-1], "target": tokens[1:]}
-
-
-class _Shift(grain.transforms.RandomMap):
-    """Starts a sequence of twice the length somewhere in its first half."""
-
-    def random_map(self, element: Batch, rng: np.random.Generator) -> Batch:
-        length = len(element["input"]) // 2
-        start = rng.integers(0, length + 1)
-        return {name: x[start : start + length] for name, x in element.items()}
-
-
-def train_iterator(
-    text: np.ndarray, *, length: int, batch_size: int, seed: int
-) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over batches, whose position can be saved."""
-    dataset = (
-        grain.MapDataset.source(_Sequences(text, 2 * length))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(_Shift())
-        .batch(batch_size, drop_remainder=True)
-    )
-    # One thread keeps a few batches ready: more would take cores from the training.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options))
-
-
-def eval_batches(
-    text: np.ndarray, *, length: int, batch_size: int, batches: int
-) -> Iterator[Any]:
-    """Returns the first batches of a shuffled text, the same at every call."""
-    dataset = (
-        grain.MapDataset.source(_Sequences(text, length))
-        .seed(SPLIT_SEED)
-        .shuffle()
-        .batch(batch_size, drop_remainder=True)
-    )
-    return iter(dataset[:batches])
+    return byte_text.without_repetitions(splits)

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 import qwix_train
+from example_trainers import byte_text
 from example_trainers.digits_qat.train import claim_workdir
 from example_trainers.static_range import data, quantization, report, train
 from example_trainers.static_range import model as model_lib
@@ -50,7 +51,7 @@ def train_and_evaluate(
     splits = data.load_splits()
 
     def batches(split: str, count: int):
-        return data.eval_batches(
+        return byte_text.eval_batches(
             splits[split],
             length=config.sequence_length,
             batch_size=config.eval_batch_size,

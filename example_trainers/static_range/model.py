@@ -12,7 +12,7 @@ from clu import metrics as clu_metrics
 from flax import struct
 from flax.training import train_state
 
-from example_trainers.static_range import data
+from example_trainers import byte_text
 
 
 class Block(nn.Module):
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         init = nn.initializers.normal(0.02)
-        x = nn.Embed(data.VOCABULARY, self.features, name="embedding")(tokens)
+        x = nn.Embed(byte_text.VOCABULARY, self.features, name="embedding")(tokens)
         position = self.param("position", init, (self.max_length, self.features))
         x = x + position[: tokens.shape[1]]
         layers = nn.scan(
@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
         )
         x, _ = layers(self.heads, name="layers")(x, None)
         x = nn.RMSNorm(name="norm")(x)
-        return nn.Dense(data.VOCABULARY, use_bias=False, name="logits")(x)
+        return nn.Dense(byte_text.VOCABULARY, use_bias=False, name="logits")(x)
 
 
 @struct.dataclass

@@ -1,35 +1,28 @@
-"""The training loop: phases that resume wherever they were killed."""
+"""Phases of training: in float, and QAT that collects ranges."""
 
 import dataclasses
-import functools
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import ml_collections
 import optax
-import orbax.checkpoint as ocp
 
 import qwix_train
-from example_trainers.static_range import data
+from example_trainers import byte_text, loop
+from example_trainers.loop import evaluate as evaluate
 from example_trainers.static_range import model as model_lib
 
 Rules = Sequence[qwix_train.QuantizationRule]
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class Phase(loop.Phase):
     """A training run with one optimizer and one set of rules."""
 
-    name: str
-    steps: int
     tx: optax.GradientTransformation
     rules: Rules
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., Any]
 
 
 def make_phase(
@@ -46,10 +39,12 @@ def make_phase(
     return Phase(
         name,
         steps,
-        optax.adamw(schedule, b2=0.98),
-        rules,
         jax.jit(train_step, donate_argnums=0),
         jax.jit(eval_step),
+        _to_tree,
+        lambda state, tree: state.replace(**tree),
+        optax.adamw(schedule, b2=0.98),
+        rules,
     )
 
 
@@ -58,15 +53,6 @@ def with_ranges(phase: Phase, state: Any, *inputs: Any) -> Any:
     if not phase.rules:
         return state
     return qwix_train.with_quant_stats(state, phase.rules, *inputs)
-
-
-def evaluate(
-    eval_step: Callable[..., model_lib.Metrics], state: Any, batches: Any
-) -> dict[str, float]:
-    """The eval loop: of the float model, of QAT, of exports, and of calibration."""
-    collected = [eval_step(state, batch) for batch in batches]
-    merged = functools.reduce(model_lib.Metrics.merge, jax.device_get(collected))
-    return {name: float(value) for name, value in merged.compute().items()}
 
 
 def run_phase(
@@ -79,87 +65,22 @@ def run_phase(
     checkpoint_dir: pathlib.Path,
     hooks: Sequence[Callable[..., Any]] = (),
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Trains to the end of the phase, from its latest checkpoint if there is one.
-
-    A checkpoint holds the train state, the position of the input pipeline and the
-    history, so that a resumed phase cannot be told from an unbroken one.
-
-    Args:
-        phase: The phase.
-        state: Its train state at the start.
-        config: The settings.
-        text: What to train on.
-        validation: Returns the batches to evaluate on.
-        checkpoint_dir: Where checkpoints are.
-        hooks: Called after every step as `hook(step, state=state)`.
-
-    Returns:
-        The state, and the history: one record for each evaluation.
-    """
-    batches = data.train_iterator(
+    """Trains on a text, see `loop.run_phase`."""
+    batches = byte_text.train_iterator(
         text,
         length=config.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    history: list[dict[str, float]] = []
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(checkpoint_dir, options=options) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start:
-            restored = checkpoints.restore(
-                start,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_tree(state))
-                    ),
-                    batches=grain.checkpoint.CheckpointRestore(batches),
-                    history=ocp.args.JsonRestore(),
-                ),
-            )
-            state = state.replace(**restored.state)
-            history = restored.history["evaluations"]
-            done = "done before" if start >= phase.steps else "resuming"
-            print(f"{phase.name} | step {start:4d}/{phase.steps} | {done}", flush=True)
-
-        collected = []
-        started, first = time.perf_counter(), start
-        for step in range(start + 1, phase.steps + 1):
-            state, step_metrics = phase.train_step(state, next(batches))
-            collected.append(step_metrics)
-            for hook in hooks:
-                hook(step, state=state)
-            if step % config.eval_every and step != phase.steps:
-                continue
-            trained = evaluate(lambda _, metrics: metrics, None, collected)
-            validated = evaluate(phase.eval_step, state, validation())
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": trained["loss"],
-                    "validation_loss": validated["loss"],
-                    "validation_accuracy": validated["accuracy"],
-                }
-            )
-            checkpoints.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_to_tree(state)),
-                    batches=grain.checkpoint.CheckpointSave(batches),
-                    history=ocp.args.JsonSave({"evaluations": list(history)}),
-                ),
-            )
-            rate = (step - first) / (time.perf_counter() - started)
-            print(
-                f"{phase.name} | step {step:4d}/{phase.steps} "
-                f"| train loss {trained['loss']:.3f} "
-                f"| validation loss {validated['loss']:.3f} "
-                f"| {rate:4.1f} steps/s",
-                flush=True,
-            )
-            collected.clear()
-            started, first = time.perf_counter(), step
-    return state, history
+    return loop.run_phase(
+        phase,
+        state,
+        batches=batches,
+        validation=validation,
+        eval_every=config.eval_every,
+        checkpoint_dir=checkpoint_dir,
+        hooks=hooks,
+    )
 
 
 def _to_tree(state: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from example_trainers import byte_text
 from example_trainers.static_range import config as config_lib
 from example_trainers.static_range import data, experiment, report, train
 from example_trainers.static_range import model as model_lib
@@ -18,7 +19,9 @@ from example_trainers.static_range import model as model_lib
 def test_no_paragraph_is_in_two_splits():
     splits = data.load_splits()
     texts = {name: text.tobytes().decode() for name, text in splits.items()}
-    everything = [p for text in texts.values() for p in data.split_paragraphs(text)]
+    everything = [
+        p for text in texts.values() for p in byte_text.split_paragraphs(text)
+    ]
     assert len(everything) == len(set(everything))
     lines = {line for text in texts.values() for line in text.split("\n")}
     assert lines == {x for text in topics.topics.values() for x in text.split("\n")}
@@ -30,14 +33,16 @@ def test_no_paragraph_is_in_two_splits():
 def test_batches_are_bytes_and_the_bytes_after():
     text = data.load_splits()["train"]
     options = {"length": 16, "batch_size": 4}
-    batches = data.train_iterator(text, seed=0, **options)
+    batches = byte_text.train_iterator(text, seed=0, **options)
     for _ in range(3):
         batch = next(batches)
         assert batch["input"].shape == batch["target"].shape == (4, 16)
         np.testing.assert_array_equal(batch["input"][:, 1:], batch["target"][:, :-1])
         for line in batch["input"]:
             assert line.astype(np.uint8).tobytes() in text.tobytes()
-    first, second = (list(data.eval_batches(text, batches=2, **options)) for _ in "ab")
+    first, second = (
+        list(byte_text.eval_batches(text, batches=2, **options)) for _ in "ab"
+    )
     assert len(first) == 2
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a["input"], b["input"])
@@ -80,7 +85,7 @@ def test_resumes_as_if_unbroken(tmp_path, monkeypatch):
     text = data.load_splits()["train"]
 
     def validation():
-        return data.eval_batches(text, length=32, batch_size=8, batches=1)
+        return byte_text.eval_batches(text, length=32, batch_size=8, batches=1)
 
     phase = train.make_phase("float", steps=6, learning_rate=1e-2)
 

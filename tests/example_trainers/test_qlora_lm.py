@@ -1,0 +1,290 @@
+"""The fine-tuning example, end to end and across an interruption."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from example_trainers import byte_text
+from example_trainers.digits_qat.train import SettingsError
+from example_trainers.qlora_lm import (
+    attention,
+    data,
+    experiment,
+    generate,
+    methods,
+    model_linen,
+    model_nnx,
+    report,
+)
+from example_trainers.qlora_lm import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _tiny_config(framework="linen"):
+    config = config_lib.get_quick_config()
+    config.framework = framework
+    config.features = 32
+    config.heads = 2
+    config.sequence_length = 16
+    config.rank = 2
+    config.tile_size = 32
+    return config
+
+
+def test_code_is_split_by_module_and_says_nothing_twice():
+    splits = data.load_code()
+    texts = {name: text.tobytes().decode() for name, text in splits.items()}
+    everything = [
+        p for text in texts.values() for p in byte_text.split_paragraphs(text)
+    ]
+    assert len(everything) == len(set(everything))
+    modules = (data.TRAIN_MODULES, data.VALIDATION_MODULES, data.TEST_MODULES)
+    names = [name for split in modules for name in split]
+    assert len(names) == len(set(names))
+    assert "def dedent(text):" in texts["test"]
+    assert "class NamedTemporaryFile" not in texts["test"]
+    assert "def dedent(text):" not in texts["train"] + texts["validation"]
+    # Enough of each for every batch of the defaults.
+    config = config_lib.get_config()
+    batch = config.eval_batch_size * config.sequence_length
+    assert len(texts["validation"]) > config.validation_batches * batch
+    assert len(texts["test"]) > config.test_batches * batch
+    assert len(texts["train"]) > 10 * len(texts["test"])
+
+
+def test_rotation_against_complex_numbers():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8))
+    first, second = np.split(x, 2, -1)
+    position, pair = np.arange(5)[:, None, None], np.arange(4)
+    turned = (first + 1j * second) * np.exp(1j * position * 10000 ** (-pair / 4))
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    found = attention.rotate(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_attention_against_numpy_and_blind_to_what_comes():
+    heads, features = 2, 8
+    x = np.random.default_rng(0).normal(size=(1, 6, 3 * features))
+    found = attention.attend(jnp.asarray(x, jnp.float32), heads)
+    query, key, value = x.reshape(1, 6, 3, heads, -1).transpose(2, 0, 1, 3, 4)
+    turn = functools.partial(jnp.asarray, dtype=jnp.float32)
+    query, key = (np.asarray(attention.rotate(turn(y)), float) for y in (query, key))
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(features // heads)
+    scores = np.where(np.tril(np.ones((6, 6), bool)), scores, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(1, 6, -1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_both_dialects_compute_the_same():
+    config = _tiny_config()
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 256)
+    tx = experiment.make_optimizer(1e-3, 10)
+    state = model_linen.create_train_state(config, tx, 0)
+    model, _ = model_nnx.create_train_state(config, tx, 0)
+    params = dict(state.params)
+    tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    blocks = {i: params.pop(f"layer_{i}") for i in range(config.layers)}
+    params["layers"] = blocks
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
+    held = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(held, params)
+    nnx.update(model, held)
+    logits = state.apply_fn({"params": state.params}, tokens)
+    np.testing.assert_allclose(model(tokens), logits, atol=1e-5)
+
+
+def test_sample_follows_a_model_that_is_sure():
+    def predict(params, tokens):
+        # The byte after each byte is the next one.
+        return params * jax.nn.one_hot(tokens + 1, 256)
+
+    written = generate.sample(
+        predict,
+        jnp.float32(1e3),
+        np.frombuffer(b"xya", np.uint8).astype(np.int32),
+        length=4,
+        temperature=1.0,
+        seed=0,
+    )
+    assert written == b"bcde"
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(ValueError, match="no method 'dora'"):
+        methods.make_method(_tiny_config(), "dora")
+
+
+def test_table():
+    def row(label, losses, trained, seconds):
+        return {
+            "label": label,
+            "losses": losses,
+            "trained_params": trained,
+            "trained_bytes": 4 * trained,
+            "frozen_bytes": 2048,
+            "optimizer_bytes": 8 * trained,
+            "step_seconds": seconds,
+            "exported": {"qtype": "nf4", "loss": 1.5, "bytes": 4096},
+        }
+
+    config = config_lib.get_config()
+    loss = {"loss": 2.0}
+    results = {
+        "config": json.loads(config.to_json()),
+        "base": {"params": 12345, "prose": {"loss": 1.25}, "code": loss},
+        "rows": [row("all", [1.4, 1.6], 1024, 0.1), row("few", [1.5, 1.53], 256, 0.05)],
+    }
+    table = report.format_table(results)
+    assert "12,345 params on prose to 1.2500" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("few")]
+    expected = "few 256 3 KiB 2 KiB 50 ms 1.5150 ± 0.0212 +1.00% nf4 1.5000 4 KiB"
+    assert line.split() == expected.split()
+
+
+class _InterruptError(Exception):
+    pass
+
+
+def _finetune(config, folder, monkeypatch=None, failing_step=None):
+    """Runs one method from untrained weights; returns its row and its last state."""
+    framework = experiment.FRAMEWORKS[config.framework]
+    make_phase = experiment.make_phase
+
+    def make_failing_phase(*args, **kwargs):
+        phase = make_phase(*args, **kwargs)
+        taken = iter(range(1, 100))
+
+        def train_step(state, batch):
+            if next(taken) == failing_step:
+                raise _InterruptError
+            return phase.train_step(state, batch)
+
+        return dataclasses.replace(phase, train_step=train_step)
+
+    text = data.load_code()
+    run = experiment.Experiment(config, framework, folder, text, text)
+    tx = experiment.make_optimizer(1e-3, config.finetune_steps)
+    trained = framework.create_train_state(config, tx, 0)
+    method = methods.make_method(config, "qlora_nf4")
+    if monkeypatch is None:
+        row, (_, state), _ = run.finetune(trained, method)
+        return row, state
+    with monkeypatch.context() as patch, pytest.raises(_InterruptError):
+        patch.setattr(experiment, "make_phase", make_failing_phase)
+        run.finetune(trained, method)
+    return None
+
+
+@pytest.mark.parametrize(
+    "framework", ["linen", pytest.param("nnx", marks=pytest.mark.slow)]
+)
+def test_fine_tuning_resumes_with_adapters_alone(framework, tmp_path, monkeypatch):
+    config = _tiny_config(framework)
+    config.finetune_steps, config.finetune_eval_every = 6, 2
+    row, state = _finetune(config, tmp_path / "whole")
+    assert [record["step"] for record in row["histories"][0]] == [2, 4, 6]
+
+    _finetune(config, tmp_path / "broken", monkeypatch, failing_step=5)
+    folder = tmp_path / "broken" / "checkpoints" / "qlora_nf4_seed_0"
+    assert (folder / "4").is_dir()
+    same_row, same_state = _finetune(config, tmp_path / "broken")
+    assert same_row == row
+    arrays = [experiment.FRAMEWORKS[framework].arrays(s) for s in (state, same_state)]
+    jax.tree.map(np.testing.assert_array_equal, *arrays)
+    # The checkpoint is smaller than the base in float.
+    stored = sum(p.stat().st_size for p in (folder / "6" / "state").rglob("*"))
+    assert stored < 4 * config.features * 4 * config.features * 4 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_quick_run(framework, tmp_path, capsys):
+    config = config_lib.get_quick_config()
+    config.framework = framework
+
+    results = experiment.train_and_evaluate(config, tmp_path)
+
+    printed = capsys.readouterr().out
+    assert report.format_table(results) in printed
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert len(results["sample"]["text"]) == config.sample_length
+    rows = {row["method"]: row for row in results["rows"]}
+    assert tuple(rows) == config.methods
+    full, adapted = rows["full"], rows["lora"]
+    base = results["base"]["code"]["loss"]
+    assert base < math.log(256)
+    # Adapters add nothing at first, and a quantized base is near its model.
+    assert full["loss_before"] == pytest.approx(base, abs=1e-6)
+    assert adapted["loss_before"] == pytest.approx(base, abs=1e-6)
+    for row in rows.values():
+        assert row["loss_before"] == pytest.approx(base, abs=0.1)
+        assert row["losses"][0] < base
+        assert row["exported"]["loss"] == pytest.approx(row["losses"][0], abs=0.05)
+        assert row["exported"]["bytes"] < 0.5 * full["trained_bytes"]
+    assert adapted["optimizer_bytes"] < 0.15 * full["optimizer_bytes"]
+    assert rows["qlora_nf4"]["frozen_bytes"] < 0.6 * adapted["frozen_bytes"]
+
+    config.rank = 8
+    with pytest.raises(SettingsError, match="rank: 4 there, 8 here"):
+        experiment.train_and_evaluate(config, tmp_path)
+
+
+# The checkpoint of a step is written in the background while its line is printed, so
+# that the kill hits an unfinished one.
+@pytest.mark.slow
+def test_resumes_after_sigkill(tmp_path):
+    command = [*(sys.executable, "-m", "example_trainers.qlora_lm", "--quick")]
+    command += ["--methods=qlora_nf4"]
+
+    def start(workdir):
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with start(whole) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    for line_before_kill in ("pre-training | step   30/60", "seed 0 | step   10/20"):
+        with start(broken) as process:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line_before_kill in line:
+                    process.send_signal(signal.SIGKILL)
+                    break
+            process.stdout.read()
+        assert process.returncode == -signal.SIGKILL, "".join(lines)
+        assert not (broken / "results.json").exists()
+    with start(broken) as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resuming" in output or "done before" in output
+
+    def measured(workdir):
+        results = json.loads((workdir / "results.json").read_text())
+        del results["seconds"]
+        for row in results["rows"]:
+            del row["step_seconds"]
+        return results
+
+    assert measured(broken) == measured(whole)
