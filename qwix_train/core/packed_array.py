@@ -30,7 +30,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import QArray, quantize_array, validate_qarray
+from qwix_train.core.qarray import (
+    QArray,
+    calibrate,
+    compute_scale_zero_point,
+    quantize_array,
+    quantize_with_scale_zero_point,
+    validate_qarray,
+)
 
 SCALE_BLOCK = 256
 """Scales that share one factor."""
@@ -259,7 +266,20 @@ def _quantize_packed(
     layout: PackedLayout,
     scale_sharding: NamedSharding | None,
 ) -> PackedQArray:
-    return _pack(quantize_array(array, how), layer_axes, layout, scale_sharding)
+    ranges = calibrate(array, how)
+    scale, zero_point = compute_scale_zero_point(ranges, how.qtype)
+    q = quantize_with_scale_zero_point(
+        array, how.qtype, scale, zero_point, how.noise_fn
+    )
+    # The range tells whether all is 0, where the scale is 1 that others have, too.
+    # Reading the codes again would take as long as finding them.
+    if zero_point is None:
+        extent, bound = ranges["absmax"], numerics.symmetric_bound(how.qtype)
+    else:
+        low, high = numerics.asymmetric_bound(how.qtype)
+        extent, bound = ranges["max"] - ranges["min"], high - low
+    matters = (scale != 1) | (extent > bound / 2)
+    return _packed(q, layer_axes, layout, scale_sharding, matters)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -269,6 +289,18 @@ def _pack(
     layout: PackedLayout,
     scale_sharding: NamedSharding | None,
 ) -> PackedQArray:
+    matters = (array.scale != 1) | _has_values(array)
+    return _packed(array, layer_axes, layout, scale_sharding, matters)
+
+
+def _packed(
+    array: QArray,
+    layer_axes: int,
+    layout: PackedLayout,
+    scale_sharding: NamedSharding | None,
+    matters: jax.Array,
+) -> PackedQArray:
+    """Packs codes, and quantizes the scales; those that matter, in earnest."""
     axis, codes = array.ndim + layout.axis, array.qvalue
     zero_point = array.zero_point
     # A signed type of 8 bits first: uint8 takes no negative int4.
@@ -284,15 +316,6 @@ def _pack(
 
     layers = array.shape[:layer_axes]
     scale = _by_layer(array.scale, layers).astype(jnp.float32)
-    # Looked at only where it may be otherwise: it takes as long as the quantization.
-    differs = (array.scale != 1) | (zero_point is not None)
-    matters = jax.lax.cond(
-        jnp.all(differs),
-        lambda packed, differs: differs,
-        lambda packed, differs: differs | _has_values(_codes(packed, layout), array),
-        packed,
-        differs,
-    )
     matters = _by_layer(matters, layers)
     scale_codes, steps, mean = _quantized_scale(scale, matters, layer_axes)
     if scale_sharding is not None:
@@ -327,14 +350,20 @@ def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(part, (*layers, *part.shape[len(layers) :]))
 
 
-def _has_values(bits: jax.Array, array: QArray) -> jax.Array:
+def _has_values(array: QArray) -> jax.Array:
     """Of each scale, whether a code that it scales stands for anything but 0."""
-    zero = jnp.uint8(7 if array.qtype == "nf4" else 0)
-    counts = array.scale.shape
-    # What a shorter last tile is filled with becomes 0, which is no value.
-    values = tiling.pad_to_tiles(bits ^ zero, counts)
+    zero, counts = 7 if array.qtype == "nf4" else 0, array.scale.shape
+
+    def is_value(code, zero_point):
+        return code != (
+            jnp.asarray(zero, code.dtype) if zero_point is None else zero_point
+        )
+
+    values = tiling.elementwise(is_value, array.qvalue, array.zero_point)
+    # Padded with False, which is no value.
+    values = tiling.pad_to_tiles(values, counts)
     split, within = tiling.split_tiled_axes(values, counts)
-    return (jnp.max(split, within, initial=0) > 0).reshape(counts)
+    return jnp.any(split, within).reshape(counts)
 
 
 def _quantized_scale(

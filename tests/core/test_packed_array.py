@@ -114,7 +114,7 @@ def test_at_most_4_13_bits(dtype):
 @pytest.mark.parametrize("qtype", ["nf4", "int4"])
 def test_quantizes_as_in_two_steps(qtype):
     how = HowToQuantize(qtype=qtype, channelwise_axes=(0, 2), tiled_axes={1: 16})
-    x = array(3, 64, 40).at[1].multiply(50)
+    x = array(3, 64, 40).at[1].multiply(50).at[2, :16].set(0)
     got = packed_array.quantize_packed(x, how, 1)
     want = packed_array.pack(quantize_array(x, how), 1)
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -155,11 +155,20 @@ def test_tiles_of_zeros_do_not_coarsen_the_others():
 
 
 def test_zero_points():
-    x = array(64, 8) + 2
+    x = 0.1 * (array(64, 8) + 1).at[32:].set(0)
     q = quantize(
         x, "int4", channelwise_axes=[1], tiled_axes={0: 32}, calibration_method="minmax"
     )
-    back = packed_array.unpack(packed_array.pack(q))
+    packed = packed_array.pack(q)
+    how = HowToQuantize(
+        qtype="int4",
+        channelwise_axes=(1,),
+        tiled_axes={0: 32},
+        calibration_method="minmax",
+    )
+    got = packed_array.quantize_packed(x, how)
+    jax.tree.map(np.testing.assert_array_equal, got, packed)
+    back = packed_array.unpack(packed)
     np.testing.assert_array_equal(as_bits(back.zero_point), as_bits(q.zero_point))
     assert back.zero_point.dtype == q.zero_point.dtype
     np.testing.assert_array_equal(as_bits(back.qvalue), as_bits(q.qvalue))
