@@ -153,14 +153,18 @@ def export(
 
 def restore(
     config: ml_collections.ConfigDict, rules: Rules, path: pathlib.Path
-) -> tuple[Callable[[Any, Any], jax.Array], Any]:
+) -> tuple[Callable[[Any, Any], Any], Any]:
     """Reads an exported model: a function of its params and tokens, and the params."""
     provider = qwix_train.PtqProvider(list(rules))
     model = qwix_train.quantize_model(_model(config), provider)
     tokens = _tokens(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     params = qwix_train.ptq.restore(path, abstract)
-    return lambda params, tokens: model.apply({"params": params}, tokens), params
+
+    def predict(params: Any, tokens: Any) -> Any:
+        return model.apply({"params": params}, tokens)
+
+    return predict, params
 
 
 def to_tree(state: train_state.TrainState) -> Any:

@@ -164,7 +164,7 @@ def export(
 
 def restore(
     config: ml_collections.ConfigDict, rules: Rules, path: pathlib.Path
-) -> tuple[Callable[[Any, Any], jax.Array], Any]:
+) -> tuple[Callable[[Any, Any], Any], Any]:
     """Reads an exported model: a function of its params and tokens, and the params."""
 
     def create():

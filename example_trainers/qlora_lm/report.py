@@ -23,8 +23,8 @@ def format_table(results: dict[str, Any]) -> str:
     """Returns the results as a table for the terminal."""
     rows, config = results["rows"], results["config"]
     reference = statistics.fmean(rows[0]["losses"])
-    head = ("method", "trained", "weights", "optimizer", "step", "loss", "vs first")
-    lines = [(*head, "exported", "loss", "size")]
+    head = "method, trained, weights, optimizer, step, loss, vs, exported, loss, size"
+    lines = [tuple(head.replace("vs", f"vs {rows[0]['method']}").split(", "))]
     for row in rows:
         mean = statistics.fmean(row["losses"])
         exported = row["exported"]

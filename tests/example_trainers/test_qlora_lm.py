@@ -131,6 +131,7 @@ def test_table():
     def row(label, losses, trained, seconds):
         return {
             "label": label,
+            "method": label,
             "losses": losses,
             "trained_params": trained,
             "trained_bytes": 4 * trained,
@@ -148,6 +149,7 @@ def test_table():
         "rows": [row("all", [1.4, 1.6], 1024, 0.1), row("few", [1.5, 1.53], 256, 0.05)],
     }
     table = report.format_table(results)
+    assert "vs all" in table
     assert "12,345 params on prose to 1.2500" in table
     (line,) = [line for line in table.splitlines() if line.startswith("few")]
     expected = "few 256 3 KiB 2 KiB 50 ms 1.5150 ± 0.0212 +1.00% nf4 1.5000 4 KiB"
