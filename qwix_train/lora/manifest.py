@@ -16,6 +16,8 @@ VERSION = 1
 
 # They took part in the start of training, not in what adapters mean.
 _NOT_KEPT = ("lora_a_initializer", "lora_b_initializer")
+# What a layout gives, for those who read the file without this package.
+_DERIVED = ("a_shape", "b_shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,10 @@ class AdapterManifest:
             "version": VERSION,
             "layouts": [
                 {
-                    **dataclasses.asdict(layout),
-                    "a_shape": layout.a_shape,
-                    "b_shape": layout.b_shape,
+                    **dataclasses.asdict(x),
+                    **{name: getattr(x, name) for name in _DERIVED},
                 }
-                for layout in self.layouts.values()
+                for x in self.layouts.values()
             ],
             "rules": [_rule_to_json(rule) for rule in self.rules],
             "metadata": self.metadata,
@@ -83,11 +84,13 @@ class AdapterManifest:
 
 
 def _layout_from_json(record: Mapping[str, Any]) -> AdapterLayout:
-    fields = {field.name: record[field.name] for field in _fields(AdapterLayout)}
     # JSON has no tuples.
-    return AdapterLayout(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.items()
+        if name not in _DERIVED
+    }
+    return AdapterLayout(**fields)
 
 
 def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:
@@ -102,7 +105,3 @@ def _rule_from_json(record: Mapping[str, Any]) -> QuantizationRule:
     record = dict(record)
     kinds = {kind.__name__: kind for kind in (LoraRule, QuantizationRule)}
     return rule_from_json(record, kinds[record.pop("kind")])
-
-
-def _fields(cls: type) -> Any:
-    return dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.core import Tracer
 
 from qwix_train import stored
 from qwix_train.lora import merge_report
@@ -274,12 +275,14 @@ def _mapped(
 
 def _like(value: Any, leaf: Any) -> Any:
     """A param in the box that another one is in, or that its codes are in."""
-    outer = leaf
-    if stored.is_quantized(leaf):
-        if not stored.is_quantized(value):
-            return stored.box_array(leaf, value)
-        outer = stored.box_of(leaf)
-    return stored.box(value, outer)
+    was_quantized = stored.is_quantized(leaf)
+    if stored.is_quantized(value):
+        return stored.box(value, stored.box_of(leaf) if was_quantized else leaf)
+    if was_quantized:
+        return stored.box_array(leaf, value)
+    if isinstance(leaf, nnx.Variable):
+        return leaf.replace(value)
+    return leaf.replace_boxed(value) if stored.is_box(leaf) else value
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -294,7 +297,7 @@ def _minus(layout: AdapterLayout, weight: Any, a: Any, b: Any) -> jax.Array:
 
 def _placed(value: jax.Array, like: Any) -> jax.Array:
     """An array where another one is."""
-    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
+    if isinstance(like, jax.Array) and not isinstance(like, Tracer):
         return jax.device_put(value, like.sharding)
     return value
 

@@ -152,7 +152,7 @@ def _steps(array: QArray) -> jax.Array:
 def _values(qtype: Any) -> np.ndarray:
     """The values of a type that a scale multiplies, in order."""
     if numerics.qtype_name(qtype) == "nf4":
-        return np.float64(nf4.LEVELS)
+        return nf4.LEVELS.astype(np.float64)
     if numerics.qtype_name(qtype) == "int1":
         return np.array([-1.0, 1.0])
     if numerics.is_integer_qtype(qtype):

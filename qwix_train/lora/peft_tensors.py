@@ -10,7 +10,7 @@ kept, are one there, in their order in the param.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
 
 
 def decode(
-    layout: AdapterLayout, tensors: list[Mapping[str, np.ndarray]]
+    layout: AdapterLayout, tensors: Sequence[Mapping[str, np.ndarray]]
 ) -> list[jax.Array]:
     """``A``, ``B`` and perhaps the magnitude of an adapter.
 
