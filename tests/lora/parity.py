@@ -135,7 +135,7 @@ DEFAULT = (
 
 
 def run(library: Any, case: Case) -> dict[str, Any]:
-    """The params of a model with adapters, its output, and the gradients of adapters."""
+    """The params, output and gradients of adapters of a model that has some."""
     x = jax.random.normal(jax.random.key(5), case.shape, case.dtype)
     options = {"module_path": ".*", "rank": 2, "alpha": 3.0, **case.rule}
     provider = library.LoraProvider(**options)
