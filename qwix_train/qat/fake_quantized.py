@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qwix_train import stored
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.trace.analyze import Key, Op
@@ -53,13 +54,14 @@ def run_fake_quantized(
 
 
 def fake_quantized_param(array: Any, plan: ParamPlan) -> Deferred | None:
-    """A param that is fake-quantized where it is used; None if it stays in float.
+    """A param that is fake-quantized where it is used; None if it stays as it is.
 
     Args:
       array: the param.
       plan: how it is quantized.
     """
-    if plan.how is None:
+    # The frozen base of adapters may be quantized already.
+    if plan.how is None or stored.is_quantized(array):
         return None
     inner = plan.per_iteration
     return Deferred(

@@ -146,6 +146,7 @@ def trace(
     param_name: ParamName,
     *,
     module_path: str = "",
+    as_arrays: bool = True,
 ) -> TracedCall:
     """Traces `function(*args)`.
 
@@ -158,8 +159,11 @@ def trace(
       args: its arguments; the first holds the params.
       param_name: see `ParamName`; called for the leaves of the first argument.
       module_path: where in a larger model the function stands.
+      as_arrays: whether the function finds arrays in the place of stored params. One
+        that calls models itself, such as a whole step, finds them as they are.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_stored)
+    is_leaf = is_stored if as_arrays else None
+    flat, tree = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_leaf)
     leaves = [leaf for _, leaf in flat]
     inputs, params, paths, slots = [], [], [], []
     for index, (key_path, leaf) in enumerate(flat):

@@ -221,7 +221,9 @@ def _trace(
         )
 
     def make_rng(name):
-        return module.make_rng(name) if module.has_rng(name) else None
+        # Where a stream is missing, Linen draws from that of the params.
+        known = module.has_rng(name) or module.has_rng("params")
+        return module.make_rng(name) if known else None
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         variables.get("params", {}), is_leaf=_is_box

@@ -262,8 +262,9 @@ def tracing_call(
         (such as `nnx.Rngs`).
       kwargs: the keyword arguments.
       path: the path of the module within the model.
-      mark: whether modules mark the trace with their paths. A function that has its
-        model calls rewritten does without.
+      mark: whether modules mark the trace with their paths, and find arrays in the
+        place of stored params. A function that has its model calls rewritten does
+        without.
 
     Yields:
       The traced call, and a function that takes its result, updates the NNX objects
@@ -275,7 +276,7 @@ def tracing_call(
     static = [None if is_node(leaf) else leaf for leaf in leaves]
     result = _Result()
     prefix = tuple(filter(None, path.split("/")))
-    found = stored_params(nodes)
+    found = stored_params(nodes) if mark else []
     # The first key is the index of the object among the arguments.
     names = [(*prefix, *slot.path[1:]) for slot, _ in found]
     with nnx.update_context(_UPDATE):
@@ -286,7 +287,7 @@ def tracing_call(
             stand_ins, params = inputs
             with nnx.merge_context(_UPDATE, True) as merge:
                 nodes = merge.merge(graphdef, params, rest)
-            stored_copies = stored_params(nodes)
+            stored_copies = stored_params(nodes) if mark else []
             for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
                 slot.fill(stand_in)
             copies = list(modules_in(nodes))
@@ -320,7 +321,9 @@ def tracing_call(
 
         inputs = ([value for _, value in found], params)
         with session.tracing() if mark else contextlib.nullcontext():
-            traced = function.trace(pure, (inputs, rest, static), param_name)
+            traced = function.trace(
+                pure, (inputs, rest, static), param_name, as_arrays=mark
+            )
 
         def finish(out):
             out, finals = out

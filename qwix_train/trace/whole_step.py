@@ -38,5 +38,6 @@ def tracing_step(
         lambda args, kwargs: step(*args, **kwargs),
         (tuple(args), dict(kwargs)),
         lambda key_path: None,
+        as_arrays=False,
     )
     yield traced, lambda out: out
