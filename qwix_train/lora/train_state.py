@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from flax import serialization, struct, traverse_util
 from flax.training import train_state
+from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train import stored
@@ -81,7 +82,13 @@ class AdaptedApply:
         self, first: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> TracedCall:
         """A trace of the function."""
-        return trace_function(self.function, (first, *args), dict(kwargs))
+        # A NumPy array would be a constant of the trace, and a lookup of constants is
+        # no lookup.
+        args, kwargs = jax.tree.map(
+            lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x,
+            (tuple(args), dict(kwargs)),
+        )
+        return trace_function(self.function, (first, *args), kwargs)
 
     def _check_known(self, parts: Mapping[Path, Any]) -> None:
         known = {path for layout in self.layouts for path in layout.shapes}

@@ -304,6 +304,22 @@ def test_plain_functions_and_lists_of_params():
     np.testing.assert_allclose(got, apply(params, X), rtol=1e-5, atol=1e-6)
 
 
+def test_tokens_may_be_numpy_arrays():
+    model, tokens = nn.Embed(11, 8), np.array([1, 2])
+    params = model.init(jax.random.key(0), tokens)["params"]
+    state = lora.create_train_state(
+        model.apply,
+        params,
+        optax.sgd(0.1),
+        rules(op_names=("gather",)),
+        jax.random.key(1),
+        tokens,
+    )
+    assert state.params["embedding_lora_a"].shape == (11, 2)
+    got = state.apply_fn({"params": state.params}, tokens)
+    np.testing.assert_array_equal(got, params["embedding"][tokens])
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh_it_is_the_same(kind):
     kinds = (jax.sharding.AxisType[kind],) * 2
