@@ -124,7 +124,9 @@ class QuantizationProvider(abc.ABC):
     def variable(self, path: Path, value: Any) -> Any:
         """The NNX variable for a param that the float model does not have."""
         del path
-        return stored.box(value, nnx.Param(None))
+        if stored.is_quantized(value):
+            return stored.box(value, nnx.Param(None))
+        return nnx.Param(value)
 
     def initialize(
         self, traced: function.TracedCall, plan: Plan

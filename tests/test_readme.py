@@ -17,7 +17,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 9
+    assert len(blocks) == 11
     assert names["state"].step == 4
     assert np.isfinite(names["loss"])
 

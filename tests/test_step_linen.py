@@ -55,7 +55,7 @@ def check(new_state, value, batch=BATCH, **bits):
     models.assert_close((new_state.params, value), (params, loss))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("rules,bits", [(models.INT8, 8), (models.INT4, 4)])
 def test_a_train_state_step_trains_on_fake_quantized_values(compile_step, rules, bits):
@@ -134,7 +134,7 @@ def image_step(state, batch, axis_name=None):
     return new, (value, updates["intermediates"])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
 def test_what_no_rule_matches_is_bit_identical(compile_step):
     plain = compile_step(image_step)
@@ -261,7 +261,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_steps_that_close_over_a_module(name):
     model = TwoHeads()

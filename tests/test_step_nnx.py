@@ -76,7 +76,7 @@ CALLS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_step_updates_the_very_objects(name):
     model, optimizer = make()
@@ -248,7 +248,7 @@ class Stack(nnx.Module):
         return nnx.remat(lambda layer, x: layer(x))(self.layers, x)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", ["scan", "vmap", "remat"])
 def test_layers_under_a_transformation(kind):
     model = Stack(kind, nnx.Rngs(0))

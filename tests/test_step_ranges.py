@@ -148,7 +148,7 @@ def nnx_step(model, optimizer, x):
     return loss
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("how", ["jit", "eager", "jitted before"])
 def test_the_same_with_nnx_objects(how):
     expected = Threaded()
@@ -187,7 +187,7 @@ def test_a_moving_average():
     expected.check(state.params, state.quant_stats, "ema_of_absmax")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("observer", ["mse", "percentile,99"])
 def test_observers_of_all_data(observer):
     """The range is that of a calibration over the same activations."""

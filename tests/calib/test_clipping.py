@@ -67,7 +67,10 @@ def test_percentile_within_one_bin_of_numpy(name, percentile, n):
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
-    x=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40),
+    # Whether subnormal numbers are flushed to 0 depends on what ran in the thread before.
+    x=st.lists(
+        st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=1, max_size=40
+    ),
     percentile=st.sampled_from([75.0, 99.0]),
 )
 def test_percentile_of_any_values(x, percentile):
@@ -84,7 +87,7 @@ def squared_error(x, scale, zero, levels):
     return np.mean((nearest * scale - x) ** 2)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "qtype", ["int8", "int4", "int2", "int1", "nf4", "float8_e5m2"]
 )

@@ -45,7 +45,7 @@ def data(stats):
     return {name: {**state, "count": 0} for name, state in stats.items()}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
     mesh = jax.make_mesh((8,), ("data",))
@@ -70,7 +70,7 @@ def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
                 assert found[1][name][key].sum() == want.sum()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("observer", "averaging"), EXACT)
 def test_shards_merge_to_what_one_batch_gives(observer, averaging):
     """Each of eight devices collects its shard of a batch."""
@@ -95,7 +95,7 @@ def test_shards_merge_to_what_one_batch_gives(observer, averaging):
     models.assert_same(data({name: first[name]}), data({name: whole[name]}))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_two_runs_merge_to_one(observer, averaging):
     observed, collect = observe(observer, averaging)
@@ -133,7 +133,7 @@ def test_layers_and_batches_that_were_skipped():
     assert state["count"].tolist() == [2] * 3 and state["skipped"].tolist() == [1] * 3
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("observer", ["absmax", "mse"])
 def test_orbax_saves_them_with_a_train_state(tmp_path, framework, observer):

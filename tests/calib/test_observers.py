@@ -69,7 +69,7 @@ def test_mean_range_against_a_reference(layout, observer):
         np.testing.assert_allclose(value, want, rtol=2e-6)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 @pytest.mark.parametrize("observer", RANGES[:-1])
@@ -145,7 +145,7 @@ def test_merged_shards_are_one_big_batch(observer):
     assert_same(merged, statistics.calibration(whole))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("observer", [*RANGES, *STREAMS[:1]])
 def test_sharded_batches_have_the_same_state(observer, kind):
@@ -164,7 +164,7 @@ def test_sharded_batches_have_the_same_state(observer, kind):
             assert_same(state, collect(statistics, [x]), rtol)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 def test_jit_vmap_scan_and_cond(observer):
     statistics, batches = make(observer), jnp.asarray(data(3))

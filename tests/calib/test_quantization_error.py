@@ -100,7 +100,7 @@ OBSERVERS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("qtype", OBSERVERS)
 def test_errors_are_those_of_all_data_at_once(qtype):
     for name, x in samples().items():
@@ -146,7 +146,7 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DYNAMIC)
 @pytest.mark.parametrize("qtype", ["int8", "int4"])
 def test_dynamic_ranges(name, qtype):
@@ -171,7 +171,7 @@ def test_dynamic_ranges(name, qtype):
     assert got.outside == outside(parts, found).sum()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "kwargs",
     [

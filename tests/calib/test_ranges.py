@@ -27,7 +27,7 @@ def observed(rule, batches):
     }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "fields",
     [

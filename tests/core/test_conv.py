@@ -63,7 +63,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("lhs_type, rhs_type", PAIRS)
 def test_every_pair_of_types(lhs_type, rhs_type):
     integers = lhs_type.startswith("int") and rhs_type.startswith("int")

@@ -73,7 +73,7 @@ CASES = [
 ]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout, qtype, tile, method", CASES)
 def test_weights(form, layout, qtype, tile, method):

@@ -67,7 +67,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("lhs_type, rhs_type", PAIRS)
 def test_every_pair_of_types_compiled(lhs_type, rhs_type):
     lhs, rhs = operand(LHS, "lhs", lhs_type), operand(RHS, "rhs", rhs_type)

@@ -64,7 +64,7 @@ def test_every_bit_of_a_type_is_used(qtype):
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("qtype", PACKED)
 @pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), (("a", "b"), None)], ids=str)

@@ -79,7 +79,7 @@ def compare(dtype, layout, qtypes):
     return codes, on_ties
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_and_dequantize(dtype, layout, record_property):

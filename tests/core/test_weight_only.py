@@ -57,7 +57,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("qtype", WEIGHTS)
 def test_value_and_gradient(qtype, rows):

@@ -64,7 +64,7 @@ class Heads(nn.Module):
         return nn.Conv(3, (3,))(x)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     "model", [Mlp(), Layers(), Heads()], ids=lambda m: type(m).__name__
@@ -118,7 +118,7 @@ def test_unmerge_refuses_what_is_lost():
         lora.unmerge(lora.merge(state), state.params, state.layouts)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("qtype", ["int4", "nf4", "int8", "float8_e4m3fn"])
 def test_a_quantized_base_is_quantized_again_as_it_was(qtype):
     rule = lora.LoraRule(**RULE, weight_qtype=qtype, tile_size=2)

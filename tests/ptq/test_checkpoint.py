@@ -73,7 +73,7 @@ def disk_size(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("how", HOWS, **ID)
 def test_what_is_restored_is_what_was_saved(tmp_path, how):
     params = tree(**how)

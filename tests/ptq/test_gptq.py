@@ -78,7 +78,7 @@ def test_the_factor_of_the_inverse():
     )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("tile", [None, 8])
 def test_parity_with_qwix(tile):
     """The same codes, scales and zero points.

@@ -140,7 +140,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_init_gives_what_apply_takes(name):
     model = MODELS[name]

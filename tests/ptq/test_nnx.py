@@ -102,7 +102,7 @@ def _layers():
     }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", _layers())
 def test_layers(name):
     layer, x = _layers()[name]
@@ -410,7 +410,7 @@ def reference(tmp_path_factory):
     return pickle.loads(path.read_bytes())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_state_and_logits_as_in_qwix(reference, name):
     import qwix_train

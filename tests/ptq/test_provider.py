@@ -35,7 +35,7 @@ class Mlp(nn.Module):
         return nn.Dense(4)(nn.relu(nn.Dense(6)(x)))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", spellings.CASES)
 def test_path_into_a_product(name):
     """Whatever QAT accepts, against the same float64 references."""
@@ -83,7 +83,7 @@ def is_quantized(leaf):
 TOKENS = jnp.array([[1, 2, 9], [0, -1, -10], [10, -11, 100]])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("tile", [None, 4])
 @pytest.mark.parametrize(
     "qtype, method",

@@ -151,7 +151,7 @@ def dequantized_for(function, params):
     return set(found.get("w", ())) | {x for k in found if k != "w" for x in found[k]}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", READ)
 def test_what_reads_its_elements(name):
     read, primitives = READ[name]
@@ -328,7 +328,7 @@ def test_a_weight_tells_who_dequantized_it():
     assert heard == [("w", "return")]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_narrow_products_of_wide_params(qtype):
     """Scales are float32, the model computes in bfloat16."""

@@ -113,7 +113,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_have_gradients(name):
     layer = nn.Conv(**CONVOLUTIONS[name])

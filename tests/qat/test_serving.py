@@ -69,7 +69,7 @@ def serve(model, x, weight, act):
     )
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("model", [Dense(), Einsum(), Conv(), Conv(4)], ids=repr)
 @pytest.mark.parametrize("weight_qtype", TYPES)
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_qat_forward_equals_quantized_compute(
     check(model, rule, jnp.float32, tolerance=2e-6)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("model", [Dense(), Einsum(), Conv()], ids=repr)
 @pytest.mark.parametrize("act_method", ["minmax", "fixed,-3,3", "fixed,-1,4"])
 @pytest.mark.parametrize("weight_method", ["minmax", "rms,3", "absmax,0.8"])
