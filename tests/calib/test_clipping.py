@@ -67,7 +67,7 @@ def test_percentile_within_one_bin_of_numpy(name, percentile, n):
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
-    # Whether subnormal numbers are flushed to 0 depends on what ran in the thread before.
+    # Whether subnormal numbers are flushed to 0 depends on what ran before.
     x=st.lists(
         st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=1, max_size=40
     ),

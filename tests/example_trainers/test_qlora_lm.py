@@ -190,9 +190,8 @@ def _finetune(config, folder, monkeypatch=None, failing_step=None):
     return None
 
 
-@pytest.mark.parametrize(
-    "framework", ["linen", pytest.param("nnx", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_fine_tuning_resumes_with_adapters_alone(framework, tmp_path, monkeypatch):
     config = _tiny_config(framework)
     config.finetune_steps, config.finetune_eval_every = 6, 2
