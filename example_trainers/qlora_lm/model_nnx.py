@@ -186,11 +186,12 @@ def to_tree(state: TrainState) -> Any:
 
 def from_tree(state: TrainState, tree: Any) -> TrainState:
     model, optimizer = state
-    for node, saved in (
-        (nnx.state(model, optimizer.wrt), tree["params"]),
-        (nnx.state(optimizer), tree["optimizer"]),
+    for node, held, saved in (
+        (model, nnx.state(model, optimizer.wrt), tree["params"]),
+        (optimizer, nnx.state(optimizer), tree["optimizer"]),
     ):
-        nnx.replace_by_pure_dict(node, saved)
+        nnx.replace_by_pure_dict(held, saved)
+        nnx.update(node, held)
     return state
 
 
