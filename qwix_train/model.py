@@ -449,7 +449,10 @@ def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, 
     fields: dict[str, Any] = {
         name: _linen_method(cls, name, provider) for name in methods
     }
-    fields[subclasses.WITHIN] = lambda self, rewrite: provider.within(rewrite)
+    # Linen would take it for a method of the model, and have its calls intercepted.
+    fields[subclasses.WITHIN] = nn.nowrap(
+        lambda self, rewrite: provider.within(rewrite)
+    )
     fields[subclasses.MODE] = (provider, methods)
     return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
 

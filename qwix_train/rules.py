@@ -157,7 +157,7 @@ class QuantizationRule:
 
     def _error(self, field, reason) -> ValueError:
         value = getattr(self, field)
-        return ValueError(f"QuantizationRule({field}={value!r}): {reason}.")
+        return ValueError(f"{type(self).__name__}({field}={value!r}): {reason}.")
 
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:

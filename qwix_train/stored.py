@@ -143,11 +143,11 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(value, tree, is_leaf=is_box)
 
 
-def box(quantized: WithAux, boxed: Any) -> WithAux:
+def box(quantized: Any, boxed: Any) -> Any:
     """Puts the parts of a quantized param in boxes such as its array has.
 
     Args:
-      quantized: the param, unboxed.
+      quantized: the param, unboxed; or a float array that takes the place of another.
       boxed: the array that it stands for, in its box; or any other object.
 
     Returns:
@@ -156,6 +156,8 @@ def box(quantized: WithAux, boxed: Any) -> WithAux:
     """
     if not is_box(boxed):
         return quantized
+    if not is_quantized(quantized):
+        return _reboxed(quantized, boxed)
     array = quantized.array
     if not isinstance(array, PackedQArray):
         return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
@@ -208,13 +210,14 @@ def _codes(quantized: WithAux) -> Any:
 def box_array(quantized: WithAux, array: Any) -> Any:
     """An array in the box that a quantized param has around its codes."""
     outer = box_of(quantized)
-    if outer is None:
-        return array
-    return (
-        outer.replace(array)
-        if isinstance(outer, nnx.Variable)
-        else outer.replace_boxed(array)
-    )
+    return array if outer is None else _reboxed(array, outer)
+
+
+def _reboxed(array: Any, boxed: Any) -> Any:
+    """An array in the box of another one of its shape."""
+    if isinstance(boxed, nnx.Variable):
+        return boxed.replace(array)
+    return boxed.replace_boxed(array)
 
 
 def _box_part(part: Any, boxed: Any, named: int | None = None) -> Any:

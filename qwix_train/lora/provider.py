@@ -368,7 +368,7 @@ def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:
         "random key. To train, pass rngs={'dropout': key}. To evaluate, switch "
         "dropout off: with the argument of the model that does (deterministic=True, "
         "train=False), or, for a model that has none, with "
-        "LoraProvider(rules, deterministic=True)."
+        "LoraProvider(rules, deterministic=True), or state.deterministic()."
     )
 
 

@@ -83,7 +83,8 @@ class LoraRule(QuantizationRule):
             raise self._error("rank", "it must be a positive int")
         if self.rank < 1:
             raise self._error("rank", "it must be a positive int")
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+        is_number = isinstance(self.alpha, int | float) and self.alpha is not True
+        if not is_number or not math.isfinite(self.alpha):
             raise self._error("alpha", "it must be a finite number")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise self._error("dropout", "it must be at least 0 and below 1")

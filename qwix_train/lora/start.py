@@ -51,10 +51,12 @@ class Starter:
           The param itself where nothing changes it.
 
         Raises:
-          ValueError: if the rule starts from a float weight, and it is quantized.
+          ValueError: if the rule starts from a float weight, or asks for another type,
+            and the param is quantized.
         """
         decision = self._plan.params.get(path)
         how = None if decision is None else decision.how
+        _check_type(path, param, how)
         if path not in self._found:
             return _quantized(param, how)
         layout, rule = self._found[path]
@@ -102,6 +104,17 @@ class Starter:
         if isinstance(weight, jax.ShapeDtypeStruct):
             return jax.eval_shape(begin, weight)
         return begin(weight)
+
+
+def _check_type(path: Path, param: Any, how: HowToQuantize | None) -> None:
+    """Complains of a param with codes of a type that no rule asks for."""
+    if how is None or not stored.is_quantized(param) or param.array.qtype == how.qtype:
+        return
+    raise ValueError(
+        f"Param {'/'.join(path)!r} is quantized already, to codes of "
+        f"{param.array.qtype}, and a rule asks for {how.qtype}. Give the float params, "
+        "or a rule with the type that they have."
+    )
 
 
 def _quantized(param: Any, how: HowToQuantize | None) -> Any:

@@ -10,17 +10,17 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import serialization, struct, traverse_util
+from flax import nnx, serialization, struct, traverse_util
 from flax.training import train_state
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import stored
+from qwix_train import static_range, stored
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.provider import LoraProvider, is_adapter
 from qwix_train.lora.start import Starter
 from qwix_train.model import trace_function
-from qwix_train.planning import Path, make_plan
+from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.function import TracedCall, param_path
@@ -261,8 +261,9 @@ def create_train_state(
       A `LoraTrainState`. The optimizer has state for the adapters alone.
 
     Raises:
+      TypeError: if `apply_fn` is a module.
       ValueError: if a `LoraRule` matches no weight; if a rank is larger than its
-        matrix.
+        matrix; if a rule asks for static ranges that are not among the params.
 
     Example:
       >>> from jax import numpy as jnp
@@ -358,6 +359,12 @@ def _begun(
 ) -> tuple[AdaptedApply, Any, Any]:
     """The apply function of a state, its adapters and its base."""
     provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
+    if isinstance(apply_fn, nn.Module | nnx.Module):
+        raise TypeError(
+            f"Expected an apply_fn, got a {type(apply_fn).__name__}. Give model.apply "
+            "of a Linen module. An NNX module gets adapters with apply_lora_to_model, "
+            "and trains them with nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+        )
     is_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
     adapted = AdaptedApply(apply_fn, provider, is_module or variables is not None)
     if found := sorted("/".join(path) for path in by_path(params) if is_adapter(path)):
@@ -373,6 +380,7 @@ def _begun(
     plan = make_plan(traced, provider.rules)
     provider.check(plan)
     provider.check_rules_matched(plan)
+    _check_ranges(plan, traced)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     boxes = {param_path(path): leaf for path, leaf in leaves if stored.is_box(leaf)}
     starter = Starter(plan, rng, boxes)
@@ -387,6 +395,23 @@ def _begun(
     adapted = dataclasses.replace(adapted, layouts=tuple(starter.layouts.values()))
     adapters = traverse_util.unflatten_dict(starter.adapters)
     return adapted, adapters, jax.tree.unflatten(structure, frozen)
+
+
+def _check_ranges(plan: Plan, traced: TracedCall) -> None:
+    """Complains of rules for static ranges that are not among the params."""
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            path = op.range_path(side)
+            if not op.static or how is None:
+                continue
+            if static_range.scale_path(path) not in traced.named:
+                raise ValueError(
+                    f"There is no static range for {'/'.join(path)!r} among the "
+                    "params, which a rule with act_static_scale=True asks for. Give "
+                    "params that quantize_params made with quant_stats; or, to have "
+                    "ranges in the state that steps update, give that rule to "
+                    "wrap_train_step and with_quant_stats instead."
+                )
 
 
 def _is_whole(leaf: Any) -> bool:

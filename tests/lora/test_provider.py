@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 import qwix_train
 from qwix_train import lora
@@ -259,6 +260,153 @@ def test_a_wrapped_nnx_step_keeps_the_adapters():
     quantized_base = qwix_train.quantize_model(base, qwix_train.QtProvider(rules))
     assert np.abs(got - float_out).max() > 1e-3  # the base is quantized
     assert np.abs(got - quantized_base(X)).max() > 1e-2  # and the adapters are there
+
+
+@pytest.mark.parametrize("weight_qtype", [None, "int4"])
+def test_a_wrapped_step_that_calls_a_linen_model_keeps_the_adapters(weight_qtype):
+    provider = lora.LoraProvider(
+        rank=2,
+        alpha=4.0,
+        weight_qtype=weight_qtype,
+        lora_b_initializer=jax.nn.initializers.ones,
+    )
+    model = qwix_train.apply_lora_to_model(models.Mlp(), provider)
+    params = model.init(jax.random.key(0), X)["params"]
+    wrapped = qwix_train.wrap_eval_step(
+        lambda params, x: model.apply({"params": params}, x), models.INT8
+    )
+
+    def layer(name, x):
+        held = params[name]
+        kernel = held["kernel"]
+        if weight_qtype is None:
+            kernel = models.fake_quant(kernel, 8, 0)
+        else:
+            kernel = qwix_train.dequantize(kernel.array)
+        added = 2.0 * (x @ held["kernel_lora_a"]) @ held["kernel_lora_b"]
+        return models.fake_quant(x, 8, -1) @ kernel + added + held["bias"]
+
+    want = layer("Dense_1", nn.relu(layer("Dense_0", X)))
+    models.assert_close(jax.jit(wrapped)(params, X), want, 1e-4)
+
+
+class NnxStack(nnx.Module):
+    """Layers that `nnx.vmap` makes and `nnx.scan` runs."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def make(rngs):
+            return nnx.Linear(4, 4, rngs=rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(layer, x):
+            return jnp.tanh(layer(x))
+
+        return run(self.layers, x)
+
+
+@pytest.mark.parametrize("init", [None, "pissa"])
+def test_stacked_nnx_layers_have_adapters_of_their_own(init):
+    base, x = NnxStack(nnx.Rngs(0)), X[:, :4]
+    provider = lora.LoraProvider(rank=1, alpha=2.0, init=init)
+    model = qwix_train.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(1))
+    layers = model.layers
+    assert layers.kernel_lora_a.shape == (3, 4, 1)
+    assert layers.kernel_lora_b.shape == (3, 1, 4)
+    np.testing.assert_allclose(model(x), base(x), rtol=1e-4, atol=1e-5)
+    layers.kernel_lora_b[...] += 0.2
+    want = x
+    for i in range(3):
+        added = 2.0 * layers.kernel_lora_a[...][i] @ layers.kernel_lora_b[...][i]
+        kernel = layers.kernel[...][i] + added
+        want = jnp.tanh(want @ kernel + layers.bias[...][i])
+    np.testing.assert_allclose(model(x), want, rtol=1e-4, atol=1e-5)
+
+
+class Block(nnx.Module):
+    """A layer of a transformer, with the names that Tunix's models have."""
+
+    def __init__(self, rngs):
+        def einsum(subscripts, *shape):
+            return nnx.Einsum(subscripts, shape, rngs=rngs)
+
+        self.q_einsum = einsum("btd,ndh->btnh", 2, 8, 3)
+        self.kv_einsum = einsum("bsd,cndh->cbsnh", 2, 2, 8, 3)
+        self.attn_vec_einsum = einsum("btnh,nhd->btd", 2, 3, 8)
+        self.gate_proj = nnx.Linear(8, 16, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(16, 8, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        query = self.q_einsum(x)
+        key, value = self.kv_einsum(x)
+        scores = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", query, key))
+        x += self.attn_vec_einsum(jnp.einsum("bnts,bsnh->btnh", scores, value))
+        return x + self.down_proj(nnx.silu(self.gate_proj(x)))
+
+
+class Transformer(nnx.Module):
+    """Two such layers on a tied table."""
+
+    def __init__(self, rngs):
+        self.embedder = nnx.Embed(11, 8, rngs=rngs)
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, tokens, positions=None):
+        x = self.embedder(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embedder.attend(x)
+
+
+@pytest.mark.parametrize("base", [{"weight_qtype": "nf4", "tile_size": 4}, {}])
+@pytest.mark.thinned(2)
+def test_the_way_of_tunix(base):
+    tokens = jnp.arange(20).reshape(4, 5) % 11
+    float_model = Transformer(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(float_model)))
+    provider = lora.LoraProvider(
+        module_path=".*q_einsum|.*kv_einsum|.*gate_proj|.*down_proj",
+        rank=2,
+        alpha=4.0,
+        **base,
+    )
+    inputs = {"tokens": tokens, "positions": None, "rngs": nnx.Rngs(1)}
+    model = qwix_train.apply_lora_to_model(float_model, provider, **inputs)
+    models.assert_same(nnx.to_pure_dict(nnx.state(float_model)), before)
+    if not base:
+        models.assert_close(model(tokens), float_model(tokens))
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    nnx.update(model, jax.device_put(nnx.state(model), whole))
+    optimizer = nnx.Optimizer(model, optax.adam(0.05), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, tokens):
+        def loss_fn(model):
+            logits = model(tokens)[:, :-1]
+            return models.loss_of(logits, tokens[:, 1:])
+
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(loss_fn, argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    _, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    adapted = {path[:-1] for path, _ in nnx.to_flat_state(adapters)}
+    names = ("down_proj", "gate_proj", "kv_einsum", "q_einsum")
+    assert adapted == {("layers", i, name) for i in range(2) for name in names}
+    rest = jax.tree.map(jnp.copy, nnx.to_pure_dict(rest))
+    batch = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+    losses = [float(step(model, optimizer, batch)) for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.2
+    graphdef, trained, rest_after = nnx.split(model, nnx.LoRAParam, ...)
+    models.assert_same(nnx.to_pure_dict(rest_after), rest)
+    models.assert_same(nnx.merge(graphdef, trained, rest_after)(tokens), model(tokens))
 
 
 def test_providers_and_rules_that_do_not_fit_are_refused():

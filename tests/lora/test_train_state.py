@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qwix_train
-from qwix_train import QuantizationRule, lora
+from qwix_train import QuantizationRule, calib, lora
 from tests import models
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
@@ -476,3 +476,34 @@ def test_a_base_that_is_quantized_already_is_kept():
             jax.random.key(0),
             X,
         )
+    with pytest.raises(
+        ValueError, match="Dense_0/kernel.*codes of int8.*asks for int4"
+    ):
+        lora.init(params, MODEL.apply, rules(weight_qtype="int4"), jax.random.key(0), X)
+
+
+def test_static_ranges_are_those_of_the_base():
+    static = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
+    calibrator = calib.Calibrator([QuantizationRule(**static)])
+    calibrator.wrap(lambda params, x: MODEL.apply({"params": params}, x))(PARAMS, X)
+    quantized, params = qwix_train.ptq.quantize(
+        MODEL,
+        PARAMS,
+        [QuantizationRule(**static)],
+        X,
+        quant_stats=calibrator.quant_stats,
+    )
+    state = lora.create_train_state(
+        MODEL.apply, params, optax.sgd(0.1), rules(**static), jax.random.key(0), X
+    )
+    got = state.apply_fn({"params": state.params}, X)
+    models.assert_close(got, quantized.apply({"params": params}, X))
+    with pytest.raises(
+        ValueError, match="no static range for 'Dense_0/dot_general0_lhs'"
+    ):
+        state_of(**static)
+
+
+def test_a_module_is_no_apply_fn():
+    with pytest.raises(TypeError, match="got a Mlp.*Give model.apply"):
+        state_of(apply_fn=MODEL)
