@@ -93,6 +93,20 @@ class LoraProvider(PtqProvider):
             )
         self.deterministic = deterministic
 
+    def __eq__(self, other: object) -> bool:
+        # So that two states with the same rules are trees of the same structure, and a
+        # step is compiled once for both.
+        if not isinstance(other, LoraProvider):
+            return NotImplemented
+        return self._settings == other._settings
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return type(self), self.rules, self.deterministic, self.allow_unmatched
+
+    def __hash__(self) -> int:
+        return hash((type(self), len(self.rules)))
+
     def check(self, plan: Plan) -> None:
         """See `QuantizationProvider.check`."""
         super().check(plan)

@@ -211,6 +211,16 @@ def test_saved_and_restored_with_orbax_and_flax(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
 
 
+def test_a_step_is_compiled_once_for_states_with_the_same_rules():
+    step = jax.jit(lambda *args: train_step(*args))
+    tx = optax.adam(1e-2)
+    for _ in range(2):
+        step(state_of(tx=tx), (X, Y))
+    assert step._cache_size() == 1
+    step(state_of(tx=tx, alpha=8.0), (X, Y))
+    assert step._cache_size() == 2
+
+
 def test_a_state_is_a_tree_like_any_other():
     state = state_of()
     doubled = jax.tree.map(lambda x: x * 2, state)
