@@ -88,7 +88,7 @@ class AdaptedApply:
             lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x,
             (tuple(args), dict(kwargs)),
         )
-        return trace_function(self.function, (first, *args), kwargs)
+        return trace_function(self.function, (first, *args), dict(kwargs))
 
     def _check_known(self, parts: Mapping[Path, Any]) -> None:
         known = {path for layout in self.layouts for path in layout.shapes}
