@@ -123,15 +123,7 @@ CASES = {
     "nnx list": Case(NnxList, {"module_path": "layers/1", **INT8}),
 }
 
-DEFAULT = (
-    "dense int4",
-    "dense activations",
-    "general",
-    "conv",
-    "nnx dense nf4",
-    "nnx einsum int8",
-    "nnx list",
-)
+DEFAULT = ("dense int4", "nnx dense nf4", "nnx einsum int8")
 
 
 def run(library: Any, case: Case) -> dict[str, Any]:
