@@ -76,6 +76,9 @@ def _codes_after(codes: jax.Array, x: jax.Array) -> jax.Array:
         return codes
     if operands.is_explicitly_sharded(x) or operands.is_explicitly_sharded(codes):
         return _by_barrier(codes, x)
+    if jax.typeof(x).manual_axis_type != jax.typeof(codes).manual_axis_type:
+        # Within `shard_map`, only a value computed from both would vary as x does.
+        return _by_barrier(codes, x)
     return _on_platform(codes, x)
 
 

@@ -426,7 +426,10 @@ def _delete(value: Any, base: Any) -> None:
 
 def _shapes(tree: Any) -> Any:
     """The shapes of the arrays in a tree; all else stays."""
-    return jax.tree.map(
-        lambda x: stored.shape_of(x) if isinstance(x, jax.Array | np.ndarray) else x,
-        tree,
-    )
+
+    def shape(x):
+        if isinstance(x, np.ndarray):
+            return jax.eval_shape(jnp.asarray, x)  # in a dtype that JAX has
+        return stored.shape_of(x) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(shape, tree)
