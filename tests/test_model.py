@@ -352,6 +352,7 @@ def test_a_plain_function_and_its_calls():
     models.assert_same(quantize_fn(mlp, lenient)(params, X), mlp(params, X))
 
 
+@pytest.mark.slow
 def test_equinox():
     model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
 

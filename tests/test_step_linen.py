@@ -528,6 +528,7 @@ def body(carry, x):
     return carry, MLP.apply({"params": carry}, x)
 
 
+@pytest.mark.slow
 def test_functions_that_were_traced_in_float_before():
     def inner(state, batch):
         value, grads = jax.value_and_grad(module_level_loss)(

@@ -281,6 +281,7 @@ def test_layers_under_a_transformation(kind):
     models.assert_same(nnx.state(model), nnx.state(before))
 
 
+@pytest.mark.slow
 def test_the_functional_style_with_graph_definitions():
     def functional(graphdef, params, rest, x, y):
         def loss(params):

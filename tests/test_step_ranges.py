@@ -349,6 +349,7 @@ def test_other_averages_are_exported_too(averaging):
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint(tmp_path):
     state = with_quant_stats(new_state(), RULES, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, RULES))

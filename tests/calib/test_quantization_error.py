@@ -125,6 +125,7 @@ def test_errors_are_those_of_all_data_at_once(qtype):
             assert few - 1e-6 <= got.outside / x.size <= many + 1e-6, (name, method)
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_the_observers():
     batches = np.random.default_rng(0).standard_t(3, size=(3, 500)).astype(np.float32)
     for name in ("mse", "percentile,99.9", "entropy", "minmax", "absmax"):

@@ -108,6 +108,7 @@ def test_what_fits_no_form():
     assert run(x[:0], weight, ((1, 2), (0, 1)), None) is None
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
     rows=st.integers(1, 3),

@@ -88,6 +88,7 @@ def test_attention_against_numpy_and_blind_to_what_comes():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_dialects_compute_the_same():
     config = _tiny_config()
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 256)

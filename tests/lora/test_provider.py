@@ -37,6 +37,7 @@ def numbers(tree):
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("weight_qtype", [None, "int8", "nf4"])
 def test_an_nnx_loop_trains_adapters_alone(weight_qtype):
     """The way of Tunix: a filter for `nnx.LoRAParam`."""
@@ -155,6 +156,7 @@ def test_dropout_drops_of_the_input_of_the_adapter_alone():
     assert np.var(counts) == pytest.approx(3, rel=0.3)
 
 
+@pytest.mark.slow
 def test_layers_under_scan_have_adapters_and_dropout_of_their_own():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     for remat in (False, True):
@@ -197,6 +199,7 @@ class Tied(nn.Module):
         return embed.attend(nn.tanh(embed(tokens)))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("weight_qtype", [None, "int8"])
 def test_a_tied_table_has_one_adapter(weight_qtype):
     tokens = jnp.asarray([[1, 2, 3], [10, 0, 5]])
@@ -221,6 +224,7 @@ def test_a_tied_table_has_one_adapter(weight_qtype):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_convolutions_of_all_groupings(groups, transposed):

@@ -58,6 +58,7 @@ def merged(state):
     return lora.merge(state, to_float=True)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("base", BASES)
 def test_a_step_trains_adapters_alone(base):
     state = state_of(**BASES[base])
@@ -79,6 +80,7 @@ def test_a_step_trains_adapters_alone(base):
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("base", ["float", "int8", "qlora"])
 def test_outputs_and_gradients_are_those_of_the_merged_weights(base):
     state = state_of(**BASES[base])
@@ -172,6 +174,7 @@ def test_accumulation_and_scan_over_micro_batches():
     )
 
 
+@pytest.mark.slow
 def test_under_remat_and_vmap():
     state = state_of(**BASES["qlora"])
 
@@ -245,6 +248,7 @@ class BatchNormState(lora.LoraTrainState):
     batch_stats: dict = None  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_a_model_with_batch_statistics():
     model = models.Everything()
     images = jnp.asarray(np.random.default_rng(2).normal(size=(8, 5, 5)), jnp.float32)
@@ -330,6 +334,7 @@ def test_tokens_may_be_numpy_arrays():
     np.testing.assert_array_equal(got, params["embedding"][tokens])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh_it_is_the_same(kind):
     kinds = (jax.sharding.AxisType[kind],) * 2

@@ -249,6 +249,7 @@ class Decoder(nn.Module):
         return nn.Dense(4)(nn.MultiHeadDotProductAttention(2, decode=True)(x))
 
 
+@pytest.mark.slow
 def test_a_cache_is_initialized_for_the_longest_input():
     """The module with the cache takes a whole sequence once, and then single steps."""
     x = jnp.asarray(data(2, 5, 8, seed=4))

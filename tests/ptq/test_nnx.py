@@ -256,6 +256,7 @@ def test_stacked_layers(how):
         assert "i8[8,8]" in str(jax.make_jaxpr(run)(state, X))
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout():
     model = models.NnxMlp(nnx.Rngs(0))
     x = X[:, :4]

@@ -117,6 +117,7 @@ def test_broadcasts(array, before):
     check(lambda x: lax.broadcast_in_dim(x, shape, places), array, expected)
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_reversals(array, data):

@@ -42,6 +42,7 @@ def train(library, method):
     return {f"{method}|{key}": np.asarray(x) for key, x in results.items()}
 
 
+@pytest.mark.slow
 def test_statistics_and_logits_are_those_of_qwix(tmp_path):
     path = tmp_path / "reference.npz"
     reference_process.run("tests.qat.test_running_ranges", path)
@@ -54,6 +55,7 @@ def test_statistics_and_logits_are_those_of_qwix(tmp_path):
             np.testing.assert_allclose(ours[key], value, 1e-5, 1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_training_loop_that_threads_the_collection():
     model: Any = qwix_train.quantize_model(Mlp(), QtProvider(RULES))
     variables: Any = model.init(KEY, BATCHES[0])

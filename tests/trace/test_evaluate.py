@@ -607,6 +607,7 @@ def test_no_rule_leaves_the_same_program():
 # Derivatives.
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_at_the_quantized_weights():
     def fn(p, x):
         def layer(x, w):
