@@ -102,6 +102,11 @@ def find_ops(
     return walker.ops
 
 
+def is_einsum(scope: str) -> bool:
+    """Whether the product in a scope is (a part of) an einsum."""
+    return _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2]) is not None
+
+
 class _Walker:
     def __init__(self, prefix: str):
         self.prefix = prefix
@@ -165,7 +170,7 @@ class _Walker:
                     break
         path = _join(self.prefix, path)
         name = _OPS[eqn.primitive.name]
-        if name == "dot_general" and _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2]):
+        if name == "dot_general" and is_einsum(scope):
             name = "einsum"
         count = self.counts[path, name]
         self.counts[path, name] += 1

@@ -133,14 +133,14 @@ class _Evaluator:
         if jax_versions.has_body(eqn.params):
             return None
         carried = next(x for x in operands if _follows(x))
-        run = functools.partial(_run, eqn)
+        run = functools.partial(run_equation, eqn)
         return carried.apply(name, eqn.params, operands, run)
 
     def replace(self, eqn, operands, key):
         operands = [x if _follows(x) else _value(x) for x in operands]
 
         def run(*values):
-            return _run(eqn, *(_read(value, eqn.primitive.name) for value in values))[0]
+            return run_equation(eqn, *(_read(value, eqn.primitive.name) for value in values))[0]
 
         return self.handler(self.ops[key], operands, run, self.given.get(key))
 
@@ -306,17 +306,6 @@ class _Evaluator:
         )(*[_read(x, "shard_map") for x in operands])
 
 
-def _run(eqn, *values):
-    """The results of an equation, from arrays for its operands."""
-    # Literals cannot be replaced in an equation, so all operands are named.
-    names = [
-        jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
-        for atom in _distinct(eqn.invars)
-    ]
-    call = jax_versions.without_scope(eqn.replace(invars=names))
-    return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
-
-
 def _scope(name: str):
     # A scope without a name would still leave a slash.
     return jax.named_scope(name) if name else contextlib.nullcontext()
@@ -416,6 +405,17 @@ def last_uses(jaxpr: Any) -> dict[Any, int]:
         if not isinstance(atom, jex.Literal):
             last[atom] = len(jaxpr.eqns)
     return last
+
+
+def run_equation(eqn: Any, *values: Any) -> list[Any]:
+    """The results of an equation, from arrays for its operands."""
+    # Literals cannot be replaced in an equation, so all operands are named.
+    names = [
+        jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
+        for atom in _distinct(eqn.invars)
+    ]
+    call = jax_versions.without_scope(eqn.replace(invars=names))
+    return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
 
 
 def run_unchanged(equations, env, last_use, end) -> None:

@@ -70,6 +70,8 @@ class TracedCall:
       deterministic: whether the call says that the model is evaluated, not trained;
         None if it does not say.
       boxes: what Flax holds params in, where it holds more than the array, by path.
+      held: for each input, whether it belongs to the model: a param, or another of its
+        variables.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -84,6 +86,7 @@ class TracedCall:
     make_rng: Callable[[str], Any] = lambda name: None
     deterministic: bool | None = None
     boxes: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
+    held: Sequence[bool] = ()
 
     runs_stored: ClassVar[bool] = False
 
@@ -147,6 +150,7 @@ def trace(
     *,
     module_path: str = "",
     as_arrays: bool = True,
+    num_held: int = 1,
 ) -> TracedCall:
     """Traces `function(*args)`.
 
@@ -161,17 +165,20 @@ def trace(
       module_path: where in a larger model the function stands.
       as_arrays: whether the function finds arrays in the place of stored params. One
         that calls models itself, such as a whole step, finds them as they are.
+      num_held: how many arguments hold what belongs to the model: variables other than
+        params may come in one of their own.
     """
     is_leaf = is_stored if as_arrays else None
     flat, tree = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_leaf)
     leaves = [leaf for _, leaf in flat]
-    inputs, params, paths, slots = [], [], [], []
+    inputs, params, paths, held, slots = [], [], [], [], []
     for index, (key_path, leaf) in enumerate(flat):
         first = key_path[0].idx == 0
         stored = is_stored(leaf)
         if not (stored or is_array(leaf) or (first and isinstance(leaf, np.ndarray))):
             continue
         slots.append(index)
+        held.append(key_path[0].idx < num_held)
         inputs.append(_stored_types[type(leaf)].unbox(leaf) if stored else leaf)
         name = param_name(key_path[1:]) if first else None
         if name is None and stored:
@@ -222,6 +229,7 @@ def trace(
         params=params,
         ops=analyze.find_ops(body, origins, module_path),
         paths=paths,
+        held=held,
         module_path=module_path,
         _rebuild=rebuild,
     )

@@ -64,6 +64,12 @@ def call_body(params: dict[str, Any]) -> Body:
     return body_of(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
 
 
+def custom_jvp_source(params: dict[str, Any]) -> str:
+    """The function of a `custom_jvp_call`: its name and the file it is from."""
+    debug_info = getattr(call_body(params).jaxpr, "debug_info", None)
+    return str(getattr(debug_info, "func_src_info", None) or "a function")
+
+
 def has_body(params: dict[str, Any]) -> bool:
     """Whether an equation holds jaxprs at all."""
     return next(iter(jex.jaxprs_in_params(params)), None) is not None

@@ -53,7 +53,9 @@ def can_rewrite(module: nn.Module) -> bool:
 
 def mark(next_function, args, kwargs, context):
     """For `nn.intercept_methods`: marks traced equations with their module."""
-    with scopes.module_scope("/".join(context.module.path)):
+    module = context.module
+    batch_norm = isinstance(module, nn.BatchNorm)
+    with scopes.module_scope("/".join(module.path), batch_norm=batch_norm):
         return next_function(*args, **kwargs)
 
 

@@ -210,7 +210,8 @@ def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[...,
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
         if session.marking():
-            with scopes.module_scope(path):
+            batch_norm = isinstance(args[0], nnx.BatchNorm)
+            with scopes.module_scope(path, batch_norm=batch_norm):
                 return method(*args, **kwargs)
         open_session = session.current()
         if open_session is None:
@@ -299,7 +300,8 @@ def tracing_call(
             for slot, node in zip(slots, nodes, strict=True):
                 filled[slot] = node
             new_args, new_kwargs = jax.tree.unflatten(tree, filled)
-            with scopes.module_scope(path):
+            batch_norm = isinstance(nodes[0], nnx.BatchNorm)
+            with scopes.module_scope(path, batch_norm=batch_norm):
                 out = method(*new_args, **new_kwargs)
             finals = [_raw(stand_in) for stand_in in stand_ins]
             for slot, value in stored_copies:
@@ -322,7 +324,11 @@ def tracing_call(
         inputs = ([value for _, value in found], params)
         with session.tracing() if mark else contextlib.nullcontext():
             traced = function.trace(
-                pure, (inputs, rest, static), param_name, as_arrays=mark
+                pure,
+                (inputs, rest, static),
+                param_name,
+                as_arrays=mark,
+                num_held=2,
             )
 
         def finish(out):

@@ -13,12 +13,24 @@ import re
 import jax
 
 _MARK = re.compile(r"@([^@]*)@")
+_BATCH_NORM = "batch_norm"
 
 
-def module_scope(path: str):
-    """A context under which traced equations belong to the module at `path`."""
+def module_scope(path: str, *, batch_norm: bool = False):
+    """A context under which traced equations belong to the module at `path`.
+
+    Args:
+      path: the path of the module.
+      batch_norm: whether the module normalizes over the batch.
+    """
     # A slash would be taken for the separator of two scopes.
-    return jax.named_scope(f"@{path.replace('/', '|')}@")
+    name = f"@{path.replace('/', '|')}@"
+    return jax.named_scope(f"{name}{_BATCH_NORM}" if batch_norm else name)
+
+
+def is_batch_norm(name_stack: str) -> bool:
+    """Whether the innermost module in a name stack normalizes over the batch."""
+    return name_stack.rpartition("@")[2].startswith(_BATCH_NORM)
 
 
 def module_path_of(name_stack: str) -> str:
