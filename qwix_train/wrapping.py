@@ -17,8 +17,9 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.model import QuantizationProvider, rewrite_function
+from qwix_train.model import rewrite_function
 from qwix_train.planning import make_plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import session

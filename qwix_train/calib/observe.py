@@ -12,8 +12,8 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.observers import Statistics, make_statistics
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from qwix_train import static_range, stored
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan, make_plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.rules import QuantizationRule

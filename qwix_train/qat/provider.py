@@ -9,8 +9,8 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.ranges import states_in
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.qat.running_ranges import (
     RangeUpdates,

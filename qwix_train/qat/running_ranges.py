@@ -23,8 +23,8 @@ from qwix_train.calib.observe import statistics_of
 from qwix_train.calib.observers import RangeObserver, Statistics
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import function, harvest
