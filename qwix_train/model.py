@@ -378,7 +378,7 @@ def _call_with_quant_stats(
 
 
 def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
-    plan = make_plan(traced, provider.rules)
+    plan = provider.plan(traced)
     provider.check(plan)
     if not provider.matches(plan) and not provider.allow_unmatched:
         raise ValueError(provider.no_match_message(plan))
@@ -436,8 +436,8 @@ def plan(
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
         of params.
-      rules: the rules, or a provider with rules. With a `PtqProvider` the plan says
-        what dequantizes params, too.
+      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
+        says what dequantizes params, too.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`.
@@ -457,7 +457,7 @@ def plan(
 
     def planned(traced):
         if isinstance(rules, QuantizationProvider):
-            return rules.annotate(traced, make_plan(traced, rules.rules))
+            return rules.annotate(traced, rules.plan(traced))
         return make_plan(traced, rules)
 
     if isinstance(model, nnx.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -18,13 +18,18 @@ from qwix_train.trace import function, session
 class QuantizationProvider(abc.ABC):
     """A mode of quantization, with its rules.
 
-    Subclasses say in `transform` what becomes of a traced call.
+    Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
+    rules do not say it all, what is to become of its ops. A mode that trains params in
+    float may be given to `wrap_train_step` and `wrap_eval_step` in the place of rules;
+    one whose ranges are collected, to `calib.Calibrator`, `calib.observe` and
+    `with_quant_stats`, too (see `tagging`, `with_ranges` and `running`).
 
     Attributes:
       stores_params: whether models hold quantized params (see `store_params`).
       takes_static_ranges: whether ranges may be collected beforehand.
-      keeps_quant_stats: whether Linen models hold statistics of ranges, in a
-        collection `quant_stats` (see `run_with_quant_stats`).
+      keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
+        models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
+        step in its state (see `running`).
     """
 
     stores_params = False
@@ -50,12 +55,23 @@ class QuantizationProvider(abc.ABC):
     def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
         """The result of a traced call, quantized as planned."""
 
+    def plan(self, traced: function.TracedCall) -> Plan:
+        """What this mode does to every op of a traced call.
+
+        Args:
+          traced: the traced call.
+
+        Raises:
+          ValueError: if a rule asks for what does not fit an op.
+        """
+        return make_plan(traced, self.rules)
+
     def rewrite(self, traced: function.TracedCall, plan: Plan | None = None) -> Any:
         """The result of a traced call; `session.UNCHANGED` if no rule matches.
 
         Args:
           traced: the traced call.
-          plan: what the rules do to it; made here if None.
+          plan: what `plan` says of it; made here if None.
 
         Raises:
           ValueError: if no rule matches, unless `allow_unmatched`; if params are
@@ -63,7 +79,7 @@ class QuantizationProvider(abc.ABC):
         """
         if not self.stores_params and not traced.runs_stored:
             _check_float(traced, type(self).__name__)
-        plan = make_plan(traced, self.rules) if plan is None else plan
+        plan = self.plan(traced) if plan is None else plan
         self.check(plan)
         if not self.matches(plan):
             if not self.allow_unmatched:
@@ -141,6 +157,40 @@ class QuantizationProvider(abc.ABC):
           plan: what the rules do to it.
           quant_stats: the statistics that the model holds.
           update: whether they may change.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def tagging(self) -> Any:
+        """What collects the ranges of activations: a `calib.observe.Tagging`.
+
+        Raises:
+          TypeError: if this mode collects none.
+          ValueError: if the rules ask for none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} collects no ranges of activations. Collect them "
+            "with rules, or with a provider such as QtProvider(rules)."
+        )
+
+    def with_ranges(self, quant_stats: Mapping[str, Any]) -> QuantizationProvider:
+        """This mode with ranges of activations that stay as they are.
+
+        Args:
+          quant_stats: the ranges, such as those of a `calib.Calibrator`.
+
+        Raises:
+          TypeError: if this mode takes none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} takes no quant_stats. Leave them out, or give "
+            "rules, or a provider such as QtProvider(rules)."
+        )
+
+    def running(self, ranges: Any) -> QuantizationProvider:
+        """This mode for one call of a step, with ranges that the step keeps.
+
+        Args:
+          ranges: the `qat.running_ranges.RunningRanges` of the call.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
 
