@@ -17,12 +17,12 @@ from qwix_train.core.qarray import quantize as quantize
 from qwix_train.lora import LoraProvider as LoraProvider
 from qwix_train.lora import LoraRule as LoraRule
 from qwix_train.lora import LoraTrainState as LoraTrainState
-from qwix_train.model import QuantizationProvider as QuantizationProvider
 from qwix_train.model import apply_lora_to_model as apply_lora_to_model
 from qwix_train.model import plan as plan
 from qwix_train.model import quantize_fn as quantize_fn
 from qwix_train.model import quantize_model as quantize_model
 from qwix_train.planning import Plan as Plan
+from qwix_train.provider import QuantizationProvider as QuantizationProvider
 from qwix_train.ptq import PtqProvider as PtqProvider
 from qwix_train.ptq import quantize_params as quantize_params
 from qwix_train.qat import QtProvider as QtProvider

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import abc
 import copy
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,170 +16,14 @@ from jax import numpy as jnp
 
 from qwix_train import stored
 from qwix_train.core.qarray import WithAux
-from qwix_train.planning import Path, Plan, make_plan
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.planning import Plan, make_plan
+from qwix_train.provider import QuantizationProvider
+from qwix_train.rules import QuantizationRule
 from qwix_train.trace import call_mode, function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
 Model = TypeVar("Model", bound=nn.Module | nnx.Module)
-
-
-class QuantizationProvider(abc.ABC):
-    """A mode of quantization, with its rules.
-
-    Subclasses say in `transform` what becomes of a traced call.
-
-    Attributes:
-      stores_params: whether models hold quantized params (see `store_params`).
-      takes_static_ranges: whether ranges may be collected beforehand.
-      keeps_quant_stats: whether Linen models hold statistics of ranges, in a
-        collection `quant_stats` (see `run_with_quant_stats`).
-    """
-
-    stores_params = False
-    takes_static_ranges = False
-    keeps_quant_stats = False
-
-    def __init__(
-        self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
-    ):
-        """Checks the rules.
-
-        Args:
-          rules: the rules, in order of precedence: the first that matches an op
-            decides.
-          allow_unmatched: whether a model that no rule matches is left in float.
-            An error otherwise.
-        """
-        self.rules = check_rules(rules)
-        self.allow_unmatched = allow_unmatched
-        self._warned: set[str] = set()
-
-    @abc.abstractmethod
-    def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, quantized as planned."""
-
-    def rewrite(self, traced: function.TracedCall, plan: Plan | None = None) -> Any:
-        """The result of a traced call; `session.UNCHANGED` if no rule matches.
-
-        Args:
-          traced: the traced call.
-          plan: what the rules do to it; made here if None.
-
-        Raises:
-          ValueError: if no rule matches, unless `allow_unmatched`; if params are
-            quantized already, and this mode keeps them in float.
-        """
-        if not self.stores_params and not traced.runs_stored:
-            _check_float(traced, type(self).__name__)
-        plan = make_plan(traced, self.rules) if plan is None else plan
-        self.check(plan)
-        if not self.matches(plan):
-            if not self.allow_unmatched:
-                raise ValueError(self.no_match_message(plan))
-            return session.UNCHANGED
-        return self.transform(traced, plan)
-
-    def store_params(self, traced: function.TracedCall, plan: Plan) -> dict[Path, Any]:
-        """What stands in the place of float params, and next to them, by path.
-
-        Args:
-          traced: a call of the model with float params, or their shapes.
-          plan: what the rules do to it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
-
-    def matches(self, plan: Plan) -> bool:
-        """Whether the rules do anything to a model."""
-        return bool(plan.quantized_ops)
-
-    def no_match_message(self, plan: Plan) -> str:
-        """Says that the rules do nothing to a model."""
-        return plan.no_match_message()
-
-    def within(self, rewrite: session.Rewrite) -> session.Rewrite:
-        """What another mode does to a call of a model of this one.
-
-        Args:
-          rewrite: what the other mode does to a call of a model that is not quantized.
-        """
-        return rewrite
-
-    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:  # noqa: B027
-        """Adds to an NNX model, in place, what this mode keeps in it next to params.
-
-        Args:
-          model: the model.
-          rngs: where random keys come from; None if none were given.
-        """
-
-    def of_nnx(self, model: nnx.Module) -> QuantizationProvider:
-        """The provider for one call of an NNX model."""
-        del model
-        return self
-
-    def variable(self, path: Path, value: Any) -> Any:
-        """The NNX variable for a param that the float model does not have."""
-        del path
-        if stored.is_quantized(value):
-            return stored.box(value, nnx.Param(None))
-        return nnx.Param(value)
-
-    def initialize(
-        self, traced: function.TracedCall, plan: Plan
-    ) -> tuple[dict[Path, Any], Any]:
-        """What `store_params` gives, and the result of a call with these params."""
-        params = self.store_params(traced, plan)
-        return params, self.transform(traced.with_params(params), plan)
-
-    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
-        """The statistics that a model holds at first, as a nested dictionary."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
-
-    def run_with_quant_stats(
-        self,
-        traced: function.TracedCall,
-        plan: Plan,
-        quant_stats: Any,
-        update: bool,
-    ) -> tuple[Any, Any]:
-        """The result of a traced call, and the statistics after it.
-
-        Args:
-          traced: the call.
-          plan: what the rules do to it.
-          quant_stats: the statistics that the model holds.
-          update: whether they may change.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
-
-    def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
-        """The plan with what only this mode can say of the call."""
-        return plan
-
-    def check(self, plan: Plan) -> None:
-        """Warns, once, of each op that a rule matches and that cannot be quantized.
-
-        Raises:
-          ValueError: if a rule asks for what this mode does not do.
-        """
-        for op in plan.quantized_ops:
-            if op.static and not self.takes_static_ranges:
-                raise ValueError(
-                    f"{op.op.module_path}/{op.op.id}: act_static_scale=True needs "
-                    "ranges that were collected. Collect them with calib.Calibrator, "
-                    f"and give them to {type(self).__name__} as quant_stats."
-                )
-        for op in plan.unsupported:
-            where = "/".join(filter(None, (op.op.module_path, op.op.id)))
-            if where not in self._warned:
-                self._warned.add(where)
-                warnings.warn(
-                    f"{where} matches rule {op.rule_index} but stays in float: it is "
-                    f"{op.reason}.",
-                    stacklevel=2,
-                )
 
 
 def quantize_model(
@@ -341,20 +183,6 @@ def quantize_fn(
         return rewrite_function(fn, args, kwargs, provider.rewrite)
 
     return quantized
-
-
-def _check_float(traced: function.TracedCall, provider: str) -> None:
-    names = [
-        "/".join(param.path)
-        for param in traced.params
-        if param is not None and stored.is_quantized(param.value)
-    ]
-    if names:
-        raise ValueError(
-            f"{provider} takes float params, and {len(names)} are quantized, among "
-            f"them {names[0]!r}. Run them with a PtqProvider, or give the float params "
-            "that they were made from."
-        )
 
 
 def _check_provider(provider: Any) -> None:
@@ -550,7 +378,7 @@ def _call_with_quant_stats(
 
 
 def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
-    plan = make_plan(traced, provider.rules)
+    plan = provider.plan(traced)
     provider.check(plan)
     if not provider.matches(plan) and not provider.allow_unmatched:
         raise ValueError(provider.no_match_message(plan))
@@ -608,8 +436,8 @@ def plan(
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
         of params.
-      rules: the rules, or a provider with rules. With a `PtqProvider` the plan says
-        what dequantizes params, too.
+      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
+        says what dequantizes params, too.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`.
@@ -629,7 +457,7 @@ def plan(
 
     def planned(traced):
         if isinstance(rules, QuantizationProvider):
-            return rules.annotate(traced, make_plan(traced, rules.rules))
+            return rules.annotate(traced, rules.plan(traced))
         return make_plan(traced, rules)
 
     if isinstance(model, nnx.Module):

@@ -14,6 +14,7 @@ from flax.training import train_state
 from qwix_train import calib
 from qwix_train.calib.ranges import states_in
 from qwix_train.planning import Path
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.running_ranges import States, nested
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import nnx as nnx_calls
@@ -37,7 +38,7 @@ class QuantStat(nnx.Variable):
 
 def with_quant_stats(
     state: Any,
-    rules: Sequence[QuantizationRule],
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
     *inputs: Any,
     step: Callable[..., Any] | None = None,
     **kwargs: Any,
@@ -50,7 +51,8 @@ def with_quant_stats(
       state: a `TrainState`, of a class of your own, too; any other dataclass with a
         `replace` method, if `step` is given; or an NNX model, which is changed in
         place.
-      rules: the rules that the step is to be wrapped with.
+      rules: what the step is to be wrapped with: the rules, or a provider that
+        collects ranges, such as `QtProvider(rules)`.
       *inputs: inputs of the model, or their shapes. With `step`, what the step takes
         after the state.
       step: the step, where the model's inputs are not at hand, or are not all that its
@@ -64,7 +66,7 @@ def with_quant_stats(
 
     Raises:
       ValueError: if no rule sets `act_static_scale=True`, or none matches an op.
-      TypeError: if `state` is no such object.
+      TypeError: if `state` is no such object; if a provider collects no ranges.
 
     Example:
       >>> import optax

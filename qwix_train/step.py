@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -9,9 +10,10 @@ from typing import Any, TypeVar, cast
 from jax import numpy as jnp
 
 from qwix_train import state as state_lib
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat import QtProvider
-from qwix_train.qat.running_ranges import RangeUpdates, RunningRangesProvider
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.qat.running_ranges import RangeUpdates, RunningRanges
+from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest
 from qwix_train.trace.compiled import Compiled
 from qwix_train.trace.whole_step import tracing_step
@@ -22,7 +24,7 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 
 def wrap_train_step(
     step: Step,
-    rules: Sequence[QuantizationRule],
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
     *,
     quant_stats: Mapping[str, Any] | None = None,
     update_quant_stats: bool | Callable[..., Any] = True,
@@ -52,6 +54,7 @@ def wrap_train_step(
     Args:
       step: the train step.
       rules: the rules, in order of precedence: the first that matches an op decides.
+        Or a provider that keeps params in float; rules stand for `QtProvider(rules)`.
       quant_stats: ranges of activations that stay as they are, in the place of those
         in the state. See `QtProvider`.
       update_quant_stats: whether the step updates the ranges in the state: False to
@@ -64,7 +67,7 @@ def wrap_train_step(
         stay as they are; by the `step` of the train state or `nnx.Optimizer` among the
         arguments.
       allow_unmatched: whether a step in which no rule matches any op is left in
-        float. An error otherwise.
+        float. An error otherwise, unless a provider says `allow_unmatched`.
 
     Returns:
       The step, quantization-aware. The state that it takes and returns is that of
@@ -72,6 +75,8 @@ def wrap_train_step(
       state, its statistics are updated.
 
     Raises:
+      TypeError: if a provider stores params quantized, such as a `PtqProvider` or a
+        `LoraProvider`; if it takes no `quant_stats`, and there are some.
       ValueError: by the step when called, if no model call was reached, or no rule
         matches any op; if a rule asks for static ranges, and there are neither
         `quant_stats` nor statistics in the state.
@@ -89,10 +94,8 @@ def wrap_train_step(
       >>> step = jax.jit(wrap_train_step(train_step, rules))
       >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
     """
-    if not _keeps_ranges(rules, quant_stats):
-        provider = QtProvider(
-            rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
-        )
+    provider = _provider_of(rules, quant_stats, allow_unmatched)
+    if not provider.keeps_quant_stats:
         return cast(Step, wrap(step, provider))
 
     def updates_of(args, kwargs):
@@ -104,12 +107,12 @@ def wrap_train_step(
             update = jnp.logical_and(update, steps < quant_stats_frozen_after)
         return RangeUpdates(update, quant_stats_warmup)
 
-    return cast(Step, _with_ranges(step, rules, updates_of, allow_unmatched))
+    return cast(Step, _with_ranges(step, provider, updates_of))
 
 
 def wrap_eval_step(
     step: Step,
-    rules: Sequence[QuantizationRule],
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
     *,
     quant_stats: Mapping[str, Any] | None = None,
     quant_stats_warmup: int = 0,
@@ -123,38 +126,59 @@ def wrap_eval_step(
 
     Args:
       step: the eval step.
-      rules: the rules.
+      rules: the rules, or a provider, as for the train step.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`,
         in the place of those in the state.
       quant_stats_warmup: the number of batches that statistics must have before they
         are used, as for the train step.
       allow_unmatched: whether a step in which no rule matches any op is left in
-        float. An error otherwise.
+        float. An error otherwise, unless a provider says `allow_unmatched`.
+
+    Raises:
+      TypeError: as `wrap_train_step`.
+      ValueError: by the step when called, as that of `wrap_train_step`.
     """
-    if not _keeps_ranges(rules, quant_stats):
-        provider = QtProvider(
-            rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
-        )
+    provider = _provider_of(rules, quant_stats, allow_unmatched)
+    if not provider.keeps_quant_stats:
         return cast(Step, wrap(step, provider))
     updates = RangeUpdates(False, quant_stats_warmup)
-    return cast(
-        Step, _with_ranges(step, rules, lambda args, kwargs: updates, allow_unmatched)
-    )
+    return cast(Step, _with_ranges(step, provider, lambda args, kwargs: updates))
 
 
-def _keeps_ranges(
-    rules: Sequence[QuantizationRule], quant_stats: Mapping[str, Any] | None
-) -> bool:
-    """Whether the ranges of activations are in the state of a step."""
-    static = any(rule.act_static_scale for rule in check_rules(rules))
-    return static and quant_stats is None
+def _provider_of(
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
+    quant_stats: Mapping[str, Any] | None,
+    allow_unmatched: bool,
+) -> QuantizationProvider:
+    """The mode that a step is wrapped with.
+
+    Raises:
+      TypeError: if it keeps params in another form than the step does.
+    """
+    if not isinstance(rules, QuantizationProvider):
+        return QtProvider(
+            rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
+        )
+    provider = rules
+    if provider.stores_params:
+        name = type(provider).__name__
+        raise TypeError(
+            f"{name} changes the params of a model, and a wrapped step trains those "
+            "that its state has, in float. Give rules, or a provider such as "
+            f"QtProvider(rules). {name} is for quantize_model(model, provider)."
+        )
+    if quant_stats is not None:
+        provider = provider.with_ranges(quant_stats)
+    if allow_unmatched and not provider.allow_unmatched:
+        provider = copy.copy(provider)
+        provider.allow_unmatched = True
+    return provider
 
 
 def _with_ranges(
     step: Callable[..., Any],
-    rules: Sequence[QuantizationRule],
+    provider: QuantizationProvider,
     updates_of: Callable[[Any, Any], RangeUpdates],
-    allow_unmatched: bool,
 ) -> Callable[..., Any]:
     """A step that takes static ranges from its state, and puts them back there."""
     check_step(step)
@@ -163,36 +187,35 @@ def _with_ranges(
         states = state_lib.states_of((args, kwargs))
         if not states:
             raise ValueError(
-                "A rule sets act_static_scale=True, and the step has no ranges: its "
-                "state has no quant_stats. Make room for them with "
-                "with_quant_stats(state, rules, *inputs), or collect them beforehand "
-                "with calib.Calibrator and pass quant_stats=calibrator.quant_stats."
+                "Activations are to have static ranges (act_static_scale=True), and "
+                "the step has none: its state has no quant_stats. Make room for them "
+                "with with_quant_stats(state, rules, *inputs), or collect them "
+                "beforehand with calib.Calibrator and pass "
+                "quant_stats=calibrator.quant_stats."
             )
         return states
 
-    def provider_for(args, kwargs, updates):
-        return RunningRangesProvider(
-            rules, states_of(args, kwargs), updates, allow_unmatched=allow_unmatched
-        )
+    def call_with(ranges, args, kwargs):
+        # The ranges are values of this very call, so a trace that is cached under its
+        # session must not serve another: each call has a session of its own.
+        return wrap(step, provider.running(ranges))(*args, **kwargs)
 
     def call(*args, **kwargs):
         states = states_of(args, kwargs)
         updates = updates_of(args, kwargs)
-        provider = provider_for(args, kwargs, updates)
-        # The ranges are values of this very call, so a trace that is cached under its
-        # session must not serve another: each call has a session of its own.
         if not updates.may_update:
-            return wrap(step, provider)(*args, **kwargs)
-        tagging: list[RunningRangesProvider] = []
+            return call_with(RunningRanges(states, updates), args, kwargs)
+        running: list[RunningRanges] = []
 
         def inner(*args, **kwargs):
-            tagging[:] = [provider_for(args, kwargs, updates_of(args, kwargs))]
-            return wrap(step, tagging[0])(*args, **kwargs)
+            ranges = RunningRanges(states_of(args, kwargs), updates_of(args, kwargs))
+            running[:] = [ranges]
+            return call_with(ranges, args, kwargs)
 
         named = {"/".join(path): state for path, state in states.items()}
         with tracing_step(inner, args, kwargs) as (traced, finish):
             found = {name: named[name] for name in harvest.names_in(traced.body)}
-            add = functools.partial(tagging[0].add, updates=updates)
+            add = functools.partial(running[0].add, updates=updates)
             outs, after = harvest.harvest(traced.body, traced.inputs, found, add)
             out = finish(traced.rebuild(outs))
         updated = {tuple(name.split("/")): state for name, state in after.items()}

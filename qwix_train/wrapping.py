@@ -17,8 +17,8 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.model import QuantizationProvider, rewrite_function
-from qwix_train.planning import make_plan
+from qwix_train.model import rewrite_function
+from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import session
@@ -156,11 +156,11 @@ class _Wrapped:
         self.seen = _Seen()
 
     def rewrite(self, traced):
-        plan = make_plan(traced, self.provider.rules)
-        if plan.quantized_ops:
+        plan = self.provider.plan(traced)
+        if self.provider.matches(plan):
             self.seen.quantized = True
         elif plan.ops:
-            self.seen.unmatched.add(plan.no_match_message())
+            self.seen.unmatched.add(self.provider.no_match_message(plan))
         return self.provider.rewrite(traced, plan)
 
     @contextlib.contextmanager

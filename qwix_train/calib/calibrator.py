@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwix_train.calib.collector import Collector, Step
-from qwix_train.calib.observe import Observed, RangeTagging, quant_stats_of
+from qwix_train.calib.observe import Observed, quant_stats_of, tagging
+from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule
 
 
@@ -18,6 +19,7 @@ class Calibrator(Collector):
     step returns. Several steps may be wrapped; they share the statistics.
 
     Attributes:
+      rules: the rules.
       state: the statistics as they are, by name: a tree of arrays, to be saved with a
         checkpoint and put back.
 
@@ -39,19 +41,21 @@ class Calibrator(Collector):
       Array([[2.]], dtype=float32)
     """
 
-    def __init__(self, rules: Sequence[QuantizationRule]):
+    def __init__(self, rules: Sequence[QuantizationRule] | QuantizationProvider):
         """Checks the rules.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
+          rules: the rules, those that the model is to be quantized by; or a provider
+            that collects ranges, such as `QtProvider(rules)`.
 
         Raises:
+          TypeError: if a provider collects no ranges, such as a `PtqProvider`.
           ValueError: if no rule sets `act_static_scale=True`.
         """
         super().__init__()
-        self.rules = tuple(rules)
+        self._given = rules if isinstance(rules, QuantizationProvider) else tuple(rules)
+        self.rules = tagging(self._given).rules  # complains if there are no ranges
         self._observed: list[Observed] = []
-        RangeTagging(self.rules)  # complains of rules without static ranges
 
     def wrap(self, step: Step) -> Step:
         """Makes a step collect ranges at every call.
@@ -72,7 +76,7 @@ class Calibrator(Collector):
         Raises:
           ValueError: by the step, when it is called within a transformation.
         """
-        observed = Observed(step, RangeTagging(self.rules))
+        observed = Observed(step, tagging(self._given))
         self._observed.append(observed)
         return self.collecting(step, observed, "calib.observe(step, rules)")
 

@@ -12,8 +12,8 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.observers import Statistics, make_statistics
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
@@ -114,7 +114,9 @@ class Observed:
         return states
 
 
-def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Observed:
+def observe(
+    step: Callable[..., Any], rules: Sequence[QuantizationRule] | QuantizationProvider
+) -> Observed:
     """Makes a step collect the ranges of activations, without changing what it does.
 
     For loops that jit, scan or shard the step themselves. `Calibrator` keeps the
@@ -123,16 +125,34 @@ def observe(step: Callable[..., Any], rules: Sequence[QuantizationRule]) -> Obse
     Args:
       step: an eval step, or any step that calls a Flax model.
       rules: the rules. Ranges are collected for activations that a rule with
-        `act_static_scale=True` quantizes.
+        `act_static_scale=True` quantizes. Or a provider that collects ranges, such as
+        `QtProvider(rules)`: they are those that it asks for.
 
     Returns:
       A function `observed(stats, *args) -> (stats, outputs)`. It starts from
       `observed.init(*args)`, or from an empty dictionary.
 
     Raises:
-      ValueError: by the function, if nothing in the step has a static range.
+      TypeError: if a provider collects no ranges, such as a `PtqProvider`.
+      ValueError: if no rule sets `act_static_scale=True`; by the function, if nothing
+        in the step has a static range.
     """
-    return Observed(step, RangeTagging(rules))
+    return Observed(step, tagging(rules))
+
+
+def tagging(rules: Sequence[QuantizationRule] | QuantizationProvider) -> Tagging:
+    """What collects the ranges that rules, or a provider, ask for.
+
+    Args:
+      rules: the rules, or the provider.
+
+    Raises:
+      TypeError: if the provider collects no ranges.
+      ValueError: if there is none to collect.
+    """
+    if isinstance(rules, QuantizationProvider):
+        return rules.tagging()
+    return RangeTagging(rules)
 
 
 def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
@@ -199,6 +219,22 @@ class Tagging(QuantizationProvider):
         super().__init__(rules)
         self.ranges: dict[str, Any] = {}
 
+    def tag(
+        self, path: Path, statistics: Statistics, array: Any, layers: Sequence[bool]
+    ) -> Any:
+        """Tags one array, for statistics of it.
+
+        Args:
+          path: the path of its range.
+          statistics: what is measured, and how batches combine.
+          array: the array.
+          layers: for each `scan` of the model around it, outermost first, whether it
+            goes over layers; see `harvest.tag`.
+        """
+        found = Range(path, statistics, array.shape, array.dtype)
+        self.ranges[found.name] = found
+        return harvest.tag(array, found.name, layers)
+
 
 class RangeTagging(Tagging):
     """Tags the activations that need ranges."""
@@ -224,16 +260,12 @@ class RangeTagging(Tagging):
             for side, how in enumerate(plans[op.key].activations):
                 if how is None:
                     continue
-                operand = operands[side]
-                found = Range(
+                operands[side] = self.tag(
                     plans[op.key].range_path(side),
                     statistics_of(plans[op.key], side, self.rules),
-                    operand.shape,
-                    operand.dtype,
+                    operands[side],
+                    [length > 0 for length in op.scans],
                 )
-                self.ranges[found.name] = found
-                layers = [length > 0 for length in op.scans]
-                operands[side] = harvest.tag(operand, found.name, layers)
             return run(*operands)
 
         return traced.run([plan.op for plan in plans.values()], handler, lambda _: None)

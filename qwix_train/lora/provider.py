@@ -19,7 +19,7 @@ from qwix_train.lora.layout import (
 )
 from qwix_train.lora.rules import LoraRule
 from qwix_train.lora.start import Starter
-from qwix_train.planning import OpPlan, Path, Plan, make_plan
+from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
@@ -177,7 +177,7 @@ class LoraProvider(PtqProvider):
 
     def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
         """See `QuantizationProvider.rewrite`."""
-        plan = make_plan(traced, self.rules) if plan is None else plan
+        plan = self.plan(traced) if plan is None else plan
         self.check(plan)
         if not self.matches(plan):
             if not self.allow_unmatched:
@@ -189,7 +189,7 @@ class LoraProvider(PtqProvider):
         """See `QuantizationProvider.within`: another mode runs the base."""
 
         def rewrite_adapted(traced):
-            plan = make_plan(traced, self.rules)
+            plan = self.plan(traced)
             out = rewrite(self.adapt(traced, plan))
             return self.rewrite(traced, plan) if out is session.UNCHANGED else out
 

@@ -20,7 +20,7 @@ from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.provider import LoraProvider, is_adapter
 from qwix_train.lora.start import Starter
 from qwix_train.model import trace_function
-from qwix_train.planning import Path, Plan, make_plan
+from qwix_train.planning import Path, Plan
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.function import TracedCall, param_path
@@ -65,7 +65,7 @@ class AdaptedApply:
             adapters = variables["params"]
         first = {**variables, "params": frozen} if self.in_collection else frozen
         traced = self.traced(first, args, kwargs)
-        plan = make_plan(traced, self.provider.rules)
+        plan = self.provider.plan(traced)
         self.provider.check(plan)
         parts = by_path(adapters)
         self._check_known(parts)
@@ -377,7 +377,7 @@ def _begun(
     if is_module and variables:
         options.setdefault("mutable", list(variables))
     traced = adapted.traced(_shapes(first), [_shapes(x) for x in inputs], options)
-    plan = make_plan(traced, provider.rules)
+    plan = provider.plan(traced)
     provider.check(plan)
     provider.check_rules_matched(plan)
     _check_ranges(plan, traced)

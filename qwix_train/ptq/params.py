@@ -18,7 +18,7 @@ from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
-from qwix_train.planning import Path, make_plan
+from qwix_train.planning import Path
 from qwix_train.ptq import trees
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
@@ -258,7 +258,7 @@ def abstract_params(
     provider = PtqProvider(rules)
     params = jax.tree.map(_shape, stored.unbox(params))
     traced = trace_function(fn, (params, *inputs), kwargs)
-    plan = make_plan(traced, provider.rules)
+    plan = provider.plan(traced)
     provider.check(plan)
     if not plan.quantized_ops:
         raise ValueError(plan.no_match_message())

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from qwix_train import static_range, stored
-from qwix_train.model import QuantizationProvider
-from qwix_train.planning import OpPlan, Path, Plan, make_plan
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.rules import QuantizationRule
@@ -79,7 +79,7 @@ class PtqProvider(QuantizationProvider):
 
     def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
         """See `QuantizationProvider.rewrite`."""
-        plan = make_plan(traced, self.rules) if plan is None else plan
+        plan = self.plan(traced) if plan is None else plan
         # A model with quantized params cannot run as it is, whatever the rules say.
         if any(p is not None and stored.is_quantized(p.value) for p in traced.params):
             self.check(plan)

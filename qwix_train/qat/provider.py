@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax import numpy as jnp
 
 from qwix_train import static_range
+from qwix_train.calib.observe import RangeTagging
 from qwix_train.calib.ranges import states_in
-from qwix_train.model import QuantizationProvider
 from qwix_train.planning import Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.qat.running_ranges import (
     RangeUpdates,
+    RunningRanges,
     RunningRangesProvider,
     States,
     harvest_call,
@@ -32,6 +35,10 @@ class QtProvider(QuantizationProvider):
     and scales stand for, and so are the activations that enter the ops. Gradients
     pass straight through (arXiv 1308.3432, section 4): they are those at the
     fake-quantized values, and zero for elements outside of the calibrated range.
+
+    `quantize_model` and `quantize_fn` take it; in the place of rules, so do
+    `wrap_train_step`, `wrap_eval_step`, `with_quant_stats`, `calib.Calibrator` and
+    `calib.observe`.
 
     Example:
       >>> from qwix_train import QuantizationRule
@@ -86,11 +93,28 @@ class QtProvider(QuantizationProvider):
             path: {"skipped": jnp.zeros_like(state["count"]), **state}
             for path, state in states_in(quant_stats).items()
         }
-        provider = RunningRangesProvider(self.rules, states, RangeUpdates(update))
+        ranges = RunningRanges(states, RangeUpdates(update))
+        provider = self.running(ranges)
         if not update:
             return provider.transform(traced, plan), quant_stats
-        out, states = harvest_call(provider, traced, plan, states)
+        out, states = harvest_call(provider, ranges, traced, plan)
         return out, nested(_without_skipped(states))
+
+    def tagging(self) -> RangeTagging:
+        """See `QuantizationProvider.tagging`."""
+        return RangeTagging(self.rules)
+
+    def with_ranges(self, quant_stats: Mapping[str, Any]) -> QtProvider:
+        """See `QuantizationProvider.with_ranges`."""
+        fixed = copy.copy(self)
+        fixed.quant_stats, fixed.keeps_quant_stats = quant_stats, False
+        return fixed
+
+    def running(self, ranges: RunningRanges) -> RunningRangesProvider:
+        """See `QuantizationProvider.running`."""
+        return RunningRangesProvider(
+            self.rules, ranges, allow_unmatched=self.allow_unmatched
+        )
 
 
 def _without_skipped(states: States) -> dict[Path, Any]:

@@ -23,8 +23,9 @@ from qwix_train.calib.observe import statistics_of
 from qwix_train.calib.observers import RangeObserver, Statistics
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
-from qwix_train.model import QuantizationProvider
+from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import function, harvest
@@ -60,37 +61,81 @@ class RangeUpdates:
         return jax.tree.map(lambda a, b: jnp.where(self.update, b, a), old, new)
 
 
-class RunningRangesProvider(QuantizationProvider):
-    """Fake-quantizes with the static ranges of statistics that it is given."""
+class RunningRanges:
+    """The static ranges of one call, from statistics that it may update.
 
-    takes_static_ranges = True
+    What a mode does with them: it asks for the `state` of each range before it
+    evaluates the call, hands that to the op as what is given for it, and has
+    `fake_quantize` quantize the activation there. `add` updates the statistics then,
+    where the call is harvested.
 
-    def __init__(
-        self,
-        rules: Sequence[QuantizationRule],
-        states: States,
-        updates: RangeUpdates,
-        *,
-        allow_unmatched: bool = False,
-    ):
-        """Checks the rules.
+    Attributes:
+      states: the statistics before the call.
+      updates: when they change, and are used.
+    """
+
+    def __init__(self, states: States, updates: RangeUpdates):
+        """Takes the statistics.
 
         Args:
-          rules: the rules.
-          states: the statistics before this call.
+          states: the statistics before the call.
           updates: when they change, and are used.
-          allow_unmatched: see `QuantizationProvider`.
         """
-        super().__init__(rules, allow_unmatched=allow_unmatched)
+        self.states = states
+        self.updates = updates
         # What is collected, by the name of the range, for those that were reached.
         self._found: dict[str, _Collected] = {}
-        self._states = states
-        self.updates = updates
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call; what is measured in it is tagged."""
-        given = {op.op.key: self._states_of(op) for op in plan.quantized_ops}
-        return run_fake_quantized(traced, plan, self._fake_quantize, given)
+    def state(self, path: Path) -> Mapping[str, Any]:
+        """The statistics of one range before the call.
+
+        Args:
+          path: the path of the range.
+
+        Raises:
+          ValueError: if there are none.
+        """
+        if path not in self.states:
+            raise ValueError(
+                f"The quant_stats have no range for {'/'.join(path)!r}, which a rule "
+                "asks for. Make them with the same rules, and a model call like that "
+                "of the step: with_quant_stats(state, rules, *inputs)."
+            )
+        return self.states[path]
+
+    def fake_quantize(
+        self,
+        path: Path,
+        statistics: Statistics,
+        how: HowToQuantize,
+        x: Any,
+        state: Any,
+        layers: Sequence[bool],
+    ) -> Any:
+        """One activation, fake-quantized by its range; what is measured is tagged.
+
+        Args:
+          path: the path of the range.
+          statistics: what is measured, and how batches combine.
+          how: how the activation is quantized.
+          x: the activation.
+          state: the statistics of its range, as `state` has them; those of one layer,
+            where a `scan` goes over layers.
+          layers: for each `scan` of the model around it, outermost first, whether it
+            goes over layers; see `harvest.tag`.
+        """
+        measured = statistics.measure(x)
+        if self.updates.may_update:
+            found = _Collected(statistics, measured)
+            name = "/".join(path)
+            self._found[name] = found
+            packed = harvest.tag(found.packed(measured), name, layers)
+            measured = found.unpacked(packed)
+            state = self.updates.updated(state, statistics.add(state, measured))
+        calibration = _calibration(statistics, state, measured, self.updates.warmup)
+        return fake_quant_with_scale(
+            x, how.qtype, *compute_scale_zero_point(calibration, how.qtype)
+        )
 
     def add(
         self, name: str, measured: Any, state: Any, *, updates: RangeUpdates
@@ -101,7 +146,7 @@ class RunningRangesProvider(QuantizationProvider):
           name: the name of the range.
           measured: what was tagged.
           state: the statistics before.
-          updates: when statistics change; as this provider's, but where the harvest
+          updates: when statistics change; as in `fake_quantize`, but where the harvest
             is, which may be outside of the trace that the call is in.
         """
         found = self._found[name]
@@ -109,65 +154,80 @@ class RunningRangesProvider(QuantizationProvider):
         new = found.statistics.add(state, found.unpacked(measured))
         return updates.updated(state, new)
 
+
+class RunningRangesProvider(QuantizationProvider):
+    """Fake-quantizes one call with static ranges that it may update."""
+
+    takes_static_ranges = True
+
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule],
+        ranges: RunningRanges,
+        *,
+        allow_unmatched: bool = False,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules.
+          ranges: the ranges of the call.
+          allow_unmatched: see `QuantizationProvider`.
+        """
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        self._ranges = ranges
+
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
+        """The result of a traced call; what is measured in it is tagged."""
+        given = {op.op.key: self._states_of(op) for op in plan.quantized_ops}
+        return run_fake_quantized(traced, plan, self._fake_quantize, given)
+
     def _states_of(self, plan: OpPlan) -> list[Any]:
-        states = []
-        for side, how in enumerate(plan.activations):
-            path = plan.range_path(side)
-            wanted = plan.static and how is not None
-            if wanted and path not in self._states:
-                raise ValueError(
-                    f"The quant_stats have no range for {'/'.join(path)!r}, which a "
-                    "rule with act_static_scale=True asks for. Make them with the same "
-                    "rules, and a model call like that of the step: "
-                    "with_quant_stats(state, rules, *inputs)."
-                )
-            states.append(self._states[path] if wanted else None)
-        return states
+        return [
+            self._ranges.state(plan.range_path(side))
+            if plan.static and how is not None
+            else None
+            for side, how in enumerate(plan.activations)
+        ]
 
     def _fake_quantize(self, op, plan, side, x, state):
         how = plan.activations[side]
         if not plan.static:
             return fake_quant(x, how)
         statistics = statistics_of(plan, side, self.rules)
-        measured = statistics.measure(x)
-        if self.updates.may_update:
-            found = _Collected(statistics, measured)
-            name = "/".join(plan.range_path(side))
-            self._found[name] = found
-            layers = [length > 0 for length in op.scans]
-            packed = harvest.tag(found.packed(measured), name, layers)
-            measured = found.unpacked(packed)
-            state = self.updates.updated(state, statistics.add(state, measured))
-        calibration = _calibration(statistics, state, measured, self.updates.warmup)
-        return fake_quant_with_scale(
-            x, how.qtype, *compute_scale_zero_point(calibration, how.qtype)
+        layers = [length > 0 for length in op.scans]
+        return self._ranges.fake_quantize(
+            plan.range_path(side), statistics, how, x, state, layers
         )
 
 
 def harvest_call(
-    provider: RunningRangesProvider, traced: TracedCall, plan: Plan, states: States
+    provider: QuantizationProvider,
+    ranges: RunningRanges,
+    traced: TracedCall,
+    plan: Plan,
 ) -> tuple[Any, dict[Path, Any]]:
     """The result of a traced call, and the statistics after it.
 
     It may be differentiated, as part of a user's own loss function.
 
     Args:
-      provider: the provider that has these states.
+      provider: the provider that quantizes with these ranges.
+      ranges: the ranges of the call.
       traced: the call.
-      plan: what the rules do to it.
-      states: the statistics before.
+      plan: what the provider does to it.
     """
 
     def call(inputs):
         return provider.transform(traced.with_inputs(inputs), plan)
 
-    add = functools.partial(provider.add, updates=provider.updates)
+    add = functools.partial(ranges.add, updates=ranges.updates)
     outer = function.trace(call, (list(traced.inputs),), lambda key_path: None)
-    named = {"/".join(path): state for path, state in states.items()}
+    named = {"/".join(path): state for path, state in ranges.states.items()}
     found = {name: named[name] for name in harvest.names_in(outer.body)}
     outs, after = harvest.harvest(outer.body, outer.inputs, found, add)
     updated = {tuple(name.split("/")): state for name, state in after.items()}
-    return outer.rebuild(outs), {**states, **updated}
+    return outer.rebuild(outs), {**ranges.states, **updated}
 
 
 def initial_states(

@@ -1,0 +1,236 @@
+"""What a mode of quantization is: its rules, and what becomes of a traced call."""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from qwix_train import stored
+from qwix_train.planning import Path, Plan, make_plan
+from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace import function, session
+
+
+class QuantizationProvider(abc.ABC):
+    """A mode of quantization, with its rules.
+
+    Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
+    rules do not say it all, what is to become of its ops. A mode that trains params in
+    float may be given to `wrap_train_step` and `wrap_eval_step` in the place of rules;
+    one whose ranges are collected, to `calib.Calibrator`, `calib.observe` and
+    `with_quant_stats`, too (see `tagging`, `with_ranges` and `running`).
+
+    Attributes:
+      stores_params: whether models hold quantized params (see `store_params`).
+      takes_static_ranges: whether ranges may be collected beforehand.
+      keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
+        models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
+        step in its state (see `running`).
+    """
+
+    stores_params = False
+    takes_static_ranges = False
+    keeps_quant_stats = False
+
+    def __init__(
+        self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, in order of precedence: the first that matches an op
+            decides.
+          allow_unmatched: whether a model that no rule matches is left in float.
+            An error otherwise.
+        """
+        self.rules = check_rules(rules)
+        self.allow_unmatched = allow_unmatched
+        self._warned: set[str] = set()
+
+    @abc.abstractmethod
+    def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
+        """The result of a traced call, quantized as planned."""
+
+    def plan(self, traced: function.TracedCall) -> Plan:
+        """What this mode does to every op of a traced call.
+
+        Args:
+          traced: the traced call.
+
+        Raises:
+          ValueError: if a rule asks for what does not fit an op.
+        """
+        return make_plan(traced, self.rules)
+
+    def rewrite(self, traced: function.TracedCall, plan: Plan | None = None) -> Any:
+        """The result of a traced call; `session.UNCHANGED` if no rule matches.
+
+        Args:
+          traced: the traced call.
+          plan: what `plan` says of it; made here if None.
+
+        Raises:
+          ValueError: if no rule matches, unless `allow_unmatched`; if params are
+            quantized already, and this mode keeps them in float.
+        """
+        if not self.stores_params and not traced.runs_stored:
+            _check_float(traced, type(self).__name__)
+        plan = self.plan(traced) if plan is None else plan
+        self.check(plan)
+        if not self.matches(plan):
+            if not self.allow_unmatched:
+                raise ValueError(self.no_match_message(plan))
+            return session.UNCHANGED
+        return self.transform(traced, plan)
+
+    def store_params(self, traced: function.TracedCall, plan: Plan) -> dict[Path, Any]:
+        """What stands in the place of float params, and next to them, by path.
+
+        Args:
+          traced: a call of the model with float params, or their shapes.
+          plan: what the rules do to it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
+
+    def matches(self, plan: Plan) -> bool:
+        """Whether the rules do anything to a model."""
+        return bool(plan.quantized_ops)
+
+    def no_match_message(self, plan: Plan) -> str:
+        """Says that the rules do nothing to a model."""
+        return plan.no_match_message()
+
+    def within(self, rewrite: session.Rewrite) -> session.Rewrite:
+        """What another mode does to a call of a model of this one.
+
+        Args:
+          rewrite: what the other mode does to a call of a model that is not quantized.
+        """
+        return rewrite
+
+    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:  # noqa: B027
+        """Adds to an NNX model, in place, what this mode keeps in it next to params.
+
+        Args:
+          model: the model.
+          rngs: where random keys come from; None if none were given.
+        """
+
+    def of_nnx(self, model: nnx.Module) -> QuantizationProvider:
+        """The provider for one call of an NNX model."""
+        del model
+        return self
+
+    def variable(self, path: Path, value: Any) -> Any:
+        """The NNX variable for a param that the float model does not have."""
+        del path
+        if stored.is_quantized(value):
+            return stored.box(value, nnx.Param(None))
+        return nnx.Param(value)
+
+    def initialize(
+        self, traced: function.TracedCall, plan: Plan
+    ) -> tuple[dict[Path, Any], Any]:
+        """What `store_params` gives, and the result of a call with these params."""
+        params = self.store_params(traced, plan)
+        return params, self.transform(traced.with_params(params), plan)
+
+    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
+        """The statistics that a model holds at first, as a nested dictionary."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def run_with_quant_stats(
+        self,
+        traced: function.TracedCall,
+        plan: Plan,
+        quant_stats: Any,
+        update: bool,
+    ) -> tuple[Any, Any]:
+        """The result of a traced call, and the statistics after it.
+
+        Args:
+          traced: the call.
+          plan: what the rules do to it.
+          quant_stats: the statistics that the model holds.
+          update: whether they may change.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def tagging(self) -> Any:
+        """What collects the ranges of activations: a `calib.observe.Tagging`.
+
+        Raises:
+          TypeError: if this mode collects none.
+          ValueError: if the rules ask for none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} collects no ranges of activations. Collect them "
+            "with rules, or with a provider such as QtProvider(rules)."
+        )
+
+    def with_ranges(self, quant_stats: Mapping[str, Any]) -> QuantizationProvider:
+        """This mode with ranges of activations that stay as they are.
+
+        Args:
+          quant_stats: the ranges, such as those of a `calib.Calibrator`.
+
+        Raises:
+          TypeError: if this mode takes none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} takes no quant_stats. Leave them out, or give "
+            "rules, or a provider such as QtProvider(rules)."
+        )
+
+    def running(self, ranges: Any) -> QuantizationProvider:
+        """This mode for one call of a step, with ranges that the step keeps.
+
+        Args:
+          ranges: the `qat.running_ranges.RunningRanges` of the call.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
+        """The plan with what only this mode can say of the call."""
+        return plan
+
+    def check(self, plan: Plan) -> None:
+        """Warns, once, of each op that a rule matches and that cannot be quantized.
+
+        Raises:
+          ValueError: if a rule asks for what this mode does not do.
+        """
+        for op in plan.quantized_ops:
+            if op.static and not self.takes_static_ranges:
+                raise ValueError(
+                    f"{op.op.module_path}/{op.op.id}: act_static_scale=True needs "
+                    "ranges that were collected. Collect them with calib.Calibrator, "
+                    f"and give them to {type(self).__name__} as quant_stats."
+                )
+        for op in plan.unsupported:
+            where = "/".join(filter(None, (op.op.module_path, op.op.id)))
+            if where not in self._warned:
+                self._warned.add(where)
+                warnings.warn(
+                    f"{where} matches rule {op.rule_index} but stays in float: it is "
+                    f"{op.reason}.",
+                    stacklevel=2,
+                )
+
+
+def _check_float(traced: function.TracedCall, provider: str) -> None:
+    names = [
+        "/".join(param.path)
+        for param in traced.params
+        if param is not None and stored.is_quantized(param.value)
+    ]
+    if names:
+        raise ValueError(
+            f"{provider} takes float params, and {len(names)} are quantized, among "
+            f"them {names[0]!r}. Run them with a PtqProvider, or give the float params "
+            "that they were made from."
+        )
