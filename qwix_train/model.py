@@ -237,6 +237,7 @@ def trace_function(
         traced,
         make_rng=functools.partial(_key_of, kwargs.get("rngs")),
         deterministic=_deterministic(fn, args, kwargs),
+        method=_method_name(kwargs.get("method")),
     )
 
 
@@ -258,6 +259,12 @@ def _deterministic(fn: Callable[..., Any], args, kwargs) -> bool | None:
     apply_only = ("variables", "rngs", "method", "mutable", "capture_intermediates")
     given = {name: x for name, x in kwargs.items() if name not in apply_only}
     return call_mode.deterministic_of(method, (module, *args[1:]), given, module)
+
+
+def _method_name(method: Any) -> str:
+    if isinstance(method, str):
+        return method
+    return getattr(method, "__name__", None) or "__call__"
 
 
 def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:

@@ -83,6 +83,15 @@ def from_statistics(
     Raises:
       ValueError: if nothing was collected.
     """
+    calibration = _calibration(path, statistics)
+    scale, zero_point = compute_scale_zero_point(calibration, how.qtype)
+    params: dict[Path, Any] = {scale_path(path): WithAux(scale, how)}
+    if zero_point is not None:
+        params[zero_point_path(path)] = zero_point
+    return params
+
+
+def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Array]:
     where = "/".join(path)
     if "count" not in statistics:
         raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
@@ -92,15 +101,37 @@ def from_statistics(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
             "ranges were collected."
         )
-    calibration = {
+    return {
         end: _mean(jnp.asarray(value), count) if kind == "sum" else jnp.asarray(value)
         for (kind, end), value in ends_in(statistics).items()
     }
-    scale, zero_point = compute_scale_zero_point(calibration, how.qtype)
-    params: dict[Path, Any] = {scale_path(path): WithAux(scale, how)}
-    if zero_point is not None:
-        params[zero_point_path(path)] = zero_point
-    return params
+
+
+def calibration_of(path: Path, quant_stats: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The range that was collected under a path.
+
+    Args:
+      path: the path of the range.
+      quant_stats: the statistics, as `quantize_params` takes them.
+
+    Raises:
+      ValueError: if it is missing, or empty.
+    """
+    return _calibration(path, _statistics_at(path, quant_stats))
+
+
+def _statistics_at(path: Path, quant_stats: Mapping[str, Any]) -> Mapping[str, Any]:
+    statistics: Any = quant_stats
+    for name in path:
+        statistics = statistics.get(name, {})
+    if not statistics:
+        raise ValueError(
+            f"There are no quant_stats for {'/'.join(path)!r}, which a rule with "
+            "act_static_scale=True asks for. Collect them with calib.Calibrator and "
+            "pass quant_stats=calibrator.quant_stats, or keep them in the state of a "
+            "train step: with_quant_stats."
+        )
+    return statistics
 
 
 def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
@@ -132,16 +163,7 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
         for side, how in enumerate(op.activations):
             if not op.static or how is None:
                 continue
-            statistics: Any = quant_stats
-            for name in (path := op.range_path(side)):
-                statistics = statistics.get(name, {})
-            if not statistics:
-                raise ValueError(
-                    f"There are no quant_stats for {'/'.join(path)!r}, which a rule "
-                    "with act_static_scale=True asks for. Collect them with "
-                    "calib.Calibrator and pass quant_stats=calibrator.quant_stats, or "
-                    "keep them in the state of a train step: with_quant_stats."
-                )
+            statistics = _statistics_at(path := op.range_path(side), quant_stats)
             params |= from_statistics(path, statistics, how)
     return params
 

@@ -103,21 +103,19 @@ class RunningRanges:
             )
         return self.states[path]
 
-    def fake_quantize(
+    def calibration(
         self,
         path: Path,
         statistics: Statistics,
-        how: HowToQuantize,
         x: Any,
         state: Any,
-        layers: Sequence[bool],
+        layers: Sequence[bool] = (),
     ) -> Any:
-        """One activation, fake-quantized by its range; what is measured is tagged.
+        """The range of one activation; what is measured of it is tagged.
 
         Args:
           path: the path of the range.
           statistics: what is measured, and how batches combine.
-          how: how the activation is quantized.
           x: the activation.
           state: the statistics of its range, as `state` has them; those of one layer,
             where a `scan` goes over layers.
@@ -132,7 +130,19 @@ class RunningRanges:
             packed = harvest.tag(found.packed(measured), name, layers)
             measured = found.unpacked(packed)
             state = self.updates.updated(state, statistics.add(state, measured))
-        calibration = _calibration(statistics, state, measured, self.updates.warmup)
+        return _calibration(statistics, state, measured, self.updates.warmup)
+
+    def fake_quantize(
+        self,
+        path: Path,
+        statistics: Statistics,
+        how: HowToQuantize,
+        x: Any,
+        state: Any,
+        layers: Sequence[bool],
+    ) -> Any:
+        """One activation, fake-quantized by its range; see `calibration`."""
+        calibration = self.calibration(path, statistics, x, state, layers)
         return fake_quant_with_scale(
             x, how.qtype, *compute_scale_zero_point(calibration, how.qtype)
         )

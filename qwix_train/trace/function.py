@@ -72,6 +72,7 @@ class TracedCall:
       boxes: what Flax holds params in, where it holds more than the array, by path.
       held: for each input, whether it belongs to the model: a param, or another of its
         variables.
+      method: the name of the method that was called.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -87,6 +88,7 @@ class TracedCall:
     deterministic: bool | None = None
     boxes: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
     held: Sequence[bool] = ()
+    method: str = "__call__"
 
     runs_stored: ClassVar[bool] = False
 

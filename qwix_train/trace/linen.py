@@ -234,6 +234,7 @@ def _trace(
         traced,
         make_rng=make_rng,
         deterministic=deterministic,
+        method=method_name,
         boxes={function.param_path(p): leaf for p, leaf in leaves if _is_box(leaf)},
     )
 

@@ -330,6 +330,7 @@ def tracing_call(
                 as_arrays=mark,
                 num_held=2,
             )
+        traced = dataclasses.replace(traced, method=method.__name__)
 
         def finish(out):
             out, finals = out

@@ -1,0 +1,309 @@
+"""A planned graph as the LiteRT converter takes it: every tensor annotated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.odml import integer_grid, lowering, ops
+from qwix_train.odml.converter import annotate
+from qwix_train.odml.evaluate import fold, scaled_weight, weight_axes
+from qwix_train.odml.graph import Node, Value
+from qwix_train.odml.integer_grid import Grid
+from qwix_train.odml.ops import Kind
+from qwix_train.odml.plan import MASKED, NodePlan, OdmlPlan, TensorPlan
+from qwix_train.odml.provider import (
+    calibrations_in,
+    constant_grid,
+    known_grid,
+    weight_grid,
+)
+from qwix_train.core.numerics import qtype_name
+
+
+def run_annotated(
+    plan: OdmlPlan,
+    values: Sequence[Any],
+    constants: Mapping[int, Any],
+    grids: Mapping[str, Grid],
+    *,
+    per_tensor_weights: bool = False,
+) -> list[Any]:
+    """The results of a planned graph, with annotations for the converter.
+
+    Args:
+      plan: the plan.
+      values: an array for each input of the traced call; what is static is not read.
+      constants: the value of everything static, concrete, by id.
+      grids: the grids of the tensors that have a range of their own, by name.
+      per_tensor_weights: whether a weight has one scale.
+    """
+    run = _Annotated(plan, constants, grids, per_tensor_weights)
+    return run.run(values)
+
+
+def constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
+    """Everything in a graph that depends on no input, computed.
+
+    Args:
+      plan: the plan.
+      values: an array for each input of the traced call; concrete for those that are
+        static.
+    """
+    found: dict[int, Any] = {}
+    for value, x in zip(plan.graph.inputs, values, strict=True):
+        if value.static:
+            found[id(value)] = x
+    with jax.ensure_compile_time_eval():
+        for node in plan.graph.nodes:
+            if any(not v.static for v in (*node.inputs, *node.outputs)):
+                continue
+            results = node.run(
+                *(
+                    found[id(v)] if id(v) in found else v.constant
+                    for v in node.inputs
+                )
+            )
+            found.update(zip(map(id, node.outputs), results, strict=True))
+    return found
+
+
+def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
+    """The grids of the tensors that have a range of their own, by name.
+
+    Args:
+      plan: the plan.
+      quant_stats: the statistics.
+    """
+    found = {}
+    with jax.ensure_compile_time_eval():
+        calibrations = calibrations_in(plan, quant_stats)
+        for tensor in plan.tensors:
+            grid = known_grid(tensor)
+            if grid is None:
+                grid = integer_grid.of_calibration(
+                    calibrations[tensor.name], tensor.how.qtype
+                )
+            found[tensor.name] = _concrete(grid)
+    return found
+
+
+def _concrete(grid: Grid) -> Grid:
+    return Grid(
+        np.asarray(grid.scale, np.float32),
+        np.asarray(grid.zero_point, np.int64),
+        grid.qtype,
+        grid.narrow,
+    )
+
+
+def _scalar(grid: Grid) -> Grid:
+    return Grid(
+        np.asarray(grid.scale).reshape(()),
+        np.asarray(grid.zero_point).reshape(()),
+        grid.qtype,
+        grid.narrow,
+    )
+
+
+class _Annotated:
+    def __init__(self, plan, constants, grids, per_tensor_weights):
+        self.plan: OdmlPlan = plan
+        self.constants = constants
+        self.grids = grids
+        self.per_tensor_weights = per_tensor_weights
+        self.tables: dict[int, Grid] = {}
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        inputs = [
+            x if value.static else self.marked(value, x)
+            for value, x in zip(self.plan.graph.inputs, values, strict=True)
+        ]
+        return self.plan.graph.run(inputs, self.evaluate)
+
+    def grid(self, value: Value) -> Grid | None:
+        """The grid of a value, its own or shared; None if it is in float."""
+        found = self.plan.range_of(value)
+        if isinstance(found, TensorPlan):
+            return _scalar(self.grids[found.name])
+        return None if found is None else self.tables.get(id(found))
+
+    def marked(self, value: Value, x: Any) -> Any:
+        """A value with its annotation."""
+        grid = self.grid(value)
+        return x if grid is None or not value.is_float else annotate(x, grid)
+
+    def evaluate(self, node: Node, read) -> Sequence[Any]:
+        def concrete(value: Value) -> Any:
+            known = self.constants.get(id(value))
+            return read(value) if known is None else known
+
+        plan = self.plan.of(node)
+        if plan is None:
+            missing = [v for v in node.outputs if id(v) not in self.constants]
+            if missing and not node.is_activation and any(v.random for v in missing):
+                return node.run(*map(concrete, node.inputs))
+            if missing:
+                return node.run(*map(concrete, node.inputs))
+            return [self.constants[id(v)] for v in node.outputs]
+        first = plan.fused_into or plan
+        if first.name in ops.PRODUCTS and first.weight is not None:
+            end = self.plan.end_of(first)
+            if node.out is not end:
+                return [None]
+            return [self.product(first, concrete)]
+        if plan.quantized or plan.name in ops.LAYOUT:
+            results = self.lowered(plan, concrete)
+        else:
+            results = node.run(*map(concrete, node.inputs))
+        return [
+            self.marked(value, x)
+            for value, x in zip(node.outputs, results, strict=True)
+        ]
+
+    def product(self, plan: NodePlan, read) -> Any:
+        """A product with a weight, and all that is fused into it."""
+        node, side, fusion = plan.node, plan.weight, plan.fusion
+        assert side is not None
+        end = self.plan.end_of(plan)
+        with jax.ensure_compile_time_eval():
+            factor, addend = (None, None) if fusion is None else fold(fusion, read)
+            w = np.asarray(scaled_weight(node, side, read(node.inputs[side]), factor))
+            addend = None if addend is None else np.asarray(addend)
+        per_channel = bool(weight_axes(node, side)) and not self.per_tensor_weights
+
+        def mark_weight(w, axis):
+            with jax.ensure_compile_time_eval():
+                channels = (axis,) if per_channel else ()
+                grid = _concrete(weight_grid(plan, w, channels))
+            return annotate(jnp.asarray(w), grid)
+
+        def finish(x):
+            if fusion is not None and fusion.activation is not None:
+                x = _activation(fusion.activation, x)
+            return self.marked(end, x)
+
+        x = read(node.inputs[1 - side])
+        if plan.dynamic:
+            assert plan.rule is not None
+            x = annotate(x, None, qtype_name(plan.rule.act_qtype))
+        mark = functools.partial(self.marked, end)
+        mark_input = functools.partial(self.marked, node.inputs[1 - side])
+        if node.name == "conv_general_dilated":
+            return lowering.lowered_conv(
+                node, x, w, mark_weight, addend, finish, mark_input, mark
+            )
+        if weight_axes(node, side):
+            return lowering.lowered_dot(
+                node, x, w, side, mark_weight, addend, finish, mark
+            )
+        operands = [x, x]
+        operands[side] = mark_weight(w, 0)
+        (out,) = node.run(*operands)
+        return finish(out)
+
+    def lowered(self, plan: NodePlan, read) -> Sequence[Any]:
+        """The outputs of an operation that runs in integers, or moves codes."""
+        node = plan.node
+        kind = None if plan.spec is None else plan.spec.kind
+        operands = list(map(read, node.inputs))
+        if plan.name == "dropout":
+            raise ValueError(
+                f"{plan.where}: the model drops elements at random. Convert the call "
+                "that evaluates it: deterministic=True, train=False, or model.eval()."
+            )
+        if kind is Kind.LOOKUP:
+            return [self.lookup(plan, operands)]
+        if plan.name == "avg_pool":
+            mark = functools.partial(self.marked, node.inputs[0])
+            return [lowering.lowered_avg_pool(node, *operands[:2], mark)]
+        if plan.name == "silu":
+            spec = ops.OPS["sigmoid"]
+            gate = Grid(np.float32(spec.scale), np.int64(spec.zero_point))
+            (x, *_) = operands
+            return [x * annotate(jax.nn.sigmoid(x), gate)]
+        if kind is Kind.ACTIVATION:
+            return [_activation(node, operands[0])]
+        if kind is Kind.CLIP:
+            return [self.clipped(node, operands[0])]
+        if kind is Kind.TIED:
+            return [self.tied(plan, operands)]
+        if plan.name == "pad":
+            return [self.padded(node, operands)]
+        for side in plan.constants:
+            x = np.asarray(operands[side])
+            with jax.ensure_compile_time_eval():
+                grid = _concrete(constant_grid(plan, x))
+            operands[side] = annotate(jnp.asarray(x), grid)
+        return node.run(*operands)
+
+    def lookup(self, plan: NodePlan, operands) -> Any:
+        table, indices = operands[:2]
+        value = plan.node.inputs[0]
+        with jax.ensure_compile_time_eval():
+            grid = _concrete(constant_grid(plan, np.asarray(table)))
+        self.tables[id(value)] = grid
+        table = annotate(jnp.asarray(table), grid)
+        return lowering.lowered_lookup(plan.node, table, indices)
+
+    def clipped(self, node: Node, x) -> Any:
+        grid = self.grid(node.out)
+        low, high = node.params["bounds"]
+        if grid is None:
+            return jnp.clip(x, low, high)
+        for bound, combine in ((low, jnp.maximum), (high, jnp.minimum)):
+            if np.isfinite(bound):
+                x = annotate(combine(x, self.constant(bound, grid)), grid)
+        return x
+
+    def constant(self, x, grid: Grid) -> Any:
+        """A constant on the grid of another tensor."""
+        return annotate(jnp.asarray(_saturated(x, grid)), grid)
+
+    def tied(self, plan: NodePlan, operands) -> Any:
+        node = plan.node
+        grid = self.grid(node.out)
+        if grid is None:
+            return node.run(*operands)[0]
+        first = 1 if plan.name == "where" else 0
+        for side in range(first, len(operands)):
+            x = operands[side]
+            if node.inputs[side].static:
+                operands[side] = self.constant(x, grid)
+            else:
+                operands[side] = annotate(x, grid)
+        return node.run(*operands)[0]
+
+    def padded(self, node: Node, operands) -> Any:
+        x, padding = operands
+        grid = self.grid(node.out)
+        if grid is None:
+            return node.run(x, padding)[0]
+        padding = _saturated(padding, grid)
+        return lax.pad(x, jnp.asarray(padding, x.dtype), node.params["padding_config"])
+
+
+def _saturated(x: Any, grid: Grid) -> np.ndarray:
+    """The values of a grid next to those of a constant."""
+    x = np.asarray(x, np.float32)
+    x = np.where(x < MASKED, np.float32(-3e38), x)
+    codes = integer_grid.codes_of(x, grid)
+    return ((codes - np.asarray(grid.zero_point)) * np.asarray(grid.scale)).astype(
+        np.float32
+    )
+
+
+def _activation(node: Node, x: Any) -> Any:
+    """An activation function, as the converter knows it."""
+    functions = {
+        "relu": jax.nn.relu,
+        "relu6": jax.nn.relu6,
+        "relu_n1_to_1": lambda x: jnp.clip(x, -1.0, 1.0),
+    }
+    return functions[node.name](x)

@@ -1,0 +1,130 @@
+"""Which operations LiteRT runs as one: a product with its bias, norm and activation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from qwix_train.odml import ops
+from qwix_train.odml.graph import Node, Value
+from qwix_train.odml.ops import Kind
+
+
+@dataclasses.dataclass(eq=False)
+class Fusion:
+    """Operations that run as one, without a tensor in between.
+
+    Attributes:
+      anchor: the first: a product with a weight, or a sum.
+      affine: sums and products with constants, for each channel, that follow.
+      activation: the activation function in the end, or None.
+    """
+
+    anchor: Node
+    affine: tuple[Node, ...]
+    activation: Node | None
+
+    @property
+    def rest(self) -> tuple[Node, ...]:
+        """All but the anchor."""
+        last = () if self.activation is None else (self.activation,)
+        return (*self.affine, *last)
+
+    @property
+    def end(self) -> Node:
+        """The last."""
+        return self.rest[-1]
+
+
+def find_fusions(nodes: Sequence[Node], ignored: Collection[int]) -> list[Fusion]:
+    """The operations that LiteRT runs as one.
+
+    Args:
+      nodes: the operations that compute activations, in order.
+      ignored: the ids of operations that a converted model does not have.
+    """
+    found = []
+    for node in nodes:
+        name = ops.op_name(node.name)
+        spec = ops.OPS.get(name)
+        if spec is None or not spec.fuses or not node.out.is_float:
+            continue
+        channels = weight_channels(node) if name in ops.PRODUCTS else None
+        if name in ops.PRODUCTS and channels is None:
+            continue
+        affine: list[Node] = []
+        value = node.out
+        while channels and (follower := _only_reader(value, ignored)) is not None:
+            if not _is_affine(follower, value, channels):
+                break
+            affine.append(follower)
+            value = follower.out
+        last = _only_reader(value, ignored)
+        if last is not None:
+            spec = ops.OPS.get(ops.op_name(last.name))
+            if spec is None or spec.kind is not Kind.ACTIVATION:
+                last = None
+        if affine or last is not None:
+            found.append(Fusion(node, tuple(affine), last))
+    # A sum that a product does is no first operation of its own.
+    inner = {id(n) for fusion in found for n in fusion.affine}
+    return [fusion for fusion in found if id(fusion.anchor) not in inner]
+
+
+def weight_channels(node: Node) -> tuple[int, ...] | None:
+    """The axes of the output of a product that only its weight decides on.
+
+    Returns:
+      None if neither operand, or both, are weights, or the weight has batch axes, so
+      that LiteRT multiplies two tensors.
+    """
+    lhs, rhs = node.inputs[:2]
+    if lhs.static == rhs.static:
+        return None
+    numbers = node.params["dimension_numbers"]
+    if node.name == "conv_general_dilated":
+        return (numbers.out_spec[1],) if rhs.static else None
+    (contracted_l, contracted_r), (batch_l, _) = numbers
+    if batch_l:
+        return None
+    free_l = len(lhs.shape) - len(contracted_l)
+    free_r = len(rhs.shape) - len(contracted_r)
+    if rhs.static:
+        return tuple(range(free_l, free_l + free_r))
+    return tuple(range(free_l))
+
+
+def _only_reader(value: Value, ignored: Collection[int]) -> Node | None:
+    if value.is_output:
+        return None
+    readers = {id(node): node for node in value.consumers if id(node) not in ignored}
+    readers = {
+        key: node
+        for key, node in readers.items()
+        if not (node.in_batch_norm and not node.is_activation)
+    }
+    return next(iter(readers.values())) if len(readers) == 1 else None
+
+
+def _is_affine(node: Node, value: Value, channels: Collection[int]) -> bool:
+    """Whether a node adds or multiplies a constant for each channel."""
+    if ops.op_name(node.name) not in ops.AFFINE or node.out.shape != value.shape:
+        return False
+    others = [x for x in node.inputs if x is not value]
+    if len(others) != 1 or not others[0].static:
+        return False
+    return varying_axes(others[0], len(value.shape)) <= set(channels)
+
+
+def varying_axes(value: Value, ndim: int) -> set[int]:
+    """The axes along which the elements of a constant may differ."""
+    if not value.shape:
+        return set()
+    axes = {axis for axis, size in enumerate(value.shape) if size != 1}
+    node = value.producer
+    if node is not None and node.name == "broadcast_in_dim":
+        source = node.inputs[0]
+        places = node.params["broadcast_dimensions"]
+        inner = varying_axes(source, len(source.shape))
+        axes &= {place for axis, place in enumerate(places) if axis in inner}
+    return {axis + ndim - len(value.shape) for axis in axes}

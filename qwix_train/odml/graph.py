@@ -1,0 +1,456 @@
+"""The whole graph of a traced call, with one node for each operation.
+
+LiteRT gives every tensor of a model its own quantization, so every operation counts,
+not only the matrix products. `build_graph` takes a traced call apart: compiled
+functions and checkpoints are inlined, loops over layers or time steps unrolled, and
+what no result depends on is left out. Each value knows whether it depends on the inputs
+of the model, or is `static`: made of params and constants, as a converted model has it
+as a constant.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+from jax.extend import core as jex
+
+from qwix_train.trace import jax_versions, scopes
+from qwix_train.trace.analyze import is_einsum
+from qwix_train.trace.evaluate import run_equation
+from qwix_train.trace.function import TracedCall
+
+# A longer loop would be unrolled into more operations than a phone should run.
+MAX_UNROLLED = 256
+
+_RANDOM = frozenset(
+    """random_bits random_fold_in random_gamma random_seed random_split random_unwrap
+    random_wrap threefry2x32""".split()
+)
+_REDUCTIONS = frozenset(
+    """reduce_sum reduce_max reduce_min reduce_prod argmax argmin psum psum_invariant
+    pmean all_gather dot_general""".split()
+)
+# Functions of JAX with a derivative rule, which says what differentiation finds anyway.
+_JAX_FOLDER = os.path.dirname(jax.__file__)
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array in the graph.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      static: whether it depends on no input of the model, but on params, constants
+        and the statistics of a batch alone.
+      random: whether it is static but for random numbers.
+      producer: the node that computes it; None for inputs and constants.
+      consumers: the nodes that read it.
+      index: its place among the inputs of the traced call, if it is one.
+      constant: its value, if it is a constant.
+      is_output: whether it is a result of the call.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    static: bool = False
+    random: bool = False
+    producer: Node | None = None
+    consumers: list[Node] = dataclasses.field(default_factory=list)
+    index: int | None = None
+    constant: Any = None
+    is_output: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats."""
+        return jnp.issubdtype(self.dtype, jnp.floating)
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it depends on the inputs of the model."""
+        return not self.static and not self.random
+
+    @property
+    def number(self) -> float | None:
+        """The one number that it holds, if that is known and a constant."""
+        if self.constant is not None and np.size(self.constant) == 1:
+            return float(np.asarray(self.constant, np.float64).reshape(()))
+        node = self.producer
+        if node is not None and node.name in _KEEP_ONE_NUMBER:
+            return node.inputs[0].number
+        return None
+
+
+_KEEP_ONE_NUMBER = ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """An operation: an equation of the trace, or several that count as one.
+
+    Attributes:
+      name: the primitive, or the name of what several equations compute.
+      params: the parameters of the equation.
+      inputs: what it reads.
+      outputs: what it computes.
+      module_path: the path of its module.
+      run: computes the outputs, as a list, from arrays for the inputs.
+      in_batch_norm: whether it is in a batch normalization layer of Flax.
+      derivative: the function with a derivative rule of its own that it is part of.
+      parts: the nodes that it stands for, if it stands for several.
+    """
+
+    name: str
+    params: Any
+    inputs: list[Value]
+    outputs: list[Value]
+    module_path: str
+    run: Callable[..., list[Any]]
+    in_batch_norm: bool = False
+    derivative: str | None = None
+    parts: tuple[Node, ...] = ()
+
+    @property
+    def out(self) -> Value:
+        """The first output."""
+        return self.outputs[0]
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it computes anything from the inputs of the model."""
+        return any(value.is_activation for value in self.outputs)
+
+
+class Graph:
+    """The graph of a traced call.
+
+    Attributes:
+      nodes: the operations, in the order in which they run.
+      inputs: the inputs of the traced call.
+      outputs: its results.
+      held: the values that are params, or other variables of the model.
+    """
+
+    def __init__(
+        self, nodes: list[Node], inputs: Sequence[Value], outputs: Sequence[Value]
+    ):
+        self.nodes = nodes
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.link()
+
+    def link(self) -> None:
+        """Finds what reads what; leaves out nodes whose results nothing reads."""
+        needed = set(map(id, self.outputs))
+        kept = []
+        for node in reversed(self.nodes):
+            if any(id(value) in needed for value in node.outputs):
+                kept.append(node)
+                needed.update(map(id, node.inputs))
+        self.nodes = kept[::-1]
+        for node in self.nodes:
+            for value in (*node.inputs, *node.outputs):
+                value.consumers = []
+        for value in (*self.inputs, *self.outputs):
+            value.consumers = []
+        self.nodes = _sorted(self.nodes)
+        for node in self.nodes:
+            for value in node.outputs:
+                value.producer = node
+            for value in node.inputs:
+                value.consumers.append(node)
+        for value in self.outputs:
+            value.is_output = True
+
+    def replace(self, old: Sequence[Node], new: Sequence[Node]) -> None:
+        """Puts nodes in the place of others; `link` has to follow.
+
+        Args:
+          old: nodes of which only the last is read from outside.
+          new: what computes the same value, in order.
+        """
+        at = max(map(self.nodes.index, old))
+        removed = set(map(id, old))
+        before = [n for n in self.nodes[:at] if id(n) not in removed]
+        self.nodes = [*before, *new, *self.nodes[at + 1 :]]
+
+    def run(self, values: Sequence[Any], evaluate: Evaluate | None = None) -> list[Any]:
+        """The results of the graph.
+
+        Args:
+          values: an array for each input.
+          evaluate: computes the outputs of a node, from a function that gives the
+            array of a value; the node itself if None.
+        """
+        env = dict(zip(map(id, self.inputs), values, strict=True))
+
+        def read(value: Value) -> Any:
+            return value.constant if id(value) not in env else env[id(value)]
+
+        last: dict[int, Node] = {}
+        for node in self.nodes:
+            last.update((id(value), node) for value in node.inputs)
+        kept = set(map(id, self.outputs))
+        for node in self.nodes:
+            if evaluate is None:
+                results = node.run(*map(read, node.inputs))
+            else:
+                results = evaluate(node, read)
+            env.update(zip(map(id, node.outputs), results, strict=True))
+            if evaluate is None:
+                for value in node.inputs:
+                    if last[id(value)] is node and id(value) not in kept:
+                        env.pop(id(value), None)
+        return [read(value) for value in self.outputs]
+
+
+def _sorted(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes in an order in which each comes after what it reads, stable otherwise."""
+    producers = {id(value): node for node in nodes for value in node.outputs}
+    order: list[Node] = []
+    done: set[int] = set()
+    for node in nodes:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if id(current) in done:
+                stack.pop()
+                continue
+            waiting = [
+                producer
+                for value in current.inputs
+                if (producer := producers.get(id(value))) is not None
+                and id(producer) not in done
+            ]
+            if waiting:
+                stack += reversed(waiting)
+                continue
+            done.add(id(current))
+            order.append(current)
+            stack.pop()
+    return order
+
+
+# evaluate(node, read) -> the outputs
+Evaluate = Callable[[Node, Callable[[Value], Any]], Sequence[Any]]
+
+
+def build_graph(traced: TracedCall) -> Graph:
+    """The graph of a traced call.
+
+    Args:
+      traced: the call.
+
+    Raises:
+      ValueError: if a loop is too long to be unrolled.
+    """
+    body = traced.body
+    inputs = [
+        Value(tuple(var.aval.shape), var.aval.dtype, static=held, index=index)
+        for index, (var, held) in enumerate(
+            zip(body.jaxpr.invars, traced.held, strict=True)
+        )
+    ]
+    builder = _Builder(traced.module_path)
+    outputs = builder.add_body(body, inputs, "", None)
+    # A result may be an input, or twice the same value.
+    seen: set[int] = set(map(id, inputs))
+    for index, value in enumerate(outputs):
+        if id(value) in seen or value.constant is not None:
+            outputs[index] = builder.add_synthetic(
+                "copy", [value], [(value.shape, value.dtype)], "", lambda x: [x + 0]
+            )[0]
+        seen.add(id(outputs[index]))
+    return Graph(builder.nodes, inputs, outputs)
+
+
+def graph_of(function: Callable[..., Any], *shapes: Any) -> Graph:
+    """The graph of a function of arrays alone; nothing in it is static.
+
+    Args:
+      function: the function.
+      *shapes: its arguments, or their shapes.
+    """
+    body = jax_versions.body_of(jax.make_jaxpr(function)(*shapes))
+    inputs = [
+        Value(tuple(var.aval.shape), var.aval.dtype, index=index)
+        for index, var in enumerate(body.jaxpr.invars)
+    ]
+    builder = _Builder("")
+    return Graph(builder.nodes, inputs, builder.add_body(body, inputs, "", None))
+
+
+class _Builder:
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        self.nodes: list[Node] = []
+
+    def add_body(self, body, inputs, scope: str, derivative) -> list[Value]:
+        """Adds the equations of a body; gives its results."""
+        env: dict[Any, Value] = dict(zip(body.jaxpr.invars, inputs, strict=True))
+        for var, constant in zip(body.jaxpr.constvars, body.consts, strict=True):
+            env[var] = _constant(constant, var.aval)
+
+        def read(atom):
+            if isinstance(atom, jex.Literal):
+                return _constant(atom.val, atom.aval)
+            return env[atom]
+
+        for eqn in body.jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            inner = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
+            results = self.add(eqn, operands, inner, derivative)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in body.jaxpr.outvars]
+
+    def add(self, eqn, operands, scope, derivative) -> list[Value]:
+        name, params = eqn.primitive.name, eqn.params
+        if name in jax_versions.JIT:
+            # The scope that a compiled call would have given to what is in it.
+            inner = f"{scope}/jit({params.get('name', '')})"
+            body = jax_versions.call_body(params)
+            return self.add_body(body, operands, inner, derivative)
+        if name in jax_versions.REMAT:
+            body = jax_versions.call_body(params)
+            return self.add_body(body, operands, scope, derivative)
+        if name == "custom_jvp_call":
+            function = jax_versions.custom_jvp_source(params)
+            known = _JAX_FOLDER in function
+            body = jax_versions.call_body(params)
+            return self.add_body(
+                body, operands, scope, derivative or (None if known else function)
+            )
+        if name == "custom_vjp_call":
+            body = jax_versions.call_body(params)
+            return self.add_body(body, operands, scope, derivative or "a custom_vjp")
+        if name == "scan":
+            return self.add_scan(params, operands, scope, derivative)
+        named = name
+        if name == "dot_general" and is_einsum(scope):
+            named = "einsum"
+        run = functools.partial(run_equation, eqn)
+        shapes = [
+            (tuple(getattr(v.aval, "shape", ())), getattr(v.aval, "dtype", None))
+            for v in eqn.outvars
+        ]
+        return self.add_synthetic(
+            named, operands, shapes, scope, run, params, derivative
+        )
+
+    def add_scan(self, params, operands, scope, derivative) -> list[Value]:
+        """Adds a loop, one iteration after the other."""
+        num_consts, num_carry = jax_versions.scan_parts(params)
+        length = params["length"]
+        if length > MAX_UNROLLED:
+            where = scopes.module_path_of(scope) or "the model"
+            raise ValueError(
+                f"{where}: a scan of {length} iterations would be unrolled, as LiteRT "
+                f"has no quantized loops; at most {MAX_UNROLLED} are. Give the model "
+                "shorter inputs, or call one iteration from outside of it."
+            )
+        body = jax_versions.body_of(params["jaxpr"])
+        consts, carry = operands[:num_consts], operands[num_consts:][:num_carry]
+        scanned = operands[num_consts + num_carry :]
+        stacked: list[list[Value]] = []
+        order = range(length)
+        for i in reversed(order) if params["reverse"] else order:
+            slices = [
+                self.add_synthetic(
+                    "slice",
+                    [x],
+                    [(x.shape[1:], x.dtype)],
+                    scope,
+                    lambda x, i=i: [lax.index_in_dim(x, i, keepdims=False)],
+                )[0]
+                for x in scanned
+            ]
+            outs = self.add_body(body, [*consts, *carry, *slices], scope, derivative)
+            carry = outs[:num_carry]
+            stacked.append(outs[num_carry:])
+        if params["reverse"]:
+            stacked.reverse()
+        results = list(carry)
+        avals = [var.aval for var in body.jaxpr.outvars][num_carry:]
+        for place, aval in enumerate(avals):
+            parts = [outs[place] for outs in stacked]
+            results += self.add_synthetic(
+                "concatenate",
+                parts,
+                [((length, *aval.shape), aval.dtype)],
+                scope,
+                lambda *xs: [jnp.stack(xs)],
+            )
+        return results
+
+    def add_synthetic(
+        self, name, operands, shapes, scope, run, params=None, derivative=None
+    ) -> list[Value]:
+        """Adds a node; gives its outputs."""
+        in_batch_norm = scopes.is_batch_norm(scope)
+        static = all(x.static for x in operands) and name not in _RANDOM
+        random = not static and all(x.static or x.random for x in operands)
+        if name in _RANDOM:
+            static, random = False, True
+        elif in_batch_norm and name in _REDUCTIONS:
+            # Statistics of the batch, which a converted model has as constants.
+            static, random = True, False
+        outputs = [Value(shape, dtype, static, random) for shape, dtype in shapes]
+        path = scopes.module_path_of(scope)
+        self.nodes.append(
+            Node(
+                name=name,
+                params=params or {},
+                inputs=list(operands),
+                outputs=outputs,
+                module_path="/".join(filter(None, (self.prefix, path))),
+                run=run,
+                in_batch_norm=in_batch_norm,
+                derivative=derivative,
+            )
+        )
+        return outputs
+
+
+def _constant(constant: Any, aval: Any) -> Value:
+    return Value(tuple(aval.shape), aval.dtype, static=True, constant=constant)
+
+
+def statistics_nodes(graph: Graph) -> set[int]:
+    """The ids of nodes that only the statistics of a batch are made from.
+
+    Those of a batch normalization layer in training, such as the squares of its inputs.
+    """
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        if not node.in_batch_norm or any(value.is_output for value in node.outputs):
+            continue
+        consumers = [c for value in node.outputs for c in value.consumers]
+        # Their sums and means count as static.
+        if node.is_activation and all(
+            c.in_batch_norm and (id(c) in found or not c.is_activation)
+            for c in consumers
+        ):
+            found.add(id(node))
+    return found
+
+
+def ids_of(nodes: Sequence[tuple[Node, str]]) -> Iterator[str]:
+    """Numbers nodes by their name within their module: `dot_general0`.
+
+    Args:
+      nodes: each node, and its name.
+    """
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for node, name in nodes:
+        yield f"{name}{counts[node.module_path, name]}"
+        counts[node.module_path, name] += 1

@@ -1,0 +1,130 @@
+"""Integers with a scale and a zero point, as LiteRT has them.
+
+Activations have codes from -128 to 127 and a zero point; weights are symmetric, with
+codes from -127 to 127 (`narrow range`), as LiteRT's specification of 8-bit quantization
+asks for. Rounding is to the nearest code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.core.calibration import calibrate, compute_scale_zero_point
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.numerics import code_range, qtype_name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that the codes of a tensor stand for: `(code - zero_point) * scale`.
+
+    Attributes:
+      scale: the scale, in a shape that broadcasts to the tensor.
+      zero_point: the zero point, in that shape.
+      qtype: the name of the type: `int8`, or `int4` for a weight.
+      narrow: whether the lowest code is not used.
+    """
+
+    scale: Any
+    zero_point: Any
+    qtype: str = "int8"
+    narrow: bool = False
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        low, high = code_range(self.qtype)
+        return low + self.narrow, high
+
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """The values of the lowest and the highest code."""
+        low, high = self.codes
+        zero = jnp.asarray(self.zero_point, self.scale.dtype)
+        return (low - zero) * self.scale, (high - zero) * self.scale
+
+
+def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
+    """The grid of the range of an activation.
+
+    Args:
+      calibration: `{"min": ..., "max": ...}` or `{"absmax": ...}`.
+      qtype: the type of the codes.
+    """
+    scale, zero_point = compute_scale_zero_point(calibration, qtype)
+    if zero_point is None:
+        zero_point = jnp.zeros(scale.shape, jnp.int32)
+    return Grid(scale, zero_point, qtype_name(qtype))
+
+
+def of_weight(
+    w: jax.Array, qtype: Any, method: str, channels: Sequence[int]
+) -> Grid:
+    """The grid of a weight: symmetric, without the lowest code.
+
+    Args:
+      w: the weight.
+      qtype: the type of the codes.
+      method: how its range is found; a symmetric one.
+      channels: the axes along which each index has a scale.
+    """
+    how = HowToQuantize(
+        qtype=qtype, calibration_method=method, channelwise_axes=tuple(channels)
+    )
+    absmax = lax.stop_gradient(calibrate(w, how)["absmax"])
+    _, high = code_range(qtype)
+    scale = jnp.where(absmax > 0, absmax / high, 1)
+    return Grid(scale, jnp.zeros(scale.shape, jnp.int32), qtype_name(qtype), True)
+
+
+def of_constant(x: jax.Array, qtype: Any) -> Grid:
+    """The grid of a constant: from its smallest to its largest value, and zero."""
+    how = HowToQuantize(qtype=qtype, calibration_method="minmax")
+    x = jnp.reshape(x, (-1,))
+    scale, zero_point = compute_scale_zero_point(
+        lax.stop_gradient(calibrate(x, how)), qtype
+    )
+    return Grid(scale.reshape(()), zero_point.reshape(()), qtype_name(qtype))
+
+
+def on_grid(x: jax.Array, grid: Grid, *, half_away: bool = False) -> jax.Array:
+    """The nearest values of a grid, with straight-through gradients.
+
+    The gradient is that of `x` within the range, and zero outside (arXiv 1712.05877,
+    section 3; arXiv 1308.3432, section 4).
+
+    Args:
+      x: the values.
+      grid: the grid.
+      half_away: whether a code halfway between two is rounded away from zero, as
+        LiteRT's average pooling does; to the even one otherwise.
+    """
+    scale = jnp.asarray(grid.scale, x.dtype)
+    zero = jnp.asarray(grid.zero_point, x.dtype)
+    low, high = grid.codes
+    if half_away:
+        code = x / scale + zero
+        code = jnp.sign(code) * jnp.floor(jnp.abs(code) + 0.5)
+    else:
+        code = jnp.round(x / scale) + zero
+    code = jnp.clip(code, low, high)
+    y = lax.stop_gradient((code - zero) * scale)
+    ends = lax.stop_gradient(((low - zero) * scale, (high - zero) * scale))
+    inside = jnp.clip(x, *ends)
+    return inside + lax.stop_gradient(y - inside)
+
+
+def codes_of(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """The codes of concrete values, as int32."""
+    low, high = grid.codes
+    code = np.round(np.asarray(x) / np.asarray(grid.scale)) + np.asarray(
+        grid.zero_point
+    )
+    return np.clip(code, low, high).astype(np.int32)

@@ -1,0 +1,233 @@
+"""Operations in the forms that the LiteRT converter has integer operators for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.odml.graph import Node
+
+# What follows a product in the same operator, and marks its result as quantized.
+Finish = Callable[[jax.Array], jax.Array]
+# Marks a weight as quantized, with a scale for each index of an axis, or one scale.
+MarkWeight = Callable[[Any, int], jax.Array]
+
+
+def lowered_dot(
+    node: Node,
+    x: jax.Array,
+    w: np.ndarray,
+    side: int,
+    mark_weight: MarkWeight,
+    addend: Any,
+    finish: Finish,
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """A product with a weight, as a product with a matrix.
+
+    LiteRT has one axis of scales for a weight, and no other order of axes.
+
+    Args:
+      node: the product.
+      x: the activation.
+      w: the weight, concrete.
+      side: the side of the weight.
+      mark_weight: marks the matrix as quantized, along its axis 1.
+      addend: what is added to each channel of the output, or None.
+      finish: what follows the sum.
+      mark: marks an array with the elements of the output as quantized as that.
+    """
+    (contracted, _) = node.params["dimension_numbers"]
+    contract_x, contract_w = contracted[1 - side], contracted[side]
+    free_x = [a for a in range(x.ndim) if a not in contract_x]
+    free_w = [a for a in range(w.ndim) if a not in contract_w]
+    depth = math.prod(x.shape[a] for a in contract_x)
+    width = math.prod(w.shape[a] for a in free_w)
+    matrix = np.transpose(w, (*contract_w, *free_w)).reshape(depth, width)
+    if (*free_x, *contract_x) != tuple(range(x.ndim)):
+        x = lax.transpose(x, (*free_x, *contract_x))
+    if len(contract_x) != 1:
+        x = x.reshape((*(x.shape[: len(free_x)]), depth))
+    if not free_x:
+        x = x.reshape(1, depth)
+    out = lax.dot_general(
+        x, mark_weight(matrix, 1), (((x.ndim - 1,), (0,)), ((), ()))
+    )
+    if addend is not None:
+        shape = np.shape(addend)
+        addend = np.asarray(addend).reshape((1,) * (len(node.out.shape) - len(shape)) + shape)
+        # Along the axes that the weight decides on, in the order of the matrix.
+        first = 0 if side == 0 else len(free_x)
+        channels = range(first, first + len(free_w))
+        full = [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
+        out = out + np.broadcast_to(addend, full).reshape(width)
+    out = finish(out)
+    sizes = [node.out.shape[a] for a in _order(side, len(free_x), len(free_w))]
+    if tuple(out.shape) != tuple(sizes):
+        out = mark(out.reshape(sizes))
+    if side == 0:
+        # The weight's axes stand in front.
+        rows, columns = len(free_x), len(free_w)
+        order = (*range(rows, rows + columns), *range(rows))
+        if order != tuple(range(out.ndim)):
+            out = mark(lax.transpose(out, order))
+    return out
+
+
+def _order(side: int, rows: int, columns: int) -> Sequence[int]:
+    """The axes of the output of a product, those of the activation first."""
+    if side == 1:
+        return range(rows + columns)
+    return (*range(columns, columns + rows), *range(columns))
+
+
+def lowered_conv(
+    node: Node,
+    x: jax.Array,
+    w: np.ndarray,
+    mark_weight: MarkWeight,
+    addend: Any,
+    finish: Finish,
+    mark_input: Callable[[jax.Array], jax.Array],
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """A convolution, as one in two dimensions with the channels last.
+
+    A transposed one is a convolution of its input with zeros in between.
+
+    Args:
+      node: the convolution.
+      x: its input.
+      w: the weight, concrete.
+      mark_weight: marks the weight as quantized, along an axis.
+      addend: what is added to each channel of the output, or None.
+      finish: what follows the sum.
+      mark_input: marks an array with the elements of the input, and zeros.
+      mark: marks an array with the elements of the output as quantized as that.
+    """
+    params = node.params
+    numbers = params["dimension_numbers"]
+    spatial = len(numbers.lhs_spec) - 2
+    to_last = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    if to_last != tuple(range(x.ndim)):
+        x = mark_input(lax.transpose(x, to_last))
+    kernel = np.transpose(
+        w, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    )
+    strides, padding = list(params["window_strides"]), list(params["padding"])
+    dilation = list(params["rhs_dilation"])
+    spread = list(params["lhs_dilation"])
+    if spatial == 1:
+        # A column of height 1.
+        x = mark_input(x[:, None])
+        kernel = kernel[None]
+        strides, dilation, spread = [1, *strides], [1, *dilation], [1, *spread]
+        padding = [(0, 0), *padding]
+    if any(s > 1 for s in spread):
+        x = mark_input(_with_zeros(x, spread))
+    if any(low < 0 or high < 0 for low, high in padding):
+        cuts = [(max(0, -low), max(0, -high)) for low, high in padding]
+        slices = [slice(a, n - b) for (a, b), n in zip(cuts, x.shape[1:], strict=False)]
+        x = mark_input(x[:, slices[0], slices[1]])
+        padding = [(max(0, low), max(0, high)) for low, high in padding]
+    out = lax.conv_general_dilated(
+        x,
+        mark_weight(kernel, 3),
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=params["feature_group_count"],
+    )
+    if addend is not None:
+        out = out + np.broadcast_to(
+            np.asarray(addend).reshape(-1), (kernel.shape[-1],)
+        )
+    out = finish(out)
+    if spatial == 1:
+        out = mark(out[:, 0])
+    back = np.argsort(
+        (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+    )
+    if tuple(back) != tuple(range(out.ndim)):
+        out = mark(lax.transpose(out, tuple(int(a) for a in back)))
+    return out
+
+
+def _with_zeros(x: jax.Array, spread: Sequence[int]) -> jax.Array:
+    """An image with zeros between its rows and between its columns.
+
+    In four axes, as LiteRT pads no more.
+    """
+    n, height, width, channels = x.shape
+    down, across = spread
+    if across > 1:
+        x = x.reshape(n * height, width, 1, channels)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, across - 1), (0, 0)))
+        width = width * across
+        x = x.reshape(n, height, width, channels)
+    if down > 1:
+        x = x.reshape(n, height, 1, width * channels)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, down - 1), (0, 0)))
+        height = height * down
+        x = x.reshape(n, height, width, channels)
+    # What was put after the last row and column is too much.
+    return x[:, : height - (down - 1), : width - (across - 1)]
+
+
+def lowered_avg_pool(
+    node: Node,
+    x: jax.Array,
+    divisor: Any,
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """An average over windows.
+
+    Where the padding counts, it is put around the input, which LiteRT's own does not
+    count.
+
+    Args:
+      node: the operation.
+      x: its input.
+      divisor: how many elements each window has.
+      mark: marks an array with the elements of the input, and zeros.
+    """
+    params = node.params
+    window = params["window_dimensions"]
+    if np.size(divisor) == 1 and any(map(any, params["padding"])):
+        x = mark(jnp.pad(x, params["padding"]))
+        padding: Any = [(0, 0)] * x.ndim
+    else:
+        padding = params["padding"]
+    total = lax.reduce_window(
+        x,
+        np.zeros((), x.dtype),
+        lax.add,
+        window,
+        params["window_strides"],
+        padding,
+        params["base_dilation"],
+        params["window_dilation"],
+    )
+    return total / divisor
+
+
+def lowered_lookup(node: Node, table: jax.Array, indices: jax.Array) -> jax.Array:
+    """A lookup of rows; indices outside of the table are brought within.
+
+    Rows of NaN for these, which JAX has by default, are nothing that codes stand for.
+    """
+    params = node.params
+    return lax.gather(
+        table,
+        indices,
+        params["dimension_numbers"],
+        params["slice_sizes"],
+        mode=lax.GatherScatterMode.CLIP,
+    )

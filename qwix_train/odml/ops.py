@@ -1,0 +1,198 @@
+"""The table of operations: what LiteRT makes of each in integers.
+
+`OPS` says of every operation that a graph may hold how its output is quantized. The
+table in the documentation is `table()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class Kind(enum.Enum):
+    """How the output of an operation is quantized."""
+
+    QUANTIZED = "range of its own"
+    """It has a range of its own, which is measured."""
+
+    FIXED = "fixed range"
+    """It has the one range that LiteRT allows."""
+
+    SAME = "range of its input"
+    """It holds elements of its input, and shares the range with it."""
+
+    ROUNDED = "range of its input, rounded"
+    """It shares the range with its input, but holds values between its elements."""
+
+    TIED = "one range with its inputs"
+    """Its inputs and itself share one range: that of the output."""
+
+    ACTIVATION = "fused into the op before it, else range of its own"
+    """An activation function, which a product or sum can do as a part of it."""
+
+    CLIP = "range of its input, within bounds"
+    """Its output lies within the range of its input, and its bounds, too."""
+
+    LOOKUP = "range of the table"
+    """It holds rows of a table; that is quantized as a whole."""
+
+    FLOAT_INPUT = "integers, from float"
+    """Its result has no range; the converter has it read floats."""
+
+    INTEGER = "integers"
+    """It computes with integers or Booleans, and stays as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """What LiteRT makes of an operation.
+
+    Attributes:
+      kind: how its output is quantized.
+      litert: the operators of LiteRT that it becomes.
+      scale: the scale of its output, if that is fixed, for int8.
+      zero_point: the zero point of its output, if that is fixed.
+      fuses: whether an activation function after it can be a part of it.
+      note: what else to know.
+    """
+
+    kind: Kind
+    litert: str
+    scale: float | None = None
+    zero_point: int = 0
+    fuses: bool = False
+    note: str = ""
+
+
+_Q, _S = Kind.QUANTIZED, Kind.SAME
+
+# By the name that rules give the operation.
+OPS: dict[str, OpSpec] = {
+    "dot_general": OpSpec(
+        _Q,
+        "FULLY_CONNECTED, BATCH_MATMUL",
+        fuses=True,
+        note="weights per channel; bias and batch normalization are folded in",
+    ),
+    "einsum": OpSpec(_Q, "FULLY_CONNECTED, BATCH_MATMUL", fuses=True, note="the same"),
+    "conv_general_dilated": OpSpec(
+        _Q,
+        "CONV_2D, DEPTHWISE_CONV_2D",
+        fuses=True,
+        note="the same; 1-D as 2-D, a transposed one as a convolution of its input "
+        "with zeros in between",
+    ),
+    "add": OpSpec(_Q, "ADD", fuses=True),
+    "subtract": OpSpec(_Q, "SUB", fuses=True),
+    "multiply": OpSpec(
+        _Q, "MUL", fuses=True, note="also powers, and division by a constant"
+    ),
+    "truediv": OpSpec(_Q, "DIV", note="the divisor must stay away from zero"),
+    "mean": OpSpec(_Q, "MEAN"),
+    "sum": OpSpec(_Q, "SUM"),
+    "exp": OpSpec(_Q, "EXP"),
+    "log": OpSpec(_Q, "LOG"),
+    "rsqrt": OpSpec(_Q, "RSQRT"),
+    "sqrt": OpSpec(_Q, "SQRT"),
+    "abs": OpSpec(_Q, "ABS"),
+    "gelu": OpSpec(_Q, "GELU", note="approximate=True only"),
+    "hard_swish": OpSpec(_Q, "HARD_SWISH"),
+    "leaky_relu": OpSpec(_Q, "LEAKY_RELU"),
+    "silu": OpSpec(_Q, "LOGISTIC, MUL", note="the sigmoid in it is quantized, too"),
+    "softmax": OpSpec(Kind.FIXED, "SOFTMAX", scale=1 / 256, zero_point=-128),
+    "sigmoid": OpSpec(Kind.FIXED, "LOGISTIC", scale=1 / 256, zero_point=-128),
+    "tanh": OpSpec(Kind.FIXED, "TANH", scale=1 / 128),
+    "relu": OpSpec(Kind.ACTIVATION, "RELU"),
+    "relu6": OpSpec(Kind.ACTIVATION, "RELU6"),
+    "relu_n1_to_1": OpSpec(Kind.ACTIVATION, "RELU_N1_TO_1"),
+    "clip": OpSpec(Kind.CLIP, "MINIMUM, MAXIMUM"),
+    "concatenate": OpSpec(
+        Kind.TIED,
+        "CONCATENATION",
+        note="an input that others read, too, keeps its own range beside",
+    ),
+    "maximum": OpSpec(Kind.TIED, "MAXIMUM"),
+    "minimum": OpSpec(Kind.TIED, "MINIMUM"),
+    "where": OpSpec(
+        Kind.TIED,
+        "SELECT_V2",
+        note="a constant below -1e4, as of attention masks, becomes the low end of "
+        "the range",
+    ),
+    "max": OpSpec(_S, "REDUCE_MAX"),
+    "min": OpSpec(_S, "REDUCE_MIN"),
+    "max_pool": OpSpec(_S, "MAX_POOL_2D"),
+    "avg_pool": OpSpec(Kind.ROUNDED, "AVERAGE_POOL_2D"),
+    "take": OpSpec(Kind.LOOKUP, "GATHER", note="also of embeddings: int8, one scale"),
+    "pad": OpSpec(_S, "PAD", note="zeros, or the low end of the range for -inf"),
+    "reshape": OpSpec(_S, "RESHAPE"),
+    "transpose": OpSpec(_S, "TRANSPOSE"),
+    "squeeze": OpSpec(_S, "RESHAPE"),
+    "expand_dims": OpSpec(_S, "RESHAPE"),
+    "broadcast_in_dim": OpSpec(_S, "RESHAPE, BROADCAST_TO"),
+    "slice": OpSpec(_S, "SLICE, STRIDED_SLICE"),
+    "dynamic_slice": OpSpec(_S, "DYNAMIC_SLICE"),
+    "split": OpSpec(_S, "SLICE"),
+    "rev": OpSpec(_S, "REVERSE_V2"),
+    "copy": OpSpec(_S, "none"),
+    "dropout": OpSpec(_S, "none", note="only in training"),
+    "argmax": OpSpec(Kind.FLOAT_INPUT, "ARG_MAX"),
+    "argmin": OpSpec(Kind.FLOAT_INPUT, "ARG_MIN"),
+}
+
+# The names of primitives, where rules have another for them.
+_NAMES = {
+    "sub": "subtract",
+    "mul": "multiply",
+    "div": "truediv",
+    "max": "maximum",
+    "min": "minimum",
+    "logistic": "sigmoid",
+    "reduce_sum": "sum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_window_max": "max_pool",
+    "select_n": "where",
+    "gather": "take",
+    "tile": "broadcast_in_dim",
+    "stack": "concatenate",
+    "unstack": "split",
+    **dict.fromkeys(
+        """convert_element_type copy_p stop_gradient name optimization_barrier
+        sharding_constraint mesh_cast reshard pvary pcast reduce_precision
+        device_put""".split(),
+        "copy",
+    ),
+}
+
+# Operations that change where elements are, not what they are. No rule selects them.
+LAYOUT = frozenset(
+    """reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice split
+    rev copy dropout pad""".split()
+)
+
+PRODUCTS = frozenset(["dot_general", "einsum", "conv_general_dilated"])
+"""The operations that have weights."""
+
+AFFINE = frozenset(["add", "subtract", "multiply"])
+"""The operations with a constant that a product before them can do, too."""
+
+
+def op_name(primitive: str) -> str:
+    """The name that rules give an operation, from that of its primitive."""
+    return _NAMES.get(primitive, primitive)
+
+
+def table() -> str:
+    """The table of operations, as Markdown.
+
+    >>> print(table().splitlines()[0])
+    | op | in LiteRT | its output has | note |
+    """
+    lines = ["| op | in LiteRT | its output has | note |", "|---|---|---|---|"]
+    for name, spec in OPS.items():
+        lines.append(
+            f"| `{name}` | {spec.litert} | {spec.kind.value} | {spec.note} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,515 @@
+"""What happens to every tensor of a model that is to run in integers on LiteRT.
+
+LiteRT quantizes tensors, not operations: the output of each operation has one scale and
+zero point, whoever reads it. `make_odml_plan` decides which tensors have a range of
+their own, which share one, and which never come to be, because the operations around
+them are fused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.numerics import qtype_name
+from qwix_train.odml import ops
+from qwix_train.odml.fusion import Fusion, find_fusions
+from qwix_train.odml.graph import (
+    Graph,
+    Node,
+    Value,
+    build_graph,
+    ids_of,
+    statistics_nodes,
+)
+from qwix_train.odml.ops import Kind, OpSpec
+from qwix_train.odml.patterns import find_patterns
+from qwix_train.planning import Path
+from qwix_train.rules import QuantizationRule
+from qwix_train.text_table import aligned
+from qwix_train.trace.function import TracedCall
+
+MASKED = -1e4
+"""A constant below this stands for minus infinity, as in attention masks."""
+
+_SIDES = ("lhs", "rhs")
+
+
+@dataclasses.dataclass(eq=False)
+class TensorPlan:
+    """A tensor with a range of its own.
+
+    Attributes:
+      value: the tensor.
+      path: the path of its range, after the first op that reads it.
+      how: how it is quantized.
+      scale: its scale, if LiteRT allows only one.
+      zero_point: its zero point, if LiteRT allows only one.
+      rule_index: the rule that asks for it.
+      masked: the side of the operand that stands for minus infinity, if the tensor is
+        a choice between one and an activation.
+    """
+
+    value: Value
+    path: Path
+    how: HowToQuantize
+    rule_index: int
+    scale: float | None = None
+    zero_point: int | None = None
+    masked: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path)
+
+    @property
+    def measured(self) -> bool:
+        """Whether its range is found by running the model."""
+        return self.scale is None and not self.how.calibration_method.startswith("fixed")
+
+
+@dataclasses.dataclass(eq=False)
+class NodePlan:
+    """What happens to one operation.
+
+    Attributes:
+      node: the operation.
+      name: the name that rules give it.
+      id: the name, and the count within its module.
+      module_path: the path of its module.
+      spec: what LiteRT makes of it; None if it cannot.
+      rule_index: the rule that matched, or None.
+      rule: that rule.
+      quantized: whether it runs in integers.
+      weight: the side of its operand that is a weight, if one is quantized.
+      dynamic: whether its activation is quantized when it runs.
+      fusion: what it is the first operation of, if several run as one.
+      fused_into: the operation that it is a part of.
+      reason: why it stays in float, or what else is worth knowing.
+      unsupported: whether a rule asked for what cannot be done.
+    """
+
+    node: Node
+    name: str
+    id: str
+    module_path: str
+    spec: OpSpec | None
+    rule_index: int | None = None
+    rule: QuantizationRule | None = None
+    quantized: bool = False
+    weight: int | None = None
+    dynamic: bool = False
+    fusion: Fusion | None = None
+    fused_into: NodePlan | None = None
+    reason: str = ""
+    unsupported: bool = False
+
+    @property
+    def where(self) -> str:
+        """The module and the operation."""
+        return f"{self.module_path}/{self.id}" if self.module_path else self.id
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """The operands that are constants, and quantized as a whole."""
+        if not self.quantized or self.name not in (*ops.AFFINE, "truediv"):
+            return ()
+        return tuple(
+            side for side, value in enumerate(self.node.inputs) if value.static
+        )
+
+
+class OdmlPlan:
+    """What happens to every operation and tensor of a traced call.
+
+    Attributes:
+      rules: the rules.
+      graph: the operations.
+      nodes: what happens to each operation, in order.
+      tensors: the tensors with a range of their own, in order.
+    """
+
+    def __init__(self, graph: Graph, rules: Sequence[QuantizationRule]):
+        self.graph = graph
+        self.rules = tuple(rules)
+        self.nodes: tuple[NodePlan, ...] = ()
+        self.tensors: tuple[TensorPlan, ...] = ()
+        self._node: dict[int, NodePlan] = {}
+        self._tensor: dict[int, TensorPlan] = {}
+        self._shared: dict[int, Value] = {}
+
+    def of(self, node: Node) -> NodePlan | None:
+        """What happens to an operation; None if it computes constants, or nothing."""
+        return self._node.get(id(node))
+
+    def tensor(self, value: Value) -> TensorPlan | None:
+        """The range of its own that a value has."""
+        return self._tensor.get(id(value))
+
+    def range_of(self, value: Value) -> TensorPlan | Value | None:
+        """The range of a value, its own or shared.
+
+        Returns:
+          A table of embeddings, if it holds rows of one.
+        """
+        shared = self._shared.get(id(value))
+        if shared is None:
+            return self._tensor.get(id(value))
+        return self.range_of(shared) or (shared if shared.static else None)
+
+    @property
+    def ops(self) -> tuple[NodePlan, ...]:
+        """The operations that a rule may select."""
+        return tuple(n for n in self.nodes if n.name not in ops.LAYOUT)
+
+    @property
+    def quantized_ops(self) -> tuple[NodePlan, ...]:
+        """The operations that read or compute anything quantized."""
+        return tuple(
+            n for n in self.ops if n.quantized or n.dynamic or n.weight is not None
+        )
+
+    @property
+    def unsupported(self) -> tuple[NodePlan, ...]:
+        """The operations that a rule matches, and that cannot run in integers."""
+        return tuple(n for n in self.ops if n.unsupported)
+
+    @property
+    def measured(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose range is found by running the model."""
+        return tuple(tensor for tensor in self.tensors if tensor.measured)
+
+    def no_match_message(self) -> str:
+        """Says that nothing is quantized, and which module paths exist."""
+        paths = dict.fromkeys(n.module_path for n in self.ops)
+        return "\n".join(
+            [
+                f"None of the {len(self.rules)} rules quantizes any op of this model.",
+                "Ops exist at these module paths:",
+                *(f"  {path!r}" for path in paths),
+                "A rule's module_path is a regular expression that must match the "
+                "whole path.",
+            ]
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary for each operation, with the columns of the table as values."""
+        records = []
+        for plan in self.ops:
+            tensor = self.range_of(self.end_of(plan))
+            path = tensor.name if isinstance(tensor, TensorPlan) else ""
+            note = plan.reason
+            if plan.fused_into is not None:
+                note = f"part of {plan.fused_into.where}"
+            records.append(
+                {
+                    "module_path": plan.module_path,
+                    "op": plan.id,
+                    "rule": plan.rule_index,
+                    "weight": _weight_text(plan),
+                    "activations": _activations_text(plan),
+                    "range": "" if plan.fused_into is not None else path,
+                    "note": note,
+                }
+            )
+        return records
+
+    def end_of(self, plan: NodePlan) -> Value:
+        """The output of an operation, with all that is fused into it."""
+        return plan.node.out if plan.fusion is None else plan.fusion.end.out
+
+    def __str__(self) -> str:
+        records = self.records()
+        if not records:
+            return "no ops"
+        header = list(records[0])
+        rows = [["" if r[k] is None else str(r[k]) for k in header] for r in records]
+        return aligned([header, *rows])
+
+
+def _weight_text(plan: NodePlan) -> str:
+    if plan.weight is None or plan.rule is None:
+        return ""
+    return qtype_name(plan.rule.weight_qtype)
+
+
+def _activations_text(plan: NodePlan) -> str:
+    if plan.rule is None or not (plan.quantized or plan.dynamic):
+        return ""
+    return qtype_name(plan.rule.act_qtype) + (" dynamic" if plan.dynamic else "")
+
+
+def make_odml_plan(
+    traced: TracedCall,
+    rules: Sequence[QuantizationRule],
+    *,
+    fixed_range_for_inputs: tuple[float, float] | None = None,
+    fixed_range_for_outputs: tuple[float, float] | None = None,
+) -> OdmlPlan:
+    """Decides what happens to every tensor of a traced call.
+
+    Args:
+      traced: the call.
+      rules: the rules, in order of precedence.
+      fixed_range_for_inputs: the range of the inputs of the model.
+      fixed_range_for_outputs: the range of its outputs.
+    """
+    graph = build_graph(traced)
+    find_patterns(graph)
+    planner = _Planner(OdmlPlan(graph, rules), traced)
+    planner.inputs, planner.outputs = fixed_range_for_inputs, fixed_range_for_outputs
+    planner.plan_nodes()
+    planner.plan_tensors()
+    return planner.plan
+
+
+class _Planner:
+    inputs: tuple[float, float] | None
+    outputs: tuple[float, float] | None
+
+    def __init__(self, plan: OdmlPlan, traced: TracedCall):
+        self.plan = plan
+        self.traced = traced
+        self.ignored = statistics_nodes(plan.graph)
+
+    def plan_nodes(self) -> None:
+        graph = self.plan.graph
+        counted = [
+            (node, ops.op_name(node.name))
+            for node in graph.nodes
+            if node.is_activation
+            and id(node) not in self.ignored
+            and any(value.is_float for value in (*node.inputs, *node.outputs))
+        ]
+        fusions = find_fusions([n for n, _ in counted], self.ignored)
+        for (node, name), op_id in zip(counted, ids_of(counted), strict=True):
+            self.plan._node[id(node)] = self.plan_node(node, name, op_id)
+        self.plan.nodes = tuple(self.plan._node.values())
+        for fusion in fusions:
+            first = self.plan._node[id(fusion.anchor)]
+            if not first.quantized:
+                continue
+            first.fusion = fusion
+            for node in fusion.rest:
+                part = self.plan._node[id(node)]
+                part.fused_into, part.quantized = first, True
+                part.unsupported, part.reason = False, ""
+
+    def plan_node(self, node: Node, name: str, op_id: str) -> NodePlan:
+        path = node.module_path.removeprefix(self.traced.module_path)
+        spec = ops.OPS.get(name)
+        plan = NodePlan(node, name, op_id, path.removeprefix("/"), spec)
+        if spec is None and not any(v.is_float and v.is_activation for v in node.inputs):
+            plan.spec = OpSpec(Kind.INTEGER, "")
+            return plan
+        if name in ops.LAYOUT:
+            return plan
+        for index, rule in enumerate(self.plan.rules):
+            if rule.matches(node.module_path, name, op_id):
+                plan.rule_index, plan.rule = index, rule
+                break
+        else:
+            plan.reason = "no rule matches"
+            return plan
+        rule = plan.rule
+        if rule.weight_qtype is None:
+            plan.reason = "the rule sets no weight_qtype"
+            return plan
+        if name in ops.PRODUCTS:
+            plan.weight = _weight_side(node)
+        elif name == "take" and node.inputs[0].static:
+            plan.weight = 0
+        if rule.act_qtype is None:
+            return plan
+        if rule.act_static_scale is False:
+            plan.dynamic = plan.weight is not None and name in ops.PRODUCTS
+            return plan
+        if spec is None:
+            plan.unsupported = True
+            plan.reason = _unsupported_reason(name)
+            return plan
+        if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
+            return plan
+        plan.quantized = name != "take" or plan.weight is not None
+        return plan
+
+    def plan_tensors(self) -> None:
+        graph = self.plan.graph
+        self.order = {id(node): i for i, node in enumerate(graph.nodes)}
+        inputs = [v for v in graph.inputs if v.is_activation]
+        values = [*inputs, *(v for node in graph.nodes for v in node.outputs)]
+        for value in values:
+            if value.is_activation and value.is_float:
+                self.plan_tensor(value)
+        self.plan.tensors = tuple(self.plan._tensor.values())
+
+    def plan_tensor(self, value: Value) -> None:
+        node = value.producer
+        plan = None if node is None else self.plan.of(node)
+        if node is not None and plan is None:
+            return  # only statistics are made from it
+        if plan is not None and self.is_within(plan, value):
+            return
+        if plan is not None and plan.fused_into is not None:
+            plan = plan.fused_into
+        kind = None if plan is None or plan.spec is None else plan.spec.kind
+        if plan is not None and kind in (Kind.SAME, Kind.ROUNDED, Kind.CLIP):
+            if plan.quantized or plan.name in ops.LAYOUT:
+                source = next((x for x in plan.node.inputs if x.is_activation), None)
+                if source is not None and self.plan.range_of(source) is not None:
+                    self.plan._shared[id(value)] = source
+                return
+        if plan is not None and kind is Kind.LOOKUP and plan.quantized:
+            self.plan._shared[id(value)] = plan.node.inputs[0]
+            return
+        readers = list(self.readers(value))
+        asking = [r for r in readers if r[0] is not None and r[0].quantized]
+        produced = plan is not None and plan.quantized
+        if not produced and not asking:
+            return
+        if self.adopts(value, plan, readers):
+            return
+        owner = plan if produced else asking[0][0]
+        assert owner is not None and owner.rule is not None
+        assert owner.rule_index is not None
+        path = self.path_of(value, plan, readers)
+        self.plan._tensor[id(value)] = self.make_tensor(value, plan, owner, path)
+
+    def is_within(self, plan: NodePlan, value: Value) -> bool:
+        """Whether a value is computed, and read, within one fused operation."""
+        if plan.fusion is not None:
+            return True
+        first = plan.fused_into
+        return first is not None and first.fusion.end.out is not value
+
+    def readers(self, value: Value) -> Iterator[tuple[NodePlan | None, int]]:
+        """What reads a value, in order, through what only moves it, and at which side.
+
+        None for a result of the model, and its index.
+        """
+        found = []
+        stack = [value]
+        while stack:
+            current = stack.pop()
+            if current.is_output:
+                index = next(
+                    i for i, v in enumerate(self.plan.graph.outputs) if v is current
+                )
+                found.append((len(self.order) + index, None, index))
+            for node in dict.fromkeys(current.consumers):
+                plan = self.plan.of(node)
+                if plan is None:
+                    continue
+                if plan.name in ops.LAYOUT:
+                    stack += node.outputs
+                    continue
+                side = next(i for i, v in enumerate(node.inputs) if v is current)
+                found.append((self.order[id(node)], plan, side))
+        found.sort(key=lambda entry: entry[0])
+        return ((plan, side) for _, plan, side in found)
+
+    def adopts(self, value, plan, readers) -> bool:
+        """Whether a tensor takes over the range of the one operation that reads it."""
+        if len(readers) != 1 or value.is_output or len(value.consumers) != 1:
+            return False
+        reader, _ = readers[0]
+        if reader is None or not reader.quantized or reader.spec is None:
+            return False
+        if reader.spec.kind is not Kind.TIED or value.consumers[0] is not reader.node:
+            return False
+        if plan is None or not plan.quantized:
+            return False
+        return plan.spec is not None and plan.spec.kind is not Kind.FIXED
+
+    def path_of(self, value, plan, readers) -> Path:
+        """The path of a range: after the first quantized op that reads the tensor."""
+        for reader, side in readers:
+            if reader is None:
+                method = self.traced.method
+                name = "final" if method == "__call__" else method
+                return (f"{name}_output{self.output_number(side)}",)
+            if reader.quantized:
+                names = reader.module_path.split("/") if reader.module_path else []
+                return (*names, reader.id + _suffix(reader, side))
+        assert plan is not None
+        names = plan.module_path.split("/") if plan.module_path else []
+        return (*names, f"{plan.id}_output")
+
+    def output_number(self, index: int) -> int:
+        """The number of a result among those that are activations."""
+        outputs = self.plan.graph.outputs
+        return sum(v.is_activation and v.is_float for v in outputs[:index])
+
+    def make_tensor(self, value, plan, owner, path) -> TensorPlan:
+        rule = owner.rule
+        method = rule.act_calibration_method or "minmax"
+        make = functools.partial(HowToQuantize, qtype=rule.act_qtype)
+        tensor = TensorPlan(
+            value, path, make(calibration_method=method), owner.rule_index
+        )
+        produced = plan is not None and plan.quantized
+        spec = plan.spec if produced else None
+        if spec is not None and spec.scale is not None:
+            # The scale that LiteRT asks for; of 16 bits, half of the codes.
+            tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
+        fixed = None
+        if value.producer is None:
+            fixed = self.inputs
+        elif value.is_output and (spec is None or spec.scale is None):
+            fixed = self.outputs
+        if fixed is not None:
+            low, high = fixed
+            tensor.how = make(calibration_method=f"fixed,{low},{high}")
+        if produced and plan.name == "where":
+            tensor.masked = _masked_side(plan.node)
+        return tensor
+
+
+def _weight_side(node: Node) -> int | None:
+    static = [value.static for value in node.inputs[:2]]
+    return static.index(True) if sum(static) == 1 else None
+
+
+def _masked_side(node: Node) -> int | None:
+    for side, value in enumerate(node.inputs[1:], start=1):
+        number = value.number
+        if number is not None and number < MASKED:
+            return side
+    return None
+
+
+def _suffix(plan: NodePlan, side: int) -> str:
+    if plan.name in ("concatenate", "where"):
+        return f"_input{side}"
+    operands = [v for v in plan.node.inputs if v.is_float]
+    two = plan.name in (*ops.PRODUCTS, *ops.AFFINE, "truediv", "maximum", "minimum")
+    return f"_{_SIDES[side]}" if two and len(operands) > 1 else ""
+
+
+def _unsupported_reason(name: str) -> str:
+    hints = {
+        "erf": "use gelu(x, approximate=True)",
+        "while": "LiteRT has no quantized loops: use scan, which is unrolled",
+        "cond": "LiteRT has no quantized branches: use jnp.where",
+        "sort": "it reads floats",
+        "cumsum": "it reads floats",
+    }
+    hint = hints.get(name)
+    return "LiteRT has no integer form of it" + (f" ({hint})" if hint else "")
+
+
+def unsupported_message(plan: NodePlan) -> str:
+    """Says which operation cannot run in integers, and what to do."""
+    shapes = ", ".join(str(tuple(v.shape)) for v in plan.node.inputs)
+    where = f"in module {plan.module_path!r}" if plan.module_path else "in the model"
+    return (
+        f"{plan.where} ({plan.name} of {shapes}, {where}) matches rule "
+        f"{plan.rule_index} and cannot be quantized: {plan.reason}. "
+        "Leave it in float with a rule before that one which matches it and sets no "
+        "weight_qtype, or pass strict=False: it then runs in float, between a "
+        "DEQUANTIZE and a QUANTIZE."
+    )

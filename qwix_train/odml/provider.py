@@ -1,0 +1,431 @@
+"""Training for LiteRT: every tensor of a model fake-quantized."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train import static_range
+from qwix_train.calib.observe import Tagging
+from qwix_train.calib.observers import Statistics, make_statistics
+from qwix_train.calib.ranges import states_in
+from qwix_train.core.calibration import calibrate
+from qwix_train.core.fake_quant import fake_quant
+from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.odml import integer_grid
+from qwix_train.odml.evaluate import dynamic_axes, run_plan
+from qwix_train.odml.integer_grid import Grid
+from qwix_train.odml.plan import (
+    NodePlan,
+    OdmlPlan,
+    TensorPlan,
+    make_odml_plan,
+    unsupported_message,
+)
+from qwix_train.planning import Path
+from qwix_train.provider import QuantizationProvider
+from qwix_train.qat.running_ranges import (
+    RangeUpdates,
+    RunningRanges,
+    harvest_call,
+    nested,
+)
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace.function import TracedCall
+
+_WEIGHT_TYPES = ("int8", "int4")
+_ACTIVATION_TYPES = ("int8",)
+
+
+class OdmlQatProvider(QuantizationProvider):
+    """Fake-quantizes every tensor of a model, as LiteRT will quantize it.
+
+    The forward computes what the `.tflite` file of `odml.convert` will, in integers
+    throughout: activations are asymmetric int8 with one scale each, and quantized at
+    the output of the operation that computes them; weights are symmetric int8 or int4
+    with a scale for each output channel. Operations that LiteRT runs as one, such as a
+    convolution with its bias, batch normalization and ReLU, have no quantization in
+    between; those that only move elements share the range of their input
+    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec).
+    `odml.table()` says what becomes of every operation.
+
+    A rule's `act_qtype` is the type of what the operations that it matches compute; with
+    `act_static_scale=False` only products are quantized, and their activations when the
+    model runs; without `act_qtype` only weights are. Ranges are `minmax`, unless a rule
+    says otherwise, and static, unless it sets `act_static_scale=False`.
+
+    `quantize_model` and `quantize_fn` take it; in the place of rules, so do
+    `wrap_train_step`, `wrap_eval_step`, `with_quant_stats`, `calib.Calibrator` and
+    `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint` are
+    kept, not computed again. Batch normalization in training uses the statistics of the
+    batch, and with `disable_per_channel_weights` quantizes the weights with these
+    folded in (arXiv 1806.08342, section 3.2.2; with a scale for each channel the two
+    are the same).
+
+    Example:
+      >>> from qwix_train import QuantizationRule
+      >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
+      >>> provider = OdmlQatProvider(rules, fixed_range_for_inputs=(0, 1))
+    """
+
+    takes_static_ranges = True
+
+    def __init__(
+        self,
+        rules: Sequence[QuantizationRule],
+        *,
+        disable_per_channel_weights: bool = False,
+        fixed_range_for_inputs: tuple[float, float] | None = None,
+        fixed_range_for_outputs: tuple[float, float] | None = None,
+        strict: bool = True,
+        quant_stats: Mapping[str, Any] | None = None,
+        allow_unmatched: bool = False,
+    ):
+        """Checks the rules.
+
+        Args:
+          rules: the rules, in order of precedence.
+          disable_per_channel_weights: whether a weight has one scale.
+          fixed_range_for_inputs: the range of the inputs of the model, such as
+            `(0, 1)`; measured if None.
+          fixed_range_for_outputs: the range of its outputs; measured if None.
+          strict: whether an operation that a rule matches, and that LiteRT has no
+            integer form of, is an error. It stays in float otherwise, with a warning.
+          quant_stats: the ranges of activations, such as those of a
+            `calib.Calibrator`; they stay as they are while training. If None, they are
+            kept where `QtProvider` keeps them.
+          allow_unmatched: see `QuantizationProvider`.
+
+        Raises:
+          ValueError: if LiteRT has no such type or range.
+        """
+        super().__init__(rules, allow_unmatched=allow_unmatched)
+        for index, rule in enumerate(self.rules):
+            _check_rule(index, rule)
+        for name, fixed in (
+            ("fixed_range_for_inputs", fixed_range_for_inputs),
+            ("fixed_range_for_outputs", fixed_range_for_outputs),
+        ):
+            if fixed is not None and not fixed[0] <= 0 <= fixed[1]:
+                raise ValueError(f"{name}={fixed} must hold 0.")
+        self.disable_per_channel_weights = disable_per_channel_weights
+        self.fixed_range_for_inputs = fixed_range_for_inputs
+        self.fixed_range_for_outputs = fixed_range_for_outputs
+        self.strict = strict
+        self.quant_stats = quant_stats
+        self.keeps_quant_stats = quant_stats is None and any(map(_static, self.rules))
+
+    def plan(self, traced: TracedCall) -> OdmlPlan:  # type: ignore[override]
+        """What happens to every operation and tensor of a traced call."""
+        return make_odml_plan(
+            traced,
+            self.rules,
+            fixed_range_for_inputs=self.fixed_range_for_inputs,
+            fixed_range_for_outputs=self.fixed_range_for_outputs,
+        )
+
+    def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
+        """Complains of what a rule matches and LiteRT cannot run in integers.
+
+        Raises:
+          ValueError: if the provider is strict.
+        """
+        for node in plan.unsupported:
+            message = unsupported_message(node)
+            if self.strict:
+                raise ValueError(message)
+            if node.where not in self._warned:
+                self._warned.add(node.where)
+                warnings.warn(message, stacklevel=2)
+
+    def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
+        """The result of a traced call, with fake quantization as planned."""
+        _check_derivatives(plan)
+        return traced.rebuild(self.outputs(plan, traced.inputs))
+
+    def outputs(self, plan: OdmlPlan, values: Sequence[Any]) -> list[Any]:
+        """The results of a planned graph, with fake quantization.
+
+        Args:
+          plan: the plan.
+          values: an array for each input of the traced call.
+        """
+        calibrations = calibrations_in(plan, self.quant_stats or {})
+        return self.run(plan, values, lambda tensor, _: calibrations[tensor.name])
+
+    def run(
+        self, plan: OdmlPlan, values: Sequence[Any], calibration_of: Any
+    ) -> list[Any]:
+        """The results of a planned graph, with ranges that are given.
+
+        Args:
+          plan: the plan.
+          values: an array for each input of the traced call.
+          calibration_of: gives the range of a tensor that has to be measured, from its
+            plan, and what its range is to be measured of.
+        """
+        quantizer = _FakeQuantizer(self.disable_per_channel_weights, calibration_of)
+        return run_plan(plan, values, quantizer)
+
+    def initial_quant_stats(self, plan: OdmlPlan) -> dict[str, Any]:  # type: ignore[override]
+        """The statistics that a Linen model holds at first."""
+        states = {}
+        for tensor in plan.measured:
+            statistics = statistics_of(tensor, self.rules)
+            state = statistics.init(tensor.value.shape, tensor.value.dtype)
+            states[tensor.path] = _without_skipped(state)
+        return nested(states)
+
+    def run_with_quant_stats(
+        self,
+        traced: TracedCall,
+        plan: OdmlPlan,  # type: ignore[override]
+        quant_stats: Any,
+        update: bool,
+    ) -> tuple[Any, Any]:
+        """The result of a traced call, and the statistics after it."""
+        states = {
+            path: {"skipped": jnp.zeros_like(state["count"]), **state}
+            for path, state in states_in(quant_stats).items()
+        }
+        ranges = RunningRanges(states, RangeUpdates(update))
+        provider = self.running(ranges)
+        if not update:
+            return provider.transform(traced, plan), quant_stats  # type: ignore[arg-type]
+        out, states = harvest_call(provider, ranges, traced, plan)  # type: ignore[arg-type]
+        states = {path: _without_skipped(state) for path, state in states.items()}
+        return out, nested(states)
+
+    def tagging(self) -> Tagging:
+        """See `QuantizationProvider.tagging`."""
+        if not any(map(_static, self.rules)):
+            raise ValueError(
+                "No rule quantizes activations with static ranges, so there is none to "
+                "collect."
+            )
+        return _Tagging(self)
+
+    def with_ranges(self, quant_stats: Mapping[str, Any]) -> OdmlQatProvider:
+        """See `QuantizationProvider.with_ranges`."""
+        fixed = copy.copy(self)
+        fixed.quant_stats, fixed.keeps_quant_stats = quant_stats, False
+        return fixed
+
+    def running(self, ranges: RunningRanges) -> OdmlQatProvider:
+        """See `QuantizationProvider.running`."""
+        running = _Running.__new__(_Running)
+        running.__dict__.update(vars(self))
+        running.ranges = ranges
+        running.keeps_quant_stats = False
+        return running
+
+
+class _Running(OdmlQatProvider):
+    """The mode for one call, with ranges that it may update."""
+
+    ranges: RunningRanges
+
+    def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
+        _check_derivatives(plan)
+        states = {t.name: self.ranges.state(t.path) for t in plan.measured}
+
+        def calibration_of(tensor, observed):
+            return self.ranges.calibration(
+                tensor.path,
+                statistics_of(tensor, self.rules),
+                observed,
+                states[tensor.name],
+            )
+
+        return traced.rebuild(self.run(plan, traced.inputs, calibration_of))
+
+
+class _Tagging(Tagging):
+    """Tags the tensors of a model that stays in float."""
+
+    def __init__(self, provider: OdmlQatProvider):
+        super().__init__(provider.rules)
+        self.provider = provider
+
+    def plan(self, traced: TracedCall) -> OdmlPlan:  # type: ignore[override]
+        return self.provider.plan(traced)
+
+    def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
+        self.provider.check(plan)
+
+    def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
+        return traced.rebuild(run_plan(plan, traced.inputs, _Tagger(self)))
+
+
+class _Tagger:
+    """Tags what has a range that is to be measured, and leaves all as it is."""
+
+    per_tensor_weights = False
+
+    def __init__(self, tagging: _Tagging):
+        self.tagging = tagging
+
+    def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
+        if not plan.measured:
+            return x
+        statistics = statistics_of(plan, self.tagging.rules)
+        tagged = self.tagging.tag(plan.path, statistics, observed, ())
+        if observed is x:
+            return tagged
+        return lax.optimization_barrier((x, tagged))[0]
+
+    def rounded(self, plan, x):
+        return x
+
+    def weight(self, plan, w, channels):
+        return w
+
+    def constant(self, plan, x):
+        return x
+
+    def dynamic(self, plan, x):
+        return x
+
+
+class _FakeQuantizer:
+    """Fake-quantizes what it is given."""
+
+    def __init__(self, per_tensor_weights: bool, calibration_of: Any):
+        self.per_tensor_weights = per_tensor_weights
+        self.calibration_of = calibration_of
+        self.grids: dict[int, Grid] = {}
+
+    def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
+        grid = known_grid(plan)
+        if grid is None:
+            calibration = self.calibration_of(plan, observed)
+            grid = integer_grid.of_calibration(calibration, plan.how.qtype)
+        grid = Grid(
+            *(lax.stop_gradient(jnp.reshape(a, ())) for a in (grid.scale, grid.zero_point)),
+            qtype=grid.qtype,
+        )
+        self.grids[id(plan)] = grid
+        return integer_grid.on_grid(x, grid)
+
+    def rounded(self, plan: TensorPlan, x: Any) -> Any:
+        return integer_grid.on_grid(x, self.grids[id(plan)], half_away=True)
+
+    def weight(self, plan: NodePlan, w: Any, channels: Sequence[int]) -> Any:
+        return integer_grid.on_grid(w, weight_grid(plan, w, channels))
+
+    def constant(self, plan: NodePlan, x: Any) -> Any:
+        return integer_grid.on_grid(jnp.asarray(x), constant_grid(plan, x))
+
+    def dynamic(self, plan: NodePlan, x: Any) -> Any:
+        how = HowToQuantize(
+            qtype=plan.rule.act_qtype,  # type: ignore[union-attr]
+            channelwise_axes=dynamic_axes(plan),
+            calibration_method=plan.rule.act_calibration_method or "minmax",  # type: ignore[union-attr]
+        )
+        return fake_quant(x, how)
+
+
+def weight_grid(plan: NodePlan, w: Any, channels: Sequence[int]) -> Grid:
+    """The grid of a weight, as the rule of its operation says."""
+    assert plan.rule is not None
+    method = plan.rule.weight_calibration_method
+    return integer_grid.of_weight(jnp.asarray(w), plan.rule.weight_qtype, method, channels)
+
+
+def constant_grid(plan: NodePlan, x: Any) -> Grid:
+    """The grid of a constant that is no weight of a product."""
+    assert plan.rule is not None
+    return integer_grid.of_constant(jnp.asarray(x), plan.rule.act_qtype)
+
+
+def known_grid(plan: TensorPlan) -> Grid | None:
+    """The grid of a tensor whose range is not measured; None for any other."""
+    if plan.scale is not None:
+        scale = np.float32(plan.scale)
+        return Grid(scale, np.int32(plan.zero_point or 0))
+    if plan.measured:
+        return None
+    calibration = calibrate(jnp.zeros(1), plan.how)
+    return integer_grid.of_calibration(calibration, plan.how.qtype)
+
+
+def calibrations_in(
+    plan: OdmlPlan, quant_stats: Mapping[str, Any]
+) -> dict[str, dict[str, jax.Array]]:
+    """The ranges that a plan asks for, of those that were collected, by name.
+
+    Args:
+      plan: the plan.
+      quant_stats: the statistics.
+
+    Raises:
+      ValueError: if one is missing, or empty.
+    """
+    return {
+        tensor.name: static_range.calibration_of(tensor.path, quant_stats)
+        for tensor in plan.measured
+    }
+
+
+def statistics_of(
+    tensor: TensorPlan, rules: Sequence[QuantizationRule]
+) -> Statistics:
+    """What is collected of a tensor, as the rule that asks for it says."""
+    rule = rules[tensor.rule_index]
+    try:
+        return make_statistics(
+            rule.act_observer or tensor.how.calibration_method,
+            rule.act_averaging,
+            how=tensor.how,
+            batch_axes=rule.act_batch_axes,
+        )
+    except ValueError as error:
+        raise ValueError(f"{tensor.name}: {error}") from None
+
+
+def _static(rule: QuantizationRule) -> bool:
+    return rule.act_qtype is not None and rule.act_static_scale is not False
+
+
+def _without_skipped(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "skipped"}
+
+
+def _check_derivatives(plan: OdmlPlan) -> None:
+    for node in plan.nodes:
+        source = node.node.derivative
+        if source is not None and (node.quantized or node.weight is not None):
+            raise ValueError(
+                f"{node.where} is part of {source}, a function with a derivative rule "
+                "of its own (custom_jvp or custom_vjp), which would be lost: its "
+                "operations are quantized one by one. Leave it in float with a rule "
+                "that sets no weight_qtype, or write it without the rule."
+            )
+
+
+def _check_rule(index: int, rule: QuantizationRule) -> None:
+    def error(field: str, reason: str) -> ValueError:
+        return ValueError(
+            f"Rule {index} ({field}={getattr(rule, field)!r}): {reason}."
+        )
+
+    if rule.weight_qtype is None:
+        return
+    if rule.weight_qtype not in _WEIGHT_TYPES:
+        raise error("weight_qtype", f"LiteRT has {' and '.join(_WEIGHT_TYPES)} weights")
+    if rule.act_qtype is not None and rule.act_qtype not in _ACTIVATION_TYPES:
+        types = " and ".join(_ACTIVATION_TYPES)
+        raise error("act_qtype", f"LiteRT has {types} activations")
+    if rule.tile_size is not None:
+        raise error("tile_size", "LiteRT has no sub-channel quantization")
+    if needs_zero_point(rule.weight_calibration_method):
+        raise error("weight_calibration_method", "weights of LiteRT are symmetric")
+    if rule.act_channelwise_axes:
+        raise error("act_channelwise_axes", "a tensor of LiteRT has one scale")

@@ -1,0 +1,89 @@
+"""Every kind of operation, converted and run by LiteRT."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import numpy as jnp
+
+from qwix_train import QuantizationRule, calib, odml, quantize_fn
+from tests.odml.cases import CASES
+
+RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
+
+
+def inputs_of(case, seed):
+    rng = np.random.default_rng(seed)
+    shapes = case.shape if isinstance(case.shape[0], tuple) else (case.shape,)
+    if case.integers is not None:
+        return [jnp.asarray(rng.integers(case.integers, size=s)) for s in shapes]
+    arrays = [rng.normal(size=s).astype(np.float32) for s in shapes]
+    return [jnp.asarray(np.abs(x) + 0.3 if case.positive else x) for x in arrays]
+
+
+def made(case, inputs):
+    """The model, its variables, and a function that runs it."""
+    rng = np.random.default_rng(0)
+    if isinstance(case.model, nn.Module):
+        variables = case.model.init(jax.random.key(0), *inputs)
+
+        def vary(path, x):
+            # Statistics and scales that are not 0 and 1.
+            noise = rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
+            name = str(path[-1].key)
+            return x * noise if name in ("var", "scale") else x + 0.1 * (noise - 1)
+
+        variables = jax.tree_util.tree_map_with_path(vary, variables)
+        return case.model, variables, lambda *xs: case.model.apply(variables, *xs)
+    if isinstance(case.model, type):
+        model = case.model()
+        model.eval()
+        for _, variable in nnx.iter_graph(model):
+            if isinstance(variable, nnx.BatchStat):
+                noise = rng.uniform(0.5, 1.5, variable.get_value().shape)
+                variable.set_value(variable.get_value() + noise.astype(np.float32))
+        return model, None, lambda *xs: model(*xs)
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in case.params.items()
+    }
+    return case.model, params, lambda *xs: case.model(params, *xs)
+
+
+def calibrated(case, inputs):
+    provider = odml.OdmlQatProvider(RULES, strict=not case.exceptions)
+    model, variables, run = made(case, inputs)
+    if callable(model) and not isinstance(model, nn.Module | nnx.Module):
+        from qwix_train import as_model
+
+        forward = as_model(model)
+        step, args = (lambda params, *xs: forward(params, *xs)), [variables]
+    elif isinstance(model, nnx.Module):
+        step, args = (lambda model, *xs: model(*xs)), [model]
+    else:
+        step, args = (lambda variables, *xs: model.apply(variables, *xs)), [variables]
+    calibrator = calib.Calibrator(provider)
+    wrapped = calibrator.wrap(step)
+    for seed in (1, 2):
+        wrapped(*args, *inputs_of(case, seed))
+    return provider, model, variables, run, calibrator.quant_stats
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_integer_and_equal(name):
+    case = CASES[name]
+    inputs = inputs_of(case, 3)
+    provider, model, variables, run, stats = calibrated(case, inputs)
+    litert = odml.convert(model, variables, provider, *inputs, quant_stats=stats)
+    assert tuple(op.name for op in litert.float_ops) == case.exceptions, litert.ops()
+    report = litert.report(*inputs)
+    print(name, report, litert.ops(), sep="\n")
+    for out in report:
+        assert out.max_steps <= 2, (report, litert.ops())
+        assert out.equal >= (0.9 if case.single else 0.5), (report, litert.ops())
+    # The float model is near.
+    for a, b in zip(
+        jax.tree.leaves(litert(*inputs)), jax.tree.leaves(run(*inputs)), strict=True
+    ):
+        if np.issubdtype(a.dtype, np.floating):
+            assert np.abs(a - b).mean() < 0.1 * np.abs(b).mean() + 0.03
