@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.core.numerics import qtype_name
 from qwix_train.odml import integer_grid, lowering, ops
 from qwix_train.odml.converter import annotate
 from qwix_train.odml.evaluate import fold, scaled_weight, weight_axes
@@ -24,7 +25,6 @@ from qwix_train.odml.provider import (
     known_grid,
     weight_grid,
 )
-from qwix_train.core.numerics import qtype_name
 
 
 def run_annotated(
@@ -65,10 +65,7 @@ def constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
             if any(not v.static for v in (*node.inputs, *node.outputs)):
                 continue
             results = node.run(
-                *(
-                    found[id(v)] if id(v) in found else v.constant
-                    for v in node.inputs
-                )
+                *(found[id(v)] if id(v) in found else v.constant for v in node.inputs)
             )
             found.update(zip(map(id, node.outputs), results, strict=True))
     return found
@@ -222,7 +219,8 @@ class _Annotated:
             return [self.lookup(plan, operands)]
         if plan.name == "avg_pool":
             mark = functools.partial(self.marked, node.inputs[0])
-            return [lowering.lowered_avg_pool(node, *operands[:2], mark)]
+            x, divisor = operands[:2]
+            return [lowering.lowered_avg_pool(node, x, divisor, mark)]
         if plan.name == "silu":
             spec = ops.OPS["sigmoid"]
             gate = Grid(np.float32(spec.scale), np.int64(spec.zero_point))
@@ -230,6 +228,8 @@ class _Annotated:
             return [x * annotate(jax.nn.sigmoid(x), gate)]
         if kind is Kind.ACTIVATION:
             return [_activation(node, operands[0])]
+        if plan.name in ("softmax", "log_softmax"):
+            return [lowering.lowered_softmax(node, operands[0])]
         if kind is Kind.CLIP:
             return [self.clipped(node, operands[0])]
         if kind is Kind.TIED:
@@ -277,8 +277,23 @@ class _Annotated:
             if node.inputs[side].static:
                 operands[side] = self.constant(x, grid)
             else:
-                operands[side] = annotate(x, grid)
+                operands[side] = self.requantized(node.inputs[side], x, grid)
         return node.run(*operands)[0]
+
+    def requantized(self, value: Value, x, grid: Grid) -> Any:
+        """A tensor on the grid of another one."""
+        own = self.grid(value)
+        moved = any(
+            plan.spec is not None and plan.spec.kind in (Kind.SAME, Kind.ROUNDED)
+            for node in value.consumers
+            if (plan := self.plan.of(node)) is not None
+        )
+        if own is not None and moved and not _equal(own, grid):
+            # Where what else reads it shares its grid, the converter gives up at the
+            # sight of two grids in a row.
+            one = Grid(np.float32(1 / 255), np.int64(-128))
+            x = x * annotate(jnp.ones((), x.dtype), one)
+        return annotate(x, grid)
 
     def padded(self, node: Node, operands) -> Any:
         x, padding = operands
@@ -287,6 +302,10 @@ class _Annotated:
             return node.run(x, padding)[0]
         padding = _saturated(padding, grid)
         return lax.pad(x, jnp.asarray(padding, x.dtype), node.params["padding_config"])
+
+
+def _equal(a: Grid, b: Grid) -> bool:
+    return bool(np.all(a.scale == b.scale) and np.all(a.zero_point == b.zero_point))
 
 
 def _saturated(x: Any, grid: Grid) -> np.ndarray:

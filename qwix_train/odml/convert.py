@@ -31,10 +31,10 @@ from qwix_train.trace import nnx as nnx_calls
 class OdmlConversionProvider(OdmlQatProvider):
     """Annotates a model for the LiteRT converter.
 
-    `odml.convert` does this, and all that comes after it. The provider is for tools that
-    convert a function themselves: `quantize_model(model, provider)` gives a model whose
-    `apply`, exported by `jax.export` with its params closed over, holds the composites
-    `quant.fake_quant` that the converter reads.
+    `odml.convert` does this, and all that comes after it. The provider is for tools
+    that convert a function themselves: `quantize_model(model, provider)` gives a model
+    whose `apply`, exported by `jax.export` with its params closed over, holds the
+    composites `quant.fake_quant` that the converter reads.
 
     Example:
       >>> from jax import numpy as jnp
@@ -60,8 +60,8 @@ class OdmlConversionProvider(OdmlQatProvider):
 
         Args:
           rules: the rules that the model was trained with.
-          params: the params: nested dictionaries, or an `nnx.State`. They are used where
-            the model is called with traced ones.
+          params: the params: nested dictionaries, or an `nnx.State`. They are used
+            where the model is called with traced ones.
           quant_stats: the ranges of activations.
           **kwargs: see `OdmlQatProvider`.
         """
@@ -126,17 +126,17 @@ def convert(
     Args:
       model: a Linen module, an NNX module, or a function whose first argument is a tree
         of params. An NNX model is converted as it is: call `model.eval()` before.
-      variables: the variables of a Linen model, or the params of a function. None for an
-        NNX model. Models from quantization-aware training, and float ones.
+      variables: the variables of a Linen model, or the params of a function. None for
+        an NNX model. Of quantization-aware training, or of training in float.
       rules: the rules that the model was trained with, or the provider.
       *inputs: inputs of the model, or their shapes.
       quant_stats: the ranges of activations, as `with_quant_stats` or a
         `calib.Calibrator` keeps them. If None, those among the variables, or in the NNX
         model.
       method: the method to convert.
-      signatures: for a file with several functions, for each its name, and a method with
-        its inputs: `{"encode": ("encode", (image,))}`. In the place of `inputs` and
-        `method`.
+      signatures: for a file with several functions, for each its name, and a method
+        with its inputs: `{"encode": ("encode", (image,))}`. In the place of `inputs`
+        and `method`.
       integer_inputs: whether the file takes int8 codes, not floats, as its inputs.
       integer_outputs: whether it gives int8 codes, not floats.
       dynamic_batch: whether the length of the first axis of the inputs, 1 there, may be
@@ -149,8 +149,8 @@ def convert(
 
     Raises:
       ImportError: if the packages of the extra `odml` are not installed.
-      ValueError: if LiteRT has no integer form of an operation (with a strict provider),
-        a range is missing, or the options do not go together.
+      ValueError: if LiteRT has no integer form of an operation (with a strict
+        provider), a range is missing, or the options do not go together.
 
     Example:
       >>> from qwix_train import QuantizationRule
@@ -246,8 +246,10 @@ def _signature(model, variables, call, converting, fixed):
     def tree(arrays):
         return unwrap(traced.rebuild(arrays))
 
-    return (exported, shapes), (inputs, outputs), Signature(
-        inputs, outputs, tree, reference
+    return (
+        (exported, shapes),
+        (inputs, outputs),
+        Signature(inputs, outputs, tree, reference),
     )
 
 
@@ -328,8 +330,8 @@ def _batch_of(inputs: Any, size: int) -> Any:
     def change(leaf):
         if np.shape(leaf)[:1] != (1,):
             raise ValueError(
-                "dynamic_batch=True needs inputs whose first axis is that of the batch, "
-                f"of length 1; one has the shape {np.shape(leaf)}."
+                "dynamic_batch=True needs inputs whose first axis is that of the "
+                f"batch, of length 1; one has the shape {np.shape(leaf)}."
             )
         return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
 
@@ -341,7 +343,7 @@ def _check_float32(plan: OdmlPlan) -> None:
         for value in node.node.outputs:
             if value.is_float and value.dtype not in (jnp.float32, jnp.float64):
                 raise ValueError(
-                    f"{node.where} computes in {value.dtype}, which the converter keeps "
-                    "in floats. Make the model with dtype=float32; its params may stay "
-                    "as they are."
+                    f"{node.where} computes in {value.dtype}, which the converter "
+                    "keeps in floats. Make the model with dtype=float32; its params "
+                    "may stay as they are."
                 )

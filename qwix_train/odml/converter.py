@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,39 +75,43 @@ def to_flatbuffer(
     # Importing it prints what the log of its C++ code has to say of the machine.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        from litert_converter import converter_api_ext
-        from litert_converter.mlir import ir, passmanager
-        from litert_converter.mlir.dialects import stablehlo
+        api, ir, passmanager, stablehlo = map(
+            importlib.import_module,
+            (
+                "litert_converter.converter_api_ext",
+                "litert_converter.mlir.ir",
+                "litert_converter.mlir.passmanager",
+                "litert_converter.mlir.dialects.stablehlo",
+            ),
+        )
     except ImportError as error:
         raise ImportError(
-            "Conversion to LiteRT needs litert-converter, of which there are wheels for "
-            "Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
+            "Conversion to LiteRT needs litert-converter, of which there are wheels "
+            "for Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
         ) from error
     context: Any = ir.Context()
-    converter_api_ext.prepare_mlir_context(context)
+    api.prepare_mlir_context(context)
     with context:
         modules = []
         for name, (function, shapes) in signatures.items():
             exported = jax.export.export(jax.jit(function), platforms=["cpu"])(*shapes)
-            module = stablehlo.deserialize_portable_artifact(  # type: ignore[attr-defined]
+            module = stablehlo.deserialize_portable_artifact(
                 context, exported.mlir_module_serialized
             )
-            converter_api_ext.set_signature(module.operation, name, *names[name])
+            api.set_signature(module.operation, name, *names[name])
             modules.append(module)
         module = modules[0]
         if len(modules) > 1:
             for index, each in enumerate(modules):
                 _rename(ir, each, index)
-            module = converter_api_ext.merge_modules(modules)
-        config = converter_api_ext.ConvertToTFLConfig()
+            module = api.merge_modules(modules)
+        config = api.ConvertToTFLConfig()
         # Otherwise what is annotated stays in the file as an operation in floats.
         config.strict_qdq_mode = True
         config.model_origin_framework = "JAX"
         try:
-            converter_api_ext.run_convert_to_tfl_passes(
-                module, passmanager.PassManager(), config
-            )
-            content = converter_api_ext.export_flatbuffer_to_bytes(module.operation)
+            api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+            content = api.export_flatbuffer_to_bytes(module.operation)
         except Exception as error:
             raise ValueError(f"The LiteRT converter failed: {error}") from error
     return read_codes(content)

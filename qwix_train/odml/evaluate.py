@@ -37,7 +37,7 @@ class Quantizer(Protocol):
         """
         ...
 
-    def rounded(self, plan: TensorPlan, x: jax.Array) -> jax.Array:
+    def rounded(self, plan: TensorPlan, x: jax.Array, rounding: str) -> jax.Array:
         """A tensor with a range that it shares, and values in between."""
         ...
 
@@ -56,9 +56,7 @@ class Quantizer(Protocol):
         ...
 
 
-def run_plan(
-    plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer
-) -> list[Any]:
+def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> list[Any]:
     """The results of a planned graph.
 
     Args:
@@ -136,10 +134,10 @@ def _output(plan, node_plan, value, x, read, quantizer) -> Any:
     tensor = plan.tensor(value)
     if tensor is None:
         spec = node_plan.spec
-        if spec is not None and spec.kind is Kind.ROUNDED and node_plan.quantized:
+        if spec is not None and spec.kind in (Kind.ROUNDED, Kind.CLIP):
             shared = plan.range_of(value)
-            if isinstance(shared, TensorPlan):
-                return quantizer.rounded(shared, x)
+            if node_plan.quantized and isinstance(shared, TensorPlan):
+                return quantizer.rounded(shared, x, spec.rounding)
         return x
     observed = x
     if tensor.masked is not None:

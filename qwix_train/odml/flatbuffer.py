@@ -166,15 +166,13 @@ def read_codes(content: bytes) -> bytes:
                 continue
             before = made_by.get(int(op.inputs[0]))
             if before is not None and op_name(model, before) == "DEQUANTIZE":
-                op.inputs[0] = before.inputs[0]
+                op.inputs = [int(before.inputs[0]), *map(int, op.inputs[1:])]
                 changed = True
         if changed:
             read = {int(i) for op in graph.operators for i in op.inputs}
             read.update(map(int, graph.outputs))
             graph.operators = [
-                op
-                for op in graph.operators
-                if any(int(i) in read for i in op.outputs)
+                op for op in graph.operators if any(int(i) in read for i in op.outputs)
             ]
     if not changed:
         return content

@@ -64,9 +64,7 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
     return Grid(scale, zero_point, qtype_name(qtype))
 
 
-def of_weight(
-    w: jax.Array, qtype: Any, method: str, channels: Sequence[int]
-) -> Grid:
+def of_weight(w: jax.Array, qtype: Any, method: str, channels: Sequence[int]) -> Grid:
     """The grid of a weight: symmetric, without the lowest code.
 
     Args:
@@ -91,10 +89,11 @@ def of_constant(x: jax.Array, qtype: Any) -> Grid:
     scale, zero_point = compute_scale_zero_point(
         lax.stop_gradient(calibrate(x, how)), qtype
     )
+    assert zero_point is not None  # as "minmax" has one
     return Grid(scale.reshape(()), zero_point.reshape(()), qtype_name(qtype))
 
 
-def on_grid(x: jax.Array, grid: Grid, *, half_away: bool = False) -> jax.Array:
+def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
     """The nearest values of a grid, with straight-through gradients.
 
     The gradient is that of `x` within the range, and zero outside (arXiv 1712.05877,
@@ -103,18 +102,20 @@ def on_grid(x: jax.Array, grid: Grid, *, half_away: bool = False) -> jax.Array:
     Args:
       x: the values.
       grid: the grid.
-      half_away: whether a code halfway between two is rounded away from zero, as
-        LiteRT's average pooling does; to the even one otherwise.
+      rounding: what a value between two of the grid becomes: `"even"` for the nearest,
+        and halfway between them that with the even code; `"away"` for the nearest, and
+        halfway that away from zero, as LiteRT's average pooling does; `"floor"` for the
+        lower, as its square root does.
     """
     scale = jnp.asarray(grid.scale, x.dtype)
     zero = jnp.asarray(grid.zero_point, x.dtype)
     low, high = grid.codes
-    if half_away:
-        code = x / scale + zero
-        code = jnp.sign(code) * jnp.floor(jnp.abs(code) + 0.5)
+    scaled = x / scale
+    if rounding == "away":
+        scaled = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)
     else:
-        code = jnp.round(x / scale) + zero
-    code = jnp.clip(code, low, high)
+        scaled = jnp.floor(scaled) if rounding == "floor" else jnp.round(scaled)
+    code = jnp.clip(scaled + zero, low, high)
     y = lax.stop_gradient((code - zero) * scale)
     ends = lax.stop_gradient(((low - zero) * scale, (high - zero) * scale))
     inside = jnp.clip(x, *ends)
@@ -124,7 +125,6 @@ def on_grid(x: jax.Array, grid: Grid, *, half_away: bool = False) -> jax.Array:
 def codes_of(x: np.ndarray, grid: Grid) -> np.ndarray:
     """The codes of concrete values, as int32."""
     low, high = grid.codes
-    code = np.round(np.asarray(x) / np.asarray(grid.scale)) + np.asarray(
-        grid.zero_point
-    )
+    x = np.asarray(x, np.float64)
+    code = np.round(x / np.asarray(grid.scale)) + np.asarray(grid.zero_point)
     return np.clip(code, low, high).astype(np.int32)

@@ -250,9 +250,7 @@ class LiteRTModel:
     def _run(self, name, feed, num_threads) -> dict[str, Any]:
         runner = self._interpreter(num_threads).get_signature_runner(name)
         details = runner.get_input_details()
-        given = {
-            key: _as_input(feed[key], details[key]) for key in feed
-        }
+        given = {key: _as_input(feed[key], details[key]) for key in feed}
         outputs = runner(**given)
         found = runner.get_output_details()
         return {key: _as_output(x, found[key]) for key, x in outputs.items()}
@@ -283,8 +281,7 @@ def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
         from ai_edge_litert import interpreter
     except ImportError as error:
         raise ImportError(
-            "Running LiteRT models needs ai-edge-litert: "
-            "pip install 'qwix_train[odml]'"
+            "Running LiteRT models needs ai-edge-litert: pip install 'qwix_train[odml]'"
         ) from error
     return interpreter.Interpreter(model_content=content, num_threads=num_threads)
 
@@ -326,9 +323,7 @@ def output_scales(content: bytes, name: str) -> dict[str, float]:
       name: the signature.
     """
     model = flatbuffer.read_model(content)
-    signature = next(
-        s for s in model.signatureDefs if s.signatureKey.decode() == name
-    )
+    signature = next(s for s in model.signatureDefs if s.signatureKey.decode() == name)
     graph = model.subgraphs[signature.subgraphIndex]
     made_by = {int(i): op for op in graph.operators for i in op.outputs}
     found = {}

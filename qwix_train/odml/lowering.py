@@ -11,7 +11,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.odml.converter import annotate
 from qwix_train.odml.graph import Node
+from qwix_train.odml.integer_grid import Grid
 
 # What follows a product in the same operator, and marks its result as quantized.
 Finish = Callable[[jax.Array], jax.Array]
@@ -56,12 +58,12 @@ def lowered_dot(
         x = x.reshape((*(x.shape[: len(free_x)]), depth))
     if not free_x:
         x = x.reshape(1, depth)
-    out = lax.dot_general(
-        x, mark_weight(matrix, 1), (((x.ndim - 1,), (0,)), ((), ()))
-    )
+    out = lax.dot_general(x, mark_weight(matrix, 1), (((x.ndim - 1,), (0,)), ((), ())))
     if addend is not None:
         shape = np.shape(addend)
-        addend = np.asarray(addend).reshape((1,) * (len(node.out.shape) - len(shape)) + shape)
+        addend = np.asarray(addend).reshape(
+            (1,) * (len(node.out.shape) - len(shape)) + shape
+        )
         # Along the axes that the weight decides on, in the order of the matrix.
         first = 0 if side == 0 else len(free_x)
         channels = range(first, first + len(free_w))
@@ -146,15 +148,11 @@ def lowered_conv(
         feature_group_count=params["feature_group_count"],
     )
     if addend is not None:
-        out = out + np.broadcast_to(
-            np.asarray(addend).reshape(-1), (kernel.shape[-1],)
-        )
+        out = out + np.broadcast_to(np.asarray(addend).reshape(-1), (kernel.shape[-1],))
     out = finish(out)
     if spatial == 1:
         out = mark(out[:, 0])
-    back = np.argsort(
-        (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    )
+    back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     if tuple(back) != tuple(range(out.ndim)):
         out = mark(lax.transpose(out, tuple(int(a) for a in back)))
     return out
@@ -181,6 +179,29 @@ def _with_zeros(x: jax.Array, spread: Sequence[int]) -> jax.Array:
     return x[:, : height - (down - 1), : width - (across - 1)]
 
 
+def lowered_softmax(node: Node, x: jax.Array) -> jax.Array:
+    """A softmax, or its logarithm, along the last axis."""
+    function = jax.nn.softmax if node.name == "softmax" else _log_softmax
+    axis = node.params["axis"]
+    return jnp.moveaxis(function(jnp.moveaxis(x, axis, -1)), -1, axis)
+
+
+def _log_softmax(x: jax.Array) -> jax.Array:
+    """The logarithm of a softmax, as the converter knows it in integers.
+
+    It becomes one operator, so that the grids in between do not matter.
+    """
+    count = x.shape[-1]
+
+    def mark(x, low, high):
+        scale = np.float32(max(high - low, 1e-3) / 255)
+        return annotate(x, Grid(scale, np.int64(round(-128 - low / scale))))
+
+    shifted = mark(x - x.max(-1, keepdims=True), -16, 0)
+    total = mark(mark(jnp.exp(shifted), 0, 1).sum(-1, keepdims=True), 0, count)
+    return shifted - mark(jnp.log(total), 0, math.log(count))
+
+
 def lowered_avg_pool(
     node: Node,
     x: jax.Array,
@@ -205,17 +226,23 @@ def lowered_avg_pool(
         padding: Any = [(0, 0)] * x.ndim
     else:
         padding = params["padding"]
-    total = lax.reduce_window(
-        x,
-        np.zeros((), x.dtype),
-        lax.add,
-        window,
-        params["window_strides"],
-        padding,
-        params["base_dilation"],
-        params["window_dilation"],
-    )
-    return total / divisor
+
+    def total(x):
+        return lax.reduce_window(
+            x,
+            np.zeros((), x.dtype),
+            lax.add,
+            window,
+            params["window_strides"],
+            padding,
+            params["base_dilation"],
+            params["window_dilation"],
+        )
+
+    if np.size(divisor) > 1:
+        # The converter knows an average without the padding by how it is counted.
+        divisor = total(jnp.ones(x.shape, x.dtype))
+    return total(x) / divisor
 
 
 def lowered_lookup(node: Node, table: jax.Array, indices: jax.Array) -> jax.Array:

@@ -53,6 +53,7 @@ class OpSpec:
       litert: the operators of LiteRT that it becomes.
       scale: the scale of its output, if that is fixed, for int8.
       zero_point: the zero point of its output, if that is fixed.
+      rounding: how it rounds to codes; see `integer_grid.on_grid`.
       fuses: whether an activation function after it can be a part of it.
       note: what else to know.
     """
@@ -61,6 +62,7 @@ class OpSpec:
     litert: str
     scale: float | None = None
     zero_point: int = 0
+    rounding: str = "even"
     fuses: bool = False
     note: str = ""
 
@@ -94,13 +96,14 @@ OPS: dict[str, OpSpec] = {
     "exp": OpSpec(_Q, "EXP"),
     "log": OpSpec(_Q, "LOG"),
     "rsqrt": OpSpec(_Q, "RSQRT"),
-    "sqrt": OpSpec(_Q, "SQRT"),
+    "sqrt": OpSpec(_Q, "SQRT", rounding="floor", note="rounded down"),
     "abs": OpSpec(_Q, "ABS"),
     "gelu": OpSpec(_Q, "GELU", note="approximate=True only"),
     "hard_swish": OpSpec(_Q, "HARD_SWISH"),
     "leaky_relu": OpSpec(_Q, "LEAKY_RELU"),
     "silu": OpSpec(_Q, "LOGISTIC, MUL", note="the sigmoid in it is quantized, too"),
     "softmax": OpSpec(Kind.FIXED, "SOFTMAX", scale=1 / 256, zero_point=-128),
+    "log_softmax": OpSpec(Kind.FIXED, "LOG_SOFTMAX", scale=16 / 256, zero_point=127),
     "sigmoid": OpSpec(Kind.FIXED, "LOGISTIC", scale=1 / 256, zero_point=-128),
     "tanh": OpSpec(Kind.FIXED, "TANH", scale=1 / 128),
     "relu": OpSpec(Kind.ACTIVATION, "RELU"),
@@ -123,7 +126,7 @@ OPS: dict[str, OpSpec] = {
     "max": OpSpec(_S, "REDUCE_MAX"),
     "min": OpSpec(_S, "REDUCE_MIN"),
     "max_pool": OpSpec(_S, "MAX_POOL_2D"),
-    "avg_pool": OpSpec(Kind.ROUNDED, "AVERAGE_POOL_2D"),
+    "avg_pool": OpSpec(Kind.ROUNDED, "AVERAGE_POOL_2D", rounding="away"),
     "take": OpSpec(Kind.LOOKUP, "GATHER", note="also of embeddings: int8, one scale"),
     "pad": OpSpec(_S, "PAD", note="zeros, or the low end of the range for -inf"),
     "reshape": OpSpec(_S, "RESHAPE"),
@@ -192,7 +195,5 @@ def table() -> str:
     """
     lines = ["| op | in LiteRT | its output has | note |", "|---|---|---|---|"]
     for name, spec in OPS.items():
-        lines.append(
-            f"| `{name}` | {spec.litert} | {spec.kind.value} | {spec.note} |"
-        )
+        lines.append(f"| `{name}` | {spec.litert} | {spec.kind.value} | {spec.note} |")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.odml.fusion import varying_axes
 from qwix_train.odml.graph import Graph, Node, Value, graph_of
 
 # A number in a template that stands for any number.
@@ -198,34 +199,104 @@ def _substitute(graph, nodes, root, inputs, function) -> None:
 
 
 def _softmax(graph: Graph, root: Node) -> bool:
-    axes = range(len(root.out.shape))
-    return any(_SOFTMAX[axis](graph, root) for axis in reversed(axes) if axis < 8)
+    """`exp(x - m) / sum(exp(x - m))`, whatever is subtracted from all elements."""
+    exponential, total = (value.producer for value in root.inputs)
+    if exponential is None or exponential.name != "exp":
+        return False
+    axis = _summed_axis(total, exponential.out, root.out.shape)
+    if axis is None:
+        return False
+    return _put_softmax(graph, root, _unshifted(exponential.inputs[0], axis), axis)
 
 
-_SOFTMAX = [
-    _template(functools.partial(jax.nn.softmax, axis=axis), "softmax")
-    for axis in range(8)
-]
+def _log_softmax(graph: Graph, root: Node) -> bool:
+    """`x - m - log(sum(exp(x - m)))`, whatever `m` is for all elements."""
+    x, logarithm = root.inputs[0], _moved(root.inputs[1])
+    if logarithm is None or logarithm.name != "log":
+        return False
+    total = logarithm.inputs[0].producer
+    summed = _moved(logarithm.inputs[0])
+    exponential = None if summed is None else summed.inputs[0].producer
+    if exponential is None or exponential.name != "exp" or total is None:
+        return False
+    if exponential.inputs[0] is not x:
+        return False
+    assert summed is not None
+    if summed.name != "reduce_sum" or len(summed.params["axes"]) != 1:
+        return False
+    (axis,) = summed.params["axes"]
+    kept = [1 if a == axis else n for a, n in enumerate(x.shape)]
+    if list(root.inputs[1].shape) != kept and root.inputs[1].shape != x.shape:
+        return False
+    return _put_softmax(
+        graph, root, _unshifted(x, axis), axis, "log_softmax", jax.nn.log_softmax
+    )
+
+
+def _put_softmax(graph, root, x, axis, name="softmax", function=jax.nn.softmax) -> bool:
+    if not x.is_activation:
+        return False
+    run = functools.partial(function, axis=axis)
+    node = Node(
+        name=name,
+        params={"axis": axis},
+        inputs=[x],
+        outputs=[root.out],
+        module_path=root.module_path,
+        run=lambda x: [run(x)],
+    )
+    graph.replace([root], [node])
+    return True
+
+
+def _moved(value: Value) -> Node | None:
+    """What computes a value, before it is given other axes of length 1."""
+    node = value.producer
+    while node is not None and node.name in ("broadcast_in_dim", "reshape", "squeeze"):
+        node = node.inputs[0].producer
+    return node
+
+
+def _summed_axis(node: Node | None, value: Value, shape) -> int | None:
+    """The axis along which a node sums up a value, to be read next to it."""
+    if node is None:
+        return None
+    total = _moved(node.out)
+    if total is None or total.name != "reduce_sum" or total.inputs[0] is not value:
+        return None
+    axes = total.params["axes"]
+    if len(axes) != 1:
+        return None
+    kept = tuple(1 if axis == axes[0] else n for axis, n in enumerate(shape))
+    return int(axes[0]) if node.out.shape in (kept, shape) else None
+
+
+def _unshifted(x: Value, axis: int) -> Value:
+    """A value before the same number was subtracted from all elements of an axis."""
+    node = x.producer
+    if node is None or node.name != "sub" or not node.inputs[0].is_activation:
+        return x
+    shift = node.inputs[1]
+    along = varying_axes(shift, len(x.shape))
+    return x if axis in along or node.inputs[0].shape != x.shape else node.inputs[0]
 
 
 def _mean(graph: Graph, root: Node) -> bool:
     """A sum over axes, divided by how many were added."""
     value, divisor = root.inputs
-    total = value.producer
+    total, nodes = value.producer, [root]
     while total is not None and total.name in ("reshape", "broadcast_in_dim"):
         # With `keepdims`, an axis of length 1 comes in between.
         if np.prod(total.out.shape) != np.prod(total.inputs[0].shape):
             return False
+        nodes.append(total)
         total = total.inputs[0].producer
     if total is None or total.name != "reduce_sum" or divisor.number is None:
         return False
     count = np.prod([total.inputs[0].shape[axis] for axis in total.params["axes"]])
     if count != divisor.number or not total.inputs[0].is_activation:
         return False
-    nodes, node = [root], root
-    while node is not total:
-        node = node.inputs[0].producer
-        nodes.append(node)
+    nodes.append(total)
     if not _is_inside(nodes, root):
         return False
     _fuse(graph, nodes, root, "mean", [total.inputs[0]], axes=total.params["axes"])
@@ -334,20 +405,20 @@ def _relu_bounds(graph: Graph, root: Node) -> bool:
         if nodes and not _is_inside([*nodes, node], root):
             break
         if node.name == "clamp":
-            bounds = node.inputs[0].number, node.inputs[2].number
-            if None in bounds:
+            at_least, at_most = node.inputs[0].number, node.inputs[2].number
+            if at_least is None or at_most is None:
                 break
-            low, high = max(low, bounds[0]), min(high, bounds[1])
+            low, high = max(low, at_least), min(high, at_most)
             value = node.inputs[1]
         else:
-            numbers = [x.number for x in node.inputs]
-            if all(number is None for number in numbers):
+            which = 0 if node.inputs[0].number is not None else 1
+            number = node.inputs[which].number
+            if number is None:
                 break
-            which = 0 if numbers[0] is not None else 1
             if node.name == "max":
-                low = max(low, numbers[which])
+                low = max(low, number)
             else:
-                high = min(high, numbers[which])
+                high = min(high, number)
             value = node.inputs[1 - which]
         nodes.append(node)
     if not nodes or not value.is_activation:
@@ -465,6 +536,7 @@ _Searches = Mapping[str, Sequence[Callable[[Graph, Node], bool]]]
 _PASSES: Sequence[_Searches] = (
     {
         "div": (_softmax,),
+        "sub": (_log_softmax,),
         "mul": (
             _template(functools.partial(jax.nn.gelu, approximate=True), "gelu"),
             _template(jax.nn.hard_swish, "hard_swish"),

@@ -51,6 +51,7 @@ class TensorPlan:
       rule_index: the rule that asks for it.
       masked: the side of the operand that stands for minus infinity, if the tensor is
         a choice between one and an activation.
+      rounding: how it is rounded to codes.
     """
 
     value: Value
@@ -60,6 +61,7 @@ class TensorPlan:
     scale: float | None = None
     zero_point: int | None = None
     masked: int | None = None
+    rounding: str = "even"
 
     @property
     def name(self) -> str:
@@ -69,7 +71,9 @@ class TensorPlan:
     @property
     def measured(self) -> bool:
         """Whether its range is found by running the model."""
-        return self.scale is None and not self.how.calibration_method.startswith("fixed")
+        return self.scale is None and not self.how.calibration_method.startswith(
+            "fixed"
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -303,7 +307,9 @@ class _Planner:
         path = node.module_path.removeprefix(self.traced.module_path)
         spec = ops.OPS.get(name)
         plan = NodePlan(node, name, op_id, path.removeprefix("/"), spec)
-        if spec is None and not any(v.is_float and v.is_activation for v in node.inputs):
+        if spec is None and not any(
+            v.is_float and v.is_activation for v in node.inputs
+        ):
             plan.spec = OpSpec(Kind.INTEGER, "")
             return plan
         if name in ops.LAYOUT:
@@ -384,7 +390,7 @@ class _Planner:
         if plan.fusion is not None:
             return True
         first = plan.fused_into
-        return first is not None and first.fusion.end.out is not value
+        return first is not None and self.plan.end_of(first) is not value
 
     def readers(self, value: Value) -> Iterator[tuple[NodePlan | None, int]]:
         """What reads a value, in order, through what only moves it, and at which side.
@@ -421,9 +427,11 @@ class _Planner:
             return False
         if reader.spec.kind is not Kind.TIED or value.consumers[0] is not reader.node:
             return False
-        if plan is None or not plan.quantized:
+        if plan is None:  # an input of the model
+            return self.inputs is None
+        if not plan.quantized or plan.spec is None:
             return False
-        return plan.spec is not None and plan.spec.kind is not Kind.FIXED
+        return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
 
     def path_of(self, value, plan, readers) -> Path:
         """The path of a range: after the first quantized op that reads the tensor."""
@@ -451,11 +459,12 @@ class _Planner:
         tensor = TensorPlan(
             value, path, make(calibration_method=method), owner.rule_index
         )
-        produced = plan is not None and plan.quantized
-        spec = plan.spec if produced else None
+        spec = plan.spec if plan is not None and plan.quantized else None
         if spec is not None and spec.scale is not None:
             # The scale that LiteRT asks for; of 16 bits, half of the codes.
             tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
+        if spec is not None:
+            tensor.rounding = spec.rounding
         fixed = None
         if value.producer is None:
             fixed = self.inputs
@@ -464,7 +473,7 @@ class _Planner:
         if fixed is not None:
             low, high = fixed
             tensor.how = make(calibration_method=f"fixed,{low},{high}")
-        if produced and plan.name == "where":
+        if spec is not None and plan is not None and plan.name == "where":
             tensor.masked = _masked_side(plan.node)
         return tensor
 

@@ -29,7 +29,6 @@ from qwix_train.odml.plan import (
     make_odml_plan,
     unsupported_message,
 )
-from qwix_train.planning import Path
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.running_ranges import (
     RangeUpdates,
@@ -56,16 +55,16 @@ class OdmlQatProvider(QuantizationProvider):
     (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec).
     `odml.table()` says what becomes of every operation.
 
-    A rule's `act_qtype` is the type of what the operations that it matches compute; with
-    `act_static_scale=False` only products are quantized, and their activations when the
-    model runs; without `act_qtype` only weights are. Ranges are `minmax`, unless a rule
-    says otherwise, and static, unless it sets `act_static_scale=False`.
+    A rule's `act_qtype` is the type of what the operations that it matches compute;
+    with `act_static_scale=False` only products are quantized, and their activations
+    when the model runs; without `act_qtype` only weights are. Ranges are `minmax`,
+    unless a rule says otherwise, and static, unless it sets `act_static_scale=False`.
 
     `quantize_model` and `quantize_fn` take it; in the place of rules, so do
     `wrap_train_step`, `wrap_eval_step`, `with_quant_stats`, `calib.Calibrator` and
-    `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint` are
-    kept, not computed again. Batch normalization in training uses the statistics of the
-    batch, and with `disable_per_channel_weights` quantizes the weights with these
+    `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint`
+    are kept, not computed again. Batch normalization in training uses the statistics of
+    the batch, and with `disable_per_channel_weights` quantizes the weights with these
     folded in (arXiv 1806.08342, section 3.2.2; with a scale for each channel the two
     are the same).
 
@@ -220,8 +219,8 @@ class OdmlQatProvider(QuantizationProvider):
 
     def running(self, ranges: RunningRanges) -> OdmlQatProvider:
         """See `QuantizationProvider.running`."""
-        running = _Running.__new__(_Running)
-        running.__dict__.update(vars(self))
+        running: Any = copy.copy(self)
+        running.__class__ = _Running
         running.ranges = ranges
         running.keeps_quant_stats = False
         return running
@@ -281,7 +280,7 @@ class _Tagger:
             return tagged
         return lax.optimization_barrier((x, tagged))[0]
 
-    def rounded(self, plan, x):
+    def rounded(self, plan, x, rounding):
         return x
 
     def weight(self, plan, w, channels):
@@ -308,14 +307,17 @@ class _FakeQuantizer:
             calibration = self.calibration_of(plan, observed)
             grid = integer_grid.of_calibration(calibration, plan.how.qtype)
         grid = Grid(
-            *(lax.stop_gradient(jnp.reshape(a, ())) for a in (grid.scale, grid.zero_point)),
+            *(
+                lax.stop_gradient(jnp.reshape(a, ()))
+                for a in (grid.scale, grid.zero_point)
+            ),
             qtype=grid.qtype,
         )
         self.grids[id(plan)] = grid
-        return integer_grid.on_grid(x, grid)
+        return integer_grid.on_grid(x, grid, plan.rounding)
 
-    def rounded(self, plan: TensorPlan, x: Any) -> Any:
-        return integer_grid.on_grid(x, self.grids[id(plan)], half_away=True)
+    def rounded(self, plan: TensorPlan, x: Any, rounding: str) -> Any:
+        return integer_grid.on_grid(x, self.grids[id(plan)], rounding)
 
     def weight(self, plan: NodePlan, w: Any, channels: Sequence[int]) -> Any:
         return integer_grid.on_grid(w, weight_grid(plan, w, channels))
@@ -336,7 +338,9 @@ def weight_grid(plan: NodePlan, w: Any, channels: Sequence[int]) -> Grid:
     """The grid of a weight, as the rule of its operation says."""
     assert plan.rule is not None
     method = plan.rule.weight_calibration_method
-    return integer_grid.of_weight(jnp.asarray(w), plan.rule.weight_qtype, method, channels)
+    return integer_grid.of_weight(
+        jnp.asarray(w), plan.rule.weight_qtype, method, channels
+    )
 
 
 def constant_grid(plan: NodePlan, x: Any) -> Grid:
@@ -374,9 +378,7 @@ def calibrations_in(
     }
 
 
-def statistics_of(
-    tensor: TensorPlan, rules: Sequence[QuantizationRule]
-) -> Statistics:
+def statistics_of(tensor: TensorPlan, rules: Sequence[QuantizationRule]) -> Statistics:
     """What is collected of a tensor, as the rule that asks for it says."""
     rule = rules[tensor.rule_index]
     try:
@@ -412,9 +414,7 @@ def _check_derivatives(plan: OdmlPlan) -> None:
 
 def _check_rule(index: int, rule: QuantizationRule) -> None:
     def error(field: str, reason: str) -> ValueError:
-        return ValueError(
-            f"Rule {index} ({field}={getattr(rule, field)!r}): {reason}."
-        )
+        return ValueError(f"Rule {index} ({field}={getattr(rule, field)!r}): {reason}.")
 
     if rule.weight_qtype is None:
         return

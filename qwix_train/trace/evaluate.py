@@ -140,7 +140,9 @@ class _Evaluator:
         operands = [x if _follows(x) else _value(x) for x in operands]
 
         def run(*values):
-            return run_equation(eqn, *(_read(value, eqn.primitive.name) for value in values))[0]
+            return run_equation(
+                eqn, *(_read(value, eqn.primitive.name) for value in values)
+            )[0]
 
         return self.handler(self.ops[key], operands, run, self.given.get(key))
 

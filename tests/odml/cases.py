@@ -18,8 +18,7 @@ class Case:
     """A model of the suite.
 
     Attributes:
-      model: a Linen module, a function that makes an NNX module, or a function of a dict
-        of params.
+      model: a Linen module, a class of NNX modules, or a function of a dict of params.
       shape: the shape of its input; of several, a tuple of shapes.
       single: whether it is one operation, whose outputs must be equal.
       exceptions: the operators that stay in float.
@@ -298,9 +297,7 @@ CASES: dict[str, Case] = {
         single=True,
     ),
     "conv_transposed_valid": Case(
-        module(
-            lambda self, x: nn.ConvTranspose(4, (2, 2), (2, 2), padding="VALID")(x)
-        ),
+        module(lambda self, x: nn.ConvTranspose(4, (2, 2), (2, 2), padding="VALID")(x)),
         (2, 4, 4, 3),
         single=True,
     ),
@@ -327,13 +324,13 @@ CASES: dict[str, Case] = {
     ),
     "maximum": Case(function(jnp.maximum), ((2, 8), (2, 8)), single=True),
     "pad": Case(
-        function(lambda x: jnp.pad(x, ((0, 0), (1, 2)))), (2, 8), single=True
+        function(lambda x: 2.0 * jnp.pad(x, ((0, 0), (1, 2)))), (2, 8), single=True
     ),
     "split": Case(
         function(lambda x: [2.0 * y for y in jnp.split(x, 2, -1)]), single=True
     ),
     "roll": Case(function(lambda x: jnp.roll(x, 3, -1)), single=True),
-    "repeat": Case(function(lambda x: jnp.repeat(x, 2, axis=1)), single=True),
+    "repeat": Case(function(lambda x: 2.0 * jnp.repeat(x, 2, axis=1)), single=True),
     "max_pool": Case(
         function(lambda x: nn.max_pool(x, (2, 2), (2, 2))), IMAGE, single=True
     ),
