@@ -3,6 +3,7 @@
 from qwix_train import calib as calib
 from qwix_train import hooks as hooks
 from qwix_train import lora as lora
+from qwix_train import odml as odml
 from qwix_train import optim as optim
 from qwix_train import ptq as ptq
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
@@ -21,6 +22,8 @@ from qwix_train.model import apply_lora_to_model as apply_lora_to_model
 from qwix_train.model import plan as plan
 from qwix_train.model import quantize_fn as quantize_fn
 from qwix_train.model import quantize_model as quantize_model
+from qwix_train.odml import OdmlConversionProvider as OdmlConversionProvider
+from qwix_train.odml import OdmlQatProvider as OdmlQatProvider
 from qwix_train.planning import Plan as Plan
 from qwix_train.provider import QuantizationProvider as QuantizationProvider
 from qwix_train.ptq import PtqProvider as PtqProvider

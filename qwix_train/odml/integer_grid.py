@@ -112,7 +112,8 @@ def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
     low, high = grid.codes
     scaled = x / scale
     if rounding == "away":
-        scaled = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)
+        # A little more than half, for what is halfway but for the rounding of floats.
+        scaled = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5 + 1e-4)
     else:
         scaled = jnp.floor(scaled) if rounding == "floor" else jnp.round(scaled)
     code = jnp.clip(scaled + zero, low, high)
