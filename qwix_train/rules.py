@@ -11,6 +11,12 @@ from typing import Any
 from qwix_train.core import how, numerics
 
 OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
+# What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
+LITERT_OP_NAMES = tuple(
+    """abs add argmax argmin avg_pool clip concatenate exp gelu hard_swish leaky_relu log
+    log_softmax max max_pool maximum mean min minimum multiply relu relu6 relu_n1_to_1
+    rsqrt sigmoid silu softmax sqrt subtract sum take tanh truediv where""".split()
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,8 @@ class QuantizationRule:
       op_names: the ops that the rule is for: `"dot_general"`, `"einsum"` or
         `"conv_general_dilated"`, `"gather"` (a lookup in a table of embeddings, per
         row), or one op by its id in the plan, such as `"einsum1"`. If empty, all
-        products and convolutions; lookups only where they are named.
+        products and convolutions; lookups only where they are named. For LiteRT, all
+        ops that `odml.table()` has.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
         `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
       act_qtype: the type for activations; they stay in float if None.
@@ -91,9 +98,13 @@ class QuantizationRule:
             reason = f"not a regular expression: {error}"
             raise self._error("module_path", reason) from None
         for name in self.op_names:
-            if re.sub(r"\d+$", "", name) not in OP_NAMES:
+            known = (*OP_NAMES, *LITERT_OP_NAMES)
+            # An id has a count behind the name, which may end in a number itself.
+            if name not in known and re.sub(r"\d+$", "", name) not in known:
                 raise self._error(
-                    "op_names", f"{name!r} is no op; the ops are {', '.join(OP_NAMES)}"
+                    "op_names",
+                    f"{name!r} is no op; the ops are {', '.join(OP_NAMES)}, and for "
+                    f"LiteRT also {', '.join(LITERT_OP_NAMES)}",
                 )
         for field in ("weight_qtype", "act_qtype"):
             qtype = getattr(self, field)

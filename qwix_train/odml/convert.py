@@ -258,6 +258,10 @@ def _trace(
 ) -> tuple[function.TracedCall, Callable[[Any], Any]]:
     """The traced call, and what makes the method's result of that of the trace."""
     kwargs = dict(call.kwargs)
+    # NumPy arrays would count as constants.
+    inputs = jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, inputs
+    )
     if isinstance(model, nnx.Module):
         cls = subclasses.original(type(model))
         method = getattr(cls, call.method)
