@@ -8,14 +8,17 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from qwix_train.core import how, numerics
 
 OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(
-    """abs add argmax argmin avg_pool clip concatenate exp gelu hard_swish leaky_relu log
-    log_softmax max max_pool maximum mean min minimum multiply relu relu6 relu_n1_to_1
-    rsqrt sigmoid silu softmax sqrt subtract sum take tanh truediv where""".split()
+    """abs add argmax argmin avg_pool clip concatenate exp gelu hard_swish leaky_relu
+    log log_softmax max max_pool maximum mean min minimum multiply relu relu6
+    relu_n1_to_1 rsqrt sigmoid silu softmax sqrt subtract sum take tanh truediv
+    where""".split()
 )
 
 
@@ -36,7 +39,8 @@ class QuantizationRule:
         ops that `odml.table()` has.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
         `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
-      act_qtype: the type for activations; they stay in float if None.
+      act_qtype: the type for activations; they stay in float if None. For LiteRT also
+        `"int16"`.
       tile_size: the number of elements, along the last contracted axis, that share a
         scale. A float means one over the number of tiles. Along the whole axis if
         None.
@@ -108,7 +112,7 @@ class QuantizationRule:
                 )
         for field in ("weight_qtype", "act_qtype"):
             qtype = getattr(self, field)
-            if qtype is not None:
+            if qtype is not None and not (field == "act_qtype" and is_int16(qtype)):
                 self._check(field, numerics.canonical_qtype, qtype)
         if self.act_qtype is not None and self.weight_qtype is None:
             raise self._error(
@@ -126,7 +130,7 @@ class QuantizationRule:
             method, qtype = getattr(self, field), getattr(self, f"{name}_qtype")
             if method is not None:
                 self._check(field, how.parse_calibration_method, method)
-            if method is not None and qtype is not None:
+            if method is not None and qtype is not None and not is_int16(qtype):
                 # Not every type has the zero point that a method may need.
                 self._check(field, functools.partial(_how, qtype), method)
         size = self.tile_size
@@ -169,6 +173,11 @@ class QuantizationRule:
     def _error(self, field, reason) -> ValueError:
         value = getattr(self, field)
         return ValueError(f"{type(self).__name__}({field}={value!r}): {reason}.")
+
+
+def is_int16(qtype: Any) -> bool:
+    """Whether a type is int16, which only activations of LiteRT have."""
+    return isinstance(qtype, str | type | np.dtype) and qtype in ("int16", np.int16)
 
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:

@@ -11,10 +11,13 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.core.numerics import qtype_name
 from qwix_train.odml import integer_grid, lowering, ops
 from qwix_train.odml.converter import annotate
-from qwix_train.odml.evaluate import fold, scaled_weight, weight_axes
+from qwix_train.odml.evaluate import (
+    fold,
+    scaled_weight,
+    weight_axes,
+)
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.ops import Kind
@@ -84,9 +87,8 @@ def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
         for tensor in plan.tensors:
             grid = known_grid(tensor)
             if grid is None:
-                grid = integer_grid.of_calibration(
-                    calibrations[tensor.name], tensor.how.qtype
-                )
+                calibration = calibrations[tensor.name]
+                grid = integer_grid.of_calibration(calibration, tensor.qtype)
             found[tensor.name] = _concrete(grid)
     return found
 
@@ -188,8 +190,7 @@ class _Annotated:
 
         x = read(node.inputs[1 - side])
         if plan.dynamic:
-            assert plan.rule is not None
-            x = annotate(x, None, qtype_name(plan.rule.act_qtype))
+            x = annotate(x, None, plan.act_qtype)
         mark = functools.partial(self.marked, end)
         mark_input = functools.partial(self.marked, node.inputs[1 - side])
         if node.name == "conv_general_dilated":
@@ -224,6 +225,8 @@ class _Annotated:
         if plan.name == "silu":
             spec = ops.OPS["sigmoid"]
             gate = Grid(np.float32(spec.scale), np.int64(spec.zero_point))
+            if plan.act_qtype == "int16":
+                gate = Grid(np.float32(2**-15), np.int64(0), "int16")
             (x, *_) = operands
             return [x * annotate(jax.nn.sigmoid(x), gate)]
         if kind is Kind.ACTIVATION:
@@ -240,6 +243,9 @@ class _Annotated:
             x = np.asarray(operands[side])
             with jax.ensure_compile_time_eval():
                 grid = _concrete(constant_grid(plan, x))
+            if plan.act_qtype == "int16":
+                # Sums of 16 bits have operands of one shape.
+                x = np.broadcast_to(x, node.out.shape)
             operands[side] = annotate(jnp.asarray(x), grid)
         return node.run(*operands)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from qwix_train.odml.flatbuffer import read_codes
 from qwix_train.odml.integer_grid import Grid
+from qwix_train.odml.sixteen_bits import completed
 
 _TYPES = {"int4": "i4", "int8": "i8", "int16": "i16"}
 
@@ -114,7 +115,7 @@ def to_flatbuffer(
             content = api.export_flatbuffer_to_bytes(module.operation)
         except Exception as error:
             raise ValueError(f"The LiteRT converter failed: {error}") from error
-    return read_codes(content)
+    return completed(read_codes(content))
 
 
 def _rename(ir: Any, module: Any, index: int) -> None:

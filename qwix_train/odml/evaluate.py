@@ -161,19 +161,14 @@ def _silu(node_plan, x, quantizer) -> Any:
     gate = TensorPlan(
         node_plan.node.out,
         (),
-        quantizer_how(node_plan),
+        HowToQuantize(qtype="int8", calibration_method="minmax"),
         node_plan.rule_index or 0,
+        node_plan.act_qtype,
         scale=ops.OPS["sigmoid"].scale,
         zero_point=ops.OPS["sigmoid"].zero_point,
     )
     sigmoid = jax.nn.sigmoid(x)
     return x * quantizer.tensor(gate, sigmoid, sigmoid)
-
-
-def quantizer_how(node_plan: NodePlan) -> HowToQuantize:
-    """How the output of an operation is quantized, as its rule says."""
-    assert node_plan.rule is not None
-    return HowToQuantize(qtype=node_plan.rule.act_qtype, calibration_method="minmax")
 
 
 def _last_affine(fusion: Fusion | None) -> Node | None:

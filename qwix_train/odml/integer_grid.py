@@ -8,6 +8,7 @@ asks for. Rounding is to the nearest code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax import numpy as jnp
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import code_range, qtype_name
+from qwix_train.rules import is_int16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +30,8 @@ class Grid:
     Attributes:
       scale: the scale, in a shape that broadcasts to the tensor.
       zero_point: the zero point, in that shape.
-      qtype: the name of the type: `int8`, or `int4` for a weight.
+      qtype: the name of the type: `int8`, `int4` for a weight, or `int16` for an
+        activation.
       narrow: whether the lowest code is not used.
     """
 
@@ -40,7 +43,9 @@ class Grid:
     @property
     def codes(self) -> tuple[int, int]:
         """The lowest and the highest code."""
-        low, high = code_range(self.qtype)
+        low, high = (
+            (-(2**15), 2**15 - 1) if is_int16(self.qtype) else code_range(self.qtype)
+        )
         return low + self.narrow, high
 
     @property
@@ -58,6 +63,13 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
       calibration: `{"min": ..., "max": ...}` or `{"absmax": ...}`.
       qtype: the type of the codes.
     """
+    if is_int16(qtype):
+        # LiteRT's have no zero point.
+        absmax = functools.reduce(
+            jnp.maximum, (jnp.abs(jnp.asarray(end)) for end in calibration.values())
+        )
+        scale = jnp.where(absmax > 0, absmax / (2**15 - 1), 1)
+        return Grid(scale, jnp.zeros(scale.shape, jnp.int32), "int16")
     scale, zero_point = compute_scale_zero_point(calibration, qtype)
     if zero_point is None:
         zero_point = jnp.zeros(scale.shape, jnp.int32)
@@ -84,13 +96,12 @@ def of_weight(w: jax.Array, qtype: Any, method: str, channels: Sequence[int]) ->
 
 def of_constant(x: jax.Array, qtype: Any) -> Grid:
     """The grid of a constant: from its smallest to its largest value, and zero."""
-    how = HowToQuantize(qtype=qtype, calibration_method="minmax")
+    how = HowToQuantize(qtype="int8", calibration_method="minmax")
     x = jnp.reshape(x, (-1,))
-    scale, zero_point = compute_scale_zero_point(
-        lax.stop_gradient(calibrate(x, how)), qtype
+    grid = of_calibration(lax.stop_gradient(calibrate(x, how)), qtype)
+    return dataclasses.replace(
+        grid, scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())
     )
-    assert zero_point is not None  # as "minmax" has one
-    return Grid(scale.reshape(()), zero_point.reshape(()), qtype_name(qtype))
 
 
 def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:

@@ -55,6 +55,7 @@ class OpSpec:
       zero_point: the zero point of its output, if that is fixed.
       rounding: how it rounds to codes; see `integer_grid.on_grid`.
       fuses: whether an activation function after it can be a part of it.
+      int16: whether it runs with activations of 16 bits.
       note: what else to know.
     """
 
@@ -64,6 +65,7 @@ class OpSpec:
     zero_point: int = 0
     rounding: str = "even"
     fuses: bool = False
+    int16: bool = True
     note: str = ""
 
 
@@ -90,30 +92,35 @@ OPS: dict[str, OpSpec] = {
     "multiply": OpSpec(
         _Q, "MUL", fuses=True, note="also powers, and division by a constant"
     ),
-    "truediv": OpSpec(_Q, "DIV", note="the divisor must stay away from zero"),
+    "truediv": OpSpec(
+        _Q, "DIV", note="the divisor must stay away from zero", int16=False
+    ),
     "mean": OpSpec(_Q, "MEAN"),
     "sum": OpSpec(_Q, "SUM"),
-    "exp": OpSpec(_Q, "EXP"),
-    "log": OpSpec(_Q, "LOG"),
-    "rsqrt": OpSpec(_Q, "RSQRT"),
-    "sqrt": OpSpec(_Q, "SQRT", rounding="floor", note="rounded down"),
+    "exp": OpSpec(_Q, "EXP", int16=False),
+    "log": OpSpec(_Q, "LOG", int16=False),
+    "rsqrt": OpSpec(_Q, "RSQRT", int16=False),
+    "sqrt": OpSpec(_Q, "SQRT", rounding="floor", note="rounded down", int16=False),
     "abs": OpSpec(_Q, "ABS"),
-    "gelu": OpSpec(_Q, "GELU", note="approximate=True only"),
-    "hard_swish": OpSpec(_Q, "HARD_SWISH"),
+    "gelu": OpSpec(_Q, "GELU", note="approximate=True only", int16=False),
+    "hard_swish": OpSpec(_Q, "HARD_SWISH", int16=False),
     "leaky_relu": OpSpec(_Q, "LEAKY_RELU"),
     "silu": OpSpec(_Q, "LOGISTIC, MUL", note="the sigmoid in it is quantized, too"),
     "softmax": OpSpec(Kind.FIXED, "SOFTMAX", scale=1 / 256, zero_point=-128),
-    "log_softmax": OpSpec(Kind.FIXED, "LOG_SOFTMAX", scale=16 / 256, zero_point=127),
+    "log_softmax": OpSpec(
+        Kind.FIXED, "LOG_SOFTMAX", scale=16 / 256, zero_point=127, int16=False
+    ),
     "sigmoid": OpSpec(Kind.FIXED, "LOGISTIC", scale=1 / 256, zero_point=-128),
     "tanh": OpSpec(Kind.FIXED, "TANH", scale=1 / 128),
     "relu": OpSpec(Kind.ACTIVATION, "RELU"),
-    "relu6": OpSpec(Kind.ACTIVATION, "RELU6"),
-    "relu_n1_to_1": OpSpec(Kind.ACTIVATION, "RELU_N1_TO_1"),
+    "relu6": OpSpec(Kind.ACTIVATION, "RELU6", int16=False),
+    "relu_n1_to_1": OpSpec(Kind.ACTIVATION, "RELU_N1_TO_1", int16=False),
     "clip": OpSpec(Kind.CLIP, "MINIMUM, MAXIMUM"),
     "concatenate": OpSpec(
         Kind.TIED,
         "CONCATENATION",
         note="an input that others read, too, keeps its own range beside",
+        int16=False,
     ),
     "maximum": OpSpec(Kind.TIED, "MAXIMUM"),
     "minimum": OpSpec(Kind.TIED, "MINIMUM"),
@@ -127,7 +134,9 @@ OPS: dict[str, OpSpec] = {
     "min": OpSpec(_S, "REDUCE_MIN"),
     "max_pool": OpSpec(_S, "MAX_POOL_2D"),
     "avg_pool": OpSpec(Kind.ROUNDED, "AVERAGE_POOL_2D", rounding="away"),
-    "take": OpSpec(Kind.LOOKUP, "GATHER", note="also of embeddings: int8, one scale"),
+    "take": OpSpec(
+        Kind.LOOKUP, "GATHER", note="also of embeddings: int8, one scale", int16=False
+    ),
     "pad": OpSpec(_S, "PAD", note="zeros, or the low end of the range for -inf"),
     "reshape": OpSpec(_S, "RESHAPE"),
     "transpose": OpSpec(_S, "TRANSPOSE"),
@@ -191,9 +200,11 @@ def table() -> str:
     """The table of operations, as Markdown.
 
     >>> print(table().splitlines()[0])
-    | op | in LiteRT | its output has | note |
+    | op | in LiteRT | its output has | int16 | note |
     """
-    lines = ["| op | in LiteRT | its output has | note |", "|---|---|---|---|"]
+    header = ["op", "in LiteRT", "its output has", "int16", "note"]
+    rows = [header, ["---"] * len(header)]
     for name, spec in OPS.items():
-        lines.append(f"| `{name}` | {spec.litert} | {spec.kind.value} | {spec.note} |")
-    return "\n".join(lines)
+        int16 = "yes" if spec.int16 else ""
+        rows.append([f"`{name}`", spec.litert, spec.kind.value, int16, spec.note])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

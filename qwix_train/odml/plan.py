@@ -28,7 +28,7 @@ from qwix_train.odml.graph import (
 from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.planning import Path
-from qwix_train.rules import QuantizationRule
+from qwix_train.rules import QuantizationRule, is_int16
 from qwix_train.text_table import aligned
 from qwix_train.trace.function import TracedCall
 
@@ -45,10 +45,11 @@ class TensorPlan:
     Attributes:
       value: the tensor.
       path: the path of its range, after the first op that reads it.
-      how: how it is quantized.
-      scale: its scale, if LiteRT allows only one.
-      zero_point: its zero point, if LiteRT allows only one.
+      how: how its range is measured.
       rule_index: the rule that asks for it.
+      qtype: the type of its codes: `int8` or `int16`.
+      scale: its scale as int8, if LiteRT allows only one.
+      zero_point: its zero point as int8, if LiteRT allows only one.
       masked: the side of the operand that stands for minus infinity, if the tensor is
         a choice between one and an activation.
       rounding: how it is rounded to codes.
@@ -58,6 +59,7 @@ class TensorPlan:
     path: Path
     how: HowToQuantize
     rule_index: int
+    qtype: str = "int8"
     scale: float | None = None
     zero_point: int | None = None
     masked: int | None = None
@@ -116,6 +118,12 @@ class NodePlan:
     def where(self) -> str:
         """The module and the operation."""
         return f"{self.module_path}/{self.id}" if self.module_path else self.id
+
+    @property
+    def act_qtype(self) -> str:
+        """The type of the activations that it reads and computes, in integers."""
+        assert self.rule is not None
+        return activation_qtype(self.rule)
 
     @property
     def constants(self) -> tuple[int, ...]:
@@ -244,7 +252,12 @@ def _weight_text(plan: NodePlan) -> str:
 def _activations_text(plan: NodePlan) -> str:
     if plan.rule is None or not (plan.quantized or plan.dynamic):
         return ""
-    return qtype_name(plan.rule.act_qtype) + (" dynamic" if plan.dynamic else "")
+    return plan.act_qtype + (" dynamic" if plan.dynamic else "")
+
+
+def activation_qtype(rule: QuantizationRule) -> str:
+    """The name of the type of the activations of a rule."""
+    return "int16" if is_int16(rule.act_qtype) else qtype_name(rule.act_qtype)
 
 
 def make_odml_plan(
@@ -340,6 +353,10 @@ class _Planner:
             return plan
         if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
             return plan
+        if plan.act_qtype == "int16" and not spec.int16:
+            plan.unsupported = True
+            plan.reason = "LiteRT, or its converter, has no 16-bit form of it"
+            return plan
         plan.quantized = name != "take" or plan.weight is not None
         return plan
 
@@ -352,6 +369,28 @@ class _Planner:
             if value.is_activation and value.is_float:
                 self.plan_tensor(value)
         self.plan.tensors = tuple(self.plan._tensor.values())
+        for plan in self.plan.nodes:
+            self.check_types(plan)
+
+    def check_types(self, plan: NodePlan) -> None:
+        """Finds what reads codes of another type than it computes with.
+
+        The converter would have the operation before compute the other type, too, which
+        LiteRT does not load, or computes wrongly.
+        """
+        if not plan.quantized or plan.rule is None or plan.fused_into is not None:
+            return
+        for value in plan.node.inputs:
+            if not value.is_activation or not value.is_float:
+                continue
+            source = self.plan.range_of(value)
+            qtype = source.qtype if isinstance(source, TensorPlan) else "int8"
+            if source is not None and qtype != plan.act_qtype:
+                plan.unsupported = True
+                plan.reason = (
+                    f"it reads {qtype} codes, and computes {plan.act_qtype}; give what "
+                    "is before it the same act_qtype"
+                )
 
     def plan_tensor(self, value: Value) -> None:
         node = value.producer
@@ -429,6 +468,8 @@ class _Planner:
             return False
         if plan is None:  # an input of the model
             return self.inputs is None
+        if plan.rule is None or plan.act_qtype != reader.act_qtype:
+            return False
         if not plan.quantized or plan.spec is None:
             return False
         return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
@@ -455,13 +496,14 @@ class _Planner:
     def make_tensor(self, value, plan, owner, path) -> TensorPlan:
         rule = owner.rule
         method = rule.act_calibration_method or "minmax"
-        make = functools.partial(HowToQuantize, qtype=rule.act_qtype)
+        qtype = activation_qtype(rule)
+        # Ranges of 16 bits are measured as those of 8.
+        make = functools.partial(HowToQuantize, qtype="int8")
         tensor = TensorPlan(
-            value, path, make(calibration_method=method), owner.rule_index
+            value, path, make(calibration_method=method), owner.rule_index, qtype
         )
         spec = plan.spec if plan is not None and plan.quantized else None
         if spec is not None and spec.scale is not None:
-            # The scale that LiteRT asks for; of 16 bits, half of the codes.
             tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
         if spec is not None:
             tensor.rounding = spec.rounding

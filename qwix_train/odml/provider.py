@@ -26,6 +26,7 @@ from qwix_train.odml.plan import (
     NodePlan,
     OdmlPlan,
     TensorPlan,
+    activation_qtype,
     make_odml_plan,
     unsupported_message,
 )
@@ -36,11 +37,11 @@ from qwix_train.qat.running_ranges import (
     harvest_call,
     nested,
 )
-from qwix_train.rules import QuantizationRule
+from qwix_train.rules import QuantizationRule, is_int16
 from qwix_train.trace.function import TracedCall
 
 _WEIGHT_TYPES = ("int8", "int4")
-_ACTIVATION_TYPES = ("int8",)
+_ACTIVATION_TYPES = ("int8", "int16")
 
 
 class OdmlQatProvider(QuantizationProvider):
@@ -299,25 +300,25 @@ class _FakeQuantizer:
     def __init__(self, per_tensor_weights: bool, calibration_of: Any):
         self.per_tensor_weights = per_tensor_weights
         self.calibration_of = calibration_of
-        self.grids: dict[int, Grid] = {}
+        # The range of each tensor, once it is known.
+        self.ranges: dict[int, Any] = {}
 
     def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
+        if plan.measured:
+            self.ranges[id(plan)] = self.calibration_of(plan, observed)
+        return integer_grid.on_grid(x, self.grid(plan), plan.rounding)
+
+    def grid(self, plan: TensorPlan) -> Grid:
         grid = known_grid(plan)
         if grid is None:
-            calibration = self.calibration_of(plan, observed)
-            grid = integer_grid.of_calibration(calibration, plan.how.qtype)
-        grid = Grid(
-            *(
-                lax.stop_gradient(jnp.reshape(a, ()))
-                for a in (grid.scale, grid.zero_point)
-            ),
-            qtype=grid.qtype,
+            grid = integer_grid.of_calibration(self.ranges[id(plan)], plan.qtype)
+        scale, zero_point = (
+            lax.stop_gradient(jnp.reshape(x, ())) for x in (grid.scale, grid.zero_point)
         )
-        self.grids[id(plan)] = grid
-        return integer_grid.on_grid(x, grid, plan.rounding)
+        return Grid(scale, zero_point, plan.qtype)
 
     def rounded(self, plan: TensorPlan, x: Any, rounding: str) -> Any:
-        return integer_grid.on_grid(x, self.grids[id(plan)], rounding)
+        return integer_grid.on_grid(x, self.grid(plan), rounding)
 
     def weight(self, plan: NodePlan, w: Any, channels: Sequence[int]) -> Any:
         return integer_grid.on_grid(w, weight_grid(plan, w, channels))
@@ -327,7 +328,7 @@ class _FakeQuantizer:
 
     def dynamic(self, plan: NodePlan, x: Any) -> Any:
         how = HowToQuantize(
-            qtype=plan.rule.act_qtype,  # type: ignore[union-attr]
+            qtype=plan.act_qtype,
             channelwise_axes=dynamic_axes(plan),
             calibration_method=plan.rule.act_calibration_method or "minmax",  # type: ignore[union-attr]
         )
@@ -345,19 +346,18 @@ def weight_grid(plan: NodePlan, w: Any, channels: Sequence[int]) -> Grid:
 
 def constant_grid(plan: NodePlan, x: Any) -> Grid:
     """The grid of a constant that is no weight of a product."""
-    assert plan.rule is not None
-    return integer_grid.of_constant(jnp.asarray(x), plan.rule.act_qtype)
+    return integer_grid.of_constant(jnp.asarray(x), plan.act_qtype)
 
 
 def known_grid(plan: TensorPlan) -> Grid | None:
     """The grid of a tensor whose range is not measured; None for any other."""
     if plan.scale is not None:
-        scale = np.float32(plan.scale)
-        return Grid(scale, np.int32(plan.zero_point or 0))
+        if plan.qtype == "int16":
+            return Grid(np.float32(2**-15), np.int32(0), "int16")
+        return Grid(np.float32(plan.scale), np.int32(plan.zero_point or 0))
     if plan.measured:
         return None
-    calibration = calibrate(jnp.zeros(1), plan.how)
-    return integer_grid.of_calibration(calibration, plan.how.qtype)
+    return integer_grid.of_calibration(calibrate(jnp.zeros(1), plan.how), plan.qtype)
 
 
 def calibrations_in(
@@ -420,9 +420,11 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         return
     if rule.weight_qtype not in _WEIGHT_TYPES:
         raise error("weight_qtype", f"LiteRT has {' and '.join(_WEIGHT_TYPES)} weights")
-    if rule.act_qtype is not None and rule.act_qtype not in _ACTIVATION_TYPES:
+    if rule.act_qtype is not None and activation_qtype(rule) not in _ACTIVATION_TYPES:
         types = " and ".join(_ACTIVATION_TYPES)
         raise error("act_qtype", f"LiteRT has {types} activations")
+    if is_int16(rule.act_qtype) and rule.act_static_scale is False:
+        raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
     if rule.tile_size is not None:
         raise error("tile_size", "LiteRT has no sub-channel quantization")
     if needs_zero_point(rule.weight_calibration_method):
