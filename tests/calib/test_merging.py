@@ -111,6 +111,7 @@ def test_two_runs_merge_to_one(observer, averaging):
     models.assert_same(calib.merge_stats(observed, parts[0], {}), parts[0])
 
 
+@pytest.mark.slow
 def test_layers_and_batches_that_were_skipped():
     model = models.Layers()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]

@@ -71,6 +71,7 @@ def test_special_ranges():
     assert np.isinf(scale[2]) and np.isnan(scale[3]) and scale[4] == 2.0**126
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 @pytest.mark.parametrize("method", ["absmax", "minmax", "rms,2", "fixed,2"])
 @pytest.mark.parametrize("axes", [(), (0,)])

@@ -21,7 +21,7 @@ def exact(x):
     return np.asarray(dequantize(x) if isinstance(x, QArray) else x, np.float64)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "subscripts, kinds",
     [

@@ -80,7 +80,7 @@ def check(method, layout, qtype, dtype):
         assert_same_bits(got, want)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_same_codes_everywhere(case):
     check(*case)
@@ -94,6 +94,7 @@ def test_same_codes_everywhere_for_every_type(case):
     check(*case)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_root_mean_square_unless_sharded(dtype):
     how = HowToQuantize(

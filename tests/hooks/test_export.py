@@ -150,6 +150,7 @@ def test_static_ranges(trained, tmp_path):
     np.testing.assert_allclose(scale.array, [[0.02]], rtol=1e-6)  # 2.55 / 127.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_static_ranges_in_the_state_of_qat(trained, tmp_path, framework):
     if framework == "nnx":

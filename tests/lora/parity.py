@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import pathlib
 import pickle
 import sys
 import zlib
@@ -123,8 +122,6 @@ CASES = {
     "nnx list": Case(NnxList, {"module_path": "layers/1", **INT8}),
 }
 
-DEFAULT = ("dense int4", "nnx dense nf4", "nnx einsum int8")
-
 
 def run(library: Any, case: Case) -> dict[str, Any]:
     """The params, output and gradients of adapters of a model that has some."""
@@ -210,12 +207,7 @@ def drawn_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
 def main(path: str) -> None:
     import qwix
 
-    default = pathlib.Path(path).stem == "default"
-    results = {
-        name: run(qwix, case)
-        for name, case in CASES.items()
-        if (name in DEFAULT) == default
-    }
+    results = {name: run(qwix, case) for name, case in CASES.items()}
     with open(path, "wb") as file:
         pickle.dump(results, file)
 

@@ -64,7 +64,7 @@ class Heads(nn.Module):
         return nn.Conv(3, (3,))(x)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     "model", [Mlp(), Layers(), Heads()], ids=lambda m: type(m).__name__
@@ -88,6 +88,7 @@ def test_a_float_base_is_merged_exactly(model, dora):
         np.testing.assert_array_equal(leaf, flat(merged)[name])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_once():
     model = nn.Dense(8, param_dtype=jnp.bfloat16)
     state, params = state_of(model)
@@ -195,6 +196,7 @@ def dequantized(tree):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "qtype, want",
     [("nf4", 1 - 0.7229568362236023), ("float8_e4m3fn", 32.0), ("int1", 2.0)],

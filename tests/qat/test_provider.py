@@ -73,6 +73,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_every_kind_of_derivative(name):
     derivative = DERIVATIVES[name]
@@ -83,6 +84,7 @@ def test_every_kind_of_derivative(name):
     models.assert_close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_shard_map_under_grad(inside):
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
@@ -113,7 +115,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_have_gradients(name):
     layer = nn.Conv(**CONVOLUTIONS[name])
