@@ -158,6 +158,7 @@ def test_statistics_that_are_empty_are_refused():
         quantized(SYMMETRIC, stats(absmax(1.0), {"sum_of_absmax": jnp.ones((1, 1))}))
 
 
+@pytest.mark.slow
 def test_ranges_known_at_compile_time():
     """Statistics that a compiled function closes over are still looked at."""
     model = qwix_train.quantize_model(Mlp(), PtqProvider([SYMMETRIC]))

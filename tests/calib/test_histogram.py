@@ -150,6 +150,7 @@ def test_bfloat16_is_widened():
     assert_same(histogram_of(x), histogram_of(x.astype(jnp.float32)))
 
 
+@pytest.mark.slow
 def test_sharded_arrays_are_one():
     x = np.random.default_rng(3).normal(size=(16, 8)).astype(np.float32)
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))

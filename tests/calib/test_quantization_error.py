@@ -200,6 +200,7 @@ def test_channels_and_tiles(kwargs, width):
         assert abs(methods[method].outside / x.size - share) <= 0.2 * share + 1e-6
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_changes_nothing():
     x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
     bad = np.stack([x[0], np.where(np.arange(300) == 7, np.inf, x[0]), x[1]])

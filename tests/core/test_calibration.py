@@ -22,6 +22,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     "method", ["absmax", "absmax,0.7", "minmax", "minmax,0.5", "rms,2", "fixed,-1,2"]

@@ -220,7 +220,7 @@ def test_a_large_weight_on_either_side():
         np.testing.assert_allclose(swapped, got.T, atol=1e-5 * np.abs(got).max())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("rhs_type", ["int8", "int4"])
 def test_rows_do_not_depend_on_how_many_there_are(rhs_type):
     # Few rows are multiplied in another way on a CPU: the bits must be the same.

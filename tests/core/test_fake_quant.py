@@ -22,7 +22,7 @@ def bits(x):
     return np.asarray(x).tobytes()
 
 
-@pytest.mark.thinned(15)
+@pytest.mark.thinned(17)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_forward_is_quantize_and_dequantize_bit_for_bit(qtype, dtype):

@@ -80,7 +80,7 @@ def check(method, layout, qtype, dtype):
         assert_same_bits(got, want)
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_same_codes_everywhere(case):
     check(*case)

@@ -104,7 +104,7 @@ INDICES = [
 ]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_any_index_where_nothing_is_tiled(axes, index):

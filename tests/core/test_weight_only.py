@@ -68,6 +68,7 @@ def test_value_and_gradient(qtype, rows):
     assert_close(grad, 2 * want @ exact(q).T)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_scale():
     x = array(4, SIZE[0], seed=1)
     for q in (weight("int8"), weight("int4", tile=256, method="minmax")):
@@ -124,7 +125,7 @@ def test_a_batch_of_weights():
     assert_close(got, np.stack([exact(x[0]) @ exact(q) for q in stack]))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize(
     "qtype, tile", [("int8", None), ("int8", 128), ("int4", None), ("nf4", 128)]

@@ -96,6 +96,7 @@ def test_a_step_that_is_repeated_is_replaced(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000005"]
 
 
+@pytest.mark.slow
 def test_all_collections_of_a_linen_model(tmp_path):
     model = models.Everything()
     images = np.random.default_rng(0).normal(size=(8, 4, 4)).astype(np.float32)

@@ -229,6 +229,7 @@ def test_a_report_of_float_shows_no_loss():
         assert record.error < 1e-7 < record.adapter_size
 
 
+@pytest.mark.slow
 def test_params_of_a_linen_model():
     model = qwix_train.apply_lora_to_model(
         Mlp(), lora.LoraProvider([lora.LoraRule(**RULE, **INT4)])
@@ -268,6 +269,7 @@ def nnx_model(**kwargs):
     return model
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kwargs", [{}, {"dropout": 0.5}, {"dora": True}])
 def test_an_nnx_model(kwargs):
     model = nnx_model(**kwargs)

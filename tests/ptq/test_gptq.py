@@ -53,6 +53,7 @@ def test_scales_of_tiles_are_those_of_the_corrected_weights(tile, block_size):
     assert np.mean(codes != expected) < 0.01
 
 
+@pytest.mark.slow
 def test_channels_with_large_inputs_first():
     w, hessian = case(columns=24)
     how = HowToQuantize(
@@ -166,7 +167,7 @@ def test_channels_without_input_are_rounded_to_nearest():
     assert np.mean(np.asarray(found.qvalue[used].T, int)[rows] != expected[rows]) < 0.02
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("qtype", "dtype"),
     [

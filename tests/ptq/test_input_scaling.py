@@ -68,6 +68,7 @@ def test_the_arithmetic(make, rules):
     models.assert_same(method.quantize_params(params, init), quantized)
 
 
+@pytest.mark.slow
 def test_static_ranges_are_those_of_the_scaled_inputs():
     model, params, method = models.Mlp(), mlp_params(), ptq.SmoothQuant([STATIC])
     # As after training, the large channel does not drown the others.

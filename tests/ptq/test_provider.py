@@ -164,6 +164,7 @@ def test_the_plan_says_what_is_dequantized_and_nothing_else():
     assert again.dequantized == plan.dequantized
 
 
+@pytest.mark.slow
 def test_readme_of_qwix():
     """Its code, with the name of the import changed."""
     qwix = qwix_train

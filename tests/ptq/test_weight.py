@@ -217,7 +217,7 @@ STACKS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", [*PRODUCTS, *(f"stacked {name}" for name in STACKS)])
 def test_products_of_codes(name):
     stacked = name.startswith("stacked ")
@@ -301,7 +301,7 @@ def test_weight_normalization_and_shards_of_it():
     assert dequantized_for(function, PARAMS) >= {"shard_map", "mul"}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("qtype", ["nf4", "int4", "int1", "float8_e5m2"])
 @pytest.mark.parametrize("tile", [None, 4])
 def test_other_types_and_tiles(qtype, tile):

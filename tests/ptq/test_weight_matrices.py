@@ -111,7 +111,7 @@ def windows(x):
     )
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_ways_to_read_a_weight(name):
     shape, model, matrices, samples = SPELLINGS[name]

@@ -69,7 +69,7 @@ def serve(model, x, weight, act):
     )
 
 
-@pytest.mark.thinned(25)
+@pytest.mark.thinned(47)
 @pytest.mark.parametrize("model", [Dense(), Einsum(), Conv(), Conv(4)], ids=repr)
 @pytest.mark.parametrize("weight_qtype", TYPES)
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def test_sharding_constraints_survive():
     assert jax.jit(quantize(fn))(W, X).sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prevent_cse", [True, False])
 def test_remat_keeps_its_policy_and_quantizes_inside(prevent_cse):
     policy = jax.checkpoint_policies.dots_saveable
@@ -192,6 +193,7 @@ def test_scan_over_stacked_weights(options):
     assert any("custom_jvp" in e.primitive.name for e in scan.params["jaxpr"].eqns)
 
 
+@pytest.mark.slow
 def test_scan_over_one_layer_and_integers():
     def fn(p, x):
         def body(carry, wi):
