@@ -66,7 +66,7 @@ def test_gradient_is_straight_through(how):
     np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), want)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [INT4, CLIPPED], ids=["covers", "clips"])
 def test_every_kind_of_differentiation(how):
     x = sample((2, 3))

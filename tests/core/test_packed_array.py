@@ -112,7 +112,7 @@ def test_at_most_4_13_bits(dtype):
     assert packed_array.unpack(packed).dtype == packed.dtype == dtype
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", ["nf4", "int4"])
 def test_quantizes_as_in_two_steps(qtype):
     how = HowToQuantize(qtype=qtype, channelwise_axes=(0, 2), tiled_axes={1: 16})

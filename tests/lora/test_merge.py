@@ -283,6 +283,7 @@ def test_an_nnx_model(kwargs):
     assert jax.tree.leaves(nnx.state(model, nnx.LoRAParam))  # as it was
 
 
+@pytest.mark.slow
 def test_a_quantized_nnx_model(tmp_path):
     model = nnx_model(**INT4)
     merged, report = lora.merge_with_report(model, X)

@@ -95,7 +95,7 @@ class NnxLayers(nnx.Module):
         return layer(self.layers, x)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["remat", "nnx"])
 def test_stacked_layers_have_a_statistic_each(framework):
     method = ptq.Gptq(RULES)

@@ -30,6 +30,7 @@ def by_hand(params, x):
     return jnp.sin(fq_x(x) @ fq_w(params["w"]))
 
 
+@pytest.mark.slow
 def test_the_straight_through_gradients_are_those_of_the_fake_quantized_product():
     g = jax.random.normal(jax.random.key(2), (6, 3))
     linear = quantize_fn(lambda p, x: x @ p, PROVIDER)
