@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     scale = np.abs(kernel).max(0, keepdims=True) * np.float32(1 / 7.5)
     codes = np.clip(np.round(np.asarray(kernel) / scale), -8, 7)
     assert len(np.unique(codes)) <= 16
-    float_loss = names["train_step"](
+    float_loss = jax.jit(names["train_step"])(
         names["state"].replace(params=names["params"]), names["batch"]
     )[1]
     quantized_loss = names["step"](

@@ -38,6 +38,7 @@ def step(state, batch):
     return state.apply_gradients(grads=grads), value
 
 
+@functools.partial(jax.jit, static_argnames=("weight_bits", "act_bits"))
 def by_hand(params, batch, **bits):
     def loss(params):
         return models.loss_of(models.mlp(params, batch["x"], **bits), batch["y"])
@@ -56,7 +57,7 @@ def check(new_state, value, batch=BATCH, **bits):
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("compile_step", [jax.jit, lambda f: f])
 @pytest.mark.parametrize("rules,bits", [(models.INT8, 8), (models.INT4, 4)])
 def test_a_train_state_step_trains_on_fake_quantized_values(compile_step, rules, bits):
     quantized = compile_step(wrap_train_step(step, rules))
@@ -76,6 +77,7 @@ APPLY_FNS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", APPLY_FNS)
 def test_apply_fn_may_be_any_function_around_the_model(name):
     apply_fn = APPLY_FNS[name]
@@ -88,6 +90,7 @@ def test_apply_fn_may_be_any_function_around_the_model(name):
     models.assert_same((again.params, float_again), (float_state.params, float_value))
 
 
+@pytest.mark.slow
 def test_module_paths_are_known_in_an_apply_fn_that_was_jitted_before():
     apply_fn = jax.jit(lambda v, x: MLP.apply(v, x))
     apply_fn({"params": PARAMS}, X)
@@ -95,6 +98,7 @@ def test_module_paths_are_known_in_an_apply_fn_that_was_jitted_before():
         wrap_train_step(step, models.NOTHING)(state_of(apply_fn), BATCH)
 
 
+@pytest.mark.slow
 def test_apply_fn_may_be_no_flax_function():
     def apply_fn(variables, x):
         p = variables["params"]
@@ -135,7 +139,7 @@ def image_step(state, batch, axis_name=None):
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("compile_step", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("compile_step", [jax.jit, lambda f: f])
 def test_what_no_rule_matches_is_bit_identical(compile_step):
     plain = compile_step(image_step)
     wrapped = compile_step(
@@ -145,6 +149,7 @@ def test_what_no_rule_matches_is_bit_identical(compile_step):
     models.assert_same(wrapped(state, IMAGE_BATCH), plain(state, IMAGE_BATCH))
 
 
+@pytest.mark.slow
 def test_what_runs_before_the_first_quantized_op_is_as_in_float():
     rules = [models.QuantizationRule(module_path="Dense_1", weight_qtype="int8")]
     wrapped = jax.jit(wrap_train_step(image_step, rules))
@@ -200,19 +205,25 @@ def test_several_calls_and_a_scan_over_micro_batches():
     )
 
 
-def test_a_state_carried_by_a_scan():
+@pytest.mark.parametrize(
+    "apply_fn",
+    [
+        lambda v, x: MLP.apply(v, x),
+        pytest.param(MLP.apply, id="method", marks=pytest.mark.slow),
+    ],
+)
+def test_a_state_carried_by_a_scan(apply_fn):
     def epoch(state, batches):
         return jax.lax.scan(step, state, batches)
 
     batches = jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
-    for apply_fn in (MLP.apply, lambda v, x: MLP.apply(v, x)):
-        state, values = wrap_train_step(epoch, models.INT8)(state_of(apply_fn), batches)
-        one = jax.jit(wrap_train_step(step, models.INT8))
-        first, value = one(state_of(apply_fn), BATCH)
-        second, _ = one(first, BATCH)
-        models.assert_close(values[0], value)
-        models.assert_close(state.params, second.params)
-        assert state.apply_fn is apply_fn or state.apply_fn == apply_fn
+    state, values = wrap_train_step(epoch, models.INT8)(state_of(apply_fn), batches)
+    one = jax.jit(wrap_train_step(step, models.INT8))
+    first, value = one(state_of(apply_fn), BATCH)
+    second, _ = one(first, BATCH)
+    models.assert_close(values[0], value)
+    models.assert_close(state.params, second.params)
+    assert state.apply_fn is apply_fn or state.apply_fn == apply_fn
 
 
 class TwoHeads(nn.Module):
@@ -261,7 +272,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_steps_that_close_over_a_module(name):
     model = TwoHeads()
@@ -291,6 +302,7 @@ class Dropped(nn.Module):
         return self.dropout(self.dense(x))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["bind", "nn.apply", "lambda", "submodule"])
 def test_a_module_called_twice_draws_the_random_numbers_of_float(kind):
     model = Dropped()
@@ -329,6 +341,7 @@ class Counting(nn.Module):
         return nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutable", [["state", "batch_stats"], True, nn.DenyList("x")])
 def test_mutable_collections_of_a_bound_module(mutable):
     model = Counting()
@@ -430,6 +443,7 @@ def test_dynamic_scale():
     check(new, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(k, marks=pytest.mark.slow) for k in ("pmap", "vmap")] + ["shard_map"],
@@ -572,6 +586,7 @@ class Product(nn.Module):
         return PRODUCTS[self.spelling](x, w)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("spelling", PRODUCTS)
 @pytest.mark.parametrize(
     "order", ["float first", pytest.param("quantized first", marks=pytest.mark.slow)]
@@ -605,7 +620,9 @@ def test_no_match_is_an_error_that_shows_the_paths():
     with pytest.raises(ValueError, match="allow_unmatched"):
         wrapped(state_of(), BATCH)
     allowed = wrap_train_step(step, models.NOTHING, allow_unmatched=True)
-    models.assert_same(allowed(state_of(), BATCH), step(state_of(), BATCH))
+    models.assert_same(
+        jax.jit(allowed)(state_of(), BATCH), jax.jit(step)(state_of(), BATCH)
+    )
 
 
 def test_another_model_that_no_rule_matches_is_not_left_in_float_silently():
@@ -673,6 +690,7 @@ def test_an_exception_in_the_middle_leaves_nothing_changed():
     models.assert_differ(wrapped(False, variables, X), plain)
 
 
+@pytest.mark.slow
 def test_numpy_arrays_and_python_numbers_as_arguments():
     state = state_of().replace(params=jax.tree.map(np.asarray, PARAMS))
     batch = jax.tree.map(np.asarray, BATCH)

@@ -49,7 +49,7 @@ def by_hand(model, x, y):
         return models.loss_of(logits, y)
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 def check(before, after, value, count=1):
@@ -137,16 +137,17 @@ def test_an_eval_step_leaves_the_params_as_they_are():
         models.assert_differ(out, run(before, X))
 
 
-def test_what_no_rule_matches_is_bit_identical():
-    for compile_step in (lambda f: f, nnx.jit):
-        (model, optimizer), (plain, plain_optimizer) = make(0.5), make(0.5)
-        nothing = wrap_train_step(step, models.NOTHING, allow_unmatched=True)
-        value = compile_step(nothing)(model, optimizer, X, Y)
-        want = compile_step(step)(plain, plain_optimizer, X, Y)
-        models.assert_same(value, want)
-        models.assert_same(nnx.state(model), nnx.state(plain))
-        models.assert_same(nnx.state(optimizer), nnx.state(plain_optimizer))
-        assert_clean(model)
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("compile_step", [nnx.jit, lambda f: f])
+def test_what_no_rule_matches_is_bit_identical(compile_step):
+    (model, optimizer), (plain, plain_optimizer) = make(0.5), make(0.5)
+    nothing = wrap_train_step(step, models.NOTHING, allow_unmatched=True)
+    value = compile_step(nothing)(model, optimizer, X, Y)
+    want = compile_step(step)(plain, plain_optimizer, X, Y)
+    models.assert_same(value, want)
+    models.assert_same(nnx.state(model), nnx.state(plain))
+    models.assert_same(nnx.state(optimizer), nnx.state(plain_optimizer))
+    assert_clean(model)
     with pytest.raises(ValueError, match=r"(?s)'l1'.*'l2'"):
         wrap_train_step(step, models.NOTHING)(model, optimizer, X, Y)
     assert_clean(model)
@@ -175,6 +176,7 @@ METHODS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_and_rngs_as_arguments(name):
     model, rngs = Inputs(nnx.Rngs(0)), nnx.Rngs(dropout=1)
@@ -189,6 +191,7 @@ def test_methods_and_rngs_as_arguments(name):
     assert_clean(model)
 
 
+@pytest.mark.slow
 def test_modules_in_containers_metrics_and_model_and_optimizer():
     model = models.NnxMlp(nnx.Rngs(0), 0.0)
     teacher = models.NnxMlp(nnx.Rngs(1), 0.0)
@@ -273,11 +276,11 @@ def test_layers_under_a_transformation(kind):
     rules = [models.rule("int8", "int8", module_path="layers")]
     value, grads = wrap_train_step(nnx.jit(run), rules)(model, X)
     params = nnx.to_pure_dict(nnx.state(before.layers))
-    want = jax.value_and_grad(lambda p: (hand(p, X) ** 2).sum())(params)
+    want = jax.jit(jax.value_and_grad(lambda p: (hand(p, X) ** 2).sum()))(params)
     models.assert_close((value, nnx.to_pure_dict(grads)["layers"]), want, 1e-4)
     models.assert_same(nnx.state(model), nnx.state(before))
     out = wrap_eval_step(lambda m, x: m(x), rules)(model, X)
-    models.assert_close(out, hand(params, X))
+    models.assert_close(out, jax.jit(hand)(params, X))
     models.assert_same(nnx.state(model), nnx.state(before))
 
 
@@ -309,6 +312,7 @@ def test_the_functional_style_with_graph_definitions():
         hidden(*state, X, Y)
 
 
+@pytest.mark.slow
 def test_a_train_state_with_a_graph_definition():
     model, _ = make()
     model.eval()
@@ -454,6 +458,7 @@ def test_classes_of_unusual_make():
     assert registered == ["model"]
 
 
+@pytest.mark.slow
 def test_a_method_of_an_object_that_holds_the_model():
     class Learner(nnx.Module):
         def __init__(self):
@@ -476,7 +481,7 @@ def test_a_method_of_an_object_that_holds_the_model():
 def test_a_hidden_model_is_refused():
     model, optimizer = make()
     with pytest.raises(ValueError, match="does not receive as an argument"):
-        wrap_train_step(lambda x, y: step(model, optimizer, x, y), RULES)(X, Y)
+        wrap_train_step(lambda x, y: loss_fn(model, x, y), RULES)(X, Y)
     wrapped = wrap_train_step(lambda f, p, x: f(p, x), RULES)
     with pytest.raises(ValueError, match="as_model"):
         wrapped(quantize_fn(lambda p, x: x @ p, QtProvider(models.INT8)), X.T, X)

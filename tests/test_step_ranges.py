@@ -124,7 +124,10 @@ class Threaded:
                 np.testing.assert_allclose(stats[name], [[sum(history)]], 1e-6)
 
 
-@pytest.mark.parametrize("how", ["jit", "eager", "jitted before"])
+@pytest.mark.parametrize(
+    "how",
+    ["jit", "jitted before", pytest.param("eager", marks=pytest.mark.slow)],
+)
 def test_ranges_are_updated_and_used_in_an_unchanged_step(how):
     state = with_quant_stats(new_state(), RULES, BATCHES[0])
     step = jax.jit(train_step) if how == "jitted before" else train_step
@@ -187,15 +190,15 @@ def test_a_moving_average():
     expected.check(state.params, state.quant_stats, "ema_of_absmax")
 
 
-@pytest.mark.thinned(4)
-@pytest.mark.parametrize("observer", ["mse", "percentile,99"])
+@pytest.mark.slow
+@pytest.mark.parametrize("observer", ["percentile,99", "mse"])
 def test_observers_of_all_data(observer):
     """The range is that of a calibration over the same activations."""
     rules = [dataclasses.replace(RULES[0], act_observer=observer)]
     state = with_quant_stats(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     first = qwix_train.calib.Calibrator(rules)
-    collect = first.wrap(eval_step)
+    collect = first.wrap(jax.jit(eval_step))
     for x in BATCHES:
         collect(state, x)
         state, loss = step(state, x)
@@ -212,9 +215,9 @@ def test_observers_of_all_data(observer):
     model, params = qwix_train.ptq.quantize(
         Mlp(), state.params, rules, BATCHES[0], quant_stats=ranges
     )
-    evaluate = qwix_train.wrap_eval_step(eval_step, rules)
+    evaluate = jax.jit(qwix_train.wrap_eval_step(eval_step, rules))
     np.testing.assert_allclose(
-        np.mean(model.apply({"params": params}, BATCHES[0]) ** 2),
+        np.mean(jax.jit(model.apply)({"params": params}, BATCHES[0]) ** 2),
         evaluate(state, BATCHES[0]),
         1e-4,
     )
@@ -263,7 +266,8 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     assert abs(third - not_own) > 1e-5 * abs(not_own)
 
 
-@pytest.mark.parametrize("remat", [False, True, "nested"])
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("remat", ["nested", False, True])
 def test_scanned_layers_remat_and_micro_batches_at_once(remat):
     model = models.Layers(bool(remat))
     params = model.init(KEY, BATCHES[0])["params"]
@@ -328,6 +332,7 @@ def test_what_was_trained_is_what_is_exported():
         )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("averaging", ["ema,0.9", "minmax", "last"])
 def test_other_averages_are_exported_too(averaging):
     rules = [dataclasses.replace(RULES[0], act_averaging=averaging)]
@@ -414,6 +419,7 @@ def test_states_of_your_own():
     assert type(with_quant_stats(created, RULES, BATCHES[0])) is QuantTrainState
 
 
+@pytest.mark.slow
 def test_a_dataclass_with_a_step_that_closes_over_the_model():
     model: Any = Mlp()
 
@@ -513,6 +519,7 @@ def test_a_model_inside_of_vmap_is_refused():
         qwix_train.calib.observe(step, RULES)({}, state, BATCHES[0])
 
 
+@pytest.mark.slow
 def test_tiles_along_the_contracted_axis_have_a_range_each():
     rules = [
         QuantizationRule(module_path="Dense_0", tile_size=3, **STATIC),
@@ -527,6 +534,7 @@ def test_tiles_along_the_contracted_axis_have_a_range_each():
     np.testing.assert_allclose(found, [np.abs(tiles).max((1, 3)).sum(0)], 1e-6)
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_ranges_of_examples():
     rules = [QuantizationRule(act_batch_axes=(0,), **STATIC)]
     state = with_quant_stats(new_state(), rules, BATCHES[0])

@@ -114,7 +114,7 @@ def update(state: Mapping[str, jax.Array], x: jax.Array) -> State:
     Raises:
         ValueError: The groups do not fit the array.
 
-    >>> hist = update(init((1,)), jnp.array([1., -2., 1.5, 1.]))
+    >>> hist = jax.jit(update)(init((1,)), jnp.array([1., -2., 1.5, 1.]))
     >>> masses, lower, _ = signed_bins(hist)
     >>> lower[masses > 0].tolist(), masses[masses > 0].tolist()
     ([-2.0, 1.0, 1.5], [1.0, 2.0, 1.0])
@@ -164,8 +164,9 @@ def merge(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> State:
     """Returns the histogram of the elements of both.
 
     >>> x = jnp.array([1., -200., 1.5, 1.])
-    >>> one, two = (update(init((1,)), part) for part in (x[:2], x[2:]))
-    >>> merged, whole = merge(two, one), update(init((1,)), x)
+    >>> add = jax.jit(update)
+    >>> one, two = (add(init((1,)), part) for part in (x[:2], x[2:]))
+    >>> merged, whole = jax.jit(merge)(two, one), add(init((1,)), x)
     >>> all(bool((merged[key] == whole[key]).all()) for key in whole)
     True
     """
@@ -179,8 +180,9 @@ def coarse(state: Mapping[str, jax.Array]) -> State:
     It equals the one that the same data would have made, bit for bit.
 
     >>> x = jnp.array([1., -200., 1.5, 1.])
-    >>> got = coarse(update(init((1,), 10, positions=True), x))
-    >>> want = update(init((1,)), x)
+    >>> add = jax.jit(update)
+    >>> got = jax.jit(coarse)(add(init((1,), 10, positions=True), x))
+    >>> want = add(init((1,)), x)
     >>> all(bool((got[key] == want[key]).all()) for key in want | got)
     True
     """

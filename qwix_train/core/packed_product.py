@@ -41,7 +41,7 @@ def packed_product(
     >>> def product(x):
     ...     weight_of = lambda packed: dequantize(packed_array.unpack(packed))
     ...     return packed_product(jnp.matmul, weight_of, x, packed)
-    >>> jax.grad(lambda x: product(x)[1])(jnp.ones(4)).tolist()
+    >>> jax.jit(jax.grad(lambda x: product(x)[1]))(jnp.ones(4)).tolist()
     [0.0, 2.0, 0.0, 0.0]
     """
     aval = jax.typeof(x)

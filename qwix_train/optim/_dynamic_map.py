@@ -64,9 +64,10 @@ def encode(x: jax.Array, unsigned: jax.Array) -> jax.Array:
     Returns:
         Codes in the shape of ``x``; uint8.
 
-    >>> encode(jnp.array([-1., 0., 1e-3, 1.]), jnp.array(False)).tolist()
+    >>> compiled = jax.jit(encode)
+    >>> compiled(jnp.array([-1., 0., 1e-3, 1.]), jnp.array(False)).tolist()
     [0, 127, 142, 255]
-    >>> encode(jnp.array([0., 1e-9, 1e-3, 1.]), jnp.array(True)).tolist()
+    >>> compiled(jnp.array([0., 1e-9, 1e-3, 1.]), jnp.array(True)).tolist()
     [0, 1, 30, 255]
     """
     # The values of a decade are evenly spaced, so the place within it is arithmetic.
@@ -99,7 +100,7 @@ def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array
     """Returns the values of codes, in the dtype that is given.
 
     >>> codes = jnp.array([0, 127, 255], jnp.uint8)
-    >>> values = decode(codes, jnp.array(False), jnp.float32)
+    >>> values = jax.jit(decode, static_argnums=2)(codes, jnp.array(False), jnp.float32)
     >>> [round(value, 3) for value in values.tolist()]
     [-0.993, 0.0, 1.0]
     """

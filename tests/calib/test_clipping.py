@@ -38,6 +38,7 @@ def widest_bin_between(x, low, high):
     return max(width, np.abs(x).max() * 2.0**-14)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", distributions())
 @pytest.mark.parametrize("percentile", [51, 90, 99.9, 99.99, 100])
 @pytest.mark.parametrize("n", [20_000, 700, 1])
@@ -87,7 +88,7 @@ def squared_error(x, scale, zero, levels):
     return np.mean((nearest * scale - x) ** 2)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "qtype", ["int8", "int4", "int2", "int1", "nf4", "float8_e5m2"]
 )
@@ -103,6 +104,7 @@ def test_mse_within_one_percent_of_brute_force(qtype):
         assert squared_error(x, got / bound, 0, levels) <= 1.01 * best, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", ["int8", "int3"])
 def test_mse_of_both_ends_within_one_percent_of_brute_force(qtype):
     levels = levels_of(qtype)
@@ -146,6 +148,7 @@ def reference_divergence(x, t, levels):
         return np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0]))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["normal", "laplace", "student"])
 def test_entropy_against_a_reference(name):
     # So many values, evenly spread over the quantiles, that cells have no noise.
@@ -169,22 +172,26 @@ def test_entropy_needs_even_levels(qtype):
         clipping.entropy_range(histogram_of(np.ones(3, np.float32)), qtype)
 
 
-def test_channels_at_once():
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize(
+    "find",
+    [
+        lambda s: clipping.percentile_range(s, 99),
+        lambda s: clipping.percentile_range(s, 99, symmetric=False),
+        lambda s: clipping.mse_range(s, "int4", symmetric=False),
+        lambda s: clipping.entropy_range(s, "int4"),
+        lambda s: clipping.mse_range(s, "int4"),
+    ],
+)
+def test_channels_at_once(find):
     x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     x *= np.float32([1, 100, 0])
     state = update(histogram.init((1, 3)), jnp.asarray(x))
-    for find in (
-        lambda s: clipping.percentile_range(s, 99),
-        lambda s: clipping.percentile_range(s, 99, symmetric=False),
-        lambda s: clipping.mse_range(s, "int4"),
-        lambda s: clipping.mse_range(s, "int4", symmetric=False),
-        lambda s: clipping.entropy_range(s, "int4"),
-    ):
-        find = jax.jit(find)
-        together = find(state)
-        for i in range(3):
-            alone = find(update(histogram.init((1, 1)), jnp.asarray(x[:, i : i + 1])))
-            for end, value in alone.items():
-                assert together[end].shape == (1, 3)
-                np.testing.assert_allclose(together[end][:, i], value[0], rtol=1e-6)
-        assert not any(value[0, 2] for value in together.values())
+    find = jax.jit(find)
+    together = find(state)
+    for i in range(3):
+        alone = find(update(histogram.init((1, 1)), jnp.asarray(x[:, i : i + 1])))
+        for end, value in alone.items():
+            assert together[end].shape == (1, 3)
+            np.testing.assert_allclose(together[end][:, i], value[0], rtol=1e-6)
+    assert not any(value[0, 2] for value in together.values())

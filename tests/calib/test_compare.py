@@ -65,6 +65,7 @@ def test_the_numbers_of_an_eval_loop(framework, jitted):
         assert records["dynamic"]["saturated"] == 0
 
 
+@pytest.mark.slow
 def test_ranges_are_those_that_a_calibrator_collects():
     case = Linear("linen")
     names = ["absmax", "minmax", "percentile,99.9", "mse", "entropy"]
@@ -186,6 +187,7 @@ def test_the_plot_says_what_it_needs(tmp_path, monkeypatch):
         compared.plot(tmp_path / "plot.png")
 
 
+@pytest.mark.slow
 def test_static_settings_of_the_rules():
     """Tiles, ranges of channels, and means over the batch, as the rules ask."""
     case = Linear("linen")
@@ -209,6 +211,7 @@ def test_static_settings_of_the_rules():
     np.testing.assert_allclose(mean["absmax"]["absmax"], want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_count():
     case = Linear("linen")
     bad = np.full_like(BATCHES[0], np.nan)
@@ -224,6 +227,7 @@ def test_batches_that_do_not_count():
         calib.compare(case.eval_step(), [INT8], batches[:1], ["absmax"])
 
 
+@pytest.mark.slow
 def test_other_shapes_of_batches_and_a_signal_of_zeros():
     case = Linear("linen")
     batches = [case.args(x) for x in (BATCHES[0], BATCHES[1][:3], 0 * BATCHES[2])]

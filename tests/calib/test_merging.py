@@ -45,7 +45,7 @@ def data(stats):
     return {name: {**state, "count": 0} for name, state in stats.items()}
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
     mesh = jax.make_mesh((8,), ("data",))
@@ -95,7 +95,7 @@ def test_shards_merge_to_what_one_batch_gives(observer, averaging):
     models.assert_same(data({name: first[name]}), data({name: whole[name]}))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_two_runs_merge_to_one(observer, averaging):
     observed, collect = observe(observer, averaging)
@@ -111,6 +111,7 @@ def test_two_runs_merge_to_one(observer, averaging):
     models.assert_same(calib.merge_stats(observed, parts[0], {}), parts[0])
 
 
+@pytest.mark.slow
 def test_layers_and_batches_that_were_skipped():
     model = models.Layers()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]

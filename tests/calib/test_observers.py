@@ -55,6 +55,7 @@ def assert_same(got, want, rtol=0.0):
         np.testing.assert_allclose(got[key], want[key], rtol=rtol, err_msg=key)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("observer", RANGES)
 def test_mean_range_against_a_reference(layout, observer):
@@ -69,7 +70,7 @@ def test_mean_range_against_a_reference(layout, observer):
         np.testing.assert_allclose(value, want, rtol=2e-6)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 @pytest.mark.parametrize("observer", RANGES[:-1])
@@ -89,6 +90,7 @@ def test_mean_has_the_states_of_qwix(layout, observer, dtype):
     assert_same(statistics.calibration(state), average.get_calibration(want))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, "empty"])
 @pytest.mark.parametrize("averaging", ["mean", "ema,0.5"])
@@ -120,6 +122,7 @@ def test_a_range_beyond_float32_is_skipped():
     assert state["count"] == 0 and state["skipped"] == 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", *STREAMS[:1]])
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(order=st.permutations(range(4)), cut=st.integers(0, 4))
@@ -135,6 +138,7 @@ def test_merging_equals_one_pass(observer, order, cut):
     assert_same(statistics.merge(a, b), collect(statistics, batches))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", *STREAMS[:1]])
 def test_merged_shards_are_one_big_batch(observer):
     averaging = "minmax" if observer in ("absmax", "minmax") else "mean"
@@ -145,7 +149,7 @@ def test_merged_shards_are_one_big_batch(observer):
     assert_same(merged, statistics.calibration(whole))
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("observer", [*RANGES, *STREAMS[:1]])
 def test_sharded_batches_have_the_same_state(observer, kind):
@@ -193,6 +197,7 @@ def test_jit_vmap_scan_and_cond(observer):
     assert_same({k: v[1] for k, v in ranges.items()}, alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_observed_as_it_is():
     x = jnp.asarray(data(1)[0], jnp.bfloat16)
     for observer in "absmax", "minmax", *STREAMS:

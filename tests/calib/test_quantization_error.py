@@ -147,7 +147,7 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", DYNAMIC)
 @pytest.mark.parametrize("qtype", ["int8", "int4"])
 def test_dynamic_ranges(name, qtype):
@@ -172,7 +172,7 @@ def test_dynamic_ranges(name, qtype):
     assert got.outside == outside(parts, found).sum()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -200,6 +200,7 @@ def test_channels_and_tiles(kwargs, width):
         assert abs(methods[method].outside / x.size - share) <= 0.2 * share + 1e-6
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_changes_nothing():
     x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
     bad = np.stack([x[0], np.where(np.arange(300) == 7, np.inf, x[0]), x[1]])
@@ -208,6 +209,7 @@ def test_a_batch_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_merged_states_are_those_of_all_batches():
     how = how_of("int8")
     methods = (("absmax", make_statistics("absmax", "minmax", how=how)),)

@@ -22,6 +22,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     "method", ["absmax", "absmax,0.7", "minmax", "minmax,0.5", "rms,2", "fixed,-1,2"]
@@ -71,6 +72,7 @@ def test_special_ranges():
     assert np.isinf(scale[2]) and np.isnan(scale[3]) and scale[4] == 2.0**126
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 @pytest.mark.parametrize("method", ["absmax", "minmax", "rms,2", "fixed,2"])
 @pytest.mark.parametrize("axes", [(), (0,)])

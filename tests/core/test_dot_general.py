@@ -67,7 +67,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize("lhs_type, rhs_type", PAIRS)
 def test_every_pair_of_types_compiled(lhs_type, rhs_type):
     lhs, rhs = operand(LHS, "lhs", lhs_type), operand(RHS, "rhs", rhs_type)
@@ -85,6 +85,7 @@ def test_mixed_types_eager(lhs_type, rhs_type):
     check(dot_general(lhs, rhs, NUMBERS), lhs, rhs)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tiles", [(None, None), (128, None), (128, 128), (None, 128)])
 @pytest.mark.parametrize(
     "methods", list(itertools.product(["absmax", "minmax"], repeat=2)), ids=str
@@ -115,6 +116,7 @@ def test_padded_tiles():
     check(dot_general(lhs, rhs, NUMBERS), lhs, rhs)
 
 
+@pytest.mark.slow
 def test_tiles_that_differ():
     lhs = operand((4, 1024), "lhs", "int8", tile=256, numbers=(((1,), (0,)), ((), ())))
     rhs = operand((1024, 4), "rhs", "int8", tile=512, numbers=(((1,), (0,)), ((), ())))
@@ -147,6 +149,7 @@ def test_an_int32_sum_that_would_overflow(method):
     assert outs == {("int8", "int32")} and len(primitives(fn, lhs, rhs)) > 1
 
 
+@pytest.mark.slow
 def test_an_overflow_over_several_axes():
     numbers = (((1, 2), (0, 1)), ((), ()))
     lhs = quantize(jnp.full((1, 400, 400), -1.0), "int8", calibration_method="fixed,1")
@@ -174,6 +177,7 @@ def test_result_dtypes():
     assert dot_general(raw, raw.mT, NUMBERS).dtype == jnp.int8
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "shapes",
     [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 3), (4, 3, 2)), ((), (2,))],
@@ -204,6 +208,7 @@ def test_gradient_reaches_the_float_operand_and_the_scale():
     assert (scale_grad != 0).all()
 
 
+@pytest.mark.slow
 def test_a_large_weight_on_either_side():
     numbers = (((1,), (0,)), ((), ()))
     weight = operand((1024, 1536), "rhs", "int8", "minmax", 128, numbers)
@@ -215,6 +220,7 @@ def test_a_large_weight_on_either_side():
         np.testing.assert_allclose(swapped, got.T, atol=1e-5 * np.abs(got).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rhs_type", ["int8", "int4"])
 def test_rows_do_not_depend_on_how_many_there_are(rhs_type):
     # Few rows are multiplied in another way on a CPU: the bits must be the same.

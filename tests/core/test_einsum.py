@@ -21,7 +21,7 @@ def exact(x):
     return np.asarray(dequantize(x) if isinstance(x, QArray) else x, np.float64)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "subscripts, kinds",
     [
@@ -53,6 +53,7 @@ def test_against_numpy(subscripts, kinds):
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_zero_points_and_channelwise_scales():
     x, w = (
         jnp.asarray(np.random.default_rng(i).normal(size=s))

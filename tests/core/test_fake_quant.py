@@ -22,7 +22,7 @@ def bits(x):
     return np.asarray(x).tobytes()
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(17)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_forward_is_quantize_and_dequantize_bit_for_bit(qtype, dtype):
@@ -66,6 +66,7 @@ def test_gradient_is_straight_through(how):
     np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [INT4, CLIPPED], ids=["covers", "clips"])
 def test_every_kind_of_differentiation(how):
     x = sample((2, 3))

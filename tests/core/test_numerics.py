@@ -103,6 +103,7 @@ def test_nf4_materializes_no_axis_of_levels():
         assert word not in text
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 def test_special_values(qtype):
     x = jnp.asarray(SPECIAL)
@@ -121,6 +122,7 @@ def test_special_values(qtype):
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_level_is_what_the_code_stands_for(qtype, dtype):

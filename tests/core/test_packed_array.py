@@ -47,6 +47,7 @@ LAYOUTS = {  # shape, the tiled axis, the tile, layer axes: the packed axis, its
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("qtype", ["nf4", "int4"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_codes_are_kept(name, qtype):
@@ -111,6 +112,7 @@ def test_at_most_4_13_bits(dtype):
     assert packed_array.unpack(packed).dtype == packed.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", ["nf4", "int4"])
 def test_quantizes_as_in_two_steps(qtype):
     how = HowToQuantize(qtype=qtype, channelwise_axes=(0, 2), tiled_axes={1: 16})
@@ -143,6 +145,7 @@ def test_each_layer_is_one_of_its_own():
         np.testing.assert_allclose(mapped[i], want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tiles_of_zeros_do_not_coarsen_the_others():
     x = 0.02 * array(256, 32).at[:64].set(0)
     q = quantize_array(x, NF4)
@@ -174,6 +177,7 @@ def test_zero_points():
     np.testing.assert_array_equal(as_bits(back.qvalue), as_bits(q.qvalue))
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("a", "b"), P(None, "b"), P(("a", "b"))], ids=str)
 def test_sharded(spec, kind):

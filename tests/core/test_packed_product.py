@@ -58,11 +58,13 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_derivative(name):
     assert_close(TRANSFORMS[name](X), exact(X, PACKED)[1])
 
 
+@pytest.mark.slow
 def test_bfloat16():
     x = X.astype(jnp.bfloat16)
     packed = quantize_packed(array(128, 96, seed=1, dtype=jnp.bfloat16), HOW)
@@ -89,7 +91,7 @@ def test_scan_over_layers():
 
 def test_a_batch_of_weights():
     packed = quantize_packed(array(3, 128, 32, seed=2), STACKED, 1)
-    got = jax.vmap(jax.grad(loss), (None, 0))(X, packed)
+    got = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(X, packed)
     for i in range(3):
         layer = jax.tree.map(lambda a, i=i: a[i], packed)
         assert_close(got[i], exact(X, layer)[1])

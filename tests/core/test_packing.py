@@ -38,7 +38,7 @@ def reference(codes, qtype, axis):
     return np.moveaxis(packed, -1, axis)
 
 
-@settings(max_examples=40)  # each compiles two programs
+@settings(max_examples=25)  # each compiles two programs
 @given(
     qtype=st.sampled_from(PACKED),
     shape=st.lists(st.integers(1, 17), min_size=1, max_size=3),
@@ -64,7 +64,7 @@ def test_every_bit_of_a_type_is_used(qtype):
     )
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("qtype", PACKED)
 @pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), (("a", "b"), None)], ids=str)

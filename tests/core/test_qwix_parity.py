@@ -79,7 +79,7 @@ def compare(dtype, layout, qtypes):
     return codes, on_ties
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_and_dequantize(dtype, layout, record_property):
@@ -99,6 +99,7 @@ def test_quantize_and_dequantize_every_type(dtype, layout, record_property):
     print(f"{codes} codes equal, {on_ties} of them on exact ties")
 
 
+@pytest.mark.slow
 def test_compiled_reference_differs_on_ties_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
     for method in ("absmax", "minmax", "rms,3"):

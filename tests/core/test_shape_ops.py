@@ -33,6 +33,7 @@ def same(q, want):
     np.testing.assert_array_equal(dequantize(q), want)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_reshape_is_exact_or_an_error(layout):
     q = make((4, 6, 6), **layout)
@@ -103,6 +104,7 @@ INDICES = [
 ]
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_any_index_where_nothing_is_tiled(axes, index):

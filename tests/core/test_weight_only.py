@@ -57,7 +57,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("qtype", WEIGHTS)
 def test_value_and_gradient(qtype, rows):
@@ -68,6 +68,7 @@ def test_value_and_gradient(qtype, rows):
     assert_close(grad, 2 * want @ exact(q).T)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_scale():
     x = array(4, SIZE[0], seed=1)
     for q in (weight("int8"), weight("int4", tile=256, method="minmax")):
@@ -78,6 +79,7 @@ def test_gradient_of_the_scale():
         assert_close(grad, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_order():
     q, x, t = weight("nf4"), array(2, SIZE[0], seed=1), array(2, SIZE[0], seed=2)
     out, tangent = jax.jvp(lambda x: product(x, q), (x,), (t,))
@@ -88,6 +90,7 @@ def test_forward_mode_and_second_order():
     assert_close(hessian_product, 2 * exact(t) @ exact(q) @ exact(q).T)
 
 
+@pytest.mark.slow
 def test_the_way_back_keeps_codes_only():
     q, x = weight("int4", tile=128), array(4, SIZE[0], seed=1)
     _, back = jax.vjp(lambda x: product(x, q), x)
@@ -122,6 +125,7 @@ def test_a_batch_of_weights():
     assert_close(got, np.stack([exact(x[0]) @ exact(q) for q in stack]))
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize(
     "qtype, tile", [("int8", None), ("int8", 128), ("int4", None), ("nf4", 128)]
@@ -180,6 +184,7 @@ def test_export(platforms):
         assert_close(got, exact(operand) @ exact(q))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     x = array(3, SIZE[0], seed=1, dtype=dtype)

@@ -54,12 +54,10 @@ def _interrupt_before(monkeypatch, step):
 
 
 # Fails between two checkpoints: while fine-tuning, and in the float phase.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("framework", "failing_step", "checkpoint"),
-    [
-        ("linen", 56, "int2/10"),
-        pytest.param("nnx", 16, "float/10", marks=pytest.mark.slow),
-    ],
+    [("linen", 56, "int2/10"), ("nnx", 16, "float/10")],
 )
 def test_run_and_resume(
     framework, failing_step, checkpoint, tmp_path, capsys, monkeypatch

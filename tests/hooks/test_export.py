@@ -96,6 +96,7 @@ def test_a_step_that_is_repeated_is_replaced(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000005"]
 
 
+@pytest.mark.slow
 def test_all_collections_of_a_linen_model(tmp_path):
     model = models.Everything()
     images = np.random.default_rng(0).normal(size=(8, 4, 4)).astype(np.float32)
@@ -150,6 +151,7 @@ def test_static_ranges(trained, tmp_path):
     np.testing.assert_allclose(scale.array, [[0.02]], rtol=1e-6)  # 2.55 / 127.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_static_ranges_in_the_state_of_qat(trained, tmp_path, framework):
     if framework == "nnx":

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import pathlib
 import pickle
 import sys
 import zlib
@@ -102,7 +101,6 @@ SEQUENCE = {"shape": (2, 5, 8)}
 CASES = {
     "dense": Case(Mlp()),
     "dense bfloat16": Case(Mlp(), dtype=jnp.bfloat16),
-    "dense int8": Case(Mlp(), INT8),
     "dense int4": Case(Mlp(), INT4),
     "dense nf4": Case(Mlp(), NF4),
     "dense activations": Case(Mlp(), W8A8),
@@ -113,17 +111,13 @@ CASES = {
     "conv dilated": Case(Strided(), **IMAGES),
     "conv activations": Case(Convolution(), W8A8, **IMAGES),
     "nnx dense": Case(NnxMlp),
-    "nnx dense int4": Case(NnxMlp, INT4),
     "nnx dense nf4": Case(NnxMlp, NF4),
     "nnx einsum": Case(NnxEinsums, **SEQUENCE),
     "nnx einsum int8": Case(NnxEinsums, INT8, **SEQUENCE),
-    "nnx einsum nf4": Case(NnxEinsums, NF4, **SEQUENCE),
     "nnx einsum activations": Case(NnxEinsums, W8A8, **SEQUENCE),
     "nnx layers": Case(NnxLayers, **SEQUENCE),
     "nnx list": Case(NnxList, {"module_path": "layers/1", **INT8}),
 }
-
-DEFAULT = ("dense int4", "nnx dense nf4", "nnx einsum int8")
 
 
 def run(library: Any, case: Case) -> dict[str, Any]:
@@ -210,12 +204,7 @@ def drawn_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
 def main(path: str) -> None:
     import qwix
 
-    default = pathlib.Path(path).stem == "default"
-    results = {
-        name: run(qwix, case)
-        for name, case in CASES.items()
-        if (name in DEFAULT) == default
-    }
+    results = {name: run(qwix, case) for name, case in CASES.items()}
     with open(path, "wb") as file:
         pickle.dump(results, file)
 

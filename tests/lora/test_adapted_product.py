@@ -124,7 +124,7 @@ CASES = {
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(16)
 def test_values_and_gradients(name, dora):
     case = CASES[name]
     weight = data(*case.shape)

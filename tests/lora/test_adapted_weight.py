@@ -80,7 +80,7 @@ REFUSED = ("contracted outer part", "contracted inner part")
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(20)
 def test_every_spelling(name, dora):
     case = CASES[name]
     provider = lora.LoraProvider(rules(dora=dora), allow_unmatched=True)

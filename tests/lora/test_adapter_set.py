@@ -58,7 +58,7 @@ def test_switching_compiles_once():
 
 @pytest.mark.parametrize("kwargs", [{}, {"dora": True}, {"rank_stabilized": True}])
 @pytest.mark.parametrize("model", [Layers(), Heads()], ids=["scan", "einsum and conv"])
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 def test_a_smaller_rank_does_what_it_did(model, kwargs):
     wide = state_of(model, 3, alpha=5.0, **kwargs)
     narrow = state_of(model, 2, seed=4, **kwargs)

@@ -64,7 +64,7 @@ class Heads(nn.Module):
         return nn.Conv(3, (3,))(x)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     "model", [Mlp(), Layers(), Heads()], ids=lambda m: type(m).__name__
@@ -88,6 +88,7 @@ def test_a_float_base_is_merged_exactly(model, dora):
         np.testing.assert_array_equal(leaf, flat(merged)[name])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_once():
     model = nn.Dense(8, param_dtype=jnp.bfloat16)
     state, params = state_of(model)
@@ -195,6 +196,7 @@ def dequantized(tree):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "qtype, want",
     [("nf4", 1 - 0.7229568362236023), ("float8_e4m3fn", 32.0), ("int1", 2.0)],
@@ -227,6 +229,7 @@ def test_a_report_of_float_shows_no_loss():
         assert record.error < 1e-7 < record.adapter_size
 
 
+@pytest.mark.slow
 def test_params_of_a_linen_model():
     model = qwix_train.apply_lora_to_model(
         Mlp(), lora.LoraProvider([lora.LoraRule(**RULE, **INT4)])
@@ -266,6 +269,7 @@ def nnx_model(**kwargs):
     return model
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kwargs", [{}, {"dropout": 0.5}, {"dora": True}])
 def test_an_nnx_model(kwargs):
     model = nnx_model(**kwargs)
@@ -279,6 +283,7 @@ def test_an_nnx_model(kwargs):
     assert jax.tree.leaves(nnx.state(model, nnx.LoRAParam))  # as it was
 
 
+@pytest.mark.slow
 def test_a_quantized_nnx_model(tmp_path):
     model = nnx_model(**INT4)
     merged, report = lora.merge_with_report(model, X)

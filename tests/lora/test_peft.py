@@ -169,6 +169,7 @@ def test_a_smaller_rank_is_padded(folder, params):
     np.testing.assert_allclose(ours, theirs["adapted"], 1e-5, 1e-5)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("case", library.CASES)
 def test_what_is_read_is_what_was_written(tmp_path, params, case):
     state = state_of(rules_of(case), params)

@@ -40,6 +40,7 @@ def test_adapters_of_an_nnx_model_have_the_names_of_the_axes():
     assert tuple(model.kernel_lora_b.get_metadata("out_sharding")) == (None, "model")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("weight_qtype", [None, "int8"])
 @pytest.mark.parametrize("kind", ["dense", "heads"])
 def test_adapters_of_a_sharded_param_are_sharded_as_it_is(weight_qtype, kind):

@@ -224,7 +224,7 @@ def test_a_tied_table_has_one_adapter(weight_qtype):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_convolutions_of_all_groupings(groups, transposed):
@@ -266,6 +266,7 @@ def test_a_wrapped_nnx_step_keeps_the_adapters():
     assert np.abs(got - quantized_base(X)).max() > 1e-2  # and the adapters are there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_qtype", [None, "int4"])
 def test_a_wrapped_step_that_calls_a_linen_model_keeps_the_adapters(weight_qtype):
     provider = lora.LoraProvider(
@@ -313,6 +314,7 @@ class NnxStack(nnx.Module):
         return run(self.layers, x)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("init", [None, "pissa"])
 def test_stacked_nnx_layers_have_adapters_of_their_own(init):
     base, x = NnxStack(nnx.Rngs(0)), X[:, :4]
@@ -367,7 +369,7 @@ class Transformer(nnx.Module):
 
 
 @pytest.mark.parametrize("base", [{"weight_qtype": "nf4", "tile_size": 4}, {}])
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 def test_the_way_of_tunix(base):
     tokens = jnp.arange(20).reshape(4, 5) % 11
     float_model = Transformer(nnx.Rngs(0))

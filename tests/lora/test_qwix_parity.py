@@ -1,6 +1,5 @@
 """The same params, outputs and gradients as `qwix` 0.1.8, to float rounding."""
 
-import functools
 import pickle
 
 import numpy as np
@@ -14,25 +13,15 @@ from tests.lora import parity
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
-
-    @functools.cache
-    def of(cases):
-        path = tmp_path_factory.mktemp("qwix") / f"{cases}.pickle"
-        reference_process.run("tests.lora.parity", path)
-        return pickle.loads(path.read_bytes())
-
-    return of
+    path = tmp_path_factory.mktemp("qwix") / "reference.pickle"
+    reference_process.run("tests.lora.parity", path)
+    return pickle.loads(path.read_bytes())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in parity.DEFAULT else pytest.param(name, marks=pytest.mark.slow)
-        for name in parity.CASES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.CASES)
 def test_params_outputs_and_gradients(reference, name):
-    theirs = reference("default" if name in parity.DEFAULT else "slow")[name]
+    theirs = reference[name]
     ours = parity.run(qwix_train, parity.CASES[name])
     assert ours.pop("shapes") == theirs.pop("shapes")
     assert ours.keys() == theirs.keys()

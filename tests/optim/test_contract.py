@@ -24,8 +24,8 @@ TRANSFORMS = {
     "dynamic": lambda tx: optim.quantized_state(tx, block_size=16, min_size=512),
     "int8": lambda tx: optim.quantized_state(tx, "int8", block_size=16, min_size=512),
 }
-# Those that share most of their code with another.
-SLOW = ("train", "int8")
+# Those whose state is that of Optax, and one that shares most of its code with another.
+SLOW = ("lora_plus", "freeze", "train", "int8")
 MAKE = pytest.mark.parametrize(
     "make",
     [

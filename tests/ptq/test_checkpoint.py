@@ -73,7 +73,7 @@ def disk_size(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("how", HOWS, **ID)
 def test_what_is_restored_is_what_was_saved(tmp_path, how):
     params = tree(**how)
@@ -90,6 +90,7 @@ def test_a_frozen_dict_and_integer_keys_come_back(tmp_path):
     assert_same(checkpoint.restore(tmp_path / "a"), params.unfreeze())
 
 
+@pytest.mark.slow
 def test_arrays_without_with_aux_of_rank_0_and_of_narrow_dtypes(tmp_path):
     params = {
         "bare": quantized(qtype="int4").array,
@@ -122,6 +123,7 @@ def test_boxes_are_not_stored_but_kept_from_the_abstract_params(tmp_path):
     assert_same(restored, params_boxed)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "qtype, most", [("int4", 0.5), ("nf4", 0.5), ("int2", 0.25), ("int1", 0.125)]
 )
@@ -193,6 +195,7 @@ class TestShards:
     def mesh(kind=AxisType.Auto):
         return jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize(
         "kind, how",
         [(AxisType.Auto, how) for how in [*SOME, HOWS[-1]]]

@@ -113,6 +113,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_nothing(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(steps)
 
 
+@pytest.mark.slow
 def test_damage_is_noticed_or_harmless(tmp_path):
     """Of each file a byte is flipped, or half is lost, or all, or the file is.
 

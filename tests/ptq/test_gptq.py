@@ -53,6 +53,7 @@ def test_scales_of_tiles_are_those_of_the_corrected_weights(tile, block_size):
     assert np.mean(codes != expected) < 0.01
 
 
+@pytest.mark.slow
 def test_channels_with_large_inputs_first():
     w, hessian = case(columns=24)
     how = HowToQuantize(
@@ -78,7 +79,7 @@ def test_the_factor_of_the_inverse():
     )
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [None, 8])
 def test_parity_with_qwix(tile):
     """The same codes, scales and zero points.
@@ -127,6 +128,7 @@ def quantized(kernel, hessian, how, options):
     return run(method, model, params, x)["kernel"].array
 
 
+@pytest.mark.slow
 def test_without_correlation_it_is_rounding_to_nearest():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(16, 8)).astype(np.float32)
@@ -165,6 +167,7 @@ def test_channels_without_input_are_rounded_to_nearest():
     assert np.mean(np.asarray(found.qvalue[used].T, int)[rows] != expected[rows]) < 0.02
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("qtype", "dtype"),
     [
@@ -197,6 +200,7 @@ def test_every_type_gives_a_smaller_error(qtype, dtype):
     assert record.error < 0.9 * record.rounding_error
 
 
+@pytest.mark.slow
 def test_ranges_that_are_not_centered():
     """Scales and zero points of tiles, by the recursion with the ones that it found."""
     w, hessian = case(columns=16)

@@ -45,6 +45,7 @@ def scaled_dense(params, x, act_bits=8, scale=None):
     return x @ dequantize(params["kernel"].array) + params["bias"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("make", "rules"), [(ptq.Awq, [WEIGHTS]), (ptq.SmoothQuant, BOTH)]
 )
@@ -67,6 +68,7 @@ def test_the_arithmetic(make, rules):
     models.assert_same(method.quantize_params(params, init), quantized)
 
 
+@pytest.mark.slow
 def test_static_ranges_are_those_of_the_scaled_inputs():
     model, params, method = models.Mlp(), mlp_params(), ptq.SmoothQuant([STATIC])
     # As after training, the large channel does not drown the others.
@@ -109,6 +111,7 @@ def test_ranges_that_do_not_follow_from_those_of_channels():
         run(ptq.SmoothQuant(rules), models.Mlp(), mlp_params(), BATCHES[0])
 
 
+@pytest.mark.slow
 def test_ranges_with_two_ends():
     rules = [
         models.rule(
@@ -123,7 +126,8 @@ def test_ranges_with_two_ends():
     np.testing.assert_array_equal(params["dot_general0_lhs_zero_point"], zero_point)
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_stacked_layers(framework):
     rules = [models.rule("int8", "int8", act_static_scale=True)]
     method = ptq.SmoothQuant(rules)
@@ -159,6 +163,7 @@ def test_stacked_layers(framework):
     np.testing.assert_allclose(out, run_on, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_nnx_model_in_a_checkpoint(tmp_path):
     model, method = NnxMlp(nnx.Rngs(0)), ptq.Awq(BOTH)
     whole = run_nnx(method, model, *BATCHES)

@@ -140,7 +140,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", MODELS)
 def test_init_gives_what_apply_takes(name):
     model = MODELS[name]
@@ -271,6 +271,7 @@ def test_a_cache_is_initialized_for_the_longest_input():
     )
 
 
+@pytest.mark.slow
 def test_two_methods():
     methods = ("encode", "decode")
     model = qwix_train.quantize_model(Codec(), PtqProvider([INT8]), methods=methods)
@@ -349,17 +350,19 @@ def test_a_submodule_within_a_scan():
 
 def test_vmap_over_inputs_and_over_models():
     model, _, variables = quantized(Mlp(), [INT8], X)
-    rows = jax.vmap(lambda x: model.apply(variables, x))(X)
-    one = jnp.stack([model.apply(variables, x) for x in X])
+    apply = jax.jit(model.apply)
+    rows = jax.jit(jax.vmap(lambda x: model.apply(variables, x)))(X)
+    one = jnp.stack([apply(variables, x) for x in X])
     np.testing.assert_allclose(rows, one, 2e-6, 2e-6)
     keys = jax.random.split(KEY, 2)
-    models = jax.vmap(model.init, (0, None))(keys, X)
-    outs = jax.vmap(model.apply, (0, None))(models, X)
+    models = jax.jit(jax.vmap(model.init, (0, None)))(keys, X)
+    outs = jax.jit(jax.vmap(model.apply, (0, None)))(models, X)
     for i, key in enumerate(keys):
-        expected = model.apply(model.init(key, X), X)
+        expected = apply(model.init(key, X), X)
         np.testing.assert_allclose(outs[i], expected, 2e-6, 2e-6)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("act_qtype", [None, "int8"])
 @pytest.mark.parametrize("weight_qtype", ["int8", "nf4"])
 def test_gradients_are_those_of_qat(weight_qtype, act_qtype):

@@ -83,6 +83,7 @@ def test_what_a_model_holds():
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("qtype", TYPES)
 def test_types(qtype):
     for act in (None, "int8"):
@@ -102,7 +103,7 @@ def _layers():
     }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", _layers())
 def test_layers(name):
     layer, x = _layers()[name]
@@ -115,6 +116,7 @@ def test_layers(name):
         assert codes(quantized)
 
 
+@pytest.mark.slow
 def test_tiles():
     rules = [models.rule("int4", "int8", tile_size=4)]
     quantized, _ = check(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), X, rules)
@@ -148,6 +150,7 @@ class Containers(nnx.Module):
         return x @ self.plain["w"][...] @ self.plain["z"][0][...]
 
 
+@pytest.mark.slow
 def test_params_in_containers_and_in_two_places():
     model = Containers()
     quantized, _ = check(model, X, tolerance=1e-4)
@@ -206,6 +209,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name):
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
@@ -241,6 +245,7 @@ class Stacked(nnx.Module):
         )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("how", ["scan", "remat", "vmap"])
 def test_stacked_layers(how):
     model = Stacked(how)
@@ -328,6 +333,7 @@ def test_two_quantized_models_among_the_arguments():
     models.assert_close(quantized(X, linear), quantized(X, None) + linear(X))
 
 
+@pytest.mark.slow
 def test_metadata_is_kept_for_each_part():
     mesh = jax.make_mesh((2, 4), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
@@ -411,7 +417,7 @@ def reference(tmp_path_factory):
     return pickle.loads(path.read_bytes())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_state_and_logits_as_in_qwix(reference, name):
     import qwix_train

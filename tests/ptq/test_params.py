@@ -183,6 +183,7 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("framework", ["tree", "nnx"])
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_the_peak_of_memory(qtype, framework, monkeypatch):
@@ -235,7 +236,7 @@ def test_the_peak_of_memory(qtype, framework, monkeypatch):
     assert left <= nbytes(values) + 4096 and largest < total
 
 
-def test_one_call_for_every_kind_of_model():
+def test_one_call_for_a_linen_model():
     trained = quantize_model(MODEL, QtProvider(models.INT8))
     model, params = ptq.quantize(MODEL, PARAMS, models.INT8, X)
     want = trained.apply({"params": PARAMS}, X)
@@ -243,6 +244,9 @@ def test_one_call_for_every_kind_of_model():
     struct = jax.ShapeDtypeStruct(X.shape, X.dtype)
     models.assert_same(ptq.quantize(MODEL, PARAMS, models.INT8, struct)[1], params)
 
+
+@pytest.mark.slow
+def test_one_call_for_a_model_with_more_collections():
     network, images = (
         models.Everything(),
         jax.random.normal(jax.random.key(3), (4, 6, 6)),
@@ -259,6 +263,8 @@ def test_one_call_for_every_kind_of_model():
         got = model.apply({**rest, "params": params}, images, train=False)
         models.assert_close(got, want)
 
+
+def test_one_call_for_an_nnx_model():
     float_model = models.NnxMlp(nnx.Rngs(0))
     held = nnx.to_pure_dict(nnx.state(float_model, nnx.Not(nnx.RngState)))
     model, tree = ptq.quantize(float_model, None, models.INT8, X)

@@ -35,7 +35,7 @@ class Mlp(nn.Module):
         return nn.Dense(4)(nn.relu(nn.Dense(6)(x)))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("name", spellings.CASES)
 def test_path_into_a_product(name):
     """Whatever QAT accepts, against the same float64 references."""
@@ -83,7 +83,7 @@ def is_quantized(leaf):
 TOKENS = jnp.array([[1, 2, 9], [0, -1, -10], [10, -11, 100]])
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("tile", [None, 4])
 @pytest.mark.parametrize(
     "qtype, method",
@@ -164,6 +164,7 @@ def test_the_plan_says_what_is_dequantized_and_nothing_else():
     assert again.dequantized == plan.dequantized
 
 
+@pytest.mark.slow
 def test_readme_of_qwix():
     """Its code, with the name of the import changed."""
     qwix = qwix_train
@@ -306,6 +307,7 @@ class Attention(nn.Module):
         return nn.DenseGeneral(8, axis=(-2, -1), name="out")(mixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_act", [True, False])
 def test_attention(act_act):
     x = jnp.asarray(spellings.data(2, 5, 8, seed=3))
@@ -350,6 +352,7 @@ assert not any(name.startswith("qwix") for name in sys.modules)
 """
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rules", [INT8, WEIGHTS], ids=["int8", "weights"])
 def test_an_exported_model_runs_without_this_package(rules, tmp_path):
     model = quantize_model(Mlp(), PtqProvider(rules))

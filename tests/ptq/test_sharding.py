@@ -42,6 +42,7 @@ RULES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(
     "names", [("data", "model"), ("data", None), (None, "model"), (("data", "model"),)]
@@ -65,6 +66,7 @@ def test_params_are_quantized_where_they_are(name, names):
     assert "all-gather" not in text
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "rule",
     [models.rule("int8", "int8"), models.rule("int4"), models.rule("nf4", tile_size=4)],
@@ -106,6 +108,7 @@ class Partitioned(nn.Module):
         return nn.Dense(8, kernel_init=box(init, ("model", "data")))(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logical", [False, True])
 def test_a_linen_model_is_initialized_sharded(logical):
     network = Partitioned(logical)
@@ -164,6 +167,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_explicit_shardings(name):
     function, names = FUNCTIONS[name]

@@ -20,7 +20,7 @@ TYPES = ["int8", "int6", "int4", "int2", "int1", "nf4", "float8_e4m3fn"]
 SHAPES = [(6,), (1, 6), (4, 6), (5, 4), (2, 3, 4), (4, 1, 6)]
 
 # Each new shape compiles.
-few = settings(max_examples=40)
+few = settings(max_examples=20)
 
 
 @st.composite

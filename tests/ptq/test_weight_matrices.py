@@ -111,7 +111,7 @@ def windows(x):
     )
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_ways_to_read_a_weight(name):
     shape, model, matrices, samples = SPELLINGS[name]
@@ -147,6 +147,7 @@ def test_ways_to_read_a_weight(name):
     assert merged["samples"] == len(inputs[0])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["experts last", "convolution", "two axes"])
 def test_the_error_of_outputs_is_what_the_report_says(name):
     shape, model, *_ = SPELLINGS[name]

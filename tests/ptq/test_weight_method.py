@@ -44,7 +44,8 @@ def check_mlp(layers, quantized):
         x = np.maximum(x @ np.asarray(kernel) + np.asarray(bias), 0)
 
 
-@pytest.mark.parametrize("framework", ["eager", "state", "nnx"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("framework", ["state", "eager", "nnx"])
 def test_an_eval_loop(framework):
     method = ptq.Gptq(RULES)
     if framework == "nnx":
@@ -94,6 +95,7 @@ class NnxLayers(nnx.Module):
         return layer(self.layers, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["remat", "nnx"])
 def test_stacked_layers_have_a_statistic_each(framework):
     method = ptq.Gptq(RULES)
@@ -140,6 +142,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("make", [ptq.SmoothQuant, ptq.Awq])
 def test_weights_that_a_method_does_not_apply_to(name, make):
@@ -184,6 +187,7 @@ def test_batches_count_by_their_vectors_and_bad_ones_not_at_all():
     np.testing.assert_allclose(state["second_moment"][0], moment, 1e-4, 1e-5)
 
 
+@pytest.mark.slow
 def test_states_of_two_hosts_merge():
     model, (a, b, both) = models.Layers(remat=True), (ptq.Awq(RULES) for _ in range(3))
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
@@ -213,6 +217,7 @@ def test_the_pure_form_in_scan_and_on_a_mesh():
     models.assert_close(quantized, run(again, model, params, *BATCHES), 1e-5)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("make", [ptq.Gptq, ptq.SmoothQuant])
 def test_parts_of_a_tree_donation_and_shapes(make):
     model, params, method = models.Mlp(), mlp_params(), make(RULES)
@@ -266,6 +271,7 @@ def test_errors():
         method.quantize_params(jax.eval_shape(lambda: params), target)
 
 
+@pytest.mark.slow
 def test_two_models_with_the_same_names():
     first, second = nn.Dense(3), nn.Dense(5)
     a = first.init(jax.random.key(0), BATCHES[0])
@@ -275,6 +281,7 @@ def test_two_models_with_the_same_names():
         step(BATCHES[0])
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_never_taken():
     class Branches(nn.Module):
         @nn.compact

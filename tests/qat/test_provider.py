@@ -30,6 +30,7 @@ def by_hand(params, x):
     return jnp.sin(fq_x(x) @ fq_w(params["w"]))
 
 
+@pytest.mark.slow
 def test_the_straight_through_gradients_are_those_of_the_fake_quantized_product():
     g = jax.random.normal(jax.random.key(2), (6, 3))
     linear = quantize_fn(lambda p, x: x @ p, PROVIDER)
@@ -73,6 +74,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_every_kind_of_derivative(name):
     derivative = DERIVATIVES[name]
@@ -83,6 +85,7 @@ def test_every_kind_of_derivative(name):
     models.assert_close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_shard_map_under_grad(inside):
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
@@ -113,7 +116,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_have_gradients(name):
     layer = nn.Conv(**CONVOLUTIONS[name])

@@ -17,6 +17,7 @@ def reference(tmp_path_factory):
         return dict(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", parity.CASES)
 def test_outputs_and_gradients(reference, name):
     ours = parity.run(qwix_train, parity.CASES[name])

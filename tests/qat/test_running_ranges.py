@@ -84,6 +84,7 @@ def test_a_training_loop_that_threads_the_collection():
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients_through_scanned_layers(remat):
     """Those of ranges that are fixed to what the statistics come to."""

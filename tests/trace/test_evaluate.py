@@ -41,7 +41,8 @@ def weight_fq(w, channel=(1,)):
 
 def check(fn, params, *args, reference=None, rule=WEIGHTS):
     """A function with int8 weights is the function of the int8 weights."""
-    expected = (reference or fn)(jax.tree.map(weight_fq, params), *args)
+    reference = reference or jax.jit(fn)
+    expected = reference(jax.tree.map(weight_fq, params), *args)
     actual = jax.jit(quantize(fn, rule), compiler_options=QUICK)(params, *args)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
@@ -115,6 +116,7 @@ def test_sharding_constraints_survive():
     assert jax.jit(quantize(fn))(W, X).sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("prevent_cse", [True, False])
 def test_remat_keeps_its_policy_and_quantizes_inside(prevent_cse):
     policy = jax.checkpoint_policies.dots_saveable
@@ -167,6 +169,7 @@ def test_scan_with_weights_as_constants():
     assert not any("custom_jvp" in e.primitive.name for e in scan.params["jaxpr"].eqns)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}])
 def test_scan_over_stacked_weights(options):
     params = {"w": data(4, 4, 4)}
@@ -190,6 +193,7 @@ def test_scan_over_stacked_weights(options):
     assert any("custom_jvp" in e.primitive.name for e in scan.params["jaxpr"].eqns)
 
 
+@pytest.mark.slow
 def test_scan_over_one_layer_and_integers():
     def fn(p, x):
         def body(carry, wi):
@@ -218,6 +222,7 @@ def test_scan_that_carries_a_weight():
     assert scanned["weights"] == after["weights"] == ("w",)
 
 
+@pytest.mark.slow
 def test_nested_scans():
     params = {"w": data(2, 3, 4, 4)}
 
@@ -283,21 +288,21 @@ def test_vmap_around_and_inside():
 
     check(fn, W, X)
     batch = data(2, 3, 4, seed=3)
+    one = jax.jit(quantize(fn, INT8))
     np.testing.assert_allclose(
         jax.jit(jax.vmap(quantize(fn, INT8), (None, 0)))(W, batch),
-        jnp.stack([quantize(fn, INT8)(W, x) for x in batch]),
+        jnp.stack([one(W, x) for x in batch]),
         rtol=1e-6,
     )
     stacked = {"w": data(2, 4, 4)}
     np.testing.assert_allclose(
         jax.jit(jax.vmap(quantize(fn, INT8)))(stacked, batch),
-        jnp.stack(
-            [quantize(fn, INT8)({"w": stacked["w"][i]}, batch[i]) for i in (0, 1)]
-        ),
+        jnp.stack([one({"w": stacked["w"][i]}, batch[i]) for i in (0, 1)]),
         rtol=1e-6,
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -323,7 +328,8 @@ def test_shard_map(check_vma):
         "channel 1",
     ]
     grad = jax.jit(jax.grad(lambda p: quantize(fn)(p, x).sum()))(params)
-    expected = jax.grad(lambda p: fn(p, x).sum())(jax.tree.map(weight_fq, params))
+    rounded = jax.tree.map(weight_fq, params)
+    expected = jax.jit(jax.grad(lambda p: fn(p, x).sum()))(rounded)
     np.testing.assert_allclose(grad["w"], expected["w"], rtol=1e-4, atol=1e-5)
 
 
@@ -563,7 +569,9 @@ def test_literals_as_operands():
     check(fn, W, X)
 
 
-def test_what_no_rule_matches_is_bit_identical():
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
+def test_what_no_rule_matches_is_bit_identical(transform):
     def fn(p, x, key):
         def body(x, w):
             x = jax.nn.gelu(x @ w)
@@ -582,17 +590,13 @@ def test_what_no_rule_matches_is_bit_identical():
         head, rest = function(p, X, key)
         return head.sum() + rest[0].sum(), rest
 
-    for transform in (lambda f: f, jax.jit):
-        (_, rest), grads = transform(
-            jax.value_and_grad(functools.partial(loss, fn), has_aux=True)
-        )(params)
-        (_, ours), _ = transform(
-            jax.value_and_grad(
-                functools.partial(loss, quantize(fn, rule)), has_aux=True
-            )
-        )(params)
-        jax.tree.map(np.testing.assert_array_equal, ours, rest)
-    del grads
+    def run(function):
+        grad = jax.value_and_grad(functools.partial(loss, function), has_aux=True)
+        return transform(grad)(params)
+
+    (_, rest), _ = run(fn)
+    (_, ours), _ = run(quantize(fn, rule))
+    jax.tree.map(np.testing.assert_array_equal, ours, rest)
 
 
 def test_no_rule_leaves_the_same_program():

@@ -81,6 +81,7 @@ def largest(xs):
     return found, np.abs(xs).max()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize(
     ("step", "batches", "times"),

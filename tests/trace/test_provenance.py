@@ -16,7 +16,7 @@ from tests import spellings
 from tests.spellings import CASES, QUICK, RULE, cast
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("name", CASES)
 def test_path_into_a_product(name, monkeypatch):
     case = CASES[name]
