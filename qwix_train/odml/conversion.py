@@ -243,9 +243,10 @@ class _Annotated:
             x = np.asarray(operands[side])
             with jax.ensure_compile_time_eval():
                 grid = _concrete(constant_grid(plan, x))
-            if plan.act_qtype == "int16":
-                # Sums of 16 bits have operands of one shape.
-                x = np.broadcast_to(x, node.out.shape)
+            if plan.act_qtype == "int16" and plan.name == "add":
+                # The converter takes no sum of 16 bits with operands of two shapes, but
+                # a difference.
+                return [operands[1 - side] - annotate(jnp.asarray(-x), grid)]
             operands[side] = annotate(jnp.asarray(x), grid)
         return node.run(*operands)
 

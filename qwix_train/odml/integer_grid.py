@@ -68,7 +68,8 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
         absmax = functools.reduce(
             jnp.maximum, (jnp.abs(jnp.asarray(end)) for end in calibration.values())
         )
-        scale = jnp.where(absmax > 0, absmax / (2**15 - 1), 1)
+        # Of nothing but zeros any scale would do, but for how LiteRT multiplies scales.
+        scale = jnp.where(absmax > 0, absmax, 1) / (2**15 - 1)
         return Grid(scale, jnp.zeros(scale.shape, jnp.int32), "int16")
     scale, zero_point = compute_scale_zero_point(calibration, qtype)
     if zero_point is None:
