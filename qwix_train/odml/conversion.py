@@ -21,7 +21,8 @@ from qwix_train.odml.evaluate import (
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.ops import Kind
-from qwix_train.odml.plan import MASKED, NodePlan, OdmlPlan, TensorPlan
+from qwix_train.odml.patterns import MASKED
+from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
 from qwix_train.odml.provider import (
     calibrations_in,
     constant_grid,

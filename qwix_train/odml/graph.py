@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jax import numpy as jnp
 from jax.extend import core as jex
 
@@ -423,6 +423,36 @@ class _Builder:
 
 def _constant(constant: Any, aval: Any) -> Value:
     return Value(tuple(aval.shape), aval.dtype, static=True, constant=constant)
+
+
+def known_value(value: Value) -> np.ndarray | None:
+    """What a value holds, if it is made of constants of the trace alone."""
+    if not value.static:
+        return None
+    order: list[Node] = []
+    seen: set[int] = set()
+
+    def visit(value: Value) -> bool:
+        node = value.producer
+        if value.constant is not None:
+            return not isinstance(value.constant, core.Tracer)
+        if node is None:
+            return False
+        if id(node) not in seen:
+            seen.add(id(node))
+            if not all(map(visit, node.inputs)):
+                return False
+            order.append(node)
+        return True
+
+    if not visit(value):
+        return None
+    with jax.ensure_compile_time_eval():
+        env: dict[int, Any] = {}
+        for node in order:
+            results = node.run(*(env.get(id(v), v.constant) for v in node.inputs))
+            env.update(zip(map(id, node.outputs), results, strict=True))
+        return np.asarray(env.get(id(value), value.constant))
 
 
 def statistics_nodes(graph: Graph) -> set[int]:

@@ -16,7 +16,10 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.odml.fusion import varying_axes
-from qwix_train.odml.graph import Graph, Node, Value, graph_of
+from qwix_train.odml.graph import Graph, Node, Value, graph_of, known_value
+
+MASKED = -1e4
+"""A constant below this stands for minus infinity, as in attention masks."""
 
 # A number in a template that stands for any number.
 _ANY_NUMBER = 0.12345678
@@ -523,6 +526,29 @@ def _reassociated(graph: Graph, root: Node) -> bool:
     return False
 
 
+def _additive_mask(graph: Graph, root: Node) -> bool:
+    """A sum with a constant that is minus infinity, or nearly, in places.
+
+    As attention masks are: a choice between the sum and minus infinity.
+    """
+    for x, mask in (root.inputs, root.inputs[::-1]):
+        if not x.is_activation or x.shape != root.out.shape:
+            continue
+        value = known_value(mask)
+        if value is None or not (value < MASKED).any():
+            continue
+        masked = value < MASKED
+        rest = np.where(masked, 0, value)
+
+        def chosen(x, masked=masked, rest=rest):
+            y = x + rest if rest.any() else x
+            return jnp.where(masked, jnp.asarray(-1e9, x.dtype), y)
+
+        _substitute(graph, [root], root, [x], chosen)
+        return True
+    return False
+
+
 def _elu(x):
     return jnp.maximum(x, 0.0) + (jnp.exp(jnp.minimum(x, 0.0)) - 1.0)
 
@@ -535,6 +561,7 @@ _Searches = Mapping[str, Sequence[Callable[[Graph, Node], bool]]]
 
 _PASSES: Sequence[_Searches] = (
     {
+        "add": (_additive_mask,),
         "div": (_softmax,),
         "sub": (_log_softmax,),
         "mul": (

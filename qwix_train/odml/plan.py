@@ -26,14 +26,11 @@ from qwix_train.odml.graph import (
     statistics_nodes,
 )
 from qwix_train.odml.ops import Kind, OpSpec
-from qwix_train.odml.patterns import find_patterns
+from qwix_train.odml.patterns import MASKED, find_patterns
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule, is_int16
 from qwix_train.text_table import aligned
 from qwix_train.trace.function import TracedCall
-
-MASKED = -1e4
-"""A constant below this stands for minus infinity, as in attention masks."""
 
 _SIDES = ("lhs", "rhs")
 

@@ -108,6 +108,12 @@ def _causal(self, x):
     return nn.MultiHeadDotProductAttention(2)(x, mask=mask)
 
 
+def _additive_mask(self, x):
+    mask = jnp.where(jnp.tril(jnp.ones((6, 6))) > 0, 0.0, -1e9)
+    scores = jnp.einsum("bqd,bkd->bqk", dense(8)(x), dense(8)(x)) + mask
+    return jnp.einsum("bqk,bkd->bqd", nn.softmax(scores / 4), x)
+
+
 def _lstm_cell(self, x):
     cell = nn.LSTMCell(8)
     carry = (jnp.zeros((x.shape[0], 8)), jnp.zeros((x.shape[0], 8)))
@@ -236,6 +242,7 @@ CASES: dict[str, Case] = {
     "inception": Case(module(_inception), IMAGE),
     "transformer_block": Case(module(_attention), SEQUENCE),
     "causal_attention": Case(module(_causal), SEQUENCE),
+    "additive_mask": Case(module(_additive_mask), SEQUENCE),
     "layer_norm": Case(module(lambda self, x: nn.LayerNorm()(x)), SEQUENCE),
     "rms_norm": Case(module(lambda self, x: nn.RMSNorm()(x)), SEQUENCE),
     "group_norm": Case(module(lambda self, x: nn.GroupNorm(2)(x)), (2, 4, 4, 8)),
