@@ -17,7 +17,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 11
+    assert len(blocks) == 13
     assert names["state"].step == 4
     assert np.isfinite(names["loss"])
 
@@ -45,7 +45,15 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     scale = float(scale[0, 0])
     assert abs(round(1 / scale) * scale - 1) < 0.002
 
+    # The phone's model is of integers, and computes what the fake-quantized one does.
+    assert names["litert"].is_full_integer
+    assert (tmp_path / "model.tflite").stat().st_size < 10_000
+    (report,) = names["litert"].report(names["images"])
+    assert report.max_steps <= 1 and report.equal >= 0.9
+    assert names["litert_logits"].shape == (32, 10)
+
     table = capsys.readouterr().out
+    assert "FULLY_CONNECTED  int8[32x64] int8[64x64] per channel" in table
     assert re.search(r"Dense_0 +dot_general0 .*int4 channel 1 tile 0:16", table)
     assert re.search(r"Dense_1 +dot_general0 .*float", table)
 
