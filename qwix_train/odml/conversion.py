@@ -174,14 +174,19 @@ class _Annotated:
         end = self.plan.end_of(plan)
         with jax.ensure_compile_time_eval():
             factor, addend = (None, None) if fusion is None else fold(fusion, read)
-            w = np.asarray(scaled_weight(node, side, read(node.inputs[side]), factor))
+            w = jnp.asarray(read(node.inputs[side]))
+            channels = () if self.per_tensor_weights else weight_axes(node, side)
+            assert plan.rule is not None
+            if channels and plan.rule.weight_calibration_method == "absmax":
+                # The codes of training; a factor for each channel changes the scales.
+                w = integer_grid.on_grid(w, weight_grid(plan, w, channels))
+            w = np.asarray(scaled_weight(node, side, w, factor))
             addend = None if addend is None else np.asarray(addend)
-        per_channel = bool(weight_axes(node, side)) and not self.per_tensor_weights
 
         def mark_weight(w, axis):
             with jax.ensure_compile_time_eval():
-                channels = (axis,) if per_channel else ()
-                grid = _concrete(weight_grid(plan, w, channels))
+                axes = (axis,) if channels else ()
+                grid = _concrete(weight_grid(plan, w, axes))
             return annotate(jnp.asarray(w), grid)
 
         def finish(x):

@@ -28,13 +28,15 @@ _ANY_NUMBER = 0.12345678
 def find_patterns(graph: Graph) -> None:
     """Replaces the parts of a graph that are such functions, in place."""
     for searches in _PASSES:
+        present = set(map(id, graph.nodes))
         # Outer functions before inner ones.
         for node in reversed(list(graph.nodes)):
-            if not node.out.is_float or not any(node is other for other in graph.nodes):
+            if not node.out.is_float or id(node) not in present:
                 continue
             for find in searches.get(node.name, ()):
                 if find(graph, node):
                     graph.link()
+                    present = set(map(id, graph.nodes))
                     break
 
 

@@ -1,5 +1,7 @@
 """Every kind of operation, converted and run by LiteRT."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import QuantizationRule, calib, odml
+from qwix_train import QuantizationRule, as_model, calib, odml
 from tests.odml.cases import CASES
 
 # The widest range of all batches, so that nothing is cut off.
@@ -29,7 +31,7 @@ def made(case, inputs):
     """The model, its variables, and a function that runs it."""
     rng = np.random.default_rng(0)
     if isinstance(case.model, nn.Module):
-        variables = case.model.init(jax.random.key(0), *inputs)
+        variables = jax.jit(case.model.init)(jax.random.key(0), *inputs)
 
         def vary(path, x):
             # Statistics and scales that are not 0 and 1.
@@ -38,7 +40,11 @@ def made(case, inputs):
             return x * noise if name in ("var", "scale") else x + 0.1 * (noise - 1)
 
         variables = jax.tree_util.tree_map_with_path(vary, variables)
-        return case.model, variables, lambda *xs: case.model.apply(variables, *xs)
+        return (
+            case.model,
+            variables,
+            jax.jit(functools.partial(case.model.apply, variables)),
+        )
     if isinstance(case.model, type):
         model = case.model()
         model.eval()
@@ -56,15 +62,13 @@ def made(case, inputs):
 def calibrated(case, inputs):
     provider = odml.OdmlQatProvider(RULES, strict=not case.exceptions)
     model, variables, run = made(case, inputs)
-    if callable(model) and not isinstance(model, nn.Module | nnx.Module):
-        from qwix_train import as_model
-
-        forward = as_model(model)
-        step, args = (lambda params, *xs: forward(params, *xs)), [variables]
-    elif isinstance(model, nnx.Module):
-        step, args = (lambda model, *xs: model(*xs)), [model]
+    args = [variables]
+    if isinstance(model, nnx.Module):
+        step, args = nnx.jit(lambda model, *xs: model(*xs)), [model]
+    elif isinstance(model, nn.Module):
+        step = jax.jit(model.apply)
     else:
-        step, args = (lambda variables, *xs: model.apply(variables, *xs)), [variables]
+        step = jax.jit(as_model(model))
     calibrator = calib.Calibrator(provider)
     wrapped = calibrator.wrap(step)
     for seed in (1, 3):
@@ -72,7 +76,17 @@ def calibrated(case, inputs):
     return provider, model, variables, run, calibrator.quant_stats
 
 
-@pytest.mark.parametrize("name", CASES)
+def _cases():
+    """All whole models by default, and of the single operations every third."""
+    singles = [name for name, case in CASES.items() if case.single]
+    slow = {name for i, name in enumerate(singles) if i % 3}
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
+        for name in CASES
+    ]
+
+
+@pytest.mark.parametrize("name", _cases())
 def test_full_integer_and_equal(name):
     case = CASES[name]
     inputs = inputs_of(case, 3)
