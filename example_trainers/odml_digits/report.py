@@ -122,7 +122,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     shades = ["0.65", *(_COLORS.get(name, "#7570b3") for name in list(taken)[1:])]
     right.barh(range(len(taken)), list(taken.values()), color=shades)
     right.set_yticks(range(len(taken)), [_model(name) for name in taken])
-    right.set_xlabel("one image on one thread (µs, median)")
+    right.set_xlabel("µs for one image (median)")
     right.set_title("How long they take")
     for axes in (left, middle, right):
         axes.invert_yaxis()
