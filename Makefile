@@ -4,6 +4,7 @@
 #   make demo         train the digits example: float, plain fake quant, QAT
 #   make example-static-range  a language model with static ranges, GPTQ and others
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
+#   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
@@ -59,7 +60,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,15p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,16p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -74,7 +75,8 @@ $(VENV)/.stamp-python:
 	"$$python" -m venv --clear $(VENV)
 	@touch $@
 
-# One stamp per extra: .stamp-examples, .stamp-test, .stamp-bench, .stamp-dev.
+# One stamp per extra: .stamp-examples, .stamp-odml, .stamp-test, .stamp-bench,
+# .stamp-dev.
 $(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-python
 	@echo "make: installing qwix_train[$*] into $(VENV)"
 	@$(VENV)/bin/python $(PIP) install -e '.[$*]'
@@ -93,6 +95,10 @@ example-static-range: $(VENV)/.stamp-examples
 .PHONY: example-qlora
 example-qlora: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.qlora_lm $(ARGS)
+
+.PHONY: example-odml
+example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml
+	$(VENV)/bin/python -m example_trainers.odml_digits $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.stamp-test

@@ -128,7 +128,8 @@ def convert(
         of params. An NNX model is converted as it is: call `model.eval()` before.
       variables: the variables of a Linen model, or the params of a function. None for
         an NNX model. Of quantization-aware training, or of training in float.
-      rules: the rules that the model was trained with, or the provider.
+      rules: the rules that the model was trained with, or the provider. For a file in
+        float, `OdmlQatProvider([], allow_unmatched=True)`.
       *inputs: inputs of the model, or their shapes.
       quant_stats: the ranges of activations, as `with_quant_stats` or a
         `calib.Calibrator` keeps them. If None, those among the variables, or in the NNX
@@ -150,7 +151,8 @@ def convert(
     Raises:
       ImportError: if the packages of the extra `odml` are not installed.
       ValueError: if LiteRT has no integer form of an operation (with a strict
-        provider), a range is missing, or the options do not go together.
+        provider), a range is missing, no rule matches (unless the provider says
+        `allow_unmatched`), or the options do not go together.
 
     Example:
       >>> from qwix_train import QuantizationRule
@@ -188,6 +190,7 @@ def convert(
         fixed_range_for_inputs=provider.fixed_range_for_inputs,
         fixed_range_for_outputs=provider.fixed_range_for_outputs,
         strict=provider.strict,
+        allow_unmatched=provider.allow_unmatched,
     )
     fixed = provider.with_ranges(quant_stats)
     functions, names, found = {}, {}, {}
@@ -219,7 +222,7 @@ def _signature(model, variables, call, converting, fixed):
     traced, unwrap = trace(call.inputs)
     plan = converting.plan(traced)
     converting.check(plan)
-    if not converting.matches(plan):
+    if not converting.matches(plan) and not converting.allow_unmatched:
         raise ValueError(converting.no_match_message(plan))
     _check_float32(plan)
     places = [i for i, held in enumerate(traced.held) if not held]
