@@ -13,6 +13,7 @@ from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion, weight_channels
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
+from qwix_train.odml.patterns import MASKED
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
 
 # How far below all others a masked element of a softmax counts as no part of it: what
@@ -87,7 +88,7 @@ def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> lis
             operands = _operands(plan, node_plan, read, quantizer)
             results = node.run(*operands)
         return [
-            _output(plan, node_plan, value, x, read, quantizer)
+            _output(plan, node_plan, value, x, quantizer)
             for value, x in zip(node.outputs, results, strict=True)
         ]
 
@@ -130,7 +131,7 @@ def _operands(plan, node_plan, read, quantizer) -> list[Any]:
     return operands
 
 
-def _output(plan, node_plan, value, x, read, quantizer) -> Any:
+def _output(plan, node_plan, value, x, quantizer) -> Any:
     tensor = plan.tensor(value)
     if tensor is None:
         spec = node_plan.spec
@@ -139,22 +140,15 @@ def _output(plan, node_plan, value, x, read, quantizer) -> Any:
             if node_plan.quantized and isinstance(shared, TensorPlan):
                 return quantizer.rounded(shared, x, spec.rounding)
         return x
-    observed = x
-    if tensor.masked is not None:
-        observed = _without_mask(node_plan.node, tensor.masked, read)
+    observed = _without_mask(x) if tensor.masked else x
     return quantizer.tensor(tensor, x, observed)
 
 
-def _without_mask(node: Node, masked: int, read: Read) -> Any:
-    """A choice with the low end of a range in the place of minus infinity."""
-    which, *cases = map(read, node.inputs)
-    kept = next(x for i, x in enumerate(cases, start=1) if i != masked)
-    kept = jnp.asarray(kept)
-    low = jnp.minimum(jnp.min(kept, initial=0), 0) - _MASK_MARGIN
-    cases[masked - 1] = jnp.broadcast_to(low.astype(kept.dtype), kept.shape)
-    if which.dtype == bool:
-        return jnp.where(which, cases[1], cases[0])
-    return jnp.select([which == i for i in range(len(cases))], cases)
+def _without_mask(x: Any) -> Any:
+    """A tensor with something below all others in the place of minus infinity."""
+    kept = jnp.where(x < MASKED, 0, x)
+    low = jnp.min(kept, initial=0) - _MASK_MARGIN
+    return jnp.where(x < MASKED, low.astype(x.dtype), x)
 
 
 def _silu(node_plan, x, quantizer) -> Any:

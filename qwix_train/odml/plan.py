@@ -47,8 +47,8 @@ class TensorPlan:
       qtype: the type of its codes: `int8` or `int16`.
       scale: its scale as int8, if LiteRT allows only one.
       zero_point: its zero point as int8, if LiteRT allows only one.
-      masked: the side of the operand that stands for minus infinity, if the tensor is
-        a choice between one and an activation.
+      masked: whether some of its elements stand for minus infinity, which its range
+        does not hold.
       rounding: how it is rounded to codes.
     """
 
@@ -59,7 +59,7 @@ class TensorPlan:
     qtype: str = "int8"
     scale: float | None = None
     zero_point: int | None = None
-    masked: int | None = None
+    masked: bool = False
     rounding: str = "even"
 
     @property
@@ -289,6 +289,7 @@ class _Planner:
         self.plan = plan
         self.traced = traced
         self.ignored = statistics_nodes(plan.graph)
+        self.masked = _masked_values(plan.graph)
 
     def plan_nodes(self) -> None:
         graph = self.plan.graph
@@ -512,8 +513,7 @@ class _Planner:
         if fixed is not None:
             low, high = fixed
             tensor.how = make(calibration_method=f"fixed,{low},{high}")
-        if spec is not None and plan is not None and plan.name == "where":
-            tensor.masked = _masked_side(plan.node)
+        tensor.masked = id(value) in self.masked
         return tensor
 
 
@@ -522,12 +522,19 @@ def _weight_side(node: Node) -> int | None:
     return static.index(True) if sum(static) == 1 else None
 
 
-def _masked_side(node: Node) -> int | None:
-    for side, value in enumerate(node.inputs[1:], start=1):
-        number = value.number
-        if number is not None and number < MASKED:
-            return side
-    return None
+def _masked_values(graph: Graph) -> set[int]:
+    """The ids of values that hold constants in the place of minus infinity."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        name = ops.op_name(node.name)
+        if name == "where":
+            numbers = [value.number for value in node.inputs[1:]]
+            if any(number is not None and number < MASKED for number in numbers):
+                found.add(id(node.out))
+        passes = name in (*ops.LAYOUT, *ops.AFFINE, "where", "truediv")
+        if passes and any(id(value) in found for value in node.inputs):
+            found.update(map(id, node.outputs))
+    return found
 
 
 def _suffix(plan: NodePlan, side: int) -> str:
