@@ -1,6 +1,8 @@
 """Full-integer models for LiteRT: trained with fake quantization, converted, run."""
 
-from qwix_train.odml.convert import OdmlConversionProvider as OdmlConversionProvider
+from qwix_train.odml.conversion_provider import (
+    OdmlConversionProvider as OdmlConversionProvider,
+)
 from qwix_train.odml.convert import convert as convert
 from qwix_train.odml.litert_model import LiteRTModel as LiteRTModel
 from qwix_train.odml.ops import table as table

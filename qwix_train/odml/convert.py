@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,96 +13,16 @@ from flax import nnx
 from jax import core
 from jax import numpy as jnp
 
-from qwix_train.model import trace_function
-from qwix_train.odml.conversion import constants_of, grids_of, run_annotated
+from qwix_train.odml import dynamic_batch as batches
+from qwix_train.odml.calls import ModelCall
+from qwix_train.odml.conversion_provider import OdmlConversionProvider
 from qwix_train.odml.converter import to_flatbuffer
-from qwix_train.odml.edit import integer_ends, with_dynamic_batch, with_metadata
+from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, LiteRTModel, Signature
 from qwix_train.odml.plan import OdmlPlan
 from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.state import QuantStat
-from qwix_train.trace import function, subclasses
-from qwix_train.trace import nnx as nnx_calls
-
-
-class OdmlConversionProvider(OdmlQatProvider):
-    """Annotates a model for the LiteRT converter.
-
-    `odml.convert` does this, and all that comes after it. The provider is for tools
-    that convert a function themselves: `quantize_model(model, provider)` gives a model
-    whose `apply`, exported by `jax.export` with its params closed over, holds the
-    composites `quant.fake_quant` that the converter reads.
-
-    Example:
-      >>> from jax import numpy as jnp
-      >>> from qwix_train import QuantizationRule, quantize_model
-      >>> model, x = nn.Dense(2), jnp.ones((1, 4))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> rules = [QuantizationRule(weight_qtype="int8")]
-      >>> provider = OdmlConversionProvider(rules, params, {})
-      >>> model = quantize_model(model, provider)
-      >>> apply = lambda x: model.apply({"params": params}, x)
-      >>> "quant.fake_quant" in str(jax.make_jaxpr(apply)(x))
-      True
-    """
-
-    def __init__(
-        self,
-        rules: Sequence[QuantizationRule],
-        params: Any,
-        quant_stats: Mapping[str, Any] | None,
-        **kwargs: Any,
-    ):
-        """Takes the params and ranges, concrete.
-
-        Args:
-          rules: the rules that the model was trained with.
-          params: the params: nested dictionaries, or an `nnx.State`. They are used
-            where the model is called with traced ones.
-          quant_stats: the ranges of activations.
-          **kwargs: see `OdmlQatProvider`.
-        """
-        super().__init__(rules, quant_stats=dict(quant_stats or {}), **kwargs)
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-        self._params = {function.param_path(path): leaf for path, leaf in flat}
-
-    def transform(self, traced: function.TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
-        """The result of a traced call, with its tensors annotated."""
-        values = []
-        for value, held, param in zip(
-            traced.inputs, traced.held, traced.params, strict=True
-        ):
-            if held and isinstance(value, core.Tracer):
-                path = None if param is None else param.path
-                if path not in self._params:
-                    raise ValueError(
-                        "A variable of the model is traced, and no param that the "
-                        f"provider knows ({path or 'it is no param'}): close over the "
-                        "variables in the function that is exported."
-                    )
-                value = self._params[path]
-            values.append(value)
-        return traced.rebuild(self.annotated(plan, values))
-
-    def annotated(self, plan: OdmlPlan, values: Sequence[Any]) -> list[Any]:
-        """The results of a planned graph, with its tensors annotated."""
-        return run_annotated(
-            plan,
-            values,
-            constants_of(plan, values),
-            grids_of(plan, self.quant_stats or {}),
-            per_tensor_weights=self.disable_per_channel_weights,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A method of a model, to become a signature."""
-
-    method: str
-    inputs: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 def convert(
@@ -113,8 +31,9 @@ def convert(
     rules: Sequence[QuantizationRule] | OdmlQatProvider,
     *inputs: Any,
     quant_stats: Mapping[str, Any] | None = None,
-    method: str = "__call__",
-    signatures: Mapping[str, tuple[str, Sequence[Any]]] | None = None,
+    method: str | Callable[..., Any] = "__call__",
+    signatures: Mapping[str, tuple[str | Callable[..., Any], Sequence[Any]]]
+    | None = None,
     integer_inputs: bool = False,
     integer_outputs: bool = False,
     dynamic_batch: bool = False,
@@ -128,31 +47,35 @@ def convert(
         of params. An NNX model is converted as it is: call `model.eval()` before.
       variables: the variables of a Linen model, or the params of a function. None for
         an NNX model. Of quantization-aware training, or of training in float.
-      rules: the rules that the model was trained with, or the provider. For a file in
-        float, `OdmlQatProvider([], allow_unmatched=True)`.
-      *inputs: inputs of the model, or their shapes.
+      rules: the rules that the model was trained with, or the provider.
+      *inputs: inputs of the model, or their shapes: arrays, or trees of them. What is
+        no array keeps its value.
       quant_stats: the ranges of activations, as `with_quant_stats` or a
         `calib.Calibrator` keeps them. If None, those among the variables, or in the NNX
         model.
-      method: the method to convert.
+      method: the method to convert, by name or as a function.
       signatures: for a file with several functions, for each its name, and a method
         with its inputs: `{"encode": ("encode", (image,))}`. In the place of `inputs`
-        and `method`.
+        and `method`. Equal weights are in the file once.
       integer_inputs: whether the file takes int8 codes, not floats, as its inputs.
       integer_outputs: whether it gives int8 codes, not floats.
-      dynamic_batch: whether the length of the first axis of the inputs, 1 there, may be
-        another when the model runs.
+      dynamic_batch: whether the length of the batch may be another whenever the model
+        runs. It is the first axis of all inputs. The file is tested on a batch of
+        another length than those that it is made with.
       metadata: entries for the metadata of the file, by name.
-      **kwargs: keyword arguments of the method, such as `train=False`.
+      **kwargs: keyword arguments of the method, such as `train=False`. Arrays among
+        them are inputs, too.
 
     Returns:
       The model, which runs in LiteRT's interpreter, and is written by `save(path)`.
 
     Raises:
       ImportError: if the packages of the extra `odml` are not installed.
+      TypeError: if the model is none, or metadata is neither text nor bytes.
       ValueError: if LiteRT has no integer form of an operation (with a strict
-        provider), a range is missing, no rule matches (unless the provider says
-        `allow_unmatched`), or the options do not go together.
+        provider), a range is missing, the model trains or computes in another type
+        than float32, variables are traced, the length of the batch cannot be left
+        open, an end of the model has no codes, or options do not go together.
 
     Example:
       >>> from qwix_train import QuantizationRule
@@ -167,19 +90,18 @@ def convert(
     """
     provider = rules if isinstance(rules, OdmlQatProvider) else OdmlQatProvider(rules)
     if signatures is None:
-        calls = {DEFAULT_SIGNATURE: _Call(method, inputs, kwargs)}
-    else:
-        if inputs:
-            raise ValueError("Give inputs in signatures, or beside, not both.")
-        calls = {
-            name: _Call(called, tuple(given), kwargs)
-            for name, (called, given) in signatures.items()
-        }
-    if not any(jax.tree.leaves(call.inputs) for call in calls.values()):
+        signatures = {DEFAULT_SIGNATURE: (method, inputs)}
+    elif inputs or method != "__call__":
         raise ValueError(
-            "convert needs inputs of the model, or their shapes: "
-            "odml.convert(model, variables, rules, *inputs)."
+            "convert takes signatures, or inputs and a method, not both: "
+            f"signatures={{'encode': ('encode', (x,))}}. It was given {len(inputs)} "
+            f"inputs and method={method!r} beside."
         )
+    _check_concrete(model, variables)
+    calls = {
+        name: ModelCall(model, variables, called, given, kwargs)
+        for name, (called, given) in signatures.items()
+    }
     if quant_stats is None:
         quant_stats = _stats_in(model, variables)
     converting = OdmlConversionProvider(
@@ -193,33 +115,57 @@ def convert(
         allow_unmatched=provider.allow_unmatched,
     )
     fixed = provider.with_ranges(quant_stats)
-    functions, names, found = {}, {}, {}
-    for name, call in calls.items():
-        functions[name], names[name], found[name] = _signature(
-            model, variables, call, converting, fixed
-        )
-    content = to_flatbuffer(functions, names)
-    if dynamic_batch:
-        larger = {
-            name: _Call(call.method, _batch_of(call.inputs, 2), call.kwargs)
-            for name, call in calls.items()
-        }
-        other = {
-            name: _signature(model, variables, call, converting, fixed)[0]
-            for name, call in larger.items()
-        }
-        content = with_dynamic_batch(content, to_flatbuffer(other, names))
+    converted = {
+        name: _converted(name, call, converting, fixed, dynamic_batch)
+        for name, call in calls.items()
+    }
+    contents = [content for content, _ in converted.values()]
+    content = contents[0] if len(contents) == 1 else merged(contents)
     if integer_inputs or integer_outputs:
         content = integer_ends(content, integer_inputs, integer_outputs)
     if metadata:
         content = with_metadata(content, metadata)
-    return LiteRTModel(content, found)
+    return LiteRTModel(content, {name: found for name, (_, found) in converted.items()})
 
 
-def _signature(model, variables, call, converting, fixed):
-    """The function to export, the names of its arguments, and what runs it."""
-    trace = functools.partial(_trace, model, variables, call)
-    traced, unwrap = trace(call.inputs)
+def _converted(
+    name: str,
+    call: ModelCall,
+    converting: OdmlConversionProvider,
+    fixed: OdmlQatProvider,
+    dynamic_batch: bool,
+) -> tuple[bytes, Signature]:
+    """The file of one signature, and what the signature says."""
+    inputs, outputs = call.input_names(), call.output_names()
+
+    def content_of(arrays: Sequence[Any]) -> bytes:
+        function, shapes = _exported(call, converting, arrays)
+        return to_flatbuffer(function, shapes, name, inputs, outputs)
+
+    def reference(*arrays):
+        traced, unwrap = call.trace([jnp.asarray(x) for x in arrays])
+        plan = fixed.plan(traced)
+        outs = jax.jit(lambda values: fixed.outputs(plan, values))(list(traced.inputs))
+        return unwrap(traced.rebuild(outs))
+
+    def tree(arrays):
+        traced, unwrap = call.traced
+        return unwrap(traced.rebuild(arrays))
+
+    signature = Signature(inputs, outputs, tree, reference)
+    if not dynamic_batch:
+        return content_of(call.arrays), signature
+    content, larger = (content_of(call.batch_of(n)) for n in batches.SIZES)
+    content = batches.with_dynamic_batch(content, larger)
+    _check_batch(name, content, content_of(call.batch_of(_TESTED)), call)
+    return content, signature
+
+
+def _exported(
+    call: ModelCall, converting: OdmlConversionProvider, arrays: Sequence[Any]
+) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """The function to export, and the shapes of its arguments."""
+    traced, _ = call.trace(arrays)
     plan = converting.plan(traced)
     converting.check(plan)
     if not converting.matches(plan) and not converting.allow_unmatched:
@@ -237,60 +183,55 @@ def _signature(model, variables, call, converting, fixed):
         jax.ShapeDtypeStruct(traced.inputs[i].shape, traced.inputs[i].dtype)
         for i in places
     ]
-    inputs = _input_names(model, call)
-    outputs = tuple(f"output_{i}" for i in range(len(plan.graph.outputs)))
-
-    def reference(*inputs):
-        traced, unwrap = trace(jax.tree.map(jnp.asarray, inputs))
-        plan = fixed.plan(traced)
-        outs = jax.jit(lambda values: fixed.outputs(plan, values))(list(traced.inputs))
-        return unwrap(traced.rebuild(outs))
-
-    def tree(arrays):
-        return unwrap(traced.rebuild(arrays))
-
-    return (
-        (exported, shapes),
-        (inputs, outputs),
-        Signature(inputs, outputs, tree, reference),
-    )
+    return exported, shapes
 
 
-def _trace(
-    model: Any, variables: Any, call: _Call, inputs: tuple[Any, ...]
-) -> tuple[function.TracedCall, Callable[[Any], Any]]:
-    """The traced call, and what makes the method's result of that of the trace."""
-    kwargs = dict(call.kwargs)
-    # NumPy arrays would count as constants.
-    inputs = jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, inputs
-    )
-    if isinstance(model, nnx.Module):
-        cls = subclasses.original(type(model))
-        method = getattr(cls, call.method)
-        with nnx_calls.tracing_call(method, (model, *inputs), kwargs) as found:
-            traced, finish = found
+# The length of the batch that a model for batches of any length is tested with.
+_TESTED = 5
 
-        def unwrap(out):
-            (_, updates), _ = out
-            if jax.tree.leaves(updates):
-                raise ValueError(
-                    f"{cls.__name__} updates its variables, as in training, which a "
-                    "converted model cannot: call model.eval() before."
-                )
-            return finish(out)
 
-        return traced, unwrap
-    if isinstance(model, nn.Module):
-        held = {k: v for k, v in dict(variables).items() if k != "quant_stats"}
-        apply = functools.partial(model.apply, method=call.method, **kwargs)
-        traced = trace_function(apply, (held, *inputs), {})
-        traced = dataclasses.replace(traced, method=call.method)
-    elif callable(model):
-        traced = trace_function(model, (variables, *inputs), kwargs)
-    else:
-        raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
-    return traced, lambda out: out
+def _check_batch(name: str, content: bytes, expected: bytes, call: ModelCall) -> None:
+    """Checks that a model for batches of any length equals one for a fixed batch."""
+    rng = np.random.default_rng(0)
+    arrays = [
+        # Positive, as what is divided by must not be zero.
+        rng.uniform(0.1, 1, x.shape).astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else rng.integers(0, 2, x.shape).astype(x.dtype)
+        for x in call.batch_of(_TESTED)
+    ]
+    try:
+        got = LiteRTModel(content)(*arrays, signature=name)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"dynamic_batch=True: the model does not run on {_TESTED} examples: "
+            f"{error}. {batches.ADVICE}"
+        ) from error
+    wanted = LiteRTModel(expected)(*arrays, signature=name)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        # For other shapes LiteRT may choose other kernels, which round otherwise.
+        margin = 0.05 * np.abs(b).max(initial=0) if b.dtype.kind == "f" else 0
+        if a.shape == b.shape:
+            near = np.isclose(a, b, rtol=0, atol=margin, equal_nan=True)
+            if near.mean() > 0.9 or not b.size:
+                continue
+        raise ValueError(
+            f"dynamic_batch=True: of {_TESTED} examples the model computes something "
+            f"else, of the shape {a.shape}, than a model for that batch, of the shape "
+            f"{b.shape}. {batches.ADVICE}"
+        )
+
+
+def _check_concrete(model: Any, variables: Any) -> None:
+    """Checks that variables have values, which the file is to hold."""
+    held = nnx.state(model) if isinstance(model, nnx.Module) else variables
+    for path, leaf in jax.tree_util.tree_flatten_with_path(held)[0]:
+        if isinstance(leaf, core.Tracer | jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"The variable {jax.tree_util.keystr(path)} has no value, as the file "
+                f"needs it, but is {leaf}: call convert outside of jax.jit, with "
+                "variables that hold arrays."
+            )
 
 
 def _stats_in(model: Any, variables: Any) -> Mapping[str, Any]:
@@ -303,54 +244,19 @@ def _stats_in(model: Any, variables: Any) -> Mapping[str, Any]:
                 inner = functools.reduce(lambda d, k: d.setdefault(k, {}), outer, found)
                 inner[last] = node.get_value()
         return found
-    if isinstance(variables, Mapping):
+    if isinstance(model, nn.Module) and isinstance(variables, Mapping):
         return variables.get("quant_stats", {})
     return {}
 
 
-def _input_names(model: Any, call: _Call) -> tuple[str, ...]:
-    """The names of the inputs of a signature: those of the arguments of the method."""
-    cls = subclasses.original(type(model))
-    is_module = isinstance(model, nn.Module | nnx.Module)
-    called = getattr(cls, call.method) if is_module else model
-    try:
-        parameters = list(inspect.signature(called).parameters.values())[1:]
-    except (TypeError, ValueError):
-        parameters = []
-    names = []
-    for index, given in enumerate(call.inputs):
-        name = f"args_{index}"
-        if index < len(parameters) and parameters[index].kind not in (
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.VAR_KEYWORD,
-        ):
-            name = parameters[index].name
-        for path, leaf in jax.tree_util.tree_flatten_with_path(given)[0]:
-            if function.is_array(leaf) or isinstance(leaf, np.ndarray):
-                names.append("_".join([name, *function.param_path(path)]))
-    return tuple(names)
-
-
-def _batch_of(inputs: Any, size: int) -> Any:
-    """Inputs, or their shapes, with another length of the first axis."""
-
-    def change(leaf):
-        if np.shape(leaf)[:1] != (1,):
-            raise ValueError(
-                "dynamic_batch=True needs inputs whose first axis is that of the "
-                f"batch, of length 1; one has the shape {np.shape(leaf)}."
-            )
-        return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
-
-    return jax.tree.map(change, inputs)
-
-
 def _check_float32(plan: OdmlPlan) -> None:
-    for node in plan.nodes:
-        for value in node.node.outputs:
-            if value.is_float and value.dtype not in (jnp.float32, jnp.float64):
-                raise ValueError(
-                    f"{node.where} computes in {value.dtype}, which the converter "
-                    "keeps in floats. Make the model with dtype=float32; its params "
-                    "may stay as they are."
-                )
+    """Checks that a model computes in the one type that the converter quantizes."""
+    inputs = [(v, "an input of the model") for v in plan.graph.inputs if not v.static]
+    computed = [(v, node.where) for node in plan.nodes for v in node.node.outputs]
+    for value, where in (*inputs, *computed):
+        if value.is_float and value.dtype != jnp.float32:
+            raise ValueError(
+                f"{where} is in {value.dtype}, and the converter quantizes float32 "
+                "alone. Give float32 inputs, and make the model with dtype=float32; "
+                "its params may stay as they are."
+            )

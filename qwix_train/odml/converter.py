@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from qwix_train.odml.flatbuffer import read_codes
+from qwix_train.odml.edit import read_codes
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.sixteen_bits import completed
 
@@ -60,52 +60,47 @@ def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
 
 
 def to_flatbuffer(
-    signatures: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]],
-    names: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+    function: Callable[..., Any],
+    shapes: Sequence[Any],
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
 ) -> bytes:
-    """Converts functions to one `.tflite` file.
+    """Converts a function to a `.tflite` file.
 
     Args:
-      signatures: for each signature a function, and the shapes of its arguments.
-      names: for each the names of its inputs and of its outputs.
+      function: the function, of arrays, with all else closed over; gives an array, or
+        a tree of them.
+      shapes: its arguments, or their shapes.
+      name: the name of its signature.
+      inputs: the names of its arguments.
+      outputs: the names of its results.
 
     Raises:
       ImportError: if the converter is not installed.
-      ValueError: if it fails.
+      ValueError: if there are not as many names as arguments and results, or the
+        converter fails.
     """
-    # Importing it prints what the log of its C++ code has to say of the machine.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        api, ir, passmanager, stablehlo = map(
-            importlib.import_module,
-            (
-                "litert_converter.converter_api_ext",
-                "litert_converter.mlir.ir",
-                "litert_converter.mlir.passmanager",
-                "litert_converter.mlir.dialects.stablehlo",
-            ),
-        )
-    except ImportError as error:
-        raise ImportError(
-            "Conversion to LiteRT needs litert-converter, of which there are wheels "
-            "for Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
-        ) from error
+    api, ir, passmanager, stablehlo = _converter()
+    # What nothing reads is an input of the signature all the same.
+    jitted = jax.jit(function, keep_unused=True)
+    exported = jax.export.export(jitted, platforms=["cpu"])(*shapes)
+    for what, names, avals in (
+        ("inputs", inputs, exported.in_avals),
+        ("outputs", outputs, exported.out_avals),
+    ):
+        if len(names) != len(avals):
+            raise ValueError(
+                f"The signature {name!r} has {len(avals)} {what}, and names for "
+                f"{len(names)}: {', '.join(names)}."
+            )
     context: Any = ir.Context()
     api.prepare_mlir_context(context)
     with context:
-        modules = []
-        for name, (function, shapes) in signatures.items():
-            exported = jax.export.export(jax.jit(function), platforms=["cpu"])(*shapes)
-            module = stablehlo.deserialize_portable_artifact(
-                context, exported.mlir_module_serialized
-            )
-            api.set_signature(module.operation, name, *names[name])
-            modules.append(module)
-        module = modules[0]
-        if len(modules) > 1:
-            for index, each in enumerate(modules):
-                _rename(ir, each, index)
-            module = api.merge_modules(modules)
+        module = stablehlo.deserialize_portable_artifact(
+            context, exported.mlir_module_serialized
+        )
+        api.set_signature(module.operation, name, inputs, outputs)
         config = api.ConvertToTFLConfig()
         # Otherwise what is annotated stays in the file as an operation in floats.
         config.strict_qdq_mode = True
@@ -114,19 +109,27 @@ def to_flatbuffer(
             api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
             content = api.export_flatbuffer_to_bytes(module.operation)
         except Exception as error:
-            raise ValueError(f"The LiteRT converter failed: {error}") from error
-    return completed(read_codes(content))
+            raise ValueError(
+                f"The LiteRT converter failed on the signature {name!r}: {error}"
+            ) from error
+    return read_codes(content)
 
 
-def _rename(ir: Any, module: Any, index: int) -> None:
-    """Gives the functions of a module names that no other module has."""
-    table = ir.SymbolTable(module.operation)
-    renamed = {}
-    for op in list(module.body.operations):
-        old = ir.StringAttr(op.attributes["sym_name"]).value
-        renamed[old] = f"{old}_{index}"
-    for op in list(module.body.operations):
-        old = ir.StringAttr(op.attributes["sym_name"]).value
-        ir.SymbolTable.replace_all_symbol_uses(old, renamed[old], module.operation)
-        ir.SymbolTable.set_symbol_name(op, renamed[old])
-    del table
+def _converter() -> list[Any]:
+    # Importing it prints what the log of its C++ code has to say of the machine.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        return [
+            importlib.import_module(f"litert_converter.{name}")
+            for name in (
+                "converter_api_ext",
+                "mlir.ir",
+                "mlir.passmanager",
+                "mlir.dialects.stablehlo",
+            )
+        ]
+    except ImportError as error:
+        raise ImportError(
+            "Conversion to LiteRT needs litert-converter, of which there are wheels "
+            "for Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
+        ) from error

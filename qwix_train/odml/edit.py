@@ -2,54 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qwix_train.odml.flatbuffer import op_name, read_model, schema, write_model
+from qwix_train.odml.flatbuffer import (
+    code_name,
+    data_of,
+    dtype_of,
+    op_name,
+    read_model,
+    schema,
+    write_model,
+)
 
-# Operators whose constants say shapes, where -1 stands for "whatever is left".
-_SHAPES = {"RESHAPE": 1, "SLICE": 2}
+# Operations whose results do not depend on the scale of the codes that they read.
+_READ_CODES = ("ARG_MAX", "ARG_MIN")
+
+
+def read_codes(content: bytes) -> bytes:
+    """A model whose operations that only compare values read codes, not floats.
+
+    The converter has them read floats, though LiteRT runs them in integers: the largest
+    code is that of the largest value.
+
+    Args:
+      content: the file.
+    """
+    model = read_model(content)
+    changed = False
+    for graph in model.subgraphs:
+        made_by = {int(i): op for op in graph.operators for i in op.outputs}
+        for op in graph.operators:
+            if op_name(model, op) not in _READ_CODES:
+                continue
+            before = made_by.get(int(op.inputs[0]))
+            if before is not None and op_name(model, before) == "DEQUANTIZE":
+                op.inputs = [int(before.inputs[0]), *map(int, op.inputs[1:])]
+                changed = True
+        _drop_unread(graph)
+    if not changed:
+        return content
+    for code in model.operatorCodes:
+        # 8-bit inputs came with the second version of these operators.
+        if code_name(code) in _READ_CODES:
+            code.version = max(code.version, 2)
+    return write_model(model)
 
 
 def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
     """A model that takes, or gives, codes in the place of floats.
 
+    Inputs and outputs that hold integers anyway, such as the indices of tokens, and
+    inputs that nothing reads, stay as they are.
+
     Args:
       content: the file.
       inputs: whether it takes codes.
       outputs: whether it gives codes.
+
+    Raises:
+      ValueError: if an input or output in floats has no codes, or more than one kind.
     """
     model = read_model(content)
-    for graph in model.subgraphs:
+    for index, graph in enumerate(model.subgraphs):
         moved: dict[int, int] = {}
         kept = []
+        graph_inputs, graph_outputs = map(set, (graph.inputs, graph.outputs))
         for op in graph.operators:
             name = op_name(model, op)
             source, target = int(op.inputs[0]), int(op.outputs[0])
-            if inputs and name == "QUANTIZE" and source in list(graph.inputs):
-                if source in moved:
+            if inputs and name == "QUANTIZE" and source in graph_inputs:
+                if moved.setdefault(source, target) != target:
                     raise ValueError(
-                        "integer_inputs=True: an input is quantized in two ways."
+                        f"integer_inputs=True: the input {_name(graph, source)!r} is "
+                        "quantized in two ways, so there are no codes of it to give."
                     )
-                moved[source] = target
-            elif outputs and name == "DEQUANTIZE" and target in list(graph.outputs):
+            elif outputs and name == "DEQUANTIZE" and target in graph_outputs:
                 moved[target] = source
             else:
                 kept.append(op)
-        for op in kept:
-            # What else reads the floats.
-            for index in op.inputs:
-                if int(index) in moved:
+        read = {int(i): op_name(model, op) for op in kept for i in op.inputs}
+        made = {int(i) for op in kept for i in op.outputs}
+        for option, asked, ends in (
+            ("integer_inputs", inputs, graph.inputs),
+            ("integer_outputs", outputs, graph.outputs),
+        ):
+            for end in map(int, ends) if asked else ():
+                if "float" not in dtype_of(graph.tensors[end]):
+                    continue
+                what = "input" if option == "integer_inputs" else "output"
+                if end in read:
                     raise ValueError(
-                        f"{op_name(model, op)} reads an input or output of the model "
-                        "in floats, so it cannot be of integers."
+                        f"{option}=True: {read[end]} reads the {what} "
+                        f"{_name(graph, end)!r} in floats."
+                    )
+                if end not in moved and (end in made or what == "output"):
+                    raise ValueError(
+                        f"{option}=True: the {what} {_name(graph, end)!r} is not "
+                        "quantized. Give it a range with a rule that sets act_qtype, "
+                        f"or leave {option} out."
                     )
         graph.operators = kept
         graph.inputs = [moved.get(int(i), int(i)) for i in graph.inputs]
         graph.outputs = [moved.get(int(i), int(i)) for i in graph.outputs]
-        index = list(model.subgraphs).index(graph)
         for signature in model.signatureDefs or ():
             if signature.subgraphIndex == index:
                 for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
@@ -57,22 +114,79 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
     return write_model(model)
 
 
+def merged(contents: Sequence[bytes]) -> bytes:
+    """One model with the functions of several, which hold equal weights once.
+
+    Args:
+      contents: the files.
+    """
+    models = list(map(read_model, contents))
+    first = models[0]
+    buffers: dict[bytes, int] = {}
+    all_buffers = [schema().BufferT()]
+    codes: dict[tuple[Any, ...], int] = {}
+    all_codes: list[Any] = []
+    subgraphs: list[Any] = []
+    signatures: list[Any] = []
+
+    def place_of_buffer(buffer: Any) -> int:
+        data = b"" if buffer.data is None else np.asarray(buffer.data).tobytes()
+        if not data:
+            return 0
+        if data not in buffers:
+            buffers[data] = len(all_buffers)
+            all_buffers.append(buffer)
+        return buffers[data]
+
+    def place_of_code(code: Any) -> int:
+        key = (code_name(code), code.customCode, code.version)
+        if key not in codes:
+            codes[key] = len(all_codes)
+            all_codes.append(code)
+        return codes[key]
+
+    for model in models:
+        before = len(subgraphs)
+        for graph in model.subgraphs:
+            for tensor in graph.tensors:
+                tensor.buffer = place_of_buffer(model.buffers[tensor.buffer])
+            for op in graph.operators:
+                op.opcodeIndex = place_of_code(model.operatorCodes[op.opcodeIndex])
+                _shift_subgraphs(op.builtinOptions, before)
+            subgraphs.append(graph)
+        for signature in model.signatureDefs or ():
+            signature.subgraphIndex += before
+            signatures.append(signature)
+    for entry in first.metadata or ():
+        entry.buffer = place_of_buffer(first.buffers[entry.buffer])
+    first.buffers, first.operatorCodes = all_buffers, all_codes
+    first.subgraphs, first.signatureDefs = subgraphs, signatures
+    return write_model(first)
+
+
 def with_metadata(content: bytes, metadata: Mapping[str, str | bytes]) -> bytes:
-    """A model with entries in its metadata.
+    """A model with entries in its metadata, in the place of those of the same name.
 
     Args:
       content: the file.
       metadata: the entries, by name.
+
+    Raises:
+      TypeError: if an entry is neither text nor bytes.
     """
     model = read_model(content)
-    model.metadata = list(model.metadata or [])
+    model.metadata = [
+        entry for entry in model.metadata or () if entry.name.decode() not in metadata
+    ]
     for name, value in metadata.items():
-        buffer = schema().BufferT()
+        if not isinstance(value, str | bytes):
+            raise TypeError(
+                f"The metadata {name!r} is {value!r}; give text or bytes, such as "
+                "json.dumps(value)."
+            )
         data = value.encode() if isinstance(value, str) else value
-        buffer.data = np.frombuffer(data, np.uint8)
-        model.buffers.append(buffer)
         entry = schema().MetadataT()
-        entry.name, entry.buffer = name, len(model.buffers) - 1
+        entry.name, entry.buffer = name, add_buffer(model, data)
         model.metadata.append(entry)
     return write_model(model)
 
@@ -86,89 +200,36 @@ def metadata_in(content: bytes) -> dict[str, bytes]:
     model = read_model(content)
     found = {}
     for entry in model.metadata or ():
-        data = model.buffers[entry.buffer].data
-        found[entry.name.decode()] = b"" if data is None else bytes(bytearray(data))
+        data = data_of(model, entry)
+        found[entry.name.decode()] = b"" if data is None else data.tobytes()
     return found
 
 
-def with_dynamic_batch(content: bytes, larger: bytes) -> bytes:
-    """A model whose batch may have any length.
-
-    What depends on the length of the batch is what differs between the model of one
-    example and that of two.
-
-    Args:
-      content: the file of the model of one example.
-      larger: that of two.
-
-    Raises:
-      ValueError: if more differs than the lengths of axes.
-    """
-    model, other = read_model(content), read_model(larger)
-    for graph, twin in zip(model.subgraphs, other.subgraphs, strict=True):
-        names = [op_name(model, op) for op in graph.operators]
-        if names != [op_name(other, op) for op in twin.operators]:
-            raise ValueError(
-                "dynamic_batch=True: for two examples the converter chooses other "
-                "operators than for one."
-            )
-        pairs: dict[int, int] = {}
-        for op, same in zip(graph.operators, twin.operators, strict=True):
-            for a, b in zip(
-                (*op.inputs, *op.outputs), (*same.inputs, *same.outputs), strict=True
-            ):
-                pairs[int(a)] = int(b)
-        for index, twin_index in pairs.items():
-            if index >= 0:
-                _make_dynamic(graph.tensors[index], twin.tensors[twin_index])
-        for op, same, name in zip(graph.operators, twin.operators, names, strict=True):
-            for place, (a, b) in enumerate(zip(op.inputs, same.inputs, strict=True)):
-                if a >= 0:
-                    _free_shape(
-                        model,
-                        graph.tensors[int(a)],
-                        _data(other, twin.tensors[int(b)]),
-                        name,
-                        place,
-                    )
-            options, others = op.builtinOptions, same.builtinOptions
-            shape = getattr(options, "newShape", None)
-            if shape is not None:
-                options.newShape = [
-                    -1 if a != b else int(a)
-                    for a, b in zip(shape, others.newShape, strict=True)
-                ]
-    return write_model(model)
-
-
-def _make_dynamic(tensor: Any, twin: Any) -> None:
-    if tensor.shape is None or np.array_equal(tensor.shape, twin.shape):
-        return
-    tensor.shapeSignature = [
-        -1 if a != b else int(a) for a, b in zip(tensor.shape, twin.shape, strict=True)
-    ]
-
-
-def _data(model: Any, tensor: Any) -> Any:
-    data = model.buffers[tensor.buffer].data
-    return None if data is None or np.size(data) == 0 else np.asarray(data, np.uint8)
-
-
-def _free_shape(model, tensor, other, name, place) -> None:
-    """Frees the length of the batch in a constant that says a shape."""
-    data = _data(model, tensor)
-    if data is None or other is None or np.array_equal(data, other):
-        return
-    shape, larger = data.view(np.int32), other.view(np.int32)
-    differ = np.flatnonzero(shape != larger)
-    if _SHAPES.get(name) != place or len(differ) != 1:
-        raise ValueError(
-            f"dynamic_batch=True: a constant of {name} depends on the length of the "
-            "batch. Convert the model for the batch that it is to run with."
-        )
-    shape = shape.copy()
-    shape[differ[0]] = -1
-    buffer = type(model.buffers[tensor.buffer])()
-    buffer.data = shape.view(np.uint8)
+def add_buffer(model: Any, data: bytes) -> int:
+    """Adds data to a model; gives its place."""
+    buffer = schema().BufferT()
+    buffer.data = np.frombuffer(data, np.uint8)
     model.buffers.append(buffer)
-    tensor.buffer = len(model.buffers) - 1
+    return len(model.buffers) - 1
+
+
+def _drop_unread(graph: Any) -> None:
+    """Leaves out the operations whose results nothing reads."""
+    read = set(map(int, graph.outputs))
+    kept = []
+    for op in reversed(graph.operators):
+        if any(int(i) in read for i in op.outputs):
+            kept.append(op)
+            read.update(map(int, op.inputs))
+    graph.operators = kept[::-1]
+
+
+def _name(graph: Any, index: int) -> str:
+    return (graph.tensors[index].name or b"").decode()
+
+
+def _shift_subgraphs(options: Any, count: int) -> None:
+    """Changes the indices of subgraphs, such as those of a loop."""
+    for name, value in vars(options).items() if options is not None else ():
+        if name.lower().endswith(("subgraphindex", "subgraph")):
+            setattr(options, name, value + count)

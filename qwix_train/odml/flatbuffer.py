@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ import numpy as np
 _EXTRA = "pip install 'qwix_train[odml]'"
 # What carries values into integers and out of them; neither computes.
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
-# Operations whose results do not depend on the scale of the codes that they read.
-_READ_CODES = ("ARG_MAX", "ARG_MIN")
+_IDENTIFIER = b"TFL3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +27,8 @@ class TensorInfo:
       zero_point: its zero points.
       axis: the axis that the scales belong to.
       constant: whether its value is in the file.
+      is_input: whether it is an input of the model.
+      is_output: whether it is an output of the model.
     """
 
     name: str
@@ -37,6 +38,8 @@ class TensorInfo:
     zero_point: tuple[int, ...]
     axis: int
     constant: bool
+    is_input: bool
+    is_output: bool
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -48,6 +51,11 @@ class TensorInfo:
         (scale,), (zero,) = self.scale, self.zero_point or (0,)
         return (low - zero) * scale, (high - zero) * scale
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats."""
+        return "float" in self.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class OpInfo:
@@ -57,7 +65,7 @@ class OpInfo:
       name: the name of the operator, such as `CONV_2D`.
       inputs: what it reads.
       outputs: what it computes.
-      signature: the index of the subgraph that it is in.
+      subgraph: the index of the subgraph that it is in.
     """
 
     name: str
@@ -68,12 +76,28 @@ class OpInfo:
     @property
     def reads_float(self) -> bool:
         """Whether it reads or computes floats."""
-        return any("float" in t.dtype for t in (*self.inputs, *self.outputs))
+        return any(t.is_float for t in (*self.inputs, *self.outputs))
 
     @property
     def computes(self) -> bool:
         """Whether it is more than a conversion of floats and integers."""
         return self.name not in _CONVERSIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class SignatureInfo:
+    """A function of a LiteRT model.
+
+    Attributes:
+      inputs: the tensors that it takes, by name, in order.
+      outputs: the tensors that it gives, by name, in order.
+      output_scales: the scales of outputs that stand for floats, also of those that
+        are dequantized in the end, by name.
+    """
+
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+    output_scales: Mapping[str, float]
 
 
 def schema() -> Any:
@@ -96,11 +120,14 @@ def ops_in(content: bytes) -> list[OpInfo]:
 
     Args:
       content: the file.
+
+    Raises:
+      ValueError: if it is no `.tflite` file.
     """
     model = read_model(content)
     found = []
     for index, graph in enumerate(model.subgraphs):
-        infos = [_tensor_info(model, tensor) for tensor in graph.tensors]
+        infos = _tensor_infos(model, graph)
         for op in graph.operators:
             found.append(
                 OpInfo(
@@ -113,26 +140,94 @@ def ops_in(content: bytes) -> list[OpInfo]:
     return found
 
 
+def signatures_in(content: bytes) -> dict[str, SignatureInfo]:
+    """The functions of a model, by name.
+
+    Args:
+      content: the file.
+
+    Raises:
+      ValueError: if it is no `.tflite` file.
+    """
+    model = read_model(content)
+    found = {}
+    for signature in model.signatureDefs or ():
+        graph = model.subgraphs[signature.subgraphIndex]
+        infos = _tensor_infos(model, graph)
+        made_by = {int(i): op for op in graph.operators for i in op.outputs}
+        inputs = {x.name.decode(): int(x.tensorIndex) for x in signature.inputs or ()}
+        outputs = {x.name.decode(): int(x.tensorIndex) for x in signature.outputs or ()}
+        scales = {}
+        for name, index in outputs.items():
+            op = made_by.get(index)
+            if op is not None and op_name(model, op) == "DEQUANTIZE":
+                index = int(op.inputs[0])
+            if len(infos[index].scale) == 1:
+                scales[name] = infos[index].scale[0]
+        found[signature.signatureKey.decode()] = SignatureInfo(
+            {name: infos[i] for name, i in inputs.items()},
+            {name: infos[i] for name, i in outputs.items()},
+            scales,
+        )
+    return found
+
+
 def float_ops(ops: Sequence[OpInfo]) -> list[OpInfo]:
     """The operations that compute with floats.
 
-    A conversion counts where it is not at an input or an output of the model, or reads
-    a constant: that is what feeds an operation in floats, which counts by itself.
+    Args:
+      ops: all operations of a model.
     """
     return [op for op in ops if op.computes and op.reads_float]
 
 
+def is_full_integer(ops: Sequence[OpInfo]) -> bool:
+    """Whether a model computes in integers alone.
+
+    Floats may only be read by a QUANTIZE at an input of the model, and be given by a
+    DEQUANTIZE at an output.
+
+    Args:
+      ops: all operations of the model.
+    """
+    for op in ops:
+        if not op.reads_float:
+            continue
+        at_input = op.name == "QUANTIZE" and op.inputs[0].is_input
+        at_output = op.name == "DEQUANTIZE" and op.outputs[0].is_output
+        if not at_input and not at_output:
+            return False
+    return True
+
+
 def read_model(content: bytes) -> Any:
-    """The model in a file, as objects that can be changed."""
+    """The model in a file, as objects that can be changed.
+
+    Args:
+      content: the file.
+
+    Raises:
+      ImportError: if the packages of the extra are not installed.
+      ValueError: if it is no `.tflite` file.
+    """
+    if content[4:8] != _IDENTIFIER:
+        raise ValueError(
+            f"These {len(content)} bytes are no .tflite file: the bytes 4 to 8 of one "
+            f"are {_IDENTIFIER!r}, and these are {bytes(content[4:8])!r}."
+        )
     return schema().ModelT.InitFromPackedBuf(content, 0)
 
 
 def write_model(model: Any) -> bytes:
-    """A file of a model."""
+    """A file of a model.
+
+    Args:
+      model: what `read_model` gives.
+    """
     import flatbuffers
 
     builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
+    builder.Finish(model.Pack(builder), _IDENTIFIER)
     return bytes(builder.Output())
 
 
@@ -144,43 +239,19 @@ def dtype_of(tensor: Any) -> str:
 def op_name(model: Any, op: Any) -> str:
     """The name of an operation."""
     code = model.operatorCodes[op.opcodeIndex]
-    name = _names()[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    name = code_name(code)
     return f"{name}:{code.customCode.decode()}" if code.customCode else name
 
 
-def read_codes(content: bytes) -> bytes:
-    """A model whose operations that only compare values read codes, not floats.
+def code_name(code: Any) -> str:
+    """The name of an operator, as the files of all versions hold it."""
+    return _names()[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
-    The converter has them read floats, though LiteRT runs them in integers: the largest
-    code is that of the largest value.
 
-    Args:
-      content: the file.
-    """
-    model = read_model(content)
-    changed = False
-    for graph in model.subgraphs:
-        made_by = {int(op.outputs[0]): op for op in graph.operators}
-        for op in graph.operators:
-            if op_name(model, op) not in _READ_CODES:
-                continue
-            before = made_by.get(int(op.inputs[0]))
-            if before is not None and op_name(model, before) == "DEQUANTIZE":
-                op.inputs = [int(before.inputs[0]), *map(int, op.inputs[1:])]
-                changed = True
-        if changed:
-            read = {int(i) for op in graph.operators for i in op.inputs}
-            read.update(map(int, graph.outputs))
-            graph.operators = [
-                op for op in graph.operators if any(int(i) in read for i in op.outputs)
-            ]
-    if not changed:
-        return content
-    for code in model.operatorCodes:
-        # 8-bit inputs came with the second version of these operators.
-        if _names()[max(code.builtinCode, code.deprecatedBuiltinCode)] in _READ_CODES:
-            code.version = max(code.version, 2)
-    return write_model(model)
+def data_of(model: Any, tensor: Any) -> np.ndarray | None:
+    """The bytes of a constant; None for any other tensor."""
+    data = model.buffers[tensor.buffer].data
+    return None if data is None or np.size(data) == 0 else np.asarray(data, np.uint8)
 
 
 @functools.cache
@@ -196,11 +267,20 @@ def _types() -> dict[int, str]:
     return {value: name.lower() for value, name in names.items()}
 
 
-def _tensor_info(model: Any, tensor: Any) -> TensorInfo:
+def _tensor_infos(model: Any, graph: Any) -> list[TensorInfo]:
+    inputs, outputs = set(map(int, graph.inputs)), set(map(int, graph.outputs))
+    return [
+        _tensor_info(model, tensor, index in inputs, index in outputs)
+        for index, tensor in enumerate(graph.tensors)
+    ]
+
+
+def _tensor_info(
+    model: Any, tensor: Any, is_input: bool, is_output: bool
+) -> TensorInfo:
     quantization = tensor.quantization
     scale = getattr(quantization, "scale", None)
     zero_point = getattr(quantization, "zeroPoint", None)
-    data = model.buffers[tensor.buffer].data
     signature = tensor.shapeSignature
     shape = tensor.shape if signature is None else signature
     return TensorInfo(
@@ -210,5 +290,7 @@ def _tensor_info(model: Any, tensor: Any) -> TensorInfo:
         scale=() if scale is None else tuple(map(float, scale)),
         zero_point=() if zero_point is None else tuple(map(int, zero_point)),
         axis=getattr(quantization, "quantizedDimension", 0) or 0,
-        constant=data is not None and np.size(data) > 0,
+        constant=data_of(model, tensor) is not None,
+        is_input=is_input,
+        is_output=is_output,
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from qwix_train.odml import flatbuffer
-from qwix_train.odml.flatbuffer import OpInfo
-from qwix_train.text_table import aligned
+from qwix_train.odml import edit, flatbuffer
+from qwix_train.odml.flatbuffer import OpInfo, SignatureInfo, TensorInfo
+from qwix_train.odml.report import OpTable, Report, output_report
+from qwix_train.trace import function
 
 DEFAULT_SIGNATURE = "serving_default"
 
@@ -24,78 +26,16 @@ class Signature:
     Attributes:
       inputs: the names of its inputs, in order.
       outputs: the names of its outputs, in order.
-      tree: the structure of its result, of arrays in that order; None for a tuple.
-      reference: the fake-quantized model in JAX, of the same inputs; None if it is not
-        at hand.
+      tree: gives the result of the model in JAX from the arrays of the outputs, in
+        order; if None, the result is a tuple, or the only output.
+      reference: the fake-quantized model in JAX, of the arrays of the inputs, in order;
+        None if it is not at hand.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    tree: Any = None
+    tree: Callable[[list[Any]], Any] | None = None
     reference: Callable[..., Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputReport:
-    """How an output of a LiteRT model differs from that of the model in JAX.
-
-    Attributes:
-      name: the name of the output.
-      scale: the scale of its codes; None if it has none, such as an index.
-      max_steps: the largest difference, in units of the scale (of 1, without one).
-      equal: the share of elements that are equal, to a thousandth of a step.
-      mean_steps: the mean difference, in these units.
-    """
-
-    name: str
-    scale: float | None
-    max_steps: float
-    equal: float
-    mean_steps: float
-
-
-class Report(tuple[OutputReport, ...]):
-    """A comparison of all outputs; prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [["output", "scale", "max steps", "mean steps", "equal"]]
-        for out in self:
-            scale = "" if out.scale is None else f"{out.scale:.3g}"
-            rows.append(
-                [
-                    out.name,
-                    scale,
-                    f"{out.max_steps:.2f}",
-                    f"{out.mean_steps:.3f}",
-                    f"{out.equal:.1%}",
-                ]
-            )
-        return aligned(rows)
-
-
-class OpTable(tuple[OpInfo, ...]):
-    """The operations of a model; prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [["op", "inputs", "output", "range"]]
-        for op in self:
-            out = op.outputs[0] if op.outputs else None
-            ends = None if out is None else out.range
-            rows.append(
-                [
-                    op.name,
-                    " ".join(_short(t) for t in op.inputs),
-                    "" if out is None else _short(out),
-                    "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}",
-                ]
-            )
-        return aligned(rows)
-
-
-def _short(tensor: flatbuffer.TensorInfo) -> str:
-    shape = "x".join(map(str, tensor.shape))
-    channels = " per channel" if len(tensor.scale) > 1 else ""
-    return f"{tensor.dtype}[{shape}]{channels}"
 
 
 class LiteRTModel:
@@ -117,12 +57,20 @@ class LiteRTModel:
         Args:
           content: the file.
           signatures: its functions; those that the file says if None.
+
+        Raises:
+          ImportError: if the packages of the extra `odml` are not installed.
+          ValueError: if it is no `.tflite` file.
         """
         self.content = content
+        self._infos = flatbuffer.signatures_in(content)
         if signatures is None:
-            signatures = _signatures_in(content)
+            signatures = {
+                name: Signature(tuple(info.inputs), tuple(info.outputs))
+                for name, info in self._infos.items()
+            }
         self.signatures = dict(signatures)
-        self._interpreters: dict[int | None, Any] = {}
+        self._runners: dict[tuple[str, int | None], Any] = {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LiteRTModel:
@@ -130,6 +78,9 @@ class LiteRTModel:
 
         Args:
           path: the path of the file.
+
+        Raises:
+          ValueError: if it is no `.tflite` file.
         """
         with open(path, "rb") as file:
             return cls(file.read())
@@ -149,6 +100,7 @@ class LiteRTModel:
         self,
         *inputs: Any,
         signature: str | None = None,
+        dequantize: bool = True,
         num_threads: int | None = None,
         **named: Any,
     ) -> Any:
@@ -156,58 +108,65 @@ class LiteRTModel:
 
         Args:
           *inputs: the inputs, in the order of the model's arguments: arrays, or trees
-            of them. Floats are quantized where the model takes integers.
+            of them. Where the model takes codes, floats are quantized; arrays of the
+            type of the codes are taken as codes.
           signature: the function to run; the only one, or `serving_default`, if None.
+          dequantize: whether to return, in the place of codes that the model gives, the
+            floats that they stand for.
           num_threads: the number of threads.
-          **named: inputs by the names that the signature gives them.
+          **named: inputs by the names that the signature gives them, or by the name of
+            the argument.
 
         Returns:
-          NumPy arrays, in the structure that the model in JAX returns. Floats, where
-          the model gives integers that stand for them.
+          NumPy arrays, in the structure that the model in JAX returns.
 
         Raises:
-          ValueError: if there is no such function, or inputs are missing.
+          ValueError: if there is no such function, or inputs are missing, or have other
+            shapes or types than the model takes.
         """
         name, found = self._signature(signature)
-        arrays = [np.asarray(x) for x in jax.tree.leaves(inputs)]
-        feed = dict(zip(found.inputs, arrays, strict=False))
-        feed |= {key: np.asarray(x) for key, x in named.items()}
-        if set(feed) != set(found.inputs) or len(arrays) > len(found.inputs):
-            raise ValueError(
-                f"The signature {name!r} takes {len(found.inputs)} inputs, "
-                f"{', '.join(found.inputs)}; it was given {len(arrays)}"
-                + (f" and {', '.join(named)}" if named else "")
-                + "."
-            )
-        outputs = self._run(name, feed, num_threads)
-        ordered = [outputs[key] for key in found.outputs]
+        feed = self._feed(name, inputs, named)
+        outputs = self._run(name, feed, dequantize, num_threads)
         if found.tree is None:
-            return ordered[0] if len(ordered) == 1 else tuple(ordered)
-        return found.tree(ordered)
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return found.tree(outputs)
 
     def ops(self) -> OpTable:
         """The operations, in the order in which they run, with types and ranges."""
-        return OpTable(flatbuffer.ops_in(self.content))
+        return OpTable(self._ops)
+
+    @functools.cached_property
+    def _ops(self) -> tuple[OpInfo, ...]:
+        return tuple(flatbuffer.ops_in(self.content))
 
     @property
     def float_ops(self) -> list[OpInfo]:
         """The operations that compute with floats."""
-        return flatbuffer.float_ops(self.ops())
+        return flatbuffer.float_ops(self._ops)
 
     @property
     def is_full_integer(self) -> bool:
-        """Whether all that computes reads and gives integers."""
-        return not self.float_ops
+        """Whether all computes in integers; only inputs and outputs may be floats."""
+        return flatbuffer.is_full_integer(self._ops)
 
-    def report(self, *inputs: Any, signature: str | None = None) -> Report:
+    @property
+    def metadata(self) -> dict[str, bytes]:
+        """The entries of the metadata of the file, by name."""
+        return edit.metadata_in(self.content)
+
+    def report(
+        self, *inputs: Any, signature: str | None = None, **named: Any
+    ) -> Report:
         """Compares the outputs with those of the fake-quantized model in JAX.
 
         Args:
           *inputs: the inputs, as for a call.
           signature: the function; see a call.
+          **named: inputs by name; see a call.
 
         Raises:
-          ValueError: if the model in JAX is not at hand, as for one from a file.
+          ValueError: if the model in JAX is not at hand, as for one from a file; or for
+            inputs that do not fit, as in a call.
         """
         name, found = self._signature(signature)
         if found.reference is None:
@@ -215,26 +174,19 @@ class LiteRTModel:
                 "There is no model in JAX to compare with: the model was read from a "
                 "file. Use what odml.convert returns."
             )
-        expected = found.reference(*inputs)
-        got = self(*inputs, signature=name)
-        scales = self._output_scales(name)
-        reports = []
-        for key, a, b in zip(
-            found.outputs, jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
-        ):
-            scale = scales.get(key)
-            steps = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
-            steps = steps / (scale or 1.0)
-            reports.append(
-                OutputReport(
-                    key,
-                    scale,
-                    float(steps.max(initial=0)),
-                    float((steps < 1e-3).mean()),
-                    float(steps.mean()),
-                )
-            )
-        return Report(reports)
+        feed = self._feed(name, inputs, named)
+        info = self._infos[name]
+        floats = [_as_floats(feed[key], info.inputs[key]) for key in found.inputs]
+        expected = [
+            x
+            for x in jax.tree.leaves(found.reference(*floats))
+            if isinstance(x, jax.Array | np.ndarray)
+        ]
+        got = self._run(name, feed)
+        return Report(
+            output_report(key, info.output_scales.get(key), a, b)
+            for key, a, b in zip(found.outputs, got, expected, strict=True)
+        )
 
     def _signature(self, name: str | None) -> tuple[str, Signature]:
         if name is None:
@@ -243,28 +195,50 @@ class LiteRTModel:
         if name not in self.signatures:
             raise ValueError(
                 f"There is no signature {name!r}; those that exist are "
-                f"{', '.join(self.signatures)}."
+                f"{', '.join(self.signatures) or 'none'}."
             )
         return name, self.signatures[name]
 
-    def _run(self, name, feed, num_threads) -> dict[str, Any]:
-        runner = self._interpreter(num_threads).get_signature_runner(name)
-        details = runner.get_input_details()
-        given = {key: _as_input(feed[key], details[key]) for key in feed}
-        outputs = runner(**given)
-        found = runner.get_output_details()
-        return {key: _as_output(x, found[key]) for key, x in outputs.items()}
-
-    def _interpreter(self, num_threads: int | None) -> Any:
-        if num_threads not in self._interpreters:
-            self._interpreters[num_threads] = make_interpreter(
-                self.content, num_threads
+    def _feed(
+        self, name: str, inputs: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """The arrays for the inputs of a signature, by name."""
+        found, info = self.signatures[name], self._infos[name]
+        leaves = jax.tree.leaves(inputs)
+        pairs = list(zip(found.inputs, leaves, strict=False))
+        for key, tree in named.items():
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                pairs.append(("_".join([key, *function.param_path(path)]), leaf))
+        given = [key for key, _ in pairs]
+        if sorted(given) != sorted(found.inputs) or len(leaves) > len(found.inputs):
+            names = ", ".join(key for key in given[len(leaves) :])
+            raise ValueError(
+                f"The signature {name!r} takes {len(found.inputs)} inputs, "
+                f"{', '.join(found.inputs)}; it was given {len(leaves)}"
+                + (f", and by name {names}." if names else ".")
             )
-        return self._interpreters[num_threads]
+        feed = {key: _as_input(key, x, info.inputs[key]) for key, x in pairs}
+        _check_batch(name, feed, info)
+        return feed
 
-    def _output_scales(self, name: str) -> dict[str, float]:
-        """The scales of outputs, also of those that are dequantized in the end."""
-        return output_scales(self.content, name)
+    def _run(
+        self,
+        name: str,
+        feed: Mapping[str, np.ndarray],
+        dequantize: bool = True,
+        num_threads: int | None = None,
+    ) -> list[Any]:
+        """The arrays of the outputs of a signature, in order."""
+        key = (name, num_threads)
+        if key not in self._runners:
+            interpreter = make_interpreter(self.content, num_threads)
+            self._runners[key] = interpreter.get_signature_runner(name)
+        # It resizes the model to the shapes of the inputs.
+        outputs = self._runners[key](**feed)
+        if dequantize:
+            infos = self._infos[name].outputs
+            outputs = {key: _as_floats(x, infos[key]) for key, x in outputs.items()}
+        return [outputs[key] for key in self.signatures[name].outputs]
 
 
 def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
@@ -276,6 +250,7 @@ def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
 
     Raises:
       ImportError: if it is not installed.
+      ValueError: if there is no such number of threads.
     """
     try:
         from ai_edge_litert import interpreter
@@ -283,58 +258,66 @@ def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
         raise ImportError(
             "Running LiteRT models needs ai-edge-litert: pip install 'qwix_train[odml]'"
         ) from error
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads={num_threads}: give 1 or more, or None.")
     return interpreter.Interpreter(model_content=content, num_threads=num_threads)
 
 
-def _as_input(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-    dtype = np.dtype(detail["dtype"])
-    scale, zero_point = detail["quantization"]
-    if scale and np.issubdtype(x.dtype, np.floating) and dtype.kind == "i":
-        limits = np.iinfo(dtype)
-        codes = np.round(x / np.float32(scale)) + zero_point
-        return np.clip(codes, limits.min, limits.max).astype(dtype)
-    return x.astype(dtype)
-
-
-def _as_output(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-    scale, zero_point = detail["quantization"]
-    if scale and x.dtype.kind == "i":
-        return ((x.astype(np.float32) - zero_point) * np.float32(scale)).astype(
-            np.float32
+def _as_input(name: str, x: Any, info: TensorInfo) -> np.ndarray:
+    """An input in the type that a model takes."""
+    x = np.asarray(x)
+    fits = len(x.shape) == len(info.shape) and all(
+        b in (-1, a) for a, b in zip(x.shape, info.shape, strict=True)
+    )
+    if not fits:
+        shape = tuple("any" if n < 0 else n for n in info.shape)
+        hint = ""
+        if x.shape[1:] == info.shape[1:]:
+            hint = " Convert it with dynamic_batch=True for batches of any length."
+        text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(
+            f"The input {name!r} has the shape {x.shape}, and the model takes ({text})."
+            + hint
         )
-    return x
+    dtype = np.dtype(info.dtype)
+    # Among them those that NumPy has no name for, such as bfloat16.
+    is_float = jax.dtypes.issubdtype(x.dtype, np.floating)
+    if x.dtype == dtype or info.is_float:
+        return x.astype(dtype)
+    if is_float and len(info.scale) == 1:
+        limits = np.iinfo(dtype)
+        codes = np.round(x.astype(np.float32) / np.float32(info.scale[0]))
+        codes = codes + info.zero_point[0]
+        return np.clip(codes, limits.min, limits.max).astype(dtype)
+    converted = x.astype(dtype)
+    if is_float or info.scale or (converted != x).any():
+        takes = f"codes of type {dtype}, or floats" if info.scale else f"{dtype}"
+        raise ValueError(
+            f"The input {name!r} is of type {x.dtype}, and the model takes {takes}."
+        )
+    return converted
 
 
-def _signatures_in(content: bytes) -> dict[str, Signature]:
-    model = flatbuffer.read_model(content)
-    found = {}
-    for signature in model.signatureDefs or ():
-        inputs = tuple(x.name.decode() for x in signature.inputs or ())
-        outputs = tuple(x.name.decode() for x in signature.outputs or ())
-        found[signature.signatureKey.decode()] = Signature(inputs, outputs)
-    return found
+def _as_floats(x: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """What the codes of a tensor stand for; the tensor itself if it holds none."""
+    if len(info.scale) != 1 or x.dtype.kind != "i":
+        return x
+    (scale,), (zero_point,) = info.scale, info.zero_point
+    return (x.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
 
-def output_scales(content: bytes, name: str) -> dict[str, float]:
-    """The scales of the outputs of a signature that stand for floats.
-
-    Args:
-      content: the file.
-      name: the signature.
-    """
-    model = flatbuffer.read_model(content)
-    signature = next(s for s in model.signatureDefs if s.signatureKey.decode() == name)
-    graph = model.subgraphs[signature.subgraphIndex]
-    made_by = {int(i): op for op in graph.operators for i in op.outputs}
-    found = {}
-    for output in signature.outputs:
-        index = int(output.tensorIndex)
-        op = made_by.get(index)
-        candidates: Sequence[int] = [index]
-        if op is not None and "float" in flatbuffer.dtype_of(graph.tensors[index]):
-            candidates = [*candidates, int(op.inputs[0])]
-        for candidate in candidates:
-            scale = getattr(graph.tensors[candidate].quantization, "scale", None)
-            if scale is not None and len(scale) == 1:
-                found[output.name.decode()] = float(scale[0])
-    return found
+def _check_batch(
+    name: str, feed: Mapping[str, np.ndarray], info: SignatureInfo
+) -> None:
+    """Checks the length of the batch, where it is open."""
+    lengths = {
+        key: x.shape[0]
+        for key, x in feed.items()
+        if x.shape and info.inputs[key].shape[0] == -1
+    }
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        text = ", ".join(f"{key}: {n}" for key, n in lengths.items())
+        raise ValueError(
+            f"The signature {name!r} takes inputs with batches of one length, 1 or "
+            f"more; their first axes have the lengths {text}."
+        )
