@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax import core
@@ -157,7 +156,8 @@ def _converted(
         return content_of(call.arrays), signature
     content, larger = (content_of(call.batch_of(n)) for n in batches.SIZES)
     content = batches.with_dynamic_batch(content, larger)
-    _check_batch(name, content, content_of(call.batch_of(_TESTED)), call)
+    tested = call.batch_of(batches.TESTED_SIZE)
+    batches.check_dynamic_batch(name, content, content_of(tested), tested)
     return content, signature
 
 
@@ -184,42 +184,6 @@ def _exported(
         for i in places
     ]
     return exported, shapes
-
-
-# The length of the batch that a model for batches of any length is tested with.
-_TESTED = 5
-
-
-def _check_batch(name: str, content: bytes, expected: bytes, call: ModelCall) -> None:
-    """Checks that a model for batches of any length equals one for a fixed batch."""
-    rng = np.random.default_rng(0)
-    arrays = [
-        # Positive, as what is divided by must not be zero.
-        rng.uniform(0.1, 1, x.shape).astype(x.dtype)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-        else rng.integers(0, 2, x.shape).astype(x.dtype)
-        for x in call.batch_of(_TESTED)
-    ]
-    try:
-        got = LiteRTModel(content)(*arrays, signature=name)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"dynamic_batch=True: the model does not run on {_TESTED} examples: "
-            f"{error}. {batches.ADVICE}"
-        ) from error
-    wanted = LiteRTModel(expected)(*arrays, signature=name)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        # For other shapes LiteRT may choose other kernels, which round otherwise.
-        margin = 0.05 * np.abs(b).max(initial=0) if b.dtype.kind == "f" else 0
-        if a.shape == b.shape:
-            near = np.isclose(a, b, rtol=0, atol=margin, equal_nan=True)
-            if near.mean() > 0.9 or not b.size:
-                continue
-        raise ValueError(
-            f"dynamic_batch=True: of {_TESTED} examples the model computes something "
-            f"else, of the shape {a.shape}, than a model for that batch, of the shape "
-            f"{b.shape}. {batches.ADVICE}"
-        )
 
 
 def _check_concrete(model: Any, variables: Any) -> None:

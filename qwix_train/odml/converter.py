@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.odml.edit import read_codes
+from qwix_train.odml.edit import in_order, read_codes
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.sixteen_bits import completed
 
@@ -112,7 +112,7 @@ def to_flatbuffer(
             raise ValueError(
                 f"The LiteRT converter failed on the signature {name!r}: {error}"
             ) from error
-    return read_codes(content)
+    return read_codes(in_order(content, inputs, outputs))
 
 
 def _converter() -> list[Any]:

@@ -8,9 +8,10 @@ constants that say shapes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from qwix_train.odml.edit import add_buffer
@@ -23,6 +24,7 @@ from qwix_train.odml.flatbuffer import (
     schema,
     write_model,
 )
+from qwix_train.odml.litert_model import LiteRTModel
 
 SIZES = (2, 3)
 """The lengths of the batch in the two models.
@@ -30,7 +32,10 @@ SIZES = (2, 3)
 Of one example many operations do nothing, and the converter leaves them out.
 """
 
-ADVICE = "Convert the model, without dynamic_batch, for the batch that it is to run."
+TESTED_SIZE = 5
+"""The length of the batch that the result is tested with."""
+
+_ADVICE = "Convert the model, without dynamic_batch, for the batch that it is to run."
 # Operators that repeat an operand along an axis where it has length 1.
 _BROADCAST = frozenset(
     """ADD SUB MUL DIV POW MAXIMUM MINIMUM SQUARED_DIFFERENCE SELECT SELECT_V2 LESS
@@ -56,13 +61,58 @@ def with_dynamic_batch(content: bytes, larger: bytes) -> bytes:
             raise ValueError(
                 f"dynamic_batch=True: for {SIZES[0]} examples the converter chooses "
                 f"other operators than for {SIZES[1]}: {_differing(names, twins)}. "
-                f"{ADVICE}"
+                f"{_ADVICE}"
             )
         for op, same in zip(graph.operators, twin.operators, strict=True):
             _free_constants(_Pair(model, graph, op, other, twin, same))
         for a, b in list(_tensors(graph, twin)):
             _free_tensor(graph.tensors[a], twin.tensors[b])
     return write_model(model)
+
+
+def check_dynamic_batch(
+    name: str, content: bytes, expected: bytes, shapes: Sequence[Any]
+) -> None:
+    """Checks that a model for batches of any length equals one for a fixed batch.
+
+    Args:
+      name: the name of the signature.
+      content: the file of the model.
+      expected: that of the same model for the fixed batch.
+      shapes: the shapes of the inputs of that batch.
+
+    Raises:
+      ValueError: if it computes something else.
+    """
+    rng = np.random.default_rng(0)
+    arrays = [
+        # Positive, as what is divided by must not be zero.
+        rng.uniform(0.1, 1, x.shape).astype(x.dtype)
+        if np.issubdtype(x.dtype, np.floating)
+        else rng.integers(0, 2, x.shape).astype(x.dtype)
+        for x in shapes
+    ]
+    model, other = LiteRTModel(content), LiteRTModel(expected)
+    feed = dict(zip(model.signatures[name].inputs, arrays, strict=True))
+    wanted = jax.tree.leaves(other(**feed))
+    try:
+        got = jax.tree.leaves(model(**feed))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"dynamic_batch=True: the model does not run on another batch: {error} "
+            f"{_ADVICE}"
+        ) from error
+    for a, b in zip(got, wanted, strict=True):
+        # For other shapes LiteRT may choose other kernels, which round otherwise.
+        margin = 0.05 * np.abs(b).max(initial=0) if b.dtype.kind == "f" else 0
+        if a.shape == b.shape:
+            near = np.isclose(a, b, rtol=0, atol=margin, equal_nan=True)
+            if not b.size or near.mean() > 0.9:
+                continue
+        raise ValueError(
+            f"dynamic_batch=True: the model computes something else, of the shape "
+            f"{a.shape}, than one for that batch, of the shape {b.shape}. {_ADVICE}"
+        )
 
 
 @dataclasses.dataclass
@@ -156,7 +206,7 @@ def _free_constants(pair: _Pair) -> None:
             raise ValueError(
                 f"dynamic_batch=True: a constant of {name}, of the shape "
                 f"{tuple(pair.shapes(place)[0])} for {SIZES[0]} examples, depends on "
-                f"the length of the batch. {ADVICE}"
+                f"the length of the batch. {_ADVICE}"
             )
     # A copy of the shape that the operand holds.
     options = pair.op.builtinOptions

@@ -51,6 +51,24 @@ def read_codes(content: bytes) -> bytes:
     return write_model(model)
 
 
+def in_order(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """A model whose signature lists its inputs and outputs in an order.
+
+    The converter sorts them by name.
+
+    Args:
+      content: the file, of one signature.
+      inputs: the names of the inputs, in order.
+      outputs: those of the outputs.
+    """
+    model = read_model(content)
+    (signature,) = model.signatureDefs
+    for entries, names in ((signature.inputs, inputs), (signature.outputs, outputs)):
+        places = {name: place for place, name in enumerate(names)}
+        (entries or []).sort(key=lambda entry: places[entry.name.decode()])
+    return write_model(model)
+
+
 def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
     """A model that takes, or gives, codes in the place of floats.
 
