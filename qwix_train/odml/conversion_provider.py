@@ -24,6 +24,7 @@ class OdmlConversionProvider(OdmlQatProvider):
     composites `quant.fake_quant` that the converter reads.
 
     Example:
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule, quantize_model
       >>> model, x = nn.Dense(2), jnp.ones((1, 4))
@@ -51,13 +52,21 @@ class OdmlConversionProvider(OdmlQatProvider):
             where the model is called with traced ones.
           quant_stats: the ranges of activations.
           **kwargs: see `OdmlQatProvider`.
+
+        Raises:
+          ValueError: if LiteRT has no such type or range.
         """
         super().__init__(rules, quant_stats=dict(quant_stats or {}), **kwargs)
         flat, _ = jax.tree_util.tree_flatten_with_path(params)
         self._params = {function.param_path(path): leaf for path, leaf in flat}
 
     def transform(self, traced: function.TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
-        """The result of a traced call, with its tensors annotated."""
+        """The result of a traced call, with its tensors annotated.
+
+        Raises:
+          ValueError: if a variable is traced, and none of the params; a range is
+            missing; or the model drops elements at random.
+        """
         values = []
         for value, held, param in zip(
             traced.inputs, traced.held, traced.params, strict=True
@@ -75,7 +84,15 @@ class OdmlConversionProvider(OdmlQatProvider):
         return traced.rebuild(self.annotated(plan, values))
 
     def annotated(self, plan: OdmlPlan, values: Sequence[Any]) -> list[Any]:
-        """The results of a planned graph, with its tensors annotated."""
+        """The results of a planned graph, with its tensors annotated.
+
+        Args:
+          plan: the plan.
+          values: an array for each input of the traced call; concrete for variables.
+
+        Raises:
+          ValueError: if a range is missing, or the model drops elements at random.
+        """
         return run_annotated(
             plan,
             values,

@@ -168,8 +168,8 @@ def _exported(
     traced, _ = call.trace(arrays)
     plan = converting.plan(traced)
     converting.check(plan)
-    if not converting.matches(plan) and not converting.allow_unmatched:
-        raise ValueError(converting.no_match_message(plan))
+    if not plan.quantized_ops and not converting.allow_unmatched:
+        raise ValueError(plan.no_match_message())
     _check_float32(plan)
     places = [i for i, held in enumerate(traced.held) if not held]
 

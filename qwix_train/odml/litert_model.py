@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 
 from qwix_train.odml import edit, flatbuffer
 from qwix_train.odml.flatbuffer import OpInfo, SignatureInfo, TensorInfo
@@ -281,7 +282,7 @@ def _as_input(name: str, x: Any, info: TensorInfo) -> np.ndarray:
         )
     dtype = np.dtype(info.dtype)
     # Among them those that NumPy has no name for, such as bfloat16.
-    is_float = jax.dtypes.issubdtype(x.dtype, np.floating)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
     if x.dtype == dtype or info.is_float:
         return x.astype(dtype)
     if is_float and len(info.scale) == 1:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml
+from qwix_train.state import QuantStat
 from tests.odml.small import INT8, Mlp, converted, module, normal, stats_of
 
 SHAPE = (3, 8)
@@ -228,15 +229,9 @@ def test_ranges_in_the_variables(mlp):
 def test_ranges_in_an_nnx_model(nnx_mlp):
     model, stats = nnx_mlp
     kept = nnx.clone(model)
-    flat = jax.tree.leaves(stats, is_leaf=lambda v: "count" in v)
-    assert all(isinstance(v, dict) for v in flat)
-    kept.first.dot_general0_lhs = qat_state.QuantStat(
-        stats["first"]["dot_general0_lhs"]
-    )
-    kept.second.dot_general0_lhs = qat_state.QuantStat(
-        stats["second"]["dot_general0_lhs"]
-    )
-    kept.final_output0 = qat_state.QuantStat(stats["final_output0"])
+    for layer, name in ((kept.first, "first"), (kept.second, "second")):
+        layer.dot_general0_lhs = QuantStat(stats[name]["dot_general0_lhs"])
+    kept.final_output0 = QuantStat(stats["final_output0"])
     x = normal(*SHAPE)
     expected = odml.convert(model, None, INT8, x, quant_stats=stats)
     np.testing.assert_array_equal(odml.convert(kept, None, INT8, x)(x), expected(x))
@@ -284,6 +279,19 @@ def test_outputs_of_any_kind():
     report = {entry.name: entry for entry in litert.report(x, normal(2))}
     assert list(report) == ["best", "bias", "pair_0", "pair_1", "x"]
     assert all(entry.max_steps <= 1.01 for entry in report.values())
+
+
+def test_no_rule_matches(mlp):
+    """A model in floats, if the provider allows it."""
+    variables, _ = mlp
+    rules = [QuantizationRule(module_path="other", weight_qtype="int8")]
+    x = normal(*SHAPE)
+    with pytest.raises(ValueError, match="None of the 1 rules quantizes any op"):
+        odml.convert(Mlp(), variables, rules, x)
+    provider = odml.OdmlQatProvider(rules, allow_unmatched=True)
+    litert = odml.convert(Mlp(), variables, provider, x)
+    assert [op.name for op in litert.float_ops] == ["FULLY_CONNECTED"] * 2
+    np.testing.assert_allclose(litert(x), Mlp().apply(variables, x), atol=1e-5)
 
 
 def test_an_island_of_floats():
@@ -379,15 +387,6 @@ def test_errors_of_models(mlp, nnx_mlp):
         (
             lambda: odml.convert(Mlp(), variables, INT8),
             "convert needs inputs of the model",
-        ),
-        (
-            lambda: odml.convert(
-                Mlp(),
-                variables,
-                [QuantizationRule(module_path="other", weight_qtype="int8")],
-                x,
-            ),
-            "None of the 1 rules quantizes any op",
         ),
     ]
     for call, message in cases:
