@@ -46,7 +46,8 @@ def convert(
         of params. An NNX model is converted as it is: call `model.eval()` before.
       variables: the variables of a Linen model, or the params of a function. None for
         an NNX model. Of quantization-aware training, or of training in float.
-      rules: the rules that the model was trained with, or the provider.
+      rules: the rules that the model was trained with, or the provider. For a file in
+        float, `OdmlQatProvider([], allow_unmatched=True)`.
       *inputs: inputs of the model, or their shapes: arrays, or trees of them. What is
         no array keeps its value.
       quant_stats: the ranges of activations, as `with_quant_stats` or a
@@ -72,7 +73,8 @@ def convert(
       ImportError: if the packages of the extra `odml` are not installed.
       TypeError: if the model is none, or metadata is neither text nor bytes.
       ValueError: if LiteRT has no integer form of an operation (with a strict
-        provider), a range is missing, the model trains or computes in another type
+        provider), a range is missing, no rule matches (unless the provider says
+        `allow_unmatched`), the model trains or computes in another type
         than float32, variables are traced, the length of the batch cannot be left
         open, an end of the model has no codes, or options do not go together.
 
@@ -97,10 +99,16 @@ def convert(
             f"inputs and method={method!r} beside."
         )
     _check_concrete(model, variables)
-    calls = {
-        name: ModelCall(model, variables, called, given, kwargs)
-        for name, (called, given) in signatures.items()
-    }
+    calls = {}
+    for name, entry in signatures.items():
+        if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
+            raise ValueError(
+                f"The signature {name!r} is {entry!r}; give a method and its inputs, "
+                "such as ('encode', (x,))."
+            )
+        calls[name] = ModelCall(model, variables, *entry, kwargs)
+    if not calls:
+        raise ValueError("signatures={} names no function to convert.")
     if quant_stats is None:
         quant_stats = _stats_in(model, variables)
     converting = OdmlConversionProvider(

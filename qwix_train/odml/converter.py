@@ -112,7 +112,7 @@ def to_flatbuffer(
             raise ValueError(
                 f"The LiteRT converter failed on the signature {name!r}: {error}"
             ) from error
-    return read_codes(in_order(content, inputs, outputs))
+    return completed(read_codes(in_order(content, inputs, outputs)))
 
 
 def _converter() -> list[Any]:

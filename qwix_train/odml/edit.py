@@ -94,8 +94,9 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
             if inputs and name == "QUANTIZE" and source in graph_inputs:
                 if moved.setdefault(source, target) != target:
                     raise ValueError(
-                        f"integer_inputs=True: the input {_name(graph, source)!r} is "
-                        "quantized in two ways, so there are no codes of it to give."
+                        "integer_inputs=True: the input "
+                        f"{_end_name(model, index, source)!r} is quantized in two ways, "
+                        "so there are no codes of it to give."
                     )
             elif outputs and name == "DEQUANTIZE" and target in graph_outputs:
                 moved[target] = source
@@ -114,12 +115,12 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
                 if end in read:
                     raise ValueError(
                         f"{option}=True: {read[end]} reads the {what} "
-                        f"{_name(graph, end)!r} in floats."
+                        f"{_end_name(model, index, end)!r} in floats."
                     )
                 if end not in moved and (end in made or what == "output"):
                     raise ValueError(
-                        f"{option}=True: the {what} {_name(graph, end)!r} is not "
-                        "quantized. Give it a range with a rule that sets act_qtype, "
+                        f"{option}=True: the {what} {_end_name(model, index, end)!r} "
+                        "is not quantized. Give it a range with a rule that sets act_qtype, "
                         f"or leave {option} out."
                     )
         graph.operators = kept
@@ -242,8 +243,14 @@ def _drop_unread(graph: Any) -> None:
     graph.operators = kept[::-1]
 
 
-def _name(graph: Any, index: int) -> str:
-    return (graph.tensors[index].name or b"").decode()
+def _end_name(model: Any, subgraph: int, tensor: int) -> str:
+    """The name that a signature gives an input or output."""
+    for signature in model.signatureDefs or ():
+        if signature.subgraphIndex == subgraph:
+            for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
+                if entry.tensorIndex == tensor:
+                    return entry.name.decode()
+    return (model.subgraphs[subgraph].tensors[tensor].name or b"").decode()
 
 
 def _shift_subgraphs(options: Any, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
@@ -41,6 +42,11 @@ def module(call: Any) -> nn.Module:
             return call(self, *args, **kwargs)
 
     return Model()
+
+
+def init(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+    """The variables of a Linen model."""
+    return jax.jit(model.init)(jax.random.key(0), *inputs, **kwargs)
 
 
 def normal(*shape: int, seed: int = 0) -> jnp.ndarray:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.odml.calls import ModelCall
-from tests.odml.small import Mlp, normal
+from tests.odml.small import Mlp, init, normal
 
 
 class Named(nn.Module):
@@ -40,7 +40,7 @@ class Output:
 
 def linen_call(*inputs, **kwargs):
     model = Named()
-    variables = model.init(jax.random.key(0), {"x": normal(3, 8)})
+    variables = init(model, {"x": normal(3, 8)})
     return ModelCall(model, variables, "__call__", inputs, kwargs)
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from qwix_train import odml, quantize_model
 from qwix_train.odml.converter import to_flatbuffer
-from tests.odml.small import INT8, Mlp, normal, stats_of
+from tests.odml.small import INT8, Mlp, init, normal, stats_of
 
 
 class NnxModel(nnx.Module):
@@ -26,7 +26,7 @@ def exported(function, x):
 @pytest.fixture(scope="module")
 def linen():
     x = normal(3, 8)
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = init(Mlp(), x)
     provider = odml.OdmlQatProvider(INT8)
     stats = stats_of(provider, lambda v, x: Mlp().apply(v, x), variables, x)
     return variables, stats, x

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml
 from qwix_train.state import QuantStat
-from tests.odml.small import INT8, Mlp, converted, module, normal, stats_of
+from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
 SHAPE = (3, 8)
 
@@ -17,7 +17,7 @@ SHAPE = (3, 8)
 @pytest.fixture(scope="module")
 def mlp():
     x = normal(*SHAPE)
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = init(Mlp(), x)
     provider = odml.OdmlQatProvider(INT8)
 
     def run(variables, x):
@@ -113,7 +113,7 @@ def test_integers_throughout(mlp, bits):
 def test_the_file_is_smaller(mlp):
     x = normal(1, 128)
     model = module(lambda self, x: nn.Dense(64)(nn.relu(nn.Dense(128)(x))))
-    variables = model.init(jax.random.key(0), x)
+    variables = init(model, x)
     sizes = {
         qtype: len(
             odml.convert(
@@ -265,7 +265,7 @@ def test_outputs_of_any_kind():
             }
 
     x = normal(*SHAPE)
-    variables = Model().init(jax.random.key(0), x, x)
+    variables = init(Model(), x, x)
     litert = converted(Model(), variables, x, normal(2))
     assert litert.is_full_integer
     assert litert.signatures["serving_default"].inputs == ("x", "unused")
@@ -298,7 +298,7 @@ def test_an_island_of_floats():
     """Of what LiteRT has no integer form of, unless the provider is strict."""
     x = normal(*SHAPE)
     model = module(lambda self, x: nn.Dense(4)(jnp.sin(nn.Dense(6)(x))))
-    variables = model.init(jax.random.key(0), x)
+    variables = init(model, x)
     provider = odml.OdmlQatProvider(INT8, strict=False)
     with pytest.warns(UserWarning, match="sin0 .* cannot be quantized"):
         litert = converted(model, variables, x, provider=provider)
@@ -325,7 +325,7 @@ def test_errors_of_models(mlp, nnx_mlp):
     variables, stats = mlp
     x = normal(*SHAPE)
     half, dropout = module(_half), module(_dropout)
-    half_variables = half.init(jax.random.key(0), x)
+    half_variables = init(half, x)
     unit = {"count": 1, "sum_of_min": jnp.zeros(1), "sum_of_max": jnp.ones(1)}
     training = NnxMlp()
     training.train()
@@ -353,7 +353,7 @@ def test_errors_of_models(mlp, nnx_mlp):
         (
             lambda: odml.convert(
                 dropout,
-                dropout.init(jax.random.key(0), x),
+                init(dropout, x),
                 INT8,
                 x,
                 quant_stats={},
@@ -383,6 +383,14 @@ def test_errors_of_models(mlp, nnx_mlp):
                 Mlp(), variables, INT8, x, signatures={"e": ("encode", (x,))}
             ),
             "signatures, or inputs and a method, not both",
+        ),
+        (
+            lambda: odml.convert(Mlp(), variables, INT8, signatures={}),
+            "names no function to convert",
+        ),
+        (
+            lambda: odml.convert(Mlp(), variables, INT8, signatures={"e": "encode"}),
+            "The signature 'e' is 'encode'; give a method and its inputs",
         ),
         (
             lambda: odml.convert(Mlp(), variables, INT8),

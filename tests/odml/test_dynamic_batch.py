@@ -9,13 +9,12 @@ from jax import numpy as jnp
 from qwix_train import odml
 from qwix_train.odml import dynamic_batch
 from qwix_train.odml.litert_model import make_interpreter
-from tests.odml.small import INT8, Mlp, converted, module, normal
+from tests.odml.small import INT8, Mlp, converted, init, module, normal
 
 
 def _cnn(self, x):
     y = nn.relu(nn.Conv(4, (3, 3))(x))
     y = y + nn.Conv(4, (3, 3))(y)
-    y = nn.max_pool(y, (2, 2), (2, 2))
     return nn.Dense(3)(y.reshape(y.shape[0], -1))
 
 
@@ -57,7 +56,7 @@ MODELS = {
 def test_row_by_row_as_in_jax(name):
     model, shape = MODELS[name]
     x = normal(*shape)
-    variables = model.init(jax.random.key(0), x)
+    variables = init(model, x)
     litert = converted(model, variables, x, dynamic_batch=True)
     assert litert.is_full_integer
     (signature,) = litert.signatures.values()
@@ -76,7 +75,7 @@ def test_row_by_row_as_in_jax(name):
 
 def test_a_file_says_which_lengths_are_open():
     x = normal(4, 8)
-    litert = converted(Mlp(), Mlp().init(jax.random.key(0), x), x, dynamic_batch=True)
+    litert = converted(Mlp(), init(Mlp(), x), x, dynamic_batch=True)
     assert [op.outputs[0].shape[0] for op in litert.ops()] == [-1] * 4
     assert "int8[?x16]" in str(litert.ops())
     # An interpreter that is not told otherwise has one example.
@@ -104,13 +103,13 @@ def test_what_depends_on_the_length_is_an_error(call, message):
     x = normal(4, 8)
     model = module(call)
     with pytest.raises(ValueError, match=message):
-        converted(model, model.init(jax.random.key(0), x), x, dynamic_batch=True)
+        converted(model, init(model, x), x, dynamic_batch=True)
 
 
 def test_a_length_that_is_baked_in_is_found(monkeypatch):
     """Where the comparison of two files would miss it."""
     x = normal(4, 8)
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = init(Mlp(), x)
     monkeypatch.setattr(
         dynamic_batch, "with_dynamic_batch", lambda content, larger: content
     )
@@ -127,10 +126,10 @@ def test_a_length_that_is_baked_in_is_found(monkeypatch):
 
 def test_operators_that_differ():
     x = normal(4, 8)
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = init(Mlp(), x)
     litert = converted(Mlp(), variables, x)
     model = module(lambda self, x: nn.tanh(nn.Dense(4)(x)))
-    other = converted(model, model.init(jax.random.key(0), x), x)
+    other = converted(model, init(model, x), x)
     with pytest.raises(ValueError, match="FULLY_CONNECTED in the place of TANH"):
         dynamic_batch.with_dynamic_batch(litert.content, other.content)
 
@@ -138,7 +137,7 @@ def test_operators_that_differ():
 def test_inputs_without_a_batch():
     model = module(lambda self, x, y: nn.Dense(4)(x) + y)
     x, y = normal(4, 8), normal(1, 4)
-    variables = model.init(jax.random.key(0), x, y)
+    variables = init(model, x, y)
     with pytest.raises(ValueError, match=r"args_0: \(4, 8\), args_1: \(1, 4\)"):
         odml.convert(model, variables, INT8, x, y, quant_stats={}, dynamic_batch=True)
 
@@ -146,7 +145,7 @@ def test_inputs_without_a_batch():
 def test_batches_of_different_lengths():
     model = module(lambda self, x, y: nn.Dense(4)(x) + nn.Dense(4)(y))
     x, y = normal(4, 8), normal(4, 8, seed=1)
-    variables = model.init(jax.random.key(0), x, y)
+    variables = init(model, x, y)
     litert = converted(model, variables, x, y, dynamic_batch=True)
     assert litert(x[:2], y[:2]).shape == (2, 4)
     for a, b in ((x, y[:1]), (x[:0], y[:0])):

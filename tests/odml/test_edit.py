@@ -1,6 +1,5 @@
 """Changes to a `.tflite` file."""
 
-import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -8,13 +7,13 @@ from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml
 from qwix_train.odml import edit, flatbuffer
-from tests.odml.small import INT8, Mlp, converted, module, normal
+from tests.odml.small import INT8, Mlp, converted, init, module, normal
 
 
 @pytest.fixture(scope="module")
 def litert():
     x = normal(3, 8)
-    return converted(Mlp(), Mlp().init(jax.random.key(0), x), x)
+    return converted(Mlp(), init(Mlp(), x), x)
 
 
 @pytest.mark.parametrize("inputs", [False, True])
@@ -33,7 +32,7 @@ def test_codes_in_the_place_of_floats(litert, inputs, outputs):
 def test_ends_that_hold_integers_stay():
     ids = jnp.array([[1, 2, 3]])
     model = module(lambda self, ids: jnp.argmax(nn.Embed(8, 4)(ids), -1))
-    variables = model.init(jax.random.key(0), ids)
+    variables = init(model, ids)
     litert = odml.convert(
         model,
         variables,
@@ -50,17 +49,20 @@ def test_ends_that_hold_integers_stay():
 
 def test_no_codes_of_floats():
     x = normal(2, 8)
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = init(Mlp(), x)
     rules = [QuantizationRule(weight_qtype="int8")]
-    for option in ("integer_inputs", "integer_outputs"):
-        with pytest.raises(ValueError, match=f"{option}=True: .* in floats|{option}"):
-            odml.convert(Mlp(), variables, rules, x, **{option: True})
+    for options, message in (
+        ({"integer_inputs": True}, "FULLY_CONNECTED reads the input 'x' in floats"),
+        ({"integer_outputs": True}, "the output 'output_0' is not quantized"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            odml.convert(Mlp(), variables, rules, x, **options)
 
 
 def test_an_output_in_floats_has_no_codes():
     x = normal(2, 8)
     model = module(lambda self, x: jnp.sin(nn.Dense(4)(x)))
-    variables = model.init(jax.random.key(0), x)
+    variables = init(model, x)
     provider = odml.OdmlQatProvider(INT8, strict=False)
     with pytest.warns(UserWarning, match="sin0"):
         litert = converted(model, variables, x, provider=provider, integer_inputs=True)

@@ -1,17 +1,16 @@
 """What is said of a `.tflite` file."""
 
-import jax
 import numpy as np
 import pytest
 
 from qwix_train.odml import flatbuffer
-from tests.odml.small import Mlp, converted, normal
+from tests.odml.small import Mlp, converted, init, normal
 
 
 @pytest.fixture(scope="module")
 def litert():
     x = normal(3, 8)
-    return converted(Mlp(), Mlp().init(jax.random.key(0), x), x)
+    return converted(Mlp(), init(Mlp(), x), x)
 
 
 def test_operations_in_order(litert):

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qwix_train import odml
-from tests.odml.small import INT8, Mlp, converted, normal, stats_of
+from tests.odml.small import INT8, Mlp, converted, init, normal, stats_of
 
 SHAPE = (3, 8)
 
@@ -15,7 +15,7 @@ SHAPE = (3, 8)
 @pytest.fixture(scope="module")
 def litert():
     x = normal(*SHAPE)
-    return converted(Mlp(), Mlp().init(jax.random.key(0), x), x)
+    return converted(Mlp(), init(Mlp(), x), x)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def of_codes():
     x = normal(*SHAPE)
     return converted(
         Mlp(),
-        Mlp().init(jax.random.key(0), x),
+        init(Mlp(), x),
         x,
         integer_inputs=True,
         integer_outputs=True,
@@ -44,7 +44,7 @@ def two_inputs():
     model = Model()
     batch = {"image": normal(3, 8), "ids": jnp.array([1, 5, 2])}
     scale = normal(3, 4, seed=2)
-    variables = model.init(jax.random.key(0), batch, scale=scale)
+    variables = init(model, batch, scale=scale)
     provider = odml.OdmlQatProvider(INT8)
 
     def run(variables, batch, scale):
