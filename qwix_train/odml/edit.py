@@ -95,8 +95,8 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
                 if moved.setdefault(source, target) != target:
                     raise ValueError(
                         "integer_inputs=True: the input "
-                        f"{_end_name(model, index, source)!r} is quantized in two ways, "
-                        "so there are no codes of it to give."
+                        f"{_end_name(model, index, source)!r} is quantized in two "
+                        "ways, so there are no codes of it to give."
                     )
             elif outputs and name == "DEQUANTIZE" and target in graph_outputs:
                 moved[target] = source
@@ -120,8 +120,8 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
                 if end not in moved and (end in made or what == "output"):
                     raise ValueError(
                         f"{option}=True: the {what} {_end_name(model, index, end)!r} "
-                        "is not quantized. Give it a range with a rule that sets act_qtype, "
-                        f"or leave {option} out."
+                        "is not quantized. Give it a range with a rule that sets "
+                        f"act_qtype, or leave {option} out."
                     )
         graph.operators = kept
         graph.inputs = [moved.get(int(i), int(i)) for i in graph.inputs]
