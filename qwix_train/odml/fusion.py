@@ -116,15 +116,36 @@ def _is_affine(node: Node, value: Value, channels: Collection[int]) -> bool:
     return varying_axes(others[0], len(value.shape)) <= set(channels)
 
 
+# Functions of each element, of which a constant varies where its operands do.
+_ELEMENTWISE = frozenset(
+    """abs add convert_element_type copy div exp integer_pow max min mul neg rsqrt sqrt
+    square stop_gradient sub""".split()
+)
+_MOVES = frozenset(["reshape", "expand_dims", "squeeze"])
+
+
 def varying_axes(value: Value, ndim: int) -> set[int]:
-    """The axes along which the elements of a constant may differ."""
-    if not value.shape:
-        return set()
-    axes = {axis for axis, size in enumerate(value.shape) if size != 1}
+    """The axes along which the elements of a constant may differ.
+
+    Whether an axis has length 1 does not decide: it may be that of the batch.
+
+    Args:
+      value: the constant.
+      ndim: the number of axes of what it is combined with.
+    """
     node = value.producer
-    if node is not None and node.name == "broadcast_in_dim":
+    axes = {axis for axis, size in enumerate(value.shape) if size != 1}
+    if node is None or node.name in _MOVES:
+        pass
+    elif node.name == "broadcast_in_dim":
         source = node.inputs[0]
         places = node.params["broadcast_dimensions"]
         inner = varying_axes(source, len(source.shape))
-        axes &= {place for axis, place in enumerate(places) if axis in inner}
+        axes = {place for axis, place in enumerate(places) if axis in inner}
+    elif node.name in _ELEMENTWISE:
+        axes = set()
+        for source in node.inputs:
+            axes |= varying_axes(source, len(value.shape))
+    else:
+        axes = set(range(len(value.shape)))
     return {axis + ndim - len(value.shape) for axis in axes}

@@ -40,6 +40,9 @@ class Kind(enum.Enum):
     FLOAT_INPUT = "integers, from float"
     """Its result has no range; the converter has it read floats."""
 
+    UNSUPPORTED = "an error, or floats"
+    """LiteRT, or its converter, has no integer form of it."""
+
     INTEGER = "integers"
     """It computes with integers or Booleans, and stays as it is."""
 
@@ -149,8 +152,32 @@ OPS: dict[str, OpSpec] = {
     "rev": OpSpec(_S, "REVERSE_V2"),
     "copy": OpSpec(_S, "none"),
     "dropout": OpSpec(_S, "none", note="only in training"),
-    "argmax": OpSpec(Kind.FLOAT_INPUT, "ARG_MAX"),
-    "argmin": OpSpec(Kind.FLOAT_INPUT, "ARG_MIN"),
+    "argmax": OpSpec(Kind.FLOAT_INPUT, "ARG_MAX", int16=False),
+    "argmin": OpSpec(Kind.FLOAT_INPUT, "ARG_MIN", int16=False),
+    **{
+        name: OpSpec(Kind.UNSUPPORTED, operator, int16=False, note=note)
+        for name, operator, note in (
+            ("ceil", "CEIL", ""),
+            ("cos", "COS", ""),
+            ("cumsum", "CUMSUM", ""),
+            ("erf", "many", "use gelu(x, approximate=True)"),
+            ("eq", "EQUAL", ""),
+            ("floor", "FLOOR", ""),
+            ("ge", "GREATER_EQUAL", ""),
+            ("gt", "GREATER", ""),
+            ("le", "LESS_EQUAL", ""),
+            ("log1p", "LOG", ""),
+            ("lt", "LESS", ""),
+            ("ne", "NOT_EQUAL", ""),
+            ("pow", "POW", "whole powers are products"),
+            ("rem", "FLOOR_MOD", ""),
+            ("round", "ROUND", ""),
+            ("sign", "SIGN", ""),
+            ("sin", "SIN", ""),
+            ("sort", "STABLEHLO_SORT", "the interpreter does not load it"),
+            ("top_k", "TOPK_V2", ""),
+        )
+    },
 }
 
 # The names of primitives, where rules have another for them.

@@ -345,9 +345,9 @@ class _Planner:
         if rule.act_static_scale is False:
             plan.dynamic = plan.weight is not None and name in ops.PRODUCTS
             return plan
-        if spec is None:
+        if spec is None or spec.kind is Kind.UNSUPPORTED:
             plan.unsupported = True
-            plan.reason = _unsupported_reason(name)
+            plan.reason = _unsupported_reason(name, spec)
             return plan
         if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
             return plan
@@ -405,7 +405,10 @@ class _Planner:
                 source = next((x for x in plan.node.inputs if x.is_activation), None)
                 if source is not None and self.plan.range_of(source) is not None:
                     self.plan._shared[id(value)] = source
-                return
+                    return
+                if source is None or source.is_float:
+                    return
+                plan = None  # integers that become floats, as at an input
         if plan is not None and kind is Kind.LOOKUP and plan.quantized:
             self.plan._shared[id(value)] = plan.node.inputs[0]
             return
@@ -545,15 +548,12 @@ def _suffix(plan: NodePlan, side: int) -> str:
     return f"_{_SIDES[side]}" if two and len(operands) > 1 else ""
 
 
-def _unsupported_reason(name: str) -> str:
+def _unsupported_reason(name: str, spec: OpSpec | None) -> str:
     hints = {
-        "erf": "use gelu(x, approximate=True)",
         "while": "LiteRT has no quantized loops: use scan, which is unrolled",
         "cond": "LiteRT has no quantized branches: use jnp.where",
-        "sort": "it reads floats",
-        "cumsum": "it reads floats",
     }
-    hint = hints.get(name)
+    hint = hints.get(name) or (spec.note if spec is not None else "")
     return "LiteRT has no integer form of it" + (f" ({hint})" if hint else "")
 
 

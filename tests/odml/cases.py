@@ -260,6 +260,11 @@ CASES: dict[str, Case] = {
     "outputs": Case(module(_outputs)),
     "scalars": Case(module(_scalars)),
     "classify": Case(module(_classify)),
+    "cast": Case(
+        module(lambda self, x: dense(4)(x.astype(jnp.float32) / 16)),
+        integers=16,
+        exceptions=("CAST",),  # what makes floats of integers
+    ),
     "gather": Case(module(_gather)),
     "function": Case(
         _mlp_params, params={"w1": (8, 6), "b1": (6,), "w2": (6, 4), "b2": (4,)}
