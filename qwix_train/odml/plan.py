@@ -473,8 +473,11 @@ class _Planner:
         return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
 
     def path_of(self, value, plan, readers) -> Path:
-        """The path of a range: after the first quantized op that reads the tensor."""
-        for reader, side in readers:
+        """The path of a range: after the first quantized op that reads the tensor.
+
+        An activation function gives its name only where no other op does.
+        """
+        for reader, side in sorted(readers, key=_is_activation_function):
             if reader is None:
                 method = self.traced.method
                 name = "final" if method == "__call__" else method
@@ -517,6 +520,14 @@ class _Planner:
         return tensor
 
 
+def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
+    plan, _ = reader
+    return plan is not None and plan.spec is not None and plan.spec.kind in _CLIPPING
+
+
+_CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
+
+
 def _weight_side(node: Node) -> int | None:
     static = [value.static for value in node.inputs[:2]]
     return static.index(True) if sum(static) == 1 else None
@@ -548,6 +559,7 @@ def _suffix(plan: NodePlan, side: int) -> str:
 def _unsupported_reason(name: str) -> str:
     hints = {
         "erf": "use gelu(x, approximate=True)",
+        "erfc": "use gelu(x, approximate=True)",
         "while": "LiteRT has no quantized loops: use scan, which is unrolled",
         "cond": "LiteRT has no quantized branches: use jnp.where",
         "sort": "it reads floats",
