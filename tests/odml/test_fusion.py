@@ -67,6 +67,7 @@ FUSED = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", FUSED)
 def test_fused(name):
     fn, expected = FUSED[name]
@@ -94,6 +95,7 @@ NOT_FUSED = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_where_fusion_ends(name):
     names, _, _ = fusions(NOT_FUSED[name])
@@ -116,6 +118,7 @@ class Block(nn.Module):
         return nn.relu(x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("x", [X, IMAGE], ids=["dense", "conv"])
 def test_batch_normalization_is_fused_in_both_modes(x, train):
@@ -129,6 +132,7 @@ def test_batch_normalization_is_fused_in_both_modes(x, train):
     assert len(plan.tensors) == 2
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [*FUSED, "conv"])
 def test_a_factor_and_an_addend_are_what_follows_a_product(name):
     fn, _ = FUSED.get(

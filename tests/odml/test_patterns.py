@@ -208,6 +208,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", OTHERS)
 def test_look_alikes(name):
     fn, expected = OTHERS[name]

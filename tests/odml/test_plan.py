@@ -205,14 +205,14 @@ def test_an_input_of_a_concatenation_that_others_read_keeps_its_range():
     assert plan.range_of(plan.graph.outputs[0]).name == "final_output0"
 
 
-def test_a_choice_with_minus_infinity_knows_the_masked_side():
+def test_a_range_knows_what_stands_for_minus_infinity():
     def fn(self, x, mask):
         return nn.softmax(jnp.where(mask, x, -1e9)), jnp.where(mask, 0.0, x) * 2
 
     plan = plan_of(fn, X, X > 0)
     masked = {t.name: t.masked for t in plan.tensors}
-    assert masked["softmax0"] == 1  # select_n has the false case first
-    assert masked["multiply0_lhs"] is None
+    assert masked["softmax0"]
+    assert not masked["multiply0_lhs"]
 
 
 def test_a_table_of_embeddings_is_the_range_of_what_is_looked_up():
@@ -231,6 +231,7 @@ def test_an_activation_function_names_a_range_only_if_nothing_else_does():
     assert names(plan) == ["relu0", "final_output0"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "layer", [nn.softmax, nn.LayerNorm(), nn.gelu, nn.log_softmax, nn.relu6]
 )

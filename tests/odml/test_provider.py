@@ -160,6 +160,7 @@ def test_a_step_on_eight_devices_is_that_on_one():
         np.testing.assert_allclose(leaf, flat(grads)[path], 1e-2, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_collection_is_made_by_init_and_updated_where_mutable():
     quantized = quantize_model(Model(), odml.OdmlQatProvider(RULES))
     init = jax.jit(functools.partial(quantized.init, train=False))
@@ -187,6 +188,7 @@ def test_a_collection_is_made_by_init_and_updated_where_mutable():
     assert np.abs(wide).max() < 10 * np.abs(apply(once, X, train=False)).max()
 
 
+@pytest.mark.slow
 def test_linen_nnx_and_functions_compute_the_same():
     model = NnxModel()
     model.eval()
@@ -234,6 +236,7 @@ def test_linen_nnx_and_functions_compute_the_same():
     np.testing.assert_allclose(of_function, function(params, X), atol=0.1)
 
 
+@pytest.mark.slow
 def test_an_nnx_step():
     provider = odml.OdmlQatProvider(RULES)
     model = NnxModel()
