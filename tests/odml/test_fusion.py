@@ -67,7 +67,7 @@ FUSED = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FUSED)
 def test_fused(name):
     fn, expected = FUSED[name]
@@ -95,7 +95,7 @@ NOT_FUSED = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_where_fusion_ends(name):
     names, _, _ = fusions(NOT_FUSED[name])

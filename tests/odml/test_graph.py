@@ -90,7 +90,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_graph_computes_what_the_function_does(name):
     fn = FUNCTIONS[name]
@@ -103,7 +103,7 @@ def test_the_graph_computes_what_the_function_does(name):
     assert_equal(jax.jit(found.run)(values), expected)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["jit", "remat", "custom_jvp", "scan", "nested"])
 def test_its_gradients_are_those_of_the_function(name):
     fn = FUNCTIONS[name]

@@ -86,7 +86,7 @@ FOUND = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name):
     fn, expected = FOUND[name]
@@ -208,7 +208,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", OTHERS)
 def test_look_alikes(name):
     fn, expected = OTHERS[name]
@@ -264,7 +264,7 @@ def test_a_mask_that_is_an_input_is_no_dropout():
 # Variances.
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("axes", [(0,), (1,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_a_variance_does_not_subtract_large_numbers(axes, keepdims):
@@ -321,7 +321,7 @@ NORMS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("mean", [0, 5])
 def test_normalization_layers(name, mean):
@@ -455,7 +455,7 @@ def with_rule(fn):
 RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "fn",
     [
