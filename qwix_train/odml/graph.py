@@ -153,7 +153,7 @@ class Graph:
         """Finds what reads what; leaves out nodes whose results nothing reads."""
         needed = set(map(id, self.outputs))
         kept = []
-        for node in reversed(self.nodes):
+        for node in reversed(_sorted(self.nodes)):
             if any(id(value) in needed for value in node.outputs):
                 kept.append(node)
                 needed.update(map(id, node.inputs))
@@ -163,7 +163,6 @@ class Graph:
                 value.consumers = []
         for value in (*self.inputs, *self.outputs):
             value.consumers = []
-        self.nodes = _sorted(self.nodes)
         for node in self.nodes:
             for value in node.outputs:
                 value.producer = node
@@ -268,7 +267,7 @@ def build_graph(traced: TracedCall) -> Graph:
     for index, value in enumerate(outputs):
         if id(value) in seen or value.constant is not None:
             outputs[index] = builder.add_synthetic(
-                "copy", [value], [(value.shape, value.dtype)], "", lambda x: [x + 0]
+                "copy", [value], [(value.shape, value.dtype)], "", _copied(value)
             )[0]
         seen.add(id(outputs[index]))
     return Graph(builder.nodes, inputs, outputs)
@@ -383,12 +382,15 @@ class _Builder:
         avals = [var.aval for var in body.jaxpr.outvars][num_carry:]
         for place, aval in enumerate(avals):
             parts = [outs[place] for outs in stacked]
+            shape = (length, *aval.shape)
             results += self.add_synthetic(
                 "concatenate",
                 parts,
-                [((length, *aval.shape), aval.dtype)],
+                [(shape, aval.dtype)],
                 scope,
-                lambda *xs: [jnp.stack(xs)],
+                lambda *xs, to=shape, of=aval.dtype: [
+                    jnp.stack(xs) if xs else jnp.empty(to, of)
+                ],
             )
         return results
 
@@ -419,6 +421,13 @@ class _Builder:
             )
         )
         return outputs
+
+
+def _copied(value: Value) -> Callable[[Any], list[Any]]:
+    if jnp.issubdtype(value.dtype, jnp.number):
+        # The converter wants an operation between an input and a result.
+        return lambda x: [x + jnp.zeros((), value.dtype)]
+    return lambda x: [x]  # Booleans, and random keys
 
 
 def _constant(constant: Any, aval: Any) -> Value:

@@ -108,15 +108,16 @@ def of_constant(x: jax.Array, qtype: Any) -> Grid:
 def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
     """The nearest values of a grid, with straight-through gradients.
 
-    The gradient is that of `x` within the range, and zero outside (arXiv 1712.05877,
-    section 3; arXiv 1308.3432, section 4).
+    The gradient is that of `x` where its code is within the range, and zero outside
+    (arXiv 1712.05877, section 3; arXiv 1308.3432, section 4).
 
     Args:
       x: the values.
       grid: the grid.
       rounding: what a value between two of the grid becomes: `"even"` for the nearest,
-        and halfway between them that with the even code; `"away"` for the nearest, and
-        halfway that away from zero, as LiteRT's average pooling does; `"floor"` for the
+        and halfway between them that an even number of steps from zero; `"away"` for
+        the nearest, and halfway that whose code is further from zero, as LiteRT's
+        average pooling does, which averages codes; `"floor"` for the
         lower, as its square root does.
     """
     scale = jnp.asarray(grid.scale, x.dtype)
@@ -125,14 +126,18 @@ def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
     scaled = x / scale
     if rounding == "away":
         # A little more than half, for what is halfway but for the rounding of floats.
-        scaled = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5 + 1e-4)
+        code = scaled + zero
+        code = jnp.sign(code) * jnp.floor(jnp.abs(code) + 0.5 + 1e-4)
+    elif rounding == "floor":
+        code = jnp.floor(scaled) + zero
     else:
-        scaled = jnp.floor(scaled) if rounding == "floor" else jnp.round(scaled)
-    code = jnp.clip(scaled + zero, low, high)
-    y = lax.stop_gradient((code - zero) * scale)
-    ends = lax.stop_gradient(((low - zero) * scale, (high - zero) * scale))
-    inside = jnp.clip(x, *ends)
-    return inside + lax.stop_gradient(y - inside)
+        code = jnp.round(scaled) + zero
+    nearest = jnp.clip(code, low, high)
+    inside = code == nearest
+    # No clip of `x`: at an end, as the largest weight of each channel is, its gradient
+    # is one half.
+    passed = jnp.where(inside, x - lax.stop_gradient(x), 0)
+    return lax.stop_gradient((nearest - zero) * scale) + passed
 
 
 def codes_of(x: np.ndarray, grid: Grid) -> np.ndarray:

@@ -161,6 +161,7 @@ OPS: dict[str, OpSpec] = {
             ("cos", "COS", ""),
             ("cumsum", "CUMSUM", ""),
             ("erf", "many", "use gelu(x, approximate=True)"),
+            ("erfc", "many", "use gelu(x, approximate=True)"),
             ("eq", "EQUAL", ""),
             ("floor", "FLOOR", ""),
             ("ge", "GREATER_EQUAL", ""),

@@ -194,6 +194,7 @@ def _substitute(graph, nodes, root, inputs, function) -> None:
         node.outputs = [places.get(id(value), value) for value in node.outputs]
         node.module_path = root.module_path
         node.in_batch_norm = root.in_batch_norm
+        node.derivative = next((n.derivative for n in nodes if n.derivative), None)
         for value in node.outputs:
             if value is not root.out:
                 value.static = all(x.static for x in node.inputs)
@@ -205,10 +206,10 @@ def _substitute(graph, nodes, root, inputs, function) -> None:
 
 def _softmax(graph: Graph, root: Node) -> bool:
     """`exp(x - m) / sum(exp(x - m))`, whatever is subtracted from all elements."""
-    exponential, total = (value.producer for value in root.inputs)
+    exponential = _unconverted(root.inputs[0]).producer
     if exponential is None or exponential.name != "exp":
         return False
-    axis = _summed_axis(total, exponential.out, root.out.shape)
+    axis = _summed_axis(root.inputs[1], exponential.out)
     if axis is None:
         return False
     return _put_softmax(graph, root, _unshifted(exponential.inputs[0], axis), axis)
@@ -219,19 +220,14 @@ def _log_softmax(graph: Graph, root: Node) -> bool:
     x, logarithm = root.inputs[0], _moved(root.inputs[1])
     if logarithm is None or logarithm.name != "log":
         return False
-    total = logarithm.inputs[0].producer
     summed = _moved(logarithm.inputs[0])
-    exponential = None if summed is None else summed.inputs[0].producer
-    if exponential is None or exponential.name != "exp" or total is None:
+    exponential = None if summed is None else _unconverted(summed.inputs[0]).producer
+    if exponential is None or exponential.name != "exp":
         return False
     if exponential.inputs[0] is not x:
         return False
-    assert summed is not None
-    if summed.name != "reduce_sum" or len(summed.params["axes"]) != 1:
-        return False
-    (axis,) = summed.params["axes"]
-    kept = [1 if a == axis else n for a, n in enumerate(x.shape)]
-    if list(root.inputs[1].shape) != kept and root.inputs[1].shape != x.shape:
+    axis = _summed_axis(root.inputs[1], exponential.out)
+    if axis is None:
         return False
     return _put_softmax(
         graph, root, _unshifted(x, axis), axis, "log_softmax", jax.nn.log_softmax
@@ -241,39 +237,88 @@ def _log_softmax(graph: Graph, root: Node) -> bool:
 def _put_softmax(graph, root, x, axis, name="softmax", function=jax.nn.softmax) -> bool:
     if not x.is_activation:
         return False
-    run = functools.partial(function, axis=axis)
+
+    def run(x):
+        return [function(x, axis=axis).astype(root.out.dtype)]
+
     node = Node(
         name=name,
         params={"axis": axis},
         inputs=[x],
         outputs=[root.out],
         module_path=root.module_path,
-        run=lambda x: [run(x)],
+        run=run,
+        derivative=root.derivative,
     )
     graph.replace([root], [node])
     return True
 
 
+_MOVES = ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy")
+
+
 def _moved(value: Value) -> Node | None:
     """What computes a value, before it is given other axes of length 1."""
     node = value.producer
-    while node is not None and node.name in ("broadcast_in_dim", "reshape", "squeeze"):
+    while node is not None and node.name in _MOVES:
         node = node.inputs[0].producer
     return node
 
 
-def _summed_axis(node: Node | None, value: Value, shape) -> int | None:
-    """The axis along which a node sums up a value, to be read next to it."""
-    if node is None:
-        return None
-    total = _moved(node.out)
-    if total is None or total.name != "reduce_sum" or total.inputs[0] is not value:
+def _unconverted(value: Value) -> Value:
+    """A value before it was converted to another type."""
+    node = value.producer
+    while node is not None and node.name in ("convert_element_type", "copy"):
+        value = node.inputs[0]
+        node = value.producer
+    return value
+
+
+def _summed_axis(value: Value, summands: Value) -> int | None:
+    """The axis along which a value is the sum of others, to be read next to them."""
+    total = _moved(value)
+    if total is not None and total.name == "log":
+        total = _moved(total.inputs[0])
+    if total is None or total.name != "reduce_sum":
         return None
     axes = total.params["axes"]
-    if len(axes) != 1:
+    if _unconverted(total.inputs[0]) is not summands or len(axes) != 1:
         return None
-    kept = tuple(1 if axis == axes[0] else n for axis, n in enumerate(shape))
-    return int(axes[0]) if node.out.shape in (kept, shape) else None
+    return int(axes[0]) if _stands_along(value, total) else None
+
+
+def _stands_along(value: Value, reduction: Node) -> bool:
+    """Whether a value has each axis where a reduction had it before.
+
+    `x / x.sum(1)` of a square matrix divides columns by the sums of rows.
+
+    Args:
+      value: what a reduction computes, moved, or computed further element by element.
+      reduction: the reduction.
+    """
+    chain = []
+    node = value.producer
+    while node is not None and node is not reduction:
+        node = node.parts[-1] if node.parts else node
+        chain.append(node)
+        node = node.inputs[0].producer
+    before = reduction.inputs[0].shape
+    kept = [a for a in range(len(before)) if a not in reduction.params["axes"]]
+    if node is None or len(value.shape) != len(before):
+        return False
+    places = {axis: i for i, axis in enumerate(kept) if before[axis] != 1}
+    for node in reversed(chain):
+        shapes = node.inputs[0].shape, node.out.shape
+        if node.name == "broadcast_in_dim":
+            move = dict(enumerate(node.params["broadcast_dimensions"]))
+        else:
+            long = [[a for a, n in enumerate(shape) if n != 1] for shape in shapes]
+            sizes = [[s[a] for a in axes] for s, axes in zip(shapes, long, strict=True)]
+            if sizes[0] != sizes[1]:
+                return False
+            move = dict(zip(*long, strict=True))
+        places = {axis: move[place] for axis, place in places.items()}
+    return all(axis == place for axis, place in places.items())
 
 
 def _unshifted(x: Value, axis: int) -> Value:
@@ -340,7 +385,9 @@ def _variance(graph: Graph, root: Node) -> bool:
         return False
     squared, mean = squares.inputs[0].producer, _squared(square)
     average = None if mean is None else mean.producer
-    if squared is None or average is None or {squares.name, average.name} != {"mean"}:
+    if mean is None or squared is None or average is None:
+        return False
+    if {squares.name, average.name} != {"mean"}:
         return False
     x, axes = _squared(squared), tuple(average.params["axes"])
     if x is None or average.inputs[0] is not x or axes != tuple(squares.params["axes"]):
@@ -373,17 +420,19 @@ def _variance(graph: Graph, root: Node) -> bool:
     return True
 
 
-def _centered(x: Value, mean: Value | None) -> Value | None:
+def _centered(x: Value, mean: Value) -> Value | None:
     """`x - mean`, where the graph has that already."""
+    assert mean.producer is not None
+    total = next(n for n in mean.producer.parts if n.name == "reduce_sum")
     for node in x.consumers:
-        if node.name != "sub" or node.inputs[0] is not x:
+        if node.name != "sub" or node.inputs[0] is not x or node.out.shape != x.shape:
             continue
         value = node.inputs[1]
         while value is not mean and value.producer is not None:
             if value.producer.name not in ("broadcast_in_dim", "reshape"):
                 break
             value = value.producer.inputs[0]
-        if value is mean:
+        if value is mean and _stands_along(node.inputs[1], total):
             return node.out
     return None
 
@@ -413,18 +462,18 @@ def _relu_bounds(graph: Graph, root: Node) -> bool:
             at_least, at_most = node.inputs[0].number, node.inputs[2].number
             if at_least is None or at_most is None:
                 break
-            low, high = max(low, at_least), min(high, at_most)
-            value = node.inputs[1]
+            bounds, inner = (at_least, at_most), node.inputs[1]
         else:
             which = 0 if node.inputs[0].number is not None else 1
             number = node.inputs[which].number
             if number is None:
                 break
-            if node.name == "max":
-                low = max(low, number)
-            else:
-                high = min(high, number)
-            value = node.inputs[1 - which]
+            bounds = (number, np.inf) if node.name == "max" else (-np.inf, number)
+            inner = node.inputs[1 - which]
+        both = max(low, bounds[0]), min(high, bounds[1])
+        if both[0] > both[1]:
+            break  # of bounds that exclude each other, the outer ones win
+        (low, high), value = both, inner
         nodes.append(node)
     if not nodes or not value.is_activation:
         return False
@@ -461,6 +510,28 @@ def _dropout(graph: Graph, root: Node) -> bool:
         value = scaled.inputs[0]
     _fuse(graph, nodes, root, "dropout", [value])
     return True
+
+
+def _dropout_factor(graph: Graph, root: Node) -> bool:
+    """A product with random Booleans, scaled, as attention drops its weights."""
+    for x, factor in (root.inputs, root.inputs[::-1]):
+        if x.is_activation and factor.random and _is_choice(factor):
+            _fuse(graph, [root], root, "dropout", [x])
+            return True
+    return False
+
+
+def _is_choice(value: Value) -> bool:
+    """Whether a value is made of Booleans, by no more than a scale."""
+    node = value.producer
+    while node is not None and value.dtype != bool:
+        if node.name not in (*_MOVES, "div", "mul"):
+            return False
+        if len(node.inputs) > 1 and node.inputs[1].number is None:
+            return False
+        value = node.inputs[0]
+        node = value.producer
+    return value.dtype == bool
 
 
 def _cube(graph: Graph, root: Node) -> bool:
@@ -567,6 +638,7 @@ _PASSES: Sequence[_Searches] = (
         "div": (_softmax,),
         "sub": (_log_softmax,),
         "mul": (
+            _dropout_factor,
             _template(functools.partial(jax.nn.gelu, approximate=True), "gelu"),
             _template(jax.nn.hard_swish, "hard_swish"),
             _template(jax.nn.silu, "silu"),

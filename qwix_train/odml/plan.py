@@ -476,8 +476,11 @@ class _Planner:
         return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
 
     def path_of(self, value, plan, readers) -> Path:
-        """The path of a range: after the first quantized op that reads the tensor."""
-        for reader, side in readers:
+        """The path of a range: after the first quantized op that reads the tensor.
+
+        An activation function gives its name only where no other op does.
+        """
+        for reader, side in sorted(readers, key=_is_activation_function):
             if reader is None:
                 method = self.traced.method
                 name = "final" if method == "__call__" else method
@@ -518,6 +521,14 @@ class _Planner:
             tensor.how = make(calibration_method=f"fixed,{low},{high}")
         tensor.masked = id(value) in self.masked
         return tensor
+
+
+def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
+    plan, _ = reader
+    return plan is not None and plan.spec is not None and plan.spec.kind in _CLIPPING
+
+
+_CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
 
 
 def _weight_side(node: Node) -> int | None:
