@@ -15,10 +15,10 @@ from qwix_train.core import how, numerics
 OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(
-    """abs add argmax argmin avg_pool ceil clip concatenate cos cumsum eq erf erfc exp floor
-    ge gelu gt hard_swish le leaky_relu log log1p log_softmax lt max max_pool maximum
-    mean min minimum multiply ne pow relu relu6 relu_n1_to_1 rem round rsqrt sigmoid
-    sign silu sin softmax sort sqrt subtract sum take tanh top_k truediv
+    """abs add argmax argmin avg_pool ceil clip concatenate cos cumsum eq erf erfc exp
+    floor ge gelu gt hard_swish le leaky_relu log log1p log_softmax lt max max_pool
+    maximum mean min minimum multiply ne pow relu relu6 relu_n1_to_1 rem round rsqrt
+    sigmoid sign silu sin softmax sort sqrt subtract sum take tanh top_k truediv
     where""".split()
 )
 

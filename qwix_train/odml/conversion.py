@@ -21,7 +21,6 @@ from qwix_train.odml.evaluate import (
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.ops import Kind
-from qwix_train.odml.patterns import MASKED
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
 from qwix_train.odml.provider import (
     calibrations_in,
@@ -29,6 +28,7 @@ from qwix_train.odml.provider import (
     known_grid,
     weight_grid,
 )
+from qwix_train.odml.rewrites import MASKED
 
 
 def run_annotated(
@@ -145,6 +145,8 @@ class _Annotated:
             return read(value) if known is None else known
 
         plan = self.plan.of(node)
+        if not node.outputs:
+            return []
         if plan is None:
             missing = [v for v in node.outputs if id(v) not in self.constants]
             if missing and not node.is_activation and any(v.random for v in missing):

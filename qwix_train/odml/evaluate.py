@@ -13,8 +13,8 @@ from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion, weight_channels
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
-from qwix_train.odml.patterns import MASKED
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
+from qwix_train.odml.rewrites import MASKED
 
 # How far below all others a masked element of a softmax counts as no part of it: what
 # is left of it, exp(-8), is less than a tenth of a step of the output.

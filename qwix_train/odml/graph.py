@@ -108,6 +108,7 @@ class Node:
       in_batch_norm: whether it is in a batch normalization layer of Flax.
       derivative: the function with a derivative rule of its own that it is part of.
       parts: the nodes that it stands for, if it stands for several.
+      has_effects: whether it does more than compute, such as print.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Node:
     in_batch_norm: bool = False
     derivative: str | None = None
     parts: tuple[Node, ...] = ()
+    has_effects: bool = False
 
     @property
     def out(self) -> Value:
@@ -154,7 +156,7 @@ class Graph:
         needed = set(map(id, self.outputs))
         kept = []
         for node in reversed(_sorted(self.nodes)):
-            if any(id(value) in needed for value in node.outputs):
+            if node.has_effects or any(id(v) in needed for v in node.outputs):
                 kept.append(node)
                 needed.update(map(id, node.inputs))
         self.nodes = kept[::-1]
@@ -342,9 +344,11 @@ class _Builder:
             (tuple(getattr(v.aval, "shape", ())), getattr(v.aval, "dtype", None))
             for v in eqn.outvars
         ]
-        return self.add_synthetic(
+        outputs = self.add_synthetic(
             named, operands, shapes, scope, run, params, derivative
         )
+        self.nodes[-1].has_effects = bool(eqn.effects)
+        return outputs
 
     def add_scan(self, params, operands, scope, derivative) -> list[Value]:
         """Adds a loop, one iteration after the other."""

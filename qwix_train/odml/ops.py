@@ -159,7 +159,7 @@ OPS: dict[str, OpSpec] = {
         for name, operator, note in (
             ("ceil", "CEIL", ""),
             ("cos", "COS", ""),
-            ("cumsum", "CUMSUM", ""),
+            ("cumsum", "CUMSUM", "it reads floats"),
             ("erf", "many", "use gelu(x, approximate=True)"),
             ("erfc", "many", "use gelu(x, approximate=True)"),
             ("eq", "EQUAL", ""),

@@ -27,9 +27,9 @@ from qwix_train.odml.plan import (
     OdmlPlan,
     TensorPlan,
     activation_qtype,
-    make_odml_plan,
     unsupported_message,
 )
+from qwix_train.odml.planner import make_odml_plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.running_ranges import (
     RangeUpdates,

@@ -156,9 +156,10 @@ def trace(
 ) -> TracedCall:
     """Traces `function(*args)`.
 
-    Arrays among the arguments become inputs of the trace. Everything else (flags,
-    strings, Python and NumPy numbers, as in `model.apply(variables, x, train=True)`)
-    keeps its value, so that the function may branch on it.
+    Arrays among the arguments, NumPy's of floats, too, become inputs of the trace.
+    Everything else (flags, strings, Python and NumPy numbers, as in
+    `model.apply(variables, x, train=True)`) keeps its value, so that the function may
+    branch on it.
 
     Args:
       function: the function.
@@ -177,7 +178,7 @@ def trace(
     for index, (key_path, leaf) in enumerate(flat):
         first = key_path[0].idx == 0
         stored = is_stored(leaf)
-        if not (stored or is_array(leaf) or (first and isinstance(leaf, np.ndarray))):
+        if not (stored or is_array(leaf) or _is_numpy_array(leaf, first)):
             continue
         slots.append(index)
         held.append(key_path[0].idx < num_held)
@@ -235,6 +236,17 @@ def trace(
         module_path=module_path,
         _rebuild=rebuild,
     )
+
+
+def _is_numpy_array(leaf: Any, first: bool) -> bool:
+    """Whether a leaf is an input of a trace though it is a NumPy array.
+
+    Those of floats hold what a model computes with, such as images. The others are, as
+    numbers are, what it may branch on; but for those among the params.
+    """
+    if not isinstance(leaf, np.ndarray):
+        return False
+    return first or (leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def is_array(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ from qwix_train.odml.evaluate import fold, scaled_weight
 from qwix_train.odml.fusion import find_fusions, varying_axes, weight_channels
 from qwix_train.odml.graph import build_graph, graph_of
 from qwix_train.odml.patterns import find_patterns
-from qwix_train.odml.plan import make_odml_plan
+from qwix_train.odml.planner import make_odml_plan
 
 RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 X = jax.random.normal(jax.random.key(0), (2, 4))

@@ -496,3 +496,31 @@ def test_a_custom_jvp_names_the_function():
     rules = [QuantizationRule(op_names=("dot_general",), weight_qtype="int8")]
     quantized = quantize_fn(lambda p, x: twice(x @ p), odml.OdmlQatProvider(rules))
     np.testing.assert_allclose(quantized(SQUARE, X), 2 * X @ SQUARE, 0.05, 0.1)
+
+
+def test_a_choice_that_is_known_is_none():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)), jnp.float32)
+    graph = graph_of(lambda x: jnp.var(x, axis=-1), x)
+    find_patterns(graph)
+    assert "select_n" not in {node.name for node in graph.nodes}
+    np.testing.assert_allclose(graph.run([x])[0], np.var(x, axis=-1), rtol=1e-5)
+
+
+def test_a_relu_written_as_a_choice():
+    x = jnp.asarray([[-1.0, 0.0, 2.0]])
+    graph = graph_of(lambda x: jnp.where(x > 0, x, 0.0), x)
+    find_patterns(graph)
+    assert [n.name for n in graph.nodes if n.is_activation] == ["relu"]
+    np.testing.assert_array_equal(graph.run([x])[0], [[0.0, 0.0, 2.0]])
+
+
+def test_what_prints_goes_on_printing(capfd):
+    def function(x):
+        jax.debug.print("seen {}", x[0])
+        return 2 * x
+
+    graph = graph_of(function, jnp.ones(2))
+    find_patterns(graph)
+    graph.run([jnp.ones(2)])
+    jax.effects_barrier()
+    assert "seen 1.0" in capfd.readouterr().out
