@@ -1,0 +1,146 @@
+"""Stochastic rounding of params that are kept in bfloat16."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwix_train.optim import _paths
+
+
+class StochasticRoundingState(NamedTuple):
+    """State of `stochastic_rounding`.
+
+    Attributes:
+        key: The data of the random key of the next update.
+        inner_state: The state of the transformation that is wrapped.
+    """
+
+    key: jax.Array  # shape=(2,), dtype=jnp.uint32, with JAX's default generator
+    inner_state: Any
+
+
+def stochastic_rounding(
+    tx: optax.GradientTransformation, seed: int | jax.Array = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rounds params that are kept in bfloat16 stochastically.
+
+    bfloat16 has 8 bits of precision, so an update of less than 1/512 of its param is
+    lost where the sum is rounded to nearest. Here the sum :math:`s = w + u` is taken
+    in float32, and rounded to one of its two neighbors in bfloat16,
+    :math:`s^- \le s < s^+`:
+
+    .. math::
+        w \leftarrow \begin{cases}
+            s^+ & \text{with probability } (s - s^-) / (s^+ - s^-) \\
+            s^- & \text{otherwise}
+        \end{cases}
+        \qquad \mathbb{E}[w] = s.
+
+    ``tx`` sees params and gradients of bfloat16 in float32. So its moments are float32
+    unless it is told otherwise: a second moment in bfloat16 would stall, as params
+    would. `optim.quantized_state` inside makes them small.
+
+    Updates of bfloat16 params are float32: `optax.apply_updates` then adds in float32,
+    and the result is the rounded param, exactly. Nothing else may change them
+    afterwards, but `optim.freeze_oscillations`, which holds some. What wants updates in
+    the dtype of the gradients, as `optax.apply_if_finite` does, goes inside. Params of
+    other dtypes get the updates of ``tx``.
+
+    Args:
+        tx: The transformation, learning rate included, such as ``optax.adamw(1e-4)``.
+        seed: The seed of the random key; an int, or an array of shape ``()``.
+
+    Returns:
+        The transformation; its state is a `StochasticRoundingState`.
+
+    Raises:
+        ValueError: From ``init`` and ``update``, a param is float16; or from
+            ``update``, there are no params.
+
+    Examples:
+        Four updates of 1/512 move a mean from 1 by 4/512, and rounding to nearest, not
+        at all:
+
+        >>> params = {'w': jnp.ones(10_000, jnp.bfloat16)}
+        >>> tx = stochastic_rounding(optax.sgd(1 / 512))
+        >>> grads, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+        >>> for _ in range(4):
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params['w'].dtype
+        dtype(bfloat16)
+        >>> mean = params['w'].astype(jnp.float32).mean().item()
+        >>> round(512 * (1 - mean), 1)
+        4.0
+
+    References:
+        Gupta et al., `Deep Learning with Limited Numerical Precision
+        <https://arxiv.org/abs/1502.02551>`_, 2015, section 3; Zamirai et al.,
+        `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params: Any) -> StochasticRoundingState:
+        _check(params)
+        key = jax.random.key_data(jax.random.key(seed))
+        return StochasticRoundingState(key, tx.init(_widened(params)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "stochastic_rounding needs the params: give them to update, "
+                "as in tx.update(updates, state, params)."
+            )
+        _check(params)
+        updates, inner_state = tx.update(
+            _widened(updates), state.inner_state, _widened(params), **extra_args
+        )
+        key, noise = jax.random.split(jax.random.wrap_key_data(state.key))
+        leaves, structure = jax.tree.flatten(updates)
+        pairs = zip(leaves, jax.tree.leaves(params), strict=True)
+        leaves = [
+            _rounding_update(u, p, jax.random.fold_in(noise, i)) if _is_low(p) else u
+            for i, (u, p) in enumerate(pairs)
+        ]
+        state = StochasticRoundingState(jax.random.key_data(key), inner_state)
+        return structure.unflatten(leaves), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Compiled as a whole: eager calls would else compile each operation for each shape.
+@jax.jit
+def _rounding_update(update: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns, in float32, what takes a param to the rounded sum."""
+    param = param.astype(jnp.float32)
+    total = param + update.astype(jnp.float32)
+    # A bfloat16 is the upper half of a float32. Noise in the lower half carries into
+    # the upper one with the probability that the lower half stands for, away from
+    # zero, and across binades, too.
+    bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
+    noise = jax.random.bits(key, total.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (bits + noise) & jnp.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    # Noise would make NaN of an infinity. What is not finite stays so.
+    rounded = jnp.where(jnp.isfinite(total), rounded, total)
+    return rounded - param
+
+
+def _is_low(x: Any) -> bool:
+    return jnp.result_type(x) == jnp.bfloat16
+
+
+def _widened(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_low(x) else x, tree)
+
+
+def _check(params: Any) -> None:
+    names = jax.tree.leaves(_paths.param_paths(params))
+    for name, param in zip(names, jax.tree.leaves(params), strict=True):
+        if jnp.result_type(param) == jnp.float16:
+            raise ValueError(
+                f"stochastic_rounding: the param {name!r} is float16, and it rounds to "
+                "bfloat16 alone. Keep the param in bfloat16 or float32."
+            )
