@@ -2,9 +2,22 @@
 
 Each goes wherever one of Optax goes: under `jax.jit` and into `optax.chain`,
 `optax.partition`, `optax.masked`, `optax.MultiSteps`, `optax.inject_hyperparams` and
-`flax.nnx.Optimizer`.
+`flax.nnx.Optimizer`. Some wrap a transformation; `dampen_oscillations` stands before
+the optimizer in a chain, `freeze_oscillations` last.
 """
 
+from qwix_train.optim._dampen_oscillations import (
+    DampenOscillationsState as DampenOscillationsState,
+)
+from qwix_train.optim._dampen_oscillations import (
+    dampen_oscillations as dampen_oscillations,
+)
+from qwix_train.optim._freeze_oscillations import (
+    FreezeOscillationsState as FreezeOscillationsState,
+)
+from qwix_train.optim._freeze_oscillations import (
+    freeze_oscillations as freeze_oscillations,
+)
 from qwix_train.optim._lora_plus import lora_plus as lora_plus
 from qwix_train.optim._quantized_state import QuantizedState as QuantizedState
 from qwix_train.optim._quantized_state import quantized_state as quantized_state

@@ -1,0 +1,202 @@
+"""The grids that params are quantized to, found by their paths.
+
+A param that ``how`` quantizes is rounded to ``level * scale``, where a level is a code
+less the zero point.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwix_train.core import calibration, numerics, scaling, tiling
+from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.optim import _paths
+from qwix_train.planning import Plan
+
+
+class Grid(NamedTuple):
+    """The grid of one param, in its present range.
+
+    Attributes:
+        qtype: The type of the codes.
+        scale: The distance of two levels; in a layout for the param.
+        zero_point: The code of level 0, in the shape of the scale; None where it is 0.
+    """
+
+    qtype: Any
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def grid(array: jax.Array, how: HowToQuantize) -> Grid:
+    """Returns the grid that ``how`` rounds an array to."""
+    found = calibration.calibrate(array, how)
+    scale, zero_point = calibration.compute_scale_zero_point(found, how.qtype)
+    return Grid(how.qtype, scale, zero_point)
+
+
+def extremes(
+    array: jax.Array, how: HowToQuantize
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the lowest and the highest value that the range comes from.
+
+    They are those of each group of elements that shares a scale; plus and minus the
+    largest magnitude for ``absmax``. None where a range comes from none in particular.
+    """
+    method, _ = parse_calibration_method(how.calibration_method)
+    if method not in ("absmax", "minmax"):
+        return None
+    how = dataclasses.replace(how, calibration_method=method)
+    found = calibration.calibrate(array, how)
+    if method == "absmax":
+        return -found["absmax"], found["absmax"]
+    return found["min"], found["max"]
+
+
+def levels(array: jax.Array, grid: Grid) -> jax.Array:
+    """Returns the nearest level of each element, in float32 (float64 for float64)."""
+    y = scaling.scaled_values(array, grid.scale, grid.zero_point)
+    codes = numerics.round_to_level(y, grid.qtype, array.dtype)
+    return _less_zero_point(codes, grid)
+
+
+def nearest_levels(x: jax.Array, grid: Grid) -> jax.Array:
+    """Returns the level nearest to each of some numbers of levels."""
+    zero = grid.zero_point
+    if zero is not None:
+        x = tiling.elementwise(lambda x, zero: x + zero, x, zero.astype(x.dtype))
+    return _less_zero_point(numerics.round_to_level(x, grid.qtype, x.dtype), grid)
+
+
+def values(levels: jax.Array, grid: Grid) -> jax.Array:
+    """Returns what levels stand for, in the dtype of the scale."""
+    return scaling.rescaled_values(levels, grid.scale, None)
+
+
+def ends(grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """Returns the lowest and the highest value of the grid, in a layout."""
+    if numerics.is_integer_qtype(grid.qtype):
+        codes = numerics.code_range(grid.qtype)
+    else:
+        bound = numerics.symmetric_bound(grid.qtype)
+        codes = (-bound, bound)
+    zero = 0 if grid.zero_point is None else grid.zero_point.astype(jnp.int32)
+    low, high = (
+        ((code - zero) * grid.scale).astype(grid.scale.dtype) for code in codes
+    )
+    return low, high
+
+
+def _less_zero_point(codes: jax.Array, grid: Grid) -> jax.Array:
+    zero = grid.zero_point
+    if zero is None:
+        return codes
+    return tiling.elementwise(lambda x, zero: x - zero, codes, zero.astype(codes.dtype))
+
+
+class ParamGrids:
+    """How each param of a tree is quantized.
+
+    Args:
+        transform: The name of the transformation, for messages.
+        plan: A `Plan`, or a mapping from the pattern of a path to a `HowToQuantize`.
+
+    Raises:
+        TypeError: ``plan`` is neither of these.
+        ValueError: It quantizes no param, or a pattern is no regular expression.
+    """
+
+    def __init__(self, transform: str, plan: Plan | Mapping[str, HowToQuantize]):
+        self.transform = transform
+        self.patterns = not isinstance(plan, Plan)
+        if isinstance(plan, Plan):
+            self.shapes = {
+                "/".join(path): param.shape for path, param in plan.params.items()
+            }
+            self.hows = {
+                "/".join(path): param.how
+                for path, param in plan.params.items()
+                if param.how is not None
+            }
+        else:
+            self.hows = _checked_patterns(transform, plan)
+        if not self.hows:
+            raise ValueError(f"{transform}: the plan quantizes no param.")
+
+    def of(self, params: Any) -> list[HowToQuantize | None]:
+        """Returns how each leaf of a tree of params is quantized; None if it is not.
+
+        Raises:
+            ValueError: No param is quantized, a pattern matches none, or a param does
+                not fit its ``how``.
+        """
+        names = jax.tree.leaves(_paths.param_paths(params))
+        used: set[str] = set()
+        hows = []
+        for name, param in zip(names, jax.tree.leaves(params), strict=True):
+            how, key = self._find(name)
+            if how is not None:
+                used.add(key)
+                self._check(name, key, param, how)
+            hows.append(how)
+        # A plan is of the whole model, and may list params that are not trained.
+        unused = [key for key in self.hows if key not in used]
+        if names and unused and (self.patterns or not used):
+            raise ValueError(
+                f"{self.transform}: the plan quantizes {_paths.listed(unused)}, which "
+                "is the whole path of no param. The params are "
+                f"{_paths.listed(names)}."
+            )
+        return hows
+
+    def _find(self, name: str) -> tuple[HowToQuantize | None, str]:
+        if not self.patterns:
+            return self.hows.get(name), name
+        for pattern, how in self.hows.items():
+            if re.fullmatch(pattern, name):
+                return how, pattern
+        return None, ""
+
+    def _check(self, name: str, key: str, param: Any, how: HowToQuantize) -> None:
+        if not numerics.is_quantizable(param.dtype):
+            raise ValueError(
+                f"{self.transform}: the param {name!r} is of dtype {param.dtype}, and "
+                "only floats have a grid to be rounded to."
+            )
+        shape = tuple(param.shape)
+        if not self.patterns and shape != tuple(self.shapes[key]):
+            raise ValueError(
+                f"{self.transform}: the param {name!r} has the shape {shape}, and in "
+                f"the plan {tuple(self.shapes[key])}: give the plan of this model."
+            )
+        try:
+            how.scale_shape(shape)
+        except ValueError as error:
+            raise ValueError(f"{self.transform}: the param {name!r}: {error}") from None
+
+
+def _checked_patterns(transform: str, plan: Any) -> dict[str, HowToQuantize]:
+    if not isinstance(plan, Mapping):
+        raise TypeError(
+            f"{transform}(plan=...): expected a Plan, as qwix_train.plan makes it, or "
+            "a mapping from the patterns of paths to HowToQuantize, not "
+            f"{type(plan).__name__}."
+        )
+    for pattern, how in plan.items():
+        if not isinstance(pattern, str) or not isinstance(how, HowToQuantize):
+            raise TypeError(
+                f"{transform}(plan=...): a mapping is from patterns, strings, to "
+                f"HowToQuantize; got {pattern!r}: {how!r}."
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{transform}(plan=...): {pattern!r} is not a regular expression: "
+                f"{error}."
+            ) from None
+    return dict(plan)
