@@ -121,6 +121,9 @@ class _Planner:
             plan.unsupported = True
             plan.reason = _unsupported_reason(name, spec)
             return plan
+        if name == "conv_general_dilated" and (obstacle := _conv_obstacle(node)):
+            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
+            return plan
         if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
             return plan
         if plan.act_qtype == "int16" and not spec.int16:
@@ -301,6 +304,18 @@ def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
 
 
 _CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
+
+
+def _conv_obstacle(node: Node) -> str:
+    """Why LiteRT has no integer form of a convolution; empty if it has one."""
+    spatial = len(node.out.shape) - 2
+    if spatial not in (1, 2):
+        return f"LiteRT has no integer convolution over {spatial} axes"
+    if node.params.get("batch_group_count", 1) != 1:
+        return "LiteRT has no convolution with batch_group_count"
+    if not node.inputs[1].static:
+        return "its kernel is computed from the inputs of the model"
+    return ""
 
 
 def _weight_side(node: Node) -> int | None:

@@ -391,3 +391,20 @@ def test_the_message_of_rules_that_match_nothing_lists_the_modules():
         quantize_model(Two(), odml.OdmlQatProvider(rules)).apply(
             Two().init(jax.random.key(0), X), X
         )
+
+
+@pytest.mark.parametrize(
+    ("call", "shape", "reason"),
+    [
+        (lambda self, x: nn.Conv(2, (2, 2, 2))(x), (1, 3, 3, 3, 2), "over 3 axes"),
+        (
+            lambda self, x: jax.lax.conv(x, 2.0 * x, (1, 1), "SAME"),
+            (2, 2, 3, 3),
+            "its kernel is computed from the inputs",
+        ),
+    ],
+)
+def test_convolutions_that_litert_does_not_have(call, shape, reason):
+    plan = plan_of(call, jnp.ones(shape))
+    (conv,) = (n for n in plan.ops if n.name == "conv_general_dilated")
+    assert conv.unsupported and reason in conv.reason
