@@ -106,6 +106,7 @@ def test_a_plan_that_quantizes_nothing_is_an_error_of_the_step():
         wrap_train_step(train_step, NoOp(models.INT8))(new_state(), BATCHES[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [wrap_train_step, wrap_eval_step])
 def test_a_wrapped_step_takes_a_qt_provider(wrap):
     step = train_step if wrap is wrap_train_step else eval_step
@@ -125,6 +126,7 @@ def test_a_wrapped_step_takes_a_qt_provider(wrap):
     assert not nothing.allow_unmatched
 
 
+@pytest.mark.slow
 def test_ranges_of_a_provider_are_collected_and_stay():
     provider, state = QtProvider(RULES), new_state()
     calibrators = calib.Calibrator(RULES), calib.Calibrator(provider)

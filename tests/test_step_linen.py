@@ -521,6 +521,7 @@ def test_sharded_params_and_batch():
     assert "model" in new.params["Dense_0"]["kernel"].sharding.spec
 
 
+@pytest.mark.slow
 def test_a_step_that_was_jitted_before():
     for trace_first in (False, True):
         jitted = jax.jit(step)

@@ -129,6 +129,7 @@ def outliers(seed):
     return x
 
 
+@pytest.mark.slow
 def test_the_report_and_the_rules_it_gives(tmp_path):
     case = Linear("linen")
     rules = [

@@ -26,6 +26,7 @@ def _check_files(results, exported):
             assert record["full_integer"] == (row["weights"] != "float")
 
 
+@pytest.mark.slow
 def test_small_run(tmp_path, capsys):
     config = config_lib.get_quick_config()
     config.features = (8,)

@@ -122,6 +122,7 @@ def test_all_collections_of_a_linen_model(tmp_path):
     assert export.steps() == [1]
 
 
+@pytest.mark.slow
 def test_an_nnx_model_as_it_is(tmp_path):
     model = models.NnxMlp(nnx.Rngs(0))
     model.eval()

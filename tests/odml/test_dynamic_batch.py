@@ -46,10 +46,13 @@ MODELS = {
 }
 
 
+SLOW = ("recurrent", "cnn")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "recurrent" else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in MODELS
     ],
 )

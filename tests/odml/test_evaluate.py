@@ -163,6 +163,7 @@ def test_training_folds_the_statistics_of_the_batch(per_channel):
     assert np.abs(updated["batch_stats"]["norm"]["mean"] - old).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_folded_layer():
     model = Net(train=True)
     variables = variables_of(model, IMAGE)

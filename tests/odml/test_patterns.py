@@ -409,6 +409,7 @@ class Attention(nn.Module):
         return nn.Dropout(0.3, deterministic=not self.train)(x) * 2
 
 
+@pytest.mark.slow
 def test_dropout_is_found_in_a_layer_and_in_attention():
     x = jax.random.normal(jax.random.key(0), (2, 5, 4))
     variables = jax.jit(Attention().init)(jax.random.key(1), x)

@@ -45,15 +45,6 @@ def names(plan):
 # Names, as `qwix` has them.
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """What `qwix` collects, in a process that its patches cannot leave."""
-    path = tmp_path_factory.mktemp("qwix") / "reference.npz"
-    reference_process.run("tests.odml.parity", path)
-    with np.load(path) as results:
-        return dict(results)
-
-
 # What `qwix` keeps beside, by case.
 ONLY_THEIRS = {
     # Ranges that are fixed: of a softmax, a tanh, a sigmoid.
@@ -66,31 +57,35 @@ ONLY_THEIRS = {
 }
 
 
+# One test, so that `qwix` runs once, in a process that its patches cannot leave.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", parity.CASES)
-def test_ranges_are_called_as_in_qwix_and_are_the_same(reference, name):
-    ours = parity.collect(qwix_train, name)
-    theirs = {
-        key.split("|")[1]: value
-        for key, value in reference.items()
-        if key.split("|")[0] == name
-    }
-    ends = {key for key in ours if "sum_of" in key}
-    assert {k for k in theirs if "sum_of" in k} - ends == {
-        f"{path}/sum_of_{end}"
-        for path in ONLY_THEIRS.get(name, ())
-        for end in ("min", "max")
-    }
-    assert ends <= theirs.keys()
-    for key in ends:
-        path, _, _ = key.rpartition("/")
-        if path == "einsum1_lhs" and name == "attention":
-            continue  # the other operand
-        width = theirs[f"{path}/sum_of_max"] - theirs[f"{path}/sum_of_min"]
-        np.testing.assert_allclose(
-            ours[key], theirs[key], 0, 0.03 * width.item(), err_msg=key
-        )
-        assert ours[f"{path}/count"] == theirs[f"{path}/count"] == 1
+def test_ranges_are_called_as_in_qwix_and_are_the_same(tmp_path):
+    reference_process.run("tests.odml.parity", tmp_path / "reference.npz")
+    with np.load(tmp_path / "reference.npz") as results:
+        reference = dict(results)
+    for name in parity.CASES:
+        ours = parity.collect(qwix_train, name)
+        theirs = {
+            key.split("|")[1]: value
+            for key, value in reference.items()
+            if key.split("|")[0] == name
+        }
+        ends = {key for key in ours if "sum_of" in key}
+        assert {k for k in theirs if "sum_of" in k} - ends == {
+            f"{path}/sum_of_{end}"
+            for path in ONLY_THEIRS.get(name, ())
+            for end in ("min", "max")
+        }, name
+        assert ends <= theirs.keys(), name
+        for key in ends:
+            path, _, _ = key.rpartition("/")
+            if path == "einsum1_lhs" and name == "attention":
+                continue  # the other operand
+            width = theirs[f"{path}/sum_of_max"] - theirs[f"{path}/sum_of_min"]
+            np.testing.assert_allclose(
+                ours[key], theirs[key], 0, 0.03 * width.item(), err_msg=f"{name} {key}"
+            )
+            assert ours[f"{path}/count"] == theirs[f"{path}/count"] == 1
 
 
 # Which tensors have a range.

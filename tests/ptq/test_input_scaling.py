@@ -183,6 +183,7 @@ def test_an_nnx_model_in_a_checkpoint(tmp_path):
         method.quantize_params(floats, plain)
 
 
+@pytest.mark.slow
 def test_files_exports_and_donation(tmp_path):
     model, params, method = models.Mlp(), mlp_params(), ptq.SmoothQuant(BOTH)
     quantized = run(method, model, params, *BATCHES)
