@@ -34,8 +34,13 @@ PIP := -m pip --disable-pip-version-check --quiet
 
 # JAX on the CPU, and one thread per test worker: XLA would otherwise start a
 # thread per core in every worker.
+# What was compiled is kept in a folder for the other workers, and for later runs.
+JAX_CACHE := .jax_cache
 TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
-  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)"
+  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" \
+  JAX_COMPILATION_CACHE_DIR="$(CURDIR)/$(JAX_CACHE)" \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 # $(call find_python,versions): a shell command that prints the path of the first
 # interpreter of these versions that runs and can make environments. Being on PATH
@@ -183,4 +188,5 @@ bench-qlora: $(VENV)/.stamp-bench
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) $(LATEST) $(INTERCHANGE) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(INTERCHANGE) $(JAX_CACHE) .pytest_cache .ruff_cache \
+	  .hypothesis
