@@ -15,6 +15,7 @@ from qwix_train import calib
 from qwix_train.calib.ranges import states_in
 from qwix_train.planning import Path
 from qwix_train.provider import QuantizationProvider
+from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
 from qwix_train.qat.running_ranges import States, nested
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import nnx as nnx_calls
@@ -30,10 +31,6 @@ class QuantTrainState(train_state.TrainState):
     """
 
     quant_stats: Any = struct.field(default_factory=dict)
-
-
-class QuantStat(nnx.Variable):
-    """The statistics of one static range of an NNX model: a dictionary of arrays."""
 
 
 def with_quant_stats(
@@ -120,7 +117,7 @@ def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
     found: dict[Path, Mapping[str, Any]] = {}
     for state in _train_states(tree):
         _add(found, states_in(state.quant_stats))
-    for path, stat in _quant_stats(tree):
+    for path, stat in quant_stats_in(tree):
         _add(found, {path: dict(stat.get_value())})
     return found
 
@@ -152,7 +149,7 @@ def put_states(args: Any, out: Any, states: States) -> Any:
     out = jax.tree.map(
         put, out, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
     )
-    for path, stat in _quant_stats((args, out)):
+    for path, stat in quant_stats_in((args, out)):
         stat.set_value(dict(states[path]))
         places += 1
     if not places:
@@ -257,14 +254,6 @@ def _train_states(tree: Any) -> Iterator[Any]:
         tree, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
     )
     return filter(_is_train_state, leaves)
-
-
-def _quant_stats(tree: Any) -> Iterator[tuple[Path, QuantStat]]:
-    for name, module in nnx_calls.modules_in(tree):
-        for attribute, held in vars(module).items():
-            if isinstance(held, QuantStat):
-                path = name.split("/") if name else []
-                yield (*path, attribute), held
 
 
 def _add(found: dict[Path, Mapping[str, Any]], more: States) -> None:

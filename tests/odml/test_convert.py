@@ -8,7 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml
-from qwix_train.state import QuantStat
+from qwix_train.qat.quant_stat import QuantStat
 from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
 SHAPE = (3, 8)
