@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +17,12 @@ from qwix_train.odml.converter import annotate
 from qwix_train.odml.evaluate import (
     fold,
     scaled_weight,
+    sigmoid_in,
     weight_axes,
 )
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.integer_grid import Grid
-from qwix_train.odml.ops import Kind
+from qwix_train.odml.ops import MASKED, Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
 from qwix_train.odml.provider import (
     calibrations_in,
@@ -28,14 +30,12 @@ from qwix_train.odml.provider import (
     known_grid,
     weight_grid,
 )
-from qwix_train.odml.rewrites import MASKED
 
 
 def run_annotated(
     plan: OdmlPlan,
     values: Sequence[Any],
-    constants: Mapping[int, Any],
-    grids: Mapping[str, Grid],
+    quant_stats: Mapping[str, Any],
     *,
     per_tensor_weights: bool = False,
 ) -> list[Any]:
@@ -43,23 +43,19 @@ def run_annotated(
 
     Args:
       plan: the plan.
-      values: an array for each input of the traced call; what is static is not read.
-      constants: the value of everything static, concrete, by id.
-      grids: the grids of the tensors that have a range of their own, by name.
+      values: an array for each input of the traced call; concrete for what is static.
+      quant_stats: the statistics that ranges are taken from.
       per_tensor_weights: whether a weight has one scale.
+
+    Raises:
+      ValueError: if a range is missing, or the model drops elements at random.
     """
-    run = _Annotated(plan, constants, grids, per_tensor_weights)
-    return run.run(values)
+    constants, grids = _constants_of(plan, values), _grids_of(plan, quant_stats)
+    return _Annotated(plan, constants, grids, per_tensor_weights).run(values)
 
 
-def constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
-    """Everything in a graph that depends on no input, computed.
-
-    Args:
-      plan: the plan.
-      values: an array for each input of the traced call; concrete for those that are
-        static.
-    """
+def _constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
+    """Everything in a graph that depends on no input, computed, by id."""
     found: dict[int, Any] = {}
     for value, x in zip(plan.graph.inputs, values, strict=True):
         if value.static:
@@ -75,13 +71,8 @@ def constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
     return found
 
 
-def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
-    """The grids of the tensors that have a range of their own, by name.
-
-    Args:
-      plan: the plan.
-      quant_stats: the statistics.
-    """
+def _grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
+    """The grids of the tensors that have a range of their own, by name."""
     found = {}
     with jax.ensure_compile_time_eval():
         calibrations = calibrations_in(plan, quant_stats)
@@ -90,25 +81,20 @@ def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
             if grid is None:
                 calibration = calibrations[tensor.name]
                 grid = integer_grid.of_calibration(calibration, tensor.qtype)
-            found[tensor.name] = _concrete(grid)
+            found[tensor.name] = _scalar(_concrete(grid))
     return found
 
 
 def _concrete(grid: Grid) -> Grid:
-    return Grid(
-        np.asarray(grid.scale, np.float32),
-        np.asarray(grid.zero_point, np.int64),
-        grid.qtype,
-        grid.narrow,
+    scale, zero_point = np.asarray(grid.scale), np.asarray(grid.zero_point)
+    return dataclasses.replace(
+        grid, scale=scale.astype(np.float32), zero_point=zero_point.astype(np.int64)
     )
 
 
 def _scalar(grid: Grid) -> Grid:
-    return Grid(
-        np.asarray(grid.scale).reshape(()),
-        np.asarray(grid.zero_point).reshape(()),
-        grid.qtype,
-        grid.narrow,
+    return dataclasses.replace(
+        grid, scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())
     )
 
 
@@ -131,7 +117,7 @@ class _Annotated:
         """The grid of a value, its own or shared; None if it is in float."""
         found = self.plan.range_of(value)
         if isinstance(found, TensorPlan):
-            return _scalar(self.grids[found.name])
+            return self.grids[found.name]
         return None if found is None else self.tables.get(id(found))
 
     def marked(self, value: Value, x: Any) -> Any:
@@ -148,12 +134,9 @@ class _Annotated:
         if not node.outputs:
             return []
         if plan is None:
-            missing = [v for v in node.outputs if id(v) not in self.constants]
-            if missing and not node.is_activation and any(v.random for v in missing):
+            if any(id(value) not in self.constants for value in node.outputs):
                 return node.run(*map(concrete, node.inputs))
-            if missing:
-                return node.run(*map(concrete, node.inputs))
-            return [self.constants[id(v)] for v in node.outputs]
+            return [self.constants[id(value)] for value in node.outputs]
         first = plan.fused_into or plan
         if first.name in ops.PRODUCTS and first.weight is not None:
             end = self.plan.end_of(first)
@@ -231,11 +214,8 @@ class _Annotated:
             x, divisor = operands[:2]
             return [lowering.lowered_avg_pool(node, x, divisor, mark)]
         if plan.name == "silu":
-            spec = ops.OPS["sigmoid"]
-            gate = Grid(np.float32(spec.scale), np.int64(spec.zero_point))
-            if plan.act_qtype == "int16":
-                gate = Grid(np.float32(2**-15), np.int64(0), "int16")
             (x, *_) = operands
+            gate = known_grid(sigmoid_in(plan))
             return [x * annotate(jax.nn.sigmoid(x), gate)]
         if kind is Kind.ACTIVATION:
             return [_activation(node, operands[0])]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import core
 
-from qwix_train.odml.conversion import constants_of, grids_of, run_annotated
+from qwix_train.odml.conversion import run_annotated
 from qwix_train.odml.plan import OdmlPlan
 from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.rules import QuantizationRule
@@ -81,22 +81,10 @@ class OdmlConversionProvider(OdmlQatProvider):
                     )
                 value = self._params[path]
             values.append(value)
-        return traced.rebuild(self.annotated(plan, values))
-
-    def annotated(self, plan: OdmlPlan, values: Sequence[Any]) -> list[Any]:
-        """The results of a planned graph, with its tensors annotated.
-
-        Args:
-          plan: the plan.
-          values: an array for each input of the traced call; concrete for variables.
-
-        Raises:
-          ValueError: if a range is missing, or the model drops elements at random.
-        """
-        return run_annotated(
+        outs = run_annotated(
             plan,
             values,
-            constants_of(plan, values),
-            grids_of(plan, self.quant_stats or {}),
+            self.quant_stats or {},
             per_tensor_weights=self.disable_per_channel_weights,
         )
+        return traced.rebuild(outs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +13,15 @@ from jax import numpy as jnp
 
 from qwix_train.odml import dynamic_batch as batches
 from qwix_train.odml.calls import ModelCall
-from qwix_train.odml.conversion_provider import OdmlConversionProvider
+from qwix_train.odml.conversion import run_annotated
 from qwix_train.odml.converter import to_flatbuffer
 from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, LiteRTModel, Signature
 from qwix_train.odml.plan import OdmlPlan
 from qwix_train.odml.provider import OdmlQatProvider
+from qwix_train.qat.quant_stat import quant_stats_in
+from qwix_train.qat.running_ranges import nested
 from qwix_train.rules import QuantizationRule
-from qwix_train.state import QuantStat
 
 
 def convert(
@@ -111,19 +111,9 @@ def convert(
         raise ValueError("signatures={} names no function to convert.")
     if quant_stats is None:
         quant_stats = _stats_in(model, variables)
-    converting = OdmlConversionProvider(
-        provider.rules,
-        {},
-        quant_stats,
-        disable_per_channel_weights=provider.disable_per_channel_weights,
-        fixed_range_for_inputs=provider.fixed_range_for_inputs,
-        fixed_range_for_outputs=provider.fixed_range_for_outputs,
-        strict=provider.strict,
-        allow_unmatched=provider.allow_unmatched,
-    )
     fixed = provider.with_ranges(quant_stats)
     converted = {
-        name: _converted(name, call, converting, fixed, dynamic_batch)
+        name: _converted(name, call, fixed, dynamic_batch)
         for name, call in calls.items()
     }
     contents = [content for content, _ in converted.values()]
@@ -138,21 +128,21 @@ def convert(
 def _converted(
     name: str,
     call: ModelCall,
-    converting: OdmlConversionProvider,
-    fixed: OdmlQatProvider,
+    provider: OdmlQatProvider,
     dynamic_batch: bool,
 ) -> tuple[bytes, Signature]:
     """The file of one signature, and what the signature says."""
     inputs, outputs = call.input_names(), call.output_names()
 
     def content_of(arrays: Sequence[Any]) -> bytes:
-        function, shapes = _exported(call, converting, arrays)
+        function, shapes = _exported(call, provider, arrays)
         return to_flatbuffer(function, shapes, name, inputs, outputs)
 
     def reference(*arrays):
         traced, unwrap = call.trace([jnp.asarray(x) for x in arrays])
-        plan = fixed.plan(traced)
-        outs = jax.jit(lambda values: fixed.outputs(plan, values))(list(traced.inputs))
+        plan = provider.plan(traced)
+        run = jax.jit(lambda values: provider.outputs(plan, values))
+        outs = run(list(traced.inputs))
         return unwrap(traced.rebuild(outs))
 
     def tree(arrays):
@@ -170,13 +160,13 @@ def _converted(
 
 
 def _exported(
-    call: ModelCall, converting: OdmlConversionProvider, arrays: Sequence[Any]
+    call: ModelCall, provider: OdmlQatProvider, arrays: Sequence[Any]
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """The function to export, and the shapes of its arguments."""
-    traced, _ = call.trace(arrays)
-    plan = converting.plan(traced)
-    converting.check(plan)
-    if not plan.quantized_ops and not converting.allow_unmatched:
+    traced, _ = call.traced if arrays is call.arrays else call.trace(arrays)
+    plan = provider.plan(traced)
+    provider.check(plan)
+    if not plan.quantized_ops and not provider.allow_unmatched:
         raise ValueError(plan.no_match_message())
     _check_float32(plan)
     places = [i for i, held in enumerate(traced.held) if not held]
@@ -185,7 +175,13 @@ def _exported(
         values = list(traced.inputs)
         for place, array in zip(places, arrays, strict=True):
             values[place] = array
-        return tuple(converting.annotated(plan, values))
+        outs = run_annotated(
+            plan,
+            values,
+            provider.quant_stats or {},
+            per_tensor_weights=provider.disable_per_channel_weights,
+        )
+        return tuple(outs)
 
     shapes = [
         jax.ShapeDtypeStruct(traced.inputs[i].shape, traced.inputs[i].dtype)
@@ -209,13 +205,8 @@ def _check_concrete(model: Any, variables: Any) -> None:
 def _stats_in(model: Any, variables: Any) -> Mapping[str, Any]:
     """The ranges among the variables of a Linen model, or in an NNX model."""
     if isinstance(model, nnx.Module):
-        found: dict[str, Any] = {}
-        for path, node in nnx.iter_graph(model):
-            if isinstance(node, QuantStat):
-                *outer, last = map(str, path)
-                inner = functools.reduce(lambda d, k: d.setdefault(k, {}), outer, found)
-                inner[last] = node.get_value()
-        return found
+        stats = quant_stats_in(model)
+        return nested({path: stat.get_value() for path, stat in stats})
     if isinstance(model, nn.Module) and isinstance(variables, Mapping):
         return variables.get("quant_stats", {})
     return {}

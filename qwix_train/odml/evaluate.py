@@ -12,9 +12,8 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion, weight_channels
 from qwix_train.odml.graph import Node, Value
-from qwix_train.odml.ops import Kind
+from qwix_train.odml.ops import MASKED, Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-from qwix_train.odml.rewrites import MASKED
 
 # How far below all others a masked element of a softmax counts as no part of it: what
 # is left of it, exp(-8), is less than a tenth of a step of the output.
@@ -152,17 +151,23 @@ def _without_mask(x: Any) -> Any:
 
 
 def _silu(node_plan, x, quantizer) -> Any:
-    gate = TensorPlan(
-        node_plan.node.out,
+    sigmoid = jax.nn.sigmoid(x)
+    return x * quantizer.tensor(sigmoid_in(node_plan), sigmoid, sigmoid)
+
+
+def sigmoid_in(plan: NodePlan) -> TensorPlan:
+    """The sigmoid in a SiLU, a tensor of its own in LiteRT."""
+    assert plan.rule_index is not None
+    spec = ops.OPS["sigmoid"]
+    return TensorPlan(
+        plan.node.out,
         (),
         HowToQuantize(qtype="int8", calibration_method="minmax"),
-        node_plan.rule_index or 0,
-        node_plan.act_qtype,
-        scale=ops.OPS["sigmoid"].scale,
-        zero_point=ops.OPS["sigmoid"].zero_point,
+        plan.rule_index,
+        plan.act_qtype,
+        scale=spec.scale,
+        zero_point=spec.zero_point,
     )
-    sigmoid = jax.nn.sigmoid(x)
-    return x * quantizer.tensor(gate, sigmoid, sigmoid)
 
 
 def _last_affine(fusion: Fusion | None) -> Node | None:

@@ -212,6 +212,9 @@ LAYOUT = frozenset(
     rev copy dropout pad""".split()
 )
 
+MASKED = -1e4
+"""A constant below this stands for minus infinity, as in attention masks."""
+
 PRODUCTS = frozenset(["dot_general", "einsum", "conv_general_dilated"])
 """The operations that have weights."""
 

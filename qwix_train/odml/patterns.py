@@ -15,9 +15,9 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.odml.graph import Graph, Node, Value, known_value
+from qwix_train.odml.ops import MASKED
 from qwix_train.odml.rewrites import (
     ANY_NUMBER,
-    MASKED,
     fuse,
     is_inside,
     substitute,
@@ -263,7 +263,7 @@ def _is_choice(value: Value) -> bool:
     return value.dtype == bool
 
 
-def _cube(graph: Graph, root: Node) -> bool:
+def _power(graph: Graph, root: Node) -> bool:
     """A power of a whole number, as products."""
     power = root.params["y"]
     if power < 2 or not root.inputs[0].is_activation:
@@ -388,7 +388,7 @@ _PASSES: Sequence[_Searches] = (
     },
     {"sub": (_variance,), "mul": (_reassociated,)},
     {
-        "integer_pow": (_cube,),
+        "integer_pow": (_power,),
         "square": (_square,),
         "neg": (_negative,),
         "div": (_quotient,),

@@ -16,10 +16,9 @@ from qwix_train.odml.graph import (
     ids_of,
     statistics_nodes,
 )
-from qwix_train.odml.ops import Kind, OpSpec
+from qwix_train.odml.ops import MASKED, Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
-from qwix_train.odml.rewrites import MASKED
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall

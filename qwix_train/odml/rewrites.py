@@ -11,9 +11,6 @@ import numpy as np
 
 from qwix_train.odml.graph import Graph, Node, Value, graph_of
 
-MASKED = -1e4
-"""A constant below this stands for minus infinity, as in attention masks."""
-
 # A number in a template that stands for any number.
 ANY_NUMBER = 0.12345678
 
@@ -39,7 +36,7 @@ def template(function, name, rebuild=None):
         if not is_inside(found.nodes, root):
             return False
         if rebuild is None:
-            fuse(graph, found.nodes, root, name, [found.source], found.numbers)
+            fuse(graph, found.nodes, root, name, [found.source])
         else:
             substitute(graph, found.nodes, root, [found.source], rebuild)
         return True
@@ -52,7 +49,6 @@ class _Found:
         self.nodes: list[Node] = []
         self.bound: dict[int, Value] = {}
         self.source: Value = None  # type: ignore[assignment]
-        self.numbers: list[float] = []
 
 
 def _match(template: Graph, root: Node) -> _Found | None:
@@ -73,7 +69,6 @@ def _match(template: Graph, root: Node) -> _Found | None:
             if value.number is None:
                 return False
             if np.isclose(number, ANY_NUMBER):
-                found.numbers.append(value.number)
                 return True
             return bool(np.isclose(number, value.number)) or number == value.number
         if expected.producer is None or value.producer is None:
@@ -124,7 +119,7 @@ def is_inside(nodes: Sequence[Node], root: Node) -> bool:
     )
 
 
-def fuse(graph, nodes, root, name, inputs, numbers=(), **params) -> None:
+def fuse(graph, nodes, root, name, inputs, **params) -> None:
     """Makes one node of several."""
     order = [node for node in graph.nodes if node in nodes]
     made = {id(value) for node in order for value in node.outputs}
@@ -149,7 +144,7 @@ def fuse(graph, nodes, root, name, inputs, numbers=(), **params) -> None:
 
     node = Node(
         name=name,
-        params={"numbers": tuple(numbers), **params},
+        params=params,
         inputs=known,
         outputs=[root.out],
         module_path=root.module_path,
