@@ -76,21 +76,22 @@ def calibrated(case, inputs):
     return provider, model, variables, run, calibrator.quant_stats
 
 
+# Single operations that the default run converts; the others are slow tests.
+DEFAULT_SINGLE = frozenset(
+    """add avg_pool conv_1d conv_dilated conv_transposed dense_general gelu hard_swish
+    mean silu softmax where""".split()
+)
+
+
 def _cases():
-    """Most whole models by default, and of the single operations every third."""
-    singles = [name for name, case in CASES.items() if case.single]
-    slow = {name for i, name in enumerate(singles) if i % 3} | {
-        "depthwise_separable",
-        "concat",
-        "inception",
-        "group_norm",
-        "gru",
-        "squeeze_excite",
-        "mlp_mixer",
-    }
     return [
-        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
-        for name in CASES
+        pytest.param(
+            name,
+            marks=pytest.mark.slow
+            if case.single and name not in DEFAULT_SINGLE
+            else (),
+        )
+        for name, case in CASES.items()
     ]
 
 
