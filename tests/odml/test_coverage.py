@@ -84,15 +84,9 @@ DEFAULT_SINGLE = frozenset(
 
 
 def _cases():
-    return [
-        pytest.param(
-            name,
-            marks=pytest.mark.slow
-            if case.single and name not in DEFAULT_SINGLE
-            else (),
-        )
-        for name, case in CASES.items()
-    ]
+    for name, case in CASES.items():
+        slow = case.single and name not in DEFAULT_SINGLE
+        yield pytest.param(name, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.mark.parametrize("name", _cases())
