@@ -20,7 +20,7 @@ from qwix_train.core.how import (
     needs_zero_point,
     parse_calibration_method,
 )
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.rules import QuantizationRule, check_rules, is_int16
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import Param, TracedCall
@@ -224,9 +224,15 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
       rules: the rules, in order of precedence.
 
     Raises:
-      ValueError: if a tile size does not divide its axis, or if two ops ask for one
-        param to be quantized in two ways.
+      ValueError: if a tile size does not divide its axis, if two ops ask for one param
+        to be quantized in two ways, or if a rule is for LiteRT alone.
     """
+    for index, rule in enumerate(check_rules(rules)):
+        if is_int16(rule.act_qtype):
+            raise ValueError(
+                f"Rule {index} (act_qtype={rule.act_qtype!r}): activations of 16 bits "
+                "are for LiteRT alone, with an OdmlQatProvider."
+            )
     params = [p for p in traced.params if p is not None]
     planner = _Planner(check_rules(rules), params, traced.module_path)
     ops = [planner.decide(op) for op in traced.ops]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,8 @@ def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ..
     """
     if isinstance(rules, QuantizationRule):
         raise TypeError(f"Expected a list of rules, got one rule: pass [{rules}].")
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"Expected a list of rules, got {rules!r}.")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, QuantizationRule):

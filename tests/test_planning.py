@@ -349,3 +349,8 @@ def test_a_matrix_that_stays_in_float_is_listed():
 
     table = str(plan(masked, [rule()], PARAMS, X, jnp.ones((8, 6))))
     assert "params of two axes or more that stay in float: a\n" in table + "\n"
+
+
+def test_activations_of_16_bits_are_for_litert():
+    with pytest.raises(ValueError, match=r"Rule 0 \(act_qtype='int16'\).*OdmlQat"):
+        plan(two_layers, [rule(act_qtype="int16")], PARAMS, X)

@@ -98,6 +98,8 @@ def convert(
             f"signatures={{'encode': ('encode', (x,))}}. It was given {len(inputs)} "
             f"inputs and method={method!r} beside."
         )
+    if isinstance(model, nn.Module):
+        _check_collections(variables)
     _check_concrete(model, variables)
     calls = {}
     for name, entry in signatures.items():
@@ -188,6 +190,16 @@ def _exported(
         for i in places
     ]
     return exported, shapes
+
+
+def _check_collections(variables: Any) -> None:
+    """Checks that variables are not the params of a Linen model alone."""
+    is_mapping = isinstance(variables, Mapping)
+    if not is_mapping or (variables and not {"params", "batch_stats"} & set(variables)):
+        raise ValueError(
+            "The variables of a Linen model are its collections, the params among "
+            'them: odml.convert(model, {"params": params}, rules, *inputs).'
+        )
 
 
 def _check_concrete(model: Any, variables: Any) -> None:

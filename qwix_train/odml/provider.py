@@ -113,8 +113,7 @@ class OdmlQatProvider(QuantizationProvider):
             ("fixed_range_for_inputs", fixed_range_for_inputs),
             ("fixed_range_for_outputs", fixed_range_for_outputs),
         ):
-            if fixed is not None and not fixed[0] <= 0 <= fixed[1]:
-                raise ValueError(f"{name}={fixed} must hold 0.")
+            _check_range(name, fixed)
         self.disable_per_channel_weights = disable_per_channel_weights
         self.fixed_range_for_inputs = fixed_range_for_inputs
         self.fixed_range_for_outputs = fixed_range_for_outputs
@@ -410,6 +409,16 @@ def _check_derivatives(plan: OdmlPlan) -> None:
                 "operations are quantized one by one. Leave it in float with a rule "
                 "that sets no weight_qtype, or write it without the rule."
             )
+
+
+def _check_range(name: str, fixed: Any) -> None:
+    if fixed is None:
+        return
+    if not isinstance(fixed, Sequence) or len(fixed) != 2:
+        raise ValueError(f"{name}={fixed!r} must be a pair of numbers, such as (0, 1).")
+    low, high = fixed
+    if not low <= 0 <= high or low == high:
+        raise ValueError(f"{name}={fixed!r} must hold 0, and more than it.")
 
 
 def _check_rule(index: int, rule: QuantizationRule) -> None:

@@ -414,3 +414,15 @@ def test_params_over_several_devices(mlp):
     np.testing.assert_array_equal(litert(x), expected(x))
     (out,) = litert.report(x)
     assert out.max_steps <= 1.01
+
+
+@pytest.mark.parametrize("variables", [None, {"first": {"kernel": np.ones((8, 16))}}])
+def test_params_alone_are_no_variables(variables):
+    with pytest.raises(ValueError, match=r"collections.*\{\"params\": params\}"):
+        odml.convert(Mlp(), variables, INT8, np.ones((1, 8), np.float32))
+
+
+@pytest.mark.parametrize("rules", [None, 3])
+def test_what_is_no_rules(rules):
+    with pytest.raises(TypeError, match=f"Expected a list of rules, got {rules}"):
+        odml.convert(Mlp(), {}, rules, np.ones((1, 8), np.float32))

@@ -328,6 +328,11 @@ BAD = {
         {"fixed_range_for_outputs": (-2, -1)},
         "fixed_range_for_outputs",
     ),
+    "no pair": (
+        dict(weight_qtype="int8"),
+        {"fixed_range_for_inputs": 5},
+        "fixed_range_for_inputs=5 must be a pair",
+    ),
 }
 
 
