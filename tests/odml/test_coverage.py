@@ -89,7 +89,7 @@ def _cases():
         yield pytest.param(name, marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", list(_cases()))
 def test_full_integer_and_equal(name):
     case = CASES[name]
     inputs = inputs_of(case, 3)
