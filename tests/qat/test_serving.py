@@ -7,6 +7,7 @@ PTQ model of the same rules computes from the quantized params.
 """
 
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -69,18 +70,22 @@ def serve(model, x, weight, act):
     )
 
 
-@pytest.mark.thinned(47)
-@pytest.mark.parametrize("model", [Dense(), Einsum(), Conv(), Conv(4)], ids=repr)
+@pytest.mark.thinned(35)
+@pytest.mark.parametrize(
+    ("model", "tile_size"),
+    [
+        *itertools.product([Dense(), Einsum()], [None, 16]),
+        *itertools.product([Conv(), Conv(4)], [None]),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("weight_qtype", TYPES)
 @pytest.mark.parametrize(
     "act_qtype", [None, "int8", "float8_e4m3fn"], ids=["weight-only", "int8", "fp8"]
 )
-@pytest.mark.parametrize("tile_size", [None, 16])
 def test_qat_forward_equals_quantized_compute(
-    model, weight_qtype, act_qtype, tile_size
+    model, tile_size, weight_qtype, act_qtype
 ):
-    if isinstance(model, Conv) and tile_size:
-        tile_size = None  # covered by the untiled case; tiles are refused for conv
     method = "rms,1.5" if weight_qtype == "int1" else "absmax"
     rule = qwix_train.QuantizationRule(
         weight_qtype=weight_qtype,
@@ -168,18 +173,26 @@ CONVOLUTIONS = {
 ALL_TYPES = [f"int{bits}" for bits in range(8, 0, -1)] + TYPES[-3:]
 ACTS = [None, "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
 TILES_AND_DTYPES = list(itertools.product([None, 16], ["float32", "bfloat16"]))
-# Every layer with every pair of types; tiles and dtypes take turns, so that any three
-# of the five choices meet.
+
+
+def pairwise(*choices):
+    """A third of all combinations, in which any two values of two choices meet."""
+    for indices in itertools.product(*(range(len(choice)) for choice in choices)):
+        if sum(indices) % 3 == 0:
+            yield tuple(map(operator.getitem, choices, indices))
+
+
+# Tiles and dtypes take turns.
 COMBINATIONS = [
     (*case, *options[i % len(options)])
     for layers, options in (
-        (PRODUCTS, TILES_AND_DTYPES),
-        (CONVOLUTIONS, TILES_AND_DTYPES[:2]),
+        (list(PRODUCTS), TILES_AND_DTYPES),
+        (list(CONVOLUTIONS), TILES_AND_DTYPES[:2]),
     )
-    for i, case in enumerate(itertools.product(layers, ALL_TYPES, ACTS))
+    for i, case in enumerate(pairwise(layers, ALL_TYPES, ACTS))
 ]
 # A step that visits all of each.
-SOME = set(COMBINATIONS[::43])
+SOME = set(COMBINATIONS[::13])
 
 
 @pytest.mark.parametrize(
