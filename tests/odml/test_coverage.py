@@ -76,17 +76,23 @@ def calibrated(case, inputs):
     return provider, model, variables, run, calibrator.quant_stats
 
 
-# Single operations that the default run converts; the others are slow tests.
-DEFAULT_SINGLE = frozenset(
-    """add avg_pool conv_1d conv_dilated conv_transposed dense_general gelu hard_swish
-    mean silu softmax where""".split()
+# One model of each kind, for the default run; the others are slow tests.
+DEFAULT = frozenset(
+    """cnn depthwise_separable residual concat inception transformer_block layer_norm
+    rms_norm embedding lstm_cell squeeze_excite mlp_mixer unet norm_after_relu norm_first
+    shared_layer outputs scalars classify gather function nnx_cnn dense_general
+    conv_dilated conv_1d conv_transposed softmax gelu silu hard_swish""".split()
 )
 
 
 def _cases():
-    for name, case in CASES.items():
-        slow = case.single and name not in DEFAULT_SINGLE
-        yield pytest.param(name, marks=pytest.mark.slow if slow else ())
+    for name in CASES:
+        slow = () if name in DEFAULT else pytest.mark.slow
+        yield pytest.param(name, marks=slow)
+
+
+def test_the_default_run_has_cases_that_there_are():
+    assert CASES.keys() >= DEFAULT
 
 
 @pytest.mark.parametrize("name", list(_cases()))
