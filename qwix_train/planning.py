@@ -285,7 +285,7 @@ class _Planner:
         op = plan.op
         if op.name == "gather":
             return self.quantize_lookup(plan, rule)
-        origins = _roles(op)
+        origins = roles(op)
         derived = [o for o in origins if isinstance(o, provenance.Derived)]
         if derived:
             names = plan_table.some(["/".join(p) for p in derived[0].paths], most=3)
@@ -364,7 +364,7 @@ class _Planner:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
             channelwise = _static_axes(op, side, rule, channelwise)
-            if not any(isinstance(o, provenance.Weight) for o in _roles(op)):
+            if not any(isinstance(o, provenance.Weight) for o in roles(op)):
                 axes = weights.operand_axes(op, side, None)
         _check_tiles(op.where, op.operands[side].shape, axes, rule)
         return HowToQuantize(
@@ -418,7 +418,7 @@ def _table(op: Op) -> provenance.Weight:
     return origin
 
 
-def _roles(op: Op) -> list[provenance.Provenance]:
+def roles(op: Op) -> list[provenance.Provenance]:
     """What each of the two operands counts as.
 
     Next to a weight, what is computed from other params is an input like any other:

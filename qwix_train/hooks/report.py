@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import traverse_util
-from jax import numpy as jnp
+from flax import nnx, traverse_util
 
 from qwix_train import static_range, stored
-from qwix_train.core import tiling
-from qwix_train.core.calibration import calibrate
-from qwix_train.core.fake_quant import fake_quant
-from qwix_train.core.how import HowToQuantize
+from qwix_train.core import numerics
 from qwix_train.hooks import state as states
+from qwix_train.hooks.oscillations import oscillations_in
 from qwix_train.hooks.periodic import PeriodicAction
-from qwix_train.planning import ParamPlan, Path, Plan
+from qwix_train.hooks.weight_measures import (
+    WeightMeasures,
+    drift,
+    layer_axes,
+    measure,
+)
+from qwix_train.planning import Path, Plan
 from qwix_train.trace.function import param_path
-from qwix_train.trace.provenance import Weight
+
+_DRIFTS = ("scale_drift", "scale_drift_total")
 
 
 class Writer(Protocol):
@@ -38,7 +43,19 @@ class QuantReport(PeriodicAction):
       float values `x` and their fake-quantized ones `q`,
       `10 log10(sum(x**2) / sum((x - q)**2))`; infinite where they are equal,
     * `quant/Dense_0/kernel/saturated`: the fraction of its elements that lie outside
-      of the range, and are clipped. 0 where the method of calibration covers all.
+      of the range, and are clipped. 0 where the method of calibration covers all,
+    * `quant/Dense_0/kernel/at_end_codes`: the fraction that has the lowest or the
+      highest code of the type, clipped or not,
+    * `quant/Dense_0/kernel/bits`: how many bits a code has,
+    * `quant/Dense_0/kernel/scale_drift` and `.../scale_drift_total`: how far its scales
+      `s` have moved since the report before, and since the first one, relative to what
+      they were then, `norm(s - s_then) / norm(s_then)`; from the second report on,
+    * `quant/Dense_0/kernel/oscillating` and `.../frozen`, where the optimizer has
+      `optim.freeze_oscillations`, with a threshold of `jnp.inf` if only to count: the
+      fraction of its elements that oscillate from one level to the next and back more
+      often than `oscillation_threshold`, and of those that are frozen at a level. The
+      number of such weights in the whole model is `quant/oscillating` and
+      `quant/frozen`.
 
     For each range of an activation, such as that of `Dense_0/dot_general0_lhs`, its
     ends: `quant/Dense_0/dot_general0_lhs/absmax`, or `min` and `max`; of several
@@ -49,6 +66,7 @@ class QuantReport(PeriodicAction):
 
     Example:
       >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule, plan
       >>> class Writer:  # or a clu.metric_writers.MetricWriter
       ...     def write_scalars(self, step, scalars):
@@ -61,6 +79,8 @@ class QuantReport(PeriodicAction):
       >>> report(10, state=params)
       10 quant/kernel/sqnr_db 23.1
       10 quant/kernel/saturated 0.0
+      10 quant/kernel/at_end_codes 0.2
+      10 quant/kernel/bits 4
       True
     """
 
@@ -71,6 +91,8 @@ class QuantReport(PeriodicAction):
         *,
         state: states.Source = None,
         quant_stats: states.QuantStats = None,
+        opt_state: states.Source = None,
+        oscillation_threshold: float = 0.005,
         per_layer: bool = False,
         prefix: str = "quant",
         every_steps: int | None = None,
@@ -88,6 +110,12 @@ class QuantReport(PeriodicAction):
             function that returns them, such as `lambda: calibrate.quant_stats` of a
             `Calibrate` hook. If there are none, those that the state has, as that of
             QAT does (`with_quant_stats`); otherwise only weights are reported.
+          opt_state: an `nnx.Optimizer`, or a function that returns the state of the
+            optimizer. If None, that in the state, as a train state and an
+            `nnx.ModelAndOptimizer` have it.
+          oscillation_threshold: the frequency, as `FreezeOscillationsState` has it,
+            above which a weight counts as oscillating. With a momentum of 0.01, a
+            single oscillation counts for 69 updates with 0.005.
           per_layer: whether the layers of weights and ranges that are stacked for
             `scan` have scalars of their own, too: `quant/.../layer_0/sqnr_db`.
           prefix: the first part of all names.
@@ -119,6 +147,10 @@ class QuantReport(PeriodicAction):
         self._weights = weights
         self._state = state
         self._quant_stats = quant_stats
+        self._opt_state = opt_state
+        self._oscillation_threshold = oscillation_threshold
+        # The scales of the last report, and of the first.
+        self._scales: tuple[dict[Path, Any], ...] = ()
         self._per_layer = per_layer
         self._prefix = prefix
         self._measure = jax.jit(self._measure_all)
@@ -133,29 +165,75 @@ class QuantReport(PeriodicAction):
           ValueError: if a weight of the plan is not among its params, has another
             shape, or is quantized already.
         """
-        state = states.current(state, self._state, type(self).__name__)
-        params = self._params(states.params_of(state))
-        scalars: dict[str, float] = {}
-        for path, (signal, noise, outside) in jax.device_get(
-            self._measure(params)
-        ).items():
-            name, size = "/".join(path), params[path].size
-            ratio = {
-                "sqnr_db": _decibels(signal.sum(), noise.sum()),
-                "saturated": float(outside.sum() / max(size, 1)),
-            }
-            scalars |= _named(name, ratio)
-            for where, index in self._layers(signal.shape):
-                ratio = {
-                    "sqnr_db": _decibels(signal[index], noise[index]),
-                    "saturated": float(outside[index] * signal.size / max(size, 1)),
-                }
-                scalars |= _named(f"{name}/{where}", ratio)
-        return scalars | self._range_scalars(state)
+        return self._scalars(state)[0]
 
     def _apply(self, step: int, t: float, state: Any = None) -> None:
-        scalars = _named(self._prefix, self.scalars(state))
-        self._writer.write_scalars(step, scalars)
+        scalars, scales = self._scalars(state)
+        self._scales = (scales, *(self._scales[1:] or (scales,)))
+        self._writer.write_scalars(step, _named(self._prefix, scalars))
+
+    def _scalars(self, state: Any) -> tuple[dict[str, float], dict[Path, Any]]:
+        """The scalars, and the scales of the weights."""
+        state = states.current(state, self._state, type(self).__name__)
+        params = self._params(states.params_of(state))
+        measured = jax.device_get(self._measure(params))
+        scalars: dict[str, float] = {}
+        for path, found in measured.items():
+            scalars |= self._weight_scalars(path, params[path].size, found)
+        scalars |= self._oscillation_scalars(state)
+        scales = {path: found.scale for path, found in measured.items()}
+        return scalars | self._range_scalars(state), scales
+
+    def _weight_scalars(
+        self, path: Path, size: int, found: WeightMeasures
+    ) -> dict[str, float]:
+        """The scalars of one weight, and of its layers."""
+        name, planned = "/".join(path), self._weights[path]
+        assert planned.how is not None
+        count = found.signal.size  # of layers
+        moved = {
+            key: drift(found.scale, scales[path], layer_axes(planned))
+            # Before the first report there are none.
+            for key, scales in zip(_DRIFTS, self._scales, strict=False)
+        }
+
+        def scalars(pick, size):
+            return {
+                "sqnr_db": _decibels(pick(found.signal), pick(found.noise)),
+                "saturated": float(pick(found.outside) / max(size, 1)),
+                "at_end_codes": float(pick(found.at_ends) / max(size, 1)),
+                **{
+                    key: float(np.sqrt(pick(distance) / pick(length)))
+                    for key, (distance, length) in moved.items()
+                },
+            }
+
+        bits = {"bits": float(numerics.qtype_bits(planned.how.qtype))}
+        named = _named(name, {**scalars(np.sum, size), **bits})
+        for where, index in self._layers(found.signal.shape):
+            layer = scalars(
+                lambda x, index=index: np.broadcast_to(x, found.signal.shape)[index],
+                size / count,
+            )
+            named |= _named(f"{name}/{where}", layer)
+        return named
+
+    def _oscillation_scalars(self, state: Any) -> dict[str, float]:
+        """The scalars of oscillations, if the optimizer counts them."""
+        source = self._opt_state
+        if source is not None:
+            state = source if isinstance(source, nnx.Pytree) else source()
+        found = {
+            path: held.counts(self._oscillation_threshold)
+            for path, held in oscillations_in(state, self._weights).items()
+        }
+        scalars: dict[str, float] = {}
+        for path, counts in jax.device_get(found).items():
+            size = max(math.prod(self._weights[path].shape), 1)
+            for key, count in zip(("oscillating", "frozen"), counts, strict=True):
+                scalars[f"{'/'.join(path)}/{key}"] = float(count / size)
+                scalars[key] = scalars.get(key, 0.0) + float(count)
+        return scalars
 
     def _params(self, tree: Any) -> dict[Path, Any]:
         """The weights of the plan, by path."""
@@ -183,7 +261,7 @@ class QuantReport(PeriodicAction):
 
     def _measure_all(self, params: dict[Path, Any]) -> dict[Path, Any]:
         return {
-            path: _measure(param, planned.how, _layer_axes(planned))
+            path: measure(param, planned.how, layer_axes(planned))
             for path, param in params.items()
             if (planned := self._weights[path]).how is not None
         }
@@ -214,45 +292,6 @@ class QuantReport(PeriodicAction):
         return [
             ("layer_" + "_".join(map(str, index)), index) for index in np.ndindex(shape)
         ]
-
-
-def _measure(
-    x: jax.Array, how: HowToQuantize, layer_axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The power of a weight, that of its noise, and how many elements are clipped."""
-    calibration = calibrate(x, how)
-    if "absmax" in calibration:
-        calibration = {"min": -calibration["absmax"], "max": calibration["absmax"]}
-    outside = tiling.elementwise(
-        lambda x, low, high: (x < low) | (x > high),
-        x,
-        *(jnp.asarray(calibration[key]) for key in ("min", "max")),
-    )
-    noise = x.astype(jnp.float32) - fake_quant(x, how).astype(jnp.float32)
-    axes = tuple(axis for axis in range(x.ndim) if axis not in layer_axes)
-    return (
-        jnp.sum(jnp.square(x.astype(jnp.float32)), axes),
-        jnp.sum(jnp.square(noise), axes),
-        jnp.sum(outside.astype(jnp.float32), axes),
-    )
-
-
-def _layer_axes(planned: ParamPlan) -> tuple[int, ...]:
-    """The axes of a param along which `scan` takes one layer after the other."""
-    assert planned.op is not None
-    op = planned.op.op
-    for operand in op.operands:
-        if not isinstance(operand.provenance, Weight):
-            continue
-        for view in operand.provenance.views:
-            if view.path != planned.path:
-                continue
-            held = {atom.axis for dim in view.dims for atom in dim}
-            axes = tuple(a for a in range(len(planned.shape)) if a not in held)
-            # Other axes may be missing, too, such as one that was indexed.
-            if tuple(planned.shape[a] for a in axes) == op.layers:
-                return axes
-    return ()
 
 
 def _decibels(signal: Any, noise: Any) -> float:

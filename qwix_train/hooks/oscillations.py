@@ -1,0 +1,71 @@
+"""What `optim.freeze_oscillations` knows of oscillating weights, in any state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from qwix_train import stored
+from qwix_train.optim import FreezeOscillationsState
+from qwix_train.planning import Path
+from qwix_train.trace.function import param_path
+
+
+class Oscillations(NamedTuple):
+    """The oscillations of one param.
+
+    Attributes:
+      frequency: for each weight, how often its level turns back, of all updates.
+      frozen: for each weight, whether it is frozen.
+    """
+
+    frequency: jax.Array
+    frozen: jax.Array
+
+    def counts(self, threshold: float) -> tuple[jax.Array, jax.Array]:
+        """How many weights oscillate more often than that, and how many are frozen.
+
+        Args:
+          threshold: a share of the updates.
+        """
+        oscillating = (self.frequency > threshold) & ~self.frozen
+        return jnp.sum(oscillating), jnp.sum(self.frozen)
+
+
+def oscillations_in(state: Any, paths: Collection[Path]) -> dict[Path, Oscillations]:
+    """The oscillations of params, by path, as far as a state has them.
+
+    Args:
+      state: a train state, the state of an optimizer, or an `nnx.Optimizer`: whatever
+        holds a `FreezeOscillationsState`, in a chain or a partition or anywhere else.
+      paths: the paths of the params.
+    """
+    found = {}
+    for held in _states(state):
+        frequency, frozen = (_by_path(x) for x in (held.frequency, held.frozen))
+        for path, value in frequency.items():
+            # What is trained may be the variables of a model, with their collections.
+            name = next((p for p in (path, path[1:]) if p in paths), None)
+            if name is not None:
+                found[name] = Oscillations(value, frozen[path])
+    return found
+
+
+def _states(tree: Any) -> Iterator[FreezeOscillationsState]:
+    def is_whole(node):
+        return isinstance(node, FreezeOscillationsState | nnx.Pytree)
+
+    for leaf in jax.tree.leaves(tree, is_leaf=is_whole):
+        if isinstance(leaf, FreezeOscillationsState):
+            yield leaf
+        elif isinstance(leaf, nnx.Pytree) and hasattr(leaf, "opt_state"):
+            yield from _states(leaf.opt_state)
+
+
+def _by_path(tree: Any) -> dict[Path, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(stored.unbox(tree))
+    return {param_path(path): leaf for path, leaf in leaves}

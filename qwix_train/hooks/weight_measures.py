@@ -1,0 +1,107 @@
+"""How well a weight fits its type: measures for each of the layers stacked in it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from qwix_train.core import numerics, tiling
+from qwix_train.core.calibration import calibrate
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import dequantize, quantize_array
+from qwix_train.planning import ParamPlan
+from qwix_train.trace.provenance import Weight
+
+
+class WeightMeasures(NamedTuple):
+    """What is measured of a weight; all but the scale have an entry for each layer.
+
+    Attributes:
+      signal: the sum of the squares of its elements.
+      noise: that of their quantization errors.
+      outside: how many elements are outside of the range.
+      at_ends: how many have the lowest or the highest code.
+      scale: the scales.
+    """
+
+    signal: Any
+    noise: Any
+    outside: Any
+    at_ends: Any
+    scale: Any
+
+
+def measure(
+    x: jax.Array, how: HowToQuantize, layer_axes: tuple[int, ...]
+) -> WeightMeasures:
+    """Measures a weight.
+
+    Args:
+      x: the weight.
+      how: how it is quantized.
+      layer_axes: see `layer_axes`.
+    """
+    calibration = calibrate(x, how)
+    if "absmax" in calibration:
+        calibration = {"min": -calibration["absmax"], "max": calibration["absmax"]}
+    outside = tiling.elementwise(
+        lambda x, low, high: (x < low) | (x > high),
+        x,
+        *(jnp.asarray(calibration[key]) for key in ("min", "max")),
+    )
+    quantized = quantize_array(x, how)
+    noise = x.astype(jnp.float32) - dequantize(quantized).astype(jnp.float32)
+    low, high = _end_codes(how.qtype)
+    codes = quantized.qvalue.astype(jnp.float32)
+    axes = tuple(axis for axis in range(x.ndim) if axis not in layer_axes)
+    return WeightMeasures(
+        jnp.sum(jnp.square(x.astype(jnp.float32)), axes),
+        jnp.sum(jnp.square(noise), axes),
+        jnp.sum(outside.astype(jnp.float32), axes),
+        jnp.sum(((codes <= low) | (codes >= high)).astype(jnp.float32), axes),
+        quantized.scale,
+    )
+
+
+def layer_axes(planned: ParamPlan) -> tuple[int, ...]:
+    """The axes of a param along which `scan` takes one layer after the other."""
+    assert planned.op is not None
+    op = planned.op.op
+    for operand in op.operands:
+        if not isinstance(operand.provenance, Weight):
+            continue
+        for view in operand.provenance.views:
+            if view.path != planned.path:
+                continue
+            held = {atom.axis for dim in view.dims for atom in dim}
+            axes = tuple(a for a in range(len(planned.shape)) if a not in held)
+            # Other axes may be missing, too, such as one that was indexed.
+            if tuple(planned.shape[a] for a in axes) == op.layers:
+                return axes
+    return ()
+
+
+def drift(scale: Any, before: Any, layer_axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """How far scales have moved, and how large they were: sums of squares, by layer.
+
+    Args:
+      scale: the scales of a weight.
+      before: those of an earlier time.
+      layer_axes: the axes of the weight that stack layers; there is an entry for each
+        scale along them, and a single one where layers share it.
+    """
+    scale, before = np.asarray(scale, np.float64), np.asarray(before, np.float64)
+    axes = tuple(axis for axis in range(scale.ndim) if axis not in layer_axes)
+    return ((scale - before) ** 2).sum(axes), (before**2).sum(axes)
+
+
+def _end_codes(qtype: Any) -> tuple[float, float]:
+    if numerics.is_integer_qtype(qtype):
+        return numerics.code_range(qtype)
+    if numerics.qtype_name(qtype) == "nf4":
+        return 0, 15
+    bound = numerics.symmetric_bound(qtype)
+    return -bound, bound
