@@ -62,8 +62,8 @@ def _states(tree: Any) -> Iterator[FreezeOscillationsState]:
     for leaf in jax.tree.leaves(tree, is_leaf=is_whole):
         if isinstance(leaf, FreezeOscillationsState):
             yield leaf
-        elif isinstance(leaf, nnx.Pytree) and hasattr(leaf, "opt_state"):
-            yield from _states(leaf.opt_state)
+        elif isinstance(leaf, nnx.Pytree):
+            yield from _states(getattr(leaf, "opt_state", None))
 
 
 def _by_path(tree: Any) -> dict[Path, Any]:

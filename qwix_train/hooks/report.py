@@ -80,7 +80,7 @@ class QuantReport(PeriodicAction):
       10 quant/kernel/sqnr_db 23.1
       10 quant/kernel/saturated 0.0
       10 quant/kernel/at_end_codes 0.2
-      10 quant/kernel/bits 4
+      10 quant/kernel/bits 4.0
       True
     """
 

@@ -20,7 +20,7 @@ def assign_bits(
 ) -> list[QuantizationRule]:
     r"""Chooses the type of each op that a sensitivity lists, within a budget.
 
-    With :math:`c_{it}` the increase of the loss (or :math:`\Omega`) that op :math:`i`
+    With :math:`c_{it}` the increase of the loss (or :math:`|\Omega|`) that op :math:`i`
     causes alone with type :math:`t`, and :math:`s_{it}` its size,
 
     .. math::
@@ -51,16 +51,18 @@ def assign_bits(
     >>> from qwix_train import QuantizationRule, as_model
     >>> from qwix_train.qat.op_sensitivity import sensitivity
     >>> forward = as_model(lambda params, x: (x @ params['a']) @ params['b'])
-    >>> params = {'a': np.eye(4) + 0.3, 'b': np.eye(4)}
+    >>> params = {'a': np.eye(4), 'b': np.eye(4) + 0.3}
+    >>> x = np.eye(4)
+    >>> y = forward(params, x)
     >>> found = sensitivity(
-    ...     lambda params, x: ((forward(params, x) - x) ** 2).mean(),
+    ...     lambda params, x: ((forward(params, x) - y) ** 2).mean(),
     ...     params,
     ...     [QuantizationRule(weight_qtype='int8')],
-    ...     [np.eye(4)],
+    ...     [x],
     ... )
-    >>> rules = assign_bits(found, average_bits=5)
+    >>> rules = assign_bits(found, average_bits=3.5)
     >>> [(rule.op_names, rule.weight_qtype) for rule in rules]
-    [(('dot_general0',), 'int8'), (('dot_general1',), 'int2'), ((), 'int8')]
+    [(('dot_general0',), 'int3'), (('dot_general1',), 'int4'), ((), 'int8')]
 
     References:
         Kellerer et al., `Knapsack Problems
@@ -111,7 +113,8 @@ def _solve(costs: list[list[float]], sizes: list[list[int]], limit: int) -> list
     cost = np.concatenate([np.subtract(group, min(group)) for group in costs])
     # HiGHS stops within 1e-6 of the optimum, and takes what is within 1e-6 of a whole
     # number for one. In these units that is far below any cost, and any size.
-    cost *= 1e6 / max(cost.max(), np.finfo(float).tiny)
+    if cost.max():
+        cost = cost / cost.max() * 1e6
     unit = functools.reduce(math.gcd, (size for group in sizes for size in group))
     size = np.concatenate(sizes) // unit
     one_of_each = sparse.csr_array(

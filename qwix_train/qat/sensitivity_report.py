@@ -53,10 +53,15 @@ class OpSensitivity:
 
     @property
     def cost(self) -> float:
-        """What `assign_bits` adds up: the increase of the loss, or else `omega`."""
-        cost = self.omega if self.loss_increase is None else self.loss_increase
-        assert cost is not None
-        return cost
+        """What `assign_bits` adds up: the increase of the loss, or else `abs(omega)`.
+
+        A trace below 0 (of a model that is not trained, or from few probes) would have
+        a larger error count as better.
+        """
+        if self.loss_increase is not None:
+            return self.loss_increase
+        assert self.omega is not None
+        return abs(self.omega)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,8 @@ class Sensitivity:
             if first.trace is not None:
                 cells.append(f"{first.trace:.3g} ± {first.trace_error:.2g}")
             for row in group:
-                cells += [f"{row.cost:+.3g}", _ratio(row.sqnr_db)]
+                shown = row.omega if row.loss_increase is None else row.loss_increase
+                cells += [f"{shown:+.3g}", _ratio(row.sqnr_db)]
             rows.append(cells)
         what = {
             "loss": "Increase of the loss when one op alone is quantized",
@@ -164,7 +170,7 @@ class Sensitivity:
         sizes = [abs(row.cost) for row in self.rows if math.isfinite(row.cost)]
         # A measured increase may be below 0; near 0 the scale is linear.
         axes.set_xscale("symlog", linthresh=max([1e-12, *sizes]) * 1e-4)
-        axes.set_xlabel("increase of the loss" if self.method == "loss" else "omega")
+        axes.set_xlabel("increase of the loss" if self.method == "loss" else "|omega|")
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

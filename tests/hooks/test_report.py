@@ -10,8 +10,10 @@ from flax.training import train_state
 from jax import numpy as jnp
 
 from qwix_train import (
+    HowToQuantize,
     QuantizationRule,
     hooks,
+    optim,
     plan,
     ptq,
     with_quant_stats,
@@ -21,6 +23,7 @@ from tests import models
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 INT4 = [QuantizationRule(weight_qtype="int4")]
+WEIGHT_SCALARS = ("sqnr_db", "saturated", "at_end_codes", "bits")
 
 
 def fixed(bounds):
@@ -104,7 +107,9 @@ def test_ratio_of_weights_in_any_state(kind):
     assert [report(step, state=state) for step in (4, 5, 6)] == [False, True, False]
     ((step, scalars),) = writer.written
     assert step == 5
-    assert len(scalars) == 2 * 2  # two weights; biases stay in float
+    # Two weights; biases stay in float.
+    assert len(scalars) == 2 * len(WEIGHT_SCALARS)
+    assert scalars[f"quant/{name}/bits"] == 4
     np.testing.assert_allclose(
         scalars[f"quant/{name}/sqnr_db"], sqnr_db(kernel), rtol=1e-4
     )
@@ -181,7 +186,8 @@ def test_layers_have_scalars_of_their_own(axis):
     stacked = plan(model, INT4, X)
     scalars = hooks.QuantReport(Writer(), stacked, per_layer=True).scalars(params)
     name = "layers/Dense_0/kernel"
-    assert len(scalars) == 2 * (1 + 3)
+    # Layers have all but the bits.
+    assert len(scalars) == 4 * (1 + 3) - 3
     np.testing.assert_allclose(
         [scalars[f"{name}/layer_{i}/sqnr_db"] for i in range(3)],
         [sqnr_db(kernel[i]) for i in range(3)],
@@ -201,7 +207,7 @@ def test_ranges_once_they_are_there():
         quant_stats=lambda: quant_stats,
         per_layer=True,
     )
-    assert set(report.scalars(params)) == {"kernel/sqnr_db", "kernel/saturated"}
+    assert set(report.scalars(params)) == {f"kernel/{key}" for key in WEIGHT_SCALARS}
     quant_stats = {
         "a": {"dot_general0_lhs": {"count": 4, "sum_of_absmax": np.array([[6.0]])}},
         "layers": {
@@ -258,6 +264,123 @@ def test_ranges_that_the_state_of_qat_holds(observer):
     np.testing.assert_allclose(
         scalars["dot_general0_lhs/absmax"], np.abs(x).max(), rtol=0.01
     )
+
+
+@pytest.mark.parametrize(
+    "qtype, bits, low, high",
+    [
+        # What is below the range has the lowest code, half of it.
+        ("int3", 3, -3.5, 2.5),
+        ("int4", 4, -3.5, 6.5 * 3.5 / 7.5),
+        # The next codes are -0.6962 and 0.7230, and plus and minus 416 / 448.
+        ("nf4", 4, -3.5 * (1 + 0.6961928) / 2, 3.5 * (1 + 0.72295684) / 2),
+        ("float8_e4m3fn", 8, -3.5 * 432 / 448, 3.5 * 432 / 448),
+    ],
+)
+def test_counts_the_codes_at_the_ends(qtype, bits, low, high):
+    x = np.random.default_rng(1).uniform(-5, 5, (64, 32)).astype(np.float32)
+    rules = [
+        QuantizationRule(weight_qtype=qtype, weight_calibration_method="fixed,-3.5,3.5")
+    ]
+    layers = plan(lambda params, x: x @ params["w"], rules, {"w": x}, jnp.ones((2, 64)))
+    scalars = hooks.QuantReport(Writer(), layers).scalars({"w": x})
+    assert scalars["w/bits"] == bits
+    assert scalars["w/at_end_codes"] == ((x <= low) | (x >= high)).mean()
+    assert scalars["w/saturated"] == pytest.approx((np.abs(x) > 3.5).mean())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_how_far_scales_have_moved(axis):
+    model, writer = Stacked(axis), Writer()
+    params = model.init(jax.random.key(0), X)["params"]
+    report = hooks.QuantReport(
+        writer, plan(model, INT4, X), per_layer=True, prefix="", every_steps=1
+    )
+    kernels = []
+    for step in range(3):
+        kernel = params["layers"]["Dense_0"]["kernel"]
+        kernels.append(np.moveaxis(np.asarray(kernel, np.float64), axis, 0))
+        report(step, state=params)
+        report.scalars(params)  # does not count as a report
+        params = jax.tree.map(lambda x: x**2 - 0.3, params)
+
+    scales = [np.abs(kernel).max(1) for kernel in kernels]  # of layers and columns
+    name = "layers/Dense_0/kernel"
+    assert not any("drift" in key for key in writer.written[0][1])
+    for step in (1, 2):
+        scalars = writer.written[step][1]
+        for key, before in (("scale_drift", step - 1), ("scale_drift_total", 0)):
+            moved, was = scales[step] - scales[before], scales[before]
+            np.testing.assert_allclose(
+                scalars[f"{name}/{key}"],
+                np.linalg.norm(moved) / np.linalg.norm(was),
+                rtol=1e-5,
+            )
+            np.testing.assert_allclose(
+                [scalars[f"{name}/layer_{i}/{key}"] for i in range(3)],
+                np.linalg.norm(moved, axis=1) / np.linalg.norm(was, axis=1),
+                rtol=1e-5,
+            )
+
+
+def oscillated(kind, tx):
+    """A state after updates up and down; what the report is given; the path to it."""
+    state, model, name, _ = make("nnx" if kind == "separate" else kind)
+    given = {}
+    if kind == "train_state":
+        state = state.replace(tx=tx, opt_state=tx.init(state.params))
+    elif kind == "variables":
+        held = [tx.init(state)]
+        given["opt_state"] = lambda: held[0]
+    elif kind == "optimizer":
+        state = nnx.ModelAndOptimizer(model, tx, wrt=nnx.Param)
+    else:
+        given["opt_state"] = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def grads(params, sign):
+        return jax.tree.map(lambda x: jnp.full_like(x, 0.1 * sign), params)
+
+    for sign in (1, -1, 1):
+        if kind == "train_state":
+            state = state.apply_gradients(grads=grads(state.params, sign))
+        elif kind == "variables":
+            updates, held[0] = tx.update(grads(state, sign), held[0], state)
+            state = optax.apply_updates(state, updates)
+        elif kind == "optimizer":
+            state.update(grads(nnx.state(model, nnx.Param), sign))
+        else:
+            changes = grads(nnx.state(model, nnx.Param), sign)
+            given["opt_state"].update(model, changes)
+    holder = held[0] if kind == "variables" else given.get("opt_state", state)
+    return state, model, given, name, getattr(holder, "opt_state", holder)
+
+
+@pytest.mark.parametrize("kind", ["train_state", "variables", "optimizer", "separate"])
+def test_counts_oscillations(kind):
+    how = HowToQuantize(qtype="int4", calibration_method="fixed,-1,1")
+    freeze = optim.freeze_oscillations({".*kernel": how}, 0.6, momentum=0.5)
+    tx = optax.chain(optax.sgd(1.0), freeze)
+    state, model, given, name, opt_state = oscillated(kind, tx)
+    report = hooks.QuantReport(
+        Writer(), plan(model, fixed("-1,1"), X), oscillation_threshold=0.3, **given
+    )
+    scalars = report.scalars(state)
+    held = nnx.as_pure(opt_state)[1]
+    prefix = ["params"] if kind == "variables" else []
+    total = {"oscillating": 0, "frozen": 0}
+    for layer in ("Dense_0", "Dense_1") if "Dense" in name else ("l1", "l2"):
+        frequency, frozen = held.frequency, held.frozen
+        for key in (*prefix, layer, "kernel"):
+            frequency, frozen = frequency[key], frozen[key]
+        frequency, frozen = np.asarray(frequency), np.asarray(frozen)
+        active = (frequency > 0.3) & ~frozen
+        assert 0 < active.sum() < active.size or 0 < frozen.sum() < frozen.size
+        assert scalars[f"{layer}/kernel/oscillating"] == pytest.approx(active.mean())
+        assert scalars[f"{layer}/kernel/frozen"] == pytest.approx(frozen.mean())
+        total["oscillating"] += active.sum()
+        total["frozen"] += frozen.sum()
+    assert {key: scalars[key] for key in total} == total
+    assert all(type(value) is float for value in scalars.values())
 
 
 def test_refuses_what_is_not_the_planned_model():

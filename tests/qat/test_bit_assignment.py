@@ -106,6 +106,7 @@ def test_average_bits_are_those_of_codes():
     assert chosen(qat.assign_bits(tenths, average_bits=2.9)) == [0]
 
 
+@pytest.mark.slow
 def test_many_ops():
     rng = np.random.default_rng(0)
     costs = -np.sort(-(rng.exponential(size=(300, 4)) ** 3), axis=1)
@@ -164,7 +165,9 @@ def make(kind):
     return forward, params, params, lambda params, x: jnp.mean(marked(params, x) ** 2)
 
 
-@pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
+@pytest.mark.parametrize(
+    "kind", ["linen", "nnx", pytest.param("function", marks=pytest.mark.slow)]
+)
 def test_rules_that_the_plan_and_ptq_follow(kind):
     model, params, state, loss = make(kind)
     rules = RULES
@@ -172,9 +175,8 @@ def test_rules_that_the_plan_and_ptq_follow(kind):
         rules = [QuantizationRule(op_names=("dot_general2",)), RULES[1]]
     found = qat.sensitivity(loss, state, rules, [X], method="hutchinson", probes=1)
     smallest = sum(min(row.bytes for row in rows) for rows in found.groups)
-    largest = sum(max(row.bytes for row in rows) for rows in found.groups)
-    # Rounded to something between, where not all ops can have the same type.
-    budget = (smallest + largest) // 2 + 1
+    # One of the two, of 128 elements each, may have a bit more than the other.
+    budget = smallest + 17
     assigned = qat.assign_bits(found, budget)
     assert assigned[2:] == rules
 
