@@ -289,6 +289,7 @@ def test_counts_the_codes_at_the_ends(qtype, bits, low, high):
     assert scalars["w/saturated"] == pytest.approx((np.abs(x) > 3.5).mean())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_how_far_scales_have_moved(axis):
     model, writer = Stacked(axis), Writer()
@@ -355,6 +356,7 @@ def oscillated(kind, tx):
     return state, model, given, name, getattr(holder, "opt_state", holder)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["train_state", "variables", "optimizer", "separate"])
 def test_counts_oscillations(kind):
     how = HowToQuantize(qtype="int4", calibration_method="fixed,-1,1")
