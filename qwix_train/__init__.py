@@ -6,6 +6,7 @@ from qwix_train import lora as lora
 from qwix_train import odml as odml
 from qwix_train import optim as optim
 from qwix_train import ptq as ptq
+from qwix_train import qat as qat
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general

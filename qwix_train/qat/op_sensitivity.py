@@ -119,7 +119,7 @@ def sensitivity(
 
     References:
         Dong et al., `HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural
-        Networks <https://arxiv.org/abs/1911.03852>`_, 2019, sections 3.1 and 3.2
+        Networks <https://arxiv.org/abs/1911.03852>`_, 2019, section 3
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose from {', '.join(METHODS)}.")

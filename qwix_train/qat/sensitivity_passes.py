@@ -99,7 +99,8 @@ class SwitchedProvider(QuantizationProvider):
 
         def substitute(param):
             choice = self._of_param.get(param.path)
-            if choice is None:
+            # Another call, of the same params, may leave this one in float.
+            if choice is None or plan.params[param.path].how is None:
                 return None
             whole = _transforms(plans, param.path)
             inner = _slice_transforms(plans, param.path)
@@ -149,7 +150,7 @@ class OutputErrorProvider(QuantizationProvider):
             planned = ops[op.key]
             columns = []
             for side, operand in enumerate(operands):
-                how = planned.activations[side] if side < 2 else None
+                how = planned.activations[side]
                 if how is not None:
                     x = _value(operand)
                     quantized = static_range.fake_quantize_activation(
@@ -165,7 +166,7 @@ class OutputErrorProvider(QuantizationProvider):
 
         def substitute(param):
             name = self._names.get(param.path)
-            if name is None:
+            if name is None or plan.params[param.path].how is None:
                 return None
             transforms = _transforms(plans, param.path)
             w = param.value

@@ -205,6 +205,32 @@ def test_ops_that_share_a_param_are_one():
         ]
 
 
+def test_calls_that_leave_a_param_in_float():
+    first = as_model(lambda params, x: x @ params["w"])
+
+    @as_model
+    def second(params, x):
+        x = jnp.einsum("ij,jk->ik", x, params["w"])
+        return jnp.einsum("ij,jk->ik", x, params["v"])
+
+    def loss(params, x):
+        return squares(first(params, x)) + squares(second(params, x))
+
+    params = {"w": normal(4, 4)[0], "v": normal(4, 3)[0]}
+    rules = [models.rule("int8", op_names=("dot_general0", "einsum1"))]
+    found = qat.sensitivity(loss, params, rules, BATCHES, qtypes=["int2"])
+    assert [row.params for row in found.rows] == [("w",), ("v",)]
+    for row, in_first, in_second in zip(found.rows, (1, 0), (0, 1), strict=True):
+        w, v = (np.asarray(params[key], np.float64) for key in "wv")
+        increases = []
+        for x in BATCHES:
+            exact = ((x @ w) ** 2).mean() + ((x @ w @ v) ** 2).mean()
+            one = ((x @ (fq(w, 2) if in_first else w)) ** 2).mean()
+            other = ((x @ w @ (fq(v, 2) if in_second else v)) ** 2).mean()
+            increases.append(one + other - exact)
+        assert row.loss_increase == pytest.approx(np.mean(increases), rel=1e-4)
+
+
 def test_one_program_for_all():
     loss, state, *_ = make("params")
     calls = []
