@@ -46,7 +46,8 @@ def oscillations_in(state: Any, paths: Collection[Path]) -> dict[Path, Oscillati
     """
     found = {}
     for held in _states(state):
-        frequency, frozen = (_by_path(x) for x in (held.frequency, held.frozen))
+        held = stored.unbox(held)
+        frequency, frozen = _by_path(held.frequency), _by_path(held.frozen)
         for path, value in frequency.items():
             # What is trained may be the variables of a model, with their collections.
             name = next((p for p in (path, path[1:]) if p in paths), None)
@@ -67,5 +68,5 @@ def _states(tree: Any) -> Iterator[FreezeOscillationsState]:
 
 
 def _by_path(tree: Any) -> dict[Path, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(stored.unbox(tree))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {param_path(path): leaf for path, leaf in leaves}
