@@ -91,6 +91,11 @@ def ends(grid: Grid) -> tuple[jax.Array, jax.Array]:
     return low, high
 
 
+def spread(tiled: jax.Array, array: jax.Array) -> jax.Array:
+    """Returns what is one for each tile as one for each element of an array."""
+    return tiling.elementwise(lambda x, t: jnp.broadcast_to(t, x.shape), array, tiled)
+
+
 def _less_zero_point(codes: jax.Array, grid: Grid) -> jax.Array:
     zero = grid.zero_point
     if zero is None:
