@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwix_train.optim import _paths
+from qwix_train.optim import _noise, _paths
 
 
 class StochasticRoundingState(NamedTuple):
@@ -101,7 +101,9 @@ def stochastic_rounding(
         leaves, structure = jax.tree.flatten(updates)
         pairs = zip(leaves, jax.tree.leaves(params), strict=True)
         leaves = [
-            _rounding_update(u, p, jax.random.fold_in(noise, i)) if _is_low(p) else u
+            _rounding_update(u, p, jax.random.key_data(jax.random.fold_in(noise, i)))
+            if _is_low(p)
+            else u
             for i, (u, p) in enumerate(pairs)
         ]
         state = StochasticRoundingState(jax.random.key_data(key), inner_state)
@@ -120,8 +122,7 @@ def _rounding_update(update: jax.Array, param: jax.Array, key: jax.Array) -> jax
     # the upper one with the probability that the lower half stands for, away from
     # zero, and across binades, too.
     bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
-    noise = jax.random.bits(key, total.shape, jnp.uint16).astype(jnp.uint32)
-    bits = (bits + noise) & jnp.uint32(0xFFFF0000)
+    bits = (bits + (_noise.bits(key, total.shape) >> 16)) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
     # Noise would make NaN of an infinity. What is not finite stays so.
     rounded = jnp.where(jnp.isfinite(total), rounded, total)
