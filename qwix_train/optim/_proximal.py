@@ -170,10 +170,11 @@ def proximal(
         strength = schedule(state.count) if callable(schedule) else schedule
         strength = jnp.clip(jnp.asarray(strength, jnp.float32), 0, 1)
         is_started = state.strength > 0
-        is_due = (strength > 0) & ~is_started
         if method == "parq":
-            periodic = state.count % calibration_period == 0
-            is_due |= (strength < 1) & (strength > 0) & periodic
+            periodic = (state.count + 1) % calibration_period == 0
+            is_due = (strength == 0) | ((strength < 1) & periodic)
+        else:
+            is_due = (strength > 0) & ~is_started
         leaves, structure = jax.tree.flatten(updates)
         columns = zip(*map(structure.flatten_up_to, state[2:]), strict=True)
         new_leaves, new_columns = [], []
@@ -223,30 +224,31 @@ def _update(
     is_started: jax.Array,
     is_due: jax.Array,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    *held, latent = column
+    scale, zero, latent = column
     has_latent = not isinstance(latent, optax.MaskedNode)
     dtype, wide = param.dtype, numerics.compute_dtype(param.dtype)
     before = param.astype(wide)
     if has_latent:
         before = jnp.where(is_started, latent, before)
-    # From what there is before the update: its sum would have to be stored for this.
-    scale, zero = jax.lax.cond(
-        is_due, lambda: _calibrated(before.astype(dtype), how), lambda: tuple(held)
-    )
+        latent = z = before + update.astype(wide)
+    else:
+        scale, zero = _found(is_due, param, how, scale, zero)
+        z = before + update.astype(wide)
     has_zero = not isinstance(zero, optax.MaskedNode)
     grid = _param_grids.Grid(how.qtype, scale, zero if has_zero else None)
 
-    z = before + update.astype(wide)
     level = _param_grids.levels(z, grid)
     nearest = _param_grids.values(level, grid).astype(wide)
     share = strength.astype(wide)
     threshold = _param_grids.spread(scale.astype(wide) * (_step(how) / 2 * share), z)
     if has_latent:
-        latent = z
         ends = (_param_grids.spread(end, z) for end in _param_grids.ends(grid))
         distance = jnp.clip(z, *ends) - nearest
         beyond = distance - jnp.clip(distance, -threshold, threshold)
         drawn = nearest + beyond / jnp.maximum(1 - share, jnp.finfo(wide).eps)
+        # For the next update. Found in that, it would need the latent weights while
+        # they are overwritten, and so a copy of them.
+        scale, zero = _found(is_due, z.astype(dtype), how, scale, zero)
     else:
         drawn = z - jnp.clip(z - nearest, -threshold, threshold)
     drawn = jnp.where(strength < 1, drawn, _on_grid(level, param, how, grid))
@@ -254,6 +256,13 @@ def _update(
     drawn = jnp.where(jnp.isfinite(z), drawn, z)
     update = jnp.where(strength > 0, drawn - param.astype(wide), update.astype(wide))
     return update, (scale, zero, latent)
+
+
+def _found(
+    is_due: jax.Array, array: jax.Array, how: HowToQuantize, scale: Any, zero: Any
+) -> tuple[Any, Any]:
+    """Returns the grid of an array if it is due, else the one that there is."""
+    return jax.lax.cond(is_due, lambda: _calibrated(array, how), lambda: (scale, zero))
 
 
 def _on_grid(

@@ -21,15 +21,15 @@ class ByHand:
     def __init__(self, w, name, method, period):
         self.w = self.latent = w
         self.name, self.method, self.period = name, method, period
-        self.count, self.grid = 0, None
+        self.count, self.strength, self.grid = 0, 0, None
 
     def step(self, update, strength):
         is_latent = self.method == "parq"
         start, before = self.w, self.latent if is_latent else self.w
-        due = is_latent and strength < 1 and self.count % self.period == 0
+        due = is_latent and self.strength < 1 and self.count % self.period == 0
         if strength > 0 and (self.grid is None or due):
             self.grid = oscillating.grid(before, self.name)[:2]
-        self.count += 1
+        self.count, self.strength = self.count + 1, strength
         z = self.w = self.latent = before + update
         if strength == 0:
             return
