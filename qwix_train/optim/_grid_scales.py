@@ -26,8 +26,9 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
 
     Returns:
         The params in nested dictionaries and lists. A param that the optimizer takes to
-        a grid has a ``<param>_scale`` beside it, of its rank and dtype, and, where the
-        grid has one, a ``<param>_zero_point`` of dtype int8. Arrays are not copied.
+        a grid has a ``<param>_scale`` beside it and, where the grid has one, a
+        ``<param>_zero_point``, of the rank and the dtype of the param. No array of the
+        params is copied.
 
     Raises:
         ValueError: ``opt_state`` holds no state of `optim.proximal`; a param that has
@@ -55,8 +56,14 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
         )
     params = _pure(params)
     for state in states:
-        for suffix in "scale", "zero_point":
-            params = _with_field(params, _pure(getattr(state, suffix)), suffix, ())
+        params = _with_field(params, _pure(state.scale), "scale", ())
+        # In the dtype of the scale, as among params there are floats alone.
+        zero_point = jax.tree.map(
+            lambda scale, zero: jax.tree.map(lambda x: x.astype(scale.dtype), zero),
+            state.scale,
+            state.zero_point,
+        )
+        params = _with_field(params, _pure(zero_point), "zero_point", ())
     return params
 
 

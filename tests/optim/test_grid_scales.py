@@ -57,6 +57,7 @@ def test_wherever_the_state_is(tx):
     np.testing.assert_allclose(result["a"]["kernel_scale"], 1)
     np.testing.assert_allclose(result["b"]["kernel_scale"], 2)
     assert result["embedding_zero_point"].item() == -8
+    assert result["embedding_zero_point"].dtype == jnp.float32
 
 
 def test_frozen_dicts_and_lists():
