@@ -3,7 +3,7 @@
 Each goes wherever one of Optax goes: under `jax.jit` and into `optax.chain`,
 `optax.partition`, `optax.masked`, `optax.MultiSteps`, `optax.inject_hyperparams` and
 `flax.nnx.Optimizer`. Some wrap a transformation; `dampen_oscillations` stands before
-the optimizer in a chain, `freeze_oscillations` last.
+the optimizer in a chain, `freeze_oscillations` and `proximal` last.
 """
 
 from qwix_train.optim._dampen_oscillations import (
@@ -18,7 +18,10 @@ from qwix_train.optim._freeze_oscillations import (
 from qwix_train.optim._freeze_oscillations import (
     freeze_oscillations as freeze_oscillations,
 )
+from qwix_train.optim._grid_scales import with_grid_scales as with_grid_scales
 from qwix_train.optim._lora_plus import lora_plus as lora_plus
+from qwix_train.optim._proximal import ProximalState as ProximalState
+from qwix_train.optim._proximal import proximal as proximal
 from qwix_train.optim._quantized_state import QuantizedState as QuantizedState
 from qwix_train.optim._quantized_state import quantized_state as quantized_state
 from qwix_train.optim._selective_transform import (

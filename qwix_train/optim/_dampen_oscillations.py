@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwix_train.core import tiling
+from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.optim import _param_grids
 from qwix_train.planning import Plan
@@ -111,8 +111,7 @@ def dampen_oscillations(
         leaves, structure = jax.tree.flatten(updates)
         triples = zip(leaves, jax.tree.leaves(params), grids.of(params), strict=True)
         leaves = [
-            u if how is None else (u + factor * _gradient(p, how)).astype(u.dtype)
-            for u, p, how in triples
+            u if how is None else _dampened(u, p, factor, how) for u, p, how in triples
         ]
         count = optax.safe_increment(state.count)
         return structure.unflatten(leaves), DampenOscillationsState(count)
@@ -122,11 +121,15 @@ def dampen_oscillations(
 
 # Compiled as a whole: eager calls would else compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames="how")
-def _gradient(param: jax.Array, how: HowToQuantize) -> jax.Array:
+def _dampened(
+    update: jax.Array, param: jax.Array, factor: Any, how: HowToQuantize
+) -> jax.Array:
+    """Returns the gradient of a param with that of the loss added."""
+    # In units of the scale: there the clipping to the ends is that of the rounding, and
+    # a level is no product. Compiled for a CPU, this is done twice, in the loops of the
+    # first and the second moment.
     grid = _param_grids.grid(param, how)
-    rounded = _param_grids.values(_param_grids.levels(param, grid), grid)
-
-    def pull(w: jax.Array, rounded: jax.Array, low: jax.Array, high: jax.Array):
-        return jnp.where((w >= low) & (w <= high), 2 * (w - rounded), 0)
-
-    return tiling.elementwise(pull, param, rounded, *_param_grids.ends(grid))
+    scaled = _param_grids.clipped_scaled_values(param, grid)
+    distance = scaled - numerics.round_to_level(scaled, grid.qtype, param.dtype)
+    pull = _param_grids.spread(2 * factor * grid.scale.astype(scaled.dtype), distance)
+    return (update + pull * distance).astype(update.dtype)

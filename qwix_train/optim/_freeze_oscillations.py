@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from qwix_train.core import numerics, tiling
-from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.core.how import HowToQuantize
 from qwix_train.optim import _param_grids
 from qwix_train.planning import Plan
 
@@ -25,17 +25,35 @@ class FreezeOscillationsState(NamedTuple):
         count: The number of updates so far.
         frequency: The moving average of the number of oscillations in an update.
         average: The moving average of the level.
-        level: The level, a code less its zero point; that of a frozen weight stays.
-        direction: The sign of the last change of the level; 0 if there was none.
-        frozen: Whether the weight is frozen.
+        status: Level, direction and whether the weight is frozen, in one number, as
+            fewer arrays are read and written sooner.
     """
 
     count: Any  # shape=(), dtype=jnp.int32
     frequency: Any  # dtype=jnp.float32
     average: Any  # dtype=jnp.float32
-    level: Any  # dtype=jnp.int8, or jnp.int16 where there are zero points
-    direction: Any  # dtype=jnp.int8
-    frozen: Any  # dtype=jnp.bool_
+    status: Any  # dtype=jnp.int16
+
+    @property
+    def level(self) -> Any:
+        """The level, a code less its zero point; that of a frozen weight stays.
+
+        dtype=jnp.int16
+        """
+        return jax.tree.map(lambda x: _unpacked(x)[0], self.status)
+
+    @property
+    def direction(self) -> Any:
+        """The sign of the last change of the level; 0 if there was none.
+
+        dtype=jnp.int16
+        """
+        return jax.tree.map(lambda x: _unpacked(x)[1], self.status)
+
+    @property
+    def frozen(self) -> Any:
+        """Whether the weight is frozen; dtype=jnp.bool_."""
+        return jax.tree.map(lambda x: _unpacked(x)[2], self.status)
 
 
 def freeze_oscillations(
@@ -88,9 +106,8 @@ def freeze_oscillations(
         momentum: :math:`m`; positive, at most 1.
 
     Returns:
-        The transformation; its state is a `FreezeOscillationsState`, which takes 11
-        bytes for each element of a quantized param (12 with zero points). Updates keep
-        their dtype.
+        The transformation; its state is a `FreezeOscillationsState`, which takes 10
+        bytes for each element of a quantized param. Updates keep their dtype.
 
     Raises:
         TypeError: ``plan`` is neither a plan nor such a mapping.
@@ -122,7 +139,7 @@ def freeze_oscillations(
 
     def init_fn(params: Any) -> FreezeOscillationsState:
         leaves, structure = jax.tree.flatten(params)
-        masked = (optax.MaskedNode(),) * 5
+        masked = (optax.MaskedNode(),) * 3
         pairs = zip(leaves, grids.of(params), strict=True)
         columns = [masked if how is None else _initial(p, how) for p, how in pairs]
         return _state(jnp.zeros((), jnp.int32), structure, columns)
@@ -154,23 +171,28 @@ def freeze_oscillations(
 
 def _state(count: Any, structure: Any, columns: Any) -> FreezeOscillationsState:
     """Returns the state of what is there for each param: the fields of its column."""
-    fields = zip(*columns, strict=True) if columns else ((),) * 5
+    fields = zip(*columns, strict=True) if columns else ((),) * 3
     return FreezeOscillationsState(count, *map(structure.unflatten, fields))
+
+
+def _packed(level: jax.Array, direction: jax.Array, frozen: jax.Array) -> jax.Array:
+    level, direction = (x.astype(jnp.int16) for x in (level, direction))
+    return level << 3 | frozen.astype(jnp.int16) << 2 | (direction + 1)
+
+
+def _unpacked(status: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return status >> 3, (status & 3) - 1, (status & 4) != 0
 
 
 # Compiled as a whole: eager calls would else compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames="how")
 def _initial(param: jax.Array, how: HowToQuantize) -> tuple[jax.Array, ...]:
     level = _param_grids.levels(param, _param_grids.grid(param, how))
-    # Levels with a zero point are up to 255 from 0.
-    wide = needs_zero_point(how.calibration_method)
     zeros = jnp.zeros_like(level, jnp.float32)
     return (
         zeros,
         level.astype(jnp.float32),
-        level.astype(jnp.int16 if wide else jnp.int8),
-        zeros.astype(jnp.int8),
-        zeros.astype(jnp.bool_),
+        _packed(level, zeros, jnp.zeros_like(level, jnp.bool_)),
     )
 
 
@@ -183,41 +205,46 @@ def _update(
     threshold: Any,
     momentum: Any,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    frequency, average, level, direction, frozen = column
-    update = jnp.where(frozen, 0, update)
+    # Compiled for a CPU, each of the four results is a loop over the arrays. They are
+    # such that none needs what a loop before it has overwritten, or large parts of what
+    # another one computes: copies and intermediate arrays would take most of the time.
+    frequency, average, status = column
+    before, direction, was_frozen = _unpacked(status)
+    update = jnp.where(was_frozen, 0, update)
     # As `optax.apply_updates` adds; the state is that of the new params.
     new = numerics.round_to_dtype(param + update, param.dtype).astype(param.dtype)
     grid = _param_grids.grid(new, how)
-    reached = _param_grids.levels(new, grid).astype(jnp.float32)
-    before = level.astype(jnp.float32)
-    now = jnp.where(frozen, before, reached)
+    reached = _param_grids.levels(new, grid).astype(status.dtype)
 
-    turned = jnp.sign(now - before).astype(jnp.int8)
+    turned = jnp.where(was_frozen, 0, jnp.sign(reached - before))
     oscillated = (turned * direction == -1).astype(jnp.float32)
     frequency = momentum * oscillated + (1 - momentum) * frequency
-    direction = jnp.where(turned == 0, direction, turned)
-    newly = (frequency > threshold) & ~frozen
-    now = jnp.where(newly, _param_grids.nearest_levels(average, grid), now)
-    average = momentum * now + (1 - momentum) * average
-    frozen = frozen | newly
+    frequency = frequency.astype(jnp.float32)
 
-    target = _param_grids.values(now, grid)
-    is_moved = frozen & (reached != now)
+    def level(average: jax.Array) -> jax.Array:
+        nearest = _param_grids.nearest_levels(average, grid).astype(status.dtype)
+        level = jnp.where(frequency > threshold, nearest, reached)
+        return jnp.where(was_frozen, before, level)
+
+    now = level(average).astype(jnp.float32)
+    average = (momentum * now + (1 - momentum) * average).astype(jnp.float32)
+    # It has moved towards the level that is nearest to it, which is the same still.
+    frozen = was_frozen | (frequency > threshold)
+    direction = jnp.where(turned == 0, direction, turned)
+    status = _packed(level(average), direction, frozen)
+
+    held, _, frozen = _unpacked(status)
+    is_off = reached != held
+    target = _param_grids.values(held, grid)
     extremes = _param_grids.extremes(new, how)
     if extremes is not None:
         # To move the weight that a range comes from would move the range, and so that
         # weight again in the next update: a frozen group would shrink to nothing.
-        is_moved &= ~tiling.elementwise(_is_either, new, *extremes)
+        is_off &= ~tiling.elementwise(_is_either, new, *extremes)
         target = tiling.elementwise(jnp.clip, target, *extremes)
-    update = jnp.where(is_moved, (target - param).astype(update.dtype), update)
-    column = (
-        frequency.astype(jnp.float32),
-        average.astype(jnp.float32),
-        now.astype(level.dtype),
-        direction,
-        frozen,
-    )
-    return update, column
+    move = (target - param).astype(update.dtype)
+    update = jnp.where(frozen & is_off, move, update)
+    return update, (frequency, average, status)
 
 
 def _is_either(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -64,6 +64,14 @@ def levels(array: jax.Array, grid: Grid) -> jax.Array:
     return _less_zero_point(codes, grid)
 
 
+def clipped_scaled_values(array: jax.Array, grid: Grid) -> jax.Array:
+    """Returns each element in units of the scale, cut to the codes; see `levels`."""
+    low, high = _codes(grid.qtype)
+    return jnp.clip(
+        scaling.scaled_values(array, grid.scale, grid.zero_point), low, high
+    )
+
+
 def nearest_levels(x: jax.Array, grid: Grid) -> jax.Array:
     """Returns the level nearest to each of some numbers of levels."""
     zero = grid.zero_point
@@ -79,16 +87,24 @@ def values(levels: jax.Array, grid: Grid) -> jax.Array:
 
 def ends(grid: Grid) -> tuple[jax.Array, jax.Array]:
     """Returns the lowest and the highest value of the grid, in a layout."""
-    if numerics.is_integer_qtype(grid.qtype):
-        codes = numerics.code_range(grid.qtype)
-    else:
-        bound = numerics.symmetric_bound(grid.qtype)
-        codes = (-bound, bound)
+    codes = _codes(grid.qtype)
     zero = 0 if grid.zero_point is None else grid.zero_point.astype(jnp.int32)
     low, high = (
         ((code - zero) * grid.scale).astype(grid.scale.dtype) for code in codes
     )
     return low, high
+
+
+def _codes(qtype: Any) -> tuple[float, float]:
+    if numerics.is_integer_qtype(qtype):
+        return numerics.code_range(qtype)
+    bound = numerics.symmetric_bound(qtype)
+    return -bound, bound
+
+
+def spread(tiled: jax.Array, array: jax.Array) -> jax.Array:
+    """Returns what is one for each tile as one for each element of an array."""
+    return tiling.elementwise(lambda x, t: jnp.broadcast_to(t, x.shape), array, tiled)
 
 
 def _less_zero_point(codes: jax.Array, grid: Grid) -> jax.Array:

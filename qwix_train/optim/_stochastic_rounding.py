@@ -1,4 +1,4 @@
-"""Stochastic rounding of params that are kept in bfloat16."""
+"""Stochastic rounding of params that are kept in bfloat16 or in integers."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qwix_train.optim import _paths
+from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.optim import _integer_params, _noise, _paths
 
 
 class StochasticRoundingState(NamedTuple):
@@ -24,7 +25,7 @@ class StochasticRoundingState(NamedTuple):
 def stochastic_rounding(
     tx: optax.GradientTransformation, seed: int | jax.Array = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rounds params that are kept in bfloat16 stochastically.
+    r"""Rounds params that are kept in bfloat16 or in int8 stochastically.
 
     bfloat16 has 8 bits of precision, so an update of less than 1/512 of its param is
     lost where the sum is rounded to nearest. Here the sum :math:`s = w + u` is taken
@@ -48,6 +49,25 @@ def stochastic_rounding(
     the dtype of the gradients, as `optax.apply_if_finite` does, goes inside. Params of
     other dtypes get the updates of ``tx``.
 
+    Params may be integers, too: `QArray`s, also within `WithAux`, as `quantize_params`
+    makes them. No float copy of them is kept. Gradients are those for the dequantized
+    params, so they are arrays in the places of the `QArray`s, and ``tx`` sees arrays in
+    float32. An update is one of codes: with the scale :math:`s` and the codes
+    :math:`q`, from :math:`n` to :math:`p`,
+
+    .. math::
+        q \leftarrow \lfloor y \rfloor + \begin{cases}
+            1 & \text{with probability } y - \lfloor y \rfloor \\
+            0 & \text{otherwise}
+        \end{cases}
+        \qquad y = q + u / s.
+
+    Where some :math:`y` of a group that shares a scale lies outside of
+    :math:`[n, p]`, the scale first grows until none does, and then all codes of the
+    group are rounded to the wider steps. No scale becomes smaller. The updates are
+    `QArray`s as the params are, for `optax.apply_updates`. What keeps a copy of params
+    or sums of gradients, such as `optax.MultiSteps`, goes inside.
+
     Args:
         tx: The transformation, learning rate included, such as ``optax.adamw(1e-4)``.
         seed: The seed of the random key; an int, or an array of shape ``()``.
@@ -56,8 +76,10 @@ def stochastic_rounding(
         The transformation; its state is a `StochasticRoundingState`.
 
     Raises:
-        ValueError: From ``init`` and ``update``, a param is float16; or from
+        ValueError: From ``init`` and ``update``, a param is float16, or a `QArray`
+            whose type is not one of int2 to int8, or has zero points; or from
             ``update``, there are no params.
+        TypeError: From ``update``, a gradient is a `QArray`.
 
     Examples:
         Four updates of 1/512 move a mean from 1 by 4/512, and rounding to nearest, not
@@ -74,6 +96,20 @@ def stochastic_rounding(
         >>> mean = params['w'].astype(jnp.float32).mean().item()
         >>> round(512 * (1 - mean), 1)
         4.0
+
+        Ten updates of a fifth of a step move codes by two, in the mean:
+
+        >>> from qwix_train import dequantize, quantize
+        >>> x = jnp.linspace(-12.75, 12.75, 10_000)  # a step is 0.1
+        >>> params = {'w': quantize(x, 'int8')}
+        >>> tx = stochastic_rounding(optax.sgd(0.02))
+        >>> grads, state = {'w': jnp.ones(10_000)}, tx.init(params)
+        >>> before = dequantize(params['w']).mean()
+        >>> for _ in range(10):
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> round((before - dequantize(params['w']).mean()).item(), 2)
+        0.2
 
     References:
         Gupta et al., `Deep Learning with Limited Numerical Precision
@@ -93,19 +129,30 @@ def stochastic_rounding(
                 "stochastic_rounding needs the params: give them to update, "
                 "as in tx.update(updates, state, params)."
             )
-        _check(params)
+        names = _check(params)
+        leaves, structure = jax.tree.flatten(params, is_leaf=_integer_params.is_one)
+        for name, gradient in zip(names, structure.flatten_up_to(updates), strict=True):
+            if isinstance(gradient, QArray | WithAux):
+                raise TypeError(
+                    f"stochastic_rounding: the gradient of {name!r} is a "
+                    f"{type(gradient).__name__}. Integers have no gradients: take "
+                    "those of a loss of the dequantized params, which are arrays."
+                )
         updates, inner_state = tx.update(
             _widened(updates), state.inner_state, _widened(params), **extra_args
         )
         key, noise = jax.random.split(jax.random.wrap_key_data(state.key))
-        leaves, structure = jax.tree.flatten(updates)
-        pairs = zip(leaves, jax.tree.leaves(params), strict=True)
-        leaves = [
-            _rounding_update(u, p, jax.random.fold_in(noise, i)) if _is_low(p) else u
-            for i, (u, p) in enumerate(pairs)
-        ]
+        pairs = zip(structure.flatten_up_to(updates), leaves, strict=True)
+        rounded = []
+        for i, (update, param) in enumerate(pairs):
+            data = jax.random.key_data(jax.random.fold_in(noise, i))
+            if _integer_params.is_one(param):
+                update = _integer_params.rounding_update(update, param, data)
+            elif _is_low(param):
+                update = _rounding_update(update, param, data)
+            rounded.append(update)
         state = StochasticRoundingState(jax.random.key_data(key), inner_state)
-        return structure.unflatten(leaves), state
+        return structure.unflatten(rounded), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -120,8 +167,7 @@ def _rounding_update(update: jax.Array, param: jax.Array, key: jax.Array) -> jax
     # the upper one with the probability that the lower half stands for, away from
     # zero, and across binades, too.
     bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
-    noise = jax.random.bits(key, total.shape, jnp.uint16).astype(jnp.uint32)
-    bits = (bits + noise) & jnp.uint32(0xFFFF0000)
+    bits = (bits + (_noise.bits(key, total.shape) >> 16)) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
     # Noise would make NaN of an infinity. What is not finite stays so.
     rounded = jnp.where(jnp.isfinite(total), rounded, total)
@@ -133,14 +179,25 @@ def _is_low(x: Any) -> bool:
 
 
 def _widened(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_low(x) else x, tree)
+    def widened(x: Any) -> Any:
+        if _integer_params.is_one(x):
+            return _integer_params.dequantized(x)
+        return x.astype(jnp.float32) if _is_low(x) else x
+
+    return jax.tree.map(widened, tree, is_leaf=_integer_params.is_one)
 
 
-def _check(params: Any) -> None:
-    names = jax.tree.leaves(_paths.param_paths(params))
-    for name, param in zip(names, jax.tree.leaves(params), strict=True):
-        if jnp.result_type(param) == jnp.float16:
+def _check(params: Any) -> list[str]:
+    """Returns the paths of params that can be rounded."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=_integer_params.is_one)
+    paths = structure.flatten_up_to(_paths.param_paths(params))
+    names = [jax.tree.leaves(path)[0] for path in paths]
+    for name, param in zip(names, leaves, strict=True):
+        if _integer_params.is_one(param):
+            _integer_params.check(name, param)
+        elif jnp.result_type(param) == jnp.float16:
             raise ValueError(
                 f"stochastic_rounding: the param {name!r} is float16, and it rounds to "
-                "bfloat16 alone. Keep the param in bfloat16 or float32."
+                "bfloat16 and integers. Keep the param in one of these or float32."
             )
+    return names

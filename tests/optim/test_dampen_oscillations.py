@@ -1,5 +1,7 @@
 """The dampening loss against NumPy; the toy problem of the paper settles with it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -53,6 +55,18 @@ def test_other_types(qtype):
         expected = jnp.where(inside, expected, 0)
     models.assert_close(result, expected)
     assert (jnp.abs(result) > 1e-3).any()
+
+
+def test_tiles():
+    how = HowToQuantize(qtype="int4", channelwise_axes=[1], tiled_axes={0: 4})
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    tx = optim.dampen_oscillations({"": how}, 0.5)
+    result, _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
+    columns = dataclasses.replace(how, tiled_axes={})
+    tx = optim.dampen_oscillations({"": columns}, 0.5)
+    for tile, found in zip(jnp.split(w, 2), jnp.split(result, 2), strict=True):
+        expected, _ = tx.update(jnp.zeros_like(tile), tx.init(tile), tile)
+        models.assert_close(found, expected)
 
 
 def test_schedules():

@@ -45,7 +45,7 @@ def test_plans_of_nnx_models():
     optimizer.update(model, grads)
     levels = nnx.to_pure_dict(nnx.state(optimizer.opt_state[1].level))
     (kernel,) = [x for x in jax.tree.leaves(levels) if x.ndim]
-    assert (kernel.shape, kernel.dtype) == ((12, 4), jnp.int8)
+    assert (kernel.shape, kernel.dtype) == ((12, 4), jnp.int16)
 
 
 def test_patterns():

@@ -1,0 +1,331 @@
+"""Proximal methods: weights that the optimizer alone takes to their grid."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwix_train.core import numerics
+from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.optim import _param_grids, _paths
+from qwix_train.planning import Plan
+
+METHODS = ("proxquant", "parq")
+
+
+class ProximalState(NamedTuple):
+    """State of `proximal`.
+
+    The last three are trees like the params, with `optax.MaskedNode` where a param is
+    not quantized, has no zero point, or where the method has no latent weights.
+
+    Attributes:
+        count: The number of updates so far.
+        strength: The strength of the last update.
+        scale: The scales of the grids, as `HowToQuantize.scale_shape` says.
+        zero_point: The codes of 0.
+        latent: The latent weights of PARQ.
+    """
+
+    count: Any  # shape=(), dtype=jnp.int32
+    strength: Any  # shape=(), dtype=jnp.float32
+    scale: Any  # in the dtypes of the params
+    zero_point: Any  # dtype=jnp.int8
+    latent: Any  # dtype=jnp.float32 (jnp.float64 for float64)
+
+
+def proximal(
+    plan: Plan | Mapping[str, HowToQuantize],
+    schedule: float | optax.Schedule,
+    method: str = "proxquant",
+    calibration_period: int = 10,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Draws weights to the levels of their grid, until they are exactly on it.
+
+    It is quantization-aware training by the optimizer alone: the forward stays in
+    float, and each update ends with the proximal operator of a regularizer whose
+    minima are the levels. With a weight :math:`w`, the nearest level :math:`q(w)` of
+    its grid, whose step is :math:`s`, and the strength :math:`\lambda_t` from 0 to 1
+    that ``schedule`` gives, let
+
+    .. math::
+        \mathrm{S}_t(z) = \mathrm{sign}(z - q(z)) \,
+            \max(|z - q(z)| - \lambda_t s / 2, \; 0)
+
+    ``proxquant`` (arXiv 1810.00861) is proximal gradient descent for the W-shaped
+    regularizer :math:`|w - q(w)|`. With the update :math:`u` of the optimizer,
+
+    .. math::
+        w \leftarrow q(z) + \mathrm{S}_t(z), \qquad z = w + u,
+
+    so :math:`\lambda_t s / 2` is what the paper calls :math:`\eta_t \lambda_t`, and its
+    homotopy is :math:`\lambda_t = \lambda t`, until all weights are quantized at last.
+    A pull in each update adds up; it is to be of the size of the updates, some percent:
+    ``optax.join_schedules([optax.linear_schedule(0., 0.05, n),
+    optax.constant_schedule(1.)], [n])``.
+
+    ``parq`` (arXiv 2503.15748) keeps latent weights :math:`z`, the float weights that
+    all updates have added up to (dual averaging), and its piecewise affine regularizer
+    leaves no gaps between the levels: with the inverse slope :math:`1 - \lambda_t`,
+
+    .. math::
+        z \leftarrow z + u, \qquad
+        w \leftarrow q(z) + \mathrm{S}_t(z) / (1 - \lambda_t),
+
+    with :math:`z` cut to the range of the grid for the second. Weights that were drawn
+    to one level can still reach another. At strength 1 it is the straight-through
+    estimator. ``optax.linear_schedule(0., 1., n)`` is a schedule for it; the paper's
+    code lets the inverse slope fall along a sigmoid.
+
+    Put it last, after the learning rate:
+    ``optax.chain(optax.adam(1e-3), proximal(plan, schedule))``. Nothing may change its
+    updates afterwards. At strength 0 updates pass bit for bit. From strength 1 on, each
+    param *is* ``dequantize(...)`` of its codes, bit for bit, and what moves goes from
+    level to level, by at most one in an update: so the sum with the update is exact.
+    Let the schedule be 1 for the last few updates: one that is not yet at a level when
+    it becomes 1 goes to the nearest one first.
+
+    The grid is found by the method of calibration of the plan, from the params that
+    the first update with a positive strength gets (for ``parq``, from the latent
+    weights, and again every ``calibration_period`` updates until the strength is 1),
+    and is then held in the state. It has to be: with ``absmax``, the largest magnitude
+    is half a step above the top level, so an array that is on its grid has another
+    one when its range is found anew. `with_grid_scales` puts the scales beside the
+    params, where `quantize_params` takes them from.
+
+    Args:
+        plan: What quantizes the params, by path: a `Plan`, as `qwix_train.plan` makes
+            it, whose params are a superset of those that are trained; or a mapping
+            from patterns to `HowToQuantize`. A pattern is a regular expression for the
+            whole path of a param, as in ``'Dense_0/kernel'``; the first that matches
+            decides. The types are integers; rounding is to nearest. Other params get
+            their updates as they are.
+        schedule: :math:`\lambda_t`; not negative, or a schedule of the number of
+            updates. More than 1 is as 1.
+        method: ``'proxquant'`` or ``'parq'``.
+        calibration_period: The number of updates from one calibration to the next,
+            for ``parq``.
+
+    Returns:
+        The transformation; its state is a `ProximalState`, which holds scales and, for
+        ``parq``, 4 bytes for each element of a quantized param. Updates of
+        quantized params are float32 (float64 for float64): `optax.apply_updates` adds
+        them in that.
+
+    Raises:
+        TypeError: ``plan`` is neither a plan nor such a mapping.
+        ValueError: ``plan`` quantizes nothing, or to a type that is no integer, or
+            another argument is out of its range; or, from ``init`` and ``update``,
+            ``plan`` is not for these params; or from ``update``, there are no params.
+
+    Examples:
+        >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
+        >>> params = {'w': jnp.array([0.25, 1.625, -2.0]), 'b': jnp.zeros(1)}
+        >>> tx = optax.chain(
+        ...     optax.sgd(1.0),
+        ...     proximal({'w': how}, optax.linear_schedule(0.0, 1.0, 2)),
+        ... )
+        >>> grads, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(params['w'].tolist())
+        [0.25, 1.625, -2.0]
+        [0.0, 1.875, -2.0]
+        [0.0, 2.0, -2.0]
+        >>> state[-1].scale['w'].tolist()
+        [1.0]
+
+    References:
+        Bai, Wang and Liberty, `ProxQuant: Quantized Neural Networks via Proximal
+        Operators <https://arxiv.org/abs/1810.00861>`_, 2019, sections 3.1 and 3.3; Jin
+        et al., `PARQ: Piecewise-Affine Regularized Quantization
+        <https://arxiv.org/abs/2503.15748>`_, 2025, sections 3 to 5
+    """
+    grids = _param_grids.ParamGrids("proximal", plan)
+    _check(grids, schedule, method, calibration_period)
+
+    def init_fn(params: Any) -> ProximalState:
+        _check_levels(params, grids.of(params))
+        leaves, structure = jax.tree.flatten(params)
+        masked = (optax.MaskedNode(),) * 3
+        columns = [
+            masked if how is None else _initial(p, how, method)
+            for p, how in zip(leaves, grids.of(params), strict=True)
+        ]
+        zero = jnp.zeros((), jnp.float32)
+        return _state(jnp.zeros((), jnp.int32), zero, structure, columns)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "proximal needs the params: give them to update, as in "
+                "tx.update(updates, state, params)."
+            )
+        strength = schedule(state.count) if callable(schedule) else schedule
+        strength = jnp.clip(jnp.asarray(strength, jnp.float32), 0, 1)
+        is_started = state.strength > 0
+        if method == "parq":
+            periodic = (state.count + 1) % calibration_period == 0
+            is_due = (strength == 0) | ((strength < 1) & periodic)
+        else:
+            is_due = (strength > 0) & ~is_started
+        leaves, structure = jax.tree.flatten(updates)
+        columns = zip(*map(structure.flatten_up_to, state[2:]), strict=True)
+        new_leaves, new_columns = [], []
+        for u, p, how, column in zip(
+            leaves, jax.tree.leaves(params), grids.of(params), columns, strict=True
+        ):
+            if how is not None:
+                u, column = _update(u, p, how, column, strength, is_started, is_due)
+            new_leaves.append(u)
+            new_columns.append(column)
+        count = optax.safe_increment(state.count)
+        new_state = _state(count, strength, structure, new_columns)
+        return structure.unflatten(new_leaves), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _state(count: Any, strength: Any, structure: Any, columns: Any) -> ProximalState:
+    """Returns the state of what is there for each param: the fields of its column."""
+    fields = zip(*columns, strict=True) if columns else ((),) * 3
+    return ProximalState(count, strength, *map(structure.unflatten, fields))
+
+
+# Compiled as a whole: eager calls would else compile each operation for each shape.
+@functools.partial(jax.jit, static_argnames=("how", "method"))
+def _initial(param: jax.Array, how: HowToQuantize, method: str) -> tuple[Any, ...]:
+    latent = optax.MaskedNode()
+    if method == "parq":
+        latent = param.astype(numerics.compute_dtype(param.dtype))
+    return (*_calibrated(param, how), latent)
+
+
+def _calibrated(array: jax.Array, how: HowToQuantize) -> tuple[Any, Any]:
+    grid = _param_grids.grid(array, how)
+    if grid.zero_point is None:
+        return grid.scale, optax.MaskedNode()
+    return grid.scale, grid.zero_point.astype(jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _update(
+    update: jax.Array,
+    param: jax.Array,
+    how: HowToQuantize,
+    column: Any,
+    strength: jax.Array,
+    is_started: jax.Array,
+    is_due: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    scale, zero, latent = column
+    has_latent = not isinstance(latent, optax.MaskedNode)
+    dtype, wide = param.dtype, numerics.compute_dtype(param.dtype)
+    before = param.astype(wide)
+    if has_latent:
+        before = jnp.where(is_started, latent, before)
+        latent = z = before + update.astype(wide)
+    else:
+        scale, zero = _found(is_due, param, how, scale, zero)
+        z = before + update.astype(wide)
+    has_zero = not isinstance(zero, optax.MaskedNode)
+    grid = _param_grids.Grid(how.qtype, scale, zero if has_zero else None)
+
+    level = _param_grids.levels(z, grid)
+    nearest = _param_grids.values(level, grid).astype(wide)
+    share = strength.astype(wide)
+    threshold = _param_grids.spread(scale.astype(wide) * (_step(how) / 2 * share), z)
+    if has_latent:
+        ends = (_param_grids.spread(end, z) for end in _param_grids.ends(grid))
+        distance = jnp.clip(z, *ends) - nearest
+        beyond = distance - jnp.clip(distance, -threshold, threshold)
+        drawn = nearest + beyond / jnp.maximum(1 - share, jnp.finfo(wide).eps)
+        # For the next update. Found in that, it would need the latent weights while
+        # they are overwritten, and so a copy of them.
+        scale, zero = _found(is_due, z.astype(dtype), how, scale, zero)
+    else:
+        drawn = z - jnp.clip(z - nearest, -threshold, threshold)
+    drawn = jnp.where(strength < 1, drawn, _on_grid(level, param, how, grid))
+    # What is not finite has no level, and is to be seen.
+    drawn = jnp.where(jnp.isfinite(z), drawn, z)
+    update = jnp.where(strength > 0, drawn - param.astype(wide), update.astype(wide))
+    return update, (scale, zero, latent)
+
+
+def _found(
+    is_due: jax.Array, array: jax.Array, how: HowToQuantize, scale: Any, zero: Any
+) -> tuple[Any, Any]:
+    """Returns the grid of an array if it is due, else the one that there is."""
+    return jax.lax.cond(is_due, lambda: _calibrated(array, how), lambda: (scale, zero))
+
+
+def _on_grid(
+    level: jax.Array, param: jax.Array, how: HowToQuantize, grid: _param_grids.Grid
+) -> jax.Array:
+    """Returns the value of a level, or of one on the way that is reached exactly.
+
+    A float and the next level have a difference that is a float, too, where neither is
+    more than twice the other. That is so between a value and the level nearest to it,
+    and between neighboring levels, and not of levels far apart.
+    """
+    wide = numerics.compute_dtype(param.dtype)
+    reached = _param_grids.levels(param, grid)
+    is_there = _param_grids.values(reached, grid).astype(wide) == param.astype(wide)
+    most = jnp.where(is_there, _step(how), 0)
+    level = jnp.clip(level, reached - most, reached + most)
+    value = _param_grids.values(level, grid).astype(wide)
+    # The maximum keeps LLVM from fusing the product with the difference that follows,
+    # which would not be rounded to the value that codes stand for.
+    return jnp.maximum(value, jnp.finfo(wide).min)
+
+
+def _check_levels(params: Any, hows: list[HowToQuantize | None]) -> None:
+    """Checks that the dtype of each param holds all levels of its type."""
+    names = jax.tree.leaves(_paths.param_paths(params))
+    for name, param, how in zip(names, jax.tree.leaves(params), hows, strict=True):
+        if how is None:
+            continue
+        # A level less its zero point has one bit more than one without.
+        signed = not needs_zero_point(how.calibration_method)
+        bits = numerics.qtype_bits(how.qtype) - signed
+        if bits > jnp.finfo(param.dtype).nmant - 1:
+            raise ValueError(
+                f"proximal: the param {name!r} is of dtype {param.dtype}, in which "
+                f"the levels of {numerics.qtype_name(how.qtype)} are too close to "
+                "stay apart, so it cannot be on its grid. Keep it in float32."
+            )
+
+
+def _step(how: HowToQuantize) -> int:
+    """Returns the difference of two neighboring codes."""
+    return 2 if numerics.qtype_name(how.qtype) == "int1" else 1
+
+
+def _check(grids: Any, schedule: Any, method: str, calibration_period: Any) -> None:
+    for name, how in grids.hows.items():
+        if not numerics.is_integer_qtype(how.qtype):
+            raise ValueError(
+                f"proximal: {name!r} is quantized to {numerics.qtype_name(how.qtype)}, "
+                "and only the evenly spaced levels of integers are supported. Give it "
+                "a plan or a mapping of the params with integer types."
+            )
+    is_number = isinstance(schedule, int | float)
+    if is_number and (math.isnan(schedule) or schedule < 0):
+        raise ValueError(
+            f"proximal(schedule={schedule!r}): a strength must not be negative."
+        )
+    if method not in METHODS:
+        raise ValueError(
+            f"proximal(method={method!r}): choose from {', '.join(METHODS)}."
+        )
+    if isinstance(calibration_period, int) and calibration_period < 1:
+        raise ValueError(
+            f"proximal(calibration_period={calibration_period!r}): it must be a "
+            "positive int."
+        )
