@@ -359,7 +359,7 @@ class _Planner:
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
         axes = weights.operand_axes(op, side, rule.tile_size)
-        channelwise = axes.channelwise
+        channelwise = axes.channelwise if rule.channelwise else ()
         if rule.act_static_scale:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
@@ -380,6 +380,8 @@ class _Planner:
         op = plan.op
         where = f"{op.where}, param {'/'.join(view.path)!r}"
         axes = weights.operand_axes(op, side, rule.tile_size)
+        if not rule.channelwise:
+            axes = dataclasses.replace(axes, channelwise=())
         _check_tiles(where, op.operands[side].shape, axes, rule)
         try:
             axes = weights.stored_axes(view, axes)
@@ -452,7 +454,13 @@ def _obstacle(op: Op) -> str | None:
 
 
 def _weight_fields(rule: QuantizationRule) -> str:
-    names = ("weight_qtype", "weight_calibration_method", "tile_size", "pad_tiles")
+    names = (
+        "weight_qtype",
+        "weight_calibration_method",
+        "tile_size",
+        "pad_tiles",
+        "channelwise",
+    )
     return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
 
 
