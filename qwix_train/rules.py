@@ -66,6 +66,9 @@ class QuantizationRule:
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
         tile. An error otherwise.
+      disable_channelwise_axes: whether weights and activations have one scale for the
+        whole array, or for each tile along it; of stacked layers, for each layer. Else
+        they have one for each index along the axes that an op keeps.
 
     Raises:
       ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
@@ -90,6 +93,7 @@ class QuantizationRule:
     act_channelwise_axes: Collection[int] = ()
     act_act: bool = True
     pad_tiles: bool = False
+    disable_channelwise_axes: bool = False
 
     def __post_init__(self):
         for field in ("op_names", "act_batch_axes", "act_channelwise_axes"):
@@ -137,6 +141,8 @@ class QuantizationRule:
                 # Not every type has the zero point that a method may need.
                 self._check(field, functools.partial(_how, qtype), method)
         self._check_tile_size("tile_size")
+        if not isinstance(self.disable_channelwise_axes, bool):
+            raise self._error("disable_channelwise_axes", "it must be True or False")
 
     def matches(self, module_path: str, op_name: str, op_id: str) -> bool:
         """Whether the rule is for an op.
@@ -158,9 +164,9 @@ class QuantizationRule:
         return self.act_calibration_method or "absmax"
 
     @property
-    def channelwise(self) -> bool:
-        """Whether axes that an op keeps have a scale for each index."""
-        return True
+    def note(self) -> str:
+        """What else the rule does to an op, for the plan."""
+        return ""
 
     def _check_tile_size(self, field):
         size = getattr(self, field)

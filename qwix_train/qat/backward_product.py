@@ -149,9 +149,10 @@ class BackwardProduct:
         rule = self.rule
         tile = rule.bwd_weight_grad_tile_size if self.of_weight else None
         axes = weights.operand_axes(op, at, tile)
+        channelwise = () if rule.disable_channelwise_axes else axes.channelwise
         how = HowToQuantize(
             qtype=rule.bwd_qtype,
-            channelwise_axes=axes.channelwise if rule.channelwise else (),
+            channelwise_axes=channelwise,
             tiled_axes=axes.tiled,
             calibration_method=rule.bwd_calibration_method,
             pad_tiles=rule.pad_tiles,

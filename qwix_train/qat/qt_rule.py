@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qwix_train.core import how, numerics
@@ -26,7 +26,8 @@ class QtRule(QuantizationRule):
 
     so that 8-bit types meet 8-bit types: the scales of what the forward has quantized
     go into the gradient ``g``, before that is quantized for the product. It has a scale
-    for each index along the axes that the product keeps. ``y`` is what it is without
+    for each index along the axes that the product keeps, unless the rule sets
+    `disable_channelwise_axes`. ``y`` is what it is without
     `bwd_qtype`, to float rounding. Forward-mode and second derivatives are refused, as
     for all functions with a rule of their own for the way back.
 
@@ -43,8 +44,6 @@ class QtRule(QuantizationRule):
       bwd_weight_grad_tile_size: for the gradient of a weight, the number of elements,
         along the last contracted axis, that share a scale; as `tile_size`. That axis is
         one of the activation's, such as the sequence's.
-      disable_channelwise_axes: whether weights, activations and gradients have one
-        scale for the whole array (of a layer), but for tiles.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
         rounding of gradients, of every type; to nearest if None. The backward products
         are then unbiased where the range covers the gradient, as that of `"absmax"`
@@ -53,9 +52,9 @@ class QtRule(QuantizationRule):
       channelwise_noise_axes: the axes of a gradient along which each index has noise
         of its own. The others share it, which is faster. All of them, `(0, 1)` for a
         matrix, for independent errors.
-      additional_qt_config: `{"use_original_residuals": False}`, which is what happens
-        anyway: backward products take what the forward has quantized. Other settings of
-        the reference have no counterpart.
+      additional_qt_config: of the settings of the reference, only
+        `{"use_original_residuals": False}` has a meaning: backward products take what
+        the forward has quantized. That is so in any case, and becomes None.
 
     The noise has no state. Its key is made of the op, the gradient, and, where the
     model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
@@ -80,7 +79,6 @@ class QtRule(QuantizationRule):
     bwd_qtype: Any = None
     bwd_calibration_method: str = "absmax"
     bwd_weight_grad_tile_size: int | float | None = None
-    disable_channelwise_axes: bool = False
     bwd_stochastic_rounding: str | None = None
     channelwise_noise_axes: Collection[int] = (0,)
     additional_qt_config: Mapping[str, Any] | None = None
@@ -88,8 +86,6 @@ class QtRule(QuantizationRule):
     def __post_init__(self):
         super().__post_init__()
         self._check_noise_axes()
-        if not isinstance(self.disable_channelwise_axes, bool):
-            raise self._error("disable_channelwise_axes", "it must be True or False")
         method = self.bwd_calibration_method
         self._check("bwd_calibration_method", how.parse_calibration_method, method)
         if self.bwd_stochastic_rounding not in (None, *NOISE_NAMES):
@@ -110,9 +106,11 @@ class QtRule(QuantizationRule):
         self._check_additional_config()
 
     @property
-    def channelwise(self) -> bool:
-        """See `QuantizationRule.channelwise`."""
-        return not self.disable_channelwise_axes
+    def note(self) -> str:
+        """See `QuantizationRule.note`."""
+        if self.bwd_qtype is None:
+            return ""
+        return f"gradients {numerics.qtype_name(self.bwd_qtype)}"
 
     def _check_noise_axes(self):
         field = "channelwise_noise_axes"
@@ -139,6 +137,25 @@ class QtRule(QuantizationRule):
                     "gradients are those at the quantized operands, so "
                     "use_original_residuals can only be False",
                 )
+        object.__setattr__(self, field, None)
+
+
+def refuse_backward(rules: Sequence[QuantizationRule], provider: str) -> None:
+    """Complains of rules for the backward pass, where it is not quantized.
+
+    Args:
+      rules: the rules.
+      provider: the name of the provider.
+
+    Raises:
+      ValueError: if a rule sets `bwd_qtype`.
+    """
+    for index, rule in enumerate(rules):
+        if isinstance(rule, QtRule) and rule.bwd_qtype is not None:
+            raise ValueError(
+                f"Rule {index} (bwd_qtype={rule.bwd_qtype!r}): {provider} does not "
+                "quantize the backward pass; QtProvider does. Leave bwd_qtype out."
+            )
 
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:

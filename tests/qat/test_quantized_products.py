@@ -55,7 +55,7 @@ def params_of(model, x=X):
     return model.init(jax.random.key(1), x)["params"]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("noise", ["uniform", "low_bit_uniform"])
 @pytest.mark.parametrize("qtype", ["int8", "float8_e5m2", "int4", "float8_e4m3fn"])
 def test_gradients_are_those_of_the_float_backward_on_average(qtype, noise):
@@ -70,7 +70,9 @@ def test_gradients_are_those_of_the_float_backward_on_average(qtype, noise):
         rngs = {"stochastic_rounding": key}
         return gradients_of(model, [stochastic], params, rngs=rngs)[1]
 
-    exact = gradients_of(model, [QuantizationRule(**FORWARD)], params)[1]
+    exact = jax.jit(
+        functools.partial(gradients_of, model, [QuantizationRule(**FORWARD)])
+    )(params)[1]
     drawn = draw(jax.random.split(jax.random.key(2), draws))
     spread = 0
     for got, want in zip(jax.tree.leaves(drawn), jax.tree.leaves(exact), strict=True):
@@ -83,36 +85,30 @@ def test_gradients_are_those_of_the_float_backward_on_average(qtype, noise):
     assert spread > 1e-3
 
 
-def test_rounding_to_nearest_would_be_found_to_be_biased():
-    model = models.Mlp(width=4)
-    params = params_of(model)
-    exact = gradients_of(model, [QuantizationRule(**FORWARD)], params)[1]
-    nearest = gradients_of(model, NEAREST, params)[1]
-    models.assert_differ(nearest, exact)
-    models.assert_close(nearest, exact, 0.05 * float(jnp.abs(exact[1]).max()))
-
-
 def test_noise_depends_on_the_key_of_the_model_the_data_and_the_op_alone():
-    model = models.Mlp()
+    model = nn.Dense(5, use_bias=False)
     params = params_of(model)
     run = jax.jit(functools.partial(gradients_of, model, STOCHASTIC))
-    first = run(params)
-    models.assert_same(first, run(params))
-    keyed = [
-        run(params, rngs={"stochastic_rounding": jax.random.key(seed)})
-        for seed in range(2)
-    ]
-    models.assert_differ(keyed[0][1], keyed[1][1])
-    models.assert_differ(first[1], keyed[0][1])
-    # Without noise both products have the same gradient.
-    w = jax.random.normal(jax.random.key(3), (8, 5))
+    first = run(params)[1]
+    models.assert_same(first, run(params)[1])
+    keyed = jax.jit(
+        lambda key: gradients_of(
+            model, STOCHASTIC, params, rngs={"stochastic_rounding": key}
+        )[1]
+    )
+    one, other = (keyed(jax.random.key(seed)) for seed in range(2))
+    models.assert_differ(one, other)
+    models.assert_differ(one, first)
 
+
+def test_ops_with_the_same_gradient_have_noise_of_their_own():
     def twice(params, x):
         return x @ params["a"] + x @ params["b"]
 
+    w = jax.random.normal(jax.random.key(3), (8, 5))
+    g = jax.random.normal(jax.random.key(4), (6, 5))
     quantized = quantize_fn(twice, QtProvider(STOCHASTIC))
-    out, pull = jax.vjp(lambda p: quantized(p, X), {"a": w, "b": w})
-    grads = pull(jax.random.normal(jax.random.key(4), out.shape))[0]
+    (grads,) = jax.vjp(lambda p: quantized(p, X), {"a": w, "b": w})[1](g)
     models.assert_differ(grads["a"], grads["b"])
 
 
@@ -133,11 +129,13 @@ def test_layers_under_scan_compute_what_they_do_one_by_one(remat):
     stacked = params["layers"]["Dense_0"]["kernel"]
     separate = {f"d{index}": {"kernel": stacked[index]} for index in range(3)}
     got = jax.jit(functools.partial(gradients_of, scanned, NEAREST))(params, x)
-    want = gradients_of(Unrolled(), NEAREST, separate, x)
+    want = jax.jit(functools.partial(gradients_of, Unrolled(), NEAREST))(separate, x)
     models.assert_close(got[0], want[0])
     models.assert_close(got[1][1], want[1][1], 1e-4)
     kernels = [want[1][0][f"d{index}"]["kernel"] for index in range(3)]
     models.assert_close(got[1][0]["layers"]["Dense_0"]["kernel"], np.stack(kernels))
+    if not remat:
+        return
     # With noise they differ, but are close.
     noisy = jax.jit(functools.partial(gradients_of, scanned, STOCHASTIC))(params, x)
     models.assert_close(noisy[0], want[0])
@@ -146,12 +144,16 @@ def test_layers_under_scan_compute_what_they_do_one_by_one(remat):
 
 def test_one_scale_for_each_layer_under_scan():
     rules = [QtRule(**FORWARD, bwd_qtype="int8", disable_channelwise_axes=True)]
-    found = plan(models.Layers(), rules, X[:, :6])
-    (param,) = found.params.values()
-    assert param.how.channelwise_axes == (0,)
+    model, x = models.Layers(), X[:, :6]
+    found = plan(model, rules, x)
+    (param,), (op,) = found.params.values(), found.quantized_ops
     assert param.how.scale_shape(param.shape) == (3, 1, 1)
-    (op,) = found.quantized_ops
-    assert op.activations[0].channelwise_axes == ()
+    assert op.activations[0].scale_shape((6, 6)) == (1, 1)
+    assert op.reason == "gradients int8"
+    params = params_of(model, x)
+    trained = quantize_model(model, QtProvider(rules)).apply({"params": params}, x)
+    served, codes = ptq_lib.quantize(model, params, rules, x)
+    models.assert_close(served.apply({"params": codes}, x), trained)
 
 
 def step_of(apply):
@@ -204,10 +206,8 @@ def test_a_step_trains_resumes_and_is_served(fields, tmp_path):
     if fields.get("act_static_scale"):
         start = with_quant_stats(start, rules, jnp.ones((32, 8)))
     step = jax.jit(wrap_train_step(train_step, rules))
-    _, in_float = run_steps(jax.jit(train_step), state_of(model))
     middle, losses = run_steps(step, start)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
-    assert abs(np.mean(losses[-5:]) - np.mean(in_float[-5:])) < 0.05
     # From the middle of the run, in a compilation of its own.
     again = jax.jit(wrap_train_step(train_step, rules))
     restored = jax.tree.map(np.asarray, middle)
@@ -265,10 +265,18 @@ def test_per_example_and_sharded_gradients(rules):
 def test_without_bwd_qtype_it_is_a_quantization_rule():
     model = models.Mlp()
     params = params_of(model)
-    got = gradients_of(model, [QtRule(**FORWARD)], params)
-    models.assert_same(got, gradients_of(model, [QuantizationRule(**FORWARD)], params))
+    texts = [
+        str(
+            jax.make_jaxpr(functools.partial(gradients_of, model, [cls(**FORWARD)]))(
+                params
+            )
+        )
+        for cls in (QtRule, QuantizationRule)
+    ]
+    assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_ops_of_other_rules_read_the_same_weight():
     table = jax.random.normal(jax.random.key(1), (7, 8))
 
