@@ -365,8 +365,13 @@ def _sum_products(
     if accumulator == jnp.int32 and kwargs["out_sharding"] is None:
         out = integer_dot(left, right, numbers, kwargs["precision"])
     else:
+        pair = (left, right)
+        # Hardware for float8 multiplies its two types with each other: activations or
+        # weights of e4m3, and gradients of e5m2.
+        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in pair):
+            pair = ops.common_codes(left, right)
         out = jax.lax.dot_general(
-            *ops.common_codes(left, right),
+            *pair,
             numbers,
             preferred_element_type=accumulator,
             **kwargs,

@@ -97,7 +97,9 @@ def encode_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = jnp.where(jnp.isnan(x), 0, x)
-    lower = sum((x >= level).astype(jnp.uint8) for level in LEVELS[1:-1].tolist())
+    lower = jnp.zeros(x.shape, jnp.uint8)
+    for level in LEVELS[1:-1].tolist():
+        lower += (x >= level).astype(jnp.uint8)
     low, high = decode(lower, x.dtype), decode(lower + 1, x.dtype)
     upper = (x - low) / (high - low) + noise >= 0.5
     return jax.lax.optimization_barrier(lower + upper.astype(jnp.uint8)).astype(

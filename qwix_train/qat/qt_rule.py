@@ -56,6 +56,10 @@ class QtRule(QuantizationRule):
         `{"use_original_residuals": False}` has a meaning: backward products take what
         the forward has quantized. That is so in any case, and becomes None.
 
+    Delayed scaling, where the range of a batch is that of batches before it, is for
+    activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
+    and gradients have the range that they have at the time.
+
     The noise has no state. Its key is made of the op, the gradient, and, where the
     model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
     layers, micro-batches and ops have noise of their own, and a step that is run again

@@ -281,8 +281,9 @@ class _Weight(Carried):
         results = self._stored.apply(primitive, params, stored_weights, run)
         if results is None:
             return None
+        views = [x for x in results if isinstance(x, StoredWeight)]
         values = run(*(x.value if isinstance(x, Carried) else x for x in operands))
-        return [self._view(*pair) for pair in zip(values, results, strict=True)]
+        return [self._view(*pair) for pair in zip(values, views, strict=True)]
 
     def constrained(self, sharding: Any) -> _Weight:
         """See `Carried.constrained`."""
