@@ -30,6 +30,7 @@ from qwix_train.provider import QuantizationProvider as QuantizationProvider
 from qwix_train.ptq import PtqProvider as PtqProvider
 from qwix_train.ptq import quantize_params as quantize_params
 from qwix_train.qat import QtProvider as QtProvider
+from qwix_train.qat import QtRule as QtRule
 from qwix_train.qat.quant_stat import QuantStat as QuantStat
 from qwix_train.rules import QuantizationRule as QuantizationRule
 from qwix_train.state import QuantTrainState as QuantTrainState

@@ -321,6 +321,7 @@ class _Planner:
         for side, origin in enumerate(origins):
             if not isinstance(origin, provenance.Weight) and rule.act_qtype is not None:
                 activations[side] = self.quantize_activation(op, side, rule)
+        notes += [rule.note] if rule.note else []
         return dataclasses.replace(
             plan,
             weights=tuple(paths),
@@ -359,7 +360,7 @@ class _Planner:
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
         axes = weights.operand_axes(op, side, rule.tile_size)
-        channelwise = axes.channelwise
+        channelwise = () if rule.disable_channelwise_axes else axes.channelwise
         if rule.act_static_scale:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
@@ -380,6 +381,8 @@ class _Planner:
         op = plan.op
         where = f"{op.where}, param {'/'.join(view.path)!r}"
         axes = weights.operand_axes(op, side, rule.tile_size)
+        if rule.disable_channelwise_axes:
+            axes = dataclasses.replace(axes, channelwise=())
         _check_tiles(where, op.operands[side].shape, axes, rule)
         try:
             axes = weights.stored_axes(view, axes)
@@ -452,7 +455,13 @@ def _obstacle(op: Op) -> str | None:
 
 
 def _weight_fields(rule: QuantizationRule) -> str:
-    names = ("weight_qtype", "weight_calibration_method", "tile_size", "pad_tiles")
+    names = (
+        "weight_qtype",
+        "weight_calibration_method",
+        "tile_size",
+        "pad_tiles",
+        "disable_channelwise_axes",
+    )
     return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
 
 

@@ -54,7 +54,9 @@ class QuantizationRule:
         `act_calibration_method`: `"percentile,99.99"`, `"mse"`, `"entropy"`, or an
         `Observer`.
       act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
-        `"minmax"`, `"last"`, or an `Averaging`.
+        `"minmax"`, `"last"`, `"amax_history,16"` (delayed scaling: a batch of training
+        is quantized by the widest range of the 16 batches before it), or an
+        `Averaging`.
       act_batch_axes: for static ranges, axes of an activation such as that of the
         batch: the range of a batch is the mean of the ranges that each index along
         them has. If None, it is that of the batch as a whole.
@@ -64,6 +66,9 @@ class QuantizationRule:
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
         tile. An error otherwise.
+      disable_channelwise_axes: whether weights and activations have one scale for the
+        whole array, or for each tile along it; of stacked layers, for each layer. Else
+        they have one for each index along the axes that an op keeps.
 
     Raises:
       ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
@@ -88,6 +93,7 @@ class QuantizationRule:
     act_channelwise_axes: Collection[int] = ()
     act_act: bool = True
     pad_tiles: bool = False
+    disable_channelwise_axes: bool = False
 
     def __post_init__(self):
         for field in ("op_names", "act_batch_axes", "act_channelwise_axes"):
@@ -134,17 +140,9 @@ class QuantizationRule:
             if method is not None and qtype is not None and not is_int16(qtype):
                 # Not every type has the zero point that a method may need.
                 self._check(field, functools.partial(_how, qtype), method)
-        size = self.tile_size
-        if size is not None and (
-            isinstance(size, bool)
-            or not isinstance(size, int | float)
-            or size <= 0
-            or (isinstance(size, float) and size > 1)
-        ):
-            raise self._error(
-                "tile_size",
-                "it must be a positive int, or a float of one over the tile count",
-            )
+        self._check_tile_size("tile_size")
+        if not isinstance(self.disable_channelwise_axes, bool):
+            raise self._error("disable_channelwise_axes", "it must be True or False")
 
     def matches(self, module_path: str, op_name: str, op_id: str) -> bool:
         """Whether the rule is for an op.
@@ -164,6 +162,24 @@ class QuantizationRule:
     def act_method(self) -> str:
         """The calibration method for activations, with the default filled in."""
         return self.act_calibration_method or "absmax"
+
+    @property
+    def note(self) -> str:
+        """What else the rule does to an op, for the plan."""
+        return ""
+
+    def _check_tile_size(self, field):
+        size = getattr(self, field)
+        if size is not None and (
+            isinstance(size, bool)
+            or not isinstance(size, int | float)
+            or size <= 0
+            or (isinstance(size, float) and size > 1)
+        ):
+            raise self._error(
+                field,
+                "it must be a positive int, or a float of one over the tile count",
+            )
 
     def _check(self, field, function, value):
         try:

@@ -143,7 +143,7 @@ def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     ends = {}
     for key, value in statistics.items():
         kind, found, end = key.partition("_of_")
-        if found and kind in ("sum", "ema", "extreme", "last"):
+        if found and kind in ("sum", "ema", "extreme", "last", "window"):
             ends[kind, end] = value
     return ends
 

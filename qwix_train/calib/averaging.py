@@ -10,6 +10,8 @@ name            keeps                     range of the batches   merging a, then
 ``ema,decay``   ``ema_of_*``              exponential mean       a decays by b's count
 ``minmax``      ``extreme_of_*``          the widest range       the wider one
 ``last``        ``last_of_*``             that of the last       b, if it has any
+``amax_``       ``window_of_*``, and      the widest of the      the latest of both
+``history,n``   ``history_*``             latest n
 ==============  ========================  =====================  ==================
 
 The layout of ``mean`` is that of `qwix`: its statistics go into its `quantize_params`,
@@ -35,6 +37,7 @@ AVERAGINGS = {
     "ema": "ema,decay",
     "minmax": "minmax",
     "last": "last",
+    "amax_history": "amax_history,length",
 }
 """Each averaging and how it is written."""
 
@@ -42,7 +45,9 @@ AVERAGINGS = {
 class Averaging(Protocol):
     """What an averaging has to offer; a class of yours with these methods will do.
 
-    It is hashable, and its methods are pure functions that may be traced.
+    It is hashable, and its methods are pure functions that may be traced. If it has an
+    attribute ``delayed`` that is true, training quantizes a batch by the range of the
+    batches before it; else by one that has the batch itself in it.
     """
 
     def init(self, calibration: Range) -> State:
@@ -90,6 +95,15 @@ def parse_averaging(text: str) -> Averaging:
                 f"Bad averaging {text!r}: it takes one number. Write ema,decay."
             ) from None
         return Ema(decay)
+    if name == "amax_history":
+        try:
+            (length,) = (int(part) for part in parts)
+        except ValueError:
+            raise ValueError(
+                f"Bad averaging {text!r}: it takes one integer. Write "
+                "amax_history,length."
+            ) from None
+        return AmaxHistory(length)
     if parts:
         raise ValueError(f"Bad averaging {text!r}: {name} takes no arguments.")
     return {"mean": Mean, "minmax": MinMax, "last": Last}[name]()
@@ -254,6 +268,96 @@ class Last:
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the range of the last batch."""
         return _strip(state, "last_of_")
+
+
+@dataclasses.dataclass(frozen=True)
+class AmaxHistory:
+    """The widest range of the latest batches, for delayed scaling.
+
+    With the range ``r[t]`` of batch ``t``, in training batch ``t`` is quantized by
+
+        max(r[t - n], ..., r[t - 1])
+
+    which is known before the batch is. Values beyond it saturate. The first batch has
+    its own range.
+
+    Attributes:
+        length: The number of batches, ``n``.
+
+    Raises:
+        ValueError: The length is not positive.
+
+    References:
+        NVIDIA, "Transformer Engine", recipe ``DelayedScaling`` with a margin of 0 and
+        the algorithm ``max``; Micikevicius et al., "FP8 Formats for Deep Learning",
+        section 3, https://arxiv.org/abs/2209.05433
+
+    >>> history = AmaxHistory(2)
+    >>> state = history.init({'absmax': jnp.zeros(1)})
+    >>> for absmax in 9., 3., 2.:
+    ...     state = history.update(state, {'absmax': jnp.full(1, absmax)})
+    >>> history.calibration(state)['absmax'].tolist(), state['history_absmax'].tolist()
+    ([3.0], [[2.0], [3.0]])
+    """
+
+    length: int
+
+    delayed = True
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(
+                f"The length of an amax history is {self.length!r}, but must be at "
+                "least 1, such as in 'amax_history,16'."
+            )
+
+    def init(self, calibration: Range) -> State:
+        """Returns the state before any batch: zeros, which every range holds."""
+        history = {
+            f"history_{key}": jnp.zeros((self.length, *v.shape), jnp.float32)
+            for key, v in calibration.items()
+        }
+        return {**_zeros("window_of_", calibration), **history}
+
+    def update(self, state: State, calibration: Range) -> State:
+        """Puts the range of one batch in front, and drops the oldest."""
+        # For its check of the shapes.
+        latest = _each(state, "window_of_", calibration, lambda old, new: new)
+        history = {
+            f"history_{key}": jnp.concatenate(
+                [latest[f"window_of_{key}"][None], state[f"history_{key}"][:-1]]
+            )
+            for key in calibration
+        }
+        return self._with_window(latest["count"], history)
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state after the batches of ``a`` and then those of ``b``."""
+        place = jnp.arange(self.length)
+        of_b = place < b["count"]
+        older = jnp.maximum(place - b["count"], 0)
+
+        def latest(key: str) -> jax.Array:
+            shape = (self.length,) + (1,) * (a[key].ndim - 1)
+            return jnp.where(of_b.reshape(shape), b[key], a[key][older])
+
+        history = {key: latest(key) for key in a if key.startswith("history_")}
+        return self._with_window(a["count"] + b["count"], history)
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the widest range of the latest batches."""
+        return _strip(state, "window_of_")
+
+    def _with_window(self, count: jax.Array, history: State) -> State:
+        def widest(of_batches: jax.Array) -> jax.Array:
+            farthest = jnp.argmax(jnp.abs(of_batches), axis=0, keepdims=True)
+            return jnp.take_along_axis(of_batches, farthest, axis=0)[0]
+
+        windows = {
+            f"window_of_{key.removeprefix('history_')}": widest(of_batches)
+            for key, of_batches in history.items()
+        }
+        return {"count": count, **windows, **history}
 
 
 def _zeros(prefix: str, calibration: Range) -> State:

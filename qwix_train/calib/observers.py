@@ -152,6 +152,11 @@ class Statistics:
     averaging: Averaging | None
     how: HowToQuantize
 
+    @property
+    def delayed(self) -> bool:
+        """Whether training quantizes a batch by the range of those before it."""
+        return bool(getattr(self.averaging, "delayed", False))
+
     def init(self, shape: tuple[int, ...], dtype: Any) -> State:
         """Returns the state before any batch.
 

@@ -104,8 +104,8 @@ def conv_general_dilated(
     left, right = ops.common_codes(lhs, rhs)
     if left.dtype != right.dtype:
         left, right = left.astype(jnp.int16), right.astype(jnp.int16)
-    lhs_zero = _aligned(ops.zero_point_of(lhs), numbers, "lhs", accumulator)
-    rhs_zero = _aligned(ops.zero_point_of(rhs), numbers, "rhs", accumulator)
+    lhs_zero = aligned(ops.zero_point_of(lhs), numbers, "lhs", accumulator)
+    rhs_zero = aligned(ops.zero_point_of(rhs), numbers, "rhs", accumulator)
     sums = conv(left, right, accumulator, out_sharding)
     lhs_ones = _ones(left, numbers.lhs_spec[0], batch_group_count)
     groups = max(feature_group_count, batch_group_count)
@@ -123,8 +123,30 @@ def conv_general_dilated(
     out = sums.astype(wide)
     for operand, side in ((lhs, "lhs"), (rhs, "rhs")):
         if isinstance(operand, QArray):
-            out = out * _aligned(operand.scale, numbers, side, wide)
+            out = out * aligned(operand.scale, numbers, side, wide)
     return out.astype(result)
+
+
+def aligned(
+    part: jax.Array | None,
+    numbers: jax.lax.ConvDimensionNumbers,
+    side: str,
+    dtype: Any,
+) -> Any:
+    """Puts a scale or zero point on the axis of the result that it belongs to.
+
+    Args:
+        part: An array with one entry along all axes but the one that the result keeps;
+            None stays None.
+        numbers: The dimension numbers.
+        side: The operand that it belongs to, ``lhs`` or ``rhs``.
+        dtype: The dtype to cast it to.
+    """
+    if part is None:
+        return None
+    shape = [1] * part.ndim
+    shape[numbers.out_spec[0 if side == "lhs" else 1]] = part.size
+    return part.reshape(shape).astype(dtype)
 
 
 def _stays_quantized(
@@ -156,20 +178,6 @@ def _stays_quantized(
     # Each output adds one product for every element of an output feature's kernel.
     terms = ops.size_of(rhs.shape, numbers.rhs_spec[1:])
     return terms <= ops.max_terms(lhs, rhs)
-
-
-def _aligned(
-    part: jax.Array | None,
-    numbers: jax.lax.ConvDimensionNumbers,
-    side: str,
-    dtype: Any,
-) -> Any:
-    """Puts a scale or zero point on the axis of the result that it belongs to."""
-    if part is None:
-        return None
-    shape = [1] * part.ndim
-    shape[numbers.out_spec[0 if side == "lhs" else 1]] = part.size
-    return part.reshape(shape).astype(dtype)
 
 
 def _ones(codes: jax.Array, axis: int, count: int) -> jax.Array:

@@ -118,7 +118,7 @@ def dot_general(
             scale = _cut_part(operand.scale, counts)
             assert scale is not None
             ndims = (lhs.ndim + len(tiles), rhs.ndim + len(tiles))
-            out = out * _aligned(scale.astype(wide), split, ndims, side)
+            out = out * aligned(scale.astype(wide), split, ndims, side)
     batch = len(numbers[1][0])
     if tiles:
         out = jnp.sum(out, axis=tuple(range(batch, batch + len(tiles))))
@@ -155,6 +155,33 @@ def dot(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
+
+
+def aligned(
+    part: jax.Array, numbers: _Numbers, ndims: tuple[int, int], side: int
+) -> jax.Array:
+    """Arranges the axes of a scale, or of sums, as those of the result.
+
+    Args:
+        part: An array with one entry along each contracted axis.
+        numbers: The dimension numbers, without negative axes.
+        ndims: The ranks of the operands.
+        side: The operand that it belongs to: 0 for the left one, 1 for the right one.
+
+    >>> scale = jnp.ones((1, 5))
+    >>> aligned(scale, (((2,), (0,)), ((), ())), (3, 2), 1).shape
+    (1, 1, 5)
+    """
+    contracting, batch = numbers[0][side], numbers[1][side]
+    free = [[], []]
+    for s in range(2):
+        used = {*numbers[0][s], *numbers[1][s]}
+        free[s] = [axis for axis in range(ndims[s]) if axis not in used]
+    part = part.transpose(*batch, *free[side], *contracting)
+    kept = part.shape[: len(batch) + len(free[side])]
+    before = (1,) * len(free[0]) if side else ()
+    after = () if side else (1,) * len(free[1])
+    return part.reshape((*kept[: len(batch)], *before, *kept[len(batch) :], *after))
 
 
 def _normalized(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> _Numbers:
@@ -338,8 +365,13 @@ def _sum_products(
     if accumulator == jnp.int32 and kwargs["out_sharding"] is None:
         out = integer_dot(left, right, numbers, kwargs["precision"])
     else:
+        pair = (left, right)
+        # Hardware for float8 multiplies its two types with each other: activations or
+        # weights of e4m3, and gradients of e5m2.
+        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in pair):
+            pair = ops.common_codes(left, right)
         out = jax.lax.dot_general(
-            *ops.common_codes(left, right),
+            *pair,
             numbers,
             preferred_element_type=accumulator,
             **kwargs,
@@ -349,28 +381,12 @@ def _sum_products(
     right_zero = None if right_zero is None else right_zero.astype(accumulator)
     if left_zero is not None:
         sums = jnp.sum(right, rhs_contracting, dtype=accumulator, keepdims=True)
-        left_zero = _aligned(left_zero, numbers, ndims, 0)
-        out = out - left_zero * _aligned(sums, numbers, ndims, 1)
+        left_zero = aligned(left_zero, numbers, ndims, 0)
+        out = out - left_zero * aligned(sums, numbers, ndims, 1)
     if right_zero is not None:
         sums = jnp.sum(left, lhs_contracting, dtype=accumulator, keepdims=True)
-        right_zero = _aligned(right_zero, numbers, ndims, 1)
-        out = out - right_zero * _aligned(sums, numbers, ndims, 0)
+        right_zero = aligned(right_zero, numbers, ndims, 1)
+        out = out - right_zero * aligned(sums, numbers, ndims, 0)
     if left_zero is not None and right_zero is not None:
         out = out + terms * (left_zero * right_zero)
     return out
-
-
-def _aligned(
-    part: jax.Array, numbers: _Numbers, ndims: tuple[int, int], side: int
-) -> jax.Array:
-    """Arranges the axes of a scale, or of sums, as those of the result."""
-    contracting, batch = numbers[0][side], numbers[1][side]
-    free = [[], []]
-    for s in range(2):
-        used = {*numbers[0][s], *numbers[1][s]}
-        free[s] = [axis for axis in range(ndims[s]) if axis not in used]
-    part = part.transpose(*batch, *free[side], *contracting)
-    kept = part.shape[: len(batch) + len(free[side])]
-    before = (1,) * len(free[0]) if side else ()
-    after = () if side else (1,) * len(free[1])
-    return part.reshape((*kept[: len(batch)], *before, *kept[len(batch) :], *after))

@@ -117,8 +117,6 @@ class HowToQuantize:
         parse_calibration_method(self.calibration_method)
         if needs_zero_point(self.calibration_method):
             numerics.asymmetric_bound(self.qtype)
-        if self.noise_fn is not None and not numerics.is_integer_qtype(self.qtype):
-            raise ValueError(f"noise_fn needs an integer type, not {self.qtype}.")
         for axis in self.channelwise_axes:
             if axis in self.tiled_axes:
                 raise ValueError(f"Axis {axis} is both channelwise and tiled.")

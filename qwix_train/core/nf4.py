@@ -81,6 +81,32 @@ def encode(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(code).astype(jnp.uint4)
 
 
+def encode_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns the index of one of the two levels around each value, as uint4.
+
+    With the levels ``a <= x < b``, it is that of ``b`` where
+    ``(x - a) / (b - a) + noise >= 1 / 2``: with uniform noise, ``x`` on average. Values
+    beyond the ends saturate, and NaN gives the index of 0.
+
+    Args:
+        x: Scaled values.
+        noise: From -0.5 to below 0.5; broadcastable to ``x``.
+
+    >>> encode_stochastically(jnp.array([0.5, 0.5]), jnp.array([0.0, 0.1])).tolist()
+    [12, 13]
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.where(jnp.isnan(x), 0, x)
+    lower = jnp.zeros(x.shape, jnp.uint8)
+    for level in LEVELS[1:-1].tolist():
+        lower += (x >= level).astype(jnp.uint8)
+    low, high = decode(lower, x.dtype), decode(lower + 1, x.dtype)
+    upper = (x - low) / (high - low) + noise >= 0.5
+    return jax.lax.optimization_barrier(lower + upper.astype(jnp.uint8)).astype(
+        jnp.uint4
+    )
+
+
 def _chosen(bits: list[jax.Array], values: list[Any], dtype: Any) -> jax.Array:
     """One of values, by the bits of its index, the highest first."""
     chosen = [jnp.asarray(value, dtype) for value in values]

@@ -40,7 +40,9 @@ from qwix_train.core import nf4
 NoiseFn: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
 """Takes a shape; gives noise, broadcastable to it, in units of one rounding step.
 
-Uniform noise in ``(-0.5, 0.5)`` makes the rounding of integer types unbiased.
+Uniform noise in ``[-0.5, 0.5)`` makes rounding unbiased for every type, for values
+between its lowest and its highest code: each becomes one of its two neighbors, the
+nearer one more often. `stochastic_rounding` makes such noise.
 """
 
 QType: TypeAlias = Any
@@ -237,13 +239,10 @@ def round_to_qtype(
     Args:
         x: Scaled values, any shape, a float dtype.
         qtype: The type.
-        noise_fn: Noise for stochastic rounding, integer types only.
+        noise_fn: Noise for stochastic rounding.
 
     Returns:
         The codes, in the shape of ``x`` and the dtype ``storage_dtype(qtype)``.
-
-    Raises:
-        ValueError: ``noise_fn`` is given for a type that is not an integer type.
 
     >>> round_to_qtype(jnp.array([-0.5, 1.5, 9.0]), 'int4').tolist()
     [0, 2, 7]
@@ -251,12 +250,15 @@ def round_to_qtype(
     name = qtype_name(qtype)
     if name in _INTEGERS:
         return _round_to_integer(x, name, noise_fn).astype(storage_dtype(name))
-    if noise_fn is not None:
-        raise ValueError(f"noise_fn needs an integer type, not {name}.")
     if name == "nf4":
-        return nf4.encode(x)
+        if noise_fn is None:
+            return nf4.encode(x)
+        return nf4.encode_stochastically(x, noise_fn(x.shape))
     bound = symmetric_bound(name)
-    return jnp.clip(x, -bound, bound).astype(name)
+    x = jnp.clip(x, -bound, bound)
+    if noise_fn is not None:
+        x = jnp.clip(_round_to_float8(x, name, noise_fn), -bound, bound)
+    return x.astype(name)
 
 
 def round_to_level(
@@ -284,6 +286,17 @@ def _round_to_integer(x: jax.Array, name: str, noise_fn: NoiseFn | None) -> jax.
     if name == "int1":
         return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
     return jnp.clip(jnp.round(x), low, high)
+
+
+def _round_to_float8(x: jax.Array, name: str, noise_fn: NoiseFn) -> jax.Array:
+    """Rounds to the grid that a float8 type has in the binade of each value."""
+    info = jnp.finfo(name)
+    x = x.astype(compute_dtype(x.dtype))
+    # A value lies from 2**(exponent - 1) to below 2**exponent.
+    _, exponent = jnp.frexp(x)
+    exponent = jnp.maximum(exponent - 1, info.minexp) - info.nmant
+    step = jnp.ldexp(jnp.ones((), x.dtype), exponent)
+    return jnp.round(x / step + noise_fn(x.shape)) * step
 
 
 def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:

@@ -21,6 +21,7 @@ from qwix_train.lora.rules import LoraRule
 from qwix_train.lora.start import Starter
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
+from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.analyze import Key
@@ -71,7 +72,7 @@ class LoraProvider(PtqProvider):
 
         Raises:
           ValueError: if there are rules and fields of one, or neither; if no rule is a
-            `LoraRule`.
+            `LoraRule`, or one sets `bwd_qtype`.
         """
         if rules is None:
             if not kwargs:
@@ -91,6 +92,7 @@ class LoraProvider(PtqProvider):
                 "None of the rules is a LoraRule, so nothing would get an adapter. Use "
                 "PtqProvider to quantize without adapters."
             )
+        refuse_backward(self.rules, type(self).__name__)
         self.deterministic = deterministic
 
     def __eq__(self, other: object) -> bool:

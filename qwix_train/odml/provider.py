@@ -31,6 +31,7 @@ from qwix_train.odml.plan import (
 )
 from qwix_train.odml.planner import make_odml_plan
 from qwix_train.provider import QuantizationProvider
+from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.qat.running_ranges import (
     RangeUpdates,
     RunningRanges,
@@ -107,6 +108,7 @@ class OdmlQatProvider(QuantizationProvider):
           ValueError: if LiteRT has no such type or range.
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
+        refuse_backward(self.rules, type(self).__name__)
         for index, rule in enumerate(self.rules):
             _check_rule(index, rule)
         for name, fixed in (
@@ -436,6 +438,9 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
     if rule.tile_size is not None:
         raise error("tile_size", "LiteRT has no sub-channel quantization")
+    if rule.disable_channelwise_axes:
+        reason = "give the provider disable_per_channel_weights=True"
+        raise error("disable_channelwise_axes", reason)
     if needs_zero_point(rule.weight_calibration_method):
         raise error("weight_calibration_method", "weights of LiteRT are symmetric")
     if rule.act_channelwise_axes:

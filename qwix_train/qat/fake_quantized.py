@@ -9,8 +9,9 @@ from typing import Any
 from qwix_train import stored
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.planning import OpPlan, ParamPlan, Plan
+from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.trace.analyze import Key, Op
-from qwix_train.trace.carried import Deferred
+from qwix_train.trace.carried import Carried, Deferred
 from qwix_train.trace.function import Param, TracedCall
 
 # What becomes of an activation: of an op, its plan, the side of the operand, the array,
@@ -23,6 +24,7 @@ def run_fake_quantized(
     plan: Plan,
     fake_quantize: FakeQuantize,
     given: Mapping[Key, Sequence[Any]],
+    products: QuantizedProducts | None = None,
 ) -> Any:
     """The result of a traced call, with fake-quantized weights and activations.
 
@@ -32,11 +34,15 @@ def run_fake_quantized(
       fake_quantize: called with each activation that is quantized.
       given: for each op, trees of arrays for its operands that `fake_quantize` needs;
         see `trace.evaluate`.
+      products: the ops that are computed from codes.
     """
     plans = {op.op.key: op for op in plan.quantized_ops}
 
     def handler(op, operands, run, given):
         op_plan = plans[op.key]
+        if products is not None and products.includes(op):
+            return products.run(op, op_plan, operands, given)
+        operands = [x.value if isinstance(x, Carried) else x for x in operands]
         return run(
             *(
                 x if how is None else fake_quantize(op, op_plan, side, x, given[side])
@@ -46,8 +52,11 @@ def run_fake_quantized(
             )
         )
 
-    def substitute(param: Param) -> Deferred | None:
-        return fake_quantized_param(param.value, plan.params[param.path])
+    def substitute(param: Param) -> Carried | None:
+        fake = fake_quantized_param(param.value, plan.params[param.path])
+        if products is None:
+            return fake
+        return products.weight(plan.params[param.path], fake)
 
     ops = [op.op for op in plan.quantized_ops]
     return traced.run(ops, handler, substitute, given)

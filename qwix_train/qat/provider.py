@@ -14,6 +14,7 @@ from qwix_train.calib.ranges import states_in
 from qwix_train.planning import Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.qat.running_ranges import (
     RangeUpdates,
     RunningRanges,
@@ -79,7 +80,10 @@ class QtProvider(QuantizationProvider):
             how = op_plan.activations[side]
             return static_range.fake_quantize_activation(x, how, given)
 
-        return run_fake_quantized(traced, plan, fake_quantize, given)
+        products = QuantizedProducts(
+            traced, plan, self.rules, lambda op, op_plan, side, x, given: given
+        )
+        return run_fake_quantized(traced, plan, fake_quantize, given, products)
 
     def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
         """The statistics that a Linen model holds at first."""

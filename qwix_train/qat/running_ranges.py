@@ -1,7 +1,8 @@
 """Static ranges that training itself keeps up to date.
 
 The forward of each step measures the activations, updates the statistics with that,
-and quantizes by the range that they give then. What was measured is tagged on the way,
+and quantizes by the range that they give then (with delayed scaling, by the one that
+they gave before). What was measured is tagged on the way,
 so that the statistics come out of a step that does not return them (see
 `trace.harvest`): `QtProvider` with a collection `quant_stats` harvests them from the
 call of the model, `wrap_train_step` from the whole step.
@@ -19,14 +20,14 @@ from flax import traverse_util
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train import static_range
 from qwix_train.calib.observe import statistics_of
 from qwix_train.calib.observers import RangeObserver, Statistics
 from qwix_train.core.calibration import compute_scale_zero_point
-from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
-from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import function, harvest
 from qwix_train.trace.function import TracedCall
@@ -65,8 +66,8 @@ class RunningRanges:
     """The static ranges of one call, from statistics that it may update.
 
     What a mode does with them: it asks for the `state` of each range before it
-    evaluates the call, hands that to the op as what is given for it, and has
-    `fake_quantize` quantize the activation there. `add` updates the statistics then,
+    evaluates the call, hands that to the op as what is given for it, and quantizes the
+    activation there by its `calibration`. `add` updates the statistics then,
     where the call is harvested.
 
     Attributes:
@@ -129,23 +130,9 @@ class RunningRanges:
             self._found[name] = found
             packed = harvest.tag(found.packed(measured), name, layers)
             measured = found.unpacked(packed)
-            state = self.updates.updated(state, statistics.add(state, measured))
+            if not statistics.delayed:
+                state = self.updates.updated(state, statistics.add(state, measured))
         return _calibration(statistics, state, measured, self.updates.warmup)
-
-    def fake_quantize(
-        self,
-        path: Path,
-        statistics: Statistics,
-        how: HowToQuantize,
-        x: Any,
-        state: Any,
-        layers: Sequence[bool],
-    ) -> Any:
-        """One activation, fake-quantized by its range; see `calibration`."""
-        calibration = self.calibration(path, statistics, x, state, layers)
-        return fake_quant_with_scale(
-            x, how.qtype, *compute_scale_zero_point(calibration, how.qtype)
-        )
 
     def add(
         self, name: str, measured: Any, state: Any, *, updates: RangeUpdates
@@ -156,7 +143,7 @@ class RunningRanges:
           name: the name of the range.
           measured: what was tagged.
           state: the statistics before.
-          updates: when statistics change; as in `fake_quantize`, but where the harvest
+          updates: when statistics change; as in `calibration`, but where the harvest
             is, which may be outside of the trace that the call is in.
         """
         found = self._found[name]
@@ -190,7 +177,8 @@ class RunningRangesProvider(QuantizationProvider):
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call; what is measured in it is tagged."""
         given = {op.op.key: self._states_of(op) for op in plan.quantized_ops}
-        return run_fake_quantized(traced, plan, self._fake_quantize, given)
+        products = QuantizedProducts(traced, plan, self.rules, self._range_of)
+        return run_fake_quantized(traced, plan, self._fake_quantize, given, products)
 
     def _states_of(self, plan: OpPlan) -> list[Any]:
         return [
@@ -201,14 +189,19 @@ class RunningRangesProvider(QuantizationProvider):
         ]
 
     def _fake_quantize(self, op, plan, side, x, state):
-        how = plan.activations[side]
+        found = self._range_of(op, plan, side, x, state)
+        return static_range.fake_quantize_activation(x, plan.activations[side], found)
+
+    def _range_of(self, op, plan, side, x, state) -> static_range.Range | None:
         if not plan.static:
-            return fake_quant(x, how)
+            return None
         statistics = statistics_of(plan, side, self.rules)
         layers = [length > 0 for length in op.scans]
-        return self._ranges.fake_quantize(
-            plan.range_path(side), statistics, how, x, state, layers
+        calibration = self._ranges.calibration(
+            plan.range_path(side), statistics, x, state, layers
         )
+        qtype = plan.activations[side].qtype
+        return static_range.Range(*compute_scale_zero_point(calibration, qtype))
 
 
 def harvest_call(

@@ -8,7 +8,7 @@ from qwix._src import averaging as qwix_averaging
 
 from qwix_train.calib.averaging import Ema, Last, Mean, MinMax, parse_averaging
 
-NAMES = ["mean", "ema,0.9", "ema,0", "ema,0.9999", "minmax", "last"]
+NAMES = ["mean", "ema,0.9", "ema,0", "ema,0.9999", "minmax", "last", "amax_history,3"]
 
 
 def reference(name: str, ranges: np.ndarray, end: str) -> np.ndarray:
@@ -18,6 +18,8 @@ def reference(name: str, ranges: np.ndarray, end: str) -> np.ndarray:
         return ranges.mean(0)
     if name == "last":
         return ranges[-1]
+    if name.startswith("amax_history"):
+        name, ranges = "minmax", ranges[-3:]
     if name == "minmax":
         return ranges.min(0) if end == "min" else ranges.max(0)
     decay = float(name.split(",")[1])

@@ -24,6 +24,13 @@ def test_it_is_the_dot_in_integers(rows, dtype):
     np.testing.assert_array_equal(got, np.matmul(np.int32(left), np.int32(right)))
 
 
+@pytest.mark.parametrize("length", [6, 7])
+def test_the_first_axes_of_both_contracted(length):
+    left, right = codes(length, 5), codes(length, 4, seed=1)
+    got = integer_dot(left, right, (((0,), (0,)), ((), ())))
+    np.testing.assert_array_equal(got, np.int32(left).T @ np.int32(right))
+
+
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
 def test_vmap(axes):
     shapes = [(5, 2, 16) if axes[0] == 0 else (2, 16)]

@@ -1,5 +1,3 @@
-import functools
-
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -132,21 +130,6 @@ def test_level_is_what_the_code_stands_for(qtype, dtype):
     want = numerics.codes_to_float(codes, qtype, dtype).astype(jnp.float32)
     got = numerics.round_to_level(x, qtype, dtype)
     assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
-
-
-@pytest.mark.parametrize("qtype", INTEGERS)
-def test_uniform_noise_makes_rounding_unbiased(qtype):
-    key = jax.random.key(0)
-    uniform = functools.partial(jax.random.uniform, key, minval=-0.5, maxval=0.5)
-    _, high = numerics.code_range(qtype)
-    value = 0.3 * high
-    codes = numerics.round_to_qtype(jnp.full(20000, value), qtype, uniform)
-    assert abs(float(codes.astype(jnp.float32).mean()) - value) < 0.03
-
-
-def test_noise_needs_an_integer_type():
-    with pytest.raises(ValueError, match="noise_fn needs an integer type, not nf4"):
-        numerics.round_to_qtype(jnp.zeros(3), "nf4", jnp.zeros)
 
 
 def test_no_zero_points_for_float_types():

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 ACT = {"act_qtype": "int8", "act_calibration_method": "absmax,1.1"}
+BWD = {"bwd_qtype": "int8", "bwd_calibration_method": "absmax,1.1"}
 MARGIN = {"weight_calibration_method": "absmax,1.1"}
 
 
@@ -95,6 +96,49 @@ CASES = {
     "attention": Case(
         Attention(), {"weight_qtype": "int8", **MARGIN, **ACT}, shape=(2, 5, 8)
     ),
+    "bwd int8": Case(Mlp(), {"weight_qtype": "int8", **MARGIN, **ACT, **BWD}),
+    "bwd float8": Case(
+        Mlp(),
+        {
+            "weight_qtype": "float8_e4m3fn",
+            **MARGIN,
+            "act_qtype": "float8_e4m3fn",
+            "act_calibration_method": "absmax,1.1",
+            **BWD,
+            "bwd_qtype": "float8_e5m2",
+        },
+    ),
+    "bwd weights only": Case(Mlp(), {"weight_qtype": "int8", **MARGIN, **BWD}),
+    "bwd int4 in groups": Case(
+        Mlp(),
+        {
+            "weight_qtype": "int8",
+            **MARGIN,
+            **ACT,
+            **BWD,
+            "bwd_qtype": "int4",
+            "bwd_weight_grad_tile_size": 2,
+        },
+    ),
+    "bwd per tensor": Case(
+        Mlp(),
+        {
+            "weight_qtype": "int8",
+            **MARGIN,
+            **ACT,
+            **BWD,
+            "disable_channelwise_axes": True,
+        },
+    ),
+    "bwd convolution": Case(
+        Convolution(),
+        {"weight_qtype": "int8", **MARGIN, **ACT, **BWD},
+        shape=(2, 6, 6),
+    ),
+    "bwd attention": Case(
+        Attention(), {"weight_qtype": "int8", **MARGIN, **ACT, **BWD}, shape=(2, 5, 8)
+    ),
+    "bwd nnx": Case(NnxMlp, {"weight_qtype": "int8", **MARGIN, **ACT, **BWD}),
     "nnx int8": Case(NnxMlp, {"weight_qtype": "int8", **MARGIN, **ACT}),
     "nnx int4": Case(NnxMlp, {"weight_qtype": "int4", **MARGIN}),
 }
@@ -103,13 +147,10 @@ CASES = {
 def run(library: Any, case: Case) -> dict[str, np.ndarray]:
     """The output, and the gradients, of a quantized model."""
     x = jax.random.normal(jax.random.key(5), case.shape, case.dtype)
-    if hasattr(library, "QtRule") and not isinstance(case.model, Convolution):
-        # Differently by design: unless told otherwise, `qwix` multiplies the gradients
-        # of products, not those of convolutions, with the unquantized operands.
-        residuals = {"use_original_residuals": False}
-        rule = library.QtRule(**case.rule, additional_qt_config=residuals)
-    else:
-        rule = library.QuantizationRule(**case.rule)
+    # Differently by design: unless told otherwise, `qwix` multiplies the gradients of
+    # products with the unquantized operands, if it does not quantize gradients.
+    residuals = {"use_original_residuals": False}
+    rule = library.QtRule(**case.rule, additional_qt_config=residuals)
     provider = library.QtProvider([rule])
 
     if isinstance(case.model, nn.Module):

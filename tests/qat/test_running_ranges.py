@@ -1,9 +1,11 @@
 """Static ranges in a collection of a Linen model: against `qwix`, and by hand."""
 
+import functools
 import sys
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -153,6 +155,49 @@ def test_submodules_keep_the_collection_at_their_paths():
     expected = models.MARGIN * np.abs(BATCHES[0]).max()
     np.testing.assert_allclose(stats["sum_of_absmax"], [[expected]], 1e-6)
     assert stats["count"] == 1
+
+
+def test_delayed_scaling_quantizes_by_the_batches_before():
+    rule = QuantizationRule(
+        weight_qtype="float8_e4m3fn",
+        act_qtype="float8_e4m3fn",
+        act_static_scale=True,
+        act_averaging="amax_history,2",
+    )
+    dense: Any = nn.Dense(3, use_bias=False)
+    model: Any = qwix_train.quantize_model(dense, QtProvider([rule]))
+    rng = np.random.default_rng(0)
+    largest = [2.0, 8.0, 1.0, 4.0, 1.0]
+    batches = [a * rng.uniform(-1, 1, (4, 6)).astype(np.float32) for a in largest]
+    for x, a in zip(batches, largest, strict=True):
+        x[0, 0] = a
+    variables: Any = model.init(KEY, batches[0])
+    params, stats = variables["params"], variables["quant_stats"]
+    kernel = np.asarray(params["kernel"], np.float64)
+
+    def of_float8(x, bound):
+        scale = bound / 448
+        codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        return codes.astype(np.float64) * scale
+
+    weight = of_float8(kernel, np.abs(kernel).max(0))
+    apply = jax.jit(functools.partial(model.apply, mutable="quant_stats"))
+    # The first batch has its own range; the others the wider of the two before.
+    for x, bound in zip(batches, [2.0, 2.0, 8.0, 8.0, 4.0], strict=True):
+        out, updates = apply({"params": params, "quant_stats": stats}, x)
+        stats = updates["quant_stats"]
+        np.testing.assert_allclose(out, of_float8(x, bound) @ weight, 1e-4, 1e-4)
+    kept = stats["dot_general0_lhs"]
+    assert kept["window_of_absmax"].item() == 4 and kept["count"] == 5
+    np.testing.assert_array_equal(np.ravel(kept["history_absmax"]), [1, 4])
+    # Evaluation and serving use the same range as the next step.
+    out = model.apply({"params": params, "quant_stats": stats}, batches[1])
+    np.testing.assert_allclose(out, of_float8(batches[1], 4.0) @ weight, 1e-4, 1e-4)
+    served, codes = qwix_train.ptq.quantize(
+        dense, params, [rule], batches[0], quant_stats=stats
+    )
+    got = served.apply({"params": codes}, batches[1])
+    np.testing.assert_allclose(got, out, 1e-4, 1e-4)
 
 
 if __name__ == "__main__":

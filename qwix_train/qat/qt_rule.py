@@ -1,0 +1,166 @@
+"""Rules for quantized training: how the products of the backward pass are quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qwix_train.core import how, numerics
+from qwix_train.core.stochastic_rounding import NOISE_NAMES
+from qwix_train.rules import QuantizationRule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QtRule(QuantizationRule):
+    r"""Selects ops, and says how they are computed in quantized training.
+
+    Without `bwd_qtype` it is a `QuantizationRule`. With it, the three products of an
+    op are computed from codes. With ``Q`` for the codes and ``s`` for the scales, and
+    ``y = x @ w``,
+
+        y  = s_x s_w (Q_x @ Q_w)
+        dx = s_g (Q(g s_w) @ Q_w^T)
+        dw = s_g (Q_x^T @ Q(g s_x))
+
+    so that 8-bit types meet 8-bit types: the scales of what the forward has quantized
+    go into the gradient ``g``, before that is quantized for the product. It has a scale
+    for each index along the axes that the product keeps, unless the rule sets
+    `disable_channelwise_axes`. ``y`` is what it is without
+    `bwd_qtype`, to float rounding. Forward-mode and second derivatives are refused, as
+    for all functions with a rule of their own for the way back.
+
+    Where an operand has no codes to multiply, its values are multiplied: one that
+    stays in float, has tiles or a zero point, is nf4, or reaches the op through
+    arithmetic.
+
+    Attributes:
+      bwd_qtype: the type of the gradients that enter the two backward products:
+        `"int8"`, `"float8_e5m2"` or any other that `weight_qtype` takes. They stay in
+        float if None.
+      bwd_calibration_method: how the range of a gradient is found, as for
+        `act_calibration_method`.
+      bwd_weight_grad_tile_size: for the gradient of a weight, the number of elements,
+        along the last contracted axis, that share a scale; as `tile_size`. That axis is
+        one of the activation's, such as the sequence's.
+      bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
+        rounding of gradients, of every type; to nearest if None. The backward products
+        are then unbiased where the range covers the gradient, as that of `"absmax"`
+        does: integers have it half a step wider than for rounding to nearest, so that
+        no code is cut off.
+      channelwise_noise_axes: the axes of a gradient along which each index has noise
+        of its own. The others share it, which is faster. All of them, `(0, 1)` for a
+        matrix, for independent errors.
+      additional_qt_config: of the settings of the reference, only
+        `{"use_original_residuals": False}` has a meaning: backward products take what
+        the forward has quantized. That is so in any case, and becomes None.
+
+    Delayed scaling, where the range of a batch is that of batches before it, is for
+    activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
+    and gradients have the range that they have at the time.
+
+    The noise has no state. Its key is made of the op, the gradient, and, where the
+    model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
+    layers, micro-batches and ops have noise of their own, and a step that is run again
+    after a restart has the same.
+
+    Raises:
+      ValueError: if a field is wrong, or `bwd_qtype` is missing where another field
+        needs it.
+
+    Example:
+      >>> rule = QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
+      >>> rule.bwd_calibration_method
+      'absmax'
+
+    References:
+      Gupta et al., Deep Learning with Limited Numerical Precision,
+      https://arxiv.org/abs/1502.02551, section 3; Micikevicius et al., FP8 Formats for
+      Deep Learning, https://arxiv.org/abs/2209.05433, section 3.
+    """
+
+    bwd_qtype: Any = None
+    bwd_calibration_method: str = "absmax"
+    bwd_weight_grad_tile_size: int | float | None = None
+    bwd_stochastic_rounding: str | None = None
+    channelwise_noise_axes: Collection[int] = (0,)
+    additional_qt_config: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_noise_axes()
+        method = self.bwd_calibration_method
+        self._check("bwd_calibration_method", how.parse_calibration_method, method)
+        if self.bwd_stochastic_rounding not in (None, *NOISE_NAMES):
+            reason = f"choose from {', '.join(NOISE_NAMES)}"
+            raise self._error("bwd_stochastic_rounding", reason)
+        if self.bwd_qtype is None:
+            for field in ("bwd_weight_grad_tile_size", "bwd_stochastic_rounding"):
+                if getattr(self, field) is not None:
+                    raise self._error(field, "it needs a bwd_qtype")
+        else:
+            self._check("bwd_qtype", numerics.canonical_qtype, self.bwd_qtype)
+            if self.weight_qtype is None:
+                raise self._error("bwd_qtype", "it needs a weight_qtype")
+            # Not every type has the zero point that a method may need.
+            of_method = functools.partial(_how, self.bwd_qtype)
+            self._check("bwd_calibration_method", of_method, method)
+        self._check_tile_size("bwd_weight_grad_tile_size")
+        self._check_additional_config()
+
+    @property
+    def note(self) -> str:
+        """See `QuantizationRule.note`."""
+        if self.bwd_qtype is None:
+            return ""
+        return f"gradients {numerics.qtype_name(self.bwd_qtype)}"
+
+    def _check_noise_axes(self):
+        field = "channelwise_noise_axes"
+        axes = self.channelwise_noise_axes
+        is_axes = isinstance(axes, Collection) and not isinstance(axes, str)
+        if not is_axes or not all(type(axis) is int for axis in axes):
+            raise self._error(field, "it must be a collection of axes, such as (0,)")
+        object.__setattr__(self, field, tuple(axes))
+
+    def _check_additional_config(self):
+        field = "additional_qt_config"
+        config = self.additional_qt_config
+        if config is None:
+            return
+        if not isinstance(config, Mapping):
+            raise self._error(field, "it must be a mapping")
+        for name, value in config.items():
+            if name != "use_original_residuals":
+                reason = f"{name!r} has no counterpart here; use the fields of QtRule"
+                raise self._error(field, reason)
+            if value is not False:
+                raise self._error(
+                    field,
+                    "gradients are those at the quantized operands, so "
+                    "use_original_residuals can only be False",
+                )
+        object.__setattr__(self, field, None)
+
+
+def refuse_backward(rules: Sequence[QuantizationRule], provider: str) -> None:
+    """Complains of rules for the backward pass, where it is not quantized.
+
+    Args:
+      rules: the rules.
+      provider: the name of the provider.
+
+    Raises:
+      ValueError: if a rule sets `bwd_qtype`.
+    """
+    for index, rule in enumerate(rules):
+        if isinstance(rule, QtRule) and rule.bwd_qtype is not None:
+            raise ValueError(
+                f"Rule {index} (bwd_qtype={rule.bwd_qtype!r}): {provider} does not "
+                "quantize the backward pass; QtProvider does. Leave bwd_qtype out."
+            )
+
+
+def _how(qtype: Any, method: str) -> how.HowToQuantize:
+    return how.HowToQuantize(qtype=qtype, calibration_method=method)
