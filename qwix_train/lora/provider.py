@@ -71,7 +71,7 @@ class LoraProvider(PtqProvider):
 
         Raises:
           ValueError: if there are rules and fields of one, or neither; if no rule is a
-            `LoraRule`.
+            `LoraRule`; if one trains scales.
         """
         if rules is None:
             if not kwargs:
@@ -90,6 +90,13 @@ class LoraProvider(PtqProvider):
             raise ValueError(
                 "None of the rules is a LoraRule, so nothing would get an adapter. Use "
                 "PtqProvider to quantize without adapters."
+            )
+        learned = [i for i, rule in enumerate(self.rules) if rule.learns_scales]
+        if learned:
+            raise ValueError(
+                f"Rule {learned[0]} trains scales, and those of a base with adapters "
+                "are frozen with it. Choose another weight_calibration_method and "
+                "act_calibration_method, such as 'absmax'."
             )
         self.deterministic = deterministic
 
