@@ -11,6 +11,7 @@ stand in the dictionary of the module, named after the op and the operand:
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def weight_scale(plan: ParamPlan, named: Mapping[Path, Any]) -> jax.Array:
     """
     assert plan.how is not None
     path = weight_scale_path(plan.path)
-    scale = named.get(path)
+    scale = stored.unbox(named.get(path))
     if scale is None:
         method = f"weight_calibration_method={plan.how.calibration_method!r}"
         raise ValueError(_missing(path, plan.path, method))
@@ -141,8 +142,7 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
         if leaf not in named:
             method = f"act_calibration_method={plan.learned!r}"
             raise ValueError(_missing(leaf, path, method))
-        _check_shape(leaf, named[leaf], shape)
-        found[part] = named[leaf]
+        found[part] = fitted(leaf, stored.unbox(named[leaf]), shape)
     return Leaves(**found)
 
 
@@ -259,6 +259,26 @@ def _missing(path: Path, owner: Path, method: str) -> str:
         "state qat.with_learned_scales(state, rules, *inputs); a model of "
         "quantize_model(model, QtProvider(rules)) has it from init."
     )
+
+
+def fitted(path: Path, leaf: Any, shape: tuple[int, ...]) -> Any:
+    """A leaf of an activation in the layout of one.
+
+    A leaf for whole activations also fits those with fewer axes, such as within a
+    `vmap` over examples.
+
+    Args:
+      path: the path of the leaf.
+      leaf: the leaf.
+      shape: its shape.
+
+    Raises:
+      ValueError: if it is of another shape.
+    """
+    if math.prod(leaf.shape) == math.prod(shape):
+        return leaf if leaf.shape == shape else leaf.reshape(shape)
+    _check_shape(path, leaf, shape)
+    return leaf
 
 
 def _check_shape(path: Path, leaf: Any, shape: tuple[int, ...]) -> None:

@@ -173,19 +173,19 @@ def _range(
     dtype: Any,
 ) -> dict[Path, Any]:
     """What stands for a range in a quantized model, by path."""
-    held = [leaf for leaf in leaves if leaf is not None]
-    for leaf in held:
-        learned_scale.check_finite(path, leaf)
-        if tuple(leaf.shape) != tuple(shape):
-            raise ValueError(
-                f"The learned range of {'/'.join(path)!r} has shape "
-                f"{tuple(leaf.shape)}; in the quantized model it has {tuple(shape)}."
-            )
+    for part, leaf in leaves._asdict().items():
+        if leaf is not None:
+            learned_scale.check_finite(learned_scale.part_path(path, part), leaf)
 
     def stored_range(leaves):
+        fitted = [
+            leaf if leaf is None else learned_scale.fitted(path, leaf, shape)
+            for leaf in leaves
+        ]
+        leaves = learned_scale.Leaves(*fitted)
         return learned_scale.stored_range(leaves, how.qtype, dtype)
 
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in held)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     found = jax.eval_shape(stored_range, leaves) if abstract else stored_range(leaves)
     if needs_zero_point(how.calibration_method) != (found.zero_point is not None):
         raise ValueError(

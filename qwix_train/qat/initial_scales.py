@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,9 @@ def initial_leaves(
     leaves: dict[Path, Any] = {}
     for param in traced.params:
         decision = None if param is None else plan.params[param.path]
-        if param is None or decision is None or not decision.learned:
+        if param is None or decision is None or decision.how is None:
+            continue
+        if not decision.learned:
             continue
         path = learned_scale.weight_scale_path(param.path)
         if path not in named:
@@ -84,14 +87,16 @@ def _has_leaves(op: OpPlan, side: int, named: Mapping[Path, Any]) -> bool:
     return all(learned_scale.part_path(path, part) in named for part in parts)
 
 
-def _weight_scale(array: Any, how: HowToQuantize | None) -> Any:
-    def scale_of(array):
-        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        return compute_scale_zero_point(calibrate(wide, how), how.qtype)[0]
-
+def _weight_scale(array: Any, how: HowToQuantize) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.eval_shape(scale_of, array)
-    return scale_of(jnp.asarray(array))
+        return jax.eval_shape(functools.partial(_compiled_scale, how), array)
+    return _compiled_scale(how, array)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_scale(how: HowToQuantize, array: jax.Array) -> jax.Array:
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return compute_scale_zero_point(calibrate(wide, how), how.qtype)[0]
 
 
 def _given(quant_stats: Mapping[str, Any]) -> Callable[[Path], Calibration]:
@@ -132,16 +137,19 @@ def _measured(
         harvest.check_not_batched(name, value, len(tagging.ranges[name].shape))
         return tagging.ranges[name].statistics.update(state, value)
 
-    _, after = harvest.harvest(outer.body, outer.inputs, states, update)
+    @jax.jit
+    def calibrations(inputs):
+        _, after = harvest.harvest(outer.body, inputs, states, update)
+        found = {}
+        for name, state in after.items():
+            calibration = tagging.ranges[name].statistics.calibration
+            for _ in range(np.ndim(state["count"])):  # layers
+                calibration = jax.vmap(calibration)
+            found[name] = calibration(state)
+        return found
 
-    def calibration_of(path):
-        name = "/".join(path)
-        state, calibration = after[name], tagging.ranges[name].statistics.calibration
-        for _ in range(np.ndim(state["count"])):  # layers
-            calibration = jax.vmap(calibration)
-        return calibration(state)
-
-    return calibration_of
+    found = calibrations(list(outer.inputs))
+    return lambda path: found["/".join(path)]
 
 
 def _act_leaves(
