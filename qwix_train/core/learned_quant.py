@@ -271,9 +271,13 @@ def _lsq_plus_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     y, codes = _codes(array, *_offset_grid(array, scale, offset, qtype), qtype)
     inside, (low, _) = _inside(y, qtype), numerics.code_range(qtype)
     by_scale = jnp.where(inside, codes - y, codes - low) * factor
-    by_offset = jnp.where(inside, 0.0, factor).astype(y.dtype)
     tangent = jnp.where(inside, array_dot, 0)
-    learned = _weighted(by_scale, scale_dot) + _weighted(by_offset, offset_dot)
+    # A selection, not a product with zeros and ones: XLA on a CPU is slow with those.
+    learned = _weighted(by_scale, scale_dot) + tiling.elementwise(
+        lambda inside, t: jnp.where(inside, 0, t),
+        inside,
+        offset_dot.astype(y.dtype) * factor,
+    )
     return _lsq_plus(static, array, scale, offset), tangent + learned.astype(
         tangent.dtype
     )

@@ -93,9 +93,9 @@ def quantize_params(
     )
 
 
-# What becomes of a param: from its path, its value, and the param, which may be a
-# `WithAux`, that the quantized model has there.
-QuantizeLeaf = Callable[[Path, Any, Any], Any]
+# What becomes of a param: from its path, its value, the param, which may be a
+# `WithAux`, that the quantized model has there, and the scales among the params.
+QuantizeLeaf = Callable[[Path, Any, Any, GivenScales], Any]
 
 
 def quantize_tree(
@@ -132,10 +132,8 @@ def quantize_tree(
         _check_array(names, param)
         if names in given.used:
             quantized.append(_LEFT_OUT)
-        elif names in given.weights:
-            quantized.append(_with_given_scale(names, param, target[names], given))
         elif names in target:
-            quantized.append(quantize_leaf(names, param, target[names]))
+            quantized.append(quantize_leaf(names, param, target[names], given))
         elif allow_extra_params:
             quantized.append(_LEFT_OUT)
         else:
@@ -156,41 +154,32 @@ def quantize_tree(
     return freeze(tree) if frozen else tree
 
 
-def quantized_leaf(names: Path, param: Any, target: Any) -> Any:
+def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> Any:
     """One param, quantized by rounding to the nearest codes.
 
     Args:
       names: its path.
       param: a float array, or the shape of one.
       target: what the quantized model has there.
+      given: the scales that are among the params.
 
     Raises:
       ValueError: if it has another shape, or cannot be quantized.
     """
-    _check_shape(names, param, target)
-    if not stored.is_quantized(target):
-        return param
-    given_scales.check_learned(names, target.how)
-    try:
-        return stored.quantize_param(param, target.how)
-    except ValueError as error:
-        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
-
-
-def _with_given_scale(
-    names: Path, param: Any, target: Any, given: GivenScales
-) -> WithAux | None:
-    """One param, quantized with the scale that stands next to it."""
-    _check_shape(names, param, target)
-    return given.quantized(names, param, target.how)
-
-
-def _check_shape(names: Path, param: Any, target: Any) -> None:
     if tuple(param.shape) != tuple(target.shape):
         raise ValueError(
             f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
             f"quantized model {tuple(target.shape)}."
         )
+    if not stored.is_quantized(target):
+        return param
+    if names in given.weights:
+        return given.quantized(names, param, target.how)
+    given_scales.check_learned(names, target.how)
+    try:
+        return stored.quantize_param(param, target.how)
+    except ValueError as error:
+        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
 
 
 def quantize(
