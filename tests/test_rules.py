@@ -85,3 +85,12 @@ def test_check_rules():
         check_rules(rule)  # type: ignore
     with pytest.raises(TypeError, match="got 'int8'"):
         check_rules(["int8"])  # type: ignore
+
+
+def test_learned_scales():
+    rule = QuantizationRule(**LEARNED_ACT)
+    assert rule.learns_scales and rule.static_act_ranges
+    assert (rule.act_method, rule.range_observer) == ("minmax", "mse,asymmetric")
+    rule = dataclasses.replace(rule, act_observer="minmax")
+    assert rule.range_observer == "minmax"
+    assert not QuantizationRule(weight_qtype="int8").learns_scales

@@ -116,6 +116,7 @@ METHODS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_forward_is_that_of_stored_codes_bit_for_bit(method, dtype):
@@ -165,6 +166,7 @@ def test_every_kind_of_differentiation(method):
 def test_tiles_have_gradients_of_their_own():
     x, s = sample((10, 2)), jnp.full((3, 2), 0.2)  # tiles of 4, 4 and 2 rows
 
+    @jax.jit
     def gradient(x, s):
         return jax.grad(lambda s: learned_quant.lsq(x, "int4", s).sum())(s)
 

@@ -24,9 +24,10 @@ Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (6, 3)))
 
 def rule(weight="lsq", act=None, qtype="int4", **kwargs):
     acts = {"act_qtype": "int8", "act_calibration_method": act} if act else {}
-    return QuantizationRule(
-        weight_qtype=qtype, weight_calibration_method=weight, **acts, **kwargs
-    )
+    if act == "lsq+":
+        acts["act_observer"] = "minmax"  # compiled sooner than the default
+    fields = {"weight_qtype": qtype, "weight_calibration_method": weight}
+    return QuantizationRule(**{**fields, **acts, **kwargs})
 
 
 def train_step(state, x, y):
@@ -48,6 +49,10 @@ def trained(state, rules, steps=20, x=X, y=Y):
     for _ in range(steps):
         state, loss = step(state, x, y)
     return state, float(loss)
+
+
+def apply(model, params, x):
+    return jax.jit(model.apply)({"params": params}, x)
 
 
 def shapes(tree):
@@ -77,7 +82,7 @@ IMAGE = jax.random.normal(jax.random.key(3), (4, 5, 5, 2))
 EVERY_OP = {"op_names": ("dot_general", "einsum", "conv_general_dilated", "gather")}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["lsq+", "lsq"])
 def test_what_is_trained_is_what_is_served(act):
     rules = [rule(act=act, **EVERY_OP)]
@@ -103,10 +108,9 @@ def test_what_is_trained_is_what_is_served(act):
     for path, leaf in flat(before).items():
         assert not np.array_equal(leaf, flat(state.params)[path]), path
 
-    apply = jax.jit(quantize_model(Net(), QtProvider(rules)).apply)
-    want = apply({"params": state.params}, IMAGE)
+    want = apply(quantize_model(Net(), QtProvider(rules)), state.params, IMAGE)
     model, params = ptq.quantize(Net(), state.params, rules, IMAGE)
-    models.assert_close(jax.jit(model.apply)({"params": params}, IMAGE), want)
+    models.assert_close(apply(model, params, IMAGE), want)
     scale = params["Conv_0"]["kernel"].array.scale
     np.testing.assert_array_equal(scale, abs(state.params["Conv_0"]["kernel_scale"]))
     forward, params = ptq.quantize(
@@ -129,9 +133,8 @@ def test_pact():
     alpha = state.params["Dense_1"]["dot_general0_lhs_alpha"]
     assert alpha != leaves["dot_general0_lhs_alpha"]
 
-    want = quantize_model(model, QtProvider(rules)).apply({"params": state.params}, X)
-    quantized, params = ptq.quantize(model, state.params, rules, X)
-    models.assert_close(quantized.apply({"params": params}, X), want)
+    served, params = ptq.quantize(model, state.params, rules, X)
+    models.assert_close(apply(served, params, X), quantized(rules, state.params))
     assert params["Dense_1"]["dot_general0_lhs_zero_point"] == -128
     np.testing.assert_allclose(
         params["Dense_1"]["dot_general0_lhs_scale"].array, alpha / 255, 1e-6
@@ -196,8 +199,7 @@ def test_training_the_scales_beats_leaving_them_as_they_begin():
 
 
 def quantized(rules, params, x=X):
-    model = quantize_model(models.Mlp(), QtProvider(rules))
-    return jax.jit(model.apply)({"params": params}, x)
+    return apply(quantize_model(models.Mlp(), QtProvider(rules)), params, x)
 
 
 def test_nnx_models_hold_them():
@@ -221,28 +223,36 @@ def test_nnx_models_hold_them():
     assert isinstance(model.l1.kernel_scale, nnx.Param)
 
     model.eval()
-    want = quantize_model(model, QtProvider(rules))(x)
+    want = run(quantize_model(model, QtProvider(rules)), x)
     served, params = ptq.quantize(model, None, rules, x)
-    models.assert_close(served(x), want)
+    models.assert_close(run(served, x), want)
     assert sorted(params["l2"]) == [
         "bias",
         "dot_general0_lhs_scale",
         "dot_general0_lhs_zero_point",
         "kernel",
     ]
-    models.assert_close(
-        quantize_model(model, qwix_train.PtqProvider(rules), x)(x), want
-    )
-    fresh = models.NnxMlp(nnx.Rngs(0), rate=0.0)
-    floats = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
-    fresh.eval()
-    fresh.bn.mean.set_value(floats["bn"]["mean"])
-    fresh.bn.var.set_value(floats["bn"]["var"])
-    floats = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    models.assert_close(ptq.quantize(fresh, floats, rules, x)[0](x), want)
 
-    made = quantize_model(models.NnxMlp(nnx.Rngs(0)), QtProvider(rules), x)
-    assert hasattr(made.l1, "kernel_scale")
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+@pytest.mark.slow
+def test_every_way_to_an_nnx_model_that_serves():
+    rules, x = [rule(act="lsq+")], X[:, :4]
+    model = quantize_model(models.NnxMlp(nnx.Rngs(0)), QtProvider(rules), x)
+    model.l1.kernel_scale.set_value(1.3 * model.l1.kernel_scale.get_value())
+    model.eval()
+    want = run(model, x)
+    served = quantize_model(model, qwix_train.PtqProvider(rules), x)
+    models.assert_close(run(served, x), want)
+    floats = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = models.NnxMlp(nnx.Rngs(1))
+    plain.eval()
+    served, _ = ptq.quantize(plain, floats, rules, x)
+    models.assert_close(run(served, x), want)
 
 
 def test_init_makes_them_and_statistics_beside():
@@ -256,11 +266,13 @@ def test_init_makes_them_and_statistics_beside():
     want = qat.attach_learned_scales(models.Mlp(), params, rules, X)
     models.assert_close(variables["params"], want)
     assert list(variables["quant_stats"]) == ["Dense_1"]
-    out, updates = model.apply(variables, X, mutable=["quant_stats"])
+    out, updates = jax.jit(functools.partial(model.apply, mutable=["quant_stats"]))(
+        variables, X
+    )
     exported, served = ptq.quantize(
         models.Mlp(), want, rules, X, quant_stats=updates["quant_stats"]
     )
-    models.assert_close(exported.apply({"params": served}, X), out)
+    models.assert_close(apply(exported, served, X), out)
 
     state = qat.with_learned_scales(state_of(models.Mlp()), rules, X)
     state = qwix_train.with_quant_stats(state, rules, X)
@@ -342,6 +354,7 @@ def test_boxed_params_have_boxed_scales():
     assert made["params"]["kernel_scale"].names == (None, "model")
 
 
+@pytest.mark.slow
 def test_bfloat16():
     class Narrow(nn.Module):
         @nn.compact
@@ -363,6 +376,7 @@ def test_bfloat16():
     assert codes.scale.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_vmap_and_scan_of_a_step():
     rules = [rule(act="lsq")]
     params = qat.attach_learned_scales(
