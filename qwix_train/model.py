@@ -106,13 +106,14 @@ def quantize_model(
             method, (model, *model_inputs), model_inputs_kwargs
         ) as (traced, _):
             plan = _checked_plan(provider, traced)
-        if provider.stores_params:
+        if provider.stores_params or provider.adds_params:
             traced = dataclasses.replace(traced, boxes=nnx_calls.variables_of(model))
             if rngs is not None:
                 make_rng = functools.partial(_drawn, rngs)
                 traced = dataclasses.replace(traced, make_rng=make_rng)
             params = provider.store_params(traced, plan)
             nnx_calls.replace_params(quantized, params, stored.box, provider.variable)
+            nnx_calls.remove_params(quantized, provider.used_up(traced, plan))
             provider.prepare_nnx(quantized, rngs)
     return quantized
 
@@ -309,7 +310,7 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
                 provider,
             )
         if not linen_calls.can_rewrite(self):
-            if not provider.stores_params:
+            if not provider.stores_params and not provider.adds_params:
                 return method(self, *args, **kwargs)
             return linen_calls.init_call(
                 self,
@@ -361,7 +362,11 @@ def _call_with_quant_stats(
     def initialize(traced):
         plan = _checked_plan(provider, traced)
         found.update(provider.initial_quant_stats(plan))
-        return {}, session.UNCHANGED
+        if not provider.adds_params:
+            return {}, session.UNCHANGED
+        params = provider.store_params(traced, plan)
+        called = traced.with_params(params), plan, found, False
+        return params, provider.run_with_quant_stats(*called)[0]
 
     def rewrite(traced):
         plan = _checked_plan(provider, traced)

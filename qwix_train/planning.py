@@ -17,6 +17,7 @@ from qwix_train import plan_table, weights
 from qwix_train.core import numerics
 from qwix_train.core.how import (
     HowToQuantize,
+    is_learned,
     needs_zero_point,
     parse_calibration_method,
 )
@@ -39,7 +40,9 @@ class OpPlan:
       activations: for each operand, how it is quantized when the op runs; None for
         a weight, and for what stays in float.
       module_path: the path of its module among the params of the traced call.
-      static: whether activations are quantized with ranges collected beforehand.
+      static: whether activations are quantized with ranges collected beforehand, or
+        trained.
+      learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
     """
@@ -50,6 +53,7 @@ class OpPlan:
     activations: tuple[HowToQuantize | None, ...] = (None, None)
     module_path: str = ""
     static: bool = False
+    learned: str = ""
     reason: str = ""
     unsupported: bool = False
 
@@ -61,6 +65,23 @@ class OpPlan:
         """
         names = self.module_path.split("/") if self.module_path else []
         return (*names, f"{self.op.id}_{weights.SIDES[side]}")
+
+    @property
+    def asked(self) -> str:
+        """What asks for the static ranges of its activations, for messages."""
+        if self.learned:
+            return f"a rule with act_calibration_method={self.learned!r}"
+        return "a rule with act_static_scale=True"
+
+    @property
+    def range_source(self) -> str:
+        """Where they come from, for messages."""
+        return "the params with learned scales" if self.learned else "the quant_stats"
+
+    @property
+    def collected(self) -> bool:
+        """Whether ranges of its activations are collected."""
+        return self.static and not self.learned
 
     @property
     def quantized(self) -> bool:
@@ -99,6 +120,11 @@ class ParamPlan:
             channelwise_axes=tuple(a - 1 for a in how.channelwise_axes if a > 0),
             tiled_axes={axis - 1: tile for axis, tile in how.tiled_axes.items()},
         )
+
+    @property
+    def learned(self) -> bool:
+        """Whether its scale is trained."""
+        return self.how is not None and is_learned(self.how.calibration_method)
 
     @property
     def float_bytes(self) -> int:
@@ -326,7 +352,8 @@ class _Planner:
             plan,
             weights=tuple(paths),
             activations=tuple(activations),
-            static=bool(rule.act_static_scale) and any(activations),
+            static=rule.static_act_ranges and any(activations),
+            learned=rule.learned_act_method if any(activations) else "",
             reason="; ".join(dict.fromkeys(notes)),
         )
 
@@ -361,7 +388,7 @@ class _Planner:
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
         axes = weights.operand_axes(op, side, rule.tile_size)
         channelwise = () if rule.disable_channelwise_axes else axes.channelwise
-        if rule.act_static_scale:
+        if rule.static_act_ranges:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
             channelwise = _static_axes(op, side, rule, channelwise)

@@ -26,6 +26,8 @@ class QuantizationProvider(abc.ABC):
 
     Attributes:
       stores_params: whether models hold quantized params (see `store_params`).
+      adds_params: whether models hold params next to those of the float model (see
+        `store_params`).
       takes_static_ranges: whether ranges may be collected beforehand.
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
         models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
@@ -33,6 +35,7 @@ class QuantizationProvider(abc.ABC):
     """
 
     stores_params = False
+    adds_params = False
     takes_static_ranges = False
     keeps_quant_stats = False
 
@@ -95,6 +98,16 @@ class QuantizationProvider(abc.ABC):
           plan: what the rules do to it.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
+
+    def used_up(self, traced: function.TracedCall, plan: Plan) -> set[Path]:
+        """The paths of params that a model no longer has after `store_params`.
+
+        Args:
+          traced: the call that `store_params` was given.
+          plan: what the rules do to it.
+        """
+        del traced, plan
+        return set()
 
     def matches(self, plan: Plan) -> bool:
         """Whether the rules do anything to a model."""

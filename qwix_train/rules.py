@@ -48,11 +48,15 @@ class QuantizationRule:
       act_static_scale: whether activations are quantized with ranges that were
         collected beforehand.
       weight_calibration_method: how the range of a weight is found: `"absmax"`,
-        `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
-      act_calibration_method: the same for activations; `"absmax"` if None.
+        `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`; or `"lsq"` or `"lsq+"`,
+        which train its scale. See `qat.attach_learned_scales`.
+      act_calibration_method: the same for activations; `"absmax"` if None. Scales of
+        activations, one each, are trained by `"lsq"`, by `"lsq+"`, which trains an
+        offset, too, and by `"pact"`, which is for what a ReLU gives.
       act_observer: for static ranges, what is measured in a batch, where it is not
         `act_calibration_method`: `"percentile,99.99"`, `"mse"`, `"entropy"`, or an
-        `Observer`.
+        `Observer`. For scales that are trained, what gives the range that they begin
+        with.
       act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
         `"minmax"`, `"last"`, `"amax_history,16"` (delayed scaling: a batch of training
         is quantized by the widest range of the 16 batches before it), or an
@@ -132,9 +136,12 @@ class QuantizationRule:
         for field in ("act_batch_axes", "act_channelwise_axes"):
             if getattr(self, field) and not self.act_static_scale:
                 raise self._error(field, "it needs act_static_scale=True")
+        self._check_learned()
         for name in ("weight", "act"):
             field = f"{name}_calibration_method"
             method, qtype = getattr(self, field), getattr(self, f"{name}_qtype")
+            if name == "act" and self.learned_act_method:
+                method = None
             if method is not None:
                 self._check(field, how.parse_calibration_method, method)
             if method is not None and qtype is not None and not is_int16(qtype):
@@ -160,8 +167,69 @@ class QuantizationRule:
 
     @property
     def act_method(self) -> str:
-        """The calibration method for activations, with the default filled in."""
-        return self.act_calibration_method or "absmax"
+        """The calibration method for activations, with the default filled in.
+
+        For a scale that is trained, that of the range that it stands for.
+        """
+        method = self.act_calibration_method or "absmax"
+        return _RANGES_OF_LEARNED.get(self.learned_act_method, method)
+
+    @property
+    def learned_act_method(self) -> str:
+        """The method that trains scales of activations; empty if they are not."""
+        name = _method_name(self.act_calibration_method)
+        return name if name in _RANGES_OF_LEARNED else ""
+
+    @property
+    def learns_scales(self) -> bool:
+        """Whether scales of weights or of activations are trained."""
+        learned = _method_name(self.weight_calibration_method) in ("lsq", "lsq+")
+        return learned or bool(self.learned_act_method)
+
+    @property
+    def static_act_ranges(self) -> bool:
+        """Whether activations have ranges that are not those of the batch."""
+        return bool(self.act_static_scale or self.learned_act_method)
+
+    @property
+    def range_observer(self) -> Any:
+        """What is measured of a batch, where it is not the range of `act_method`."""
+        if self.act_observer is None and self.learned_act_method == "lsq+":
+            return "mse,asymmetric"  # as the paper begins (section 3.2)
+        return self.act_observer
+
+    def _check_learned(self) -> None:
+        """Complains of scales that cannot be trained."""
+        for name in ("weight", "act"):
+            field, qtype = f"{name}_calibration_method", getattr(self, f"{name}_qtype")
+            method = _method_name(getattr(self, field))
+            if method not in _RANGES_OF_LEARNED:
+                continue
+            if getattr(self, field).strip().lower() != method:
+                raise self._error(field, f"{method} takes no arguments")
+            if method == "pact" and name == "weight":
+                reason = "PACT learns to clip activations, not weights: choose 'lsq'"
+                raise self._error(field, reason)
+            if qtype is not None and (
+                is_int16(qtype) or not numerics.is_integer_qtype(qtype)
+            ):
+                raise self._error(
+                    field, f"a scale is trained for int1 to int8, not for {qtype}"
+                )
+        if not self.learned_act_method:
+            return
+        if self.tile_size is not None:
+            raise self._error(
+                "tile_size",
+                f"act_calibration_method={self.act_calibration_method!r} trains one "
+                "scale for a whole activation",
+            )
+        if self.act_static_scale:
+            raise self._error(
+                "act_static_scale",
+                f"act_calibration_method={self.act_calibration_method!r} trains the "
+                "scale, so that no range is collected for it while training",
+            )
 
     @property
     def note(self) -> str:
@@ -190,6 +258,14 @@ class QuantizationRule:
     def _error(self, field, reason) -> ValueError:
         value = getattr(self, field)
         return ValueError(f"{type(self).__name__}({field}={value!r}): {reason}.")
+
+
+# The ranges that trained scales of activations stand for, by their method.
+_RANGES_OF_LEARNED = {"lsq": "lsq", "lsq+": "minmax", "pact": "minmax"}
+
+
+def _method_name(method: Any) -> str:
+    return method.partition(",")[0].strip().lower() if isinstance(method, str) else ""
 
 
 def is_int16(qtype: Any) -> bool:

@@ -17,6 +17,7 @@ from qwix_train.planning import Path
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
 from qwix_train.qat.running_ranges import States, nested
+from qwix_train.qat.train_state import collections_of
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import nnx as nnx_calls
 
@@ -99,7 +100,13 @@ def with_quant_stats(
                 "batch, use with_quant_stats(state, rules, batch, step=train_step)."
             )
         raise
-    states = {observed.ranges[name].path: stats[name] for name in stats}
+    found = {name: observed.ranges[name] for name in stats}
+    states = {x.path: stats[n] for n, x in found.items() if not x.learned}
+    if not states:
+        raise ValueError(
+            "No rule that matches an op sets act_static_scale=True: ranges that are "
+            "learned are among the params, see qat.attach_learned_scales."
+        )
     if isinstance(state, nnx.Module):
         for path, value in states.items():
             owner = functools.reduce(_child, path[:-1], state)
@@ -191,13 +198,7 @@ def _call_of(state: Any) -> Callable[..., Any]:
         )
 
     def call(state, *inputs, **kwargs):
-        # Such as `batch_stats`, under the name that the field has by convention.
-        others = {
-            field.name: getattr(state, field.name)
-            for field in dataclasses.fields(state)
-            if field.name not in ("params", "opt_state", "quant_stats")
-            and isinstance(getattr(state, field.name), Mapping)
-        }
+        others = collections_of(state)
         return state.apply_fn({"params": state.params, **others}, *inputs, **kwargs)
 
     return call

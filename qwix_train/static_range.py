@@ -149,7 +149,7 @@ def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
 
 
 def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
-    """The scales and zero points that a plan asks for, of ranges that were collected.
+    """The scales and zero points of ranges that were collected, as a plan asks for.
 
     Args:
       plan: the plan.
@@ -161,7 +161,7 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
     params: dict[Path, Any] = {}
     for op in plan.quantized_ops:
         for side, how in enumerate(op.activations):
-            if not op.static or how is None:
+            if not op.collected or how is None:
                 continue
             statistics = _statistics_at(path := op.range_path(side), quant_stats)
             params |= from_statistics(path, statistics, how)
@@ -200,14 +200,14 @@ def find(
     scale, zero_point = values.get(scale_path(path)), values.get(zero_point_path(path))
     if scale is None:
         raise ValueError(
-            f"There is no static range for {'/'.join(path)!r}, which a rule with "
-            "act_static_scale=True asks for. Give quantize_params the quant_stats."
+            f"There is no static range for {'/'.join(path)!r}, which {plan.asked} asks "
+            f"for. Give quantize_params {plan.range_source}."
         )
     scale = scale.array if stored.is_quantized(scale) else scale
     if unknown is None and _is_known(scale) and np.isnan(scale).any():
         raise ValueError(
             f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
-            "as it is initialized. Give quantize_params the quant_stats."
+            f"as it is initialized. Give quantize_params {plan.range_source}."
         )
     layers, ndim = plan.op.layers, len(plan.op.operands[side].shape)
     if layers and scale.ndim == ndim:  # one range for all layers

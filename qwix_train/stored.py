@@ -43,12 +43,16 @@ def is_box(leaf: Any) -> bool:
     return isinstance(leaf, meta.AxisMetadata | nnx.Variable)
 
 
-def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
+def quantize_param(
+    param: Any, how: HowToQuantize, scale: Any = None, zero_point: Any = None
+) -> WithAux:
     """Quantizes one param.
 
     Args:
       param: a float array, or the shape of one (`jax.ShapeDtypeStruct`), unboxed.
       how: how to quantize it.
+      scale: its scale, in the place of that of its range.
+      zero_point: its zero point, next to the scale.
 
     Returns:
       The quantized param; of shapes, too, if that is what `param` is.
@@ -56,7 +60,7 @@ def quantize_param(param: Any, how: HowToQuantize) -> WithAux:
     if isinstance(param, jax.ShapeDtypeStruct):
         array = jax.eval_shape(functools.partial(quantize_array, how=how), param)
     else:
-        array = quantize_compiled(param, how)
+        array = quantize_compiled(param, how, scale, zero_point)
     return WithAux(array, how)
 
 
@@ -160,14 +164,14 @@ def box(quantized: Any, boxed: Any) -> Any:
         return _reboxed(quantized, boxed)
     array = quantized.array
     if not isinstance(array, PackedQArray):
-        return jax.tree.map(lambda part: _box_part(part, boxed), quantized)
+        return jax.tree.map(lambda part: box_part(part, boxed), quantized)
     # What stands for the scales of a layer has its axes of layers, and one of its own.
     named = array.layer_axes
     by_layer = {
-        name: _box_part(getattr(array, name), boxed, named)
+        name: box_part(getattr(array, name), boxed, named)
         for name in ("scale_steps", "scale_mean")
     }
-    whole = jax.tree.map(lambda part: _box_part(part, boxed), array)
+    whole = jax.tree.map(lambda part: box_part(part, boxed), array)
     return WithAux(whole.replace(**by_layer), quantized.how)
 
 
@@ -220,8 +224,18 @@ def _reboxed(array: Any, boxed: Any) -> Any:
     return boxed.replace_boxed(array)
 
 
-def _box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
-    """Boxes a part; only its first `named` axes are those of the array, if given."""
+def box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
+    """Puts an array with the axes of another one in a box such as that one has.
+
+    Args:
+      part: the array, or its shape.
+      boxed: the other one, in its box.
+      named: how many axes of `part`, from the first, are those of the other one; all
+        if None.
+
+    Returns:
+      The array, with the name of an axis dropped where it has one entry along it.
+    """
 
     def kept(names):
         if not isinstance(names, tuple | list | jax.sharding.PartitionSpec):

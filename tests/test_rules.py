@@ -5,6 +5,12 @@ import pytest
 
 from qwix_train.rules import QuantizationRule, check_rules
 
+LEARNED_ACT = {
+    "weight_qtype": "int8",
+    "act_qtype": "int8",
+    "act_calibration_method": "lsq+",
+}
+
 
 @pytest.mark.parametrize(
     "fields, message",
@@ -24,6 +30,16 @@ from qwix_train.rules import QuantizationRule, check_rules
             {"weight_qtype": "nf4", "weight_calibration_method": "minmax"},
             "weight_calibration_method='minmax'",
         ),
+        ({"weight_calibration_method": "pact"}, "activations, not weights"),
+        ({"weight_calibration_method": "lsq,2"}, "lsq takes no arguments"),
+        (
+            {"weight_qtype": "nf4", "weight_calibration_method": "lsq"},
+            "for int1 to int8, not for nf4",
+        ),
+        (LEARNED_ACT | {"act_qtype": "float8_e4m3fn"}, "not for float8_e4m3fn"),
+        (LEARNED_ACT | {"act_qtype": "int16"}, "not for int16"),
+        (LEARNED_ACT | {"tile_size": 32}, "tile_size=32): act_calibration_method"),
+        (LEARNED_ACT | {"act_static_scale": True}, "act_static_scale=True): act_"),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": -4}, "tile_size=-4"),
         ({"tile_size": True}, "tile_size=True"),
@@ -69,3 +85,12 @@ def test_check_rules():
         check_rules(rule)  # type: ignore
     with pytest.raises(TypeError, match="got 'int8'"):
         check_rules(["int8"])  # type: ignore
+
+
+def test_learned_scales():
+    rule = QuantizationRule(**LEARNED_ACT)
+    assert rule.learns_scales and rule.static_act_ranges
+    assert (rule.act_method, rule.range_observer) == ("minmax", "mse,asymmetric")
+    rule = dataclasses.replace(rule, act_observer="minmax")
+    assert rule.range_observer == "minmax"
+    assert not QuantizationRule(weight_qtype="int8").learns_scales

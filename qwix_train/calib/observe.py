@@ -33,12 +33,14 @@ class Range:
       statistics: what is measured, and how batches combine.
       shape: the shape of the activation, in one layer.
       dtype: its dtype.
+      learned: whether it is only what training begins with.
     """
 
     path: Path
     statistics: Statistics
     shape: tuple[int, ...]
     dtype: Any
+    learned: bool = False
 
     @property
     def name(self) -> str:
@@ -195,7 +197,7 @@ def statistics_of(
     rule = rules[plan.rule_index]
     try:
         return make_statistics(
-            rule.act_observer or how.calibration_method,
+            rule.range_observer or how.calibration_method,
             rule.act_averaging,
             how=how,
             batch_axes=rule.act_batch_axes,
@@ -220,7 +222,12 @@ class Tagging(QuantizationProvider):
         self.ranges: dict[str, Any] = {}
 
     def tag(
-        self, path: Path, statistics: Statistics, array: Any, layers: Sequence[bool]
+        self,
+        path: Path,
+        statistics: Statistics,
+        array: Any,
+        layers: Sequence[bool],
+        learned: bool = False,
     ) -> Any:
         """Tags one array, for statistics of it.
 
@@ -230,8 +237,9 @@ class Tagging(QuantizationProvider):
           array: the array.
           layers: for each `scan` of the model around it, outermost first, whether it
             goes over layers; see `harvest.tag`.
+          learned: whether the range is only what training begins with.
         """
-        found = Range(path, statistics, array.shape, array.dtype)
+        found = Range(path, statistics, array.shape, array.dtype, learned)
         self.ranges[found.name] = found
         return harvest.tag(array, found.name, layers)
 
@@ -246,14 +254,18 @@ class RangeTagging(Tagging):
           ValueError: if none asks for ranges.
         """
         super().__init__(rules)
-        if not any(rule.act_static_scale for rule in self.rules):
+        if not any(rule.static_act_ranges for rule in self.rules):
             raise ValueError(
                 "No rule sets act_static_scale=True, so there is no range to collect."
             )
 
+    def tags(self, op: OpPlan) -> bool:
+        """Whether the activations of an op need ranges."""
+        return op.static
+
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, with its activations tagged."""
-        plans = {op.op.key: op for op in plan.quantized_ops if op.static}
+        plans = {op.op.key: op for op in plan.quantized_ops if self.tags(op)}
 
         def handler(op, operands, run, given):
             operands = list(operands)
@@ -265,6 +277,7 @@ class RangeTagging(Tagging):
                     statistics_of(plans[op.key], side, self.rules),
                     operands[side],
                     [length > 0 for length in op.scans],
+                    learned=bool(plans[op.key].learned),
                 )
             return run(*operands)
 

@@ -44,7 +44,7 @@ def collected_ranges(
             rule for rule in rules if rule.matches("/".join(path[:-1]), op_name, op_id)
         )
         rule = next(matching, None)
-        if rule is None or not rule.act_static_scale:
+        if rule is None or not rule.static_act_ranges:
             raise ValueError(
                 f"There are quant_stats for {name!r}, and no rule gives that a static "
                 "range. Pass the rules that the statistics were made with."
@@ -56,7 +56,7 @@ def collected_ranges(
             )
         how = HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method)
         statistics = make_statistics(
-            rule.act_observer or rule.act_method, rule.act_averaging, how=how
+            rule.range_observer or rule.act_method, rule.act_averaging, how=how
         )
         quant_stats_of = statistics.quant_stats
         for _ in range(np.ndim(state["count"])):  # layers

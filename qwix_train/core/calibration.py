@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import numerics, tiling
+from qwix_train.core import initial_range, numerics, tiling
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 
 _LARGEST_SCALE = {"float16": 2.0**14, "float64": 2.0**1022}
@@ -67,6 +67,11 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
 
     padded = tiling.pad_to_tiles(array, scale_shape)
     tiles, axes = tiling.split_tiled_axes(padded, scale_shape)
+    if name in ("lsq", "lsq+"):
+        counts = _counts(array.shape, scale_shape)
+        initial = initial_range.lsq if name == "lsq" else initial_range.lsq_plus
+        value = initial(tiles, axes, scale_shape, counts, how.qtype)
+        return {"absmax": value.astype(dtype)}
     if name == "rms":
         value = _root_mean_square(tiles, axes, array.shape, scale_shape)
         return {"absmax": _times(value.reshape(scale_shape), numbers[0])}
@@ -208,6 +213,14 @@ def _root_mean_square(
     dtype, wide = tiles.dtype, numerics.compute_dtype(tiles.dtype)
     squares = numerics.round_to_dtype(jnp.square(tiles.astype(wide)), dtype)
     squares = jnp.maximum(squares, 0)  # Not to be fused with the addition.
+    reciprocal = _reciprocal(_counts(shape, scale_shape), wide)
+    mean = jnp.sum(squares, axis=axes).reshape(scale_shape) * reciprocal
+    mean = numerics.round_to_dtype(mean, dtype)
+    return numerics.round_to_dtype(jnp.sqrt(mean), dtype).astype(dtype)
+
+
+def _counts(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the elements of each tile, without padding, in a layout."""
     counts = np.ones((1,) * len(shape), np.int64)
     for axis, tile in enumerate(tiling.tile_sizes(shape, scale_shape)):
         ends = np.minimum(np.arange(scale_shape[axis] + 1) * tile, shape[axis])
@@ -216,7 +229,4 @@ def _root_mean_square(
             sizes = np.array([max(tile, 1)])
         others = [other for other in range(len(shape)) if other != axis]
         counts = counts * np.expand_dims(sizes, others)
-    reciprocal = _reciprocal(counts, wide)
-    mean = jnp.sum(squares, axis=axes).reshape(scale_shape) * reciprocal
-    mean = numerics.round_to_dtype(mean, dtype)
-    return numerics.round_to_dtype(jnp.sqrt(mean), dtype).astype(dtype)
+    return counts

@@ -12,17 +12,24 @@ from jax.core import Tracer
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import QArray, quantize_array
+from qwix_train.core.qarray import (
+    QArray,
+    quantize_array,
+    quantize_with_scale_zero_point,
+)
 
-_quantize = jax.jit(quantize_array, static_argnums=1)
 
-
-def quantize_compiled(array: Any, how: HowToQuantize) -> QArray:
+def quantize_compiled(
+    array: Any, how: HowToQuantize, scale: Any = None, zero_point: Any = None
+) -> QArray:
     """What `quantize_array` gives, bit for bit.
 
     Args:
       array: any shape, a float dtype.
       how: how to quantize it.
+      scale: its scale, in the place of that of its range; see
+        `quantize_with_scale_zero_point`.
+      zero_point: its zero point, next to the scale.
 
     Raises:
       ValueError: `how` does not fit the array.
@@ -35,22 +42,29 @@ def quantize_compiled(array: Any, how: HowToQuantize) -> QArray:
     array = jnp.asarray(array)
     dtype = numerics.storage_dtype(how.qtype)
     if dtype not in (jnp.int4, jnp.uint4) or not _on_one_cpu(array):
-        return _quantize(array, how)
+        return _quantize(array, how, scale, zero_point)
     # XLA for CPUs writes half bytes one by one, with JAX 0.10 some twenty times slower
     # than whole bytes. JAX packs those in a loop of its own when it takes them over
     # from NumPy, which holds each code in a byte.
-    codes, scale, zero_point = _quantize_to_bytes(array, how)
+    codes, scale, zero_point = _quantize_to_bytes(array, how, scale, zero_point)
     target = array.sharding if array.committed else None
     packed = jax.device_put(np.asarray(codes).view(dtype), target)
     return QArray(packed, scale, zero_point, how.qtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def _quantize(array: jax.Array, how: HowToQuantize, scale: Any, zero: Any) -> QArray:
+    if scale is None:
+        return quantize_array(array, how)
+    return quantize_with_scale_zero_point(array, how.qtype, scale, zero)
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _quantize_to_bytes(
-    array: jax.Array, how: HowToQuantize
+    array: jax.Array, how: HowToQuantize, scale: Any, zero: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Codes of 4 bits, each in a byte, their scale and zero point."""
-    quantized = quantize_array(array, how)
+    quantized = _quantize(array, how, scale, zero)
     return quantized.qvalue.astype(jnp.int8), quantized.scale, quantized.zero_point
 
 

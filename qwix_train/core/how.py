@@ -12,6 +12,8 @@ CALIBRATION_METHODS = {
     "minmax": "minmax[,factor]",
     "rms": "rms,factor",
     "fixed": "fixed,bound or fixed,low,high",
+    "lsq": "lsq",
+    "lsq+": "lsq+",
 }
 """Each calibration method and how it is written."""
 
@@ -49,8 +51,8 @@ def parse_calibration_method(text: str) -> tuple[str, tuple[float, ...]]:
         raise error("an argument is not a number") from None
     if not all(math.isfinite(number) for number in numbers):
         raise error("an argument is not finite")
-    allowed = {"absmax": (0, 1), "minmax": (0, 1), "rms": (1,), "fixed": (1, 2)}[name]
-    if len(numbers) not in allowed:
+    allowed = {"absmax": (0, 1), "minmax": (0, 1), "rms": (1,), "fixed": (1, 2)}
+    if len(numbers) not in allowed.get(name, (0,)):
         raise error(f"{len(numbers)} arguments")
     if name == "fixed":
         low, high = numbers if len(numbers) == 2 else (-numbers[0], numbers[0])
@@ -72,6 +74,15 @@ def needs_zero_point(calibration_method: str) -> bool:
     return name == "minmax" or (name == "fixed" and numbers[0] != -numbers[1])
 
 
+def is_learned(calibration_method: str) -> bool:
+    """Whether a method is one whose scale is trained.
+
+    >>> is_learned('lsq'), is_learned('absmax')
+    (True, False)
+    """
+    return parse_calibration_method(calibration_method)[0] in ("lsq", "lsq+")
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HowToQuantize:
     """How to quantize an array. Hashable, and validated when it is made.
@@ -86,7 +97,8 @@ class HowToQuantize:
             to the largest value, widened to hold 0, times the factor; codes get a
             zero point. ``rms,factor``: plus and minus the root mean square times the
             factor. ``fixed,bound`` or ``fixed,low,high``: the range that is given,
-            one scale for the whole array.
+            one scale for the whole array. ``lsq``, ``lsq+``: a scale that is trained;
+            the range is the one at which these methods begin, see `initial_range`.
         noise_fn: Noise for stochastic rounding, see `numerics.NoiseFn`.
         pad_tiles: Whether a tile size that does not divide its axis is allowed. The
             axis is then cut into ``ceil(n / tile)`` tiles of as equal size as
@@ -117,6 +129,8 @@ class HowToQuantize:
         parse_calibration_method(self.calibration_method)
         if needs_zero_point(self.calibration_method):
             numerics.asymmetric_bound(self.qtype)
+        if is_learned(self.calibration_method):
+            numerics.code_range(self.qtype)
         for axis in self.channelwise_axes:
             if axis in self.tiled_axes:
                 raise ValueError(f"Axis {axis} is both channelwise and tiled.")

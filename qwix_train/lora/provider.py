@@ -72,7 +72,7 @@ class LoraProvider(PtqProvider):
 
         Raises:
           ValueError: if there are rules and fields of one, or neither; if no rule is a
-            `LoraRule`, or one sets `bwd_qtype`.
+            `LoraRule`, or one sets `bwd_qtype` or trains scales.
         """
         if rules is None:
             if not kwargs:
@@ -93,6 +93,13 @@ class LoraProvider(PtqProvider):
                 "PtqProvider to quantize without adapters."
             )
         refuse_backward(self.rules, type(self).__name__)
+        learned = [i for i, rule in enumerate(self.rules) if rule.learns_scales]
+        if learned:
+            raise ValueError(
+                f"Rule {learned[0]} trains scales, and those of a base with adapters "
+                "are frozen with it. Choose another weight_calibration_method and "
+                "act_calibration_method, such as 'absmax'."
+            )
         self.deterministic = deterministic
 
     def __eq__(self, other: object) -> bool:

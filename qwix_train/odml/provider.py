@@ -441,6 +441,14 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
     if rule.disable_channelwise_axes:
         reason = "give the provider disable_per_channel_weights=True"
         raise error("disable_channelwise_axes", reason)
+    if rule.learns_scales:
+        field = "act" if rule.learned_act_method else "weight"
+        raise error(
+            f"{field}_calibration_method",
+            "LiteRT's tensors are not an op's operands, and have no learned scales. "
+            "Train with QtProvider, and give this provider rules of another method and "
+            "the ranges that were learned: qat.learned_quant_stats(params)",
+        )
     if needs_zero_point(rule.weight_calibration_method):
         raise error("weight_calibration_method", "weights of LiteRT are symmetric")
     if rule.act_channelwise_axes:

@@ -18,8 +18,10 @@ from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
+from qwix_train.nested import inserted
 from qwix_train.planning import Path
-from qwix_train.ptq import trees
+from qwix_train.ptq import given_scales, trees
+from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import param_path
@@ -34,6 +36,11 @@ def quantize_params(
     donate: bool = False,
 ) -> Any:
     """Quantizes float params as a quantized model says. The model does not run.
+
+    A param that has a scale next to it, such as `kernel_scale` next to `kernel`, is
+    quantized with exactly that: one that was learned (`qat.attach_learned_scales`), or
+    that of the grid which an optimizer ends on (`optim.proximal`). Learned scales of
+    activations become static ranges. These leaves are in no quantized tree.
 
     Args:
       params: a tree of float arrays, such as nested dictionaries, unboxed: the params
@@ -61,9 +68,9 @@ def quantize_params(
       TypeError: if a leaf of `params` is no array, or the quantized params are given
         as a Linen model, a function, or the state of an NNX model.
       ValueError: if a param is not one of the quantized model's, or has another shape
-        or an integer dtype; if the statistics of a range are empty, or of no range of
-        the model's; or if all weights are there, and not the ranges that belong to
-        them.
+        or an integer dtype; if a learned scale is missing, or is not finite; if the
+        statistics of a range are empty, or of no range of the model's; or if all
+        weights are there, and not the ranges that belong to them.
 
     Example:
       >>> from jax import numpy as jnp
@@ -86,9 +93,9 @@ def quantize_params(
     )
 
 
-# What becomes of a param: from its path, its value, and the param, which may be a
-# `WithAux`, that the quantized model has there.
-QuantizeLeaf = Callable[[Path, Any, Any], Any]
+# What becomes of a param: from its path, its value, the param, which may be a
+# `WithAux`, that the quantized model has there, and the scales among the params.
+QuantizeLeaf = Callable[[Path, Any, Any, GivenScales], Any]
 
 
 def quantize_tree(
@@ -117,13 +124,16 @@ def quantize_tree(
     target = _flat(_target(abstract_quantized_params))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     flat = [(param_path(key_path), param) for key_path, param in leaves]
+    given = given_scales.among_params(dict(flat), target)
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
     for index, (names, param) in enumerate(flat):
         _check_array(names, param)
-        if names in target:
-            quantized.append(quantize_leaf(names, param, target[names]))
+        if names in given.used:
+            quantized.append(_LEFT_OUT)
+        elif names in target:
+            quantized.append(quantize_leaf(names, param, target[names], given))
         elif allow_extra_params:
             quantized.append(_LEFT_OUT)
         else:
@@ -135,22 +145,23 @@ def quantize_tree(
         tree = _pruned(tree)
         tree = {} if tree is _LEFT_OUT else tree
     quant_stats, added = finish(target)
-    ranges = _static_ranges(quant_stats, target)
+    ranges = {**_static_ranges(quant_stats, target), **given.ranges}
     _check_ranges({names for names, _ in flat}, ranges, target)
     for path, value in {**ranges, **added}.items():
-        tree = _inserted(tree, path, value)
+        tree = inserted(tree, path, value)
     if in_module:
         return trees.plain(tree)
     return freeze(tree) if frozen else tree
 
 
-def quantized_leaf(names: Path, param: Any, target: Any) -> Any:
+def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> Any:
     """One param, quantized by rounding to the nearest codes.
 
     Args:
       names: its path.
       param: a float array, or the shape of one.
       target: what the quantized model has there.
+      given: the scales that are among the params.
 
     Raises:
       ValueError: if it has another shape, or cannot be quantized.
@@ -162,6 +173,9 @@ def quantized_leaf(names: Path, param: Any, target: Any) -> Any:
         )
     if not stored.is_quantized(target):
         return param
+    if names in given.weights:
+        return given.quantized(names, param, target.how)
+    given_scales.check_learned(names, target.how)
     try:
         return stored.quantize_param(param, target.how)
     except ValueError as error:
@@ -263,13 +277,21 @@ def abstract_params(
     if not plan.quantized_ops:
         raise ValueError(plan.no_match_message())
     values = provider.store_params(traced, plan)
+    gone = provider.used_up(traced, plan)
     in_collection = hasattr(params, "keys") and "params" in params.keys()
     values = {("params", *p) if in_collection else p: x for p, x in values.items()}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    quantized = [values.pop(param_path(path), leaf) for path, leaf in leaves]
+    if in_collection:
+        gone = {("params", *path) for path in gone}
+    paths = [param_path(path) for path, _ in leaves]
+    quantized = [
+        values.pop(path, _LEFT_OUT if path in gone else leaf)
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
     tree = jax.tree.unflatten(structure, quantized)
+    tree = _pruned(tree) if gone else tree
     for path, value in values.items():  # static ranges
-        tree = _inserted(tree, path, value)
+        tree = inserted(tree, path, value)
     return tree
 
 
@@ -347,17 +369,6 @@ def _pruned(tree: Any) -> Any:
     kept = {key: _pruned(value) for key, value in tree.items()}
     left = {key: value for key, value in kept.items() if value is not _LEFT_OUT}
     return left if left or not tree else _LEFT_OUT
-
-
-def _inserted(tree: Any, path: Path, value: Any) -> Any:
-    """A nested dictionary with another entry."""
-    if not path:
-        return value
-    below = dict(tree)
-    # The keys of some dictionaries, as those of an `nnx.List`, are integers.
-    key = next((key for key in below if str(key) == path[0]), path[0])
-    below[key] = _inserted(below.get(key, {}), path[1:], value)
-    return below
 
 
 def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
@@ -442,7 +453,8 @@ def _check_ranges(
     if missing:
         raise ValueError(
             f"{len(missing)} activations have a static range that is not known, among "
-            f"them {missing[0]!r}. Give their quant_stats."
+            f"them {missing[0]!r}. Give their quant_stats, or with them params that "
+            "have learned scales."
         )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from qwix_train import static_range, stored
+from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
-from qwix_train.ptq import pre_quant_scale
+from qwix_train.ptq import given_scales, pre_quant_scale
 from qwix_train.ptq.weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import carried
@@ -63,15 +64,38 @@ class PtqProvider(QuantizationProvider):
         """See `QuantizationProvider.store_params`.
 
         Codes and scales, static ranges, and scales of input channels.
+
+        Raises:
+          ValueError: if a scale that a rule trains is not among the params.
         """
-        params = {
-            param.path: stored.quantize_param(param.value, how)
-            for param in traced.params
-            if param is not None
-            and (how := plan.params[param.path].how) is not None
-            and not stored.is_quantized(param.value)
-        }
-        named = traced.named
+        return self._stored(traced, plan, given_scales.check_learned)
+
+    def used_up(self, traced: TracedCall, plan: Plan) -> set[Path]:
+        """See `QuantizationProvider.used_up`: scales that stand in codes and ranges."""
+        given = given_scales.among_inputs(traced, plan)
+        return set(given.used - given.ranges.keys())
+
+    def _stored(
+        self,
+        traced: TracedCall,
+        plan: Plan,
+        check: Callable[[Path, HowToQuantize], None],
+    ) -> dict[Path, Any]:
+        """See `store_params`; checks each param that no scale is given for."""
+        given = given_scales.among_inputs(traced, plan)
+        params = {}
+        for param in traced.params:
+            how = None if param is None else plan.params[param.path].how
+            if param is None or how is None or stored.is_quantized(param.value):
+                continue
+            value = given.quantized(param.path, param.value, how)
+            if value is None:
+                if not isinstance(param.value, jax.ShapeDtypeStruct):
+                    check(param.path, how)
+                value = stored.quantize_param(param.value, how)
+            params[param.path] = value
+        params |= given.ranges
+        named = {**traced.named, **given.ranges}
         added = static_range.initial(plan)
         if self.pre_quant_scale:
             added |= pre_quant_scale.initial(plan)
@@ -98,7 +122,8 @@ class PtqProvider(QuantizationProvider):
 
     def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
         """See `QuantizationProvider.initialize`. No static range is known yet."""
-        params = self.store_params(traced, plan)
+        # Random params have no learned scales: they begin as those do.
+        params = self._stored(traced, plan, lambda path, how: None)
         unknown = static_range.initial(plan)
         return params, run_on_codes(traced.with_params(params), plan, unknown=unknown)
 
@@ -111,7 +136,8 @@ class PtqProvider(QuantizationProvider):
 
         def run(inputs: list[Any]) -> None:
             call = traced.with_inputs(inputs)
-            call = call.with_params(self.store_params(call, plan))
+            params = self._stored(call, plan, lambda path, how: None)
+            call = call.with_params(params)
             run_on_codes(call, plan, listen, static_range.initial(plan))
 
         jax.eval_shape(run, list(traced.inputs))

@@ -27,6 +27,7 @@ from qwix_train.ptq.calibrated_weight import (
     Weight,
     output_error,
 )
+from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.input_statistics import (
     InputTagging,
     WeightInput,
@@ -200,9 +201,9 @@ class _Job:
         self.ranges: dict[Path, dict[str, jax.Array]] = {}
         self.unscaled: list[Path] = []
 
-    def leaf(self, names: Path, param: Any, target: Any) -> Any:
+    def leaf(self, names: Path, param: Any, target: Any, given: GivenScales) -> Any:
         """Quantizes one param."""
-        rounded = quantized_leaf(names, param, target)
+        rounded = quantized_leaf(names, param, target, given)
         if not stored.is_quantized(target):
             return rounded
         where = f"Param {'/'.join(names)!r}"
@@ -221,6 +222,8 @@ class _Job:
         reads = self.tagging.reads[path]
         weight = self._weight(path, jnp.asarray(param), target.how)
         reason = weight if isinstance(weight, str) else self.method.obstacle(weight)
+        if names in given.weights:
+            reason = "its scale stands next to it among the params"
         record = WeightRecord("/".join(path), tuple(reads), not reason, reason)
         if reason or isinstance(weight, str):
             self.records.append(record)

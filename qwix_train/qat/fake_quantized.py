@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwix_train import stored
+from qwix_train import learned_scale, stored
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.qat.quantized_products import QuantizedProducts
@@ -33,46 +33,62 @@ def run_fake_quantized(
       plan: what the rules do to it.
       fake_quantize: called with each activation that is quantized.
       given: for each op, trees of arrays for its operands that `fake_quantize` needs;
-        see `trace.evaluate`.
+        see `trace.evaluate`. Ops whose ranges are trained need none.
       products: the ops that are computed from codes.
+
+    Raises:
+      ValueError: if a scale that is trained is not among the params.
     """
     plans = {op.op.key: op for op in plan.quantized_ops}
+    named = traced.named
+    given = learned_scale.with_leaves(given, plan, named)
 
     def handler(op, operands, run, given):
         op_plan = plans[op.key]
         if products is not None and products.includes(op):
             return products.run(op, op_plan, operands, given)
-        operands = [x.value if isinstance(x, Carried) else x for x in operands]
-        return run(
-            *(
-                x if how is None else fake_quantize(op, op_plan, side, x, given[side])
-                for side, (x, how) in enumerate(
-                    zip(operands, op_plan.activations, strict=True)
-                )
-            )
-        )
+
+        def quantized(side, x):
+            how = op_plan.activations[side]
+            x = x.value if isinstance(x, Carried) else x
+            if how is None:
+                return x
+            if op_plan.learned:
+                leaves = given[side]
+                return learned_scale.fake_quantize_activation(x, how, leaves)
+            return fake_quantize(op, op_plan, side, x, given[side])
+
+        return run(*(quantized(side, x) for side, x in enumerate(operands)))
 
     def substitute(param: Param) -> Carried | None:
-        fake = fake_quantized_param(param.value, plan.params[param.path])
-        if products is None:
-            return fake
-        return products.weight(plan.params[param.path], fake)
+        param_plan = plan.params[param.path]
+        scale = None
+        if param_plan.learned:
+            scale = learned_scale.weight_scale(param_plan, named)
+        fake = fake_quantized_param(param.value, param_plan, scale)
+        return fake if products is None else products.weight(param_plan, fake)
 
     ops = [op.op for op in plan.quantized_ops]
     return traced.run(ops, handler, substitute, given)
 
 
-def fake_quantized_param(array: Any, plan: ParamPlan) -> Deferred | None:
+def fake_quantized_param(
+    array: Any, plan: ParamPlan, scale: Any = None
+) -> Deferred | None:
     """A param that is fake-quantized where it is used; None if it stays as it is.
 
     Args:
       array: the param.
       plan: how it is quantized.
+      scale: its scale, if that is trained.
     """
     # The frozen base of adapters may be quantized already.
     if plan.how is None or stored.is_quantized(array):
         return None
     inner = plan.per_iteration
+    if scale is not None:
+        change = learned_scale.weight_transform
+        return Deferred(array, change(plan.how), inner and change(inner), (scale,))
     return Deferred(
         array,
         functools.partial(fake_quant, how=plan.how),

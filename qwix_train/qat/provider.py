@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import static_range
@@ -14,6 +15,7 @@ from qwix_train.calib.ranges import states_in
 from qwix_train.planning import Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.qat.running_ranges import (
     RangeUpdates,
@@ -66,14 +68,18 @@ class QtProvider(QuantizationProvider):
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
         self.quant_stats = quant_stats
-        self.takes_static_ranges = any(rule.act_static_scale for rule in self.rules)
-        self.keeps_quant_stats = self.takes_static_ranges and quant_stats is None
+        self.takes_static_ranges = any(rule.static_act_ranges for rule in self.rules)
+        collects = any(rule.act_static_scale for rule in self.rules)
+        self.keeps_quant_stats = collects and quant_stats is None
+        self.adds_params = any(rule.learns_scales for rule in self.rules)
 
     def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, with fake quantization as planned."""
         ranges = static_range.collected(plan, self.quant_stats or {})
         given = {
-            op.op.key: static_range.ranges_of(op, ranges) for op in plan.quantized_ops
+            op.op.key: static_range.ranges_of(op, ranges)
+            for op in plan.quantized_ops
+            if not op.learned
         }
 
         def fake_quantize(op, op_plan, side, x, given):
@@ -84,6 +90,14 @@ class QtProvider(QuantizationProvider):
             traced, plan, self.rules, lambda op, op_plan, side, x, given: given
         )
         return run_fake_quantized(traced, plan, fake_quantize, given, products)
+
+    def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
+        """See `QuantizationProvider.store_params`: scales that are trained."""
+        return initial_leaves(traced, plan, self.rules)
+
+    def variable(self, path: Path, value: Any) -> Any:
+        """See `QuantizationProvider.variable`."""
+        return value if isinstance(value, nnx.Variable) else nnx.Param(value)
 
     def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
         """The statistics that a Linen model holds at first."""

@@ -103,6 +103,13 @@ class QtRule(QuantizationRule):
             self._check("bwd_qtype", numerics.canonical_qtype, self.bwd_qtype)
             if self.weight_qtype is None:
                 raise self._error("bwd_qtype", "it needs a weight_qtype")
+            if self.learns_scales:
+                raise self._error(
+                    "bwd_qtype",
+                    "products of codes have no gradients for scales that are trained; "
+                    "leave it out, or choose another weight_calibration_method and "
+                    "act_calibration_method, such as 'absmax'",
+                )
             # Not every type has the zero point that a method may need.
             of_method = functools.partial(_how, self.bwd_qtype)
             self._check("bwd_calibration_method", of_method, method)

@@ -183,7 +183,7 @@ class RunningRangesProvider(QuantizationProvider):
     def _states_of(self, plan: OpPlan) -> list[Any]:
         return [
             self._ranges.state(plan.range_path(side))
-            if plan.static and how is not None
+            if plan.collected and how is not None
             else None
             for side, how in enumerate(plan.activations)
         ]
@@ -240,7 +240,7 @@ def initial_states(
     states = {}
     for op in plan.quantized_ops:
         for side, how in enumerate(op.activations):
-            if not op.static or how is None:
+            if not op.collected or how is None:
                 continue
             operand = op.op.operands[side]
             state = statistics_of(op, side, rules).init(operand.shape, operand.dtype)

@@ -118,25 +118,28 @@ class Deferred(Carried):
 
     Attributes:
       array: the untransformed input.
-      transform: what to apply.
-      per_iteration: what to apply to one slice of it along axis 0, where that gives
+      transform: what to apply to it, and to the others.
+      per_iteration: what to apply to one slice of each along axis 0, where that gives
         a slice of the transformed whole; None where it does not.
+      others: more arrays that the transform takes.
     """
 
     def __init__(
         self,
         array: Any,
-        transform: Callable[[Any], Any],
-        per_iteration: Callable[[Any], Any] | None = None,
+        transform: Callable[..., Any],
+        per_iteration: Callable[..., Any] | None = None,
+        others: Sequence[Any] = (),
     ):
         self.array = array
         self.transform = transform
         self.per_iteration = per_iteration
+        self.others = tuple(others)
 
     @functools.cached_property
     def value(self) -> Any:
         """The transformed input."""
-        return self.transform(self.array)
+        return self.transform(*self.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,12 +148,13 @@ class Deferred(Carried):
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """The untransformed input."""
-        return (self.array,)
+        """The untransformed input, and the others."""
+        return (self.array, *self.others)
 
     def inside(self, arrays: Sequence[Any]) -> Deferred:
         """The same input, within a body."""
-        return Deferred(arrays[0], self.transform, self.per_iteration)
+        array, *others = arrays
+        return Deferred(array, self.transform, self.per_iteration, others)
 
     @property
     def returned(self) -> Any:
@@ -162,4 +166,4 @@ class Deferred(Carried):
         change = self.per_iteration
         if change is None:
             return None
-        return (self.array,), lambda slice_: Deferred(slice_, change)
+        return self.arrays, lambda slice_, *rest: Deferred(slice_, change, None, rest)

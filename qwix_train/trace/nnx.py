@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -434,6 +434,13 @@ def replace_params(
     modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
     for path in set(values) - {slot.path for slot, _ in slots}:
         setattr(modules[path[:-1]], path[-1], new_variable(path, values[path]))
+
+
+def remove_params(module: nnx.Module, paths: Collection[tuple[str, ...]]) -> None:
+    """Takes attributes that hold variables from a module, by path."""
+    modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
+    for path in paths:
+        delattr(modules[path[:-1]], path[-1])
 
 
 def _raw(variable: Any) -> Any:

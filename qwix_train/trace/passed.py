@@ -7,7 +7,8 @@ another, and with its axes moved and moved back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -43,26 +44,84 @@ def sources(body: jax_versions.Body) -> list[int | None]:
     ]
 
 
+def read(body: jax_versions.Body) -> set[int]:
+    """The inputs, by index, that a body computes with, and not just hands on.
+
+    Example:
+      >>> import jax
+      >>> closed = jax.make_jaxpr(jax.jit(lambda a, b: (a, 2 * b)))(1.0, 2.0)
+      >>> read(jax_versions.body_of(closed))
+      {1}
+    """
+    found: set[int] = set()
+    for eqn, operands in _handed_on(body, {}):
+        bodies = _bodies(eqn)
+        if bodies is None:
+            held = operands
+        else:
+            held = [operands[slots[i]] for inner, slots in bodies for i in read(inner)]
+        found |= {moved.place for moved in held if moved is not None}
+    return found
+
+
 def _in_order(moved: _Moved) -> bool:
     return moved.axes == tuple(range(len(moved.axes)))
 
 
 def _results(body: jax_versions.Body) -> list[_Moved | None]:
-    env: dict[Any, _Moved] = {
-        var: _Moved(place, tuple(range(len(getattr(var.aval, "shape", ())))))
-        for place, var in enumerate(body.jaxpr.invars)
-    }
+    env: dict[Any, _Moved] = {}
+    collections.deque(_handed_on(body, env), maxlen=0)  # which fills it
+    return [_moved(atom, env) for atom in body.jaxpr.outvars]
 
-    def read(atom):
-        return None if isinstance(atom, jex.Literal) else env.get(atom)
 
+def _handed_on(
+    body: jax_versions.Body, env: dict[Any, _Moved]
+) -> Iterator[tuple[Any, list[_Moved | None]]]:
+    """Yields each equation that has inputs as operands, and which those are.
+
+    Args:
+      body: the body.
+      env: is filled with the variables that are inputs.
+    """
+    for place, var in enumerate(body.jaxpr.invars):
+        env[var] = _Moved(place, tuple(range(len(getattr(var.aval, "shape", ())))))
     for eqn in body.jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
+        operands = [_moved(atom, env) for atom in eqn.invars]
         if any(operand is not None for operand in operands):
             for var, moved in zip(eqn.outvars, _apply(eqn, operands), strict=False):
                 if moved is not None:
                     env[var] = moved
-    return [read(atom) for atom in body.jaxpr.outvars]
+            yield eqn, operands
+
+
+def _moved(atom: Any, env: Mapping[Any, _Moved]) -> _Moved | None:
+    return None if isinstance(atom, jex.Literal) else env.get(atom)
+
+
+def _bodies(eqn: Any) -> list[tuple[jax_versions.Body, Sequence[int]]] | None:
+    """The bodies of an equation, each with the operand that each of its inputs is.
+
+    An equation that moves its operand has none; None for one that computes.
+    """
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
+    if name in _IDENTITY or name == "transpose":
+        return []
+    if name in _CALLS:
+        return [(jax_versions.call_body(params), range(count))]
+    if name in ("scan", "shard_map"):
+        return [(jax_versions.body_of(params["jaxpr"]), range(count))]
+    if name == "cond":
+        slots = range(1, count)
+        return [(jax_versions.body_of(b), slots) for b in params["branches"]]
+    if name == "while":
+        start = params["cond_nconsts"]
+        carry = range(start + params["body_nconsts"], count)
+        test, body = (params[key] for key in ("cond_jaxpr", "body_jaxpr"))
+        return [
+            (jax_versions.body_of(test), [*range(start), *carry]),
+            (jax_versions.body_of(body), range(start, count)),
+        ]
+    return None
 
 
 def _apply(eqn: Any, operands: Sequence[_Moved | None]) -> list[_Moved | None]:

@@ -13,6 +13,7 @@ INT8 = dict(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
     [
         ({"weight_qtype": "int9"}, "weight_qtype='int9'"),
         ({"bwd_qtype": "int8"}, "needs a weight_qtype"),
+        ({**INT8, "weight_calibration_method": "lsq"}, "no gradients for scales"),
         ({**INT8, "bwd_qtype": "uint8"}, "Unknown quantized type 'uint8'"),
         ({**INT8, "bwd_calibration_method": "max"}, "Unknown calibration method"),
         (

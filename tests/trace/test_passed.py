@@ -90,3 +90,31 @@ def test_sources(name):
     function, expected = CASES[name]
     body = jax_versions.body_of(jax.make_jaxpr(function)(W, X))
     assert passed.sources(body) == expected
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (lambda w, x: (w.T.T, x + 1), {1}),
+        (jax.jit(lambda w, x: (w, jnp.sin(x))), {1}),
+        (lambda w, x: lax.scan(lambda c, y: (c + y[0], y), x, w), {0, 1}),
+        (
+            lambda w, x: lax.scan(lambda c, y: (c, (y[0], 2 * y[1])), 0, (w, w * 2)),
+            {0},
+        ),
+        (lambda w, x: lax.scan(lambda c, y: (c, y), 2 * x, w), {1}),
+        (
+            lambda w, x: lax.while_loop(lambda c: c[0] < 3, lambda c: c, (0, w, x)),
+            set(),
+        ),
+        (
+            lambda w, x: lax.cond(
+                x[0] > 0, lambda a, b: (a, b), lambda a, b: (-a, b), w, x
+            ),
+            {0, 1},
+        ),
+    ],
+)
+def test_what_is_read(function, expected):
+    body = jax_versions.body_of(jax.make_jaxpr(function)(W, X))
+    assert passed.read(body) == expected

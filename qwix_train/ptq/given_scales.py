@@ -1,0 +1,209 @@
+"""Scales that stand among the params, and are not to be computed.
+
+Training may find the scales of a quantized model: a scale that is learned is a leaf
+among the params (see `learned_scale`), and an optimizer that ends on a grid puts that
+grid's scale there, under the same name. Wherever float params are quantized, a weight
+`kernel` with a `kernel_scale` next to it is quantized with exactly that scale, and a
+`kernel_zero_point` if there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qwix_train import learned_scale, static_range, stored
+from qwix_train.core import learned_quant, numerics
+from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
+from qwix_train.core.qarray import WithAux
+from qwix_train.planning import Path, Plan
+from qwix_train.trace import passed
+from qwix_train.trace.function import TracedCall
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenScales:
+    """The scales that are among params.
+
+    Attributes:
+      weights: for params, by path, their scale and zero point, or None.
+      ranges: what stands for the ranges of activations in a quantized model, by path.
+      used: the paths of the leaves that all these come from.
+    """
+
+    weights: Mapping[Path, tuple[Any, Any]]
+    ranges: Mapping[Path, Any]
+    used: frozenset[Path]
+
+    def quantized(self, path: Path, param: Any, how: HowToQuantize) -> WithAux | None:
+        """A param that is quantized with the scale that is given for it.
+
+        Args:
+          path: its path.
+          param: a float array, or the shape of one.
+          how: how it is quantized.
+
+        Returns:
+          None if no scale is given.
+
+        Raises:
+          ValueError: if the scale does not fit the param, or is not finite.
+        """
+        if path not in self.weights:
+            return None
+        scale, zero_point = self.weights[path]
+        _check_scale(path, scale, how.scale_shape(tuple(param.shape)))
+        if isinstance(param, jax.ShapeDtypeStruct):
+            return stored.quantize_param(param, how)
+        scale = learned_quant.positive_scale(jnp.asarray(scale), param.dtype)
+        scale = scale.astype(param.dtype)
+        if needs_zero_point(how.calibration_method):
+            zero = jnp.zeros(scale.shape) if zero_point is None else zero_point
+            zero_point = numerics.round_to_qtype(jnp.asarray(zero, float), how.qtype)
+        elif zero_point is not None:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} has a zero point next to it, and its rule "
+                f"(weight_calibration_method={how.calibration_method!r}) none."
+            )
+        return stored.quantize_param(param, how, scale, zero_point)
+
+
+def among_params(
+    params: Mapping[Path, Any], quantized: Mapping[Path, Any]
+) -> GivenScales:
+    """The scales that are among params which are to be quantized.
+
+    Args:
+      params: the params, by path.
+      quantized: those of the quantized model, by path.
+
+    Raises:
+      ValueError: if a range does not fit the model, or a scale is not finite.
+    """
+    weights, ranges, used = {}, {}, set()
+    for path, target in quantized.items():
+        if not stored.is_quantized(target) or not path:
+            continue
+        if isinstance(target.array, stored.QUANTIZED_ARRAYS):
+            beside = _beside(path)
+            if beside[0] in params and beside[0] not in quantized:
+                weights[path] = tuple(params.get(p) for p in beside)
+                used |= {p for p in beside if p in params}
+            continue
+        range_path = (*path[:-1], path[-1].removesuffix("_scale"))
+        leaves = learned_scale.leaves_at(range_path, params)
+        if not leaves.method:
+            continue
+        found = _range(range_path, leaves, target.how, target.shape, target.dtype)
+        ranges |= found
+        used |= _paths_of(range_path, leaves)
+    return GivenScales(weights, ranges, frozenset(used))
+
+
+def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
+    """The scales that are among the inputs of a call with float params.
+
+    A leaf that the model computes with is its own, whatever its name.
+
+    Args:
+      traced: the call.
+      plan: what the rules do to it.
+
+    Raises:
+      ValueError: see `among_params`.
+    """
+    named = traced.named
+    read = {traced.paths[place] for place in passed.read(traced.body)}
+    weights, ranges, used = {}, {}, set()
+    for path, param in plan.params.items():
+        if param.how is None or not path:
+            continue
+        beside = _beside(path)
+        if beside[0] not in named or beside[0] in read:
+            continue
+        weights[path] = tuple(named.get(p) for p in beside)
+        used |= {p for p in beside if p in named}
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            leaves = learned_scale.leaves_at(op.range_path(side), named)
+            if how is None or not op.learned or not leaves.method:
+                continue
+            operand = op.op.operands[side]
+            shape = (*op.op.layers, *how.scale_shape(operand.shape))
+            path = op.range_path(side)
+            ranges |= _range(path, leaves, how, shape, operand.dtype)
+            used |= _paths_of(path, leaves)
+    return GivenScales(weights, ranges, frozenset(used))
+
+
+def check_learned(path: Path, how: HowToQuantize) -> None:
+    """Complains of a param without the scale that its rule says is learned.
+
+    Raises:
+      ValueError: if it is one.
+    """
+    if is_learned(how.calibration_method):
+        raise ValueError(
+            f"Param {'/'.join(path)!r} has no scale: its rule has "
+            f"weight_calibration_method={how.calibration_method!r}, which trains one, "
+            "and there is none next to it. Give params with those "
+            "of qat.attach_learned_scales or qat.with_learned_scales, or quantize with "
+            "rules of another method."
+        )
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return static_range.scale_path(path), static_range.zero_point_path(path)
+
+
+def _paths_of(range_path: Path, leaves: learned_scale.Leaves) -> set[Path]:
+    parts = learned_scale.PARTS[leaves.method]
+    return {learned_scale.part_path(range_path, part) for part in parts}
+
+
+def _range(
+    path: Path,
+    leaves: learned_scale.Leaves,
+    how: HowToQuantize,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> dict[Path, Any]:
+    """What stands for a range in a quantized model, by path."""
+    for part, leaf in leaves._asdict().items():
+        if leaf is not None:
+            learned_scale.check_finite(learned_scale.part_path(path, part), leaf)
+
+    def stored_range(leaves):
+        fitted = [
+            leaf if leaf is None else learned_scale.fitted(path, leaf, shape)
+            for leaf in leaves
+        ]
+        leaves = learned_scale.Leaves(*fitted)
+        return learned_scale.stored_range(leaves, how.qtype, dtype)
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    found = jax.eval_shape(stored_range, leaves) if abstract else stored_range(leaves)
+    if needs_zero_point(how.calibration_method) != (found.zero_point is not None):
+        raise ValueError(
+            f"{'/'.join(path)!r} has the learned leaves of {leaves.method!r}, and its "
+            f"rule in the quantized model another act_calibration_method: give both "
+            "the same rules."
+        )
+    values = {static_range.scale_path(path): WithAux(found.scale, how)}
+    if found.zero_point is not None:
+        values[static_range.zero_point_path(path)] = found.zero_point
+    return values
+
+
+def _check_scale(path: Path, scale: Any, shape: tuple[int, ...]) -> None:
+    name = "/".join(_beside(path)[0])
+    if tuple(scale.shape) != tuple(shape):
+        raise ValueError(
+            f"Param {name!r} is a scale of shape {tuple(scale.shape)}, and the rule of "
+            f"{'/'.join(path)!r} gives that one of {tuple(shape)}."
+        )
+    learned_scale.check_finite(_beside(path)[0], scale)

@@ -1,0 +1,194 @@
+"""The learned scales that training begins with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import core
+from jax import numpy as jnp
+
+from qwix_train import learned_scale, static_range, stored
+from qwix_train.calib.observe import RangeTagging
+from qwix_train.core import numerics
+from qwix_train.core.calibration import calibrate, compute_scale_zero_point
+from qwix_train.core.how import HowToQuantize
+from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import function, harvest
+from qwix_train.trace.function import TracedCall
+
+Calibration = Mapping[str, jax.Array]
+
+
+def initial_leaves(
+    traced: TracedCall,
+    plan: Plan,
+    rules: Sequence[QuantizationRule],
+    quant_stats: Mapping[str, Any] | None = None,
+) -> dict[Path, Any]:
+    """The learned scales that a plan asks for and a call does not have.
+
+    They are in float32, or wider, so that small updates of them are not lost. A weight
+    in a box of Linen or NNX has its scale in such a box.
+
+    Args:
+      traced: a call of the model; its inputs are what activations are measured with.
+      plan: what the rules do to it.
+      rules: the rules.
+      quant_stats: ranges of activations, in the place of measuring them.
+
+    Returns:
+      The leaves, by path.
+
+    Raises:
+      TypeError: if activations are to be measured, and there are shapes for inputs.
+      ValueError: if an activation has no range, or PACT clips one that has negative
+        elements.
+    """
+    named = traced.named
+    leaves: dict[Path, Any] = {}
+    for param in traced.params:
+        decision = None if param is None else plan.params[param.path]
+        if param is None or decision is None or decision.how is None:
+            continue
+        if not decision.learned:
+            continue
+        path = learned_scale.weight_scale_path(param.path)
+        if path not in named:
+            scale = _weight_scale(param.value, decision.how)
+            box = traced.boxes.get(param.path)
+            leaves[path] = scale if box is None else stored.box_part(scale, box)
+    missing = [
+        (op, side)
+        for op in plan.quantized_ops
+        for side, how in enumerate(op.activations)
+        if op.learned and how is not None and not _has_leaves(op, side, named)
+    ]
+    if missing:
+        calibration_of = (
+            _given(quant_stats) if quant_stats else _measured(traced, plan, rules)
+        )
+    for op, side in missing:
+        path, how = op.range_path(side), op.activations[side]
+        assert how is not None
+        calibration = calibration_of(path)
+        for part, value in _act_leaves(op, how, path, calibration).items():
+            leaves[learned_scale.part_path(path, part)] = value
+    return leaves
+
+
+def _has_leaves(op: OpPlan, side: int, named: Mapping[Path, Any]) -> bool:
+    path = op.range_path(side)
+    parts = learned_scale.PARTS[op.learned]
+    return all(learned_scale.part_path(path, part) in named for part in parts)
+
+
+def _weight_scale(array: Any, how: HowToQuantize) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.eval_shape(functools.partial(_compiled_scale, how), array)
+    return _compiled_scale(how, array)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_scale(how: HowToQuantize, array: jax.Array) -> jax.Array:
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return compute_scale_zero_point(calibrate(wide, how), how.qtype)[0]
+
+
+def _given(quant_stats: Mapping[str, Any]) -> Callable[[Path], Calibration]:
+    return lambda path: static_range.calibration_of(path, quant_stats)
+
+
+class _LearnedTagging(RangeTagging):
+    """Tags the activations that have learned scales."""
+
+    def tags(self, op: OpPlan) -> bool:
+        return bool(op.learned)
+
+
+def _measured(
+    traced: TracedCall, plan: Plan, rules: Sequence[QuantizationRule]
+) -> Callable[[Path], Calibration]:
+    """The ranges that activations of the float model have in a call."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in traced.inputs):
+        raise TypeError(
+            "Learned scales of activations begin with the ranges of a batch, and "
+            "shapes were given for it: give arrays, or the ranges as quant_stats."
+        )
+    tagging = _LearnedTagging(rules)
+
+    def call(inputs):
+        return tagging.transform(traced.with_inputs(inputs), plan)
+
+    outer = function.trace(call, (list(traced.inputs),), lambda key_path: None)
+    states = {}
+    for name, layers in harvest.names_in(outer.body).items():
+        found = tagging.ranges[name]
+        state = found.statistics.init(found.shape, found.dtype)
+        states[name] = jax.tree.map(
+            lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), state
+        )
+
+    def update(name, value, state):
+        harvest.check_not_batched(name, value, len(tagging.ranges[name].shape))
+        return tagging.ranges[name].statistics.update(state, value)
+
+    @jax.jit
+    def calibrations(inputs):
+        _, after = harvest.harvest(outer.body, inputs, states, update)
+        found = {}
+        for name, state in after.items():
+            calibration = tagging.ranges[name].statistics.calibration
+            for _ in range(np.ndim(state["count"])):  # layers
+                calibration = jax.vmap(calibration)
+            found[name] = calibration(state)
+        return found
+
+    found = calibrations(list(outer.inputs))
+    return lambda path: found["/".join(path)]
+
+
+def _act_leaves(
+    op: OpPlan, how: HowToQuantize, path: Path, calibration: Calibration
+) -> dict[str, jax.Array]:
+    """The leaves of an activation that begin with a range."""
+    _check_range(path, calibration)
+    if "absmax" in calibration:
+        high = calibration["absmax"]
+        low = -high
+    else:
+        low, high = calibration["min"], calibration["max"]
+    if op.learned == "lsq":
+        largest = {"absmax": jnp.maximum(-low, high)}
+        return {"scale": compute_scale_zero_point(largest, how.qtype)[0]}
+    first, last = numerics.code_range(how.qtype)
+    if op.learned == "lsq+":
+        whole = {"min": low, "max": high}
+        return {"scale": compute_scale_zero_point(whole, how.qtype)[0], "offset": low}
+    if "min" in calibration and _is_known(low) and np.any(np.asarray(low) < 0):
+        raise ValueError(
+            f"{'/'.join(path)}: act_calibration_method='pact' clips an activation to "
+            f"[0, alpha], and this one has elements as low as {np.min(low):.4g}: it is "
+            "not what a ReLU gives. Give its op a rule with 'lsq+' or 'lsq'."
+        )
+    whole = {"min": jnp.zeros_like(high), "max": high}
+    scale = compute_scale_zero_point(whole, how.qtype)[0]
+    return {"alpha": scale * (last - first)}
+
+
+def _check_range(path: Path, calibration: Calibration) -> None:
+    for value in calibration.values():
+        if _is_known(value) and not np.isfinite(np.asarray(value)).all():
+            raise ValueError(
+                f"{'/'.join(path)}: its learned scale begins with the range of a "
+                "batch, and it has none: its op was not reached, or the batch was "
+                "empty or not finite."
+            )
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, core.Tracer | jax.ShapeDtypeStruct)

@@ -1,0 +1,99 @@
+"""Learned scales of activations as ranges, for what takes ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+
+from qwix_train import learned_scale, stored
+from qwix_train.core import numerics
+from qwix_train.nested import inserted
+from qwix_train.planning import Path
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace.function import param_path
+
+
+def learned_quant_stats(
+    params: Any,
+    rules: Sequence[QuantizationRule],
+    quant_stats: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The ranges of activations that were learned, in the form of collected ones.
+
+    `quantize_params` finds learned scales among the params, and needs no ranges. This
+    is for what knows collected ranges alone: `OdmlQatProvider` and `odml.convert`, with
+    rules that have another method than the learned one. There it stands for the inputs
+    of products; LiteRT's other tensors need collected ranges beside. Learned scales of
+    weights have no place there: `odml` has the scale of a weight from its largest
+    magnitude.
+
+    Args:
+      params: a tree of params with learned scales, or an NNX model.
+      rules: the rules that they were trained with.
+      quant_stats: other ranges, such as those of a `calib.Calibrator`. Learned ones
+        take the place of those of the same name.
+
+    Returns:
+      `quant_stats` as `quantize_params` takes them: at the path of each activation a
+      dictionary with `count`, `sum_of_min` and `sum_of_max`.
+
+    Raises:
+      ValueError: if a learned range is of an op that no rule trains one for; if it is
+        not finite; or if there is none.
+
+    Example:
+      >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8",
+      ...     act_calibration_method="pact")]
+      >>> params = {"dot_general0_lhs_alpha": jnp.full((1, 1), 6.0)}
+      >>> ranges = learned_quant_stats(params, rules)["dot_general0_lhs"]
+      >>> ranges["sum_of_min"].item(), round(ranges["sum_of_max"].item(), 3)
+      (0.0, 6.0)
+    """
+    if isinstance(params, nnx.Module):
+        params = nnx.to_pure_dict(nnx.state(params, nnx.Param))
+    if hasattr(params, "keys") and "params" in params.keys():
+        params = params["params"]
+    flat, _ = jax.tree_util.tree_flatten_with_path(stored.unbox(params))
+    named = {param_path(key_path): leaf for key_path, leaf in flat}
+    found = dict(quant_stats or {})
+    paths = [path for path in map(learned_scale.range_path, named) if path is not None]
+    if not paths:
+        raise ValueError(
+            "There is no learned range of an activation among the params. Train them "
+            "with qat.attach_learned_scales and act_calibration_method='lsq', 'lsq+' "
+            "or 'pact'."
+        )
+    for path in dict.fromkeys(paths):
+        leaves = learned_scale.leaves_at(path, named)
+        for leaf in leaves:
+            if leaf is not None:
+                learned_scale.check_finite(path, leaf)
+        ends = _ends(leaves, _qtype(path, rules))
+        found = inserted(found, path, {"count": jnp.ones((), jnp.int32), **ends})
+    return found
+
+
+def _ends(leaves: learned_scale.Leaves, qtype: Any) -> dict[str, jax.Array]:
+    scale, zero_point = learned_scale.stored_range(leaves, qtype, jnp.float32)
+    zero = 0 if zero_point is None else zero_point.astype(jnp.float32)
+    low, high = numerics.code_range(qtype)
+    return {"sum_of_min": (low - zero) * scale, "sum_of_max": (high - zero) * scale}
+
+
+def _qtype(path: Path, rules: Sequence[QuantizationRule]) -> Any:
+    op_id = path[-1].rpartition("_")[0]
+    op_name = op_id.rstrip("0123456789")
+    module_path = "/".join(path[:-1])
+    for rule in rules:
+        if rule.matches(module_path, op_name, op_id):
+            if rule.learned_act_method:
+                return rule.act_qtype
+            break
+    raise ValueError(
+        f"There is a learned range for {'/'.join(path)!r}, and no rule trains one for "
+        "its op. Pass the rules that it was trained with."
+    )
