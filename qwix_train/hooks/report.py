@@ -21,7 +21,7 @@ from qwix_train.hooks.weight_measures import (
     layer_axes,
     measure,
 )
-from qwix_train.planning import Path, Plan
+from qwix_train.planning import ParamPlan, Path, Plan
 from qwix_train.trace.function import param_path
 
 _DRIFTS = ("scale_drift", "scale_drift_total")
@@ -56,6 +56,9 @@ class QuantReport(PeriodicAction):
       often than `oscillation_threshold`, and of those that are frozen at a level. The
       number of such weights in the whole model is `quant/oscillating` and
       `quant/frozen`.
+
+    A weight with a `kernel_scale` next to it among the params (and a
+    `kernel_zero_point`) has that scale: it is the one that it is exported with.
 
     For each range of an activation, such as that of `Dense_0/dot_general0_lhs`, its
     ends: `quant/Dense_0/dot_general0_lhs/absmax`, or `min` and `max`; of several
@@ -162,8 +165,8 @@ class QuantReport(PeriodicAction):
           state: the state; see the class.
 
         Raises:
-          ValueError: if a weight of the plan is not among its params, has another
-            shape, or is quantized already.
+          ValueError: if a weight of the plan is not among its params, it or its scale
+            has another shape, or it is quantized already.
         """
         return self._scalars(state)[0]
 
@@ -179,7 +182,7 @@ class QuantReport(PeriodicAction):
         measured = jax.device_get(self._measure(params))
         scalars: dict[str, float] = {}
         for path, found in measured.items():
-            scalars |= self._weight_scalars(path, params[path].size, found)
+            scalars |= self._weight_scalars(path, params[path][0].size, found)
         scalars |= self._oscillation_scalars(state)
         scales = {path: found.scale for path, found in measured.items()}
         return scalars | self._range_scalars(state), scales
@@ -235,8 +238,11 @@ class QuantReport(PeriodicAction):
                 scalars[key] = scalars.get(key, 0.0) + float(count)
         return scalars
 
-    def _params(self, tree: Any) -> dict[Path, Any]:
-        """The weights of the plan, by path."""
+    def _params(self, tree: Any) -> dict[Path, tuple[Any, Any, Any]]:
+        """The weights of the plan, by path, each with its scale and zero point.
+
+        These are None where they are not among the params, but computed.
+        """
         leaves, _ = jax.tree_util.tree_flatten_with_path(
             tree, is_leaf=stored.is_quantized
         )
@@ -256,13 +262,19 @@ class QuantReport(PeriodicAction):
                     f"The plan quantizes a param {name!r} of shape {planned.shape}; "
                     f"the state has {found} there. Make the plan for this model."
                 )
-            params[path] = param
+            scale, zero_point = (
+                given.get((*path[:-1], f"{path[-1]}_{part}"))
+                for part in ("scale", "zero_point")
+            )
+            if scale is not None:
+                _check_scale(name, scale, planned)
+            params[path] = param, scale, zero_point
         return params
 
     def _measure_all(self, params: dict[Path, Any]) -> dict[Path, Any]:
         return {
-            path: measure(param, planned.how, layer_axes(planned))
-            for path, param in params.items()
+            path: measure(param, planned.how, layer_axes(planned), *grid)
+            for path, (param, *grid) in params.items()
             if (planned := self._weights[path]).how is not None
         }
 
@@ -292,6 +304,16 @@ class QuantReport(PeriodicAction):
         return [
             ("layer_" + "_".join(map(str, index)), index) for index in np.ndindex(shape)
         ]
+
+
+def _check_scale(name: str, scale: Any, planned: ParamPlan) -> None:
+    assert planned.how is not None
+    shape = planned.how.scale_shape(planned.shape)
+    if tuple(scale.shape) != shape:
+        raise ValueError(
+            f"Param '{name}_scale' has shape {tuple(scale.shape)}, and the plan gives "
+            f"the scale of {name!r} {shape}. Make the plan with the rules of the step."
+        )
 
 
 def _decibels(signal: Any, noise: Any) -> float:

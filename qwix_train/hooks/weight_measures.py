@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,12 @@ from jax import numpy as jnp
 from qwix_train.core import numerics, tiling
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import dequantize, quantize_array
+from qwix_train.core.qarray import (
+    QArray,
+    dequantize,
+    quantize_array,
+    quantize_with_scale_zero_point,
+)
 from qwix_train.planning import ParamPlan
 from qwix_train.trace.provenance import Weight
 
@@ -35,7 +41,11 @@ class WeightMeasures(NamedTuple):
 
 
 def measure(
-    x: jax.Array, how: HowToQuantize, layer_axes: tuple[int, ...]
+    x: jax.Array,
+    how: HowToQuantize,
+    layer_axes: tuple[int, ...],
+    scale: jax.Array | None = None,
+    zero_point: jax.Array | None = None,
 ) -> WeightMeasures:
     """Measures a weight.
 
@@ -43,16 +53,20 @@ def measure(
       x: the weight.
       how: how it is quantized.
       layer_axes: see `layer_axes`.
+      scale: its scale, where that is not to be computed from it.
+      zero_point: the zero point that belongs to that scale; None for 0.
     """
-    calibration = calibrate(x, how)
-    if "absmax" in calibration:
-        calibration = {"min": -calibration["absmax"], "max": calibration["absmax"]}
+    if scale is None:
+        quantized = quantize_array(x, how)
+        ends = _ends(calibrate(x, how))
+    else:
+        if zero_point is not None:
+            zero_point = numerics.round_to_qtype(zero_point, how.qtype)
+        quantized = quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
+        ends = _ends_of_scale(quantized)
     outside = tiling.elementwise(
-        lambda x, low, high: (x < low) | (x > high),
-        x,
-        *(jnp.asarray(calibration[key]) for key in ("min", "max")),
+        lambda x, low, high: (x < low) | (x > high), x, *map(jnp.asarray, ends)
     )
-    quantized = quantize_array(x, how)
     noise = x.astype(jnp.float32) - dequantize(quantized).astype(jnp.float32)
     low, high = _end_codes(how.qtype)
     codes = quantized.qvalue.astype(jnp.float32)
@@ -96,6 +110,23 @@ def drift(scale: Any, before: Any, layer_axes: tuple[int, ...]) -> tuple[Any, An
     scale, before = np.asarray(scale, np.float64), np.asarray(before, np.float64)
     axes = tuple(axis for axis in range(scale.ndim) if axis not in layer_axes)
     return ((scale - before) ** 2).sum(axes), (before**2).sum(axes)
+
+
+def _ends(calibration: Mapping[str, Any]) -> tuple[Any, Any]:
+    if "absmax" in calibration:
+        return -calibration["absmax"], calibration["absmax"]
+    return calibration["min"], calibration["max"]
+
+
+def _ends_of_scale(quantized: QArray) -> tuple[Any, Any]:
+    """The ends of the range that a scale and a zero point stand for."""
+    scale, zero_point = quantized.scale, quantized.zero_point
+    if zero_point is None:
+        bound = numerics.symmetric_bound(quantized.qtype)
+        return -bound * scale, bound * scale
+    low, high = numerics.asymmetric_bound(quantized.qtype)
+    zero = zero_point.astype(scale.dtype)
+    return (low - zero) * scale, (high - zero) * scale
 
 
 def _end_codes(qtype: Any) -> tuple[float, float]:

@@ -324,6 +324,35 @@ def test_how_far_scales_have_moved(axis):
             )
 
 
+@pytest.mark.parametrize("zero_point", [None, -3.0])
+def test_a_scale_among_the_params(zero_point):
+    method = "absmax" if zero_point is None else "minmax"
+    rules = [QuantizationRule(weight_qtype="int4", weight_calibration_method=method)]
+    scale, zero = np.linspace(0.1, 0.4, 4, dtype=np.float32)[None], zero_point or 0.0
+    params = {"kernel": X, "bias": jnp.zeros(4), "kernel_scale": scale}
+    if zero_point is not None:
+        params["kernel_zero_point"] = np.full((1, 4), zero_point, np.float32)
+    writer = Writer()
+    layers = plan(nn.Dense(4), rules, jnp.ones((1, 8)))
+    report = hooks.QuantReport(writer, layers, prefix="", every_steps=1)
+    report(1, state=params)
+    report(2, state={**params, "kernel_scale": 1.5 * scale})
+
+    scalars, x = writer.written[0][1], X.astype(np.float64)
+    codes = np.clip(np.round(x / scale) + zero, -8, 7)
+    noise = ((x - (codes - zero) * scale) ** 2).sum()
+    ratio = 10 * np.log10((x**2).sum() / noise)
+    np.testing.assert_allclose(scalars["kernel/sqnr_db"], ratio, rtol=1e-4)
+    at_ends = (codes == -8) | (codes == 7)
+    assert scalars["kernel/at_end_codes"] == pytest.approx(at_ends.mean())
+    low, high = (-7.5, 7.5) if zero_point is None else (-8 - zero, 7 - zero)
+    outside = (x < low * scale) | (x > high * scale)
+    assert scalars["kernel/saturated"] == pytest.approx(outside.mean())
+    assert writer.written[1][1]["kernel/scale_drift"] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"'kernel_scale' has shape \(4, 1\)"):
+        report.scalars({**params, "kernel_scale": scale.T})
+
+
 def oscillated(kind, tx):
     """A state after updates up and down; what the report is given; the path to it."""
     state, model, name, _ = make("nnx" if kind == "separate" else kind)
