@@ -21,15 +21,16 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns uniform bits for each element of an array.
 
     Args:
-        key: The data of a random key; its first two words count. shape=(n,) with
-            n >= 2, dtype=jnp.uint32.
+        key: The data of a key that `jax.random.split` or `jax.random.fold_in` made, as
+            its bits are to be random themselves; the first two words count. shape=(n,)
+            with n >= 2, dtype=jnp.uint32.
         shape: The shape.
 
     Returns:
         The bits, dtype=jnp.uint32. The same key and shape give the same bits.
 
     >>> x = bits(jnp.array([1, 2], jnp.uint32), (1000, 1000))
-    >>> bool(abs(x.astype(jnp.float32).mean() / 2**32 - 0.5) < 0.002)
+    >>> bool(abs(x.astype(jnp.float32).mean() * 2.0**-32 - 0.5) < 0.002)
     True
     """
     index = jnp.zeros(shape, jnp.uint32)

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import calibration, numerics, scaling, tiling
-from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.core.how import (
+    HowToQuantize,
+    is_learned,
+    parse_calibration_method,
+)
 from qwix_train.optim import _paths
 from qwix_train.planning import Plan
 
@@ -147,8 +151,8 @@ class ParamGrids:
         """Returns how each leaf of a tree of params is quantized; None if it is not.
 
         Raises:
-            ValueError: No param is quantized, a pattern matches none, or a param does
-                not fit its ``how``.
+            ValueError: No param is quantized, a pattern matches none, the scale of a
+                param is learned, or a param does not fit its ``how``.
         """
         names = jax.tree.leaves(_paths.param_paths(params))
         used: set[str] = set()
@@ -182,6 +186,13 @@ class ParamGrids:
             raise ValueError(
                 f"{self.transform}: the param {name!r} is of dtype {param.dtype}, and "
                 "only floats have a grid to be rounded to."
+            )
+        if is_learned(how.calibration_method):
+            raise ValueError(
+                f"{self.transform}: the scale of the param {name!r} is learned "
+                f"(calibration_method={how.calibration_method!r}), so its grid is not "
+                "one that can be found from the param. Give it rules with another "
+                "method, such as absmax."
             )
         shape = tuple(param.shape)
         if not self.patterns and shape != tuple(self.shapes[key]):

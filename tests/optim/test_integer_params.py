@@ -47,6 +47,7 @@ def test_the_mean_is_the_sum():
     assert ((share > 0.005) & (share < 0.995)).sum() >= 6
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype", ["int8", "int4", "int3"])
 def test_a_range_grows_where_sums_leave_it(qtype):
     how = HowToQuantize(qtype=qtype, channelwise_axes=[1], tiled_axes={0: 1000})
@@ -161,6 +162,7 @@ def test_a_quantized_model_is_trained():
     assert loss(values(params)) < 0.1 * first
 
 
+@pytest.mark.slow
 def test_sharded():
     mesh = jax.make_mesh((8,), ("model",), (AxisType.Auto,))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)), jnp.float32)

@@ -75,6 +75,9 @@ def test_errors():
         make("this", {"a": HOW, "b": HOW}).of({"a": X})
     with pytest.raises(ValueError, match="the param 'a' is of dtype int32"):
         make("this", {"a": HOW}).of({"a": X.astype(int)})
+    learned = HowToQuantize(qtype="int4", calibration_method="lsq")
+    with pytest.raises(ValueError, match="scale of the param 'a' is learned .*'lsq'"):
+        make("this", {"a": learned}).of({"a": X})
     with pytest.raises(ValueError, match="the param 'a': Axis 1 is out of range"):
         make("this", {"a": HOW}).of({"a": jnp.ones(3)})
     plan = qwix_train.plan(lambda p, x: x @ p["w"], RULES, {"w": jnp.ones((12, 4))}, X)

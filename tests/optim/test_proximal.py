@@ -62,7 +62,7 @@ def params_and_updates(seed=0, size=0.05):
     return w, (rng.normal(size=(16, 4)) * size for _ in iter(int, 1))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", oscillating.HOWS)
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_by_hand(method, name):
@@ -119,7 +119,7 @@ CASES = [(name, jnp.float32) for name in HOWS]
 CASES += [(name, jnp.bfloat16) for name in HOWS if "int8" not in name]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_params_end_on_the_grid_that_is_stored(name, dtype, method):
@@ -151,7 +151,7 @@ def test_params_end_on_the_grid_that_is_stored(name, dtype, method):
     assert len(np.unique(codes)) > 1
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "calibration_method", [f"absmax,{7.5 / 7}", "minmax", "fixed,-2,2"]
