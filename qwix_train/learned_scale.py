@@ -23,7 +23,7 @@ from jax import numpy as jnp
 
 from qwix_train import stored
 from qwix_train.core import learned_quant, numerics
-from qwix_train.core.how import HowToQuantize
+from qwix_train.core.how import HowToQuantize, is_learned
 from qwix_train.planning import OpPlan, ParamPlan, Path, Plan
 from qwix_train.static_range import Range, scale_path
 from qwix_train.trace.analyze import Key
@@ -100,6 +100,11 @@ def is_leaf(path: Path, paths: Any) -> bool:
     name = path[-1]
     beside = name.endswith("_scale") and (*path[:-1], name[:-6]) in paths
     return beside or range_path(path) is not None
+
+
+def has_learned_scale(plan: ParamPlan) -> bool:
+    """Whether the scale of a param is trained."""
+    return plan.how is not None and is_learned(plan.how.calibration_method)
 
 
 def weight_scale(plan: ParamPlan, named: Mapping[Path, Any]) -> jax.Array:

@@ -17,7 +17,6 @@ from qwix_train import plan_table, weights
 from qwix_train.core import numerics
 from qwix_train.core.how import (
     HowToQuantize,
-    is_learned,
     needs_zero_point,
     parse_calibration_method,
 )
@@ -40,8 +39,7 @@ class OpPlan:
       activations: for each operand, how it is quantized when the op runs; None for
         a weight, and for what stays in float.
       module_path: the path of its module among the params of the traced call.
-      static: whether activations are quantized with ranges collected beforehand, or
-        trained.
+      static: whether activations have ranges that were collected, or are trained.
       learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
@@ -65,18 +63,6 @@ class OpPlan:
         """
         names = self.module_path.split("/") if self.module_path else []
         return (*names, f"{self.op.id}_{weights.SIDES[side]}")
-
-    @property
-    def asked(self) -> str:
-        """What asks for the static ranges of its activations, for messages."""
-        if self.learned:
-            return f"a rule with act_calibration_method={self.learned!r}"
-        return "a rule with act_static_scale=True"
-
-    @property
-    def range_source(self) -> str:
-        """Where they come from, for messages."""
-        return "the params with learned scales" if self.learned else "the quant_stats"
 
     @property
     def collected(self) -> bool:
@@ -120,11 +106,6 @@ class ParamPlan:
             channelwise_axes=tuple(a - 1 for a in how.channelwise_axes if a > 0),
             tiled_axes={axis - 1: tile for axis, tile in how.tiled_axes.items()},
         )
-
-    @property
-    def learned(self) -> bool:
-        """Whether its scale is trained."""
-        return self.how is not None and is_learned(self.how.calibration_method)
 
     @property
     def float_bytes(self) -> int:

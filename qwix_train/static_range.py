@@ -200,14 +200,14 @@ def find(
     scale, zero_point = values.get(scale_path(path)), values.get(zero_point_path(path))
     if scale is None:
         raise ValueError(
-            f"There is no static range for {'/'.join(path)!r}, which {plan.asked} asks "
-            f"for. Give quantize_params {plan.range_source}."
+            f"There is no static range for {'/'.join(path)!r}, which {_asking(plan)} "
+            f"asks for. Give quantize_params {_source(plan)}."
         )
     scale = scale.array if stored.is_quantized(scale) else scale
     if unknown is None and _is_known(scale) and np.isnan(scale).any():
         raise ValueError(
             f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
-            f"as it is initialized. Give quantize_params {plan.range_source}."
+            f"as it is initialized. Give quantize_params {_source(plan)}."
         )
     layers, ndim = plan.op.layers, len(plan.op.operands[side].shape)
     if layers and scale.ndim == ndim:  # one range for all layers
@@ -215,6 +215,16 @@ def find(
         if zero_point is not None:
             zero_point = jnp.broadcast_to(zero_point, (*layers, *zero_point.shape))
     return Range(scale, zero_point)
+
+
+def _asking(plan: OpPlan) -> str:
+    if plan.learned:
+        return f"a rule with act_calibration_method={plan.learned!r}"
+    return "a rule with act_static_scale=True"
+
+
+def _source(plan: OpPlan) -> str:
+    return "the params with learned scales" if plan.learned else "the quant_stats"
 
 
 def quantize_activation(

@@ -63,7 +63,7 @@ def run_fake_quantized(
     def substitute(param: Param) -> Carried | None:
         param_plan = plan.params[param.path]
         scale = None
-        if param_plan.learned:
+        if learned_scale.has_learned_scale(param_plan):
             scale = learned_scale.weight_scale(param_plan, named)
         fake = fake_quantized_param(param.value, param_plan, scale)
         return fake if products is None else products.weight(param_plan, fake)

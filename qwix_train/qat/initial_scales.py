@@ -55,7 +55,7 @@ def initial_leaves(
         decision = None if param is None else plan.params[param.path]
         if param is None or decision is None or decision.how is None:
             continue
-        if not decision.learned:
+        if not learned_scale.has_learned_scale(decision):
             continue
         path = learned_scale.weight_scale_path(param.path)
         if path not in named:
