@@ -86,7 +86,7 @@ def ramp_by_hand(params, x, amount):
     "compile_step", [jax.jit, pytest.param(lambda f: f, marks=pytest.mark.slow)]
 )
 def test_a_ramp_against_numpy(compile_step):
-    model = nn.Dense(3)
+    model: Any = nn.Dense(3)
 
     def step(params, x, count):
         del count
@@ -113,7 +113,7 @@ def test_a_ramp_against_numpy(compile_step):
 
 def test_gradients_of_a_ramp_outside_of_the_range():
     rule = QuantizationRule(weight_qtype="int4", weight_calibration_method="fixed,-1,1")
-    model = nn.Dense(1, use_bias=False)
+    model: Any = nn.Dense(1, use_bias=False)
     step = wrap_train_step(
         jax.grad(lambda p, count: model.apply({"params": p}, jnp.ones((1, 3))).sum()),
         [rule],
@@ -197,6 +197,7 @@ class Bfloat16(nn.Module):
         return nn.Dense(3, dtype=jnp.bfloat16)(x)
 
 
+@pytest.mark.slow
 def test_bit_identity_in_bfloat16():
     check_stages(Bfloat16(), BATCH)
 
@@ -267,6 +268,7 @@ def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_a_ramp(tmp_path):
         models.assert_same((state, loss), (restored, again))
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap_each_have_their_step():
     step = wrap_train_step(train_step, RULES, schedule=START)
     seeds = [new_state(step=count) for count in (0, 3, 7)]
@@ -314,6 +316,7 @@ def test_scans_over_steps_and_over_micro_batches():
     models.assert_close(scanned.params, state.params, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_sharded_state_keeps_its_sharding():
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes)
@@ -322,8 +325,8 @@ def test_a_sharded_state_keeps_its_sharding():
 
     def sharding(path, leaf):
         names = [str(getattr(key, "key", key)) for key in path]
-        layer = next((n for n in names if n in spec), None)
-        kernel = layer is not None and names[-1] == "kernel"
+        layer = next((n for n in names if n in spec), "")
+        kernel = layer and names[-1] == "kernel"
         return jax.NamedSharding(mesh, spec[layer] if kernel else jax.P())
 
     shardings = jax.tree_util.tree_map_with_path(sharding, state)
@@ -354,8 +357,9 @@ def test_static_ranges_are_measured_before_activations_begin(compile_step):
     models.assert_same(step(state, BATCH), wrapped(state, BATCH))
 
 
+@pytest.mark.slow
 def test_static_ranges_of_nnx_models_with_a_schedule():
-    model = models.NnxMlp(nnx.Rngs(0), 0.0)
+    model: Any = models.NnxMlp(nnx.Rngs(0), 0.0)
     qwix_train.with_quant_stats(model, STATIC, X)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     step = nnx.jit(
@@ -496,6 +500,7 @@ def test_a_step_that_returns_something_else_in_float():
         jax.jit(wrap_train_step(other, RULES, schedule=START))(new_state(), BATCH)
 
 
+@pytest.mark.slow
 def test_eager_steps_and_steps_jitted_before():
     eager = wrap_train_step(train_step, RULES, schedule=START)
     models.assert_same(eager(new_state(), BATCH), train_step(new_state(), BATCH))
