@@ -33,6 +33,7 @@ from qwix_train.qat import QtProvider as QtProvider
 from qwix_train.qat import QtRule as QtRule
 from qwix_train.qat.quant_stat import QuantStat as QuantStat
 from qwix_train.rules import QuantizationRule as QuantizationRule
+from qwix_train.schedule import Schedule as Schedule
 from qwix_train.state import QuantTrainState as QuantTrainState
 from qwix_train.state import with_quant_stats as with_quant_stats
 from qwix_train.step import wrap_eval_step as wrap_eval_step

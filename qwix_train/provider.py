@@ -199,6 +199,21 @@ class QuantizationProvider(abc.ABC):
             "rules, or a provider such as QtProvider(rules)."
         )
 
+    def with_rules(self, rules: Sequence[QuantizationRule]) -> QuantizationProvider:
+        """This mode with other rules, for a stage of a schedule.
+
+        Args:
+          rules: the rules.
+
+        Raises:
+          TypeError: if there is more to this mode than its rules.
+        """
+        raise TypeError(
+            f"{type(self).__name__} follows no schedule but a start_step that is the "
+            "same for weights and activations of all rules. Give that, or rules, or a "
+            "QtProvider(rules)."
+        )
+
     def running(self, ranges: Any) -> QuantizationProvider:
         """This mode for one call of a step, with ranges that the step keeps.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwix_train.core import how, numerics
+from qwix_train.schedule import Schedule
 
 OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
@@ -73,6 +74,9 @@ class QuantizationRule:
       disable_channelwise_axes: whether weights and activations have one scale for the
         whole array, or for each tile along it; of stacked layers, for each layer. Else
         they have one for each index along the axes that an op keeps.
+      schedule: by which step of training the ops that the rule matches are quantized,
+        and with how many bits, in the place of the schedule of `wrap_train_step`. See
+        `qat.Schedule`.
 
     Raises:
       ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
@@ -98,6 +102,7 @@ class QuantizationRule:
     act_act: bool = True
     pad_tiles: bool = False
     disable_channelwise_axes: bool = False
+    schedule: Schedule | None = None
 
     def __post_init__(self):
         for field in ("op_names", "act_batch_axes", "act_channelwise_axes"):
@@ -150,6 +155,8 @@ class QuantizationRule:
         self._check_tile_size("tile_size")
         if not isinstance(self.disable_channelwise_axes, bool):
             raise self._error("disable_channelwise_axes", "it must be True or False")
+
+        self._check_schedule()
 
     def matches(self, module_path: str, op_name: str, op_id: str) -> bool:
         """Whether the rule is for an op.
@@ -248,6 +255,19 @@ class QuantizationRule:
                 field,
                 "it must be a positive int, or a float of one over the tile count",
             )
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if schedule is None:
+            return
+        if not isinstance(schedule, Schedule):
+            raise self._error("schedule", "it must be a qat.Schedule")
+        if self.weight_qtype is None:
+            raise self._error("schedule", "it needs a weight_qtype")
+        for name in ("weight", "act"):
+            end, qtypes = getattr(self, f"{name}_qtype"), f"{name}_qtypes"
+            check = functools.partial(Schedule.check_last, field=qtypes, qtype=end)
+            self._check("schedule", check, schedule)
 
     def _check(self, field, function, value):
         try:

@@ -172,19 +172,33 @@ def step_count(tree: Any) -> Any:
     """The number of updates that the state among a step's arguments has had.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is none, or more than one.
     """
-    for state in _train_states(tree):
-        if hasattr(state, "step"):
-            return state.step
-    for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
-        if isinstance(leaf, nnx.Optimizer):
-            return leaf.step.get_value()
+    counts = []
+    seen: set[int] = set()
+    for leaf in jax.tree.leaves(
+        tree, is_leaf=lambda x: _counts_steps(x) or nnx_calls.is_node(x)
+    ):
+        if nnx_calls.is_node(leaf):
+            for _, node in nnx.iter_graph(leaf):
+                if isinstance(node, nnx.Optimizer) and id(node) not in seen:
+                    seen.add(id(node))
+                    counts.append(node.step.get_value())
+        elif _counts_steps(leaf):
+            counts.append(leaf.step)
+    if len(counts) == 1:
+        return counts[0]
+    held = f"{len(counts)} arguments of the step are" if counts else "no argument is"
     raise ValueError(
-        "quant_stats_frozen_after needs the number of steps so far, and no argument of "
-        "the step is a train state or an nnx.Optimizer. Give update_quant_stats a "
-        "function of the step's arguments instead."
+        "A schedule, and what is frozen after some steps, needs the number of steps so "
+        f"far, and {held} a train state or an nnx.Optimizer. Say what it is: "
+        "schedule_step=lambda *args: ..., a function of the step's arguments."
     )
+
+
+def _counts_steps(value: Any) -> bool:
+    is_class = isinstance(value, type)
+    return not is_class and hasattr(value, "step") and hasattr(value, "replace")
 
 
 def _call_of(state: Any) -> Callable[..., Any]:

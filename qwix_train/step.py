@@ -9,11 +9,14 @@ from typing import Any, TypeVar, cast
 
 from jax import numpy as jnp
 
+from qwix_train import batch_stats, scheduled_step
 from qwix_train import state as state_lib
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat import QtProvider
 from qwix_train.qat.running_ranges import RangeUpdates, RunningRanges
+from qwix_train.qat.stages import stages_of
 from qwix_train.rules import QuantizationRule
+from qwix_train.schedule import Schedule
 from qwix_train.trace import harvest
 from qwix_train.trace.compiled import Compiled
 from qwix_train.trace.whole_step import tracing_step
@@ -26,10 +29,13 @@ def wrap_train_step(
     step: Step,
     rules: Sequence[QuantizationRule] | QuantizationProvider,
     *,
+    schedule: Schedule | None = None,
+    schedule_step: Callable[..., Any] | None = None,
     quant_stats: Mapping[str, Any] | None = None,
     update_quant_stats: bool | Callable[..., Any] = True,
     quant_stats_warmup: int = 0,
     quant_stats_frozen_after: int | None = None,
+    batch_stats_frozen_after: int | None = None,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes a train step quantization-aware.
@@ -51,10 +57,27 @@ def wrap_train_step(
     `scan`, once per micro-batch; under `remat`, once. The forward uses the range with
     its own batch in it.
 
+    With a schedule, quantization begins at a step, comes in gradually, or changes its
+    types. Each stage is bit for bit the step of that stage alone: the float step, or
+    the step wrapped with the rules of the stage. All of them are in one program, which
+    takes as long to compile as all of them do, and runs one. The exceptions are
+    convolutions in bfloat16 on a CPU, which XLA rounds in another way in a branch.
+    Where `vmap` goes over states that have a step count each, every stage is computed,
+    and the results of one are taken; give `schedule_step` a count that is the same for
+    all. Wrap the step that updates the params once, not a loop over such steps: one
+    call is in one stage. Static ranges are not measured in a stage that is in float.
+
     Args:
       step: the train step.
       rules: the rules, in order of precedence: the first that matches an op decides.
         Or a provider that keeps params in float; rules stand for `QtProvider(rules)`.
+      schedule: by which step quantization begins, and with how many bits, for the
+        rules that have no schedule of their own. Providers other than `QtProvider` take
+        a start step alone.
+      schedule_step: the number of steps so far, as a function of the step's arguments
+        that returns an int scalar: for `schedule`, and for what is frozen after some
+        steps. If None, it is the `step` of the train state or `nnx.Optimizer` among the
+        arguments.
       quant_stats: ranges of activations that stay as they are, in the place of those
         in the state. See `QtProvider`.
       update_quant_stats: whether the step updates the ranges in the state: False to
@@ -64,8 +87,12 @@ def wrap_train_step(
         are used. Until then, and in any case before the first, the range of an
         activation is that of its own batch.
       quant_stats_frozen_after: the number of steps after which the ranges in the state
-        stay as they are; by the `step` of the train state or `nnx.Optimizer` among the
-        arguments.
+        stay as they are.
+      batch_stats_frozen_after: the number of steps after which the running statistics
+        of batch normalization stay as they are (arXiv 1806.08342, section 3.2.2): the
+        `batch_stats` of train states, and the `nnx.BatchStat` variables of NNX models.
+        What the model normalizes with is up to its call, as ever: in training, the
+        statistics of the batch, unless it is called with `use_running_average=True`.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise, unless a provider says `allow_unmatched`.
 
@@ -76,10 +103,12 @@ def wrap_train_step(
 
     Raises:
       TypeError: if a provider stores params quantized, such as a `PtqProvider` or a
-        `LoraProvider`; if it takes no `quant_stats`, and there are some.
-      ValueError: by the step when called, if no model call was reached, or no rule
-        matches any op; if a rule asks for static ranges, and there are neither
-        `quant_stats` nor statistics in the state.
+        `LoraProvider`; if it takes no `quant_stats`, and there are some; if it cannot
+        follow the schedule.
+      ValueError: if a schedule does not fit a rule; by the step when called, if no
+        model call was reached, or no rule matches any op; if a rule asks for static
+        ranges, and there are neither `quant_stats` nor statistics in the state; if a
+        step count is needed, and there is none.
 
     Example:
       >>> import jax
@@ -93,21 +122,58 @@ def wrap_train_step(
       >>> rules = [QuantizationRule(weight_qtype="int4")]
       >>> step = jax.jit(wrap_train_step(train_step, rules))
       >>> params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)))
+
+      In float for 100 steps, then more and more quantized for another 50:
+
+      >>> def counted_step(params, x, y, count):
+      ...     return train_step(params, x, y)
+      >>> step = jax.jit(
+      ...     wrap_train_step(
+      ...         counted_step,
+      ...         rules,
+      ...         schedule=Schedule(start_step=100, ramp_steps=50),
+      ...         schedule_step=lambda params, x, y, count: count,
+      ...     )
+      ... )
+      >>> for count in (0, 120, 150):  # compiles once
+      ...     params = step(params, jnp.ones((2, 8)), jnp.zeros((2, 1)), count)
     """
     provider = _provider_of(rules, quant_stats, allow_unmatched)
-    if not provider.keeps_quant_stats:
-        return cast(Step, wrap(step, provider))
+    check_step(step)
+
+    def count_of(args, kwargs):
+        if schedule_step is not None:
+            return schedule_step(*args, **kwargs)
+        return state_lib.step_count((args, kwargs))
 
     def updates_of(args, kwargs):
         update = update_quant_stats
         if callable(update):
             update = update(*args, **kwargs)
         if quant_stats_frozen_after is not None:
-            steps = state_lib.step_count((args, kwargs))
+            steps = count_of(args, kwargs)
             update = jnp.logical_and(update, steps < quant_stats_frozen_after)
         return RangeUpdates(update, quant_stats_warmup)
 
-    return cast(Step, _with_ranges(step, provider, updates_of))
+    def quantized(provider):
+        if provider.keeps_quant_stats:
+            return _with_ranges(step, provider, updates_of)
+        return wrap(step, provider)
+
+    stages = stages_of(provider.rules, schedule)
+    if len(stages) == 1:
+        run = quantized(provider)
+    else:
+        run = scheduled_step.follow(step, provider, stages, quantized, count_of)
+    if batch_stats_frozen_after is not None:
+
+        def frozen(args, kwargs):
+            return count_of(args, kwargs) >= batch_stats_frozen_after
+
+        run = batch_stats.freezing(run, frozen)
+    if len(stages) == 1 and batch_stats_frozen_after is None:
+        return cast(Step, _like(step, run) if provider.keeps_quant_stats else run)
+    return cast(Step, _like(step, run))
 
 
 def wrap_eval_step(
@@ -122,7 +188,8 @@ def wrap_eval_step(
 
     See `wrap_train_step`; the forward is the same. With params from float training
     this measures post-training quantization. Static ranges in the state are used, and
-    do not change.
+    do not change. Schedules of rules do not count here: whatever the step of the state,
+    it is the model that training ends with that is evaluated.
 
     Args:
       step: the eval step.
@@ -142,7 +209,8 @@ def wrap_eval_step(
     if not provider.keeps_quant_stats:
         return cast(Step, wrap(step, provider))
     updates = RangeUpdates(False, quant_stats_warmup)
-    return cast(Step, _with_ranges(step, provider, lambda args, kwargs: updates))
+    run = _with_ranges(step, provider, lambda args, kwargs: updates)
+    return cast(Step, _like(step, run))
 
 
 def _provider_of(
@@ -221,7 +289,12 @@ def _with_ranges(
         updated = {tuple(name.split("/")): state for name, state in after.items()}
         return state_lib.put_states((args, kwargs), out, {**states, **updated})
 
-    # A step that was jitted runs compiled, together with the statistics.
+    return call
+
+
+def _like(step: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """What traces a step as a whole, with the name and signature of the step."""
+    # A step that was jitted runs compiled, together with what is around it.
     run = Compiled(call) if hasattr(step, "lower") else call
 
     @functools.wraps(step, updated=())

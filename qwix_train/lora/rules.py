@@ -107,6 +107,8 @@ class LoraRule(QuantizationRule):
                 raise self._error("double_quant", "with qat=True the base is in float")
         if self.qat and self.weight_qtype is None:
             raise self._error("qat", "it needs a weight_qtype")
+        if self.schedule is not None:
+            raise self._error("schedule", "schedules are for wrap_train_step")
         if self.qat and self.dropout:
             raise self._error("dropout", "with qat=True there is one merged product")
 

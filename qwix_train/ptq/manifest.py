@@ -221,7 +221,9 @@ def _versions() -> dict[str, str]:
 def _to_json(value: Any, cls: Any) -> dict[str, Any]:
     """The fields of a rule, `how` or layout, by name, as the constructor takes them."""
     record = {f.name: getattr(value, f.name) for f in dataclasses.fields(cls)}
-    record.pop("noise_fn", None)  # It took part in rounding, not in what codes mean.
+    # They took part in rounding and in training, not in what codes mean.
+    record.pop("noise_fn", None)
+    record.pop("schedule", None)
     if cls is HowToQuantize:
         record["tiled_axes"] = list(value.tiled_axes.items())  # JSON has string keys.
     if cls is PackedLayout:

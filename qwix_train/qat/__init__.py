@@ -12,3 +12,4 @@ from qwix_train.qat.provider import QtProvider as QtProvider
 from qwix_train.qat.qt_rule import QtRule as QtRule
 from qwix_train.qat.sensitivity_report import OpSensitivity as OpSensitivity
 from qwix_train.qat.sensitivity_report import Sensitivity as Sensitivity
+from qwix_train.schedule import Schedule as Schedule

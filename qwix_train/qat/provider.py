@@ -26,7 +26,7 @@ from qwix_train.qat.running_ranges import (
     initial_states,
     nested,
 )
-from qwix_train.rules import QuantizationRule
+from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 
 
@@ -127,6 +127,12 @@ class QtProvider(QuantizationProvider):
         fixed = copy.copy(self)
         fixed.quant_stats, fixed.keeps_quant_stats = quant_stats, False
         return fixed
+
+    def with_rules(self, rules: Sequence[QuantizationRule]) -> QtProvider:
+        """See `QuantizationProvider.with_rules`."""
+        changed = copy.copy(self)
+        changed.rules = check_rules(rules)
+        return changed
 
     def running(self, ranges: RunningRanges) -> RunningRangesProvider:
         """See `QuantizationProvider.running`."""

@@ -254,6 +254,7 @@ def tracing_call(
     kwargs: dict[str, Any],
     path: str = "",
     mark: bool = True,
+    whole: bool = False,
 ) -> Iterator[tuple[function.TracedCall, Callable[[Any], Any]]]:
     """Traces a call of a method of a module, or of any function of NNX objects.
 
@@ -266,6 +267,8 @@ def tracing_call(
       mark: whether modules mark the trace with their paths, and find arrays in the
         place of stored params. A function that has its model calls rewritten does
         without.
+      whole: whether the trace returns all that the NNX objects hold, not only what
+        changed, so that traces of functions that change different parts are alike.
 
     Yields:
       The traced call, and a function that takes its result, updates the NNX objects
@@ -275,7 +278,7 @@ def tracing_call(
     slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
     nodes = [leaves[i] for i in slots]
     static = [None if is_node(leaf) else leaf for leaf in leaves]
-    result = _Result()
+    result = _Result(whole)
     prefix = tuple(filter(None, path.split("/")))
     found = stored_params(nodes) if mark else []
     # The first key is the index of the object among the arguments.
@@ -451,6 +454,9 @@ def _raw(variable: Any) -> Any:
 class _Result:
     """What a traced method returned and changed, on its way out of the trace."""
 
+    def __init__(self, whole: bool = False):
+        self.whole = whole
+
     def split(self, context, nodes, out, inputs, graphdef):
         """Within the trace: the arrays of the result and of what changed."""
         leaves, self.tree = jax.tree.flatten(out, is_leaf=is_node)
@@ -461,7 +467,7 @@ class _Result:
         # If only the values of variables changed, only those are written. That
         # matters where others cannot be: a teacher model that a loss closes over
         # belongs to an outer trace.
-        self.whole = bool(out_nodes) or nnx.graphdef(nodes) != graphdef
+        self.whole |= bool(out_nodes) or nnx.graphdef(nodes) != graphdef
         if self.whole:
             return others, state
         before = _variables(inputs[0]) | _variables(inputs[1])

@@ -14,7 +14,10 @@ from qwix_train.trace import nnx as nnx_calls
 
 @contextlib.contextmanager
 def tracing_step(
-    step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    whole: bool = False,
 ) -> Iterator[tuple[function.TracedCall, Callable[[Any], Any]]]:
     """Traces a step.
 
@@ -22,6 +25,8 @@ def tracing_step(
       step: the step.
       args: its arguments, NNX objects among them or not.
       kwargs: its keyword arguments.
+      whole: whether the trace returns all that NNX objects hold; see
+        `nnx.tracing_call`.
 
     Yields:
       The traced call, and a function that takes its result, updates the NNX objects
@@ -30,7 +35,7 @@ def tracing_step(
     leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_calls.is_node)
     if any(map(nnx_calls.is_node, leaves)):
         with nnx_calls.tracing_call(
-            step, args, dict(kwargs), mark=False
+            step, args, dict(kwargs), mark=False, whole=whole
         ) as traced_and_finish:
             yield traced_and_finish
         return

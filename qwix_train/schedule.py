@@ -1,0 +1,172 @@
+"""Schedules: by which step fake quantization begins, and with how many bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from flax import core
+
+from qwix_train.core import numerics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    r"""By which step of training fake quantization begins, and with how many bits.
+
+    At step ``t``, counted from 0, where ``Q`` is fake quantization, the forward has for
+    a weight ``x``
+
+    .. math:: x + a_t (Q(x) - x), \quad
+      a_t = \min(\max((t - \mathrm{start}) / \mathrm{ramp}, 0), 1)
+
+    in the place of ``Q(x)``, and ``a_t`` is 0 before the start and 1 from it on without
+    a ramp. The gradient is that of this sum, with the straight-through gradient of
+    ``Q``: where ``Q`` passes gradients, all of it. Activations begin at
+    `act_start_step`.
+
+    That activations begin later than weights, when their ranges have settled, is from
+    arXiv 1712.05877, section 3.1; a blend that goes from the float weights to the
+    quantized ones is from arXiv 1903.01061, which does without a straight-through
+    gradient.
+
+    `wrap_train_step` follows schedules. Everything else takes the rules as they are,
+    which is how training ends: `wrap_eval_step`, `plan`, `quantize_model`, PTQ, export.
+
+    Attributes:
+      start_step: the first step in which weights are quantized.
+      ramp_steps: the number of steps in which quantization comes in, from each start.
+      weight_qtypes: the type of weights by step, such as `{0: "int8", 300: "int4"}`:
+        each is for its step and those after it. The last is that of the rule; if None,
+        that is the type throughout.
+      act_qtypes: the same for activations.
+      act_start_step: the first step in which activations are quantized; `start_step` if
+        None. Static ranges are measured from the first step on in which weights or
+        activations are quantized.
+
+    Raises:
+      TypeError: if a step is no int.
+      ValueError: if a step is negative, types are not in the order of their steps, the
+        first comes after the start, or a type is unknown.
+
+    Example:
+      >>> Schedule(start_step=100, ramp_steps=50).ends_at
+      150
+      >>> halving = Schedule(weight_qtypes={0: "int8", 300: "int4", 600: "int2"})
+      >>> halving.weight_qtype_at(299), halving.weight_qtype_at(600)
+      ('int8', 'int2')
+    """
+
+    start_step: int = 0
+    ramp_steps: int = 0
+    weight_qtypes: Mapping[int, Any] | None = None
+    act_qtypes: Mapping[int, Any] | None = None
+    act_start_step: int | None = None
+
+    def __post_init__(self):
+        for field in ("start_step", "ramp_steps", "act_start_step"):
+            value = getattr(self, field)
+            if not (field == "act_start_step" and value is None):
+                self._check_step(field, value)
+        for field, start in (
+            ("weight_qtypes", self.start_step),
+            ("act_qtypes", self.act_start),
+        ):
+            qtypes = getattr(self, field)
+            if qtypes is not None:
+                self._check_qtypes(field, qtypes, start)
+                # Hashable, as rules are.
+                object.__setattr__(self, field, core.FrozenDict(qtypes))
+
+    @property
+    def act_start(self) -> int:
+        """The first step in which activations are quantized."""
+        return self.start_step if self.act_start_step is None else self.act_start_step
+
+    @property
+    def ends_at(self) -> int:
+        """The first step from which on the schedule changes nothing."""
+        return max(self.boundaries)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The steps at which something changes, in order."""
+        starts = (self.start_step, self.act_start)
+        changes = (self.weight_qtypes or {}, self.act_qtypes or {})
+        return tuple(
+            sorted(
+                {*starts, *(s + self.ramp_steps for s in starts)}.union(
+                    *(qtypes.keys() for qtypes in changes)
+                )
+            )
+        )
+
+    def weight_qtype_at(self, step: int) -> Any:
+        """The type of weights at a step; None if it is that of the rule throughout."""
+        return _at(self.weight_qtypes, step)
+
+    def act_qtype_at(self, step: int) -> Any:
+        """The type of activations at a step, as `weight_qtype_at`."""
+        return _at(self.act_qtypes, step)
+
+    def check_last(self, field: str, qtype: Any) -> None:
+        """Complains if the types by step do not end with the type of a rule.
+
+        Args:
+          field: `"weight_qtypes"` or `"act_qtypes"`.
+          qtype: the type of the rule.
+
+        Raises:
+          ValueError: if they do not.
+        """
+        qtypes = getattr(self, field)
+        if qtypes is None:
+            return
+        last = numerics.qtype_name(list(qtypes.values())[-1])
+        end = None if qtype is None else numerics.qtype_name(qtype)
+        if last != end:
+            raise ValueError(
+                f"the last of {field}={dict(qtypes)} is {last!r}, and the rule has "
+                f"{field.removesuffix('s')}={end!r}, which is what the model is to end "
+                "with: make the two the same"
+            )
+
+    def _check_step(self, field: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"Schedule({field}={value!r}): a step is an int.")
+        if value < 0:
+            raise ValueError(
+                f"Schedule({field}={value!r}): steps are counted from 0, so it must "
+                "not be negative."
+            )
+
+    def _check_qtypes(self, field: str, qtypes: Any, start: int) -> None:
+        def error(reason):
+            return ValueError(f"Schedule({field}={qtypes!r}): {reason}.")
+
+        if not isinstance(qtypes, Mapping) or not qtypes:
+            raise error("it must map steps to types, such as {0: 'int8', 300: 'int4'}")
+        for step, qtype in qtypes.items():
+            self._check_step(f"a step of {field}", step)
+            try:
+                numerics.qtype_name(qtype)
+            except ValueError as unknown:
+                raise error(str(unknown).rstrip(".")) from None
+        if any(a >= b for a, b in itertools.pairwise(qtypes)):
+            raise error("the steps must be in increasing order")
+        first = next(iter(qtypes))
+        if first > start:
+            raise error(
+                f"quantization starts at step {start}, and there is no type before "
+                f"step {first}"
+            )
+
+
+def _at(qtypes: Mapping[int, Any] | None, step: int) -> Any:
+    found = None
+    for begins, qtype in (qtypes or {}).items():
+        if found is None or begins <= step:
+            found = qtype
+    return found

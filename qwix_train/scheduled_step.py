@@ -1,0 +1,135 @@
+"""A step that does in each stage of a schedule what a step of that stage does.
+
+Each stage is a step of its own: the user's in float, or wrapped with the rules of the
+stage. A compiled step holds all of them and takes one, by the step count (`lax.switch`
+around the whole step). So what a stage computes is, bit for bit, what its step computes
+when it is compiled alone, which nothing that is decided inside of a model call gives:
+XLA would fuse, and so round, other operations together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import core, lax
+from jax import numpy as jnp
+
+from qwix_train.provider import QuantizationProvider
+from qwix_train.qat.blending import BlendingProvider
+from qwix_train.qat.stages import Stage
+from qwix_train.trace import jax_versions
+from qwix_train.trace.canonical_convs import run_as_at_top
+from qwix_train.trace.whole_step import tracing_step
+
+Step = Callable[..., Any]
+
+
+def follow(
+    step: Step,
+    provider: QuantizationProvider,
+    stages: Sequence[Stage],
+    quantized: Callable[[QuantizationProvider], Step],
+    count_of: Callable[[Any, Any], Any],
+) -> Step:
+    """A step that follows a schedule.
+
+    Args:
+      step: the step, in float.
+      provider: the mode that it ends with.
+      stages: the stages, two or more.
+      quantized: gives the step quantized by a mode.
+      count_of: gives the step count from the arguments and keyword arguments.
+
+    Raises:
+      TypeError: if the mode cannot follow the stages.
+    """
+    steps = [_step_of(stage, step, provider, quantized, count_of) for stage in stages]
+    later = np.asarray([stage.begins_at for stage in stages[1:]])
+    checked: list[None] = []
+
+    def call(*args, **kwargs):
+        count = count_of(args, kwargs)
+        if isinstance(count, core.Tracer):
+            places = jnp.asarray(later, count.dtype)
+            index = jnp.searchsorted(places, count, side="right")
+            return _switch(index, steps, stages, args, kwargs)
+        if not checked:
+            # Rules that match nothing are not to be found out by the last stage.
+            with tracing_step(steps[-1], args, kwargs):
+                checked.append(None)
+        return steps[np.searchsorted(later, int(count), side="right")](*args, **kwargs)
+
+    return call
+
+
+def _step_of(
+    stage: Stage,
+    step: Step,
+    provider: QuantizationProvider,
+    quantized: Callable[[QuantizationProvider], Step],
+    count_of: Callable[[Any, Any], Any],
+) -> Step:
+    """The step of one stage."""
+    if stage.in_float:
+        return step
+    rules = [dataclasses.replace(rule, schedule=None) for rule in provider.rules]
+    if stage.amounts.whole and stage.rules == tuple(rules):
+        return quantized(provider)
+    provider = provider.with_rules(stage.rules)
+    # That some rule matches is checked in the last stage.
+    provider.allow_unmatched = True
+    if not stage.amounts.ramps:
+        if stage.amounts.whole:
+            return quantized(provider)
+        return quantized(BlendingProvider(provider, stage.amounts))
+
+    def ramp(*args, **kwargs):
+        # The amounts are values of this very call, so that a trace which is cached
+        # under its session must not serve another.
+        amounts = stage.amounts.at(count_of(args, kwargs))
+        return quantized(BlendingProvider(provider, amounts))(*args, **kwargs)
+
+    return ramp
+
+
+def _switch(
+    index: Any,
+    steps: Sequence[Step],
+    stages: Sequence[Stage],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What one of several steps returns, by its index."""
+    bodies = []
+    for step in steps[:-1]:
+        with tracing_step(step, args, kwargs, whole=True) as (traced, _):
+            bodies.append(traced.body)
+    with tracing_step(steps[-1], args, kwargs, whole=True) as (traced, finish):
+        bodies.append(traced.body)
+        _check_alike(bodies, stages)
+        branches = [functools.partial(_run, body) for body in bodies]
+        outs = lax.switch(index, branches, *traced.inputs)
+        return finish(traced.rebuild(outs))
+
+
+def _run(body: jax_versions.Body, *inputs: Any) -> list[Any]:
+    return run_as_at_top(body, inputs)
+
+
+def _check_alike(bodies: Sequence[jax_versions.Body], stages: Sequence[Stage]) -> None:
+    def results(body):
+        return [(x.aval.shape, x.aval.dtype) for x in body.jaxpr.outvars]
+
+    last = results(bodies[-1])
+    for body, stage in zip(bodies, stages, strict=True):
+        if results(body) != last:
+            raise ValueError(
+                "The step returns arrays of other shapes or dtypes in the stage of its "
+                f"schedule that begins at step {stage.begins_at} than in the last: "
+                f"{results(body)} and {last}. It must return the same whether its "
+                "model is quantized or not."
+            )

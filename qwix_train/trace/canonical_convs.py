@@ -1,0 +1,95 @@
+"""Convolutions in the one layout that XLA compiles well on a CPU, wherever they are.
+
+At the top of a program XLA transposes the operands of every convolution to this layout.
+In the body of a branch it does not (in JAX 0.10 to 0.12), and runs those of gradients
+by a plain loop, 60 to 100 times as slow, which also adds in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from qwix_train.trace import evaluate, jax_versions
+from qwix_train.trace.analyze import Key
+
+
+def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
+    """Runs a traced function within a branch as XLA compiles it outside of any.
+
+    Args:
+      body: the traced function.
+      inputs: a value for each of its inputs.
+
+    Returns:
+      The results. The convolutions of its loops and branches run as they are, which is
+      how they run outside, too.
+    """
+    ops: Any = dict(_convolutions(body, ()))
+
+    def handler(eqn, operands, run, given):
+        del given
+        params, (x, kernel) = eqn.params, operands
+        return lax.platform_dependent(
+            x,
+            kernel,
+            cpu=lambda x, kernel: _canonical(x, kernel, params, run),
+            default=run,
+        )
+
+    return evaluate.evaluate(body, inputs, ops, handler)
+
+
+def _convolutions(body: jax_versions.Body, key: Key):
+    """Yields the place and the equation of each convolution outside of loops."""
+    for index, eqn in enumerate(body.jaxpr.eqns):
+        here = (*key, index)
+        name = eqn.primitive.name
+        if name == "conv_general_dilated":
+            if not _is_canonical(eqn.params["dimension_numbers"]):
+                yield here, eqn
+        elif name in jax_versions.JIT or name in jax_versions.REMAT:
+            yield from _convolutions(jax_versions.call_body(eqn.params), (*here, 0))
+
+
+def _canonical(x: jax.Array, kernel: jax.Array, params: Any, run: Any) -> jax.Array:
+    """A convolution on operands that are transposed to batch, space, features."""
+    del run
+    numbers = params["dimension_numbers"]
+    lhs, rhs, out = (_channels_last(spec) for spec in numbers)
+    kernel_axes = (*rhs[1:-1], rhs[-1], rhs[0])  # space, input and output features
+    result = lax.conv_general_dilated(
+        lax.transpose(x, lhs),
+        lax.transpose(kernel, kernel_axes),
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=_canonical_numbers(len(lhs)),
+        feature_group_count=params["feature_group_count"],
+        batch_group_count=params["batch_group_count"],
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return lax.transpose(result, np.argsort(out))
+
+
+def _channels_last(spec: Sequence[int]) -> tuple[int, ...]:
+    """Axes in the order batch (of a kernel: output features), space, features."""
+    first, features, *space = spec
+    return (first, *space, features)
+
+
+def _canonical_numbers(ndim: int) -> lax.ConvDimensionNumbers:
+    space = tuple(range(1, ndim - 1))
+    images = (0, ndim - 1, *space)
+    kernel = (ndim - 1, ndim - 2, *(axis - 1 for axis in space))
+    return lax.ConvDimensionNumbers(images, kernel, images)
+
+
+def _is_canonical(numbers: lax.ConvDimensionNumbers) -> bool:
+    return numbers == _canonical_numbers(len(numbers.lhs_spec))
