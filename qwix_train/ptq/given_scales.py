@@ -193,7 +193,8 @@ def _range(
             f"rule in the quantized model another act_calibration_method: give both "
             "the same rules."
         )
-    values: dict[Path, Any] = {static_range.scale_path(path): WithAux(found.scale, how)}
+    values: dict[Path, Any] = {}
+    values[static_range.scale_path(path)] = WithAux(found.scale, how)
     if found.zero_point is not None:
         values[static_range.zero_point_path(path)] = found.zero_point
     return values
