@@ -21,7 +21,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 13
+    assert len(blocks) == 17
     assert names["state"].step == 4
     assert np.isfinite(names["loss"])
 
@@ -55,6 +55,18 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     (report,) = names["litert"].report(names["images"])
     assert report.max_steps <= 1 and report.equal >= 0.9
     assert names["litert_logits"].shape == (32, 10)
+
+    # Recipes: scales that are trained, params on a grid, bits within a size.
+    learned = names["learned"].params["Dense_1"]
+    assert learned["kernel_scale"].shape == (1, 64)
+    assert set(learned) > {"kernel", "bias", "dot_general0_lhs_scale"}
+    on_grid = names["on_grid"]["Dense_1"]
+    codes = np.asarray(on_grid["kernel"], np.float64) / on_grid["kernel_scale"]
+    np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
+    assert np.abs(codes).max() <= 8
+    bits = {rule.module_path: rule.weight_qtype for rule in names["mixed"]}
+    assert set(bits.values()) <= {"int2", "int4"}
+    assert names["trained"].step == 5
 
     table = capsys.readouterr().out
     assert "FULLY_CONNECTED  int8[32x64] int8[64x64] per channel" in table

@@ -163,7 +163,7 @@ def op_name(plan: OpPlan) -> OpName:
 def _with_type(rule: QuantizationRule, qtype: str) -> QuantizationRule:
     if rule.weight_qtype is None:
         return rule
-    return dataclasses.replace(rule, weight_qtype=qtype)
+    return dataclasses.replace(rule, weight_qtype=qtype, schedule=None)
 
 
 def _layout(plan: ParamPlan) -> tuple[Any, ...]:
