@@ -172,7 +172,7 @@ def test_entropy_needs_even_levels(qtype):
         clipping.entropy_range(histogram_of(np.ones(3, np.float32)), qtype)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "find",
     [

@@ -67,6 +67,7 @@ def test_what_does_not_go_together(text, how, message):
         parse_observer(text).init((4, 2), HowToQuantize(**how))
 
 
+@pytest.mark.slow
 def test_a_state_of_one_is_read_by_another():
     how = HowToQuantize(qtype="int8")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)), jnp.float32)

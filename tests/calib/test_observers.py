@@ -226,6 +226,7 @@ def test_quant_stats_of_other_averagings(averaging):
     np.testing.assert_array_equal(got["sum_of_max"], want["max"])
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_share_a_range():
     for observer in "absmax", "percentile,100":
         statistics = make(observer, channelwise_axes=(1,))

@@ -100,7 +100,7 @@ OBSERVERS = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", OBSERVERS)
 def test_errors_are_those_of_all_data_at_once(qtype):
     for name, x in samples().items():

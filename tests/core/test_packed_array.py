@@ -124,6 +124,7 @@ def test_quantizes_as_in_two_steps(qtype):
     assert jax.tree.structure(shapes) == jax.tree.structure(got)
 
 
+@pytest.mark.slow
 def test_each_layer_is_one_of_its_own():
     how = HowToQuantize(qtype="nf4", channelwise_axes=(0, 2), tiled_axes={1: 16})
     x = array(3, 64, 40) * jnp.array([1.0, 100.0, 0.01])[:, None, None]
@@ -157,6 +158,7 @@ def test_tiles_of_zeros_do_not_coarsen_the_others():
     np.testing.assert_allclose(back.scale[1:], q.scale[1:], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_zero_points():
     x = 0.1 * (array(64, 8) + 1).at[32:].set(0)
     q = quantize(

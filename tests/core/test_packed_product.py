@@ -125,6 +125,7 @@ def test_no_rows():
     assert jax.grad(loss)(X[:0], PACKED).shape == (0, 128)
 
 
+@pytest.mark.slow
 def test_one_float_weight_at_a_time():
     layers, size, rows = 8, 256, 16
     packed = [quantize_packed(array(size, size, seed=i), HOW) for i in range(layers)]

@@ -78,6 +78,7 @@ def test_reshape_to_another_size():
     assert make((0, 6)).reshape(6, 0).shape == (6, 0)
 
 
+@pytest.mark.slow
 def test_transposes():
     q = make((4, 6, 5), channelwise_axes=(0,), tiled_axes={1: 3})
     x = dequantize(q)

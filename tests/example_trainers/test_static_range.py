@@ -48,6 +48,7 @@ def test_batches_are_bytes_and_the_bytes_after():
         np.testing.assert_array_equal(a["input"], b["input"])
 
 
+@pytest.mark.slow
 def test_the_model_cannot_look_ahead():
     config = config_lib.get_quick_config()
     model, params = model_lib.create_model(config), model_lib.create_params(config)

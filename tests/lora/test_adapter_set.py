@@ -84,6 +84,7 @@ def test_the_same_scaling_changes_no_bit():
     assert not padded["kernel_lora_a"][:, 2:].any()
 
 
+@pytest.mark.slow
 def test_a_batch_that_mixes_adapters():
     state = state_of(Mlp(), 2)
     known = lora.AdapterSet(state)

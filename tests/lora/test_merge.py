@@ -164,6 +164,7 @@ def test_the_merged_tree_runs_with_ptq_and_is_saved(tmp_path):
     np.testing.assert_array_equal(model.apply({"params": restored}, X), y)
 
 
+@pytest.mark.slow
 def test_the_report_is_per_layer_and_right():
     state, _ = state_of(Layers(), lora.LoraRule(**RULE, weight_qtype="int4"))
     params, report = lora.merge_with_report(state)
@@ -351,6 +352,7 @@ def test_bad_input():
         lora.merge({"Dense_1": params["Dense_1"]}, adapters, layouts)
 
 
+@pytest.mark.slow
 def test_a_packed_base():
     rule = lora.LoraRule(**RULE, weight_qtype="nf4", tile_size=2, double_quant=True)
     state, _ = state_of(Layers(), rule)

@@ -314,7 +314,7 @@ class NnxStack(nnx.Module):
         return run(self.layers, x)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("init", [None, "pissa"])
 def test_stacked_nnx_layers_have_adapters_of_their_own(init):
     base, x = NnxStack(nnx.Rngs(0)), X[:, :4]

@@ -390,6 +390,7 @@ def test_a_wrapped_step_fake_quantizes_a_float_base():
     assert jax.tree.structure(got) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_a_wrapped_step_quantizes_activations_next_to_a_quantized_base():
     state = state_of(**BASES["qlora"])
     act = [QuantizationRule(weight_qtype="nf4", tile_size=32, act_qtype="int8")]

@@ -110,6 +110,7 @@ def test_integers_throughout(mlp, bits):
     assert steps.max() <= 1.01 and (steps < 0.01).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_file_is_smaller(mlp):
     x = normal(1, 128)
     model = module(lambda self, x: nn.Dense(64)(nn.relu(nn.Dense(128)(x))))
@@ -402,6 +403,7 @@ def test_errors_of_models(mlp, nnx_mlp):
             call()
 
 
+@pytest.mark.slow
 def test_params_over_several_devices(mlp):
     variables, stats = mlp
     x = normal(*SHAPE)

@@ -181,6 +181,7 @@ def test_a_step_of_the_optimizer_is_that_of_the_papers():
         np.testing.assert_allclose(got, gradient, 2e-3, 2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_training_the_scales_beats_leaving_them_as_they_begin():
     rules = [rule(act="lsq", qtype="int2")]
 

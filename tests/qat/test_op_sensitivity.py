@@ -288,6 +288,7 @@ class Noisy(nnx.Module):
         return self.dropout(self.norm(self.linear(x)))
 
 
+@pytest.mark.slow
 def test_a_model_does_not_change():
     model, weight_only = Noisy(nnx.Rngs(0)), [models.rule("int8")]
     before = nnx.split(nnx.clone(model))[1]

@@ -85,6 +85,7 @@ def test_gradients_are_those_of_the_float_backward_on_average(qtype, noise):
     assert spread > 1e-3
 
 
+@pytest.mark.slow
 def test_noise_depends_on_the_key_of_the_model_the_data_and_the_op_alone():
     model = nn.Dense(5, use_bias=False)
     params = params_of(model)
@@ -142,6 +143,7 @@ def test_layers_under_scan_compute_what_they_do_one_by_one(remat):
     models.assert_close(noisy[1][1], want[1][1], 0.05 * float(abs(want[1][1]).max()))
 
 
+@pytest.mark.slow
 def test_one_scale_for_each_layer_under_scan():
     rules = [QtRule(**FORWARD, bwd_qtype="int8", disable_channelwise_axes=True)]
     model, x = models.Layers(), X[:, :6]
@@ -246,7 +248,7 @@ def test_an_nnx_step_under_accumulation():
     assert max(jax.tree.leaves(apart)) < 0.05 * max(jax.tree.leaves(change))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [NEAREST, STOCHASTIC], ids=["nearest", "stochastic"])
 def test_per_example_and_sharded_gradients(rules):
     model = models.Mlp()
