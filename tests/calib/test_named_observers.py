@@ -1,5 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
+import re
+
 import pytest
 
 from qwix_train.calib.named_observers import (
@@ -33,7 +35,7 @@ def test_names(text, want):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("median", "; ".join(OBSERVERS.values()).replace("[", r"\[")),
+        ("median", re.escape("; ".join(OBSERVERS.values()))),
         ("", "choose from"),
         ("rms", "rms,factor"),
         ("absmax,x", "absmax"),
