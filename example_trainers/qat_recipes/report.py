@@ -3,7 +3,7 @@
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from example_trainers.digits_qat.report import align, write_text
@@ -11,8 +11,8 @@ from example_trainers.digits_qat.report import align, write_text
 PTQ, PLAIN, FLOAT = "PTQ", "QAT", "float, as many steps"
 # How a metric is shown: its factor and its digits.
 _SHOWN = {"accuracy": (100, 1), "loss": (1, 4)}
-# Where PTQ loses less than this, a share of it says nothing.
-_MIN_LOST = {"accuracy": 0.01, "loss": 0.01}
+# Where PTQ loses less than this, a share of it says nothing: of 450 images, 9 images.
+_MIN_LOST = {"accuracy": 0.02, "loss": 0.02}
 
 
 def format_row(row: Mapping[str, Any], metric: str) -> str:
@@ -93,7 +93,7 @@ def format_tables(results: Mapping[str, Any]) -> str:
                 [
                     f"{task['label']}: test {unit}, mean ± sample standard deviation "
                     f"over {count} seed{'s' if count > 1 else ''}",
-                    *_table(task, results["config"]["weight_qtypes"]),
+                    *_table(task, results["config"]),
                 ]
             )
         )
@@ -105,14 +105,15 @@ def format_tables(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _table(task: Mapping[str, Any], weight_qtypes: Sequence[str]) -> list[str]:
-    metric = task["metric"]
+def _table(task: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    metric, weight_qtypes = task["metric"], config["weight_qtypes"]
     by_key = {(row["weights"], row["method"]): row for row in task["rows"]}
     head = ["method"]
     for weights in weight_qtypes:
         head += [weights, "recovered"]
     lines = [tuple(head)]
-    for method in dict.fromkeys(row["method"] for row in task["rows"]):
+    floating = [method for weights, method in by_key if weights == "float"]
+    for method in (*floating, PTQ, *config["methods"]):
         cells = [method]
         for weights in weight_qtypes:
             row = by_key.get(("float", method)) or by_key.get((weights, method))
@@ -151,14 +152,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     tasks = results["tasks"]
     figure = Figure(figsize=(5.5 * len(tasks) + 1, 4.4), layout="constrained")
     weight_qtypes = results["config"]["weight_qtypes"]
-    methods = list(
-        dict.fromkeys(
-            row["method"]
-            for task in tasks
-            for row in task["rows"]
-            if row["weights"] != "float" and row["method"] != PTQ
-        )
-    )
+    methods = results["config"]["methods"]
     shades = "0.45 #1f6fb4 #d95f02 #7570b3 #1b9e77 #c51b7d #a6761d #e6ab02".split()
     colors = {method: shades[i % len(shades)] for i, method in enumerate(methods)}
     width = 0.8 / len(methods)
