@@ -4,6 +4,7 @@
 #   make demo         train the digits example: float, plain fake quant, QAT
 #   make example-static-range  a language model with static ranges, GPTQ and others
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
+#   make example-qat-recipes  schedules, learned scales and others against plain QAT
 #   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests, doctests included
 #   make test-slow    the tests marked `slow`
@@ -14,6 +15,7 @@
 #   make bench-ptq    the benchmark of quantized models
 #   make bench-calibration  the benchmark of calibration
 #   make bench-qlora  the benchmark of fine-tuning
+#   make bench-recipes  the benchmark of recipes of QAT
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -65,7 +67,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,16p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,18p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -100,6 +102,10 @@ example-static-range: $(VENV)/.stamp-examples
 .PHONY: example-qlora
 example-qlora: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.qlora_lm $(ARGS)
+
+.PHONY: example-qat-recipes
+example-qat-recipes: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.qat_recipes $(ARGS)
 
 .PHONY: example-odml
 example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml
@@ -185,6 +191,10 @@ bench-calibration: $(VENV)/.stamp-bench
 .PHONY: bench-qlora
 bench-qlora: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qlora $(ARGS)
+
+.PHONY: bench-recipes
+bench-recipes: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.recipes $(ARGS)
 
 .PHONY: clean
 clean:

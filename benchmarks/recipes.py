@@ -1,0 +1,288 @@
+"""What recipes of QAT cost: schedules, learned scales, transforms, quantized training.
+
+    python -m benchmarks.recipes [--quick] [--sections steps training transforms] ...
+
+Train steps of the same model on the same batch, and updates of the same params, in one
+process. Every time is the median of rounds in which the variants take turns, so that a
+busy machine slows all of them alike; the ratios are what to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import qwix_train
+from benchmarks import models
+from benchmarks.ptq import HAS_QWIX
+from benchmarks.qat_step import amount, interleaved, machine, table, timed
+from qwix_train import optim, qat
+
+if HAS_QWIX:
+    import qwix
+
+OUT = pathlib.Path(__file__).parent / "out" / "recipes.json"
+
+INT8: dict[str, Any] = {"weight_qtype": "int8", "act_qtype": "int8"}
+INT4: dict[str, Any] = {"weight_qtype": "int4", "act_qtype": "int8"}
+
+# Names of the variants. The rest of the file reads measurements by them.
+FLOAT, PLAIN = "float", "plain QAT"
+RAMP, RAMPED, BITS = "in a ramp", "after a ramp", "after bits by step"
+LSQ, LSQ_ACTIVATIONS = "LSQ", "LSQ, activations too"
+QUANTIZED, ROUNDED = "int8 backward", "int8 backward, stochastic"
+QWIX = "int8 backward, qwix"
+
+# The most that a step may take, as a multiple of plain QAT's.
+STEP_TARGETS = {RAMPED: 1.02, BITS: 1.02, LSQ: 1.1, LSQ_ACTIVATIONS: 1.1}
+# The most that an update may take, as a multiple of that of the inner optimizer.
+TRANSFORM_TARGET = 1.1
+
+
+def main() -> None:
+    options = parse_options()
+    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
+    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
+    sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+        "steps": (bench_steps, steps_table),
+        "training": (bench_training, training_table),
+        "transforms": (bench_transforms, transforms_table),
+    }
+    for name in options.sections:
+        bench, shown = sections[name]
+        report[name] = bench(options)
+        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(f"\nWritten to {options.out}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small models and few rounds")
+    add("--sections", nargs="*", default=["steps", "training", "transforms"])
+    add("--dtype", default="float32", help="dtype of the computation")
+    add("--layers", type=int, default=4, help="of the model that is trained")
+    add("--width", type=int, default=256)
+    add("--batch", type=int, default=8, help="sequences in a batch")
+    add("--tokens", type=int, default=128, help="tokens in a sequence")
+    add("--update-layers", type=int, default=6, help="of the params that are updated")
+    add("--update-width", type=int, default=768)
+    add("--rounds", type=int, default=15)
+    add("--out", type=pathlib.Path, default=OUT, help="where the JSON goes")
+    if parser.parse_args().quick:
+        small = {"layers": 1, "width": 64, "tokens": 32}
+        parser.set_defaults(update_layers=1, update_width=128, rounds=3, **small)
+    return parser.parse_args()
+
+
+def bench_steps(options) -> dict[str, Any]:
+    """A step of each recipe, with int4 weights and int8 activations."""
+    task = _task(options)
+    state, x = task.state(), task.batch["x"]
+    wrap = functools.partial(qwix_train.wrap_train_step, models.train_step)
+    rules = [qwix_train.QuantizationRule(**INT4)]
+    ramp = wrap(rules, schedule=qwix_train.Schedule(ramp_steps=10**6))
+    ramped = wrap(rules, schedule=qwix_train.Schedule(ramp_steps=10))
+    bits = qwix_train.Schedule(weight_qtypes={0: "int8", 10: "int4"})
+    lsq = [qwix_train.QuantizationRule(**INT4, weight_calibration_method="lsq")]
+    both = [
+        qwix_train.QuantizationRule(
+            **INT4, weight_calibration_method="lsq", act_calibration_method="lsq"
+        )
+    ]
+    late = state.replace(step=100)
+    variants = {
+        FLOAT: (models.train_step, state),
+        PLAIN: (wrap(rules), state),
+        RAMP: (ramp, late),
+        RAMPED: (ramped, late),
+        BITS: (wrap(rules, schedule=bits), late),
+        LSQ: (wrap(lsq), qat.with_learned_scales(state, lsq, x)),
+        LSQ_ACTIVATIONS: (wrap(both), qat.with_learned_scales(state, both, x)),
+    }
+    return {"task": task.name, "step": _step_times(variants, task, options.rounds)}
+
+
+def bench_training(options) -> dict[str, Any]:
+    """A step of quantized training in int8, in all three products of an op."""
+    task = _task(options)
+    state = task.state()
+
+    def ours(**fields: Any) -> Any:
+        rule = qwix_train.QtRule(**INT8, **fields)
+        return qwix_train.wrap_train_step(models.train_step, [rule]), state
+
+    variants = {
+        FLOAT: (models.train_step, state),
+        PLAIN: ours(),
+        QUANTIZED: ours(bwd_qtype="int8"),
+        ROUNDED: ours(bwd_qtype="int8", bwd_stochastic_rounding="uniform"),
+    }
+    if HAS_QWIX:
+        provider = qwix.QtProvider([qwix.QtRule(**INT8, bwd_qtype="int8")])
+        model = qwix.quantize_model(task.model, provider)
+        variants[QWIX] = models.train_step, state.replace(apply_fn=model.apply)
+    return {"task": task.name, "step": _step_times(variants, task, options.rounds)}
+
+
+def bench_transforms(options) -> dict[str, Any]:
+    """An update of the params of a decoder, by Adam alone and in a chain with each."""
+    task = models.decoder(options.update_layers, options.update_width, 1, 8)
+    x = task.batch["x"]
+    params = jax.jit(task.model.init)(jax.random.key(0), x)["params"]
+    plan = qwix_train.plan(task.model, [qwix_train.QuantizationRule(**INT4)], x)
+    adam, half = optax.adam(1e-4), jnp.bfloat16
+    # Past the start of a ramp, and before its end.
+    ramp = functools.partial(optax.linear_schedule, 1e-3, 1.0, 10**6)
+    found = {
+        "float32": _update_times(
+            {
+                "adam": adam,
+                "dampen_oscillations": optax.chain(
+                    optim.dampen_oscillations(plan, 0.1), adam
+                ),
+                "freeze_oscillations": optax.chain(
+                    adam, optim.freeze_oscillations(plan, 0.02)
+                ),
+                "proximal, proxquant": optax.chain(adam, optim.proximal(plan, ramp())),
+                "proximal, parq": optax.chain(
+                    adam, optim.proximal(plan, ramp(), method="parq")
+                ),
+            },
+            params,
+            options.rounds,
+        ),
+        "bfloat16": _update_times(
+            {"adam": adam, "stochastic_rounding": optim.stochastic_rounding(adam)},
+            jax.tree.map(lambda param: param.astype(half), params),
+            options.rounds,
+        ),
+    }
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"params": count, "update": found}
+
+
+def _task(options) -> models.Task:
+    sizes = options.layers, options.width, options.batch, options.tokens
+    return models.transformer(*sizes, jnp.dtype(options.dtype))
+
+
+def _step_times(
+    variants: Mapping[str, tuple[Callable[..., Any], Any]],
+    task: models.Task,
+    rounds: int,
+) -> dict[str, float]:
+    """The medians of compiled steps, from train steps and their states."""
+    steps, states = {}, {}
+    for name, (step, state) in variants.items():
+        # Copies, since a step is given its state to overwrite.
+        states[name] = jax.tree.map(jnp.copy, state)
+        steps[name] = jax.jit(step, donate_argnums=0)
+
+    def run(name: str) -> jax.Array:
+        states[name], loss = steps[name](states[name], task.batch)
+        return jax.block_until_ready((states[name], loss))[1]
+
+    losses = {name: float(run(name)) for name in variants}
+    first = losses[FLOAT]
+    assert all(abs(loss - first) < 0.1 * abs(first) for loss in losses.values()), losses
+    return _medians(variants, run, rounds)
+
+
+def _update_times(
+    optimizers: Mapping[str, optax.GradientTransformation], params: Any, rounds: int
+) -> dict[str, float]:
+    """The medians of updates, with params and states that are overwritten."""
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    grads = jax.tree.map(
+        lambda param: jax.random.normal(next(keys), param.shape, param.dtype), params
+    )
+    updates, held = {}, {}
+    for name, tx in optimizers.items():
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def update(carry, grads, tx=tx):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        updates[name] = update
+        held[name] = jax.tree.map(jnp.copy, (params, tx.init(params)))
+
+    def run(name: str) -> Any:
+        held[name] = updates[name](held[name], grads)
+        return held[name]
+
+    for name in optimizers:
+        jax.block_until_ready(run(name))
+    return _medians(optimizers, run, rounds)
+
+
+def _medians(names: Any, run: Callable[[str], Any], rounds: int) -> dict[str, float]:
+    times = interleaved(names, functools.partial(timed, run), rounds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def steps_table(report: dict[str, Any]) -> str:
+    times = report["step"]
+    rows = [["", "step", f"step / {FLOAT}", f"step / {PLAIN}", "target"]]
+    for name, seconds in times.items():
+        target = STEP_TARGETS.get(name)
+        rows.append(
+            [
+                name,
+                amount("", seconds),
+                f"{seconds / times[FLOAT]:.2f}",
+                f"{seconds / times[PLAIN]:.2f}",
+                "" if target is None else _verdict(seconds, times[PLAIN], target),
+            ]
+        )
+    return f"{report['task']}, int4 weights, int8 activations\n\n{table(rows)}"
+
+
+def training_table(report: dict[str, Any]) -> str:
+    times = report["step"]
+    names = [name for name in (FLOAT, QWIX) if name in times]
+    rows = [["", "step", *(f"step / {name}" for name in names)]]
+    for name, seconds in times.items():
+        ratios = [f"{seconds / times[base]:.2f}" for base in names]
+        rows.append([name, amount("", seconds), *ratios])
+    return f"{report['task']}, int8\n\n{table(rows)}"
+
+
+def transforms_table(report: dict[str, Any]) -> str:
+    rows = [["", "params", "update", "update / adam", "target"]]
+    for dtype, times in report["update"].items():
+        for name, seconds in times.items():
+            verdict = _verdict(seconds, times["adam"], TRANSFORM_TARGET)
+            rows.append(
+                [
+                    name,
+                    dtype,
+                    amount("", seconds),
+                    f"{seconds / times['adam']:.2f}",
+                    "" if name == "adam" else verdict,
+                ]
+            )
+    return f"{report['params'] / 1e6:.1f}M params\n\n{table(rows)}"
+
+
+def _verdict(value: float, base: float, most: float) -> str:
+    return f"<= {most}: {'met' if value <= most * base else 'missed'}"
+
+
+if __name__ == "__main__":
+    main()
