@@ -1,7 +1,7 @@
-import jax.numpy as jnp
-import numpy as np
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwix_train.calib.named_observers import (
