@@ -130,7 +130,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_exact_codes_give_the_float_gradients(name):
     """Integers are their own codes, of scales that are powers of two."""
@@ -170,7 +170,7 @@ IN_FLOAT = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", IN_FLOAT)
 def test_operands_without_codes_to_multiply(name):
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)

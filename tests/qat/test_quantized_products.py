@@ -102,6 +102,7 @@ def test_noise_depends_on_the_key_of_the_model_the_data_and_the_op_alone():
     models.assert_differ(one, first)
 
 
+@pytest.mark.slow
 def test_ops_with_the_same_gradient_have_noise_of_their_own():
     def twice(params, x):
         return x @ params["a"] + x @ params["b"]
@@ -176,7 +177,7 @@ def state_of(model, x=X):
     )
 
 
-def run_steps(step, state, count=30):
+def run_steps(step, state, count=20):
     losses = []
     for seed in range(count):
         state, loss = step(state, jax.random.normal(jax.random.key(seed), (32, 8)))
