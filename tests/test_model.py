@@ -291,6 +291,7 @@ class NnxAttention(nnx.Module):
         return self.embed.attend(self.cell(self.attention(x)))
 
 
+@pytest.mark.slow
 def test_weights_of_nnx_models_are_quantized_wherever_they_are_read():
     model = NnxAttention(nnx.Rngs(0))
     quantized = quantize_model(model, QtProvider([models.rule("int8")]), X[None])

@@ -152,6 +152,7 @@ def test_ranges_of_a_provider_are_collected_and_stay():
     assert provider.keeps_quant_stats and provider.quant_stats is None
 
 
+@pytest.mark.slow
 def test_ranges_of_a_provider_are_kept_in_the_state():
     provider, x = QtProvider(RULES), BATCHES[0]
     by_rules = with_quant_stats(new_state(), RULES, x)

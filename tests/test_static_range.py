@@ -101,6 +101,7 @@ def test_ranges_are_used_whatever_the_batch_holds(name):
     )
 
 
+@pytest.mark.slow
 def test_products_of_two_activations_have_two_ranges():
     model = qwix_train.quantize_model(Attention(), PtqProvider([SYMMETRIC]))
     x = X.reshape(1, 6, 8)

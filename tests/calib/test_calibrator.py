@@ -158,7 +158,7 @@ def test_observers_and_averaging_by_name(observer, averaging, reference):
     np.testing.assert_allclose(found, [[reference(BATCHES)]], rtol=1e-5)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_remat_grad_and_micro_batches_at_once(remat):
     """A range for each layer, each counted once for each micro-batch."""

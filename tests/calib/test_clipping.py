@@ -66,6 +66,7 @@ def test_percentile_within_one_bin_of_numpy(name, percentile, n):
         assert error <= widest_bin_between(x, next_to, want)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     # Whether subnormal numbers are flushed to 0 depends on what ran before.

@@ -93,6 +93,7 @@ def test_ranges_are_those_that_a_calibrator_collects():
                     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_under_scan_have_a_row_each():
     model = models.Layers()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
@@ -240,6 +241,7 @@ def test_other_shapes_of_batches_and_a_signal_of_zeros():
     assert "- " in str(zeros) and zeros.worst() == []
 
 
+@pytest.mark.slow
 def test_a_step_with_flags_that_closes_over_nothing():
     model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
 

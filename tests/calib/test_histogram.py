@@ -65,6 +65,7 @@ def test_a_bin_is_narrow_relative_to_its_values():
     assert np.all((upper - lower)[inside] <= lower[inside] / 128)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(
     x=hnp.arrays(
@@ -132,7 +133,7 @@ def test_counts_beyond_32_bits():
     assert int(exact.sum()) == 4 * 2**40 + 1
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_channels_are_histograms_of_their_own(axis):
     x = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
@@ -161,6 +162,7 @@ def test_sharded_arrays_are_one():
             assert_same(update(histogram.init(groups), sharded), want)
 
 
+@pytest.mark.slow
 def test_vmap_and_scan():
     x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 6)), jnp.float32)
     one = jax.vmap(lambda x: histogram.update(histogram.init((1,)), x))

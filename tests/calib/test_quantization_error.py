@@ -172,7 +172,7 @@ def test_dynamic_ranges(name, qtype):
     assert got.outside == outside(parts, found).sum()
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [

@@ -119,6 +119,7 @@ def test_a_sum_that_could_overflow_is_added_in_float():
     np.testing.assert_allclose(got.ravel(), [want], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_default_layout_and_dtypes():
     x = quantize(jnp.ones((1, 3, 8, 8), jnp.bfloat16), "int8")
     w = quantize(jnp.ones((4, 3, 3, 3), jnp.bfloat16), "int8", channelwise_axes=(0,))

@@ -84,7 +84,7 @@ def test_weights(form, layout, qtype, tile, method):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["columns last", "columns first"])
 def test_the_form_for_the_way_back(layout):
     x, weight, contracting, subscripts = operands(layout, "int4", 16, "absmax")

@@ -124,6 +124,7 @@ def test_tiles_that_differ():
         dot(lhs, rhs)
 
 
+@pytest.mark.slow
 def test_several_contracted_axes_and_any_order():
     numbers = (((3, 1), (0, 2)), ((0,), (3,)))
     lhs = operand((2, 5, 3, 128), "lhs", "int8", "minmax", numbers=numbers)

@@ -100,6 +100,7 @@ def test_vmap_gives_each_example_its_range():
         np.testing.assert_array_equal(got[i], want)
 
 
+@pytest.mark.slow
 def test_scan_and_shard_map():
     x = sample((8, 16))
 

@@ -89,6 +89,7 @@ def test_scan_over_layers():
     assert_close(jax.jit(jax.grad(run))(X), want)
 
 
+@pytest.mark.slow
 def test_a_batch_of_weights():
     packed = quantize_packed(array(3, 128, 32, seed=2), STACKED, 1)
     got = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(X, packed)

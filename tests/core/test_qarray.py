@@ -69,6 +69,7 @@ integer_hows = st.builds(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(arrays, integer_hows)
 @hypothesis.settings(max_examples=50)
 def test_round_trip_error_is_half_a_step_inside_the_range(x, how):

@@ -94,7 +94,7 @@ def test_same_codes_everywhere_for_every_type(case):
     check(*case)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_root_mean_square_unless_sharded(dtype):
     how = HowToQuantize(

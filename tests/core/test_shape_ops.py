@@ -113,6 +113,7 @@ def test_any_index_where_nothing_is_tiled(axes, index):
     same(q[index], dequantize(q)[index])
 
 
+@pytest.mark.slow
 def test_tiles_take_elements_and_whole_tiles():
     q = make((3, 12), channelwise_axes=(0,), tiled_axes={1: 4})
     x = dequantize(q)

@@ -113,6 +113,7 @@ def test_a_batch_of_rows_is_a_matrix(transform):
     assert_close(got, want if transform is not jax.grad else 2 * want @ exact(q).T)
 
 
+@pytest.mark.slow
 def test_a_batch_of_weights():
     stack = [weight("int4", (256, 64)), weight("int4", (256, 64), method="rms,3")]
     both = jax.tree.map(lambda *a: jnp.stack(a), *stack)
@@ -184,7 +185,7 @@ def test_export(platforms):
         assert_close(got, exact(operand) @ exact(q))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     x = array(3, SIZE[0], seed=1, dtype=dtype)

@@ -74,6 +74,7 @@ def test_rotation_against_complex_numbers():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_against_numpy_and_blind_to_what_comes():
     heads, features = 2, 8
     x = np.random.default_rng(0).normal(size=(1, 6, 3 * features))

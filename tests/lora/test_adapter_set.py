@@ -33,6 +33,7 @@ def state_of(model, rank, alpha=3.0, seed=3, x=X, **kwargs):
     return state.replace(params=random_like(state.params, seed))
 
 
+@pytest.mark.slow
 def test_switching_compiles_once():
     state = state_of(Mlp(), 3, weight_qtype="int4")
     narrow = state_of(Mlp(), 1, alpha=7.0, seed=4, weight_qtype="int4")
@@ -101,6 +102,7 @@ def test_a_batch_that_mixes_adapters():
         np.testing.assert_allclose(row, want, 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
     state = state_of(Mlp(), 2)
     known = lora.AdapterSet(state)

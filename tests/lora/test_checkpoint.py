@@ -121,6 +121,7 @@ def test_adapters_of_another_kind_are_refused(saved, rule, message):
         lora.restore(saved[0], state_of([lora.LoraRule(**rule)]))
 
 
+@pytest.mark.slow
 def test_adapters_of_another_model_are_refused(saved):
     with pytest.raises(
         ValueError, match=r"shapes: Dense_0/kernel \(6, 16\), and \(6, 8"

@@ -100,6 +100,7 @@ def test_rank_stabilized_scaling():
     assert layout.scaling == pytest.approx(6.0 / np.sqrt(4))
 
 
+@pytest.mark.slow
 def test_dora_starts_as_the_model_and_follows_equation_5():
     rule = lora.LoraRule(rank=3, alpha=6.0, dora=True)
     params = {"w": jnp.asarray(W)}

@@ -169,7 +169,7 @@ def test_a_smaller_rank_is_padded(folder, params):
     np.testing.assert_allclose(ours, theirs["adapted"], 1e-5, 1e-5)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", library.CASES)
 def test_what_is_read_is_what_was_written(tmp_path, params, case):
     state = state_of(rules_of(case), params)
@@ -250,6 +250,7 @@ def small_state(model, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'w' has axes of a batch"):
         lora.save_peft(tmp_path, small_state(Experts()))

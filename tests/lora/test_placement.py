@@ -29,6 +29,7 @@ def test_adapters_of_a_linen_model_have_the_names_of_the_axes():
     assert model.apply({"params": params}, X).shape == (8, 32)
 
 
+@pytest.mark.slow
 def test_adapters_of_an_nnx_model_have_the_names_of_the_axes():
     init = boxed_init(nnx.with_partitioning, nnx.initializers)
     mesh = jax.make_mesh((2, 4), NAMES)

@@ -81,6 +81,7 @@ def test_rules_by_pattern_give_ranks_by_pattern():
     assert model.l2.kernel_lora_b.shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_dropout_of_an_nnx_model_follows_train_and_eval():
     base, model = nnx_model(dropout=0.5)
     model.l1.kernel_lora_b[...] = jnp.ones((2, 32))
@@ -199,7 +200,7 @@ class Tied(nn.Module):
         return embed.attend(nn.tanh(embed(tokens)))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_qtype", [None, "int8"])
 def test_a_tied_table_has_one_adapter(weight_qtype):
     tokens = jnp.asarray([[1, 2, 3], [10, 0, 5]])

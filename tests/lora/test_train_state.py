@@ -375,6 +375,7 @@ def test_on_a_mesh_it_is_the_same(kind):
 QAT = [QuantizationRule(weight_qtype="int4")]
 
 
+@pytest.mark.slow
 def test_a_wrapped_step_fake_quantizes_a_float_base():
     state = state_of()
     step = jax.jit(qwix_train.wrap_train_step(train_step, QAT))
@@ -501,6 +502,7 @@ def test_a_base_that_is_quantized_already_is_kept():
         lora.init(params, MODEL.apply, rules(weight_qtype="int4"), jax.random.key(0), X)
 
 
+@pytest.mark.slow
 def test_static_ranges_are_those_of_the_base():
     static = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
     calibrator = calib.Calibrator([QuantizationRule(**static)])

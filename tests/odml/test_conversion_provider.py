@@ -32,6 +32,7 @@ def linen():
     return variables, stats, x
 
 
+@pytest.mark.slow
 def test_linen_with_params_closed_over(linen):
     variables, stats, x = linen
     expected = odml.convert(Mlp(), variables, INT8, x, quant_stats=stats)

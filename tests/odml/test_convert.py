@@ -203,6 +203,7 @@ def test_several_functions(mlp, dynamic_batch, tmp_path):
         litert(x)
 
 
+@pytest.mark.slow
 def test_several_functions_of_nnx(nnx_mlp):
     model, stats = nnx_mlp
     x, h = normal(*SHAPE), jnp.abs(normal(3, 16))

@@ -46,7 +46,7 @@ MODELS = {
 }
 
 
-SLOW = ("recurrent", "cnn")
+SLOW = ("recurrent", "cnn", "attention")
 
 
 @pytest.mark.parametrize(

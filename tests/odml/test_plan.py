@@ -361,6 +361,7 @@ def test_the_strict_error_says_what_where_and_how_to_go_on():
         quantize_model(model, odml.OdmlQatProvider([INT8])).init(jax.random.key(0), X)
 
 
+@pytest.mark.slow
 def test_a_provider_that_is_not_strict_warns_once():
     provider = odml.OdmlQatProvider([INT8], strict=False)
     quantized = quantize_model(Unsupported(), provider)

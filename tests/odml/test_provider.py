@@ -143,6 +143,7 @@ def test_a_wrapped_step_trains_and_keeps_ranges():
     assert np.abs(out - eval_step(after, X)).max() > 0
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_that_on_one():
     provider = odml.OdmlQatProvider(RULES)
     start = with_quant_stats(state(), provider, X, train=False)
@@ -262,6 +263,7 @@ def test_an_nnx_step():
     assert np.abs(grads["l1"]["kernel"].get_value()).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [None, 0])
 def test_gradients_of_a_function_under_vmap_and_jit(axis):
     params = {"w": jax.random.normal(jax.random.key(4), (4, 3))}

@@ -113,6 +113,7 @@ def test_the_largest_magnitude_stays():
     np.testing.assert_allclose(params, expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_levels_are_what_ptq_stores():
     rules = [models.rule("int4")]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)

@@ -76,6 +76,7 @@ def test_a_range_grows_where_sums_leave_it(qtype):
     assert (np.abs(error) <= 5 * 0.5 * expected / np.sqrt(1000)).all()
 
 
+@pytest.mark.slow
 def test_codes_without_an_update_stay():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)), jnp.float32)
     params = {

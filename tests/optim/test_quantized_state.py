@@ -83,6 +83,7 @@ def test_bytes(make, qtype):
     assert size(optim.quantized_state(tx, qtype)) <= 0.3 * size(tx)
 
 
+@pytest.mark.slow
 def test_what_is_small_is_as_it_was():
     params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(4095)}
     grads = jax.tree.map(lambda x: 0.1 * x, params)

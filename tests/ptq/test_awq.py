@@ -83,7 +83,7 @@ def test_the_definition(tile):
     np.testing.assert_allclose(out, x @ found, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [None, 8])
 def test_parity_with_qwix(tile):
     """The same codes and scales, where the inputs have no correlation.

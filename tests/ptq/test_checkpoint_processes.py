@@ -76,6 +76,7 @@ def test_another_process_restores_the_values(tmp_path):
     assert out.split("\n") == [*(str(params[q].how) for q in sorted(HOWS)), ""]
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_checkpoint_or_nothing(tmp_path):
     code = """
     import os, signal, sys

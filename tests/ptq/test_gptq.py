@@ -142,6 +142,7 @@ def test_without_correlation_it_is_rounding_to_nearest():
     np.testing.assert_array_equal(params["kernel"].array.scale, expected.scale)
 
 
+@pytest.mark.slow
 def test_channels_without_input_are_rounded_to_nearest():
     w, _ = case(columns=16)
     x = correlated(64, 16)

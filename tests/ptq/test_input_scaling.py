@@ -126,7 +126,7 @@ def test_ranges_with_two_ends():
     np.testing.assert_array_equal(params["dot_general0_lhs_zero_point"], zero_point)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_stacked_layers(framework):
     rules = [models.rule("int8", "int8", act_static_scale=True)]

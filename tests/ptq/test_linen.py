@@ -172,6 +172,7 @@ def test_init_has_the_keys_of_float_params_and_quantized_kernels():
     )
 
 
+@pytest.mark.slow
 def test_metadata_is_that_of_each_part():
     model = qwix_train.quantize_model(Partitioned(), PtqProvider([INT8]))
     variables = jax.eval_shape(model.init, KEY, X)
@@ -325,6 +326,7 @@ def test_submodules_of_a_float_model():
     np.testing.assert_allclose(out, expected, 2e-6, 2e-6)
 
 
+@pytest.mark.slow
 def test_a_submodule_within_a_scan():
     class Outer(nn.Module):
         @nn.compact
@@ -348,6 +350,7 @@ def test_a_submodule_within_a_scan():
     np.testing.assert_allclose(Outer().apply(variables, X), x, 2e-6, 2e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_inputs_and_over_models():
     model, _, variables = quantized(Mlp(), [INT8], X)
     apply = jax.jit(model.apply)

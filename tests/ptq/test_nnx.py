@@ -163,6 +163,7 @@ def test_params_in_containers_and_in_two_places():
     models.assert_close(nnx.jit(lambda m, x: m(x))(quantized, X), quantized(X), 1e-4)
 
 
+@pytest.mark.slow
 def test_an_abstract_model_takes_params_layer_by_layer():
     model = Containers()
     provider = PtqProvider(models.INT8)

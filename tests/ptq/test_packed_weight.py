@@ -95,6 +95,7 @@ def test_as_the_array_that_it_stands_for(name):
     )
 
 
+@pytest.mark.slow
 def test_quantized_activations():
     rules = [
         QuantizationRule(weight_qtype="int4", act_qtype="int8"),
@@ -148,6 +149,7 @@ def test_restored_on_a_mesh(tmp_path):
     is_same(got, PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["ptq", "orbax"])
 def test_at_most_4_13_bits_on_disk(tmp_path, save):
     how = HowToQuantize(qtype="nf4", channelwise_axes=(1,), tiled_axes={0: 64})

@@ -183,7 +183,7 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["tree", "nnx"])
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_the_peak_of_memory(qtype, framework, monkeypatch):

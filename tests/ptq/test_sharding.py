@@ -185,6 +185,7 @@ def test_explicit_shardings(name):
             assert out.sharding == trained.sharding
 
 
+@pytest.mark.slow
 def test_flax_models_with_explicit_shardings():
     with jax.set_mesh(EXPLICIT):
         x = put(X, "data", None, mesh=EXPLICIT)

@@ -94,6 +94,7 @@ def is_tiled(array, axis):
     return any(part.shape[axis] not in (1, array.shape[axis]) for part in parts)
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_axes_move_as_they_are(array, data):
@@ -108,6 +109,7 @@ def test_axes_move_as_they_are(array, data):
     check(lax.neg, array, -values)
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.integers(0, 2))
 def test_broadcasts(array, before):
@@ -168,6 +170,7 @@ def test_splits(array, data):
     )
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_unstacking(array, data):
@@ -179,6 +182,7 @@ def test_unstacking(array, data):
         np.testing.assert_array_equal(values_of(result), expected)
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_dynamic_slices(array, data):

@@ -330,7 +330,7 @@ def test_a_weight_tells_who_dequantized_it():
     assert heard == [("w", "return")]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_narrow_products_of_wide_params(qtype):
     """Scales are float32, the model computes in bfloat16."""

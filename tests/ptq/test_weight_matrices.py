@@ -147,7 +147,7 @@ def test_ways_to_read_a_weight(name):
     assert merged["samples"] == len(inputs[0])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["experts last", "convolution", "two axes"])
 def test_the_error_of_outputs_is_what_the_report_says(name):
     shape, model, *_ = SPELLINGS[name]

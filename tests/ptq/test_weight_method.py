@@ -198,6 +198,7 @@ def test_states_of_two_hosts_merge():
     models.assert_close(a.merge({}, b.state), b.state, 0)
 
 
+@pytest.mark.slow
 def test_the_pure_form_in_scan_and_on_a_mesh():
     model, params, method = models.Mlp(), mlp_params(), ptq.Gptq(RULES)
     observed = method.observe(lambda params, x: model.apply({"params": params}, x))

@@ -114,7 +114,7 @@ def test_ops_with_the_same_gradient_have_noise_of_their_own():
     models.assert_differ(grads["a"], grads["b"])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_under_scan_compute_what_they_do_one_by_one(remat):
     scanned = models.Layers(remat=remat)

@@ -86,7 +86,7 @@ def test_a_training_loop_that_threads_the_collection():
     )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients_through_scanned_layers(remat):
     """Those of ranges that are fixed to what the statistics come to."""
@@ -141,6 +141,7 @@ def test_a_model_without_its_collection_says_so():
         model.apply({"params": params}, BATCHES[0])
 
 
+@pytest.mark.slow
 def test_submodules_keep_the_collection_at_their_paths():
     class Outer(nn.Module):
         @nn.compact

@@ -388,6 +388,7 @@ def normed_step(state, batch):
     return state.apply_gradients(grads=grads, **updates), loss
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_stay_from_a_step_on():
     model = Normed()
     state: Any = models.BatchState.create(
