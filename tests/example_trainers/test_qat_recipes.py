@@ -85,6 +85,7 @@ def test_unknown_tasks_are_refused():
         tasks.make_task("faces", config_lib.get_quick_config())
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_qat_computed():
     config = config_lib.get_quick_config()
     task = tasks.make_task("digits", config)
@@ -102,8 +103,17 @@ def test_what_is_measured_is_what_qat_computed():
     assert found != pytest.approx(loop.evaluate(exported, state, task.test), rel=1e-4)
 
 
-def test_quick_run(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("QAT", "QAT, LSQ", "proximal"),
+        pytest.param(tuple(methods.METHODS), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_quick_run(names, tmp_path, capsys):
     config = config_lib.get_quick_config()
+    config.methods = names
 
     results = experiment.train_and_evaluate(config, tmp_path)
 
@@ -117,7 +127,7 @@ def test_quick_run(tmp_path, capsys):
         ("float", "float"),
         ("float", report.FLOAT),
         ("int3", report.PTQ),
-        *(("int3", method) for method in methods.METHODS),
+        *(("int3", method) for method in names),
     }
     # Ten classes.
     assert all(row["mean"] > 0.2 for row in rows.values())

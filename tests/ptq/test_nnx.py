@@ -90,23 +90,21 @@ def test_types(qtype):
         check(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), X, [models.rule(qtype, act)])
 
 
-def _layers():
-    rngs = nnx.Rngs(0)
-    return {
-        "general": (nnx.LinearGeneral((4, 8), (2, 4), axis=(-2, -1), rngs=rngs), X3),
-        "einsum": (nnx.Einsum("bqd,dhk->bqhk", (8, 2, 4), (2, 4), rngs=rngs), X3),
-        "convolution": (nnx.Conv(8, 4, (3,), feature_group_count=2, rngs=rngs), X3),
-        "transposed": (nnx.ConvTranspose(8, 4, (3,), rngs=rngs), X3),
-        "attention": (nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs), X3),
-        "recurrent": (nnx.RNN(nnx.GRUCell(8, 4, rngs=rngs)), X3),
-        "lookup": (nnx.Embed(16, 8, rngs=rngs), TOKENS),
-    }
+LAYERS = {
+    "general": lambda rngs: nnx.LinearGeneral((4, 8), (2, 4), axis=(-2, -1), rngs=rngs),
+    "einsum": lambda rngs: nnx.Einsum("bqd,dhk->bqhk", (8, 2, 4), (2, 4), rngs=rngs),
+    "convolution": lambda rngs: nnx.Conv(8, 4, (3,), feature_group_count=2, rngs=rngs),
+    "transposed": lambda rngs: nnx.ConvTranspose(8, 4, (3,), rngs=rngs),
+    "attention": lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
+    "recurrent": lambda rngs: nnx.RNN(nnx.GRUCell(8, 4, rngs=rngs)),
+    "lookup": lambda rngs: nnx.Embed(16, 8, rngs=rngs),
+}
 
 
 @pytest.mark.thinned(8)
-@pytest.mark.parametrize("name", _layers())
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
-    layer, x = _layers()[name]
+    layer, x = LAYERS[name](nnx.Rngs(0)), TOKENS if name == "lookup" else X3
     options = {"op_names": ("gather",)} if name == "lookup" else {}
     lists = [[models.rule("int4", **options)]]
     if name != "lookup":

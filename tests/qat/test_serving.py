@@ -70,7 +70,7 @@ def serve(model, x, weight, act):
     )
 
 
-@pytest.mark.thinned(35)
+@pytest.mark.thinned(47)
 @pytest.mark.parametrize(
     ("model", "tile_size"),
     [
@@ -192,7 +192,7 @@ COMBINATIONS = [
     for i, case in enumerate(pairwise(layers, ALL_TYPES, ACTS))
 ]
 # A step that visits all of each.
-SOME = set(COMBINATIONS[::13])
+SOME = set(COMBINATIONS[::23])
 
 
 @pytest.mark.parametrize(
