@@ -155,6 +155,10 @@ class QuantizationRule:
         self._check_tile_size("tile_size")
         if not isinstance(self.disable_channelwise_axes, bool):
             raise self._error("disable_channelwise_axes", "it must be True or False")
+        if self.disable_channelwise_axes and self.act_channelwise_axes:
+            axes = self.act_channelwise_axes
+            reason = f"act_channelwise_axes={axes} asks for the opposite: set only one"
+            raise self._error("disable_channelwise_axes", reason)
 
         self._check_schedule()
 

@@ -40,6 +40,16 @@ LEARNED_ACT = {
         (LEARNED_ACT | {"act_qtype": "int16"}, "not for int16"),
         (LEARNED_ACT | {"tile_size": 32}, "tile_size=32): act_calibration_method"),
         (LEARNED_ACT | {"act_static_scale": True}, "act_static_scale=True): act_"),
+        (
+            {
+                "weight_qtype": "int8",
+                "act_qtype": "int8",
+                "act_static_scale": True,
+                "act_channelwise_axes": (1,),
+                "disable_channelwise_axes": True,
+            },
+            "act_channelwise_axes=(1,) asks for the opposite",
+        ),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": -4}, "tile_size=-4"),
         ({"tile_size": True}, "tile_size=True"),

@@ -285,7 +285,7 @@ class AmaxHistory:
         length: The number of batches, ``n``.
 
     Raises:
-        ValueError: The length is not positive.
+        ValueError: The length is not a positive integer.
 
     References:
         NVIDIA, "Transformer Engine", recipe ``DelayedScaling`` with a margin of 0 and
@@ -305,10 +305,10 @@ class AmaxHistory:
     delayed = True
 
     def __post_init__(self):
-        if self.length < 1:
+        if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(
-                f"The length of an amax history is {self.length!r}, but must be at "
-                "least 1, such as in 'amax_history,16'."
+                f"The length of an amax history is {self.length!r}, but must be an "
+                "integer of at least 1, such as in 'amax_history,16'."
             )
 
     def init(self, calibration: Range) -> State:

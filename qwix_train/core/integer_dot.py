@@ -108,7 +108,7 @@ def _of_columns(left: jax.Array, right: jax.Array) -> jax.Array:
         if len(array) % 2:
             array = jnp.pad(array, ((0, 1), (0, 0)))
         # The long axis is the outer one, so that a sharded one stays sharded.
-        return array.reshape(-1, 2, array.shape[1])
+        return array.reshape(len(array) // 2, 2, array.shape[1])
 
     return jax.lax.dot_general(
         cut(left),

@@ -21,8 +21,8 @@ from qwix_train.lora import adapted_product
 from qwix_train.lora.adapted_weight import AdaptedWeight, base_results, value_of
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.planning import ParamPlan, Path
-from qwix_train.ptq.weight import stored_weight
 from qwix_train.qat.fake_quantized import fake_quantized_param
+from qwix_train.stored_weight import stored_weight
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall

@@ -17,10 +17,10 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.core import structural
 from qwix_train.core.qarray import QArray
 from qwix_train.lora import adapted_product
 from qwix_train.lora.layout import contract
-from qwix_train.ptq import structural
 from qwix_train.trace.carried import Carried
 
 # The results of an equation, from arrays for its operands.

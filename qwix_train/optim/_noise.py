@@ -9,10 +9,8 @@ that rounds, and to each shard of an array without the others.
 import jax
 import jax.numpy as jnp
 
-# The finalizer `lowbias32` of Chris Wellons' hash-prospector (public domain), found by
-# search to have the least bias among those with two multiplications.
-_SHIFTS = (16, 15, 16)
-_FACTORS = (0x21F0AAAD, 0x735A2D97)
+from qwix_train.core.stochastic_rounding import mixed
+
 # The golden ratio times 2**32, for neighbors to differ in all bits from the start.
 _GOLDEN = 0x9E3779B9
 
@@ -38,7 +36,4 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         index = index * jnp.uint32(size)
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     # Two words: with one, two keys would give the same bits at other places.
-    x = index * jnp.uint32(_GOLDEN) ^ key[0]
-    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor) + key[1]
-    return x ^ (x >> _SHIFTS[-1])
+    return mixed(index * jnp.uint32(_GOLDEN) ^ key[0], key[1])

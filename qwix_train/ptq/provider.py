@@ -13,8 +13,8 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.ptq import given_scales, pre_quant_scale
-from qwix_train.ptq.weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.rules import QuantizationRule
+from qwix_train.stored_weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.trace import carried
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall

@@ -26,8 +26,8 @@ from qwix_train.core.qarray import (
     dequantize,
     quantize_with_scale_zero_point,
 )
-from qwix_train.ptq.weight import product
 from qwix_train.qat.qt_rule import QtRule
+from qwix_train.stored_weight import product
 from qwix_train.trace import function, provenance
 from qwix_train.trace.analyze import Op
 

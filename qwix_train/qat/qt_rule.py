@@ -39,8 +39,8 @@ class QtRule(QuantizationRule):
       bwd_qtype: the type of the gradients that enter the two backward products:
         `"int8"`, `"float8_e5m2"` or any other that `weight_qtype` takes. They stay in
         float if None.
-      bwd_calibration_method: how the range of a gradient is found, as for
-        `act_calibration_method`.
+      bwd_calibration_method: how the range of a gradient is found: `"absmax"`,
+        `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
       bwd_weight_grad_tile_size: for the gradient of a weight, the number of elements,
         along the last contracted axis, that share a scale; as `tile_size`. That axis is
         one of the activation's, such as the sequence's.
@@ -50,15 +50,19 @@ class QtRule(QuantizationRule):
         does: integers have it half a step wider than for rounding to nearest, so that
         no code is cut off.
       channelwise_noise_axes: the axes of a gradient along which each index has noise
-        of its own. The others share it, which is faster. All of them, `(0, 1)` for a
-        matrix, for independent errors.
+        of its own, those that it has; negative ones count from its last. The others
+        share it, which is faster. All of them, `(0, 1)` for a matrix, for independent
+        errors.
       additional_qt_config: of the settings of the reference, only
         `{"use_original_residuals": False}` has a meaning: backward products take what
         the forward has quantized. That is so in any case, and becomes None.
 
     Delayed scaling, where the range of a batch is that of batches before it, is for
     activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
-    and gradients have the range that they have at the time.
+    and gradients have the range that they have at the time. What is measured of a
+    gradient could leave the backward pass only as the gradient of something else, which
+    the step would have to keep from its optimizer; and a gradient that is larger than
+    those before it would be cut off, which is a bias.
 
     The noise has no state. Its key is made of the op, the gradient, and, where the
     model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
@@ -110,6 +114,9 @@ class QtRule(QuantizationRule):
                     "leave it out, or choose another weight_calibration_method and "
                     "act_calibration_method, such as 'absmax'",
                 )
+            if how.is_learned(method):
+                reason = "no scale of a gradient is trained; choose 'absmax'"
+                raise self._error("bwd_calibration_method", reason)
             # Not every type has the zero point that a method may need.
             of_method = functools.partial(_how, self.bwd_qtype)
             self._check("bwd_calibration_method", of_method, method)

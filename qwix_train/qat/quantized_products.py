@@ -22,10 +22,10 @@ from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, quantize_array
 from qwix_train.planning import OpPlan, ParamPlan, Path, Plan
-from qwix_train.ptq.weight import StoredWeight, product
 from qwix_train.qat.backward_product import BackwardProduct
 from qwix_train.qat.qt_rule import QtRule
 from qwix_train.rules import QuantizationRule
+from qwix_train.stored_weight import StoredWeight, product
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.carried import Carried, Deferred

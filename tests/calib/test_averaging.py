@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from qwix._src import averaging as qwix_averaging
 
-from qwix_train.calib.averaging import Ema, Last, Mean, MinMax, parse_averaging
+from qwix_train.calib.averaging import (
+    AmaxHistory,
+    Ema,
+    Last,
+    Mean,
+    MinMax,
+    parse_averaging,
+)
 
 NAMES = ["mean", "ema,0.9", "ema,0", "ema,0.9999", "minmax", "last", "amax_history,3"]
 
@@ -126,11 +133,19 @@ def test_ranges_of_another_shape_are_refused():
         ("ema,-0.1", "at least 0"),
         ("ema,nan", "at least 0"),
         ("mean,3", "takes no arguments"),
+        ("amax_history", "Write amax_history,length"),
+        ("amax_history,1.5", "it takes one integer"),
+        ("amax_history,0", "an integer of at least 1"),
     ],
 )
 def test_text_that_names_no_averaging(text, message):
     with pytest.raises(ValueError, match=message):
         parse_averaging(text)
+
+
+def test_the_length_of_a_history_is_an_integer():
+    with pytest.raises(ValueError, match="is 1.5, but must be an integer"):
+        AmaxHistory(1.5)
 
 
 def test_text_in_any_case():

@@ -24,9 +24,9 @@ def test_it_is_the_dot_in_integers(rows, dtype):
     np.testing.assert_array_equal(got, np.matmul(np.int32(left), np.int32(right)))
 
 
-@pytest.mark.parametrize("length", [6, 7])
-def test_the_first_axes_of_both_contracted(length):
-    left, right = codes(length, 5), codes(length, 4, seed=1)
+@pytest.mark.parametrize("length, columns", [(6, 5), (7, 5), (0, 5), (6, 0)])
+def test_the_first_axes_of_both_contracted(length, columns):
+    left, right = codes(length, columns), codes(length, 4, seed=1)
     got = integer_dot(left, right, (((0,), (0,)), ((), ())))
     np.testing.assert_array_equal(got, np.int32(left).T @ np.int32(right))
 

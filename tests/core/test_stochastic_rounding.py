@@ -78,6 +78,9 @@ def test_noise_without_noise_is_rounding_to_nearest():
 def test_noise_along_some_axes_is_shared_along_the_others():
     made = noise.noise_fn("uniform", jax.random.key(0), (0, -1))
     assert made((3, 4, 5)).shape == (3, 1, 5)
+    assert made(()).shape == ()
+    # Axes of a convolution's gradient do not wrap around in that of a matrix product.
+    assert noise.noise_fn("uniform", jax.random.key(0), (0, 3))((3, 4)).shape == (3, 1)
     assert noise.noise_fn("uniform", jax.random.key(0))((3, 4)).shape == (3, 4)
     with pytest.raises(ValueError, match="Unknown noise 'gauss'; choose from uniform"):
         noise.noise_fn("gauss", jax.random.key(0))

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from qwix_train import PtqProvider, QuantizationRule, ptq, quantize_fn, stored
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.packed_array import PackedQArray
+from qwix_train.core.packed_array import PackedQArray, unpack
 from tests.spellings import data
 
 RULES = [QuantizationRule(weight_qtype="nf4", tile_size=16)]
@@ -32,9 +32,7 @@ def param(*shape, tiled, layers=(), seed=0):
 PARAMS = {"w": param(32, 16, tiled=0), "v": param(16, 32, tiled=0, seed=1)}
 STACKED = {"w": param(3, 32, 32, tiled=1, layers=(0,), seed=2)}
 SHARED_SCALES = {
-    "w": stored.packed(
-        stored.WithAux(ptq.weight.unpack(STACKED["w"].array), STACKED["w"].how)
-    )
+    "w": stored.packed(stored.WithAux(unpack(STACKED["w"].array), STACKED["w"].how))
 }
 
 
@@ -103,7 +101,7 @@ def test_quantized_activations():
     how = HowToQuantize(qtype="int4", channelwise_axes=(1,))
     params = {"w": stored.quantize_param(jnp.asarray(data(32, 16) - 0.5), how)}
     packed = {"w": stored.packed(params["w"])}
-    unpacked = {"w": stored.WithAux(ptq.weight.unpack(packed["w"].array), how)}
+    unpacked = {"w": stored.WithAux(unpack(packed["w"].array), how)}
     run = quantize_fn(lambda p, x: x @ p["w"], PtqProvider(rules))
     grad = jax.grad(lambda x, p: jnp.sum(jnp.square(run(p, x))))
     np.testing.assert_allclose(run(packed, X), run(unpacked, X), rtol=1e-6)

@@ -15,13 +15,12 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train.core import numerics
+from qwix_train.core import numerics, structural
 from qwix_train.core.conv import conv_general_dilated
 from qwix_train.core.dot_general import dot_general
 from qwix_train.core.packed_array import PackedQArray, unpack
 from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import QArray, WithAux, dequantize
-from qwix_train.ptq import structural
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
 

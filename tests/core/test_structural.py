@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.core import numerics
+from qwix_train.core import numerics, structural
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, quantize_array, validate_qarray
-from qwix_train.ptq import structural
 from tests.core.reference import expand, levels_of
 
 TYPES = ["int8", "int6", "int4", "int2", "int1", "nf4", "float8_e4m3fn"]
