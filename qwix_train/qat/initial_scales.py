@@ -12,13 +12,13 @@ from jax import core
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
-from qwix_train.calib.observe import RangeTagging
+from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace import function, harvest
+from qwix_train.trace import function
 from qwix_train.trace.function import TracedCall
 
 Calibration = Mapping[str, jax.Array]
@@ -47,9 +47,10 @@ def initial_leaves(
     Raises:
       TypeError: if activations are to be measured, and there are shapes for inputs.
       ValueError: if an activation has no range, or PACT clips one that has negative
-        elements.
+        elements; if a param is quantized already, or the model has one of its own in
+        the place of a scale.
     """
-    named = traced.named
+    named, read = traced.named, traced.read
     leaves: dict[Path, Any] = {}
     for param in traced.params:
         decision = None if param is None else plan.params[param.path]
