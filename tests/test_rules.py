@@ -40,6 +40,7 @@ LEARNED_ACT = {
         (LEARNED_ACT | {"act_qtype": "int16"}, "not for int16"),
         (LEARNED_ACT | {"tile_size": 32}, "tile_size=32): act_calibration_method"),
         (LEARNED_ACT | {"act_static_scale": True}, "act_static_scale=True): act_"),
+        ({"act_observer": "lsq"}, "act_calibration_method trains none"),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": -4}, "tile_size=-4"),
         ({"tile_size": True}, "tile_size=True"),
@@ -94,3 +95,5 @@ def test_learned_scales():
     rule = dataclasses.replace(rule, act_observer="minmax")
     assert rule.range_observer == "minmax"
     assert not QuantizationRule(weight_qtype="int8").learns_scales
+    in_float = {"weight_calibration_method": "lsq", "act_calibration_method": "lsq"}
+    assert not QuantizationRule(**in_float).learns_scales

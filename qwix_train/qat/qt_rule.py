@@ -92,6 +92,8 @@ class QtRule(QuantizationRule):
         self._check_noise_axes()
         method = self.bwd_calibration_method
         self._check("bwd_calibration_method", how.parse_calibration_method, method)
+        if how.is_learned(method):
+            raise self._error("bwd_calibration_method", "gradients train no scale")
         if self.bwd_stochastic_rounding not in (None, *NOISE_NAMES):
             reason = f"choose from {', '.join(NOISE_NAMES)}"
             raise self._error("bwd_stochastic_rounding", reason)

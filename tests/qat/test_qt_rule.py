@@ -24,6 +24,7 @@ INT8 = dict(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
             },
             "float8_e5m2 has no zero points",
         ),
+        ({**INT8, "bwd_calibration_method": "lsq"}, "gradients train no scale"),
         ({"bwd_stochastic_rounding": "uniform"}, "it needs a bwd_qtype"),
         ({"bwd_weight_grad_tile_size": 4}, "it needs a bwd_qtype"),
         ({**INT8, "bwd_stochastic_rounding": "gauss"}, "choose from uniform, low_bit"),
