@@ -90,6 +90,17 @@ def leaves_at(path: Path, named: Mapping[Path, Any]) -> Leaves:
     return Leaves(*(None if stored.is_quantized(leaf) else leaf for leaf in found))
 
 
+def by_path(path: Path, leaves: Leaves) -> dict[Path, Any]:
+    """The leaves of an activation that there are, each by its path.
+
+    Args:
+      path: the path of its range.
+      leaves: the leaves.
+    """
+    parts = leaves._asdict().items()
+    return {part_path(path, part): leaf for part, leaf in parts if leaf is not None}
+
+
 def is_leaf(path: Path, paths: Any) -> bool:
     """Whether a path is that of a trained leaf.
 
@@ -97,6 +108,8 @@ def is_leaf(path: Path, paths: Any) -> bool:
       path: the path.
       paths: the paths of all params.
     """
+    if not path:
+        return False
     name = path[-1]
     beside = name.endswith("_scale") and (*path[:-1], name[:-6]) in paths
     return beside or range_path(path) is not None

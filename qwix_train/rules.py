@@ -194,8 +194,10 @@ class QuantizationRule:
     @property
     def learns_scales(self) -> bool:
         """Whether scales of weights or of activations are trained."""
-        learned = _method_name(self.weight_calibration_method) in ("lsq", "lsq+")
-        return learned or bool(self.learned_act_method)
+        if self.act_qtype is not None and self.learned_act_method:
+            return True
+        weight = _method_name(self.weight_calibration_method)
+        return self.weight_qtype is not None and weight in _RANGES_OF_LEARNED
 
     @property
     def static_act_ranges(self) -> bool:
@@ -228,6 +230,12 @@ class QuantizationRule:
                     field, f"a scale is trained for int1 to int8, not for {qtype}"
                 )
         if not self.learned_act_method:
+            if _method_name(self.act_observer) in _RANGES_OF_LEARNED:
+                raise self._error(
+                    "act_observer",
+                    "that is the range in which a scale begins that is trained, and "
+                    "act_calibration_method trains none: set that, or choose 'mse'",
+                )
             return
         if self.tile_size is not None:
             raise self._error(

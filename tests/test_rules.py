@@ -50,6 +50,7 @@ LEARNED_ACT = {
             },
             "act_channelwise_axes=(1,) asks for the opposite",
         ),
+        ({"act_observer": "lsq"}, "act_calibration_method trains none"),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": -4}, "tile_size=-4"),
         ({"tile_size": True}, "tile_size=True"),
@@ -104,3 +105,5 @@ def test_learned_scales():
     rule = dataclasses.replace(rule, act_observer="minmax")
     assert rule.range_observer == "minmax"
     assert not QuantizationRule(weight_qtype="int8").learns_scales
+    in_float = {"weight_calibration_method": "lsq", "act_calibration_method": "lsq"}
+    assert not QuantizationRule(**in_float).learns_scales

@@ -17,6 +17,7 @@ from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
+from qwix_train.trace.jax_versions import Body
 from qwix_train.trace.whole_step import tracing_step
 from qwix_train.wrapping import wrap
 
@@ -72,15 +73,10 @@ class Observed:
           The statistics, with this call's, and what the step returns.
         """
         with tracing_step(self._step, args, kwargs) as (traced, finish):
-            states = {**self._initial(traced), **stats}
-
-            def update(name, value, state):
-                found = self._provider.ranges[name]
-                harvest.check_not_batched(name, value, len(found.shape))
-                return found.statistics.update(state, value)
-
+            ranges = self._provider.ranges
+            states = {**empty_states(traced.body, ranges), **stats}
             found = {name: states[name] for name in harvest.names_in(traced.body)}
-            outs, after = harvest.harvest(traced.body, traced.inputs, found, update)
+            outs, after = updated_states(traced.body, traced.inputs, ranges, found)
             return {**states, **after}, finish(traced.rebuild(outs))
 
     def quant_stats(self, stats: Stats) -> dict[str, Any]:
@@ -102,18 +98,7 @@ class Observed:
           **kwargs: the keyword arguments of the step.
         """
         with tracing_step(self._step, args, kwargs) as (traced, _):
-            return self._initial(traced)
-
-    def _initial(self, traced: TracedCall) -> dict[str, Any]:
-        states = {}
-        for name, layers in harvest.names_in(traced.body).items():
-            found = self._provider.ranges[name]
-            state = found.statistics.init(found.shape, found.dtype)
-            states[name] = jax.tree.map(
-                lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)),
-                state,
-            )
-        return states
+            return empty_states(traced.body, self._provider.ranges)
 
 
 def observe(
@@ -155,6 +140,45 @@ def tagging(rules: Sequence[QuantizationRule] | QuantizationProvider) -> Tagging
     if isinstance(rules, QuantizationProvider):
         return rules.tagging()
     return RangeTagging(rules)
+
+
+def empty_states(body: Body, ranges: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics of what is tagged in a body, before any batch.
+
+    Args:
+      body: the body.
+      ranges: what was tagged, by name.
+    """
+    states = {}
+    for name, layers in harvest.names_in(body).items():
+        found = ranges[name]
+        state = found.statistics.init(found.shape, found.dtype)
+        states[name] = jax.tree.map(
+            lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), state
+        )
+    return states
+
+
+def updated_states(
+    body: Body, inputs: Sequence[Any], ranges: Mapping[str, Any], states: Stats
+) -> tuple[list[Any], dict[str, Any]]:
+    """Runs a body, and updates the statistics of what is tagged in it.
+
+    Args:
+      body: the body.
+      inputs: its inputs.
+      ranges: what was tagged, by name.
+      states: the statistics before, of each name that is tagged in the body.
+
+    Returns:
+      The results of the body, and the statistics after.
+    """
+
+    def update(name, value, state):
+        harvest.check_not_batched(name, value, len(ranges[name].shape))
+        return ranges[name].statistics.update(state, value)
+
+    return harvest.harvest(body, inputs, states, update)
 
 
 def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:

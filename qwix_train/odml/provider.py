@@ -447,7 +447,8 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
             f"{field}_calibration_method",
             "LiteRT's tensors are not an op's operands, and have no learned scales. "
             "Train with QtProvider, and give this provider rules of another method and "
-            "the ranges that were learned: qat.learned_quant_stats(params)",
+            "the ranges that were learned: qat.learned_quant_stats(params, rules). The "
+            "scale of a weight is that of its largest magnitude there",
         )
     if needs_zero_point(rule.weight_calibration_method):
         raise error("weight_calibration_method", "weights of LiteRT are symmetric")

@@ -18,10 +18,10 @@ from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
 from qwix_train.core import learned_quant, numerics
+from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Path, Plan
-from qwix_train.trace import passed
 from qwix_train.trace.function import TracedCall
 
 
@@ -51,12 +51,20 @@ class GivenScales:
           None if no scale is given.
 
         Raises:
-          ValueError: if the scale does not fit the param, or is not finite.
+          ValueError: if the param cannot be quantized, or the scale does not fit it,
+            or is not finite.
         """
         if path not in self.weights:
             return None
         scale, zero_point = self.weights[path]
-        _check_scale(path, scale, how.scale_shape(tuple(param.shape)))
+        try:
+            check_quantizable(param)
+        except ValueError as error:
+            raise ValueError(f"Param {'/'.join(path)!r}: {error}") from error
+        shape = how.scale_shape(tuple(param.shape))
+        for name, part in zip(_beside(path), (scale, zero_point), strict=True):
+            if part is not None:
+                _check_part(name, part, path, shape)
         if isinstance(param, jax.ShapeDtypeStruct):
             return stored.quantize_param(param, how)
         scale = learned_quant.positive_scale(jnp.asarray(scale), param.dtype)
@@ -90,7 +98,7 @@ def among_params(
             continue
         if isinstance(target.array, stored.QUANTIZED_ARRAYS):
             beside = _beside(path)
-            if beside[0] in params and beside[0] not in quantized:
+            if {path, beside[0]} <= params.keys() and beside[0] not in quantized:
                 weights[path] = tuple(params.get(p) for p in beside)
                 used |= {p for p in beside if p in params}
             continue
@@ -100,7 +108,7 @@ def among_params(
             continue
         found = _range(range_path, leaves, target.how, target.shape, target.dtype)
         ranges |= found
-        used |= _paths_of(range_path, leaves)
+        used |= learned_scale.by_path(range_path, leaves).keys()
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -116,8 +124,7 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
     Raises:
       ValueError: see `among_params`.
     """
-    named = traced.named
-    read = {traced.paths[place] for place in passed.read(traced.body)}
+    named, read = traced.named, traced.read
     weights, ranges, used = {}, {}, set()
     for path, param in plan.params.items():
         if param.how is None or not path:
@@ -136,7 +143,7 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
             shape = (*op.op.layers, *how.scale_shape(operand.shape))
             path = op.range_path(side)
             ranges |= _range(path, leaves, how, shape, operand.dtype)
-            used |= _paths_of(path, leaves)
+            used |= learned_scale.by_path(path, leaves).keys()
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -160,11 +167,6 @@ def _beside(path: Path) -> tuple[Path, Path]:
     return static_range.scale_path(path), static_range.zero_point_path(path)
 
 
-def _paths_of(range_path: Path, leaves: learned_scale.Leaves) -> set[Path]:
-    parts = learned_scale.PARTS[leaves.method]
-    return {learned_scale.part_path(range_path, part) for part in parts}
-
-
 def _range(
     path: Path,
     leaves: learned_scale.Leaves,
@@ -173,16 +175,16 @@ def _range(
     dtype: Any,
 ) -> dict[Path, Any]:
     """What stands for a range in a quantized model, by path."""
-    for part, leaf in leaves._asdict().items():
-        if leaf is not None:
-            learned_scale.check_finite(learned_scale.part_path(path, part), leaf)
+    for name, leaf in learned_scale.by_path(path, leaves).items():
+        learned_scale.check_finite(name, leaf)
 
     def stored_range(leaves):
-        fitted = [
-            leaf if leaf is None else learned_scale.fitted(path, leaf, shape)
-            for leaf in leaves
-        ]
-        leaves = learned_scale.Leaves(*fitted)
+        fitted = {
+            part: learned_scale.fitted(learned_scale.part_path(path, part), leaf, shape)
+            for part, leaf in leaves._asdict().items()
+            if leaf is not None
+        }
+        leaves = learned_scale.Leaves(**fitted)
         return learned_scale.stored_range(leaves, how.qtype, dtype)
 
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -200,11 +202,11 @@ def _range(
     return values
 
 
-def _check_scale(path: Path, scale: Any, shape: tuple[int, ...]) -> None:
-    name = "/".join(_beside(path)[0])
-    if tuple(scale.shape) != tuple(shape):
+def _check_part(name: Path, part: Any, path: Path, shape: tuple[int, ...]) -> None:
+    """Complains of a scale or zero point that does not fit its param."""
+    if tuple(part.shape) != tuple(shape):
         raise ValueError(
-            f"Param {name!r} is a scale of shape {tuple(scale.shape)}, and the rule of "
-            f"{'/'.join(path)!r} gives that one of {tuple(shape)}."
+            f"Param {'/'.join(name)!r} has shape {tuple(part.shape)}, and the rule of "
+            f"{'/'.join(path)!r} gives that scales of shape {tuple(shape)}."
         )
-    learned_scale.check_finite(_beside(path)[0], scale)
+    learned_scale.check_finite(name, part)

@@ -124,12 +124,13 @@ def quantize_tree(
     target = _flat(_target(abstract_quantized_params))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     flat = [(param_path(key_path), param) for key_path, param in leaves]
+    for names, param in flat:
+        _check_array(names, param)
     given = given_scales.among_params(dict(flat), target)
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
     for index, (names, param) in enumerate(flat):
-        _check_array(names, param)
         if names in given.used:
             quantized.append(_LEFT_OUT)
         elif names in target:

@@ -12,13 +12,13 @@ from jax import core
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
-from qwix_train.calib.observe import RangeTagging
+from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.rules import QuantizationRule
-from qwix_train.trace import function, harvest
+from qwix_train.trace import function
 from qwix_train.trace.function import TracedCall
 
 Calibration = Mapping[str, jax.Array]
@@ -47,9 +47,10 @@ def initial_leaves(
     Raises:
       TypeError: if activations are to be measured, and there are shapes for inputs.
       ValueError: if an activation has no range, or PACT clips one that has negative
-        elements.
+        elements; if a param is quantized already, or the model has one of its own in
+        the place of a scale.
     """
-    named = traced.named
+    named, read = traced.named, traced.read
     leaves: dict[Path, Any] = {}
     for param in traced.params:
         decision = None if param is None else plan.params[param.path]
@@ -57,7 +58,18 @@ def initial_leaves(
             continue
         if not learned_scale.has_learned_scale(decision):
             continue
+        if stored.is_quantized(param.value):
+            raise ValueError(
+                f"Param {'/'.join(param.path)!r} is quantized already, and a learned "
+                "scale is trained together with float params: give those."
+            )
         path = learned_scale.weight_scale_path(param.path)
+        if path in read:
+            raise ValueError(
+                f"The model computes with {'/'.join(path)!r}, where the learned scale "
+                f"of {'/'.join(param.path)!r} would stand. Give that param another "
+                "name, or its op a rule of another weight_calibration_method."
+            )
         if path not in named:
             scale = _weight_scale(param.value, decision.how)
             box = traced.boxes.get(param.path)
@@ -125,21 +137,11 @@ def _measured(
         return tagging.transform(traced.with_inputs(inputs), plan)
 
     outer = function.trace(call, (list(traced.inputs),), lambda key_path: None)
-    states = {}
-    for name, layers in harvest.names_in(outer.body).items():
-        found = tagging.ranges[name]
-        state = found.statistics.init(found.shape, found.dtype)
-        states[name] = jax.tree.map(
-            lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)), state
-        )
-
-    def update(name, value, state):
-        harvest.check_not_batched(name, value, len(tagging.ranges[name].shape))
-        return tagging.ranges[name].statistics.update(state, value)
+    states = empty_states(outer.body, tagging.ranges)
 
     @jax.jit
     def calibrations(inputs):
-        _, after = harvest.harvest(outer.body, inputs, states, update)
+        _, after = updated_states(outer.body, inputs, tagging.ranges, states)
         found = {}
         for name, state in after.items():
             calibration = tagging.ranges[name].statistics.calibration

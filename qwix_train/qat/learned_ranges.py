@@ -13,7 +13,7 @@ from qwix_train import learned_scale, stored
 from qwix_train.core import numerics
 from qwix_train.nested import inserted
 from qwix_train.planning import Path
-from qwix_train.rules import QuantizationRule
+from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import param_path
 
 
@@ -42,8 +42,8 @@ def learned_quant_stats(
       dictionary with `count`, `sum_of_min` and `sum_of_max`.
 
     Raises:
-      ValueError: if a learned range is of an op that no rule trains one for; if it is
-        not finite; or if there is none.
+      ValueError: if a learned range is not one that the rule of its op trains; if it
+        is not finite; or if there is none.
 
     Example:
       >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8",
@@ -67,12 +67,12 @@ def learned_quant_stats(
             "with qat.attach_learned_scales and act_calibration_method='lsq', 'lsq+' "
             "or 'pact'."
         )
+    rules = check_rules(rules)
     for path in dict.fromkeys(paths):
         leaves = learned_scale.leaves_at(path, named)
-        for leaf in leaves:
-            if leaf is not None:
-                learned_scale.check_finite(path, leaf)
-        ends = _ends(leaves, _qtype(path, rules))
+        for name, leaf in learned_scale.by_path(path, leaves).items():
+            learned_scale.check_finite(name, leaf)
+        ends = _ends(leaves, _qtype(path, leaves, rules))
         found = inserted(found, path, {"count": jnp.ones((), jnp.int32), **ends})
     return found
 
@@ -84,16 +84,19 @@ def _ends(leaves: learned_scale.Leaves, qtype: Any) -> dict[str, jax.Array]:
     return {"sum_of_min": (low - zero) * scale, "sum_of_max": (high - zero) * scale}
 
 
-def _qtype(path: Path, rules: Sequence[QuantizationRule]) -> Any:
+def _qtype(
+    path: Path, leaves: learned_scale.Leaves, rules: Sequence[QuantizationRule]
+) -> Any:
     op_id = path[-1].rpartition("_")[0]
     op_name = op_id.rstrip("0123456789")
     module_path = "/".join(path[:-1])
-    for rule in rules:
-        if rule.matches(module_path, op_name, op_id):
-            if rule.learned_act_method:
-                return rule.act_qtype
-            break
-    raise ValueError(
-        f"There is a learned range for {'/'.join(path)!r}, and no rule trains one for "
-        "its op. Pass the rules that it was trained with."
-    )
+    matching = (rule for rule in rules if rule.matches(module_path, op_name, op_id))
+    rule = next(matching, None)
+    if rule is None or not leaves.method or rule.learned_act_method != leaves.method:
+        names = ["/".join(name) for name in learned_scale.by_path(path, leaves)]
+        raise ValueError(
+            f"The params have {' and '.join(names)}, which is not what the "
+            "act_calibration_method of a rule for that op trains. Pass the rules that "
+            "the params were trained with."
+        )
+    return rule.act_qtype

@@ -96,6 +96,9 @@ class QtRule(QuantizationRule):
         self._check_noise_axes()
         method = self.bwd_calibration_method
         self._check("bwd_calibration_method", how.parse_calibration_method, method)
+        if how.is_learned(method):
+            reason = "no scale of a gradient is trained; choose 'absmax'"
+            raise self._error("bwd_calibration_method", reason)
         if self.bwd_stochastic_rounding not in (None, *NOISE_NAMES):
             reason = f"choose from {', '.join(NOISE_NAMES)}"
             raise self._error("bwd_stochastic_rounding", reason)
@@ -114,9 +117,6 @@ class QtRule(QuantizationRule):
                     "leave it out, or choose another weight_calibration_method and "
                     "act_calibration_method, such as 'absmax'",
                 )
-            if how.is_learned(method):
-                reason = "no scale of a gradient is trained; choose 'absmax'"
-                raise self._error("bwd_calibration_method", reason)
             # Not every type has the zero point that a method may need.
             of_method = functools.partial(_how, self.bwd_qtype)
             self._check("bwd_calibration_method", of_method, method)

@@ -10,7 +10,14 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train.trace import analyze, carried, evaluate, jax_versions, provenance
+from qwix_train.trace import (
+    analyze,
+    carried,
+    evaluate,
+    jax_versions,
+    passed,
+    provenance,
+)
 
 # The path of a param from the key path of a leaf within one argument, or None where
 # the leaf is not a param.
@@ -125,6 +132,11 @@ class TracedCall:
         """The inputs that have a path, integers among them, and what was added."""
         pairs = zip(self.paths, self.inputs, strict=True)
         return {path: x for path, x in pairs if path is not None} | dict(self.added)
+
+    @property
+    def read(self) -> set[tuple[str, ...] | None]:
+        """The paths of the inputs that it computes with, and does not just hand on."""
+        return {self.paths[place] for place in passed.read(self.body)}
 
     def with_inputs(self, inputs: Sequence[Any]) -> TracedCall:
         """The same call on other inputs, of the same shapes."""

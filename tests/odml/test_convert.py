@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import QuantizationRule, odml
+from qwix_train import QuantizationRule, odml, qat, quantize_model
 from qwix_train.qat.quant_stat import QuantStat
 from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
@@ -85,6 +85,39 @@ def test_weights_alone(mlp, bits):
     np.testing.assert_allclose(litert(x), expected, rtol=1e-4, atol=1e-5)
     (out,) = litert.report(x)
     assert out.scale is None and out.max_steps < 1e-2
+
+
+def test_learned_ranges_of_activations():
+    learned = QuantizationRule(
+        weight_qtype="int8", act_qtype="int8", act_calibration_method="lsq"
+    )
+    x = normal(*SHAPE)
+    model = quantize_model(Mlp(), qat.QtProvider([learned]))
+    begun = init(model, x)["params"]
+
+    @jax.jit
+    def step(params):
+        grads = jax.grad(lambda p: (model.apply({"params": p}, x) ** 2).mean())(params)
+        return jax.tree.map(lambda p, g: p - 0.2 * g, params, grads)
+
+    variables = {"params": step(step(begun))}
+    collected = stats_of(odml.OdmlQatProvider(INT8), Mlp().apply, variables, x)
+    ranges = qat.learned_quant_stats(variables, [learned], collected)
+    litert = odml.convert(Mlp(), variables, INT8, x, quant_stats=ranges)
+    products = [op for op in litert.ops() if op.name == "FULLY_CONNECTED"]
+    want = np.asarray(x, np.float64)
+    for op, name in zip(products, ("first", "second"), strict=True):
+        layer = jax.tree.map(np.float64, variables["params"][name])
+        scale = layer["dot_general0_lhs_scale"].item()
+        assert scale != begun[name]["dot_general0_lhs_scale"].item()
+        np.testing.assert_allclose(op.inputs[0].scale, [scale], 1e-6)
+        assert list(op.inputs[0].zero_point) == [0]
+        want = np.maximum(want, 0) if name == "second" else want
+        want = on_grid(want, scale) @ weight_on_grid(layer["kernel"], 8) + layer["bias"]
+    (out,) = products[-1].outputs
+    want = on_grid(want, out.scale[0], out.zero_point[0])
+    steps = np.abs(litert(x) - want) / out.scale[0]
+    assert steps.max() <= 1.01 and (steps < 0.01).mean() > 0.7
 
 
 @pytest.mark.parametrize("bits", [8, 4])

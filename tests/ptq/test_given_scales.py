@@ -143,11 +143,25 @@ def test_stacked_layers_of_nnx():
 def test_scales_that_do_not_fit_are_named():
     abstract = ptq.abstract_params(layer, floats(), INT4, X)
     for scale, message in (
-        (jnp.ones((8, 1)), r"'kernel_scale' is a scale of shape \(8, 1\)"),
+        (jnp.ones((8, 1)), r"'kernel_scale' has shape \(8, 1\)"),
         (SCALE.at[0, 1].set(jnp.nan), "'kernel_scale', a learned scale, is not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             ptq.quantize_params(floats(kernel_scale=scale), abstract)
+    with pytest.raises(TypeError, match="'kernel_scale' is a float, not an array"):
+        ptq.quantize_params(floats(kernel_scale=0.1), abstract)
+    with pytest.raises(ValueError, match="'kernel': Cannot quantize .* int32"):
+        ptq.quantize_params(
+            floats(kernel=jnp.ones((8, 3), int), kernel_scale=SCALE), abstract
+        )
+    with pytest.raises(ValueError, match="'kernel_scale' is not one of the quantized"):
+        ptq.quantize_params({"kernel_scale": SCALE}, abstract)
+    minmax = [QuantizationRule(weight_qtype="int4", weight_calibration_method="minmax")]
+    with pytest.raises(ValueError, match=r"'kernel_zero_point' has shape \(3,\)"):
+        scales = {"kernel_scale": SCALE, "kernel_zero_point": jnp.zeros(3)}
+        ptq.quantize_params(
+            floats(**scales), ptq.abstract_params(layer, floats(), minmax, X)
+        )
     learned = [QuantizationRule(weight_qtype="int4", weight_calibration_method="lsq")]
     abstract = ptq.abstract_params(layer, jax.eval_shape(floats), learned, X)
     with pytest.raises(ValueError, match="'kernel' has no scale: its rule has"):

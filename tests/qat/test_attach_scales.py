@@ -419,6 +419,18 @@ def test_missing_and_foreign_scales_are_named():
         qat.attach_learned_scales(models.NnxMlp(nnx.Rngs(0)), {}, rules, X)
     with pytest.raises(ValueError, match="learned scale has no place"):
         qat.attach_learned_scales(lambda w, x: x @ w, jnp.ones((6, 2)), [rule()], X)
+    with pytest.raises(ValueError, match="computes with 'w_scale', where the learned"):
+        own = {"w": jnp.ones((6, 2)), "w_scale": jnp.ones((1, 2))}
+        qat.attach_learned_scales(
+            lambda p, x: x @ p["w"] * p["w_scale"], own, [rule()], X
+        )
+    with pytest.raises(ValueError, match="'Dense_0/kernel' is quantized already"):
+        _, served = ptq.quantize(models.Mlp(), state.params, [models.rule("int8")], X)
+        qat.attach_learned_scales(models.Mlp(), served, [rule()], X)
+    for leaf, rules in (("scale", [rule(act="pact")]), ("offset", [rule(act="lsq+")])):
+        with pytest.raises(ValueError, match=f"dot_general0_lhs_{leaf}, which is not"):
+            leaves = {f"dot_general0_lhs_{leaf}": jnp.ones((1, 1))}
+            qat.learned_quant_stats(leaves, rules)
     with pytest.raises(ValueError, match="Rule 0 trains scales"):
         lora = qwix_train.LoraRule(rank=2, alpha=2.0, module_path="Dense_1")
         qwix_train.LoraProvider([rule(), lora])

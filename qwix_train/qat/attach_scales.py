@@ -77,8 +77,9 @@ def attach_learned_scales(
       An NNX module is changed in place, and returned.
 
     Raises:
-      ValueError: if no rule trains a scale; if an activation has no range; or if PACT
-        is to clip one that has negative elements.
+      ValueError: if no rule trains a scale; if an activation has no range, or PACT is
+        to clip one that was seen to have negative elements; if a param is quantized
+        already, or the model computes with one that has the name of a scale.
       TypeError: if there are shapes where real data is needed.
 
     References:
@@ -97,8 +98,9 @@ def attach_learned_scales(
     provider = rules if isinstance(rules, QtProvider) else QtProvider(rules)
     if not any(rule.learns_scales for rule in provider.rules):
         raise ValueError(
-            "No rule trains a scale. Set weight_calibration_method='lsq' or 'lsq+', or "
-            "act_calibration_method='lsq', 'lsq+' or 'pact'."
+            "No rule trains a scale. Set weight_calibration_method='lsq' or 'lsq+' "
+            "next to a weight_qtype, or act_calibration_method='lsq', 'lsq+' or 'pact' "
+            "next to an act_qtype."
         )
     leaves = functools.partial(_leaves, provider, quant_stats)
     if isinstance(model, nnx.Module):
