@@ -13,11 +13,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.act_qtype = "int8"
     config.methods = (
         "QAT",
-        "QAT, schedule",
-        "QAT, clipped",
-        "QAT, LSQ",
-        "QAT, freezing",
-        "QAT, mixed bits",
+        "QAT: schedule",
+        "QAT: clipped",
+        "QAT: LSQ",
+        "QAT: freezing",
+        "QAT: mixed bits",
         "proximal",
     )
 

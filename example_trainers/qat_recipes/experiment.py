@@ -19,7 +19,7 @@ import optax
 
 import qwix_train
 from example_trainers import loop
-from example_trainers.digits_qat.train import claim_workdir
+from example_trainers.digits_qat.train import SettingsError, claim_workdir
 from example_trainers.qat_recipes import methods, report
 from example_trainers.qat_recipes.tasks import Task, make_task
 
@@ -225,7 +225,17 @@ def train_and_evaluate(
     Returns:
         What `results.json` holds; `broken` in it lists what does not hold of what
         must.
+
+    Raises:
+        SettingsError: There is no such method, or the workdir holds a run with other
+            settings.
     """
+    unknown = [name for name in config.methods if name not in methods.METHODS]
+    if unknown:
+        raise SettingsError(
+            f"There is no method {', '.join(map(repr, unknown))}. Choose from "
+            f"{', '.join(methods.METHODS)}."
+        )
     # Orbax takes absolute paths only.
     workdir = pathlib.Path(workdir).resolve()
     claim_workdir(config, workdir)

@@ -155,11 +155,11 @@ def mixed(setting: Setting) -> Recipe:
 
 METHODS: dict[str, Callable[[Setting], Recipe]] = {
     "QAT": plain,
-    "QAT, schedule": scheduled,
-    "QAT, clipped": clipped,
-    "QAT, LSQ": lsq,
-    "QAT, freezing": freezing,
-    "QAT, mixed bits": mixed,
+    "QAT: schedule": scheduled,
+    "QAT: clipped": clipped,
+    "QAT: LSQ": lsq,
+    "QAT: freezing": freezing,
+    "QAT: mixed bits": mixed,
     "proximal": proximal,
 }
 
@@ -169,4 +169,4 @@ def applies(method: str, weight_qtype: str) -> bool:
 
     Types can be mixed where there are narrower ones and wider ones.
     """
-    return method != "QAT, mixed bits" or weight_qtype == "int3"
+    return method != "QAT: mixed bits" or weight_qtype == "int3"

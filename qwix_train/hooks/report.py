@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -127,7 +127,8 @@ class QuantReport(PeriodicAction):
           on_steps: see `PeriodicAction`.
 
         Raises:
-          TypeError: if the writer or the plan is none.
+          TypeError: if the writer or the plan is none, or `opt_state` is neither an
+            NNX object nor a function.
           ValueError: if the plan quantizes no weight.
         """
         super().__init__(
@@ -141,6 +142,11 @@ class QuantReport(PeriodicAction):
             raise TypeError(
                 "Expected the plan of a model, qwix_train.plan(model, rules, "
                 f"*inputs), got {plan!r}."
+            )
+        if not isinstance(opt_state, nnx.Pytree | Callable | None):
+            raise TypeError(
+                "opt_state changes with every step: give a function that returns it, "
+                f"opt_state=lambda: opt_state, not a {type(opt_state).__name__}."
             )
         weights = {path: p for path, p in plan.params.items() if p.how is not None}
         if not weights:
@@ -223,9 +229,8 @@ class QuantReport(PeriodicAction):
 
     def _oscillation_scalars(self, state: Any) -> dict[str, float]:
         """The scalars of oscillations, if the optimizer counts them."""
-        source = self._opt_state
-        if source is not None:
-            state = source if isinstance(source, nnx.Pytree) else source()
+        if self._opt_state is not None:
+            state = states.current(None, self._opt_state, type(self).__name__)
         found = {
             path: held.counts(self._oscillation_threshold)
             for path, held in oscillations_in(state, self._weights).items()

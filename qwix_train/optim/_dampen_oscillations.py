@@ -11,7 +11,7 @@ import optax
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
-from qwix_train.optim import _param_grids
+from qwix_train.optim import _arguments, _param_grids
 from qwix_train.planning import Plan
 
 
@@ -69,10 +69,11 @@ def dampen_oscillations(
         their dtype.
 
     Raises:
-        TypeError: ``plan`` is neither a plan nor such a mapping.
-        ValueError: ``plan`` quantizes nothing, or ``coefficient`` is negative; or,
-            from ``init`` and ``update``, ``plan`` is not for these params; or from
-            ``update``, there are no params.
+        TypeError: ``plan`` is neither a plan nor such a mapping, or ``coefficient`` is
+            neither a number nor a schedule.
+        ValueError: ``plan`` quantizes nothing, or ``coefficient`` is negative or
+            infinite; or, from ``init`` and ``update``, ``plan`` is not for these
+            params; or from ``update``, there are no params.
 
     Examples:
         >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
@@ -88,13 +89,9 @@ def dampen_oscillations(
         <https://arxiv.org/abs/2203.11086>`_, 2022, section 4.2
     """
     grids = _param_grids.ParamGrids("dampen_oscillations", plan)
-    if isinstance(coefficient, int | float) and not (
-        math.isfinite(coefficient) and coefficient >= 0
-    ):
-        raise ValueError(
-            f"dampen_oscillations(coefficient={coefficient!r}): it must not be "
-            "negative."
-        )
+    _arguments.check_schedule("dampen_oscillations", "coefficient", coefficient)
+    if isinstance(coefficient, float) and math.isinf(coefficient):
+        raise ValueError("dampen_oscillations(coefficient=inf): it must be finite.")
 
     def init_fn(params: Any) -> DampenOscillationsState:
         grids.of(params)
@@ -102,11 +99,7 @@ def dampen_oscillations(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "dampen_oscillations needs the params: give them to update, "
-                "as in tx.update(updates, state, params)."
-            )
+        _arguments.check_params("dampen_oscillations", params)
         factor = coefficient(state.count) if callable(coefficient) else coefficient
         leaves, structure = jax.tree.flatten(updates)
         triples = zip(leaves, jax.tree.leaves(params), grids.of(params), strict=True)

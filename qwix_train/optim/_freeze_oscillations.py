@@ -1,7 +1,6 @@
 """Freezing of weights that oscillate between two levels of quantization."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
-from qwix_train.optim import _param_grids
+from qwix_train.optim import _arguments, _param_grids
 from qwix_train.planning import Plan
 
 
@@ -110,7 +109,8 @@ def freeze_oscillations(
         bytes for each element of a quantized param. Updates keep their dtype.
 
     Raises:
-        TypeError: ``plan`` is neither a plan nor such a mapping.
+        TypeError: ``plan`` is neither a plan nor such a mapping, or ``threshold`` is
+            neither a number nor a schedule.
         ValueError: ``plan`` quantizes nothing, or to a type that is no integer, or
             ``threshold`` or ``momentum`` is out of its range; or, from ``init`` and
             ``update``, ``plan`` is not for these params; or from ``update``, there are
@@ -146,11 +146,7 @@ def freeze_oscillations(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "freeze_oscillations needs the params: give them to update, "
-                "as in tx.update(updates, state, params)."
-            )
+        _arguments.check_params("freeze_oscillations", params)
         highest = threshold(state.count) if callable(threshold) else threshold
         leaves, structure = jax.tree.flatten(updates)
         hows = grids.of(params)
@@ -252,18 +248,8 @@ def _is_either(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _check(grids: _param_grids.ParamGrids, threshold: Any, momentum: Any) -> None:
-    for name, how in grids.hows.items():
-        if not numerics.is_integer_qtype(how.qtype):
-            raise ValueError(
-                f"freeze_oscillations: {name!r} is quantized to "
-                f"{numerics.qtype_name(how.qtype)}, and only integer codes can be "
-                "frozen. Give it a plan or a mapping of the params with integer types."
-            )
-    is_number = isinstance(threshold, int | float)
-    if is_number and (math.isnan(threshold) or threshold < 0):
-        raise ValueError(
-            f"freeze_oscillations(threshold={threshold!r}): it must not be negative."
-        )
+    _arguments.check_integer_types(grids, "only integer codes can be frozen")
+    _arguments.check_schedule("freeze_oscillations", "threshold", threshold)
     if isinstance(momentum, int | float) and not 0 < momentum <= 1:
         raise ValueError(
             f"freeze_oscillations(momentum={momentum!r}): it must be positive, and at "

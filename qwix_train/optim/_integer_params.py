@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qwix_train.core import numerics, qarray, tiling
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.optim import _noise
+from qwix_train.optim import _noise, _param_grids
 
 
 def is_one(param: Any) -> TypeGuard[QArray | WithAux]:
@@ -65,20 +65,16 @@ def rounding_update(
 def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray:
     dtype, wide = param.dtype, numerics.compute_dtype(param.dtype)
     low, high = numerics.code_range(param.qtype)
-
-    def spread(tiled: jax.Array) -> jax.Array:
-        return tiling.elementwise(
-            lambda x, t: jnp.broadcast_to(t, x.shape), param.qvalue, tiled
-        )
-
     scale = param.scale.astype(wide)
-    exact = param.qvalue.astype(wide) + update.astype(wide) / spread(scale)
+    exact = param.qvalue.astype(wide) + update.astype(wide) / _param_grids.spread(
+        scale, update
+    )
     excess = _largest(exact / high, exact / low, scale.shape)
     # Rounded up. A scale that does not grow stays as it is, and so do its codes.
     grown = scale * excess * (1 + jnp.finfo(dtype).eps)
     growth = jnp.where(excess <= 1, 0, grown - scale).astype(dtype)
     reached = (param.scale + growth).astype(wide)
-    exact = jnp.clip(exact * spread(scale / reached), low, high)
+    exact = jnp.clip(exact * _param_grids.spread(scale / reached, update), low, high)
     below = jnp.floor(exact)
     # It is compared with the noise: a sum close to an integer would be rounded to it.
     noise = (_noise.bits(key, exact.shape) >> 8).astype(wide) * 2.0**-24

@@ -1,7 +1,6 @@
 """Proximal methods: weights that the optimizer alone takes to their grid."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize, needs_zero_point
-from qwix_train.optim import _param_grids, _paths
+from qwix_train.optim import _arguments, _param_grids, _paths
 from qwix_train.planning import Plan
 
 METHODS = ("proxquant", "parq")
@@ -117,7 +116,8 @@ def proximal(
         them in that.
 
     Raises:
-        TypeError: ``plan`` is neither a plan nor such a mapping.
+        TypeError: ``plan`` is neither a plan nor such a mapping, or ``schedule`` is
+            neither a number nor a schedule.
         ValueError: ``plan`` quantizes nothing, or to a type that is no integer, or
             another argument is out of its range; or, from ``init`` and ``update``,
             ``plan`` is not for these params; or from ``update``, there are no params.
@@ -150,23 +150,20 @@ def proximal(
     _check(grids, schedule, method, calibration_period)
 
     def init_fn(params: Any) -> ProximalState:
-        _check_levels(params, grids.of(params))
         leaves, structure = jax.tree.flatten(params)
+        hows = grids.of(params)
+        _check_levels(params, hows)
         masked = (optax.MaskedNode(),) * 3
         columns = [
             masked if how is None else _initial(p, how, method)
-            for p, how in zip(leaves, grids.of(params), strict=True)
+            for p, how in zip(leaves, hows, strict=True)
         ]
         zero = jnp.zeros((), jnp.float32)
         return _state(jnp.zeros((), jnp.int32), zero, structure, columns)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "proximal needs the params: give them to update, as in "
-                "tx.update(updates, state, params)."
-            )
+        _arguments.check_params("proximal", params)
         strength = schedule(state.count) if callable(schedule) else schedule
         strength = jnp.clip(jnp.asarray(strength, jnp.float32), 0, 1)
         is_started = state.strength > 0
@@ -307,24 +304,20 @@ def _step(how: HowToQuantize) -> int:
     return 2 if numerics.qtype_name(how.qtype) == "int1" else 1
 
 
-def _check(grids: Any, schedule: Any, method: str, calibration_period: Any) -> None:
-    for name, how in grids.hows.items():
-        if not numerics.is_integer_qtype(how.qtype):
-            raise ValueError(
-                f"proximal: {name!r} is quantized to {numerics.qtype_name(how.qtype)}, "
-                "and only the evenly spaced levels of integers are supported. Give it "
-                "a plan or a mapping of the params with integer types."
-            )
-    is_number = isinstance(schedule, int | float)
-    if is_number and (math.isnan(schedule) or schedule < 0):
-        raise ValueError(
-            f"proximal(schedule={schedule!r}): a strength must not be negative."
-        )
+def _check(
+    grids: _param_grids.ParamGrids, schedule: Any, method: str, calibration_period: Any
+) -> None:
+    _arguments.check_integer_types(
+        grids, "only the evenly spaced levels of integers are supported"
+    )
+    _arguments.check_schedule("proximal", "schedule", schedule)
     if method not in METHODS:
         raise ValueError(
             f"proximal(method={method!r}): choose from {', '.join(METHODS)}."
         )
-    if isinstance(calibration_period, int) and calibration_period < 1:
+    # Under optax.inject_hyperparams it is an array.
+    is_int = isinstance(calibration_period, int) and calibration_period >= 1
+    if not is_int and not hasattr(calibration_period, "dtype"):
         raise ValueError(
             f"proximal(calibration_period={calibration_period!r}): it must be a "
             "positive int."

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.optim import _integer_params, _noise, _paths
+from qwix_train.optim import _arguments, _integer_params, _noise, _paths
 
 
 class StochasticRoundingState(NamedTuple):
@@ -124,11 +124,7 @@ def stochastic_rounding(
         return StochasticRoundingState(key, tx.init(_widened(params)))
 
     def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "stochastic_rounding needs the params: give them to update, "
-                "as in tx.update(updates, state, params)."
-            )
+        _arguments.check_params("stochastic_rounding", params)
         names = _check(params)
         leaves, structure = jax.tree.flatten(params, is_leaf=_integer_params.is_one)
         for name, gradient in zip(names, structure.flatten_up_to(updates), strict=True):

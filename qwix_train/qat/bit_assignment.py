@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 
 import numpy as np
 from scipy import optimize, sparse
@@ -46,7 +47,7 @@ def assign_bits(
     Raises:
         TypeError: ``sensitivity`` is none, or there are both budgets, or neither.
         ValueError: No choice meets the budget; the message says what the smallest one
-            takes. Or a loss in the table is not finite.
+            takes. Or the budget is not a finite number, or a loss in the table is not.
 
     >>> from qwix_train import QuantizationRule, as_model
     >>> from qwix_train.qat.op_sensitivity import sensitivity
@@ -77,6 +78,10 @@ def assign_bits(
             "Give one budget: assign_bits(sensitivity, 100_000) in bytes, or "
             "assign_bits(sensitivity, average_bits=3.0)."
         )
+    given = budget if average_bits is None else average_bits
+    if not isinstance(given, numbers.Real) or not math.isfinite(given):
+        name = "budget" if average_bits is None else "average_bits"
+        raise ValueError(f"{name}={given!r}: it must be a finite number.")
     groups = sensitivity.groups
     for row in sensitivity.rows:
         if not math.isfinite(row.cost):

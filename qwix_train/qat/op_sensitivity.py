@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,7 +85,8 @@ def sensitivity(
         state: The first argument: params, variables, a train state, an NNX model. It
             does not change, and holds float params.
         rules: What may be quantized: which ops, and with which activations, tiles and
-            calibration. The ``weight_qtype`` that they say is replaced by each type.
+            calibration. The ``weight_qtype`` that they say is replaced by each type,
+            and scales that are to be learned are those that learning begins with.
         batches: The other arguments of each call: a tuple of them, or one that is no
             tuple. They are read once; each shape is compiled for.
         qtypes: The weight types, as for a rule.
@@ -100,7 +100,8 @@ def sensitivity(
         A row for each op and type. Print it, plot it, or give it to `assign_bits`.
 
     Raises:
-        TypeError: ``loss_fn`` is no function, or returns no scalar.
+        TypeError: ``loss_fn`` is no function, or returns no scalar; or ``batches`` is
+            an array or a mapping, one batch in the place of many.
         ValueError: There is no batch, the rules quantize no weight, a loss is not
             finite, or an argument is not one of the choices.
 
@@ -126,6 +127,11 @@ def sensitivity(
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes={probes!r}: it must be a positive integer.")
     check_step(loss_fn)
+    if isinstance(batches, Mapping | str) or hasattr(batches, "dtype"):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which looks like one batch: give "
+            "an iterable of batches, such as [batch]."
+        )
     typed = TypedPlans(rules, qtypes)
     measured = _Measurement(loss_fn, state, typed, quant_stats)
     key = jax.random.key(0) if key is None else key
@@ -215,7 +221,7 @@ class _Measurement:
 
     def rows(self) -> list[OpSensitivity]:
         """What was found of each group and type."""
-        rows = []
+        rows, tags = [], weight_tags(self._groups)
         for index, group in enumerate(self._groups):
             curvature = self._trace_of(group) if self._probed else {}
             signal = self._errors[f"output {index} 0"]
@@ -224,6 +230,8 @@ class _Measurement:
                 if self._switched:
                     losses = [losses[index, at] for losses in self._switched]
                     increase = float(np.mean(losses) - np.mean(self.losses))
+                errors = {p: self._errors[f"{tags[p]} {1 + at}"] for p in group.params}
+                omega = self._omega(group, errors) if self._probed else None
                 row = OpSensitivity(
                     ops=tuple("/".join(filter(None, op)) for op in group.ops),
                     params=tuple(map("/".join, group.params)),
@@ -232,29 +240,20 @@ class _Measurement:
                     bits=numerics.qtype_bits(qtype),
                     bytes=group.quantized_bytes[at],
                     sqnr_db=_decibels(signal, self._errors[f"output {index} {1 + at}"]),
-                    weight_error=sum(self._weight_errors(group, at)),
+                    weight_error=sum(errors.values()),
                     loss_increase=increase,
+                    omega=omega,
                     rules=group.rules[at],
                     **curvature,
                 )
-                if self._probed:
-                    omega = sum(
-                        self._samples(path).mean() / math.prod(plan.shape) * error
-                        for path, plan, error in zip(
-                            group.params,
-                            group.plans[at],
-                            self._weight_errors(group, at),
-                            strict=True,
-                        )
-                    )
-                    row = dataclasses.replace(row, omega=float(omega))
                 rows.append(row)
         return rows
 
-    def _weight_errors(self, group: OpGroup, at: int) -> list[float]:
-        """The sum of squared errors of each param of a group, with one of the types."""
-        tags = weight_tags(self._groups)
-        return [self._errors[f"{tags[path]} {1 + at}"] for path in group.params]
+    def _omega(self, group: OpGroup, errors: Mapping[Path, float]) -> float:
+        """The mean eigenvalues times the squared errors, summed over the params."""
+        sizes = [math.prod(plan.shape) for plan in group.plans[0]]
+        pairs = zip(group.params, sizes, strict=True)
+        return sum(float(self._samples(p).mean()) / n * errors[p] for p, n in pairs)
 
     def _samples(self, path: Path) -> np.ndarray:
         return np.array([probe[path] for probe in self._probed])

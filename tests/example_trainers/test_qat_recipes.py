@@ -106,7 +106,7 @@ def test_what_is_measured_is_what_qat_computed():
 @pytest.mark.parametrize(
     "names",
     [
-        ("QAT", "QAT, LSQ", "proximal"),
+        ("QAT", "QAT: LSQ", "proximal"),
         pytest.param(tuple(methods.METHODS), marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
@@ -133,12 +133,24 @@ def test_quick_run(names, tmp_path, capsys):
     assert all(row["mean"] > 0.2 for row in rows.values())
 
 
+def test_refuses_unknown_methods(tmp_path):
+    config = config_lib.get_quick_config()
+    config.methods = ("QAT", "LSQ")
+    with pytest.raises(SettingsError, match="no method 'LSQ'.*QAT: LSQ, QAT: fr"):
+        experiment.train_and_evaluate(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_can_be_flags():
+    assert not any("," in name for name in methods.METHODS)
+
+
 @pytest.mark.slow
 def test_quick_run_of_the_language_model(tmp_path, capsys):
     config = config_lib.get_quick_config()
     config.tasks = ("text",)
     config.weight_qtypes = ("int2",)
-    config.methods = ("QAT, LSQ", "proximal")
+    config.methods = ("QAT: LSQ", "proximal")
 
     results = experiment.train_and_evaluate(config, tmp_path)
 

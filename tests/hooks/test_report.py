@@ -434,6 +434,8 @@ def test_refuses_arguments_that_cannot_be():
         hooks.QuantReport(print, dense)
     with pytest.raises(TypeError, match="plan of a model"):
         hooks.QuantReport(Writer(), INT4)
+    with pytest.raises(TypeError, match="a function that returns it.*not a tuple"):
+        hooks.QuantReport(Writer(), dense, opt_state=(optax.EmptyState(),))
     nothing = plan(nn.Dense(4), models.NOTHING, jnp.ones((1, 8)))
     with pytest.raises(ValueError, match="quantizes any op"):
         hooks.QuantReport(Writer(), nothing)

@@ -184,6 +184,8 @@ def test_errors():
     for value in -1.0, float("nan"):
         with pytest.raises(ValueError, match="threshold=.*must not be negative"):
             optim.freeze_oscillations({"": how}, value)
+    with pytest.raises(TypeError, match="threshold=None.*a number, or a schedule"):
+        optim.freeze_oscillations({"": how}, None)
     for value in 0.0, 1.5, float("nan"):
         with pytest.raises(ValueError, match="momentum=.*must be positive, and at"):
             optim.freeze_oscillations({"": how}, 0.1, value)

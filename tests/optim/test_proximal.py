@@ -240,10 +240,13 @@ def test_errors():
     for value in -0.1, float("nan"):
         with pytest.raises(ValueError, match="schedule=.*must not be negative"):
             optim.proximal({"": how}, value)
+    with pytest.raises(TypeError, match="schedule='linear'.*a number, or a schedule"):
+        optim.proximal({"": how}, "linear")
     with pytest.raises(ValueError, match="method='ste'.: choose from proxquant, parq"):
         optim.proximal({"": how}, 1.0, "ste")
-    with pytest.raises(ValueError, match="calibration_period=0.*a positive int"):
-        optim.proximal({"": how}, 1.0, "parq", 0)
+    for period in 0, 2.5:
+        with pytest.raises(ValueError, match="calibration_period=.*a positive int"):
+            optim.proximal({"": how}, 1.0, "parq", period)
     with pytest.raises(ValueError, match="'a' is quantized to nf4, and only the even"):
         optim.proximal({"a": HowToQuantize(qtype="nf4")}, 1.0)
     tx = optim.proximal({"": HowToQuantize(qtype="int8")}, 1.0)

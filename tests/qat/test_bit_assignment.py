@@ -223,6 +223,8 @@ def test_says_what_cannot_be():
     with pytest.raises(ValueError, match="average_bits=1.5 .* or 2 bits on average"):
         qat.assign_bits(found, average_bits=1.5)
     assert chosen(qat.assign_bits(found, 22)) == [0, 0]
+    with pytest.raises(ValueError, match="average_bits=nan.*a finite number"):
+        qat.assign_bits(found, average_bits=float("nan"))
     with pytest.raises(TypeError, match="Give one budget"):
         qat.assign_bits(found)
     with pytest.raises(TypeError, match="Give one budget"):

@@ -374,6 +374,9 @@ def test_refuses_arguments_that_cannot_be():
         measure(qtypes=["int4", jnp.int4])
     with pytest.raises(ValueError, match="no batch"):
         measure(batches=[])
+    for batch in {"x": jnp.ones((6, 4))}, jnp.ones((6, 4)):
+        with pytest.raises(TypeError, match="looks like one batch"):
+            measure(batches=batch)
     with pytest.raises(ValueError, match="quantizes any op"):
         measure(rules=models.NOTHING)
     with pytest.raises(TypeError, match=r"returned an array of shape \(6, 3\)"):
