@@ -477,6 +477,33 @@ def test_errors():
         wrap_train_step(train_step, models.INT2, schedule=acts)
     with pytest.raises(ValueError, match="schedules are for wrap_train_step"):
         qwix_train.LoraRule(rank=1, alpha=1.0, weight_qtype="int8", schedule=START)
+    with pytest.raises(TypeError, match="Expected a qat.Schedule, got schedule=100"):
+        wrap_train_step(train_step, RULES, schedule=100)  # type: ignore[arg-type]
+    unfit = Schedule(weight_qtypes={0: "nf4", 3: "int4"})
+    with pytest.raises(ValueError, match="(?s)schedule=.*nf4 has no zero points"):
+        QuantizationRule(
+            weight_qtype="int4", weight_calibration_method="minmax", schedule=unfit
+        )
+    with pytest.raises(TypeError, match="schedule_step=3 is no function"):
+        wrap_train_step(train_step, RULES, schedule_step=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch_stats_frozen_after='5'"):
+        wrap_train_step(
+            train_step,
+            RULES,
+            batch_stats_frozen_after="5",  # type: ignore[arg-type]
+        )
+    with pytest.raises(ValueError, match="quant_stats_frozen_after=-1"):
+        wrap_train_step(train_step, RULES, quant_stats_frozen_after=-1)
+    for wrong, message in (
+        (lambda s, b: s.step / 2, "float32 of shape"),
+        (lambda s, b: jnp.arange(3), "int32 of shape"),
+        (lambda s, b: None, "returned None"),
+    ):
+        counting = wrap_train_step(
+            train_step, RULES, schedule=START, schedule_step=wrong
+        )
+        with pytest.raises(TypeError, match=message):
+            counting(new_state(), BATCH)
     step = wrap_train_step(lambda p, x: MLP.apply(p, x), RULES, schedule=START)
     with pytest.raises(ValueError, match="no argument is a train state.*schedule_step"):
         step({"params": new_state().params}, X)
