@@ -31,16 +31,16 @@ def freezing(step: Step, frozen: Callable[[Any, Any], Any]) -> Step:
         keep = frozen(args, kwargs)
         states = _states_in((args, kwargs))
         variables = _variables_in((args, kwargs))
-        before = [variable.get_value() for variable in variables]
-        out = step(*args, **kwargs)
-        for variable, old in zip(variables, before, strict=True):
-            variable.set_value(_kept(keep, old, variable.get_value()))
-        after = len(_states_in(out))
         if not states and not variables:
             raise ValueError(
                 "batch_stats_frozen_after is given, and no argument of the step is a "
                 "state with batch_stats or an NNX object with nnx.BatchStat variables."
             )
+        before = [variable.get_value() for variable in variables]
+        out = step(*args, **kwargs)
+        for variable, old in zip(variables, before, strict=True):
+            variable.set_value(_kept(keep, old, variable.get_value()))
+        after = len(_states_in(out))
         if after != len(states):
             raise ValueError(
                 f"batch_stats_frozen_after is given, and {len(states)} states with "

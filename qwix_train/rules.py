@@ -280,6 +280,11 @@ class QuantizationRule:
             end, qtypes = getattr(self, f"{name}_qtype"), f"{name}_qtypes"
             check = functools.partial(Schedule.check_last, field=qtypes, qtype=end)
             self._check("schedule", check, schedule)
+            for qtype in (getattr(schedule, qtypes) or {}).values():
+                # Not every type goes with every calibration method.
+                fields: dict[str, Any] = {"schedule": None, f"{name}_qtype": qtype}
+                change = functools.partial(dataclasses.replace, **fields)
+                self._check("schedule", change, self)
 
     def _check(self, field, function, value):
         try:

@@ -191,8 +191,9 @@ def step_count(tree: Any) -> Any:
     held = f"{len(counts)} arguments of the step are" if counts else "no argument is"
     raise ValueError(
         "A schedule, and what is frozen after some steps, needs the number of steps so "
-        f"far, and {held} a train state or an nnx.Optimizer. Say what it is: "
-        "schedule_step=lambda *args: ..., a function of the step's arguments."
+        f"far, and {held} a train state or an nnx.Optimizer. Give wrap_train_step a "
+        "function of the step's arguments that returns that number, such as "
+        "schedule_step=lambda state, batch: state.step."
     )
 
 

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import jax
+import numpy as np
 from jax import numpy as jnp
 
 from qwix_train import batch_stats, scheduled_step
@@ -59,9 +61,10 @@ def wrap_train_step(
 
     With a schedule, quantization begins at a step, comes in gradually, or changes its
     types. Each stage is bit for bit the step of that stage alone: the float step, or
-    the step wrapped with the rules of the stage. All of them are in one program, which
-    takes as long to compile as all of them do, and runs one. The exceptions are
-    convolutions in bfloat16 on a CPU, which XLA rounds in another way in a branch.
+    the step wrapped with the rules of the stage, but for convolutions in bfloat16 on a
+    CPU, which XLA rounds in another way in a branch. All of them are in one program,
+    which takes as long to compile as all of them do, and runs one.
+
     Where `vmap` goes over states that have a step count each, every stage is computed,
     and the results of one are taken; give `schedule_step` a count that is the same for
     all. Wrap the step that updates the params once, not a loop over such steps: one
@@ -104,7 +107,8 @@ def wrap_train_step(
     Raises:
       TypeError: if a provider stores params quantized, such as a `PtqProvider` or a
         `LoraProvider`; if it takes no `quant_stats`, and there are some; if it cannot
-        follow the schedule.
+        follow the schedule; if `schedule` is none, or `schedule_step` no function; by
+        the step when called, if that returns no int scalar.
       ValueError: if a schedule does not fit a rule; by the step when called, if no
         model call was reached, or no rule matches any op; if a rule asks for static
         ranges, and there are neither `quant_stats` nor statistics in the state; if a
@@ -140,10 +144,15 @@ def wrap_train_step(
     """
     provider = _provider_of(rules, quant_stats, allow_unmatched)
     check_step(step)
+    _check_counts(
+        schedule_step,
+        quant_stats_frozen_after=quant_stats_frozen_after,
+        batch_stats_frozen_after=batch_stats_frozen_after,
+    )
 
     def count_of(args, kwargs):
         if schedule_step is not None:
-            return schedule_step(*args, **kwargs)
+            return _checked_count(schedule_step(*args, **kwargs))
         return state_lib.step_count((args, kwargs))
 
     def updates_of(args, kwargs):
@@ -241,6 +250,39 @@ def _provider_of(
         provider = copy.copy(provider)
         provider.allow_unmatched = True
     return provider
+
+
+def _check_counts(
+    schedule_step: Callable[..., Any] | None, **frozen_after: int | None
+) -> None:
+    """Complains of what cannot count steps, or be such a count."""
+    if schedule_step is not None and not callable(schedule_step):
+        raise TypeError(
+            f"schedule_step={schedule_step!r} is no function: give one of the step's "
+            "arguments, such as lambda state, batch: state.step."
+        )
+    for name, steps in frozen_after.items():
+        if steps is None:
+            continue
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+            raise TypeError(f"{name}={steps!r}: a number of steps is an int.")
+        if steps < 0:
+            raise ValueError(f"{name}={steps!r}: it must not be negative.")
+
+
+def _checked_count(count: Any) -> Any:
+    """What `schedule_step` gave.
+
+    Raises:
+      TypeError: if it is no int scalar.
+    """
+    array = isinstance(count, jax.Array | np.ndarray | np.generic)
+    if array and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer):
+        return count
+    if isinstance(count, int) and not isinstance(count, bool):
+        return count
+    got = f"{count.dtype} of shape {count.shape}" if array else repr(count)
+    raise TypeError(f"schedule_step must return an int scalar, and returned {got}.")
 
 
 def _with_ranges(

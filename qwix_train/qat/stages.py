@@ -100,9 +100,15 @@ def stages_of(
       The stages, in order; the first begins at step 0. One, if there is no schedule.
 
     Raises:
+      TypeError: if the schedule is none.
       ValueError: if the types of a schedule do not end with that of a rule, or no rule
         has what they are for.
     """
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(
+            f"Expected a qat.Schedule, got schedule={schedule!r}: "
+            "schedule=Schedule(start_step=100)."
+        )
     scheduled = [_with_schedule(i, rule, schedule) for i, rule in enumerate(rules)]
     if schedule is not None:
         _check_used(rules, schedule)

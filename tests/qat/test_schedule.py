@@ -372,58 +372,6 @@ def test_static_ranges_of_nnx_models_with_a_schedule():
     assert counts == [0, 0, 1, 2, 3, 3, 3]
 
 
-class Normed(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(nn.BatchNorm(use_running_average=False)(nn.Dense(7)(x)))
-
-
-def normed_step(state, batch):
-    def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        out, updates = state.apply_fn(variables, batch["x"], mutable=["batch_stats"])
-        return models.loss_of(out, batch["y"]), updates
-
-    (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads, **updates), loss
-
-
-@pytest.mark.slow
-def test_statistics_of_batch_norm_stay_from_a_step_on():
-    model = Normed()
-    state: Any = models.BatchState.create(
-        apply_fn=model.apply, tx=TX, **model.init(jax.random.key(0), X)
-    )
-    options = {"schedule": Schedule(start_step=1), "batch_stats_frozen_after": 2}
-    step = jax.jit(wrap_train_step(normed_step, RULES, **options))
-    plain = jax.jit(wrap_train_step(normed_step, RULES))
-    states = [state]
-    for _ in range(4):
-        state, _ = step(state, BATCH)
-        states.append(state)
-    models.assert_differ(states[1].batch_stats, states[2].batch_stats)
-    models.assert_same(states[2].batch_stats, states[4].batch_stats)
-    # What the step learns is what it did: the batch normalizes.
-    after, _ = plain(states[2], BATCH)
-    models.assert_close(states[3].params, after.params, 1e-6)
-    with pytest.raises(ValueError, match="no argument of the step is a state with"):
-        wrap_train_step(train_step, RULES, batch_stats_frozen_after=1)(
-            new_state(), BATCH
-        )
-
-
-@pytest.mark.slow
-def test_statistics_of_batch_norm_of_nnx_models():
-    nnx_model = models.NnxMlp(nnx.Rngs(0), 0.0)
-    optimizer = nnx.Optimizer(nnx_model, optax.sgd(0.1), wrt=nnx.Param)
-    frozen = nnx.jit(wrap_train_step(nnx_step, RULES, batch_stats_frozen_after=1))
-    frozen(nnx_model, optimizer, X, BATCH["y"])
-    first = nnx.state(nnx_model, nnx.BatchStat)
-    assert not np.allclose(nnx_model.bn.mean[...], 0)
-    frozen(nnx_model, optimizer, X, BATCH["y"])
-    models.assert_same(nnx.state(nnx_model, nnx.BatchStat), first)
-
-
 @pytest.mark.slow
 def test_a_provider_takes_a_start_alone():
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
@@ -477,6 +425,33 @@ def test_errors():
         wrap_train_step(train_step, models.INT2, schedule=acts)
     with pytest.raises(ValueError, match="schedules are for wrap_train_step"):
         qwix_train.LoraRule(rank=1, alpha=1.0, weight_qtype="int8", schedule=START)
+    with pytest.raises(TypeError, match="Expected a qat.Schedule, got schedule=100"):
+        wrap_train_step(train_step, RULES, schedule=100)  # type: ignore[arg-type]
+    unfit = Schedule(weight_qtypes={0: "nf4", 3: "int4"})
+    with pytest.raises(ValueError, match="(?s)schedule=.*nf4 has no zero points"):
+        QuantizationRule(
+            weight_qtype="int4", weight_calibration_method="minmax", schedule=unfit
+        )
+    with pytest.raises(TypeError, match="schedule_step=3 is no function"):
+        wrap_train_step(train_step, RULES, schedule_step=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch_stats_frozen_after='5'"):
+        wrap_train_step(
+            train_step,
+            RULES,
+            batch_stats_frozen_after="5",  # type: ignore[arg-type]
+        )
+    with pytest.raises(ValueError, match="quant_stats_frozen_after=-1"):
+        wrap_train_step(train_step, RULES, quant_stats_frozen_after=-1)
+    for wrong, message in (
+        (lambda s, b: s.step / 2, "float32 of shape"),
+        (lambda s, b: jnp.arange(3), "int32 of shape"),
+        (lambda s, b: None, "returned None"),
+    ):
+        counting = wrap_train_step(
+            train_step, RULES, schedule=START, schedule_step=wrong
+        )
+        with pytest.raises(TypeError, match=message):
+            counting(new_state(), BATCH)
     step = wrap_train_step(lambda p, x: MLP.apply(p, x), RULES, schedule=START)
     with pytest.raises(ValueError, match="no argument is a train state.*schedule_step"):
         step({"params": new_state().params}, X)
