@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -285,6 +285,19 @@ class QuantizationRule:
                 fields: dict[str, Any] = {"schedule": None, f"{name}_qtype": qtype}
                 change = functools.partial(dataclasses.replace, **fields)
                 self._check("schedule", change, self)
+            self._check_one_type(name, getattr(schedule, qtypes) or {})
+
+    def _check_one_type(self, name: str, qtypes: Mapping[int, Any]) -> None:
+        field = f"{name}_calibration_method"
+        method = getattr(self, field)
+        names = {numerics.qtype_name(qtype) for qtype in qtypes.values()}
+        if len(names) > 1 and _method_name(method) in _RANGES_OF_LEARNED:
+            raise self._error(
+                "schedule",
+                f"{field}={method!r} trains one scale, which is of the last of the "
+                f"{name}_qtypes and no step for the others: leave these out, or begin "
+                "with start_step and ramp_steps",
+            )
 
     def _check(self, field, function, value):
         try:

@@ -410,6 +410,18 @@ def test_wrong_schedules(fields, message):
         Schedule(**fields)
 
 
+@pytest.mark.parametrize("name", ["weight", "act"])
+def test_a_learned_scale_is_of_one_type(name):
+    rule = {"weight_qtype": "int4", "act_qtype": "int4"}
+    rule[f"{name}_calibration_method"] = "lsq"
+    types = {f"{name}_qtypes": {0: "int8", 3: "int4"}}
+    with pytest.raises(ValueError, match=f"one scale, which .* of the {name}_qtypes"):
+        QuantizationRule(**rule, schedule=Schedule(**types))
+    QuantizationRule(**rule, schedule=Schedule(start_step=3, ramp_steps=2))
+    types = {f"{name}_qtypes": {0: "int4"}}
+    QuantizationRule(**rule, schedule=Schedule(**types))
+
+
 def test_errors():
     with pytest.raises(TypeError, match="a step is an int"):
         Schedule(start_step=1.5)  # type: ignore[arg-type]
