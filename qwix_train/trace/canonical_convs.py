@@ -37,7 +37,7 @@ def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
         return lax.platform_dependent(
             x,
             kernel,
-            cpu=lambda x, kernel: _canonical(x, kernel, params, run),
+            cpu=lambda x, kernel: _canonical(x, kernel, params),
             default=run,
         )
 
@@ -56,9 +56,8 @@ def _convolutions(body: jax_versions.Body, key: Key):
             yield from _convolutions(jax_versions.call_body(eqn.params), (*here, 0))
 
 
-def _canonical(x: jax.Array, kernel: jax.Array, params: Any, run: Any) -> jax.Array:
+def _canonical(x: jax.Array, kernel: jax.Array, params: Any) -> jax.Array:
     """A convolution on operands that are transposed to batch, space, features."""
-    del run
     numbers = params["dimension_numbers"]
     lhs, rhs, out = (_channels_last(spec) for spec in numbers)
     kernel_axes = (*rhs[1:-1], rhs[-1], rhs[0])  # space, input and output features
