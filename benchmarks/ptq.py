@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import pathlib
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ import numpy as np
 
 import qwix_train
 from benchmarks import models
-from benchmarks.qat_step import amount, interleaved, machine, table, timed
+from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
 from qwix_train.core import cpu_dots
 
 OUT = pathlib.Path(__file__).parent / "out" / "ptq.json"
@@ -43,23 +42,14 @@ if HAS_QWIX:
 
 
 def main() -> None:
-    options = parse_options()
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+    sections = {
         "layers": (bench_layers, layers_table),
         "quantize": (bench_quantize, quantize_table),
         "model": (bench_model, model_table),
         "params": (bench_params, params_table),
         "forms": (bench_forms, forms_table),
     }
-    for name in options.sections:
-        bench, shown = sections[name]
-        report[name] = bench(options)
-        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    print(f"\nWritten to {options.out}")
+    run_sections(parse_options(), sections)
 
 
 def parse_options() -> argparse.Namespace:

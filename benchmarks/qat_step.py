@@ -74,6 +74,27 @@ def main() -> None:
     print(f"\nWritten to {options.out}")
 
 
+def run_sections(
+    options: argparse.Namespace,
+    sections: Mapping[str, tuple[Callable[..., Any], Callable[..., str]]],
+) -> None:
+    """Measures the sections that are asked for, prints tables, and writes a file.
+
+    Args:
+        options: The options, with `sections` and `out`; what measures takes them.
+        sections: For each, what measures, and what makes a table of that.
+    """
+    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
+    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
+    for name in options.sections:
+        bench, shown = sections[name]
+        report[name] = bench(options)
+        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(f"\nWritten to {options.out}")
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

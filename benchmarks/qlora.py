@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from flax.training import train_state
 
 from benchmarks import models
 from benchmarks.ptq import HAS_QWIX, normal, packages
-from benchmarks.qat_step import amount, interleaved, machine, table, timed
+from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
 from qwix_train import HowToQuantize, dequantize, lora
 from qwix_train.core import packed_array
 
@@ -47,20 +46,11 @@ PACKED = "packed"
 
 
 def main() -> None:
-    options = parse_options()
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+    sections = {
         "steps": (bench_steps, steps_table),
         "codec": (bench_codec, codec_table),
     }
-    for name in options.sections:
-        bench, shown = sections[name]
-        report[name] = bench(options)
-        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    print(f"\nWritten to {options.out}")
+    run_sections(parse_options(), sections)
 
 
 def parse_options() -> argparse.Namespace:

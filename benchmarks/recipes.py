@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ import optax
 import qwix_train
 from benchmarks import models
 from benchmarks.ptq import HAS_QWIX
-from benchmarks.qat_step import amount, interleaved, machine, table, timed
+from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
 from qwix_train import optim, qat
 
 if HAS_QWIX:
@@ -49,21 +48,12 @@ TRANSFORM_TARGET = 1.1
 
 
 def main() -> None:
-    options = parse_options()
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    sections: dict[str, tuple[Callable[..., Any], Callable[..., str]]] = {
+    sections = {
         "steps": (bench_steps, steps_table),
         "training": (bench_training, training_table),
         "transforms": (bench_transforms, transforms_table),
     }
-    for name in options.sections:
-        bench, shown = sections[name]
-        report[name] = bench(options)
-        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    print(f"\nWritten to {options.out}")
+    run_sections(parse_options(), sections)
 
 
 def parse_options() -> argparse.Namespace:
