@@ -40,9 +40,8 @@ class Schedule:
       ramp_steps: the number of steps in which quantization comes in, from each start.
       weight_qtypes: the type of weights by step, such as `{0: "int8", 300: "int4"}`:
         each is for its step and those after it. The last is that of the rule; if None,
-        that is the type throughout. A scale that is trained (`"lsq"`, `"lsq+"`) is one
-        for all types: it begins as that of the last, so that a wider one before it
-        clips less, and is no finer.
+        that is the type throughout. Where a scale is trained (`"lsq"`, `"lsq+"`) it is
+        that of one type, and a rule refuses several.
       act_qtypes: the same for activations.
       act_start_step: the first step in which activations are quantized; `start_step` if
         None. Static ranges are measured from the first step on in which weights or
