@@ -6,7 +6,8 @@
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
 #   make example-odml  the digits network in integers, converted and run by LiteRT
-#   make test         the default tests, doctests included
+#   make test         the default tests, doctests included; ONLY=lora: of one package
+#   make test-fast    a test of each module, in a minute
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-interchange  files against the libraries of their formats (torch)
@@ -17,7 +18,7 @@
 #   make bench-qlora  the benchmark of fine-tuning
 #   make bench-recipes  the benchmark of recipes of QAT
 #
-# Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ARGS="--quick",
+# Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
 # test-interchange where there is no torch.
 
@@ -34,15 +35,30 @@ LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
 PIP := -m pip --disable-pip-version-check --quiet
 
-# JAX on the CPU, and one thread per test worker: XLA would otherwise start a
-# thread per core in every worker.
-# What was compiled is kept in a folder for the other workers, and for later runs.
+# JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
+# for the other workers, and for later runs.
 JAX_CACHE := .jax_cache
 TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
-  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(XLA_FLAGS)" \
   JAX_COMPILATION_CACHE_DIR="$(CURDIR)/$(JAX_CACHE)" \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
+# A file's tests stay in one worker, which compiles what they share once.
+PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+# The tests that ONLY names, such as lora; all of them by default.
+ONLY_PATHS = $(if $(ONLY),$(or $(wildcard tests/$(ONLY) tests/test_$(ONLY)*.py \
+  qwix_train/$(ONLY) qwix_train/$(ONLY).py),$(error ONLY=$(ONLY): no tests/$(ONLY))))
+OPTIMIZED = $(shell grep -rl --include='test_*.py' 'mark\.optimized' \
+  $(filter-out qwix_train%,$(or $(ONLY_PATHS),tests)))
+
+# $(call run_tests,environment,options): the tests, which compile cheaply, then those
+# that are about what XLA makes of a program. pytest exits with 5 where there are none.
+define run_tests
+$(call PYTEST,$(1)) $(2) $(PYTEST_ARGS) $(ONLY_PATHS)
+$(if $(OPTIMIZED),$(call PYTEST,$(1)) --optimized $(2) $(PYTEST_ARGS) $(OPTIMIZED) \
+  || [ $$? -eq 5 ])
+endef
 
 # $(call find_python,versions): a shell command that prints the path of the first
 # interpreter of these versions that runs and can make environments. Being on PATH
@@ -67,7 +83,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,18p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,19p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -113,11 +129,15 @@ example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml
 
 .PHONY: test
 test: $(VENV)/.stamp-test
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(call run_tests,$(VENV))
 
 .PHONY: test-slow
 test-slow: $(VENV)/.stamp-test
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+	$(call run_tests,$(VENV),-m slow)
+
+.PHONY: test-fast
+test-fast: $(VENV)/.stamp-test
+	$(call PYTEST,$(VENV)) -m fast $(PYTEST_ARGS) $(or $(ONLY_PATHS),tests)
 
 $(LATEST)/.stamp-test: pyproject.toml
 	@python=$$($(call find_python,3.12)) || { \
@@ -140,7 +160,7 @@ test-latest:
 
 .PHONY: run-test-latest
 run-test-latest: $(LATEST)/.stamp-test
-	$(TEST_ENV) $(LATEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(call run_tests,$(LATEST))
 
 # Files of Hugging Face's compressed-tensors and PEFT libraries, written and read by the
 # libraries themselves: in an environment of its own, as they need torch, which we never
@@ -165,10 +185,9 @@ test-interchange: $(VENV)/.stamp-test
 
 .PHONY: run-test-interchange
 run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
-	QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
-	  QWIX_TRAIN_PEFT_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
-	  $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m "" \
-	  tests/ptq/test_compressed_tensors.py tests/lora/test_peft.py $(PYTEST_ARGS)
+	QWIX_TRAIN_INTERCHANGE_PYTHON=$(CURDIR)/$(INTERCHANGE)/bin/python \
+	  $(call PYTEST,$(VENV)) -m interchange $(PYTEST_ARGS) \
+	  $(shell grep -rl --include='test_*.py' 'mark\.interchange' tests)
 
 .PHONY: lint
 lint: $(VENV)/.stamp-dev

@@ -1,13 +1,27 @@
-"""What every test needs before JAX is imported."""
+"""What every test needs before JAX starts, and which tests a run takes."""
 
 import collections
+import gc
+import importlib.metadata
 import os
 
-# Sharding tests need eight devices. The flag counts only before JAX starts.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-_flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} {_DEVICES}".strip()
+# Sharding tests need eight devices, and one thread a worker is enough. The flags count
+# only before JAX starts.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_multi_thread_eigen=false",
+]
+# Tests compile thousands of small programs and run each of them once or twice, so a
+# program that is compiled badly, and soon, is a good one.
+QUICK_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+# A jaxlib aborts on flags it does not know, and newer ones have lost this one.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # matplotlib must not look for a display.
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -17,6 +31,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import other_python  # noqa: E402
+
 # A first call compiles, so examples differ in time by orders of magnitude, and the
 # same examples on every run keep a failure reproducible.
 hypothesis.settings.register_profile(
@@ -25,8 +41,43 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qwix_train")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="run the tests marked `optimized`, and compile as users do",
+    )
+
+
+def pytest_configure(config):
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = FLAGS + ([] if config.option.optimized else QUICK_FLAGS)
+    # What the environment says comes first.
+    flags = [flag for flag in flags if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
+
+
+def pytest_collection_finish(session):
+    # Modules, jaxprs and compiled programs are many objects that never die: searching
+    # them for garbage again and again takes a tenth of a run.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    _thin(items)
+    _mark_fast(items)
+    _skip_interchange(items)
+    wanted = config.option.optimized
+    others = [i for i in items if bool(i.get_closest_marker("optimized")) != wanted]
+    if others:
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
+
+
+def _thin(items):
     """Of a test with the marker `thinned(n)`, all but every n-th case is slow."""
     seen = collections.Counter()
     for item in items:
@@ -40,6 +91,45 @@ def pytest_collection_modifyitems(items):
         seen[test] += 1
 
 
+def _mark_fast(items):
+    """The first test of each module that runs by default stands for the module."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("not_fast"):
+            continue
+        if item.path not in seen:
+            seen.add(item.path)
+            item.add_marker(pytest.mark.fast)
+
+
+def _skip_interchange(items):
+    if other_python.VARIABLE in os.environ:
+        return
+    reason = "needs PyTorch and the libraries: run `make test-interchange`"
+    for item in items:
+        if item.get_closest_marker("interchange"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_report_header():
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
-    return f"{versions}, {jax.device_count()} devices"
+    return f"{versions}, {jax.device_count()} devices, {os.environ['XLA_FLAGS']}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says what did not run, and why: one line for each reason."""
+    reasons = collections.Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+    optimized = [
+        item
+        for item in terminalreporter.stats.get("deselected", [])
+        if item.get_closest_marker("optimized")
+    ]
+    if optimized and not config.option.optimized:
+        terminalreporter.write_line(
+            f"{len(optimized)} tests compile as users do, and run with --optimized."
+        )

@@ -1,7 +1,6 @@
 """Small models, in Linen and in NNX, and an independent fake quantization of them."""
 
 import jax
-import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
@@ -9,6 +8,9 @@ from flax.training import train_state
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule
+from tests.compare import assert_close as assert_close
+from tests.compare import assert_differ as assert_differ
+from tests.compare import assert_same as assert_same
 
 MARGIN = 1.1
 
@@ -140,26 +142,3 @@ def classes(x):
 
 def loss_of(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def assert_same(a, b):
-    """Bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(_array(x), _array(y))
-
-
-def assert_close(a, b, tolerance=1e-5):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(_array(x), _array(y), tolerance, tolerance)
-
-
-def assert_differ(a, b):
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    assert any(not np.array_equal(_array(x), _array(y)) for x, y in pairs)
-
-
-def _array(x):
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x)

@@ -710,7 +710,3 @@ def cast(tree, dtype):
         return np.asarray(x, dtype) if np.issubdtype(x.dtype, np.floating) else x
 
     return jax.tree.map(one, tree)
-
-
-# The programs are small: optimizing them takes longer than all the rest.
-QUICK = {"xla_backend_optimization_level": 0}

@@ -138,6 +138,7 @@ def image_step(state, batch, axis_name=None):
     return new, (value, updates["intermediates"])
 
 
+@pytest.mark.optimized
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("compile_step", [jax.jit, lambda f: f])
 def test_what_no_rule_matches_is_bit_identical(compile_step):

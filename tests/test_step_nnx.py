@@ -137,6 +137,7 @@ def test_an_eval_step_leaves_the_params_as_they_are():
         models.assert_differ(out, run(before, X))
 
 
+@pytest.mark.optimized
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("compile_step", [nnx.jit, lambda f: f])
 def test_what_no_rule_matches_is_bit_identical(compile_step):

@@ -23,7 +23,7 @@ from qwix_train import (
 )
 from qwix_train.core.qarray import QArray
 from qwix_train.stored_weight import StoredWeight
-from tests.spellings import QUICK, data
+from tests.spellings import data
 
 RULES = [QuantizationRule(weight_qtype="int8")]
 STEPS = jnp.arange(3)
@@ -163,7 +163,7 @@ def test_what_reads_its_elements(name):
     assert params["w"].array.qvalue.dtype == jnp.int8
     values = values_of(params)
     expected = read(values["w"], X)
-    for run in (quantized, jax.jit(quantized, compiler_options=QUICK)):
+    for run in (quantized, jax.jit(quantized)):
         product, got = run(params, X)
         np.testing.assert_allclose(product, X @ values["w"], 2e-6, 2e-6)
         jax.tree.map(np.testing.assert_array_equal, values_of(got), expected)
@@ -229,7 +229,7 @@ def test_products_of_codes(name):
 
     quantized, params = ptq.quantize(of_tree, params, RULES, X)
     expected = function(values_of(params)["w"], X)
-    got = jax.jit(quantized, compiler_options=QUICK)(params, X)
+    got = jax.jit(quantized)(params, X)
     tolerance = 2e-3 if name == "cast" else 1e-5
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance),
@@ -313,7 +313,7 @@ def test_other_types_and_tiles(qtype, tile):
         return x @ w, jnp.concatenate([x, x], 1) @ jnp.concatenate([w, w]), views
 
     quantized, params = ptq.quantize(function, PARAMS, rules, X)
-    *products, views = jax.jit(quantized, compiler_options=QUICK)(params, X)
+    *products, views = jax.jit(quantized)(params, X)
     *expected, exact = function(values_of(params), X)
     jax.tree.map(np.testing.assert_array_equal, views, exact)
     for a, b in zip(products, expected, strict=True):

@@ -165,7 +165,7 @@ def compute_scale_zero_point(
     if "absmax" in values:
         return jnp.asarray(scale, dtype), None
     zero_point = jnp.asarray(rounded(low - rounded(smallest / scale)))
-    return jnp.asarray(scale, dtype), numerics.round_to_qtype(zero_point, qtype)
+    return jnp.asarray(scale, dtype), numerics.round_zero_point(zero_point, qtype)
 
 
 def smallest_scale(dtype: Any) -> float:

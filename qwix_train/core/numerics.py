@@ -299,6 +299,20 @@ def _round_to_float8(x: jax.Array, name: str, noise_fn: NoiseFn) -> jax.Array:
     return jnp.round(x / step + noise_fn(x.shape)) * step
 
 
+def round_zero_point(x: jax.Array, qtype: QType) -> jax.Array:
+    """Rounds to an integer between the lowest and the highest code of a type.
+
+    A zero point is an offset, not a code: in ``int1``, whose codes are -1 and +1, it
+    may be 0. NaN becomes 0.
+
+    >>> round_zero_point(jnp.array([-0.3, 7.6]), 'int1').tolist()
+    [0, 1]
+    """
+    low, high = code_range(qtype)
+    x = jnp.where(jnp.isnan(x), 0, jnp.round(x))
+    return jnp.clip(x, low, high).astype(storage_dtype(qtype))
+
+
 def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     """Returns the scaled values that codes stand for, in a float dtype.
 

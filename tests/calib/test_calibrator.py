@@ -227,6 +227,7 @@ def test_a_batch_that_is_not_finite_does_not_count():
     np.testing.assert_allclose(stats["sum_of_absmax"], [[expected]])
 
 
+@pytest.mark.optimized
 def test_sharded_batches_give_the_same_ranges():
     case = Linear("linen")
     mesh = jax.make_mesh((8,), ("data",))

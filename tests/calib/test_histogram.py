@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix_train.calib import histogram
+from tests.compare import assert_same
 
 update = jax.jit(histogram.update)
 merge = jax.jit(histogram.merge)
@@ -16,13 +17,6 @@ merge = jax.jit(histogram.merge)
 def histogram_of(x, groups=None):
     x = jnp.asarray(x)
     return update(histogram.init(groups or (1,) * x.ndim), x)
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in b:
-        assert a[key].dtype == b[key].dtype
-        np.testing.assert_array_equal(a[key], b[key])
 
 
 def reference_counts(x: np.ndarray) -> dict[tuple[int, bool, int], int]:

@@ -13,6 +13,7 @@ from qwix._src.core import qarray as qwix_qarray
 
 from qwix_train.calib.observers import make_statistics
 from qwix_train.core.how import HowToQuantize
+from tests.compare import assert_close, assert_same
 from tests.core.reference import reference_range
 
 LAYOUTS = [
@@ -45,14 +46,6 @@ def collect(statistics, batches):
     for x in batches:
         state = jitted(statistics)(state, jnp.asarray(x))
     return state
-
-
-def assert_same(got, want, rtol=0.0):
-    assert got.keys() == want.keys()
-    for key in want:
-        assert got[key].dtype == want[key].dtype, key
-        assert got[key].shape == want[key].shape, key
-        np.testing.assert_allclose(got[key], want[key], rtol=rtol, err_msg=key)
 
 
 @pytest.mark.thinned(3)
@@ -165,7 +158,7 @@ def test_sharded_batches_have_the_same_state(observer, kind):
             state, _ = step(state, sharded)
             # The order in which a root mean square adds differs.
             rtol = 1e-6 if observer.startswith("rms") else 0
-            assert_same(state, collect(statistics, [x]), rtol)
+            assert_close(state, collect(statistics, [x]), rtol, atol=0)
 
 
 @pytest.mark.thinned(6)
@@ -183,18 +176,18 @@ def test_jit_vmap_scan_and_cond(observer):
         return updated, None
 
     state, _ = jax.lax.scan(body, init, batches)
-    assert_same(state, want, rtol)
+    assert_close(state, want, rtol, atol=0)
 
     # Layers: one more axis in front.
     layers = jnp.stack([batches, batches * 3], 1)
     state = jax.tree.map(lambda v: jnp.stack([v, v]), init)
     for x in layers:
         state = jax.vmap(statistics.update)(state, x)
-    assert_same({k: v[0] for k, v in state.items()}, want, rtol)
+    assert_close({k: v[0] for k, v in state.items()}, want, rtol, atol=0)
     assert state["count"].tolist() == [3, 3]
     ranges = jax.vmap(statistics.calibration)(state)
     alone = statistics.calibration(collect(statistics, layers[:, 1]))
-    assert_same({k: v[1] for k, v in ranges.items()}, alone, 1e-5)
+    assert_close({k: v[1] for k, v in ranges.items()}, alone, atol=0)
 
 
 @pytest.mark.slow
@@ -297,7 +290,7 @@ def test_observers_and_averagings_of_users():
         merged = statistics.merge(
             collect(statistics, batches[:2]), collect(statistics, batches[2:])
         )
-        assert_same(merged, state, 1e-6)
+        assert_close(merged, state, 1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_refusals():
         compute_scale_zero_point({"min": jnp.zeros(1)}, "int8")
 
 
+@pytest.mark.optimized
 def test_a_constant_range_has_the_same_scale_compiled():
     for method in ("fixed,-1.7,2.3", "fixed,0.3"):
         how = HowToQuantize(qtype="int8", calibration_method=method)

@@ -10,6 +10,8 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, quantize_array
 from tests.spellings import data
 
+pytestmark = pytest.mark.optimized
+
 
 def same(a: QArray, b: QArray) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)

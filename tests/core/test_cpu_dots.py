@@ -10,6 +10,8 @@ import pytest
 from qwix_train.core import cpu_dots
 from qwix_train.core.qarray import dequantize, quantize
 
+pytestmark = pytest.mark.optimized
+
 FORMS = ["rows", "blocks", "whole"]
 LAYOUTS = {
     "columns last": ((64, 48), ((1,), (0,)), "mk,kn->mn"),

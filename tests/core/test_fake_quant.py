@@ -22,6 +22,7 @@ def bits(x):
     return np.asarray(x).tobytes()
 
 
+@pytest.mark.optimized
 @pytest.mark.thinned(17)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -116,6 +116,7 @@ METHODS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,7 @@
 """Products with packed weights: values, derivatives, and what they keep in memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,12 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import quantize_packed, unpack
 from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import dequantize
+from tests import compare
 
 HOW = HowToQuantize(qtype="nf4", channelwise_axes=(1,), tiled_axes={0: 64})
 STACKED = HowToQuantize(qtype="nf4", channelwise_axes=(0, 2), tiled_axes={1: 64})
+
+assert_close = functools.partial(compare.assert_close, tolerance=1e-5, of_largest=True)
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
@@ -36,11 +41,6 @@ def exact(x, packed):
     """The loss and its derivative, in float64."""
     x, w = np.asarray(x, np.float64), np.asarray(weight_of(packed), np.float64)
     return np.square(x @ w).sum(), 2 * (x @ w) @ w.T
-
-
-def assert_close(got, want, rtol=1e-5):
-    atol = rtol * np.abs(want).max()
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=atol)
 
 
 X, PACKED = array(16, 128), quantize_packed(array(128, 96, seed=1), HOW)
@@ -72,8 +72,8 @@ def test_bfloat16():
     (dx,) = pullback(jnp.ones_like(out))
     assert out.dtype == dx.dtype == jnp.bfloat16
     w = np.asarray(weight_of(packed), np.float64)
-    assert_close(out, np.asarray(x, np.float64) @ w, 1e-2)
-    assert_close(dx, np.ones(out.shape) @ w.T, 1e-2)
+    assert_close(out, np.asarray(x, np.float64) @ w, tolerance=1e-2)
+    assert_close(dx, np.ones(out.shape) @ w.T, tolerance=1e-2)
 
 
 def test_scan_over_layers():

@@ -16,6 +16,8 @@ import qwix
 from qwix_train.core import numerics
 from qwix_train.core.qarray import QArray, dequantize, quantize
 
+pytestmark = pytest.mark.optimized
+
 LAYOUTS = [
     {},
     dict(channelwise_axes=(0,)),

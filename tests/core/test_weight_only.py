@@ -1,5 +1,7 @@
 """Products of float arrays and quantized weights, under every transformation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from qwix_train.core.dot_general import dot_general
 from qwix_train.core.qarray import QArray, dequantize, quantize
+from tests import compare
 
 NUMBERS = (((1,), (0,)), ((), ()))
 # Large enough for a loop of blocks.
 SIZE = (2048, 1024)
+
+assert_close = functools.partial(compare.assert_close, tolerance=3e-6, of_largest=True)
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
@@ -31,13 +36,6 @@ def weight(qtype, shape=SIZE, tile=None, method="absmax", dtype=jnp.float32):
 
 def exact(x):
     return np.asarray(dequantize(x) if isinstance(x, QArray) else x, np.float64)
-
-
-def assert_close(got, want, rtol=3e-6):
-    assert got.shape == want.shape
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), want, rtol=0, atol=rtol * np.abs(want).max()
-    )
 
 
 def product(x, q):
@@ -76,7 +74,7 @@ def test_gradient_of_the_scale():
         codes = exact(q.replace(scale=jnp.ones_like(q.scale)))
         outer = 2 * exact(x).T @ (exact(x) @ exact(q)) * codes
         want = outer.reshape(len(q.scale), -1, SIZE[1]).sum(1)
-        assert_close(grad, want, 1e-5)
+        assert_close(grad, want, tolerance=1e-5)
 
 
 @pytest.mark.slow
@@ -193,7 +191,7 @@ def test_half_precision(dtype):
         q = weight(qtype, dtype=dtype)
         got = product(x, q)
         assert got.dtype == dtype
-        assert_close(got, exact(x) @ exact(q), 0.02)
+        assert_close(got, exact(x) @ exact(q), tolerance=0.02)
 
 
 def test_other_platforms_scale_the_product():

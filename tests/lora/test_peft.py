@@ -1,13 +1,9 @@
 """Adapters in PEFT's files, held against the library and against NumPy.
 
-The library needs PyTorch. `QWIX_TRAIN_PEFT_PYTHON` names an interpreter that has it;
-`make test-interchange` sets it.
+The library needs PyTorch: `make test-interchange` runs the tests that call it.
 """
 
 import json
-import os
-import pathlib
-import subprocess
 
 import jax
 import numpy as np
@@ -18,14 +14,11 @@ from jax import numpy as jnp
 
 from qwix_train import lora
 from qwix_train.ptq import safetensors_files
+from tests import other_python
 from tests.lora import peft_reference as library
 from tests.lora.test_merge import flat, random_like
 from tests.models import Mlp, assert_same
 
-PYTHON = os.environ.get("QWIX_TRAIN_PEFT_PYTHON")
-needs_library = pytest.mark.skipif(
-    not PYTHON, reason="no QWIX_TRAIN_PEFT_PYTHON: `make test-interchange` has it"
-)
 OPS = ("dot_general", "einsum", "conv_general_dilated", "gather")
 TOKENS = jax.random.randint(jax.random.key(0), (3, 6), 0, 11)
 
@@ -117,19 +110,11 @@ def folder(tmp_path_factory, params):
         lora.save_peft(folder / "ours" / case, state_of(rules_of(case), params))
     frozen = state_of(rules_of("plain"), params).frozen
     np.savez(folder / "base.npz", tokens=TOKENS, **torch_weights(frozen))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [PYTHON, pathlib.Path(library.__file__), folder],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    other_python.run(library.__file__, folder)
     return folder
 
 
-@needs_library
-@pytest.mark.slow
+@pytest.mark.interchange
 @pytest.mark.parametrize("case", library.CASES)
 def test_the_library_computes_the_same_with_our_files(folder, params, case):
     state = state_of(rules_of(case), params)
@@ -142,8 +127,7 @@ def test_the_library_computes_the_same_with_our_files(folder, params, case):
     np.testing.assert_allclose(theirs["merged"], ours, 1e-5, 1e-5)
 
 
-@needs_library
-@pytest.mark.slow
+@pytest.mark.interchange
 @pytest.mark.parametrize("case", library.CASES)
 def test_we_compute_the_same_with_files_of_the_library(folder, params, case):
     state = state_of(rules_of(case), params)
@@ -155,8 +139,7 @@ def test_we_compute_the_same_with_files_of_the_library(folder, params, case):
     np.testing.assert_allclose(ours, theirs["merged"], 1e-5, 1e-5)
 
 
-@needs_library
-@pytest.mark.slow
+@pytest.mark.interchange
 def test_a_smaller_rank_is_padded(folder, params):
     wide = state_of([lora.LoraRule(rank=3, alpha=7.0, op_names=OPS)], params)
     with pytest.raises(

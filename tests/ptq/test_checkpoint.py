@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qwix_train
 from qwix_train.core.qarray import QArray, WithAux, quantize_array
 from qwix_train.ptq import checkpoint
+from tests.compare import assert_same
 
 HOWS = [
     *(
@@ -54,15 +55,6 @@ def tree(**how):
         },
         "layers": {"a.b": {"c/d": jnp.arange(3), "%": jnp.array([True, False])}},
     }
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    for x, y in pairs:
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        x, y = np.asarray(x), np.asarray(y)
-        assert x.tobytes() == y.tobytes()
 
 
 def abstract(params):

@@ -1,17 +1,12 @@
 """Files in the layouts of compressed-tensors, held against its library and NumPy.
 
-The library needs PyTorch. `QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON` names an interpreter
-that has it; `make test-interchange` sets it.
+The library needs PyTorch: `make test-interchange` runs the tests that call it.
 """
 
 import json
-import os
-import pathlib
 import struct
-import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,14 +21,11 @@ from qwix_train.ptq.compressed_tensors import (
     save_compressed_tensors,
 )
 from qwix_train.ptq.trees import to_tree
+from tests import other_python
+from tests.compare import assert_same
 from tests.ptq import compressed_tensors_reference as library
 from tests.qat.parity import NnxMlp
 
-PYTHON = os.environ.get("QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON")
-needs_library = pytest.mark.skipif(
-    not PYTHON,
-    reason="no QWIX_TRAIN_COMPRESSED_TENSORS_PYTHON: `make test-interchange` has it",
-)
 ROWS = {"channelwise_axes": (1,)}
 
 
@@ -63,12 +55,7 @@ def static_scale(value, rank=2):
 
 
 def run_library(verb, folder):
-    script = pathlib.Path(library.__file__)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [PYTHON, script, verb, folder], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    other_python.run(library.__file__, verb, folder)
 
 
 def read_raw(file):
@@ -86,17 +73,6 @@ def read_raw(file):
     return tensors
 
 
-def assert_same_leaf(got, expected):
-    assert type(got) is type(expected)
-    if isinstance(expected, WithAux):
-        assert got.how == expected.how
-    if isinstance(expected, WithAux) and isinstance(expected.array, QArray):
-        assert got.array.qtype == expected.array.qtype
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed_tensors")
@@ -104,7 +80,7 @@ def theirs(tmp_path_factory):
     return folder
 
 
-@needs_library
+@pytest.mark.interchange
 @pytest.mark.parametrize("name", library.SCHEMES)
 def test_reads_what_the_library_writes(theirs, name):
     params = load_compressed_tensors(theirs / name)
@@ -133,7 +109,7 @@ def test_reads_what_the_library_writes(theirs, name):
             assert zero.tolist() == [[-5]] and zero.dtype == jnp.int8
 
 
-@needs_library
+@pytest.mark.interchange
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -215,7 +191,7 @@ def test_a_tree_comes_back(tmp_path, tree):
         elif isinstance(leaf, WithAux):
             how = HowToQuantize(qtype="int8", calibration_method="minmax")
             leaf = leaf.replace(how=how)
-        assert_same_leaf(back[key], leaf)
+        assert_same(back[key], leaf)
 
 
 # Without activations, and with; int8 packed, and not.
@@ -232,7 +208,7 @@ def read_by_library(tmp_path_factory):
     return folder
 
 
-@needs_library
+@pytest.mark.interchange
 @pytest.mark.parametrize("index", range(len(OPTIONS)))
 @pytest.mark.parametrize("name", TREES)
 def test_the_library_reads_what_we_write(read_by_library, name, index):
@@ -257,7 +233,7 @@ def test_an_nnx_model_is_written(tmp_path):
     back = load_compressed_tensors(tmp_path)
     for layer in ("l1", "l2"):
         expected = to_tree(model)[layer]
-        assert_same_leaf(back[layer]["kernel"], expected["kernel"])
+        assert_same(back[layer]["kernel"], expected["kernel"])
         np.testing.assert_array_equal(back[layer]["bias"], expected["bias"])
 
 
@@ -340,7 +316,7 @@ def test_names_are_mapped_both_ways(tmp_path):
     back = load_compressed_tensors(tmp_path, rename=paths.__getitem__)["x"]
     expected = traverse_util.flatten_dict(tree)
     for path, got in traverse_util.flatten_dict(back).items():
-        assert_same_leaf(got, expected.pop(path))
+        assert_same(got, expected.pop(path))
     assert not expected
 
 

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import PtqProvider, QtProvider, QuantizationRule, WithAux, dequantize
-from tests.spellings import QUICK, data
+from tests.spellings import data
 
 # Margins, so that no value lies on the border of two codes.
 MARGIN = {
@@ -147,14 +147,14 @@ def test_init_gives_what_apply_takes(name):
     ptq_model, floats, variables = quantized(model, [INT8], X)
     first = ptq_model.init(KEY, X)
     equal(nn.unbox(first), nn.unbox(variables))
-    again = jax.jit(ptq_model.init, compiler_options=QUICK)(KEY, X)
+    again = jax.jit(ptq_model.init)(KEY, X)
     assert jax.tree.structure(again) == jax.tree.structure(first)
     abstract = jax.eval_shape(ptq_model.init, KEY, X)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
         (x.shape, x.dtype) for x in jax.tree.leaves(first)
     ]
     qat = qwix_train.quantize_model(model, QtProvider([INT8])).apply(floats, X)
-    apply = jax.jit(ptq_model.apply, compiler_options=QUICK)
+    apply = jax.jit(ptq_model.apply)
     outputs = [ptq_model.apply(first, X), apply(variables, X)]
     outputs.append(ptq_model.init_with_output(KEY, X)[0])
     for output in outputs:
@@ -191,7 +191,7 @@ def test_metadata_is_that_of_each_part():
         (2, 2), ("in", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
     with jax.set_mesh(mesh):
-        out = jax.jit(model.apply, compiler_options=QUICK)(variables, X)
+        out = jax.jit(model.apply)(variables, X)
     np.testing.assert_allclose(out, model.apply(variables, X), 1e-6, 1e-6)
 
 

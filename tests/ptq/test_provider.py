@@ -53,7 +53,7 @@ def test_path_into_a_product(name):
     )
     tolerance = 2e-2 if name == "bfloat16" else 2e-6
     np.testing.assert_allclose(
-        jax.jit(quantized, compiler_options=spellings.QUICK)(values, x),
+        jax.jit(quantized)(values, x),
         case.reference(*wide),
         rtol=tolerance,
         atol=tolerance,

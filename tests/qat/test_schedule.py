@@ -49,6 +49,7 @@ def stepped(step, counts, state=None):
     return [step(state.replace(step=jnp.int32(count)), BATCH) for count in counts]
 
 
+@pytest.mark.optimized
 def test_before_the_start_it_is_the_float_step_and_after_the_ramp_the_wrapped_one():
     counted, traces = trace_count.counted(train_step)
     step = jax.jit(wrap_train_step(counted, RULES, schedule=START))
@@ -176,6 +177,7 @@ class Convolutional(nn.Module):
         return nn.Dense(3, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model,x",
@@ -197,6 +199,7 @@ class Bfloat16(nn.Module):
         return nn.Dense(3, dtype=jnp.bfloat16)(x)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_bit_identity_in_bfloat16():
     check_stages(Bfloat16(), BATCH)

@@ -18,7 +18,8 @@ from flax import linen as nn
 import qwix_train
 from qwix_train import ptq
 from qwix_train.core import quantize_array
-from tests.spellings import QUICK
+
+pytestmark = pytest.mark.optimized
 
 TYPES = ["int8", "int4", "int3", "int2", "int1", "nf4", "float8_e4m3fn", "float8_e5m2"]
 
@@ -218,10 +219,10 @@ def test_qat_forward_equals_ptq_model(name, weight_qtype, act_qtype, tile_size, 
     quantized, stored = ptq.quantize(model, params, [rule], x)
     (kernel,) = stored.values()
     assert kernel.array.qtype == weight_qtype
-    apply = jax.jit(quantized.apply, compiler_options=QUICK)
+    apply = jax.jit(quantized.apply)
     got, expected = (
         apply({"params": stored}, x),
-        jax.jit(qat.apply, compiler_options=QUICK)({"params": params}, x),
+        jax.jit(qat.apply)({"params": params}, x),
     )
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         assert a.dtype == b.dtype == dtype

@@ -21,7 +21,6 @@ from qwix_train.rules import QuantizationRule
 
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
 WEIGHTS = QuantizationRule(weight_qtype="int8")
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def data(*shape, seed=0):
@@ -43,7 +42,7 @@ def check(fn, params, *args, reference=None, rule=WEIGHTS):
     """A function with int8 weights is the function of the int8 weights."""
     reference = reference or jax.jit(fn)
     expected = reference(jax.tree.map(weight_fq, params), *args)
-    actual = jax.jit(quantize(fn, rule), compiler_options=QUICK)(params, *args)
+    actual = jax.jit(quantize(fn, rule))(params, *args)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
         actual,
@@ -569,6 +568,7 @@ def test_literals_as_operands():
     check(fn, W, X)
 
 
+@pytest.mark.optimized
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
 def test_what_no_rule_matches_is_bit_identical(transform):

@@ -13,7 +13,7 @@ from qwix_train.trace import provenance
 from qwix_train.trace.factors import Atom
 from qwix_train.trace.provenance import ACTIVATION, CONSTANT, Derived, Weight
 from tests import spellings
-from tests.spellings import CASES, QUICK, RULE, cast
+from tests.spellings import CASES, RULE, cast
 
 
 @pytest.mark.thinned(16)
@@ -32,7 +32,7 @@ def test_path_into_a_product(name, monkeypatch):
     expected = case.reference(*wide)
     tolerance = 2e-2 if name == "bfloat16" else 2e-6
     np.testing.assert_allclose(
-        jax.jit(quantized, compiler_options=QUICK)(params, x),
+        jax.jit(quantized)(params, x),
         expected,
         rtol=tolerance,
         atol=tolerance,
