@@ -1,7 +1,7 @@
 """Models with adapters that `qwix` and this package are compared on.
 
-`python -m tests.lora.parity default.pickle` runs the cases of the default tests with
-`qwix`, in a process of its own, since `qwix` patches JAX; `slow.pickle` all others.
+`python -m tests.lora.parity FILE NAME ...` runs cases with `qwix`, in a process of its
+own, since `qwix` patches JAX.
 """
 
 import dataclasses
@@ -201,13 +201,13 @@ def drawn_array(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(zlib.crc32(path.encode())).uniform(-0.5, 0.5, shape)
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     import qwix
 
-    results = {name: run(qwix, case) for name, case in CASES.items()}
+    results = {name: run(qwix, CASES[name]) for name in names}
     with open(path, "wb") as file:
         pickle.dump(results, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

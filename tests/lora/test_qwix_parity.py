@@ -9,17 +9,19 @@ import qwix_train
 from tests import reference_process
 from tests.lora import parity
 
+BY_DEFAULT = ("dense nf4", "general", "nnx einsum int8")
+
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(request, tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
     path = tmp_path_factory.mktemp("qwix") / "reference.pickle"
-    reference_process.run("tests.lora.parity", path)
+    names = reference_process.selected(request)
+    reference_process.run("tests.lora.parity", path, *names)
     return pickle.loads(path.read_bytes())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", reference_process.cases(parity.CASES, BY_DEFAULT))
 def test_params_outputs_and_gradients(reference, name):
     theirs = reference[name]
     ours = parity.run(qwix_train, parity.CASES[name])

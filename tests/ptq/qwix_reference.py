@@ -217,9 +217,10 @@ def arrays(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     results = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         run = run_linen if isinstance(case.model, nn.Module) else run_nnx
         results[name] = arrays(run(case))
     with open(path, "wb") as file:
@@ -227,4 +228,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

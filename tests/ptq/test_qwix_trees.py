@@ -19,16 +19,18 @@ from tests.ptq import qwix_reference
 from tests.ptq.qwix_reference import CASES
 
 HOW = HowToQuantize(qtype="int8", channelwise_axes=(1,))
+BY_DEFAULT = ("int8", "int4 tiles", "attention")
 NNX = [name for name in CASES if name.startswith("nnx")]
 # Their int1 has no codes, and their table is in float.
 BACK = [name for name in CASES if name not in ("int1", "embedding", *NNX)]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(request, tmp_path_factory):
     """What `qwix` computes, in a process that its patches cannot leave."""
     path = tmp_path_factory.mktemp("qwix") / "reference.pickle"
-    reference_process.run("tests.ptq.qwix_reference", path)
+    names = reference_process.selected(request)
+    reference_process.run("tests.ptq.qwix_reference", path, *names)
     return pickle.loads(path.read_bytes())
 
 
@@ -39,8 +41,7 @@ def leaf(shape=(8, 6), qtype="int8", **layout):
     return WithAux(qwix_train.core.quantize_array(x, how), how)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", reference_process.cases(CASES, BY_DEFAULT))
 def test_their_models_compute_the_same_from_our_params(reference, name):
     outputs = dict(reference[name]["outputs"])
     theirs, values = outputs.pop("theirs"), outputs.pop("dequantized", None)
@@ -53,8 +54,7 @@ def test_their_models_compute_the_same_from_our_params(reference, name):
         np.testing.assert_array_equal(output, theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACK)
+@pytest.mark.parametrize("name", reference_process.cases(BACK, BY_DEFAULT))
 def test_their_params_become_ours(reference, name):
     ours, back = (
         traverse_util.flatten_dict(reference[name][key], sep="/")
@@ -100,8 +100,7 @@ def test_the_params_that_go_there_are_those_of_quantize_params(reference, name):
                 np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BACK)
+@pytest.mark.parametrize("name", reference_process.cases(BACK, BY_DEFAULT))
 def test_our_models_compute_the_same_from_their_params(reference, name):
     case, results = CASES[name], reference[name]
     rules = [qwix_train.QuantizationRule(**case.rule)]

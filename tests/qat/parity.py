@@ -1,7 +1,7 @@
 """Models and rules that `qwix` and this package are compared on.
 
-`python -m tests.qat.parity FILE` runs the cases with `qwix`, in a process of its own,
-since `qwix` patches JAX.
+`python -m tests.qat.parity FILE NAME ...` runs cases with `qwix`, in a process of its
+own, since `qwix` patches JAX.
 """
 
 import dataclasses
@@ -184,16 +184,16 @@ def run(library: Any, case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     import qwix
 
     results = {
         f"{name}|{key}": value
-        for name, case in CASES.items()
-        for key, value in run(qwix, case).items()
+        for name in names
+        for key, value in run(qwix, CASES[name]).items()
     }
     np.savez(path, **results)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
