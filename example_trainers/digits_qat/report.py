@@ -1,12 +1,14 @@
 """The results as a table, a JSON file and a plot."""
 
 import json
-import os
 import pathlib
 import statistics
 from typing import Any
 
 import ml_collections
+
+from qwix_train.files.figures import save_figure
+from qwix_train.files.writing import write_file
 
 # A loss of accuracy below this is within the noise of 450 test images (one image is
 # 0.22 points), and a share of it says nothing.
@@ -133,10 +135,14 @@ def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    """Writes a file of JSON whole or not at all, whenever the process is killed."""
+    write_file(
+        path,
+        text.encode(),
+        what="a file of JSON",
+        signature=slice(0, 1),
+        overwrite=True,
+    )
 
 
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -218,7 +224,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     figure.suptitle(
         f"Handwritten digits, {framework}, {count} seed{'s' if count > 1 else ''}"
     )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:

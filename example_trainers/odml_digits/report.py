@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from example_trainers.digits_qat.report import align, write_text
+from qwix_train.files.figures import save_figure
 
 _COLORS = {"float": "0.35", "int8": "#1f6fb4", "int4": "#d95f02"}
 
@@ -129,7 +130,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:

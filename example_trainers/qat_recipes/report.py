@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from example_trainers.digits_qat.report import align, write_text
+from qwix_train.files.figures import save_figure
 
 PTQ, PLAIN, FLOAT = "PTQ", "QAT", "float, as many steps"
 # How a metric is shown: its factor and its digits.
@@ -184,7 +185,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         for method, color in colors.items()
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: Mapping[str, Any], workdir: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from example_trainers.digits_qat.report import align, write_text
+from qwix_train.files.figures import save_figure
 
 
 def format_row(row: Mapping[str, Any], floating: Mapping[str, Any]) -> str:
@@ -90,7 +91,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x" if axes is left else "y", color="0.9")
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def _color(row: Mapping[str, Any]) -> str:
