@@ -206,19 +206,17 @@ def replace_folder(path: epath.Path) -> None:
     # A folder cannot be replaced at once. Between the two steps nothing is at the
     # path, and both folders are beside it.
     path.rename(old)
-    beside(path).rename(path)
-    old.rmtree()
+    finish_folder(path)
 
 
 def finish_folder(path: epath.Path) -> None:
     """Puts the new folder into place if `replace_folder` was killed over it."""
     old, new = _old(path), beside(path)
-    if path.exists() or not (old.exists() and new.exists()):
-        return
-    # Another process may do the same.
+    # A reader may do the same at this moment.
     with contextlib.suppress(FileNotFoundError):
-        new.rename(path)
-        old.rmtree()
+        if not path.exists() and old.exists() and new.exists():
+            new.rename(path)
+            old.rmtree()
 
 
 def _move_from(
@@ -236,6 +234,13 @@ def _move_from(
         if (journal / name).exists():
             (journal / name).replace(_real(folder / name))
     _flush(folder)
+
+
+def followed(path: epath.Path) -> epath.Path:
+    """The absolute path of a folder, with symbolic links followed."""
+    path = path.expanduser().absolute()
+    # Buckets have no links.
+    return path if "://" in str(path) else type(path)(os.path.realpath(path))
 
 
 def _old(path: epath.Path) -> epath.Path:

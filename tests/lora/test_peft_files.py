@@ -107,12 +107,15 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
         ({"lora_alpha": "8"}, "the alpha of 'lora_alpha' is '8'"),
         ({"alpha_pattern": [1]}, r"alpha_pattern=\[1\] is not an object"),
         ({"alpha_pattern": {"proj": True}}, "the alpha of 'proj' is True"),
-        ({"alpha_pattern": {"(": 8}}, r"alpha_pattern has '\(', which is not a regular"),
+        (
+            {"alpha_pattern": {"(": 8}},
+            r"'\(', which is not a regular",
+        ),
     ],
 )
 def test_a_config_of_another_form(tmp_path, entry, message):
     lora.save_peft(tmp_path, adapters(), LAYOUTS, config=entry)
-    with pytest.raises(ValueError, match=f"{CONFIG}: {message}"):
+    with pytest.raises(ValueError, match=f"{CONFIG}: .*{message}"):
         lora.load_peft(tmp_path, LAYOUTS)
 
 
