@@ -54,10 +54,14 @@ def agreed(decision: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(decision)))
 
 
-def whole(array: Any) -> np.ndarray:
-    """All of an array, wherever its parts are."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+def whole(tree: Any) -> Any:
+    """A tree of arrays on the host, all of each, wherever its parts are."""
+
+    def gathered(array: Any) -> Any:
+        if isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        ):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return array
+
+    return jax.device_get(jax.tree.map(gathered, tree))

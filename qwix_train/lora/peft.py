@@ -101,7 +101,7 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     for layout in known.values():
         peft_tensors.check(layout)
-        arrays = [processes.whole(x) for x in arrays_of(layout, parts)]
+        arrays = processes.whole(arrays_of(layout, parts))
         entries = peft_tensors.encode(layout, arrays)
         for module, entry in zip(_modules(layout, names), entries, strict=True):
             _add_module(modules, module, layout)

@@ -23,7 +23,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -109,7 +108,7 @@ def save_compressed_tensors(
     writer = _Writer(rename, activations, int8_format)
     static = {}
     for path, leaf in _flatten(to_tree(params)):
-        leaf = jax.tree.map(processes.whole, leaf)
+        leaf = processes.whole(leaf)
         if _STATIC.fullmatch(path[-1]):
             static[path] = leaf
         else:
