@@ -7,8 +7,8 @@ from typing import Any
 
 import ml_collections
 
+from qwix_train.files import json_text
 from qwix_train.files.figures import save_figure
-from qwix_train.files.writing import write_file
 
 # A loss of accuracy below this is within the noise of 450 test images (one image is
 # 0.22 points), and a share of it says nothing.
@@ -134,17 +134,6 @@ def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
     return [rule, text(lines[0]), rule, *map(text, lines[1:]), rule]
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file of JSON whole or not at all, whenever the process is killed."""
-    write_file(
-        path,
-        text.encode(),
-        what="a file of JSON",
-        signature=slice(0, 1),
-        overwrite=True,
-    )
-
-
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     """Draws accuracy over the width of the weights, and over the steps of QAT."""
     # The figure is drawn without pyplot, which would look for a display.
@@ -230,6 +219,6 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     print(f"\n{format_table(results)}\n\n{json_path}\n{png_path}")

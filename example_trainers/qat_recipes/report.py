@@ -1,12 +1,12 @@
 """The results as a table, a JSON file and a plot."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align, write_text
+from example_trainers.digits_qat.report import align
+from qwix_train.files import json_text
 from qwix_train.files.figures import save_figure
 
 PTQ, PLAIN, FLOAT = "PTQ", "QAT", "float, as many steps"
@@ -191,7 +191,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
 def write(results: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Prints the tables, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     print(
         f"\n{format_tables(results)}\n{results['seconds']:.0f} s\n\n"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
+
+from qwix_train.files import writing
 
 
 def parse(text: str | bytes, where: str) -> dict[str, Any]:
@@ -67,6 +70,32 @@ def dump(value: Any, what: str, **options: Any) -> str:
         raise TypeError(f"JSON cannot hold {what}: {error}.") from None
     except (RecursionError, ValueError) as error:
         raise ValueError(f"JSON cannot hold {what}: {error}.") from None
+
+
+def write(
+    path: str | os.PathLike[str], value: Any, *, overwrite: bool = False, **options: Any
+) -> None:
+    """Writes a file of JSON, as a whole or not at all.
+
+    Args:
+      path: the file. Its folder must exist.
+      value: an object, as a report is.
+      overwrite: whether to replace a file of JSON that is there.
+      **options: those of `json.dumps`; the indent is 2.
+
+    Raises:
+      FileExistsError: if there is one and `overwrite` is not set, or something else.
+      OSError: if the file cannot be written; what was there stays.
+      TypeError, ValueError: see `dump`.
+    """
+    text = dump(value, f"what is to be in {path}", **{"indent": 2, **options})
+    writing.write_file(
+        path,
+        f"{text}\n".encode(),
+        what="a file of JSON",
+        signature=slice(0, 1),
+        overwrite=overwrite,
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
