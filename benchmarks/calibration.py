@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import optax
 import qwix_train
 from benchmarks import models
 from benchmarks.qat_step import amount, interleaved, machine, table, timed
+from qwix_train.files import json_text
 
 OUT = pathlib.Path(__file__).parent / "out" / "calibration.json"
 STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{task.name}\n\n{eval_table(measured['eval'])}", flush=True)
         print(f"\n{qat_table(measured['train'])}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    json_text.write(options.out, report, overwrite=True, default=str)
     print(f"\nWritten to {options.out}")
 
 

@@ -15,7 +15,6 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 
 import qwix_train
 from benchmarks import models
+from qwix_train.files import json_text
 
 RULE = {"weight_qtype": "int8", "act_qtype": "int8"}
 OUT = pathlib.Path(__file__).parent / "out" / "qat_step.json"
@@ -70,7 +70,7 @@ def main() -> None:
             f"\nOverhead per call, without compiling\n\n{eager_table(report['eager'])}"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    json_text.write(options.out, report, overwrite=True, default=str)
     print(f"\nWritten to {options.out}")
 
 
@@ -91,7 +91,7 @@ def run_sections(
         report[name] = bench(options)
         print(f"\n{name}\n\n{shown(report[name])}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    json_text.write(options.out, report, overwrite=True, default=str)
     print(f"\nWritten to {options.out}")
 
 

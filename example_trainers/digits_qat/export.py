@@ -13,6 +13,7 @@ import numpy as np
 
 import qwix_train
 from example_trainers.digits_qat import data, report
+from qwix_train.files import json_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,7 +55,7 @@ def export_and_serve(
         record["accuracy"] = float(np.mean(predictions == test["label"]))
         record["same_predictions"] = int(np.sum(predictions == expected))
         record["images"] = len(expected)
-    report.write_text(workdir / "serving.json", json.dumps(records, indent=2) + "\n")
+    json_text.write(workdir / "serving.json", records, overwrite=True)
     print(f"\n{format_table(records)}\n\n{workdir / 'serving.json'}")
     return records
 

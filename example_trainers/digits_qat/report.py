@@ -1,12 +1,14 @@
 """The results as a table, a JSON file and a plot."""
 
 import json
-import os
 import pathlib
 import statistics
 from typing import Any
 
 import ml_collections
+
+from qwix_train.files import json_text
+from qwix_train.files.figures import save_figure
 
 # A loss of accuracy below this is within the noise of 450 test images (one image is
 # 0.22 points), and a share of it says nothing.
@@ -132,13 +134,6 @@ def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
     return [rule, text(lines[0]), rule, *map(text, lines[1:]), rule]
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     """Draws accuracy over the width of the weights, and over the steps of QAT."""
     # The figure is drawn without pyplot, which would look for a display.
@@ -218,12 +213,12 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     figure.suptitle(
         f"Handwritten digits, {framework}, {count} seed{'s' if count > 1 else ''}"
     )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     print(f"\n{format_table(results)}\n\n{json_path}\n{png_path}")

@@ -24,6 +24,7 @@ from example_trainers.digits_qat import (
     model_nnx,
     report,
 )
+from qwix_train.files import json_text
 
 FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
 
@@ -172,7 +173,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
             )
     else:
         workdir.mkdir(parents=True, exist_ok=True)
-        report.write_text(path, json.dumps(settings, indent=2) + "\n")
+        json_text.write(path, settings, overwrite=True)
 
 
 def train_and_evaluate(

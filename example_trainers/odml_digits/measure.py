@@ -65,7 +65,7 @@ def convert_and_compare(
         dynamic_batch=True,
         train=False,
     )
-    converted.save(path)
+    converted.save(path, overwrite=True)
     got = odml.LiteRTModel.load(path)(test["image"])
     difference = float(np.max(np.abs(got - np.asarray(expected))))
     predictions, expected = np.argmax(got, -1), np.argmax(np.asarray(expected), -1)

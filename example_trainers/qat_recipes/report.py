@@ -1,12 +1,13 @@
 """The results as a table, a JSON file and a plot."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align, write_text
+from example_trainers.digits_qat.report import align
+from qwix_train.files import json_text
+from qwix_train.files.figures import save_figure
 
 PTQ, PLAIN, FLOAT = "PTQ", "QAT", "float, as many steps"
 # How a metric is shown: its factor and its digits.
@@ -184,13 +185,13 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         for method, color in colors.items()
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Prints the tables, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     print(
         f"\n{format_tables(results)}\n{results['seconds']:.0f} s\n\n"

@@ -1,12 +1,13 @@
 """The results as a table, a JSON file and a plot."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align, write_text
+from example_trainers.digits_qat.report import align
+from qwix_train.files import json_text
+from qwix_train.files.figures import save_figure
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -105,13 +106,13 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y" if axes is left else "x", color="0.9")
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table and the sample, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     sample = results["sample"]
     if sample:

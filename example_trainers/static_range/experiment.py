@@ -106,7 +106,7 @@ def train_and_evaluate(
     # 2. Which observer fits which activation, from one run of the float model.
     comparison = quantizer.compare(params)
     print(f"\n{comparison}", flush=True)
-    comparison.plot(workdir / "comparison.png")
+    comparison.plot(workdir / "comparison.png", overwrite=True)
 
     # 3. int8: a scale for each row of an activation as it comes, or static ranges.
     print("\nTest loss of models that were exported and restored", flush=True)

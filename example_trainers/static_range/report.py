@@ -1,12 +1,13 @@
 """The results as a table, a JSON file and a plot."""
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align, write_text
+from example_trainers.digits_qat.report import align
+from qwix_train.files import json_text
+from qwix_train.files.figures import save_figure
 
 
 def format_row(row: Mapping[str, Any], floating: Mapping[str, Any]) -> str:
@@ -90,7 +91,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x" if axes is left else "y", color="0.9")
         axes.set_axisbelow(True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, overwrite=True)
 
 
 def _color(row: Mapping[str, Any]) -> str:
@@ -104,7 +105,7 @@ def _color(row: Mapping[str, Any]) -> str:
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table, and writes `results.json` and `results.png`."""
     json_path, png_path = workdir / "results.json", workdir / "results.png"
-    write_text(json_path, json.dumps(results, indent=2) + "\n")
+    json_text.write(json_path, results, overwrite=True)
     plot(results, png_path)
     print(
         f"\n{format_table(results)}\n{results['seconds']:.0f} s\n\n"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from qwix_train.calib.averaging import Averaging
 from qwix_train.calib.observers import Observer, RangeObserver
+from qwix_train.files.figures import save_figure
 from qwix_train.rules import QuantizationRule
 
 Record: TypeAlias = dict[str, Any]
@@ -130,13 +131,16 @@ class Comparison:
             [title, rule, lines[0], rule, *lines[1:], rule, *self._notes()]
         )
 
-    def plot(self, path: str | pathlib.Path) -> None:
+    def plot(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
         """Writes a plot of the ratios, a row for each activation.
 
         Args:
           path: the file, such as `"comparison.png"`; the suffix says which format.
+          overwrite: whether to replace a plot that is there.
 
         Raises:
+          FileExistsError: if there is one and `overwrite` is not set, or something
+            else.
           ImportError: if matplotlib is not installed.
         """
         try:
@@ -169,7 +173,7 @@ class Comparison:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, overwrite=overwrite)
 
     def _observed(self) -> list[Record]:
         return [r for r in self.records if "sqnr_db" in r and r["method"] != DYNAMIC]

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from qwix_train.core import numerics, scaling, shape_ops, tiling
 from qwix_train.core.calibration import (
@@ -226,6 +228,28 @@ def validate_qarray(array: QArray) -> None:
         )
 
 
+def _check_values(array: QArray) -> None:
+    """Checks the values of a QArray that is not traced, as far as they are here."""
+    for part in (array.qvalue, array.scale):
+        if isinstance(part, Tracer) or not getattr(part, "is_fully_addressable", True):
+            return
+    scale = np.asarray(array.scale)
+    if scale.size and (lowest := scale.min()) < 0:
+        raise ValueError(f"A scale is {lowest}, and scales are not negative.")
+    if not numerics.is_integer_qtype(array.qtype):
+        return
+    low, high = numerics.code_range(array.qtype)
+    held = jnp.iinfo(array.qvalue.dtype)
+    if array.qvalue.size and (held.min < low or held.max > high):
+        codes = np.asarray(array.qvalue)
+        for code in (codes.min(), codes.max()):
+            if not low <= code <= high:
+                raise ValueError(
+                    f"A code is {code}, and {numerics.qtype_name(array.qtype)} has "
+                    f"those from {low} to {high}."
+                )
+
+
 def quantize_with_scale_zero_point(
     array: jax.Array,
     qtype: numerics.QType,
@@ -313,9 +337,20 @@ def quantize(
 def dequantize(array: QArray) -> jax.Array:
     """Returns ``(qvalue - zero_point) * scale``, in the dtype of the scale.
 
+    NaN and infinite scales are those of an array that held such values, and show in
+    the result. What no array becomes is refused where values are at hand, which they
+    are not while a function is traced.
+
     Raises:
-        ValueError: The parts of the array do not fit together.
+        ValueError: The parts of the array do not fit together, a scale is negative, or
+            a code is outside of its type.
+
+    >>> dequantize(QArray(jnp.array([100], jnp.int8), jnp.array([0.5]), qtype='int4'))
+    Traceback (most recent call last):
+    ...
+    ValueError: A code is 100, and int4 has those from -8 to 7.
     """
     validate_qarray(array)
+    _check_values(array)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
     return scaling.rescaled_values(levels, array.scale, array.zero_point)

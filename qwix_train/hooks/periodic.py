@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from qwix_train import processes
+
 
 class PeriodicAction(abc.ABC):
     """Something to do every so many steps or seconds; call it after each step.
@@ -38,7 +40,8 @@ class PeriodicAction(abc.ABC):
           every_steps: at steps that this divides. The hook must then be called after
             every step.
           every_secs: once more than so many seconds have passed since the last time,
-            or since the first call.
+            or since the first call. Of several processes the clock of the first one
+            counts, which it tells the others in every call.
           on_steps: at these steps.
 
         Raises:
@@ -86,14 +89,14 @@ class PeriodicAction(abc.ABC):
         return True
 
     def _is_due(self, step: int, t: float) -> bool:
-        return (
-            (self._every_steps is not None and step % self._every_steps == 0)
-            or (
-                self._every_secs is not None
-                and t - self._previous_time > self._every_secs
-            )
-            or step in self._on_steps
-        )
+        if self._every_steps is not None and step % self._every_steps == 0:
+            return True
+        if step in self._on_steps:
+            return True
+        if self._every_secs is None:
+            return False
+        # Clocks differ, and an action may need all processes.
+        return processes.agreed(t - self._previous_time > self._every_secs)
 
     @abc.abstractmethod
     def _apply(self, step: int, t: float, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
-from qwix_train import static_range, stored
+from qwix_train import processes, static_range, stored
 from qwix_train.core import numerics
 from qwix_train.hooks import state as states
 from qwix_train.hooks.oscillations import oscillations_in
@@ -65,7 +65,8 @@ class QuantReport(PeriodicAction):
     channels or layers the widest.
 
     A `hook(step, state=state)` gets the state as an argument: a train state, variables,
-    params, or an NNX module. Or it is given once, see `state` below.
+    params, or an NNX module. Or it is given once, see `state` below. Several processes
+    all call the hook, and the first one writes.
 
     Example:
       >>> from flax import linen as nn
@@ -179,13 +180,14 @@ class QuantReport(PeriodicAction):
     def _apply(self, step: int, t: float, state: Any = None) -> None:
         scalars, scales = self._scalars(state)
         self._scales = (scales, *(self._scales[1:] or (scales,)))
-        self._writer.write_scalars(step, _named(self._prefix, scalars))
+        named = _named(self._prefix, scalars)
+        processes.once(lambda: self._writer.write_scalars(step, named))
 
     def _scalars(self, state: Any) -> tuple[dict[str, float], dict[Path, Any]]:
         """The scalars, and the scales of the weights."""
         state = states.current(state, self._state, type(self).__name__)
         params = self._params(states.params_of(state))
-        measured = jax.device_get(self._measure(params))
+        measured = processes.whole(self._measure(params))
         scalars: dict[str, float] = {}
         for path, found in measured.items():
             scalars |= self._weight_scalars(path, params[path][0].size, found)
@@ -236,7 +238,7 @@ class QuantReport(PeriodicAction):
             for path, held in oscillations_in(state, self._weights).items()
         }
         scalars: dict[str, float] = {}
-        for path, counts in jax.device_get(found).items():
+        for path, counts in processes.whole(found).items():
             size = max(math.prod(self._weights[path].shape), 1)
             for key, count in zip(("oscillating", "frozen"), counts, strict=True):
                 scalars[f"{'/'.join(path)}/{key}"] = float(count / size)
@@ -287,6 +289,7 @@ class QuantReport(PeriodicAction):
         quant_stats = states.quant_stats_of(self._quant_stats, state, self._rules)
         groups: dict[Path, dict[str, Any]] = {}
         flat = traverse_util.flatten_dict(stored.unbox(quant_stats or {}))
+        flat = processes.whole(flat)
         for path, value in flat.items():
             groups.setdefault(path[:-1], {})[path[-1]] = np.asarray(value, np.float32)
         scalars: dict[str, float] = {}

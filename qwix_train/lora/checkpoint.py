@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from qwix_train import plan_table
+from qwix_train.files import writing
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.manifest import AdapterManifest
 from qwix_train.lora.parts import Layouts, of_state, tree_of
@@ -42,10 +43,11 @@ def save(
       rules: the rules that the adapters were made by, for the manifest; those of the
         state if None.
       metadata: anything that JSON can hold, for the manifest.
-      overwrite: whether to replace what is at the path, once all is written.
+      overwrite: whether to replace the adapters at the path, once all is written.
 
     Raises:
-      FileExistsError: if something is at the path, and `overwrite` is not set.
+      FileExistsError: if adapters are at the path, and `overwrite` is not set; or if
+        something else is, such as a checkpoint of a base.
       TypeError: if layouts are missing, or `metadata` cannot be stored.
       ValueError: if the adapters do not fit the layouts.
 
@@ -70,6 +72,13 @@ def save(
         is_state = isinstance(adapters, LoraTrainState)
         rules = adapters.provider.rules if is_state else ()
     adapters, known = of_state(adapters, layouts, "lora.save")
+    target = writing.followed(epath.Path(path))
+    writing.check_target(
+        target,
+        what="a checkpoint of adapters",
+        is_one=lambda: _is_one(target),
+        overwrite=overwrite,
+    )
     manifest = AdapterManifest(known, check_rules(rules), {}, metadata)
     checkpoint.save(
         path, adapters, metadata={_KEY: manifest.to_json()}, overwrite=overwrite
@@ -135,6 +144,14 @@ def read_manifest(path: epath.PathLike) -> AdapterManifest:
         return AdapterManifest.from_json(record, whole.versions)
     except ValueError as error:
         raise ValueError(f"The manifest of {path} is refused: {error}.") from None
+
+
+def _is_one(path: epath.Path) -> bool:
+    try:
+        read_manifest(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _shardings(tree: Any) -> Any:

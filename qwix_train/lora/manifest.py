@@ -9,7 +9,7 @@ from typing import Any
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import Path
-from qwix_train.ptq.manifest import rule_from_json, rule_to_json
+from qwix_train.ptq.manifest import readable, rule_from_json, rule_to_json
 from qwix_train.rules import QuantizationRule
 
 VERSION = 1
@@ -74,13 +74,14 @@ class AdapterManifest:
                 f"it has format version {record.get('version')!r}, and this release "
                 f"reads version {VERSION}: use the release that wrote it"
             )
-        layouts = [_layout_from_json(entry) for entry in record["layouts"]]
-        return cls(
-            layouts={layout.path: layout for layout in layouts},
-            rules=tuple(map(_rule_from_json, record["rules"])),
-            versions=versions,
-            metadata=record["metadata"],
-        )
+        with readable(versions):
+            layouts = [_layout_from_json(entry) for entry in record["layouts"]]
+            return cls(
+                layouts={layout.path: layout for layout in layouts},
+                rules=tuple(map(_rule_from_json, record["rules"])),
+                versions=versions,
+                metadata=record["metadata"],
+            )
 
 
 def _layout_from_json(record: Mapping[str, Any]) -> AdapterLayout:

@@ -18,7 +18,6 @@ convolution is not dilated there.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -26,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from qwix_train import plan_table
+from qwix_train import plan_table, processes
+from qwix_train.files import json_text, writing
 from qwix_train.lora import peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
 from qwix_train.lora.layout import AdapterLayout
@@ -39,6 +39,7 @@ Names = Callable[[str], str] | Mapping[str, str]
 """The name of the module of a param, from its path, such as ``"head/kernel"``."""
 
 _FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OTHER = "adapter_model.bin"
 # Of a `PeftModel` the tuner, and of that the model.
 _PREFIX = "base_model.model."
 _LAYER = "{layer}"
@@ -50,8 +51,12 @@ def save_peft(
     *layouts: Layouts,
     names: Names | None = None,
     config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes adapters as PEFT does.
+
+    A save that is killed leaves the files that were there, or nothing that readers take
+    for adapters. Several processes all call this, and the first one writes.
 
     They fit the base that they were trained with. With `init="pissa"` or `"loftq"` that
     is not the model before, but `LoraTrainState.frozen`.
@@ -64,8 +69,11 @@ def save_peft(
         of it. The default is described at the top of this module.
       config: more entries for `adapter_config.json`, such as `task_type`,
         `lora_dropout` or `base_model_name_or_path`.
+      overwrite: whether to replace the adapters that are there.
 
     Raises:
+      FileExistsError: if there are adapters and `overwrite` is not set, or something
+        else that readers would take for them.
       ImportError: if `safetensors` is not installed.
       TypeError: if layouts are missing.
       ValueError: if PEFT cannot hold an adapter, or two have one name; the message has
@@ -93,18 +101,29 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     for layout in known.values():
         peft_tensors.check(layout)
-        entries = peft_tensors.encode(layout, arrays_of(layout, parts))
+        arrays = processes.whole(arrays_of(layout, parts))
+        entries = peft_tensors.encode(layout, arrays)
         for module, entry in zip(_modules(layout, names), entries, strict=True):
             _add_module(modules, module, layout)
             tensors |= {f"{_PREFIX}{module}.{name}": x for name, x in entry.items()}
     if not modules:
         raise ValueError("There are no adapters to save.")
     record = {**peft_config.make(modules), **(config or {})}
-    text = json.dumps(record, indent=2, sort_keys=True)
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write_file(directory / _FILE, tensors, {"format": "pt"})
-    (directory / _CONFIG).write_text(text + "\n")
+    text = json_text.dump(record, "config", indent=2, sort_keys=True) + "\n"
+    meaning = peft_config.meaning(json_text.parse(text, "config"))
+    metadata = {"format": "pt", **safetensors_files.config_metadata(meaning)}
+    folder = pathlib.Path(directory)
+
+    def write() -> None:
+        writing.finish(folder)
+        _check_folder(folder, overwrite)
+        contents: dict[str, writing.Content] = {
+            _FILE: lambda file: safetensors_files.write_file(file, tensors, metadata),
+            _CONFIG: text.encode(),
+        }
+        writing.write_together(folder, contents)
+
+    processes.once(write)
 
 
 def load_peft(
@@ -173,16 +192,39 @@ def load_peft(
     return target.replace(params=adapters) if is_state else adapters
 
 
+def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
+    """Checks that adapters may be written to a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
+    if (folder / _OTHER).exists():
+        raise FileExistsError(
+            f"{folder} holds adapters in {_OTHER}, which this package does not write. "
+            "Remove it, or pass another folder."
+        )
+
+    def is_one() -> bool:
+        file = folder / _CONFIG
+        return file.exists() and "peft_type" in json_text.read(file)
+
+    for name in (_FILE, _CONFIG):
+        writing.check_target(
+            folder / name, what="of adapters", is_one=is_one, overwrite=overwrite
+        )
+
+
 def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    writing.finish(directory)
     for name in (_CONFIG, _FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(f"There is no {name} in {directory}.")
-    config = json.loads((directory / _CONFIG).read_text())
+    config = json_text.read(directory / _CONFIG)
     try:
         peft_config.check(config)
     except ValueError as error:
         raise ValueError(f"{directory / _CONFIG}: {error}.") from None
-    tensors, _ = safetensors_files.read_file(directory / _FILE)
+    tensors, metadata = safetensors_files.read_file(directory / _FILE)
+    meaning = peft_config.meaning(config)
+    safetensors_files.check_config(metadata, meaning, directory / _CONFIG)
     return config, {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
 
 

@@ -25,6 +25,15 @@ _UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",
 )
+# What changes what the tensors mean.
+_MEANING = (
+    "alpha_pattern",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "peft_type",
+    "use_rslora",
+)
 # Initializations that change the base, which a file of adapters does not have.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -79,11 +88,21 @@ def make(modules: Mapping[str, AdapterLayout]) -> dict[str, Any]:
     }
 
 
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say what the tensors beside a config mean.
+
+    Example:
+      >>> set(meaning({"lora_alpha": 8, "task_type": "CAUSAL_LM"}).values())
+      {8, None}
+    """
+    return {name: config.get(name) for name in (*_MEANING, *_UNSUPPORTED)}
+
+
 def check(config: Mapping[str, Any]) -> None:
-    """Checks that a config says nothing that is not supported.
+    """Checks that a config has the form of one, and says nothing that is not supported.
 
     Raises:
-      ValueError: if it does.
+      ValueError: if not; the message names the entry.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
@@ -99,13 +118,27 @@ def check(config: Mapping[str, Any]) -> None:
             "alone. Convert them for the base as it was: model.save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...) in PEFT"
         )
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern={patterns!r} is not an object")
+    for where, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not (number and 0 < alpha < math.inf):
+            raise ValueError(f"the alpha of {where!r} is {alpha!r}, no positive number")
+    for pattern in patterns:
+        try:
+            re.compile(_pattern(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"alpha_pattern has {pattern!r}, which is not a regular expression: "
+                f"{error}"
+            ) from None
 
 
 def alpha_of(config: Mapping[str, Any], module: str) -> float:
     """The alpha that a config has for a module."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        # The same match as in PEFT's own reader.
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_pattern(pattern), module):
             return float(alpha)
     return float(config["lora_alpha"])
 
@@ -113,6 +146,11 @@ def alpha_of(config: Mapping[str, Any], module: str) -> float:
 def scaling_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
     """What ``B @ A`` is multiplied by."""
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(pattern: str) -> str:
+    # The same match as in PEFT's own reader.
+    return rf"(.*\.)?({pattern})$"
 
 
 def _number(value: float) -> float:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.files import writing
 from qwix_train.odml import edit, flatbuffer
 from qwix_train.odml.flatbuffer import OpInfo, SignatureInfo, TensorInfo
 from qwix_train.odml.report import OpTable, Report, output_report
@@ -86,14 +87,25 @@ class LiteRTModel:
         with open(path, "rb") as file:
             return cls(file.read())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model to a `.tflite` file.
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the model to a `.tflite` file, as a whole or not at all.
 
         Args:
           path: the path of the file.
+          overwrite: whether to replace a `.tflite` file that is there.
+
+        Raises:
+          FileExistsError: if there is such a file and `overwrite` is not set, or
+            something else.
+          OSError: if the file cannot be written; what was there stays.
         """
-        with open(path, "wb") as file:
-            file.write(self.content)
+        writing.write_file(
+            path,
+            self.content,
+            what="a LiteRT model",
+            signature=slice(4, 8),  # the file identifier of a flatbuffer
+            overwrite=overwrite,
+        )
 
     export = save
 

@@ -21,6 +21,9 @@ from qwix_train.ptq.manifest import Path, StoredParam, path_name
 ITEM = "arrays"
 """The name of the tree among the items of a checkpoint."""
 
+_LONGEST = 50_000
+"""How long a path may be; TensorStore takes keys of less than 2**16 bytes."""
+
 ArrayKey = tuple[Path, str]
 """The path of a param, and the name of one of its arrays."""
 
@@ -42,14 +45,24 @@ def encode(
                 f"Param {path_name(leaf.path)!r} has no elements, which Orbax does not "
                 "store. Leave it out."
             )
+        if len("".join(_keys((leaf.path, "")))) > _LONGEST:
+            raise ValueError(
+                f"Param {path_name(leaf.path)[:40]!r}... has a path of more than "
+                f"{_LONGEST} characters, which Orbax does not store."
+            )
     encoded = [stored_arrays.encode(leaf) for leaf in leaves]
     sums = [{k: checksum(a) for k, a in arrays.items()} for arrays, _, _ in encoded]
     # One transfer for all, so that devices do not wait for the host in between.
     sums, sound = jax.device_get((sums, [ok for _, _, ok in encoded]))
-    bad = [leaf for leaf, ok in zip(leaves, sound, strict=True) if not ok]
-    if bad:
-        names = plan_table.some([f"{path_name(x.path)} ({x.qtype})" for x in bad], 3)
-        raise ValueError(f"Codes are outside of the range of their type in: {names}.")
+    faults = {
+        "Codes are outside of the range of their type": [codes for codes, _ in sound],
+        "Scales are not finite, or negative,": [scales for _, scales in sound],
+    }
+    for fault, each in faults.items():
+        bad = [leaf for leaf, ok in zip(leaves, each, strict=True) if not ok]
+        if bad:
+            names = [f"{path_name(leaf.path)} ({leaf.qtype})" for leaf in bad]
+            raise ValueError(f"{fault} in: {plan_table.some(names, 3)}.")
     tree, records = {}, []
     for leaf, (arrays, parts, _), own in zip(leaves, encoded, sums, strict=True):
         tree |= {_keys((leaf.path, name)): array for name, array in arrays.items()}

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx, traverse_util
 from flax.core import FrozenDict
-from jax.experimental import multihost_utils
 
-from qwix_train import plan_table, stored
+from qwix_train import plan_table, processes, stored
+from qwix_train.files import writing
 from qwix_train.planning import Plan
 from qwix_train.ptq import array_tree, stored_arrays, trees
 from qwix_train.ptq.manifest import Manifest, Path, StoredParam
@@ -56,13 +56,15 @@ def save(
         rules: The rules that the params were quantized by, for the manifest.
         plan: The plan of the quantized model, for the manifest.
         metadata: Anything that JSON can hold, for the manifest.
-        overwrite: Whether to replace what is at the path, once all is written.
+        overwrite: Whether to replace the checkpoint at the path, once all is written.
 
     Raises:
-        FileExistsError: Something is at the path, and ``overwrite`` is not set.
+        FileExistsError: A checkpoint is at the path, and ``overwrite`` is not set; or
+            something else is.
         TypeError: A leaf, or ``metadata``, cannot be stored.
-        ValueError: Codes that are none of their type, or paths that are one when
-            their keys are written as text; the message names the params.
+        ValueError: Codes that are none of their type, scales that are not finite or
+            are negative, or paths that are one when their keys are written as text;
+            the message names the params. Or ``metadata`` is nested too deeply.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -123,12 +125,10 @@ def save_async(
     >>> restore(folder)['bias'].tolist()
     [1.0, 1.0, 1.0]
     """
-    path = _absolute(path)
-    exists = path.exists()
-    if exists and not overwrite:
-        raise FileExistsError(
-            f"{path} exists. Pass overwrite=True to replace it, or another path."
-        )
+    path = writing.followed(epath.Path(path))
+    # All processes have to find the same there.
+    processes.once(lambda: _check_target(path, overwrite))
+    exists = processes.agreed(path.exists())
     arrays, records = array_tree.encode(stored_arrays.leaves(trees.to_tree(params)))
     manifest = Manifest(
         params=records,
@@ -136,8 +136,9 @@ def save_async(
         plan=None if plan is None else plan.records(),
         metadata=metadata,
     )
+    record = manifest.to_json()
     # Orbax removes what is there before it writes. Here that stays until the end.
-    target = path.parent / f"{path.name}.qwix_train-new" if exists else path
+    target = writing.beside(path) if exists else path
     checkpointer = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(),
         # A folder that cannot be made is an error here, not a timeout of the writers.
@@ -145,7 +146,7 @@ def save_async(
     )
     items = {
         array_tree.ITEM: ocp.args.PyTreeSave(arrays),
-        _MANIFEST: ocp.args.JsonSave(manifest.to_json()),
+        _MANIFEST: ocp.args.JsonSave(record),
     }
     checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
     executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -199,7 +200,7 @@ def restore(
     if isinstance(abstract, nnx.Module):
         tree = restore(path, trees.to_tree(abstract), shardings=shardings)
         return trees.with_tree(abstract, tree)
-    path = _absolute(path)
+    path = writing.followed(epath.Path(path))
     manifest = read_manifest(path)
     model = None if abstract is None else stored_arrays.leaves(abstract)
     if model is not None:
@@ -247,13 +248,14 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     >>> list(manifest.rules) == rules, manifest.metadata['step']
     (True, 10)
     """
-    path = _absolute(path)
+    path = writing.followed(epath.Path(path))
+    writing.finish_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
             record = checkpointer.restore(path / _MANIFEST)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"{path} holds no complete checkpoint of quantized params: its "
                 f"manifest cannot be read ({error})."
@@ -277,18 +279,30 @@ class PendingSave:
 
     def wait_until_finished(self) -> None:
         """Waits for the save, and raises what went wrong."""
-        self._future.result()
-        if jax.process_count() > 1:
-            # The first process moves the folder into place.
-            multihost_utils.sync_global_devices(f"saved {self.path}")
+        if jax.process_index() > 0:
+            self._future.result()
+        # The first process moves the folder into place.
+        processes.once(self._future.result)
 
     def done(self) -> bool:
         """Whether the save has finished, or failed."""
         return self._future.done()
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
-    return epath.Path(path).expanduser().absolute()
+def _check_target(path: epath.Path, overwrite: bool) -> None:
+    """Checks that a checkpoint may be written at a path."""
+    writing.finish_folder(path)
+
+    def is_one() -> bool:
+        names = {file.name for file in path.iterdir()} if path.is_dir() else {""}
+        return not names or {array_tree.ITEM, _MANIFEST} <= names
+
+    writing.check_target(
+        path,
+        what="a checkpoint of quantized params",
+        is_one=is_one,
+        overwrite=overwrite,
+    )
 
 
 def _finish(
@@ -299,14 +313,7 @@ def _finish(
     finally:
         checkpointer.close()
     if target != path and jax.process_index() == 0:
-        replaced = path.parent / f"{path.name}.qwix_train-old"
-        if replaced.exists():
-            replaced.rmtree()
-        # A folder cannot be replaced at once. Between the two steps nothing is at
-        # the path, and both checkpoints are beside it.
-        path.rename(replaced)
-        target.rename(path)
-        replaced.rmtree()
+        writing.replace_folder(path)
 
 
 def _at(tree: Any, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from qwix_train.core import numerics
 
 LINEAR = "Linear"
 _DENSE = (None, "dense")
+_PATTERN = "re:"
 
 
 def make_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -83,25 +85,115 @@ def activation_qtype(args: Mapping[str, Any] | None, default: Any) -> str:
     """Returns the type of activations that an entry of a config describes."""
     if not args:
         return numerics.qtype_name(default)
-    return "float8_e4m3fn" if args.get("type") == "float" else f"int{args['num_bits']}"
+    if args.get("type") == "float":
+        return "float8_e4m3fn"
+    return f"int{args.get('num_bits', 8)}"
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Checks that a config asks for nothing but what is read here.
+def check_config(config: Any) -> None:
+    """Checks that a config has the form of one, and asks for what is read here.
 
     Raises:
-        ValueError: The message says what it asks for.
+        ValueError: The message says which entry is wrong, or what it asks for.
+
+    >>> check_config({'config_groups': {'a': {'targets': ['re:*']}}})
+    Traceback (most recent call last):
+    ...
+    ValueError: config_groups, a, targets: 're:*' is not a regular expression: ...
     """
+    _check(config, "", dict)
     method = config.get("quant_method", "compressed-tensors")
     if method not in ("compressed-tensors", "fp8"):
         raise ValueError(
             f"The checkpoint has quant_method {method!r}. Those that can be read are "
             "'compressed-tensors' and 'fp8'."
         )
+    for name in ("sparsity_config", "transform_config"):
+        _check(config.get(name), name, dict | None)
     if (config.get("sparsity_config") or {}).get("format") not in _DENSE:
         raise ValueError("Checkpoints with compressed sparsity cannot be read.")
     if (config.get("transform_config") or {}).get("config_groups"):
         raise ValueError("Checkpoints with transforms of weights cannot be read.")
+    _check_sizes(config.get("weight_block_size"), "weight_block_size")
+    groups = config.get("config_groups", {})
+    _check(groups, "config_groups", dict)
+    for key, group in groups.items():
+        where = f"config_groups, {key}"
+        if not isinstance(group, dict):
+            raise ValueError(
+                f"{where}: the config names schemes instead of spelling them out"
+            )
+        _check(group.get("targets"), f"{where}, targets", list)
+        for target in group["targets"]:
+            _check(target, f"{where}, targets", str)
+            if target.startswith(_PATTERN):
+                check_pattern(
+                    target.removeprefix(_PATTERN), target, f"{where}, targets"
+                )
+        for part in ("weights", "input_activations"):
+            _check(group.get(part), f"{where}, {part}", dict | None)
+            if group.get(part):
+                _check_args(group[part], f"{where}, {part}")
+
+
+def check_pattern(pattern: str, text: str, where: str) -> None:
+    """Checks that a pattern, which stands in a text, is a regular expression.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{where}: {text!r} is not a regular expression: {error}"
+        ) from None
+
+
+def _check_args(args: dict[str, Any], where: str) -> None:
+    """Checks how weights or activations are said to be quantized."""
+    bits = args.get("num_bits", 8)
+    _check(bits, f"{where}, num_bits", int)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{where}, num_bits: {bits} is not from 1 to 8")
+    _check(args.get("symmetric", True), f"{where}, symmetric", bool)
+    size = args.get("group_size")
+    _check(size, f"{where}, group_size", int | None)
+    if args.get("strategy") == "group" and (size is None or size < 1):
+        raise ValueError(f"{where}, group_size: {size} is not a size of groups")
+    _check_sizes(args.get("block_structure"), f"{where}, block_structure")
+
+
+def _check_sizes(sizes: Any, where: str) -> None:
+    """Checks the sizes of a block, such as ``[128, 128]`` or ``"128x128"``."""
+    if sizes is not None:
+        try:
+            block_sizes(sizes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def block_sizes(sizes: Any) -> list[int]:
+    """Returns the rows and columns of a block.
+
+    >>> block_sizes("128x64")
+    [128, 64]
+    """
+    parts = sizes.split("x") if isinstance(sizes, str) else sizes
+    if isinstance(parts, list) and len(parts) == 2:
+        if all(re.fullmatch("[0-9]{1,9}", str(part)) for part in parts):
+            found = [int(part) for part in parts]
+            if min(found) > 0:
+                return found
+    raise ValueError(f"{sizes!r} is not a number of rows and one of columns")
+
+
+def _check(value: Any, where: str, kind: Any) -> None:
+    # A bool is an int of Python's, but no number.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        place = f"{where}: " if where else ""
+        name = getattr(kind, "__name__", kind)
+        raise ValueError(f"{place}{reprlib.repr(value)} is not of the type {name}")
 
 
 def find_scheme(config: Mapping[str, Any] | None, layer: str) -> Mapping[str, Any]:
@@ -124,11 +216,7 @@ def find_scheme(config: Mapping[str, Any] | None, layer: str) -> Mapping[str, An
         block = config.get("weight_block_size")
         layout = {"strategy": "block", "block_structure": block} if block else {}
         return {"weights": {"num_bits": 8, "type": "float", **layout}}
-    groups = [group for group in config.get("config_groups", {}).values()]
-    if any(not isinstance(group, Mapping) for group in groups):
-        raise ValueError(
-            "The quantization_config names schemes instead of spelling them out."
-        )
+    groups = list(config.get("config_groups", {}).values())
     named = [g for g in groups if any(_names(t, layer) for t in g["targets"])]
     linear = [g for g in groups if LINEAR in g["targets"]]
     found = named[:1] or linear or groups
@@ -141,6 +229,6 @@ def find_scheme(config: Mapping[str, Any] | None, layer: str) -> Mapping[str, An
 
 
 def _names(target: str, layer: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), layer) is not None
+    if target.startswith(_PATTERN):
+        return re.match(target.removeprefix(_PATTERN), layer) is not None
     return target == layer

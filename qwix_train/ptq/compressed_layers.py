@@ -29,7 +29,7 @@ import numpy as np
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.ptq import int32_packing
+from qwix_train.ptq import compressed_config, int32_packing
 
 PARTS = (
     "weight",
@@ -84,6 +84,7 @@ def encode_layer(
             "Reshape it to one (QArray.reshape)"
         )
     scale = np.asarray(array.scale)
+    check_scale(scale)
     layout = _layout_args(array.shape, scale.shape)
     is_float = format == "float-quantized"
     bits = numerics.qtype_bits(array.qtype)
@@ -96,6 +97,8 @@ def encode_layer(
     }
     per_tensor = layout["strategy"] == "tensor"
     codes = np.asarray(array.qvalue)
+    if not is_float:
+        check_codes(codes, bits, "code")
     tensors = {"weight_scale": scale.reshape(1) if per_tensor else scale}
     if format == "pack-quantized":
         tensors["weight_packed"] = int32_packing.pack(codes.astype(np.int8), bits)
@@ -103,8 +106,9 @@ def encode_layer(
     else:
         tensors["weight"] = codes if is_float else codes.astype(np.int8)
     if array.zero_point is not None:
-        zero = np.asarray(array.zero_point).astype(np.int8)
-        zero = np.broadcast_to(zero, scale.shape)
+        zero = np.asarray(array.zero_point)
+        check_codes(zero, bits, "zero point")
+        zero = np.broadcast_to(zero.astype(np.int8), scale.shape)
         if format == "pack-quantized" and layout["strategy"] in ("channel", "group"):
             zero = int32_packing.pack(np.ascontiguousarray(zero.T), bits).T
         tensors["weight_zero_point"] = zero.reshape(1) if per_tensor else zero
@@ -153,6 +157,7 @@ def decode_layer(
         raise ValueError("it has no weight_scale")
     if not numerics.is_quantizable(scale.dtype):
         raise ValueError(f"scales of dtype {scale.dtype} are not supported")
+    check_scale(scale)
     scale = _as_layout(scale, codes.shape, args)
     zero = _zero_point(tensors, args, bits, codes.shape, scale.shape)
     if zero is not None and is_float:
@@ -171,6 +176,33 @@ def decode_layer(
     return WithAux(QArray(qvalue, jnp.asarray(scale), zero_point, qtype), how)
 
 
+def check_codes(codes: np.ndarray, bits: int, what: str) -> None:
+    """Checks that codes or zero points are integers that so many bits hold.
+
+    Raises:
+        ValueError: They are not; the message says what they are, and one of them.
+    """
+    low, high = numerics.code_range(f"int{bits}")
+    values = codes if codes.dtype == np.int8 else codes.astype(np.float64)
+    wrong = values[~((values >= low) & (values <= high) & (values == np.rint(values)))]
+    if wrong.size:
+        raise ValueError(
+            f"it has the {what} {wrong[0]:g}, and {bits} bits hold {low} to {high}"
+        )
+
+
+def check_scale(scale: np.ndarray) -> None:
+    """Checks that scales are finite and not negative.
+
+    Raises:
+        ValueError: They are not; the message has one of them.
+    """
+    values = scale.astype(np.float64)
+    wrong = values[~(np.isfinite(values) & (values >= 0))]
+    if wrong.size:
+        raise ValueError(f"it has a scale of {wrong[0]:g}")
+
+
 def _codes(
     tensors: Mapping[str, np.ndarray], args: Mapping[str, Any]
 ) -> tuple[np.ndarray, int]:
@@ -185,6 +217,8 @@ def _codes(
                 "it has scales: it was not compressed"
             )
         bits = int(args.get("num_bits", 8))
+        if codes.dtype == np.int8:
+            check_codes(codes, bits, "code")
     else:
         packed = tensors["weight_packed"]
         if args.get("type", "int") != "int" or packed.dtype != np.int32:
@@ -226,18 +260,21 @@ def _as_layout(
     elif part.shape == shape[:1]:
         part = part[:, None]
     sizes = [None, None]
-    if args.get("strategy") == "block":
-        sizes = args.get("block_structure") or sizes
-        if isinstance(sizes, str):
-            sizes = [int(size) for size in sizes.split("x")]
-    elif args.get("strategy") == "group":
-        sizes = [1, args.get("group_size")]
+    match args.get("strategy"):
+        case "tensor":
+            sizes = [*shape]
+        case "channel":
+            sizes = [1, shape[1]]
+        case "group":
+            sizes = [1, args["group_size"]]
+        case "block" if args.get("block_structure"):
+            sizes = compressed_config.block_sizes(args["block_structure"])
     fits = part.ndim == 2
     for axis in range(part.ndim) if fits else ():
         n, count, size = shape[axis], part.shape[axis], sizes[axis]
         if size is None:
             fits &= count > 0 and n % count == 0
-        elif count != -(-n // size):
+        elif count != -(-n // max(size, 1)):
             fits = False
         elif n % size and count > 1:
             # Here the last block is the shorter one by more than a layout allows.
@@ -271,4 +308,5 @@ def _zero_point(
         if np.any(zero.astype(np.float32)):
             raise ValueError("it is symmetric, but has zero points other than 0")
         return None
+    check_codes(zero, bits, "zero point")
     return _as_layout(zero, shape, args)

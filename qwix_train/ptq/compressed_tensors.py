@@ -16,6 +16,7 @@ implementation of it has, which is what makes a file load there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -26,14 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from qwix_train import processes, stored
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.files import json_text, writing
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.trees import to_tree
 
 # Where a file says which params its tensors are, so that a tree comes back as it was.
 _PARAMS = "qwix_train.params"
+_ENTRY, _METHOD = "quantization_config", "compressed-tensors"
 _STATIC = re.compile(r"(?:dot_general|einsum)0_lhs_(?:scale|zero_point)")
 _KINDS = ("scale", "zero_point")
 _QUANTIZED = re.compile(r"(weight|input|output)($|_)")
@@ -46,8 +50,12 @@ def save_compressed_tensors(
     rename: Callable[[str], str] | None = None,
     act_qtype: Any = None,
     int8_format: str = "int-quantized",
+    overwrite: bool = False,
 ) -> None:
     """Writes quantized params as a compressed-tensors checkpoint.
+
+    A save that is killed leaves the files that were there, or nothing that readers
+    take for a checkpoint. Several processes all call this, and the first one writes.
 
     int8 codes are written as they are, int2 and int4 packed ("pack-quantized"), other
     integers as int8, and float8_e4m3fn as it is ("float-quantized").
@@ -66,11 +74,17 @@ def save_compressed_tensors(
             token; static ranges come first. None for weight-only.
         int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
             runs weight-only int8 from.
+        overwrite: Whether to replace the compressed-tensors checkpoint that is there.
 
     Raises:
+        FileExistsError: There is one and ``overwrite`` is not set; or a checkpoint of
+            another kind, such as shards, which readers would take in its place.
         ImportError: `safetensors` is not installed.
+        OSError: The files cannot be written; those that were there stay.
         ValueError: The format cannot hold a param (a type or layout that it lacks, an
-            array that is no matrix), or two have one name; the message has its path.
+            array that is no matrix, codes outside of their type, scales that are no
+            positive numbers), or two have one name; the message has its path. Or no
+            param is quantized.
 
     >>> import tempfile
     >>> from qwix_train.core.qarray import quantize_array
@@ -82,6 +96,7 @@ def save_compressed_tensors(
     >>> again.array.scale.shape, again.how == how
     ((4, 2), True)
     """
+    safetensors_files.check_installed()
     if int8_format not in ("int-quantized", "pack-quantized"):
         raise ValueError(
             f"Unknown int8_format {int8_format!r}; choose int-quantized or "
@@ -93,6 +108,7 @@ def save_compressed_tensors(
     writer = _Writer(rename, activations, int8_format)
     static = {}
     for path, leaf in _flatten(to_tree(params)):
+        leaf = processes.whole(leaf)
         if _STATIC.fullmatch(path[-1]):
             static[path] = leaf
         else:
@@ -100,17 +116,64 @@ def save_compressed_tensors(
     for path, leaf in static.items():
         zero = (*path[:-1], path[-1].removesuffix("scale") + "zero_point")
         writer.add_static(path, leaf, symmetric=zero not in static)
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # The format "pt" is what readers of the hub look for; it says nothing on layout.
-    metadata = {"format": "pt", _PARAMS: json.dumps(writer.recorded)}
-    safetensors_files.write_file(
-        directory / safetensors_files.FILE, writer.tensors, metadata
+    if not writer.layers:
+        raise ValueError(
+            "No param is quantized, so this is no compressed-tensors checkpoint. "
+            "Quantize the params with ptq.quantize first."
+        )
+    folder = pathlib.Path(directory)
+    processes.once(lambda: _write(folder, writer, overwrite))
+
+
+def _write(folder: pathlib.Path, writer: _Writer, overwrite: bool) -> None:
+    writing.finish(folder)
+    _check_folder(folder, overwrite)
+    config_file = folder / safetensors_files.CONFIG
+    config = json_text.read(config_file) if config_file.exists() else {}
+    entry = {_ENTRY: compressed_config.make_config(writer.layers)}
+    metadata = {
+        # What readers of the hub look for; it says nothing on layout.
+        "format": "pt",
+        _PARAMS: json.dumps(writer.recorded),
+        **safetensors_files.config_metadata(entry),
+    }
+    text = json_text.dump({**config, **entry}, str(config_file), indent=2) + "\n"
+    writing.write_together(
+        folder,
+        {
+            safetensors_files.FILE: lambda file: safetensors_files.write_file(
+                file, writer.tensors, metadata
+            ),
+            safetensors_files.CONFIG: text.encode(),
+        },
     )
-    config_file = directory / safetensors_files.CONFIG
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
-    config["quantization_config"] = compressed_config.make_config(writer.layers)
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
+    """Checks that a checkpoint may be written to a folder."""
+    file = folder / safetensors_files.FILE
+    config_file = folder / safetensors_files.CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
+    for other in sorted(folder.glob("*.safetensors*")):
+        # Readers prefer the index, or take all files for parts of one checkpoint.
+        if other.name not in (file.name, "adapter_model.safetensors"):
+            raise FileExistsError(
+                f"{folder} holds {other.name}, which readers would take for the "
+                "checkpoint, or for part of it. Remove it, or pass another folder."
+            )
+    is_one = functools.partial(_is_checkpoint, file, config_file)
+    what = "of a compressed-tensors checkpoint"
+    writing.check_target(file, what=what, is_one=is_one, overwrite=overwrite)
+    if config_file.exists() and _ENTRY in json_text.read(config_file):
+        writing.check_target(config_file, what=what, is_one=is_one, overwrite=overwrite)
+
+
+def _is_checkpoint(file: pathlib.Path, config_file: pathlib.Path) -> bool:
+    if _PARAMS in safetensors_files.read_metadata(file):
+        return True
+    entry = json_text.read(config_file).get(_ENTRY) if config_file.exists() else None
+    return isinstance(entry, dict) and entry.get("quant_method") == _METHOD
 
 
 def load_compressed_tensors(
@@ -142,18 +205,18 @@ def load_compressed_tensors(
         ValueError: A layer has a scheme that is not supported, or tensors that do not
             fit together; the message has its name.
     """
-    files, config_file = safetensors_files.find_files(pathlib.Path(path))
-    config = None
-    if config_file.exists():
-        config = json.loads(config_file.read_text()).get("quantization_config")
+    path = pathlib.Path(path)
+    writing.finish(path if path.is_dir() else path.parent)
+    tensors, metadata, config_file = safetensors_files.read_checkpoint(path)
+    whole = json_text.read(config_file) if config_file.exists() else {}
+    safetensors_files.check_config(metadata, whole, config_file)
+    config = whole.get(_ENTRY)
     if config is not None:
-        compressed_config.check_config(config)
-    tensors: dict[str, np.ndarray] = {}
-    recorded: dict[str, tuple[str, int]] = {}
-    for file in files:
-        stored, metadata = safetensors_files.read_file(file)
-        tensors.update(stored)
-        recorded.update(json.loads(metadata.get(_PARAMS, "{}")))
+        try:
+            compressed_config.check_config(config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}, {_ENTRY}: {error}") from None
+    recorded = json_text.parse(metadata.get(_PARAMS, "{}"), f"{_PARAMS} in {path}")
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in sorted(tensors.items()):
         layer, _, part = name.rpartition(".")
@@ -168,7 +231,7 @@ def load_compressed_tensors(
             reader.add_layer(prefix, own, scheme)
         for part, tensor in parts.items():
             reader.add(prefix + part, jnp.asarray(tensor))
-    return traverse_util.unflatten_dict(reader.params)
+    return reader.tree()
 
 
 class _Writer:
@@ -196,6 +259,11 @@ class _Writer:
     def add(self, path: tuple[str, ...], leaf: Any) -> None:
         where = "/".join(path)
         rename = self._rename
+        if isinstance(leaf, stored.QUANTIZED_ARRAYS):
+            raise ValueError(
+                f"{where} is a {type(leaf).__name__} that does not say how it was "
+                "quantized. Pass it as WithAux(array, how)."
+            )
         name = rename(where) if rename else _default_name(path, leaf.ndim)
         if name in self.recorded:
             other = self.recorded[name][0]
@@ -263,6 +331,23 @@ class _Reader:
     ):
         self._rename, self._recorded = rename, recorded
         self.params: dict[tuple[str, ...], Any] = {}
+        self._names: dict[tuple[str, ...], str] = {}
+
+    def tree(self) -> dict[str, Any]:
+        """The params as nested dicts.
+
+        Raises:
+            ValueError: A tensor would be a param, and a module that holds others.
+        """
+        for path, name in self._names.items():
+            for end in range(1, len(path)):
+                if path[:end] in self._names:
+                    raise ValueError(
+                        f"{self._names[path[:end]]} would become the param "
+                        f"{'/'.join(path[:end])}, and {name} a param within it. Pass "
+                        "`rename`."
+                    )
+        return traverse_util.unflatten_dict(self.params)
 
     def add(self, name: str, leaf: Any) -> tuple[str, ...]:
         if self._rename is not None:
@@ -274,6 +359,7 @@ class _Reader:
         path = tuple(where.split("/"))
         if path in self.params:
             raise ValueError(f"{name} and another tensor would both become {where}.")
+        self._names[path] = name
         transposed = _is_transposed(path, leaf.ndim)
         self.params[path] = _transpose(leaf) if transposed else leaf
         return path
@@ -307,8 +393,11 @@ def _static_ranges(
         return {}
     if scale.size != 1:
         raise ValueError(f"its input_scale has shape {scale.shape}; it must be one")
+    compressed_layers.check_scale(scale)
     args = scheme.get("input_activations")
     qtype = compressed_config.activation_qtype(args, default)
+    if zero is not None and numerics.is_integer_qtype(qtype):
+        compressed_layers.check_codes(zero, numerics.qtype_bits(qtype), "zero point")
     asymmetric = zero is not None and bool(np.any(zero.astype(np.float32)))
     method = "minmax" if asymmetric else "absmax"
     how = HowToQuantize(qtype=qtype, calibration_method=method)

@@ -6,11 +6,12 @@ so damage is noticed and, if it hit a record, the param is named.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout
+from qwix_train.files import json_text
 from qwix_train.rules import QuantizationRule
 
 FORMAT = "qwix_train quantized params"
@@ -124,6 +126,7 @@ class Manifest:
 
         Raises:
           TypeError: if `plan` or `metadata` holds anything else.
+          ValueError: if they are nested too deeply.
         """
         record = {
             "format": FORMAT,
@@ -135,7 +138,8 @@ class Manifest:
             "params": [_sealed(_param_to_json(param)) for param in self.params],
         }
         # Tuples become lists here, as they do in the file.
-        return _sealed(json.loads(json.dumps(record)))
+        text = json_text.dump(record, "the manifest, with its plan and metadata")
+        return _sealed(json.loads(text))
 
     @classmethod
     def from_json(cls, record: Any) -> Manifest:
@@ -160,13 +164,34 @@ class Manifest:
             raise ValueError(f"the records of these params were changed: {names}")
         if not _is_sealed(record):
             raise ValueError("it was changed, though not in the record of a param")
-        return cls(
-            params=tuple(_param_from_json(entry) for entry in entries),
-            rules=tuple(map(rule_from_json, record["rules"])),
-            plan=record["plan"],
-            versions=record["versions"],
-            metadata=record["metadata"],
-        )
+        with readable(record.get("versions")):
+            return cls(
+                params=tuple(_param_from_json(entry) for entry in entries),
+                rules=tuple(map(rule_from_json, record["rules"])),
+                plan=record["plan"],
+                versions=record["versions"],
+                metadata=record["metadata"],
+            )
+
+
+@contextlib.contextmanager
+def readable(versions: Any) -> Iterator[None]:
+    """Says which release wrote a record whose entries this one does not know.
+
+    Args:
+      versions: the versions that the record has.
+
+    Raises:
+      ValueError: if an entry is missing, unknown, or of another type.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wrote = versions.get("qwix_train") if isinstance(versions, dict) else None
+        raise ValueError(
+            f"an entry of it is not as this release writes it "
+            f"({type(error).__name__}: {error}); qwix_train {wrote} wrote it"
+        ) from error
 
 
 def path_name(path: Path) -> str:

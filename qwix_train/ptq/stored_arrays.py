@@ -24,6 +24,8 @@ from qwix_train.ptq.manifest import Path, StoredArray, StoredParam, path_name
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
 _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
+# The parts of a quantized array that are finite and not negative.
+_SCALES = ("scale", "scale_steps", "scale_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +144,11 @@ def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
 
     Returns:
         The arrays to store; what the manifest says of them, without checksums; and
-        whether the codes are those of their type, as an array of one boolean.
+        whether the codes are those of their type, and whether the scales are finite
+        and not negative, each as an array of one boolean.
     """
-    encoded, records, sound = {}, {}, np.True_
+    encoded, records = {}, {}
+    codes_sound, scales_sound = np.True_, np.True_
     for name, record in leaf.describe().arrays.items():
         array = leaf.arrays[name]
         packed_as = _PACKED_AS.get(record.dtype)
@@ -156,11 +160,18 @@ def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
             if _PACKED_AS.get(record.dtype) != packed_as:
                 # The dtype holds more than the type does: nothing may get lost.
                 back = packing.unpack(packed, packed_as, array.shape[axis], axis)
-                sound = jnp.all(back.astype(array.dtype) == array)
+                codes_sound = jnp.all(back.astype(array.dtype) == array)
             array = packed
             record = dataclasses.replace(record, packed_as=packed_as, axis=axis)
+        elif leaf.qtype is not None and name in _SCALES:
+            scales_sound = scales_sound & _are_scales(array)
         encoded[name], records[name] = array, record
-    return encoded, records, sound
+    return encoded, records, (codes_sound, scales_sound)
+
+
+@jax.jit
+def _are_scales(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array) & (array >= 0))
 
 
 def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:

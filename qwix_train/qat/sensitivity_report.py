@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwix_train import plan_table
+from qwix_train.files.figures import save_figure
 from qwix_train.rules import QuantizationRule
 from qwix_train.text_table import aligned
 
@@ -134,17 +135,22 @@ class Sensitivity:
         note = "dB: signal to quantization noise of the output"
         return "\n".join([title, aligned(rows), note])
 
-    def plot(self, path: str | pathlib.Path | None = None) -> Any:
+    def plot(
+        self, path: str | pathlib.Path | None = None, *, overwrite: bool = False
+    ) -> Any:
         """A plot of the increases, a row for each op.
 
         Args:
           path: a file to write it to, such as `"sensitivity.png"`; the suffix says
             which format.
+          overwrite: whether to replace a plot that is there.
 
         Returns:
           The matplotlib figure.
 
         Raises:
+          FileExistsError: if there is a plot and `overwrite` is not set, or something
+            else.
           ImportError: if matplotlib is not installed.
         """
         try:
@@ -176,7 +182,7 @@ class Sensitivity:
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=len(groups[0]), frameon=False)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            save_figure(figure, path, overwrite=overwrite)
         return figure
 
 

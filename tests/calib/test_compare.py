@@ -180,6 +180,8 @@ def test_the_report_and_the_rules_it_gives(tmp_path):
 
     compared.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(FileExistsError, match=r"plot.png exists"):
+        compared.plot(tmp_path / "plot.png")
 
 
 def test_the_plot_says_what_it_needs(tmp_path, monkeypatch):

@@ -205,3 +205,15 @@ def test_scale_and_zero_point_are_those_of_the_parts():
     scale, zero_point = compute_scale_zero_point(calibrate(x, how), "int4")
     q = quantize_array(x, how)
     assert q.scale == scale and q.zero_point == zero_point
+
+
+@pytest.mark.parametrize("storage", [jnp.int8, jnp.int4])
+def test_values_that_no_array_becomes_are_refused(storage):
+    codes, scale = jnp.array([[-8, 7]], storage), jnp.ones((1, 1))
+    assert dequantize(QArray(codes, scale, qtype="int4")).tolist() == [[-8, 7]]
+    with pytest.raises(ValueError, match="A code is -8, and int3 has those from -4 to"):
+        dequantize(QArray(codes, scale, qtype="int3"))
+    with pytest.raises(ValueError, match="A scale is -1.0"):
+        dequantize(QArray(codes, -scale, qtype="int4"))
+    # Of an array with NaN in it, which has to show.
+    assert jnp.isnan(dequantize(QArray(codes, jnp.nan * scale, qtype="int4"))).all()

@@ -67,8 +67,18 @@ def test_save_and_load(litert, tmp_path):
     assert loaded.signatures["serving_default"].inputs == ("x",)
     with pytest.raises(ValueError, match="the model was read from a file"):
         loaded.report(x)
-    litert.export(path)
+
+
+def test_a_file_that_is_there_is_replaced_only_on_request(litert, tmp_path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"\x1c\0\0\0TFL3 of an older model")
+    with pytest.raises(FileExistsError, match="model.tflite exists. Pass overwrite="):
+        litert.save(path)
+    litert.export(path, overwrite=True)
     assert path.read_bytes() == litert.content
+    path.write_text("import qwix_train")
+    with pytest.raises(FileExistsError, match="is not a LiteRT model"):
+        litert.save(path, overwrite=True)
 
 
 def test_a_file_of_another_kind(tmp_path):

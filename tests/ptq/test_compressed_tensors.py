@@ -334,7 +334,9 @@ def test_shards(tmp_path):
     scale = np.full((2, 1), 0.5, np.float32)
     write_file(tmp_path, {"a.weight": x, "b.weight_scale": scale}, name="1.safetensors")
     write_file(tmp_path, {"b.weight": x, "a.weight_scale": scale}, name="2.safetensors")
-    index = {"weight_map": {"a.weight": "1.safetensors", "b.weight": "2.safetensors"}}
+    first, second = ("a.weight", "b.weight_scale"), ("b.weight", "a.weight_scale")
+    names = dict.fromkeys(first, "1.safetensors")
+    index = {"weight_map": names | dict.fromkeys(second, "2.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     params = load_compressed_tensors(tmp_path)
     for key in "ab":
@@ -536,6 +538,15 @@ def test_two_tensors_for_one_param(tmp_path):
 def test_params_that_cannot_be_written(tmp_path, tree, options, message):
     with pytest.raises(ValueError, match=message):
         save_compressed_tensors(tmp_path, tree, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_float_params_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No param is quantized"):
+        save_compressed_tensors(tmp_path, {"w": {"kernel": jnp.ones((4, 2))}})
+    array = TREES["int8"]["Dense_0"]["kernel"].array
+    with pytest.raises(ValueError, match="w/kernel is a QArray that does not say how"):
+        save_compressed_tensors(tmp_path, {"w": {"kernel": array}})
     assert not list(tmp_path.iterdir())
 
 

@@ -68,6 +68,8 @@ def test_plot(tmp_path, monkeypatch):
     found = measured()
     figure = found.plot(tmp_path / "sensitivity.png")
     assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError, match=r"sensitivity.png exists"):
+        found.plot(tmp_path / "sensitivity.png")
     (axes,) = figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["Dense_0/dot_general0", "Dense_1/dot_general0"]
