@@ -494,6 +494,7 @@ def _check_tiles(where, shape, axes, rule) -> None:
         if shape[axis] % tile and not rule.pad_tiles:
             raise ValueError(
                 f"{where}: a tile of {tile} does not divide axis {axis}, of length "
-                f"{shape[axis]}, of the shape {tuple(shape)}. Choose a tile_size that "
-                "does, or set pad_tiles=True in the rule."
+                f"{shape[axis]}, of the shape {tuple(shape)}. Choose "
+                f"a tile_size that does (it is {rule.tile_size}), or set "
+                "pad_tiles=True in the rule."
             )

@@ -16,6 +16,7 @@ above may wrap around; the part's result does not, and modular arithmetic makes 
 right.)
 """
 
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -29,7 +30,7 @@ from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.core.weight_only import weight_only_dot
 
 MIN_TILE_SIZE = 128
-"""Contracted axes in smaller tiles are dequantized first.
+"""Operands with smaller tiles of what is contracted are dequantized first.
 
 The results of all tiles exist at once, before they are scaled and added; with small
 tiles they take more memory, and time, than the dequantized operand.
@@ -51,8 +52,8 @@ def dot_general(
     """`jax.lax.dot_general` for arrays and quantized arrays.
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
-    If one is a float array, is nf4, or has a contracted axis with tiles that are
-    smaller than `MIN_TILE_SIZE` or padded, it is the product of the dequantized
+    If one is a float array, is nf4, or has contracted axes with tiles that are padded
+    or of fewer than `MIN_TILE_SIZE` elements, it is the product of the dequantized
     operands, to rounding: a large one stays quantized, see `weight_only`.
 
     Args:
@@ -214,10 +215,15 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
         if ops.zero_point_of(operand) is not None:
             if not (ops.is_integer(lhs) and ops.is_integer(rhs)):
                 return False
-        for axis in contracting:
-            size, count = operand.shape[axis], _entries(operand, axis)
-            if count > 1 and (size % count or size // count < MIN_TILE_SIZE):
-                return False
+        counts = {axis: _entries(operand, axis) for axis in contracting}
+        if any(n > 1 and operand.shape[axis] % n for axis, n in counts.items()):
+            return False
+        tiles = math.prod(max(n, 1) for n in counts.values())
+        if (
+            1 < tiles
+            and ops.size_of(operand.shape, contracting) < tiles * MIN_TILE_SIZE
+        ):
+            return False
         for axis in range(operand.ndim):
             # Kept axes are scaled index by index.
             if axis not in contracting and _entries(operand, axis) not in (
