@@ -22,11 +22,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from qwix_train.core import operands as ops
 from qwix_train.core import tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
+from qwix_train.core.symbolic import is_symbolic, surely
 from qwix_train.core.weight_only import weight_only_dot
 
 MIN_TILE_SIZE = 128
@@ -219,10 +221,8 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
         if any(n > 1 and operand.shape[axis] % n for axis, n in counts.items()):
             return False
         tiles = math.prod(max(n, 1) for n in counts.values())
-        if (
-            1 < tiles
-            and ops.size_of(operand.shape, contracting) < tiles * MIN_TILE_SIZE
-        ):
+        terms = ops.size_of(operand.shape, contracting)
+        if tiles > 1 and not surely(tiles * MIN_TILE_SIZE, terms):
             return False
         for axis in range(operand.ndim):
             # Kept axes are scaled index by index.
@@ -245,7 +245,7 @@ def _dequantized_product(
     (left_axes, right_axes), (batch, _) = numbers
     # The larger one stays; the smaller one is the activation.
     swap = isinstance(lhs, QArray) and not (
-        isinstance(rhs, QArray) and rhs.size >= lhs.size
+        isinstance(rhs, QArray) and (is_symbolic(lhs) or surely(lhs.size, rhs.size))
     )
     weight, x = (lhs, ops.as_float(rhs)) if swap else (rhs, ops.as_float(lhs))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
@@ -347,9 +347,14 @@ def _sum_products(
     """Returns the dot product of codes less their zero points."""
     lhs_contracting, rhs_contracting = numbers[0]
     terms = ops.size_of(left.shape, lhs_contracting)
-    if max_terms is not None and terms > max_terms:
+    sizes = [left.shape[axis] for axis in lhs_contracting]
+    too_long = max_terms is not None and not surely(terms, max_terms)
+    if too_long and any(map(export.is_symbolic_dim, sizes)):
+        # In how many parts to cut is not known; so all is added in float32.
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        accumulator = jnp.float32
+    elif too_long:
         # Halve the longest contracted axis.
-        sizes = [left.shape[axis] for axis in lhs_contracting]
         longest = sizes.index(max(sizes))
         axes = (lhs_contracting[longest], rhs_contracting[longest])
         middle, end = sizes[longest] // 2, sizes[longest]
