@@ -279,6 +279,9 @@ class _Planner:
         plan = OpPlan(op, index, module_path=path)
         if rule.weight_qtype is None:
             return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
+        if op.moves:
+            reason = "a product with a constant that only moves elements"
+            return dataclasses.replace(plan, reason=reason)
         obstacle = _obstacle(op)
         if obstacle:
             return dataclasses.replace(plan, reason=obstacle, unsupported=True)
