@@ -223,8 +223,8 @@ def fake_quantize_activation(
         return learned_quant.pact(array, how.qtype, leaves.alpha)
     assert leaves.scale is not None
     low, high = numerics.code_range(how.qtype)
-    examples = array.shape[0] if array.ndim > 1 else 1
-    features = array.size / max(examples * leaves.scale.size, 1)
+    of_example = array.shape[1:] if array.ndim > 1 else array.shape
+    features = math.prod(of_example) / max(leaves.scale.size, 1)
     if leaves.offset is None:
         factor = learned_quant.gradient_scale(features, high)
         return learned_quant.lsq(array, how.qtype, leaves.scale, gradient_scale=factor)

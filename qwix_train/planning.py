@@ -279,6 +279,9 @@ class _Planner:
         plan = OpPlan(op, index, module_path=path)
         if rule.weight_qtype is None:
             return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
+        if op.moves:
+            reason = "a product with a constant that only moves elements"
+            return dataclasses.replace(plan, reason=reason)
         obstacle = _obstacle(op)
         if obstacle:
             return dataclasses.replace(plan, reason=obstacle, unsupported=True)
@@ -494,6 +497,7 @@ def _check_tiles(where, shape, axes, rule) -> None:
         if shape[axis] % tile and not rule.pad_tiles:
             raise ValueError(
                 f"{where}: a tile of {tile} does not divide axis {axis}, of length "
-                f"{shape[axis]}, of the shape {tuple(shape)}. Choose a tile_size that "
-                "does, or set pad_tiles=True in the rule."
+                f"{shape[axis]}, of the shape {tuple(shape)}. Choose "
+                f"a tile_size that does (it is {rule.tile_size}), or set "
+                "pad_tiles=True in the rule."
             )

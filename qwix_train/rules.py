@@ -44,8 +44,12 @@ class QuantizationRule:
       act_qtype: the type for activations; they stay in float if None. For LiteRT also
         `"int16"`.
       tile_size: the number of elements, along the last contracted axis, that share a
-        scale. A float means one over the number of tiles. Along the whole axis if
-        None.
+        scale. The last is that of the operand's own axes, in whatever order an equation
+        or `dimension_numbers` names them. A tile that is larger takes that axis whole
+        and is cut from the contracted axis before it: 64 is 2 heads of 32 of a weight
+        of shape (12, 32, 512). Contracted axes that a tile does not reach share its
+        scale. A float means one over the number of tiles along the last axis. Along all
+        that is contracted if None.
       act_static_scale: whether activations are quantized with ranges that were
         collected beforehand.
       weight_calibration_method: how the range of a weight is found: `"absmax"`,

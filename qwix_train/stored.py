@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection
 from typing import Any
 
 import jax
+from flax import linen as nn
 from flax import nnx
 from flax.linen import meta
 from jax import numpy as jnp
+from jax.core import Tracer
 
 from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize
@@ -156,7 +159,7 @@ def box(quantized: Any, boxed: Any) -> Any:
 
     Returns:
       The param, with the name of an axis dropped from the parts that have one entry
-      along it.
+      along it, or tiles that the mesh does not divide. See `box_part`.
     """
     if not is_box(boxed):
         return quantized
@@ -234,7 +237,9 @@ def box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
         if None.
 
     Returns:
-      The array, with the name of an axis dropped where it has one entry along it.
+      The array, with the name of an axis dropped where it has one entry along it, or
+      a number of tiles that the mesh does not divide: that of the box, of its array, or
+      of `jax.set_mesh`.
     """
 
     def kept(names):
@@ -242,8 +247,10 @@ def box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
             return names
         own = names[:named]
         sizes = (*part.shape, *(1 for _ in range(len(own) - part.ndim)))
+        pieces = _pieces(boxed, own)
         masked = [
-            None if size == 1 else name for name, size in zip(own, sizes, strict=False)
+            None if size == 1 or size % count else name
+            for name, size, count in zip(own, sizes, pieces, strict=False)
         ]
         # Linen wants a name for each axis.
         masked += [None] * (min(len(names), part.ndim) - len(masked))
@@ -262,6 +269,30 @@ def box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
     fields = {field.name for field in dataclasses.fields(new)}  # type: ignore[arg-type]
     names = {key: kept(getattr(new, key)) for key in _LINEN_NAMES if key in fields}
     return dataclasses.replace(new, **names)  # type: ignore[type-var]
+
+
+def _pieces(boxed: Any, names: Any) -> list[int]:
+    """Into how many parts a mesh cuts each axis of a box, 1 where that is not known.
+
+    Where rules give a logical name several choices, their least common multiple.
+    """
+    array, mesh = unbox(boxed), jax.sharding.get_abstract_mesh()
+    if isinstance(array, jax.Array) and not isinstance(array, Tracer):
+        mesh = getattr(array.sharding, "mesh", mesh)
+    is_variable = isinstance(boxed, nnx.Variable)
+    metadata = boxed.get_metadata() if is_variable else vars(boxed)
+    mesh = metadata.get("mesh") or mesh
+    own = metadata.get("rules") or metadata.get("sharding_rules") or ()
+    rules = [*own, *nn.get_logical_axis_rules()]
+
+    def count(name):
+        choices = [axes for alias, axes in rules if alias == name] or [name]
+        return math.lcm(*(size(axes) for axes in choices))
+
+    def size(axes):
+        return math.prod(mesh.shape.get(axis, 1) for axis in jax.tree.leaves(axes))
+
+    return [math.prod(map(count, jax.tree.leaves(entry))) for entry in names]
 
 
 # So that traced models find an array where their param is a quantized one, and

@@ -9,7 +9,7 @@ included, have a scale for each element.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qwix_train.core import layout
 from qwix_train.trace.analyze import Op
@@ -30,32 +30,50 @@ class Axes:
 def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
     """The axes of an op's own operand, before any mapping to a param.
 
+    A tile is cut from the last of the axes that the op contracts, in the order in which
+    the operand has them: the order in which an equation or `dimension_numbers` names
+    them means nothing. A tile that is larger takes whole axes, and is cut from the one
+    before; axes that it does not reach share its scale.
+
     Args:
       op: the op.
       side: 0 for its left operand, 1 for its right one.
-      tile_size: elements per tile along the last contracted axis, or one over the
-        number of tiles.
+      tile_size: elements per tile, or one over the number of tiles along the last
+        contracted axis. Convolutions have no tiles.
     """
-    shape, name = op.operands[side].shape, SIDES[side]
+    shape = op.operands[side].shape
     numbers = op.params["dimension_numbers"]
-    if op.name == "gather":
-        return _lookup_axes(numbers, shape, tile_size)
     if op.name == "conv_general_dilated":
-        channelwise, tiled = layout.conv_axes(numbers, name)
+        channelwise, _ = layout.conv_axes(numbers, SIDES[side])
+        return Axes(channelwise, {})
+    if op.name == "gather":
+        # Each row that is looked up has a scale, or some.
+        rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
+        channelwise = tuple(sorted(rows))
     else:
-        channelwise, tiled = layout.dot_axes(numbers, len(shape), name, tile_size)
-    sizes = {axis: absolute_tile(size, shape[axis]) for axis, size in tiled.items()}
-    return Axes(channelwise, sizes)
+        channelwise, _ = layout.dot_axes(numbers, len(shape), SIDES[side])
+    shared = [axis for axis in range(len(shape)) if axis not in channelwise]
+    return Axes(channelwise, _tiles(shape, shared, tile_size))
 
 
-def _lookup_axes(numbers, shape, tile_size) -> Axes:
-    """Each row that is looked up has a scale, or one per tile of its last axis."""
-    rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
-    tiled = {}
-    rest = [axis for axis in range(len(shape)) if axis not in rows]
-    if tile_size is not None and rest:
-        tiled[rest[-1]] = absolute_tile(tile_size, shape[rest[-1]])
-    return Axes(tuple(sorted(rows)), tiled)
+def _tiles(shape, shared: Sequence[int], tile_size) -> dict[int, int]:
+    """The part of a tile along each axis that it reaches, of those that share a scale.
+
+    Where there is no such tile, the tile size is the last axis's, which it does not
+    divide.
+    """
+    if tile_size is None or not shared:
+        return {}
+    tile = absolute_tile(tile_size, shape[shared[-1]])
+    parts, rest = {}, tile
+    for axis in reversed(shared):
+        length = max(shape[axis], 1)
+        if rest <= length:
+            return {**parts, axis: rest}
+        if rest % length:
+            break
+        parts[axis], rest = length, rest // length
+    return {shared[-1]: tile}
 
 
 def absolute_tile(tile_size: int | float, length: int) -> int:

@@ -83,3 +83,24 @@ def test_explicit_shardings_are_part_of_the_shape():
         param = stored.quantize_param(jax.device_put(ARRAY, sharding), HOW)
         found = stored.aval(param).sharding
         assert (found and found.spec) == spec
+
+
+MESH = jax.make_mesh((2, 4), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
+ROWS = jnp.arange(48.0).reshape(12, 4)
+
+
+@pytest.mark.parametrize("kind", ["partitioned", "logical", "variable"])
+@pytest.mark.parametrize(("tile", "name"), [(2, "a"), (4, None)])
+def test_tiles_that_a_mesh_does_not_divide_are_replicated(kind, tile, name):
+    rules = [("rows", "a"), ("columns", "b")]
+    boxed = {
+        "partitioned": nn.Partitioned(ROWS, ("a", "b")),
+        "logical": nn.LogicallyPartitioned(ROWS, ("rows", "columns"), rules=rules),
+        "variable": nnx.Param(ROWS, out_sharding=("a", "b"), eager_sharding=False),
+    }[kind]
+    how = HowToQuantize(qtype="int8", channelwise_axes=(1,), tiled_axes={0: tile})
+    with jax.set_mesh(MESH):
+        scale = stored.box(stored.quantize_param(ROWS, how), boxed).array.scale
+    names = names_of(scale)
+    assert names == (name and ("rows" if kind == "logical" else name), *names[1:])
+    assert names[1] is not None

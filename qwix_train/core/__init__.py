@@ -3,6 +3,7 @@
 It knows no model and no rule. Of Flax it uses `struct`, for pytrees that Flax can save.
 """
 
+from qwix_train.core import records as records
 from qwix_train.core.calibration import calibrate as calibrate
 from qwix_train.core.calibration import (
     compute_scale_zero_point as compute_scale_zero_point,

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwix_train.core import numerics
+from qwix_train.core.symbolic import surely
 
 # Measured by `python -m benchmarks.ptq --sections forms` on two cores of an AMD EPYC
 # (Zen 5, 32 MiB of L3), busy with other work; medians in ms, to compare along a line:
@@ -93,11 +94,11 @@ def choose_form(rows: int, weight_size: int, qtype: Any) -> Form:
     """Returns the fastest form of a product with a quantized weight.
 
     Args:
-        rows: Rows of activations.
+        rows: Rows of activations; a number that is not known counts as many.
         weight_size: The number of weights.
         qtype: The type of the weight.
     """
-    if rows <= (1 if qtype == "nf4" else 2):
+    if surely(rows, 1 if qtype == "nf4" else 2):
         return "rows"
     return "whole" if weight_size <= _WHOLE_MOST else "blocks"
 
@@ -187,7 +188,9 @@ def weight_dot(
         return None
     size = weight3.codes.size
     form = (
-        "blocks" if transposable else form or choose_form(len(x2), size, weight.qtype)
+        "blocks"
+        if transposable
+        else form or choose_form(x2.shape[0], size, weight.qtype)
     )
     out = _rows(product, _sum_floats) if form == "rows" else None
     if out is None:
@@ -343,7 +346,7 @@ def _product(
     def join(outs: Sequence[jax.Array]) -> jax.Array:
         if len(outs) == 1 or along_k:
             return functools.reduce(jnp.add, outs)
-        return jnp.stack(outs, -1).reshape(len(x), a, b)
+        return jnp.stack(outs, -1).reshape(x.shape[0], a, b)
 
     after = None if scale is None or per_chunk else scale[:, 0]
     return _Product(planes, stored, join, after, chunks)
@@ -501,7 +504,7 @@ def _blocks(
             if plane.scale is not None:
                 values = values * plane.scale[:, :, None]
             # A plain matrix product where it is one; XLA would find out less well.
-            x, values = x.reshape(len(x), -1), values.reshape(a, -1, b)
+            x, values = x.reshape(x.shape[0], -1), values.reshape(a, -1, b)
             if a == 1:
                 out = jnp.matmul(x, values[0], precision=precision)[:, None]
             else:

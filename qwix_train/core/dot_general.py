@@ -16,20 +16,23 @@ above may wrap around; the part's result does not, and modular arithmetic makes 
 right.)
 """
 
+import math
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from qwix_train.core import operands as ops
 from qwix_train.core import tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
+from qwix_train.core.symbolic import is_symbolic, surely
 from qwix_train.core.weight_only import weight_only_dot
 
 MIN_TILE_SIZE = 128
-"""Contracted axes in smaller tiles are dequantized first.
+"""Operands with smaller tiles of what is contracted are dequantized first.
 
 The results of all tiles exist at once, before they are scaled and added; with small
 tiles they take more memory, and time, than the dequantized operand.
@@ -51,8 +54,8 @@ def dot_general(
     """`jax.lax.dot_general` for arrays and quantized arrays.
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
-    If one is a float array, is nf4, or has a contracted axis with tiles that are
-    smaller than `MIN_TILE_SIZE` or padded, it is the product of the dequantized
+    If one is a float array, is nf4, or has contracted axes with tiles that are padded
+    or of fewer than `MIN_TILE_SIZE` elements, it is the product of the dequantized
     operands, to rounding: a large one stays quantized, see `weight_only`.
 
     Args:
@@ -214,10 +217,13 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
         if ops.zero_point_of(operand) is not None:
             if not (ops.is_integer(lhs) and ops.is_integer(rhs)):
                 return False
-        for axis in contracting:
-            size, count = operand.shape[axis], _entries(operand, axis)
-            if count > 1 and (size % count or size // count < MIN_TILE_SIZE):
-                return False
+        counts = {axis: _entries(operand, axis) for axis in contracting}
+        if any(n > 1 and operand.shape[axis] % n for axis, n in counts.items()):
+            return False
+        tiles = math.prod(max(n, 1) for n in counts.values())
+        terms = ops.size_of(operand.shape, contracting)
+        if tiles > 1 and not surely(tiles * MIN_TILE_SIZE, terms):
+            return False
         for axis in range(operand.ndim):
             # Kept axes are scaled index by index.
             if axis not in contracting and _entries(operand, axis) not in (
@@ -239,7 +245,7 @@ def _dequantized_product(
     (left_axes, right_axes), (batch, _) = numbers
     # The larger one stays; the smaller one is the activation.
     swap = isinstance(lhs, QArray) and not (
-        isinstance(rhs, QArray) and rhs.size >= lhs.size
+        isinstance(rhs, QArray) and (is_symbolic(lhs) or surely(lhs.size, rhs.size))
     )
     weight, x = (lhs, ops.as_float(rhs)) if swap else (rhs, ops.as_float(lhs))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
@@ -341,9 +347,14 @@ def _sum_products(
     """Returns the dot product of codes less their zero points."""
     lhs_contracting, rhs_contracting = numbers[0]
     terms = ops.size_of(left.shape, lhs_contracting)
-    if max_terms is not None and terms > max_terms:
+    sizes = [left.shape[axis] for axis in lhs_contracting]
+    too_long = max_terms is not None and not surely(terms, max_terms)
+    if too_long and any(map(export.is_symbolic_dim, sizes)):
+        # In how many parts to cut is not known; so all is added in float32.
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        accumulator = jnp.float32
+    elif too_long:
         # Halve the longest contracted axis.
-        sizes = [left.shape[axis] for axis in lhs_contracting]
         longest = sizes.index(max(sizes))
         axes = (lhs_contracting[longest], rhs_contracting[longest])
         middle, end = sizes[longest] // 2, sizes[longest]

@@ -13,6 +13,7 @@ from jax.custom_batching import custom_vmap
 
 from qwix_train.core import cpu_dots
 from qwix_train.core import operands as ops
+from qwix_train.core.symbolic import is_symbolic
 
 _Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -93,6 +94,8 @@ def _lowered(
         return general(left, right)
     if any(map(ops.is_explicitly_sharded, (left, right))):
         return general(left, right)
+    if is_symbolic(left, right):
+        return general(left, right)  # The other forms are for a few rows.
     return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=general)
 
 

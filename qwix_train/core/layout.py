@@ -26,8 +26,8 @@ def dot_axes(
         dimension_numbers: Those of `jax.lax.dot_general`.
         ndim: The rank of the operand.
         side: Which operand.
-        tile_size: The tile size of the last contracting axis, or a mapping from axes
-            to tile sizes.
+        tile_size: The tile size of the operand's last contracted axis, whatever the
+            order in which the axes are listed; or a mapping from axes to tile sizes.
 
     Returns:
         Every axis that is neither contracted nor tiled, and the tiled axes.
@@ -44,7 +44,7 @@ def dot_axes(
     if isinstance(tile_size, Mapping):
         tiled = {tiling.normalize_axis(a, ndim): t for a, t in tile_size.items()}
     elif tile_size and contracting:
-        tiled = {contracting[-1]: tile_size}
+        tiled = {max(contracting): tile_size}
     kept = (a for a in range(ndim) if a not in contracting and a not in tiled)
     return tuple(kept), tiled
 

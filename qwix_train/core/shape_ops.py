@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from qwix_train.core.symbolic import is_smaller
+
 if TYPE_CHECKING:
     from qwix_train.core.qarray import QArray
 
@@ -27,7 +29,7 @@ def reshape(array: "QArray", *shape: Any) -> "QArray":
     """
     if len(shape) == 1 and not isinstance(shape[0], int | np.integer):
         shape = tuple(shape[0])
-    new_shape = _resolve(array.shape, tuple(int(n) for n in shape))
+    new_shape = _resolve(array.shape, tuple(shape))
     groups = _groups(array.shape, new_shape)
 
     def reshape_part(part: jax.Array) -> jax.Array:
@@ -59,7 +61,7 @@ def _resolve(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
         rest = math.prod(n for n in new if n != -1)
         if rest and size % rest == 0:
             new = tuple(size // rest if n == -1 else n for n in new)
-    if min(new, default=0) < 0 or math.prod(new) != size:
+    if any(n < 0 for n in new) or math.prod(new) != size:
         raise ValueError(f"Cannot reshape a QArray of shape {old} to {new}.")
     return new
 
@@ -83,7 +85,7 @@ def _groups(
             new_axes.append(j)
             new_size, j = new[j], j + 1
         while old_size != new_size:
-            if old_size < new_size:
+            if is_smaller(old_size, new_size):
                 old_axes.append(i)
                 old_size, i = old_size * old[i], i + 1
             else:

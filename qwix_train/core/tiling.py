@@ -6,7 +6,9 @@ of ``ceil(n / s)`` elements. The last tile is shorter where ``s`` does not divid
 ``n``; such a *padded* layout comes only from ``HowToQuantize(pad_tiles=True)``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +118,11 @@ def split_tiled_axes(
     """Splits the axes that are cut into tiles; returns the axes within the tiles.
 
     Axes that have one entry for each index, or one in all, are left whole: XLA does
-    not see through a reshape that splits them, and copies the array.
+    not see through a reshape that splits them, and copies the array. An axis whose
+    shards cut tiles is gathered where its sharding belongs to its type.
     """
+    for axis in _cut_by_shards(array, counts):
+        array = _resharded(array, axis, None)
     shape: list[int] = []
     within: list[int] = []
     for size, count in zip(array.shape, counts, strict=True):
@@ -135,6 +140,8 @@ def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
     """Appends zeros along each axis until ``counts[i]`` tiles are full."""
     if not padded_axes(array.shape, counts):
         return array
+    for axis in _cut_by_shards(array, counts):
+        array = _resharded(array, axis, None)
     tiles = tile_sizes(array.shape, counts)
     sizes = zip(array.shape, counts, tiles, strict=True)
     return jnp.pad(array, [(0, c * t - n) for n, c, t in sizes])
@@ -155,7 +162,7 @@ def elementwise(
     for t in present:
         if not is_layout(shape, t.shape):
             raise ValueError(f"A scale of shape {t.shape} does not fit {shape}.")
-    tiled = tuple(t if t is None else _unpad(t, shape) for t in tiled)
+    tiled = tuple(t if t is None else _spread(t, array) for t in tiled)
     # Per axis, the finest cut that any of the arrays needs.
     counts = _common_counts(shape, [t.shape for t in tiled if t is not None])
     if all(c in (1, n) for c, n in zip(counts, shape, strict=True)):
@@ -177,13 +184,40 @@ def _split(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
     return array.reshape(shape)
 
 
-def _unpad(tiled: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Repeats entries along padded axes, where splitting would not fit."""
-    for axis in padded_axes(shape, tiled.shape):
-        size = -(-shape[axis] // tiled.shape[axis])
-        tiled = jnp.repeat(tiled, size, axis)
+def _spread(tiled: jax.Array, array: jax.Array) -> jax.Array:
+    """Repeats entries along axes that cannot be split: padded, or cut by shards."""
+    shape, counts = array.shape, tiled.shape
+    for axis in {*padded_axes(shape, counts), *_cut_by_shards(array, counts)}:
+        size = -(-shape[axis] // counts[axis])
+        tiled = jnp.repeat(_resharded(tiled, axis, None), size, axis)
         tiled = jax.lax.slice_in_dim(tiled, 0, shape[axis], axis=axis)
+        tiled = _resharded(tiled, axis, jax.typeof(array).sharding.spec[axis])
     return tiled
+
+
+def _cut_by_shards(array: jax.Array, counts: Sequence[int]) -> list[int]:
+    """The axes whose shards do not hold whole tiles.
+
+    Only where shardings belong to types; elsewhere XLA gathers what it must.
+    """
+    sharding = jax.typeof(array).sharding
+    axes = []
+    for axis, (entry, count) in enumerate(zip(sharding.spec, counts, strict=True)):
+        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        pieces = math.prod(sharding.mesh.shape[name] for name in names)
+        size = array.shape[axis]
+        if pieces > 1 and count not in (1, size) and (count % pieces or size % count):
+            axes.append(axis)
+    return axes
+
+
+def _resharded(array: jax.Array, axis: int, entry: Any) -> jax.Array:
+    """The array with an axis sharded over other axes of the mesh."""
+    sharding = jax.typeof(array).sharding
+    if sharding.spec[axis] == entry:
+        return array
+    spec = [*sharding.spec[:axis], entry, *sharding.spec[axis + 1 :]]
+    return jax.sharding.reshard(array, jax.P(*spec))
 
 
 def _common_counts(

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout
+from qwix_train.core.records import how_of_record, to_record
 from qwix_train.files import json_text
 from qwix_train.rules import QuantizationRule
 
@@ -214,7 +215,9 @@ def rule_to_json(
       >>> rule_from_json(rule_to_json(rule)) == rule
       True
     """
-    return _to_json(rule, cls)
+    record = to_record(rule, cls)
+    record.pop("schedule", None)  # It took part in training.
+    return record
 
 
 def rule_from_json(
@@ -243,38 +246,20 @@ def _versions() -> dict[str, str]:
     return {"qwix_train": own, **from_modules}
 
 
-def _to_json(value: Any, cls: Any) -> dict[str, Any]:
-    """The fields of a rule, `how` or layout, by name, as the constructor takes them."""
-    record = {f.name: getattr(value, f.name) for f in dataclasses.fields(cls)}
-    # They took part in rounding and in training, not in what codes mean.
-    record.pop("noise_fn", None)
-    record.pop("schedule", None)
-    if cls is HowToQuantize:
-        record["tiled_axes"] = list(value.tiled_axes.items())  # JSON has string keys.
-    if cls is PackedLayout:
-        record["dtype"] = value.dtype.name
-    for name, field in record.items():
-        if name.endswith("qtype") and field is not None:
-            record[name] = numerics.qtype_name(field)
-    return record
-
-
 def _param_to_json(param: StoredParam) -> dict[str, Any]:
     return {
         "path": param.path,
         "shape": param.shape,
         "dtype": param.dtype,
         "qtype": param.qtype,
-        "how": _to_json(param.how, HowToQuantize) if param.how else None,
-        "layout": _to_json(param.layout, PackedLayout) if param.layout else None,
+        "how": to_record(param.how) if param.how else None,
+        "layout": to_record(param.layout) if param.layout else None,
         "arrays": {k: dataclasses.asdict(a) for k, a in param.arrays.items()},
     }
 
 
 def _param_from_json(record: Mapping[str, Any]) -> StoredParam:
-    how = record["how"]
-    if how is not None:
-        how = HowToQuantize(**{**how, "tiled_axes": dict(how["tiled_axes"])})
+    how = record["how"] and how_of_record(record["how"])
     arrays = {
         name: StoredArray(**{**fields, "shape": tuple(fields["shape"])})
         for name, fields in record["arrays"].items()

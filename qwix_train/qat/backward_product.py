@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train import weights
+from qwix_train import stored, weights
 from qwix_train.core import calibration, conv, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.dot_general import aligned
@@ -73,7 +73,7 @@ class BackwardProduct:
         other = operands[1 - self.side]
         if isinstance(other, QArray):
             g, other = self._with_scale(g, other, operands)
-        traced = self._traced([x.shape for x in operands], g)
+        traced = self._traced(operands, g)
 
         def handler(op: Op, values: Sequence[Any], run: Any, given: Any) -> jax.Array:
             del run, given
@@ -124,11 +124,13 @@ class BackwardProduct:
         return g, dequantize(other).astype(g.dtype)
 
     def _traced(
-        self, shapes: Sequence[tuple[int, ...]], g: jax.Array
+        self, operands: Sequence[MaybeQArray], g: jax.Array
     ) -> function.TracedCall:
         """The trace of the transposed product, as a function of floats."""
+        arrays = [x.qvalue if isinstance(x, QArray) else x for x in operands]
+        # On a mesh with explicit axes, the gradient is sharded as its operand is.
         ours, others = (
-            jax.ShapeDtypeStruct(shapes[side], g.dtype)
+            stored.shape_of(arrays[side]).update(dtype=g.dtype)
             for side in (self.side, 1 - self.side)
         )
         params = {**self.params, "preferred_element_type": g.dtype}
@@ -140,7 +142,7 @@ class BackwardProduct:
 
             return jax.linear_transpose(forward, ours)(g)[0]
 
-        of_g = jax.ShapeDtypeStruct(g.shape, g.dtype)
+        of_g = stored.shape_of(g)
         # The other operand is a param to the trace, to be told from the gradient.
         return function.trace(gradient, (others, of_g), lambda path: ("other",))
 

@@ -43,7 +43,7 @@ class QtRule(QuantizationRule):
         `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
       bwd_weight_grad_tile_size: for the gradient of a weight, the number of elements,
         along the last contracted axis, that share a scale; as `tile_size`. That axis is
-        one of the activation's, such as the sequence's.
+        one of the activation's, such as the sequence's; a larger tile spans sequences.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
         rounding of gradients, of every type; to nearest if None. The backward products
         are then unbiased where the range covers the gradient, as that of `"absmax"`

@@ -18,6 +18,7 @@ from jax import core
 from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions, provenance
+from qwix_train.trace.constants import Constants, moves_elements
 from qwix_train.trace.provenance import Provenance
 from qwix_train.trace.scopes import module_path_of
 
@@ -61,6 +62,8 @@ class Op:
       out_shape: the shape of its result.
       opaque: the enclosing operation that cannot be rewritten, such as
         `custom_vjp_call`, or None.
+      moves: whether it only moves elements of an activation, as a product with a
+        constant does whose ones select them.
       scans: the length of each `scan` around it, outermost first, if it goes over
         params, as one over the layers of a model does; 0 for any other.
     """
@@ -73,6 +76,7 @@ class Op:
     operands: tuple[Operand, ...]
     out_shape: tuple[int, ...]
     opaque: str | None = None
+    moves: bool = False
     scans: tuple[int, ...] = ()
 
     @property
@@ -119,6 +123,8 @@ class _Walker:
         self.renamed: dict[str, str] = {}
         self.outside = 0
         self.scans: tuple[int, ...] = ()
+        # Those of the body that is walked.
+        self.constants: Constants | None = None
 
     def walk(
         self,
@@ -127,9 +133,15 @@ class _Walker:
         key: Key,
         scope: str,
         opaque: str | None,
+        atoms: Sequence[Any] = (),
     ) -> list[Provenance]:
-        """Walks one body; returns the provenance of its results."""
+        """Walks one body; returns the provenance of its results.
+
+        Its first inputs are `atoms` of the body around it.
+        """
         jaxpr = body.jaxpr
+        outside = self.constants
+        self.constants = Constants(body, outside, atoms)
         env: dict[Any, Provenance] = dict(zip(jaxpr.invars, inputs, strict=True))
         env.update(
             (var, _closed_over(value))
@@ -159,6 +171,7 @@ class _Walker:
                     [_shape(var) for var in eqn.outvars],
                 )
             env.update(zip(eqn.outvars, results, strict=True))
+        self.constants = outside
         return [read(atom) for atom in jaxpr.outvars]
 
     def add(self, eqn, operands, key, scope, opaque):
@@ -187,9 +200,30 @@ class _Walker:
                 ),
                 out_shape=tuple(eqn.outvars[0].aval.shape),
                 opaque=opaque,
+                moves=self.moves(eqn, operands),
                 scans=self.scans,
             )
         )
+
+    def moves(self, eqn, operands) -> bool:
+        """Whether an equation multiplies an activation by a constant that selects."""
+        if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+            return False
+        sides = [isinstance(x, provenance.Constant) for x in operands[:2]]
+        others = [isinstance(x, provenance.Activation) for x in operands[:2]]
+        if sorted(sides) != [False, True] or not any(others):
+            return False
+        side = sides.index(True)
+        numbers = eqn.params["dimension_numbers"]
+        if eqn.primitive.name == "dot_general":
+            contracted = numbers[0][side]
+        elif side == 1:
+            contracted = numbers.rhs_spec[1:]
+        else:
+            return False
+        assert self.constants is not None
+        value = self.constants.value(eqn.invars[side])
+        return value is not None and moves_elements(value, contracted)
 
     def enter(self, eqn, operands, key, scope, opaque) -> list[Provenance]:
         """Walks the bodies of one equation."""
@@ -203,12 +237,12 @@ class _Walker:
             if not self.renamed:
                 self.renamed = _renamed(first, operands)
                 self.outside = len(scope)
-            results = self.walk(body, operands, (*key, 0), scope, opaque)
+            results = self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
             self.renamed, self.outside = before
             return results
         if name in jax_versions.REMAT:
             body = jax_versions.call_body(params)
-            return self.walk(body, operands, (*key, 0), scope, opaque)
+            return self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
         if name in ("custom_jvp_call", "custom_vjp_call"):
             # Its forward says where values come from, but must not be replaced: the
             # derivative rule would be that of another function.
@@ -230,7 +264,7 @@ class _Walker:
                 )
             ]
         if name == "scan":
-            return self.enter_scan(params, operands, key, scope, opaque)
+            return self.enter_scan(eqn, operands, key, scope, opaque)
         if name == "while":
             return self.enter_while(params, operands, key, scope, opaque)
         if name == "cond":
@@ -242,7 +276,8 @@ class _Walker:
             self.walk(body, inputs, (*key, number), scope, opaque or name)
         return provenance.propagate(name, {}, operands, (), [()] * len(eqn.outvars))
 
-    def enter_scan(self, params, operands, key, scope, opaque):
+    def enter_scan(self, eqn, operands, key, scope, opaque):
+        params = eqn.params
         num_consts, num_carry = jax_versions.scan_parts(params)
         body = jax_versions.body_of(params["jaxpr"])
         consts = operands[:num_consts]
@@ -255,7 +290,12 @@ class _Walker:
         carry, outs = self.to_fixpoint(
             operands[num_consts : num_consts + num_carry],
             lambda carry: self.walk(
-                body, [*consts, *carry, *scanned], (*key, 0), scope, opaque
+                body,
+                [*consts, *carry, *scanned],
+                (*key, 0),
+                scope,
+                opaque,
+                eqn.invars[:num_consts],
             ),
         )
         self.scans = outside

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from qwix_train.core.symbolic import is_smaller
+
 
 class Atom(NamedTuple):
     """A factor of one axis of the stored param.
@@ -43,7 +45,7 @@ def reshape_groups(old, new):
         right = new[j] if j < len(new) else 1
         i, j = min(i + 1, len(old)), min(j + 1, len(new))
         while left != right:
-            if left < right:
+            if is_smaller(left, right):
                 left, i = left * old[i], i + 1
             else:
                 right, j = right * new[j], j + 1
@@ -78,7 +80,7 @@ def reshape_dims(dims, old, new, groups):
                 parts.append(taken)
         if not parts or None in parts:
             mixed = untracked(atoms)
-            parts = [mixed if new[j] > 1 else () for j in after]
+            parts = [mixed if new[j] != 1 else () for j in after]
         result.extend(parts)
     return tuple(result)
 
@@ -86,7 +88,7 @@ def reshape_dims(dims, old, new, groups):
 def _take(atoms, size):
     """Splits the first factors whose product is `size` off a list of factors."""
     taken: list[Atom] = []
-    while size > 1:
+    while size != 1:
         if not atoms:
             return None, atoms
         head, *rest = atoms

@@ -210,7 +210,7 @@ def _may_vary(weight, constants, out_shape) -> bool:
     then no element of the param.
     """
     added = any(
-        not dim and size > 1
+        not dim and size != 1
         for view in weight.views
         for dim, size in zip(view.dims, out_shape, strict=True)
     )
@@ -361,7 +361,7 @@ def _gather(params, operands, in_shapes, out_shapes):
             atom for axis in indexed for atom in factors.untracked(dims[axis])
         )
         return [
-            dims[offsets[axis]] if axis in offsets else chosen if size > 1 else ()
+            dims[offsets[axis]] if axis in offsets else chosen if size != 1 else ()
             for axis, size in enumerate(out_shapes[0])
         ]
 

@@ -133,6 +133,64 @@ def test_a_linen_model_is_initialized_sharded(logical):
         models.assert_close(model.apply({"params": params}, X), out)
 
 
+# Three tiles of eight rows, which four devices share.
+UNEVEN = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+UNEVEN_RULES = {
+    "tiles": models.rule("int4", tile_size=8),
+    "activations": models.rule("int4", "int8", tile_size=8),
+    "padded": models.rule("int4", "int8", tile_size=5, pad_tiles=True),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", UNEVEN_RULES)
+def test_tiles_that_an_explicit_axis_does_not_divide(name, eager):
+    rules = [UNEVEN_RULES[name]]
+
+    def function(p, x):
+        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=P("data", None))
+
+    x = np.random.default_rng(1).normal(size=(4, 24)).astype(np.float32)
+    single = quantize_fn(lambda p, x: x @ p["w"], QtProvider(rules))
+    want = single({"w": UNEVEN}, x)
+    jit = (lambda f: f) if eager else jax.jit
+    with jax.set_mesh(EXPLICIT):
+        params = {"w": put(UNEVEN, "model", None, mesh=EXPLICIT)}
+        x = put(x, "data", None, mesh=EXPLICIT)
+        trained = quantize_fn(function, QtProvider(rules))
+        models.assert_close(jit(trained)(params, x), want)
+        gradient = jit(jax.grad(lambda p: trained(p, x).sum()))(params)["w"]
+        assert gradient.sharding == params["w"].sharding
+        quantized, values = ptq.quantize(function, params, rules, x)
+        assert is_sharded(values["w"].array.qvalue, "model", None, mesh=EXPLICIT)
+        assert is_sharded(values["w"].array.scale, None, None, mesh=EXPLICIT)
+        models.assert_close(jit(quantized)(values, x), want)
+
+
+@pytest.mark.parametrize("flax", ["linen", "nnx"])
+def test_flax_models_with_tiles_that_a_mesh_does_not_divide(flax):
+    rules = [models.rule("int4", tile_size=8)]
+    x = jnp.ones((4, 24))
+    with jax.set_mesh(AUTO):
+        if flax == "linen":
+            box = nn.with_partitioning(nn.initializers.lecun_normal(), ("model", None))
+            model = quantize_model(nn.Dense(16, kernel_init=box), PtqProvider(rules))
+            key = jax.random.key(0)
+            shardings = nn.get_sharding(jax.eval_shape(model.init, key, x), AUTO)
+            variables = jax.jit(model.init, out_shardings=shardings)(key, x)
+            kernel = variables["params"]["kernel"]
+            model.apply(variables, x)
+        else:
+            box = nnx.with_partitioning(nnx.initializers.normal(1.0), ("model", None))
+            model = nnx.Linear(24, 16, kernel_init=box, rngs=nnx.Rngs(0))
+            model = quantize_model(model, PtqProvider(rules), x)
+            kernel = model.kernel
+            model(x)
+    array = stored.unbox(kernel).array
+    assert is_sharded(array.qvalue, "model", None)
+    assert is_sharded(array.scale, None, None)
+
+
 A = jax.random.normal(jax.random.key(2), (8, 16))
 B = jax.random.normal(jax.random.key(3), (16, 4))
 STACK = jax.random.normal(jax.random.key(4), (3, 8, 8))

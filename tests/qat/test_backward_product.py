@@ -210,3 +210,43 @@ def test_codes_are_all_that_is_kept_and_multiplied():
     text = str(step.trace(w, x).jaxpr)
     assert text.count("preferred_element_type=int32") >= 2
     assert qwix_train.QtRule is QtRule
+
+
+MESH = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "out", "fields"),
+    [
+        (("model", None), jax.P("data", None), {}),
+        (("model", None), jax.P("data", None), {"act_qtype": None}),
+        (("model", None), jax.P("data", None), {"bwd_weight_grad_tile_size": 2}),
+        ((None, "model"), None, {}),
+    ],
+    ids=["rows", "rows, weights alone", "rows, tiles", "columns"],
+)
+def test_explicit_meshes(names, out, fields):
+    """Gradients have the sharding of what they are for, and the numbers of one device.
+
+    The rows of a row-parallel weight are sharded, and so is what it is multiplied by.
+    """
+
+    def function(p, x):
+        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=sharding)
+
+    def gradients(p, x):
+        quantized = quantize_fn(function, QtProvider([rule(**fields)]))
+        return jax.vjp(quantized, p, x)[1](g)
+
+    sharding = None
+    p, x, g = {"w": data(8, 4, seed=1)}, data(4, 8), data(4, 4, seed=2)
+    want = jax.jit(gradients)(p, x)
+    with jax.set_mesh(MESH):
+        sharding = out
+        p = {"w": jax.device_put(p["w"], jax.P(*names))}
+        x = jax.device_put(x, jax.P("data", names[0]))
+        g = jax.device_put(g, jax.P("data", names[1]))
+        found = jax.jit(gradients)(p, x)
+        assert found[0]["w"].sharding == p["w"].sharding
+        assert found[1].sharding == x.sharding
+        models.assert_close(found, want)

@@ -1,0 +1,83 @@
+"""What stands beside the codes of quantized arrays, as values that JSON can hold.
+
+Checkpoints keep it, and so do files of `jax.export`, whose inputs and outputs may be
+trees with quantized arrays: `QArray`, `PackedQArray` and `WithAux` are registered for
+`jax.export.Exported.serialize` here.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax import export
+
+from qwix_train.core import numerics
+from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import PackedLayout, PackedQArray
+from qwix_train.core.qarray import QArray, WithAux
+
+
+def to_record(value: Any, cls: Any = None) -> dict[str, Any]:
+    """The fields of a dataclass by name, as its constructor takes them.
+
+    Args:
+        value: Such as a `HowToQuantize` or a `PackedLayout`.
+        cls: The class whose fields they are; that of the value if None.
+
+    >>> to_record(HowToQuantize(qtype='nf4', tiled_axes={0: 32}))['tiled_axes']
+    [[0, 32]]
+    """
+    fields = dataclasses.fields(type(value) if cls is None else cls)
+    record = {field.name: getattr(value, field.name) for field in fields}
+    # It took part in rounding, not in what codes mean.
+    record.pop("noise_fn", None)
+    if "tiled_axes" in record:
+        # JSON has string keys.
+        record["tiled_axes"] = [list(item) for item in value.tiled_axes.items()]
+    if isinstance(value, PackedLayout):
+        record["dtype"] = value.dtype.name
+    for name, field in record.items():
+        if name.endswith("qtype") and field is not None:
+            record[name] = numerics.qtype_name(field)
+    return record
+
+
+def how_of_record(record: Mapping[str, Any]) -> HowToQuantize:
+    """Reads what `to_record` gave for a `HowToQuantize`.
+
+    >>> how = HowToQuantize(qtype='int4', tiled_axes={0: 0.5})
+    >>> how_of_record(to_record(how)) == how
+    True
+    """
+    return HowToQuantize(**{**record, "tiled_axes": dict(record["tiled_axes"])})
+
+
+def _register() -> None:
+    """Tells `jax.export` of what the trees of quantized arrays hold beside arrays."""
+
+    def of_how(how: HowToQuantize) -> dict[str, Any]:
+        if how.noise_fn is not None:
+            raise ValueError(
+                f"A param quantized with noise_fn={how.noise_fn} cannot be serialized "
+                "as the input of an exported function. Give it a `how` without one: "
+                "dataclasses.replace(param.how, noise_fn=None)."
+            )
+        return to_record(how)
+
+    # Each has one field beside its arrays.
+    classes = {
+        QArray: (numerics.qtype_name, numerics.canonical_qtype),
+        PackedQArray: (to_record, lambda record: PackedLayout(**record)),
+        WithAux: (of_how, how_of_record),
+    }
+    for cls, (write, read) in classes.items():
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"qwix_train.{cls.__name__}",
+            serialize_auxdata=lambda aux, w=write: json.dumps(w(aux[0])).encode(),
+            deserialize_auxdata=lambda data, r=read: (r(json.loads(data)),),
+        )
+
+
+_register()
