@@ -63,6 +63,7 @@ class Op:
         `custom_vjp_call`, or None.
       scans: the length of each `scan` around it, outermost first, if it goes over
         params, as one over the layers of a model does; 0 for any other.
+      name_stack: the scopes around it.
     """
 
     key: Key
@@ -74,6 +75,7 @@ class Op:
     out_shape: tuple[int, ...]
     opaque: str | None = None
     scans: tuple[int, ...] = ()
+    name_stack: str = ""
 
     @property
     def where(self) -> str:
@@ -188,6 +190,7 @@ class _Walker:
                 out_shape=tuple(eqn.outvars[0].aval.shape),
                 opaque=opaque,
                 scans=self.scans,
+                name_stack=scope,
             )
         )
 

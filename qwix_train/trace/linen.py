@@ -105,6 +105,13 @@ def rewrite_call(
     return out
 
 
+def trace_call(
+    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> function.TracedCall:
+    """Traces a call of a method of a bound module, which stays as it is."""
+    return _trace(module, method_name, args, kwargs, _counters_of(module))
+
+
 def init_call(
     module: nn.Module,
     method_name: str,
