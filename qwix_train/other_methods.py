@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import nnx
 
 from qwix_train import stored
 from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import function, session, subclasses
+from qwix_train.trace import function, session
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
@@ -178,6 +177,6 @@ def _in_float(
     return in_float
 
 
-# What `functools.wraps` copies from a Linen method and does not hold for a wrapper: that
-# Linen has wrapped it already, and that it is compact.
+# What `functools.wraps` copies from a Linen method and does not hold for a wrapper:
+# that Linen has wrapped it already, and that it is compact.
 COPIED_MARKS = ("method_handler_wrapped", "nn_compact", "compact", "__wrapped__")
