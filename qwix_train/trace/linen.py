@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import core
+from flax import core, nnx
 from flax import linen as nn
-from flax import nnx
 
 from qwix_train.trace import (
     call_mode,
@@ -210,8 +209,9 @@ def _check_reads_params(module: nn.Module, traced: function.TracedCall) -> None:
         raise ValueError(
             f"{type(module).__name__}.init writes {len(anew)} params that exist "
             f"already, among them {anew[0]!r}, so they cannot be quantized there. "
-            "Write them only where they do not exist yet (self.param does), or quantize "
-            "float params: ptq.quantize(model, params, rules, *inputs, variables={})."
+            "Write them only where they do not exist yet, as self.param does, or "
+            "quantize float params: "
+            "ptq.quantize(model, params, rules, *inputs, variables={})."
         )
 
 
