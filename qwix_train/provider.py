@@ -15,11 +15,30 @@ from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
 
 
+# The methods by which providers of `qwix` take the place of operations, of params, and
+# of what goes in and comes out of a model.
+_PATCHING_METHODS = (
+    "dot_general",
+    "einsum",
+    "dot",
+    "conv_general_dilated",
+    "ragged_dot",
+    "nn_param",
+    "asarray",
+    "promote_dtype",
+    "get_intercept_map",
+    "get_interceptors",
+    "process_model_inputs",
+    "process_model_output",
+)
+
+
 class QuantizationProvider(abc.ABC):
     """A mode of quantization, with its rules.
 
     Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
-    rules do not say it all, what is to become of its ops. A mode that trains params in
+    rules do not say it all, what is to become of its ops. Methods for single operations,
+    such as `dot_general` of a `qwix` provider, are refused: nothing calls them. A mode that trains params in
     float may be given to `wrap_train_step` and `wrap_eval_step` in the place of rules;
     one whose ranges are collected, to `calib.Calibrator`, `calib.observe` and
     `with_quant_stats`, too (see `tagging`, `with_ranges` and `running`).
@@ -38,6 +57,24 @@ class QuantizationProvider(abc.ABC):
     adds_params = False
     takes_static_ranges = False
     keeps_quant_stats = False
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Refuses methods that nothing would call.
+
+        Raises:
+          TypeError: if a subclass replaces operations as subclasses in `qwix` do.
+        """
+        super().__init_subclass__(**kwargs)
+        ignored = [name for name in _PATCHING_METHODS if hasattr(cls, name)]
+        if ignored:
+            raise TypeError(
+                f"{cls.__name__}.{ignored[0]} would never be called: operations are "
+                "not patched while a model runs, they are found in its trace. Override "
+                "plan(traced), which says how each operation is quantized, or "
+                "transform(traced, plan), which computes the result of the call: "
+                "traced.run(ops, handler, substitute) runs it with operations "
+                "replaced."
+            )
 
     def __init__(
         self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
