@@ -14,7 +14,6 @@ from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
 
-
 # The methods by which providers of `qwix` take the place of operations, of params, and
 # of what goes in and comes out of a model.
 _PATCHING_METHODS = (
@@ -37,11 +36,12 @@ class QuantizationProvider(abc.ABC):
     """A mode of quantization, with its rules.
 
     Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
-    rules do not say it all, what is to become of its ops. Methods for single operations,
-    such as `dot_general` of a `qwix` provider, are refused: nothing calls them. A mode that trains params in
-    float may be given to `wrap_train_step` and `wrap_eval_step` in the place of rules;
-    one whose ranges are collected, to `calib.Calibrator`, `calib.observe` and
-    `with_quant_stats`, too (see `tagging`, `with_ranges` and `running`).
+    rules do not say it all, what is to become of its ops. Methods for single ops, such
+    as `dot_general` of a provider of `qwix`, are refused, since nothing calls them. A
+    mode that trains params in float may be given to `wrap_train_step` and
+    `wrap_eval_step` in the place of rules; one whose ranges are collected, to
+    `calib.Calibrator`, `calib.observe` and `with_quant_stats`, too (see `tagging`,
+    `with_ranges` and `running`).
 
     Attributes:
       stores_params: whether models hold quantized params (see `store_params`).
