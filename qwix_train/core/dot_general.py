@@ -52,8 +52,9 @@ def dot_general(
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
     If one is a float array, is nf4, or has a contracted axis with tiles that are
-    smaller than `MIN_TILE_SIZE`, padded, or of another size than the other's, it is the product of the dequantized
-    operands, to rounding: a large one stays quantized, see `weight_only`.
+    smaller than `MIN_TILE_SIZE`, padded, or of another size than the other's, it is
+    the product of the dequantized operands, to rounding: a large one stays quantized,
+    see `weight_only`.
 
     Args:
         lhs: The left operand.
