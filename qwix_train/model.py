@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import other_methods, stored
+from qwix_train import nested, other_methods, stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Plan, make_plan
 from qwix_train.provider import QuantizationProvider
@@ -206,7 +206,11 @@ def rewrite_function(
     traced = trace_function(fn, args, kwargs)
     with session.suspended():
         out = rewrite(traced)
-        return fn(*args, **kwargs) if out is session.UNCHANGED else out
+        return (
+            nested.taking_params(fn)(*args, **kwargs)
+            if out is session.UNCHANGED
+            else out
+        )
 
 
 def trace_function(
@@ -230,10 +234,11 @@ def trace_function(
     name = linen_calls.param_name if variables else function.param_path
 
     def flat(first, rest, kwargs):
+        call = nested.taking_params(fn)
         with nn.intercept_methods(linen_calls.mark):
             if key is None:
-                return fn(first, *rest, **kwargs)
-            return fn(**{key: first}, **kwargs)
+                return call(first, *rest, **kwargs)
+            return call(**{key: first}, **kwargs)
 
     with session.tracing():
         traced = function.trace(flat, (first, args[1:], others), name)

@@ -18,7 +18,7 @@ from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
-from qwix_train.nested import inserted
+from qwix_train.nested import WithLeaves, inserted
 from qwix_train.planning import Path
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
@@ -50,6 +50,7 @@ def quantize_params(
       abstract_quantized_params: the params of the quantized model, or their shapes:
         `jax.eval_shape(model.init, key, x)["params"]` for a Linen model; an NNX model
         itself, which may be abstract; for a function what `abstract_params` gives.
+        The params of a function may be any tree, such as a module of Equinox.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`:
         at the path of each module, for each operand such as `dot_general0_lhs`, the
         `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
@@ -125,7 +126,8 @@ def quantize_tree(
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     flat = [(param_path(key_path), param) for key_path, param in leaves]
     for names, param in flat:
-        _check_array(names, param)
+        if not _is_static(param, target.get(names)):
+            _check_array(names, param)
     given = given_scales.among_params(dict(flat), target)
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
@@ -167,6 +169,8 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
     Raises:
       ValueError: if it has another shape, or cannot be quantized.
     """
+    if _is_static(param, target):
+        return param
     if tuple(param.shape) != tuple(target.shape):
         raise ValueError(
             f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
@@ -303,9 +307,9 @@ def _target(quantized: Any) -> Any:
             "The quantized params of an NNX model are given by the model itself. Its "
             "state does not say how they are quantized."
         )
-    if isinstance(quantized, nn.Module) or (
-        callable(quantized) and not isinstance(quantized, nnx.Module)
-    ):
+    # A function is a leaf; a module of Equinox, which can be called, is a tree.
+    function = callable(quantized) and jax.tree_util.all_leaves([quantized])
+    if isinstance(quantized, nn.Module) or function:
         raise TypeError(
             "Expected the params of the quantized model, or their shapes, got "
             f"{type(quantized).__name__}. A Linen model has them in "
@@ -334,6 +338,11 @@ def _updated(tree: Any, other: Any) -> Any:
 
 def _is_whole(leaf: Any) -> bool:
     return stored.is_quantized(leaf) or stored.is_box(leaf)
+
+
+def _is_static(param: Any, target: Any) -> bool:
+    """Whether a leaf is what the model computes with as it is, such as a function."""
+    return param is target and not isinstance(param, jax.Array | np.ndarray)
 
 
 def _check_array(names: Path, param: Any) -> None:
@@ -365,6 +374,9 @@ _LEFT_OUT = object()
 
 def _pruned(tree: Any) -> Any:
     """A nested dictionary without what is left out, or would be empty."""
+    if isinstance(tree, WithLeaves):
+        leaves = _pruned(tree.leaves)
+        return tree.params if leaves is _LEFT_OUT else WithLeaves(tree.params, leaves)
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _pruned(value) for key, value in tree.items()}
