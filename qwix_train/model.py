@@ -483,7 +483,8 @@ def plan(
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
+        input of any other.
       **kwargs: keyword inputs.
 
     Returns:
@@ -501,6 +502,8 @@ def plan(
             return rules.annotate(traced, rules.plan(traced))
         return make_plan(traced, rules)
 
+    if rngs is not None and not isinstance(model, nn.Module):
+        kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
         cls = subclasses.original(type(model))
         called = getattr(cls, method) if isinstance(method, str) else method
@@ -508,9 +511,8 @@ def plan(
             return planned(traced)
     if isinstance(model, nn.Module):
         if variables is None:
-            keys = {"params": jax.random.key(0), **(rngs or {})}
-            init = functools.partial(model.init, method=method, **kwargs)
-            variables = jax.eval_shape(init, keys, *inputs)
+            given = {"method": method, **kwargs}
+            variables = linen_calls.abstract_variables(model, inputs, given, rngs)
         mutable = [name for name in variables if name != "params"]
         apply = functools.partial(model.apply, method=method, rngs=rngs)
         traced = trace_function(

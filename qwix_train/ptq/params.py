@@ -19,12 +19,15 @@ from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.nested import WithLeaves, inserted
+from qwix_train.other_methods import resolved
 from qwix_train.planning import Path
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
+from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
+from qwix_train.trace.linen import abstract_variables
 
 
 def quantize_params(
@@ -195,6 +198,7 @@ def quantize(
     variables: Mapping[str, Any] | None = None,
     quant_stats: Any = None,
     donate: bool = False,
+    rngs: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Quantizes a model together with its params.
@@ -211,7 +215,10 @@ def quantize(
       quant_stats: see `quantize_params`.
       donate: see `quantize_params`; without `params` it is the float arrays of the NNX
         module that are deleted.
-      **kwargs: keyword inputs.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
+        input of any other.
+      **kwargs: keyword inputs. The method that `method` says of a Linen model is
+        quantized, too.
 
     Returns:
       The quantized model and its quantized params. An NNX model holds these; they are
@@ -229,6 +236,8 @@ def quantize(
     """
     provider = PtqProvider(rules)
     options = {"quant_stats": quant_stats, "donate": donate}
+    if rngs is not None and not isinstance(model, nn.Module):
+        kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
         graphdef, held, rest = nnx.split(model, nnx.Param, ...)
         floats = nnx.to_pure_dict(held)
@@ -240,12 +249,19 @@ def quantize(
         nnx.update(quantized, quantize_params(floats, quantized, **options))
         return quantized, trees.to_tree(quantized)
     if isinstance(model, nn.Module):
-        quantized = quantize_model(model, provider)
-        apply = functools.partial(model.apply, mutable=list(variables or ()), **kwargs)
+        method = resolved(subclasses.original(type(model)), kwargs.get("method"))
+        methods = {"__call__", method if isinstance(method, str) else "__call__"}
+        quantized = quantize_model(model, provider, methods=methods)
         if variables is None:
-            init = functools.partial(quantized.init, **kwargs)
-            shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
+            shapes = abstract_variables(quantized, inputs, kwargs, rngs)["params"]
+            if not any(map(stored.is_quantized, _flat(shapes).values())):
+                raise ValueError(
+                    f"{method!r} calls no method of {type(model).__name__} that runs "
+                    "quantized. Give a method of the model: method='encode'."
+                )
             return quantized, quantize_params(params, shapes, **options)
+        others = list(variables)
+        apply = functools.partial(model.apply, mutable=others, rngs=rngs, **kwargs)
         first = {**variables, "params": params}
         shapes = abstract_params(apply, first, rules, *inputs)["params"]
         return quantized, quantize_params(params, shapes, **options)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +131,23 @@ def rewrite_call(
         if any(map(function.is_stored, leaves)):
             _put_param(module, path, value)
     return out
+
+
+def abstract_variables(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], rngs: Any = None
+) -> Any:
+    """The shapes of the variables that a model is initialized with.
+
+    Args:
+      model: the model, unbound.
+      inputs: its inputs, or their shapes.
+      kwargs: its keyword inputs, and those of `nn.Module.init`, such as `method`.
+      rngs: a random key, or keys by the names of their streams, as
+        `nn.Module.apply` takes them.
+    """
+    keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
+    keys = {"params": jax.random.key(0), **(keys or {})}
+    return jax.eval_shape(functools.partial(model.init, **kwargs), keys, *inputs)
 
 
 def trace_call(
