@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
     from qwix_train.planning import OpPlan, ParamPlan, Plan
+
+_NOTE_WIDTH = 80
+"""Longer notes stand below the table, so that its rows keep their width."""
 
 
 def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
@@ -44,6 +48,7 @@ def granularity(how: HowToQuantize | None) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as a table of ops, followed by its summary."""
+    notes: dict[str, int] = {}
     rows = [["module", "op", "shapes", "weight", "type", "act", "rule", "note"]]
     for entry in plan.records():
         weight, act = entry["weight_qtype"], entry["act_qtype"]
@@ -59,7 +64,7 @@ def table(plan: Plan) -> str:
                 if act
                 else "float",
                 "-" if entry["rule"] is None else str(entry["rule"]),
-                entry["reason"],
+                _cited(entry["reason"], notes),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -70,8 +75,18 @@ def table(plan: Plan) -> str:
         ).rstrip()
         for row in rows
     ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    width = max(len(line) for line in lines)
+    lines.insert(1, "-" * width)
+    for note, number in notes.items():
+        lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
     return "\n".join([*lines, "", *_summary(plan)])
+
+
+def _cited(note: str, notes: dict[str, int]) -> str:
+    """A note that is short; the number of one that goes below the table."""
+    if len(note) <= _NOTE_WIDTH:
+        return note
+    return f"({notes.setdefault(note, len(notes) + 1)})"
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -87,7 +102,7 @@ def _summary(plan: Plan) -> list[str]:
     matrices = [
         "/".join(param.path)
         for param in plan.params.values()
-        if param.how is None and len(param.shape) >= 2
+        if param.how is None and param.is_matrix
     ]
     if matrices:
         lines.append(f"params of two axes or more that stay in float: {some(matrices)}")

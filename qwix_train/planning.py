@@ -23,7 +23,7 @@ from qwix_train.core.how import (
 from qwix_train.rules import QuantizationRule, check_rules, is_int16
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
-from qwix_train.trace.function import Param, TracedCall
+from qwix_train.trace.function import TracedCall
 
 Path = tuple[str, ...]
 
@@ -85,6 +85,7 @@ class ParamPlan:
       dtype: its dtype.
       how: how it is quantized, on its own axes. None if it stays in float.
       op: the op that decided.
+      layer_axes: the axes that stack layers which the model scans over.
       per_iteration: how one slice along axis 0 is quantized so that the slices
         together are the quantized whole. None where there is no such way.
     """
@@ -94,6 +95,12 @@ class ParamPlan:
     dtype: Any
     how: HowToQuantize | None = None
     op: OpPlan | None = None
+    layer_axes: tuple[int, ...] = ()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes or more, but for those that stack layers."""
+        return len(self.shape) - len(self.layer_axes) >= 2
 
     @property
     def per_iteration(self) -> HowToQuantize | None:
@@ -240,24 +247,24 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
                 f"Rule {index} (act_qtype={rule.act_qtype!r}): activations of 16 bits "
                 "are for LiteRT alone, with an OdmlQatProvider."
             )
-    params = [p for p in traced.params if p is not None]
-    planner = _Planner(check_rules(rules), params, traced.module_path)
+    planner = _Planner(check_rules(rules), traced)
     ops = [planner.decide(op) for op in traced.ops]
     return Plan(planner.rules, tuple(map(planner.annotate, ops)), planner.params)
 
 
 class _Planner:
-    def __init__(
-        self,
-        rules: tuple[QuantizationRule, ...],
-        params: Sequence[Param],
-        module_path: str,
-    ):
+    def __init__(self, rules: tuple[QuantizationRule, ...], traced: TracedCall):
         self.rules = rules
-        self.module_path = module_path
+        self.module_path = traced.module_path
         self.params = {
-            p.path: ParamPlan(p.path, tuple(p.value.shape), p.value.dtype)
-            for p in params
+            p.path: ParamPlan(
+                p.path,
+                tuple(p.value.shape),
+                p.value.dtype,
+                layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
+            )
+            for p in traced.params
+            if p is not None
         }
 
     def decide(self, op: Op) -> OpPlan:
