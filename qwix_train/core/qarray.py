@@ -43,8 +43,30 @@ __all__ = [
 ]
 
 
+class NoArray:
+    """What NumPy and JAX must not take for an array, nor for a sequence of arrays."""
+
+    _instead = ""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Says what this is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+
+    def __jax_array__(self) -> Any:
+        """Says what this is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+
+
 @flax.struct.dataclass
-class QArray:
+class QArray(NoArray):
     """A quantized array: ``(qvalue - zero_point) * scale`` is about the original.
 
     Attributes:
@@ -70,6 +92,8 @@ class QArray:
     scale: jax.Array
     zero_point: jax.Array | None = None
     qtype: Any = flax.struct.field(pytree_node=False, default=None)
+
+    _instead = "The array that its codes stand for is dequantize(array)."
 
     def __post_init__(self):
         qtype = self.qvalue.dtype if self.qtype is None else self.qtype
@@ -160,8 +184,16 @@ class QArray:
 MaybeQArray: TypeAlias = jax.Array | QArray
 
 
+_READ_IN_FLOAT = (
+    "This param is quantized, and is read by code that does not know of it: a model "
+    "that was not quantized, a method that was not given to quantize_model(..., "
+    "methods=...), or a part of the model that was called by itself. What it holds is "
+    "`param.array`, and the floats that it stands for are dequantize(param.array)."
+)
+
+
 @flax.struct.dataclass
-class WithAux:
+class WithAux(NoArray):
     """A quantized array in a tree of params, with how it was quantized.
 
     Attributes:
@@ -173,17 +205,15 @@ class WithAux:
     array: Any
     how: HowToQuantize = flax.struct.field(pytree_node=False)
 
+    _instead = _READ_IN_FLOAT
+
     def __getitem__(self, index: Any) -> Any:
         """Says why a module finds this in the place of its array.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError(
-            "This param is quantized, and is read by code that does not know of it: a "
-            "method that was not given to quantize_model(..., methods=...), or a part "
-            "of the model that was called by itself. Its array is `param.array`."
-        )
+        raise TypeError(_READ_IN_FLOAT)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import pack
 from qwix_train.core.qarray import (
     QArray,
     WithAux,
@@ -205,3 +207,34 @@ def test_scale_and_zero_point_are_those_of_the_parts():
     scale, zero_point = compute_scale_zero_point(calibrate(x, how), "int4")
     q = quantize_array(x, how)
     assert q.scale == scale and q.zero_point == zero_point
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda array, how: (WithAux(array, how), "is quantized.*dequantize\\(param"),
+        lambda array, how: (array, "QArray is no array.*dequantize\\(array\\)"),
+        lambda array, how: (pack(array), "PackedQArray is no array.*unpack"),
+    ],
+)
+def test_a_quantized_array_is_not_made_into_an_array_of_numbers(make):
+    how = HowToQuantize(qtype="int4", tiled_axes={0: 32}, channelwise_axes=(1,))
+    value, message = make(quantize_array(jnp.ones((64, 2)), how), how)
+    for use in (
+        np.asarray,
+        jnp.asarray,
+        jnp.sin,
+        lambda value: jnp.ones((3, 64)) @ value,
+        lambda value: np.ones((3, 64), np.float32) * value,
+        lambda value: jnp.dot(jnp.ones((3, 64)), value),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use(value)
+
+
+def test_a_float_model_with_quantized_params_says_so():
+    params = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+    how = HowToQuantize(qtype="int8", channelwise_axes=(1,))
+    kernel = WithAux(quantize_array(params["kernel"], how), how)
+    with pytest.raises(TypeError, match="a model that was not quantized"):
+        nn.Dense(2).apply({"params": {**params, "kernel": kernel}}, jnp.ones((1, 64)))
