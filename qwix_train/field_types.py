@@ -37,7 +37,7 @@ def converted(field: dataclasses.Field[Any], value: Any) -> Any:
     Example:
       >>> @dataclasses.dataclass
       ... class Rule:
-      ...     tile: "int | None" = None
+      ...     tile: int | None = None
       >>> tile, = dataclasses.fields(Rule)
       >>> type(converted(tile, np.int64(16)))
       <class 'int'>

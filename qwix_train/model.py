@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import nested, other_methods, stored
+from qwix_train import nested, other_methods, random_keys, stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Plan, make_plan
 from qwix_train.provider import QuantizationProvider
@@ -93,6 +93,8 @@ def quantize_model(
         return quantized
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        random_keys.checked(rngs)
     if provider.stores_params and not given:
         raise ValueError(
             f"{type(provider).__name__} needs inputs of an NNX model, since what it "
@@ -481,7 +483,7 @@ def plan(
         says what dequantizes params, too.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
-        `model.init`.
+        `model.init`, for inputs of any width.
       method: the method of the model, by name or as a function.
       rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
         input of any other.

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import errors
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -390,3 +391,11 @@ def test_long_notes_stand_below_the_table():
 def test_activations_of_16_bits_are_for_litert():
     with pytest.raises(ValueError, match=r"Rule 0 \(act_qtype='int16'\).*OdmlQat"):
         plan(two_layers, [rule(act_qtype="int16")], PARAMS, X)
+
+
+def test_inputs_that_do_not_fit_the_variables_are_refused():
+    variables = nn.Dense(3).init(jax.random.key(0), X)
+    with pytest.raises(errors.ScopeParamShapeError, match="kernel"):
+        plan(nn.Dense(3), [rule()], data(2, 7), variables=variables)
+    with pytest.raises(TypeError, match="contracting dimensions"):
+        plan(two_layers, [rule()], PARAMS, data(2, 7))

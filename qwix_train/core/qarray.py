@@ -344,8 +344,12 @@ def dequantize(array: QArray) -> jax.Array:
     """Returns ``(qvalue - zero_point) * scale``, in the dtype of the scale.
 
     Raises:
+        TypeError: It is not a QArray.
         ValueError: The parts of the array do not fit together.
     """
+    if not isinstance(array, QArray):
+        held = " A quantized param holds one: param.array." * isinstance(array, WithAux)
+        raise TypeError(f"Expected a QArray, got {type(array).__name__}.{held}")
     validate_qarray(array)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
     return scaling.rescaled_values(levels, array.scale, array.zero_point)

@@ -12,6 +12,7 @@ import jax
 from flax import core, nnx
 from flax import linen as nn
 
+from qwix_train import random_keys
 from qwix_train.trace import (
     call_mode,
     function,
@@ -144,7 +145,12 @@ def abstract_variables(
       kwargs: its keyword inputs, and those of `nn.Module.init`, such as `method`.
       rngs: a random key, or keys by the names of their streams, as
         `nn.Module.apply` takes them.
+
+    Raises:
+      TypeError: if `rngs` are no random keys.
     """
+    if rngs is not None:
+        random_keys.checked(rngs)
     keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
     keys = {"params": jax.random.key(0), **(keys or {})}
     return jax.eval_shape(functools.partial(model.init, **kwargs), keys, *inputs)

@@ -238,3 +238,14 @@ def test_a_float_model_with_quantized_params_says_so():
     kernel = WithAux(quantize_array(params["kernel"], how), how)
     with pytest.raises(TypeError, match="a model that was not quantized"):
         nn.Dense(2).apply({"params": {**params, "kernel": kernel}}, jnp.ones((1, 64)))
+
+
+def test_what_is_no_array_is_refused():
+    for value in ([1.0, 2.0], 1.5, None):
+        with pytest.raises(TypeError, match="Expected an array, got .*jnp.asarray"):
+            quantize(value, "int8")
+    with pytest.raises(TypeError, match="Expected a QArray, got ndarray"):
+        dequantize(np.ones(3))
+    how = HowToQuantize(qtype="int8")
+    with pytest.raises(TypeError, match=r"got WithAux.*param\.array"):
+        dequantize(WithAux(quantize(jnp.ones(3), "int8"), how))
