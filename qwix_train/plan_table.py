@@ -111,16 +111,17 @@ def _summary(plan: Plan) -> list[str]:
             f"{path} is dequantized for what has no quantized form: "
             f"{', '.join(primitives)}"
         )
-    for index in plan.unused_rules:
-        rule = plan.rules[index]
-        said = f"rule {index} (module_path={rule.module_path!r}) decided for no op"
-        if earlier := plan.shadowed_by(index):
-            taken = " and ".join(f"rule {i}" for i in earlier)
-            lines.append(f"{said}: {taken} came first for all that it matches")
-            continue
-        near = plan.near_misses(index) or list(plan.module_paths[:5])
-        lines.append(f"{said}; module paths that exist: {', '.join(map(repr, near))}")
-    return lines
+    return lines + [unused(plan, index) for index in plan.unused_rules]
+
+
+def unused(plan: Plan, index: int) -> str:
+    """Says why a rule decided for no op."""
+    said = f"rule {index} (module_path={plan.rules[index].module_path!r}) decided for"
+    if earlier := plan.shadowed_by(index):
+        taken = " and ".join(f"rule {i}" for i in earlier)
+        return f"{said} no op: {taken} came first for all that it matches"
+    near = plan.near_misses(index) or list(plan.module_paths[:5])
+    return f"{said} no op; module paths that exist: {', '.join(map(repr, near))}"
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

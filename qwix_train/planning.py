@@ -143,12 +143,15 @@ class Plan:
       params: what happens to each param, by its path.
       dequantized: the quantized params that something reads which has no quantized
         form, each with the primitives that do. Filled in for `PtqProvider`s.
+      whole: whether the call is that of a model as a whole: not that of a part of one,
+        nor of one of several methods.
     """
 
     rules: tuple[QuantizationRule, ...]
     ops: tuple[OpPlan, ...]
     params: Mapping[Path, ParamPlan]
     dequantized: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    whole: bool = False
 
     @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
@@ -197,6 +200,14 @@ class Plan:
             if rule.matches(op.op.module_path, op.op.name, op.op.id)
         ]
         return tuple(sorted({i for i in matched if i is not None}))
+
+    def unmatched_rules(self) -> dict[int, str]:
+        """The rules that match no op, each with a sentence that says so."""
+        return {
+            index: plan_table.unused(self, index)
+            for index in self.unused_rules
+            if not self.shadowed_by(index)
+        }
 
     def near_misses(self, rule_index: int) -> list[str]:
         """Module paths that exist and resemble an unused rule's."""
@@ -249,7 +260,9 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
             )
     planner = _Planner(check_rules(rules), traced)
     ops = [planner.decide(op) for op in traced.ops]
-    return Plan(planner.rules, tuple(map(planner.annotate, ops)), planner.params)
+    whole = traced.method == "__call__" and not traced.module_path
+    planned = tuple(map(planner.annotate, ops))
+    return Plan(planner.rules, planned, planner.params, whole=whole)
 
 
 class _Planner:

@@ -264,7 +264,9 @@ class QuantizationProvider(abc.ABC):
         return plan
 
     def check(self, plan: Plan) -> None:
-        """Warns, once, of each op that a rule matches and that cannot be quantized.
+        """Warns, once, of ops that a rule matches and that cannot be quantized.
+
+        And of rules that match no op of a model, where others match some.
 
         Raises:
           ValueError: if a rule asks for what this mode does not do.
@@ -278,13 +280,26 @@ class QuantizationProvider(abc.ABC):
                 )
         for op in plan.unsupported:
             where = "/".join(filter(None, (op.op.module_path, op.op.id)))
-            if where not in self._warned:
-                self._warned.add(where)
-                warnings.warn(
-                    f"{where} matches rule {op.rule_index} but stays in float: it is "
-                    f"{op.reason}.",
-                    stacklevel=2,
-                )
+            self._warn(
+                f"{where} matches rule {op.rule_index} but stays in float: it is "
+                f"{op.reason}."
+            )
+        if plan.whole and not self.allow_unmatched and self.matches(plan):
+            self.warn_of_unmatched(plan)
+
+    def warn_of_unmatched(self, plan: Plan) -> None:
+        """Warns, once, of each rule that matches no op, where others match some.
+
+        Args:
+          plan: what the rules do to all that they are for.
+        """
+        for said in plan.unmatched_rules().values():
+            self._warn(f"A rule matches nothing: {said}.")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
 
 
 def _check_float(traced: function.TracedCall, provider: str) -> None:
