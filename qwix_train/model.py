@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import stored
+from qwix_train import nested, other_methods, random_keys, stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Plan, make_plan
 from qwix_train.provider import QuantizationProvider
@@ -41,7 +41,9 @@ def quantize_model(
       *model_inputs: inputs for the first method of an NNX model; a `PtqProvider` needs
         them. The rules are checked against the model at once, abstractly: the values
         of inputs do not matter, and nothing in `model` changes.
-      methods: the methods to quantize.
+      methods: the methods to quantize, by name. `apply` of a Linen model takes them by
+        name and as functions, such as `Model.encode`. Others run in float, and say so
+        where they run ops that the rules quantize.
       **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
         an NNX model does not have in float; its method gets them, too, if it takes
         them.
@@ -53,7 +55,8 @@ def quantize_model(
 
     Raises:
       TypeError: if `model` is neither.
-      ValueError: if it has no such method, or a Linen model comes with inputs.
+      ValueError: if it has no such method, or a Linen model comes with inputs; by a
+        method that is not among `methods`, if it reads params that are quantized.
 
     Example:
       >>> from jax import numpy as jnp
@@ -90,6 +93,8 @@ def quantize_model(
         return quantized
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        random_keys.checked(rngs)
     if provider.stores_params and not given:
         raise ValueError(
             f"{type(provider).__name__} needs inputs of an NNX model, since what it "
@@ -203,7 +208,11 @@ def rewrite_function(
     traced = trace_function(fn, args, kwargs)
     with session.suspended():
         out = rewrite(traced)
-        return fn(*args, **kwargs) if out is session.UNCHANGED else out
+        return (
+            nested.taking_params(fn)(*args, **kwargs)
+            if out is session.UNCHANGED
+            else out
+        )
 
 
 def trace_function(
@@ -227,10 +236,11 @@ def trace_function(
     name = linen_calls.param_name if variables else function.param_path
 
     def flat(first, rest, kwargs):
+        call = nested.taking_params(fn)
         with nn.intercept_methods(linen_calls.mark):
             if key is None:
-                return fn(first, *rest, **kwargs)
-            return fn(**{key: first}, **kwargs)
+                return call(first, *rest, **kwargs)
+            return call(**{key: first}, **kwargs)
 
     with session.tracing():
         traced = function.trace(flat, (first, args[1:], others), name)
@@ -285,6 +295,8 @@ def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, 
     fields: dict[str, Any] = {
         name: _linen_method(cls, name, provider) for name in methods
     }
+    fields |= other_methods.of_linen(cls, provider, methods)
+    fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
     # Linen would take it for a method of the model, and have its calls intercepted.
     fields[subclasses.WITHIN] = nn.nowrap(
         lambda self, rewrite: provider.within(rewrite)
@@ -293,12 +305,31 @@ def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, 
     return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
 
 
+def _by_name(cls: type, name: str) -> Callable[..., Any]:
+    """A method of `nn.Module` that calls methods of the model, given as functions, too.
+
+    `Model.encode` is the function of the user's class, which knows of no quantization.
+    """
+    original = getattr(cls, name)
+
+    @nn.nowrap
+    @functools.wraps(original)
+    def call(*args, method=None, **kwargs):
+        method = other_methods.resolved(cls, method)
+        return original(*args, method=method, **kwargs)
+
+    return call
+
+
 def _linen_method(cls: type, name: str, provider: QuantizationProvider):
     method = getattr(cls, name)
+    in_trace = other_methods.marked(method)
 
     @functools.wraps(method)
     def quantized(self, *args, **kwargs):
-        if session.marking() or self.scope is None:
+        if session.marking():
+            return in_trace(self, *args, **kwargs)
+        if self.scope is None:
             return method(self, *args, **kwargs)
         if provider.keeps_quant_stats:
             return _call_with_quant_stats(
@@ -331,9 +362,7 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
             provider.rewrite,
         )
 
-    # `functools.wraps` copies what marks the original as wrapped and compact, which
-    # this method is not: Linen wraps it as a plain method.
-    for attribute in ("method_handler_wrapped", "nn_compact", "compact", "__wrapped__"):
+    for attribute in other_methods.COPIED_MARKS:  # Linen wraps it as a plain method
         quantized.__dict__.pop(attribute, None)
     return quantized
 
@@ -414,6 +443,7 @@ def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ..
     fields: dict[str, Any] = {
         name: _nnx_method(cls, name, provider) for name in methods
     }
+    fields |= other_methods.of_nnx(cls, provider, methods)
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
         rewrite
     )
@@ -423,11 +453,12 @@ def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ..
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
     method = getattr(cls, name)
+    in_trace = other_methods.marked(method)
 
     @functools.wraps(method)
     def quantized(*args, **kwargs):
         if session.marking():
-            return method(*args, **kwargs)
+            return in_trace(*args, **kwargs)
         rewrite = provider.of_nnx(args[0]).rewrite
         return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
 
@@ -452,9 +483,10 @@ def plan(
         says what dequantizes params, too.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the variables of a Linen model. If None, their shapes are found with
-        `model.init`.
+        `model.init`, for inputs of any width.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
+        input of any other.
       **kwargs: keyword inputs.
 
     Returns:
@@ -472,6 +504,8 @@ def plan(
             return rules.annotate(traced, rules.plan(traced))
         return make_plan(traced, rules)
 
+    if rngs is not None and not isinstance(model, nn.Module):
+        kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
         cls = subclasses.original(type(model))
         called = getattr(cls, method) if isinstance(method, str) else method
@@ -479,9 +513,8 @@ def plan(
             return planned(traced)
     if isinstance(model, nn.Module):
         if variables is None:
-            keys = {"params": jax.random.key(0), **(rngs or {})}
-            init = functools.partial(model.init, method=method, **kwargs)
-            variables = jax.eval_shape(init, keys, *inputs)
+            given = {"method": method, **kwargs}
+            variables = linen_calls.abstract_variables(model, inputs, given, rngs)
         mutable = [name for name in variables if name != "params"]
         apply = functools.partial(model.apply, method=method, rngs=rngs)
         traced = trace_function(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
     from qwix_train.planning import OpPlan, ParamPlan, Plan
+
+_NOTE_WIDTH = 80
+"""Longer notes stand below the table, so that its rows keep their width."""
 
 
 def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
@@ -44,6 +48,7 @@ def granularity(how: HowToQuantize | None) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as a table of ops, followed by its summary."""
+    notes: dict[str, int] = {}
     rows = [["module", "op", "shapes", "weight", "type", "act", "rule", "note"]]
     for entry in plan.records():
         weight, act = entry["weight_qtype"], entry["act_qtype"]
@@ -59,7 +64,7 @@ def table(plan: Plan) -> str:
                 if act
                 else "float",
                 "-" if entry["rule"] is None else str(entry["rule"]),
-                entry["reason"],
+                _cited(entry["reason"], notes),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -70,8 +75,18 @@ def table(plan: Plan) -> str:
         ).rstrip()
         for row in rows
     ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    width = max(len(line) for line in lines)
+    lines.insert(1, "-" * width)
+    for note, number in notes.items():
+        lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
     return "\n".join([*lines, "", *_summary(plan)])
+
+
+def _cited(note: str, notes: dict[str, int]) -> str:
+    """A note that is short; the number of one that goes below the table."""
+    if len(note) <= _NOTE_WIDTH:
+        return note
+    return f"({notes.setdefault(note, len(notes) + 1)})"
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -87,7 +102,7 @@ def _summary(plan: Plan) -> list[str]:
     matrices = [
         "/".join(param.path)
         for param in plan.params.values()
-        if param.how is None and len(param.shape) >= 2
+        if param.how is None and param.is_matrix
     ]
     if matrices:
         lines.append(f"params of two axes or more that stay in float: {some(matrices)}")
@@ -96,16 +111,17 @@ def _summary(plan: Plan) -> list[str]:
             f"{path} is dequantized for what has no quantized form: "
             f"{', '.join(primitives)}"
         )
-    for index in plan.unused_rules:
-        rule = plan.rules[index]
-        said = f"rule {index} (module_path={rule.module_path!r}) decided for no op"
-        if earlier := plan.shadowed_by(index):
-            taken = " and ".join(f"rule {i}" for i in earlier)
-            lines.append(f"{said}: {taken} came first for all that it matches")
-            continue
-        near = plan.near_misses(index) or list(plan.module_paths[:5])
-        lines.append(f"{said}; module paths that exist: {', '.join(map(repr, near))}")
-    return lines
+    return lines + [unused(plan, index) for index in plan.unused_rules]
+
+
+def unused(plan: Plan, index: int) -> str:
+    """Says why a rule decided for no op."""
+    said = f"rule {index} (module_path={plan.rules[index].module_path!r}) decided for"
+    if earlier := plan.shadowed_by(index):
+        taken = " and ".join(f"rule {i}" for i in earlier)
+        return f"{said} no op: {taken} came first for all that it matches"
+    near = plan.near_misses(index) or list(plan.module_paths[:5])
+    return f"{said} no op; module paths that exist: {', '.join(map(repr, near))}"
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

@@ -23,7 +23,7 @@ from qwix_train.core.how import (
 from qwix_train.rules import QuantizationRule, check_rules, is_int16
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
-from qwix_train.trace.function import Param, TracedCall
+from qwix_train.trace.function import TracedCall
 
 Path = tuple[str, ...]
 
@@ -85,6 +85,7 @@ class ParamPlan:
       dtype: its dtype.
       how: how it is quantized, on its own axes. None if it stays in float.
       op: the op that decided.
+      layer_axes: the axes that stack layers which the model scans over.
       per_iteration: how one slice along axis 0 is quantized so that the slices
         together are the quantized whole. None where there is no such way.
     """
@@ -94,6 +95,12 @@ class ParamPlan:
     dtype: Any
     how: HowToQuantize | None = None
     op: OpPlan | None = None
+    layer_axes: tuple[int, ...] = ()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes or more, but for those that stack layers."""
+        return len(self.shape) - len(self.layer_axes) >= 2
 
     @property
     def per_iteration(self) -> HowToQuantize | None:
@@ -136,12 +143,15 @@ class Plan:
       params: what happens to each param, by its path.
       dequantized: the quantized params that something reads which has no quantized
         form, each with the primitives that do. Filled in for `PtqProvider`s.
+      whole: whether the call is that of a model as a whole: not that of a part of one,
+        nor of one of several methods.
     """
 
     rules: tuple[QuantizationRule, ...]
     ops: tuple[OpPlan, ...]
     params: Mapping[Path, ParamPlan]
     dequantized: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    whole: bool = False
 
     @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
@@ -190,6 +200,14 @@ class Plan:
             if rule.matches(op.op.module_path, op.op.name, op.op.id)
         ]
         return tuple(sorted({i for i in matched if i is not None}))
+
+    def unmatched_rules(self) -> dict[int, str]:
+        """The rules that match no op, each with a sentence that says so."""
+        return {
+            index: plan_table.unused(self, index)
+            for index in self.unused_rules
+            if not self.shadowed_by(index)
+        }
 
     def near_misses(self, rule_index: int) -> list[str]:
         """Module paths that exist and resemble an unused rule's."""
@@ -240,24 +258,26 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
                 f"Rule {index} (act_qtype={rule.act_qtype!r}): activations of 16 bits "
                 "are for LiteRT alone, with an OdmlQatProvider."
             )
-    params = [p for p in traced.params if p is not None]
-    planner = _Planner(check_rules(rules), params, traced.module_path)
+    planner = _Planner(check_rules(rules), traced)
     ops = [planner.decide(op) for op in traced.ops]
-    return Plan(planner.rules, tuple(map(planner.annotate, ops)), planner.params)
+    whole = traced.method == "__call__" and not traced.module_path
+    planned = tuple(map(planner.annotate, ops))
+    return Plan(planner.rules, planned, planner.params, whole=whole)
 
 
 class _Planner:
-    def __init__(
-        self,
-        rules: tuple[QuantizationRule, ...],
-        params: Sequence[Param],
-        module_path: str,
-    ):
+    def __init__(self, rules: tuple[QuantizationRule, ...], traced: TracedCall):
         self.rules = rules
-        self.module_path = module_path
+        self.module_path = traced.module_path
         self.params = {
-            p.path: ParamPlan(p.path, tuple(p.value.shape), p.value.dtype)
-            for p in params
+            p.path: ParamPlan(
+                p.path,
+                tuple(p.value.shape),
+                p.value.dtype,
+                layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
+            )
+            for p in traced.params
+            if p is not None
         }
 
     def decide(self, op: Op) -> OpPlan:

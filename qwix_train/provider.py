@@ -14,15 +14,34 @@ from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
 
+# The methods by which providers of `qwix` take the place of operations, of params, and
+# of what goes in and comes out of a model.
+_PATCHING_METHODS = (
+    "dot_general",
+    "einsum",
+    "dot",
+    "conv_general_dilated",
+    "ragged_dot",
+    "nn_param",
+    "asarray",
+    "promote_dtype",
+    "get_intercept_map",
+    "get_interceptors",
+    "process_model_inputs",
+    "process_model_output",
+)
+
 
 class QuantizationProvider(abc.ABC):
     """A mode of quantization, with its rules.
 
     Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
-    rules do not say it all, what is to become of its ops. A mode that trains params in
-    float may be given to `wrap_train_step` and `wrap_eval_step` in the place of rules;
-    one whose ranges are collected, to `calib.Calibrator`, `calib.observe` and
-    `with_quant_stats`, too (see `tagging`, `with_ranges` and `running`).
+    rules do not say it all, what is to become of its ops. Methods for single ops, such
+    as `dot_general` of a provider of `qwix`, are refused, since nothing calls them. A
+    mode that trains params in float may be given to `wrap_train_step` and
+    `wrap_eval_step` in the place of rules; one whose ranges are collected, to
+    `calib.Calibrator`, `calib.observe` and `with_quant_stats`, too (see `tagging`,
+    `with_ranges` and `running`).
 
     Attributes:
       stores_params: whether models hold quantized params (see `store_params`).
@@ -38,6 +57,24 @@ class QuantizationProvider(abc.ABC):
     adds_params = False
     takes_static_ranges = False
     keeps_quant_stats = False
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Refuses methods that nothing would call.
+
+        Raises:
+          TypeError: if a subclass replaces operations as subclasses in `qwix` do.
+        """
+        super().__init_subclass__(**kwargs)
+        ignored = [name for name in _PATCHING_METHODS if hasattr(cls, name)]
+        if ignored:
+            raise TypeError(
+                f"{cls.__name__}.{ignored[0]} would never be called: operations are "
+                "not patched while a model runs, they are found in its trace. Override "
+                "plan(traced), which says how each operation is quantized, or "
+                "transform(traced, plan), which computes the result of the call: "
+                "traced.run(ops, handler, substitute) runs it with operations "
+                "replaced."
+            )
 
     def __init__(
         self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
@@ -227,7 +264,9 @@ class QuantizationProvider(abc.ABC):
         return plan
 
     def check(self, plan: Plan) -> None:
-        """Warns, once, of each op that a rule matches and that cannot be quantized.
+        """Warns, once, of ops that a rule matches and that cannot be quantized.
+
+        And of rules that match no op of a model, where others match some.
 
         Raises:
           ValueError: if a rule asks for what this mode does not do.
@@ -241,13 +280,26 @@ class QuantizationProvider(abc.ABC):
                 )
         for op in plan.unsupported:
             where = "/".join(filter(None, (op.op.module_path, op.op.id)))
-            if where not in self._warned:
-                self._warned.add(where)
-                warnings.warn(
-                    f"{where} matches rule {op.rule_index} but stays in float: it is "
-                    f"{op.reason}.",
-                    stacklevel=2,
-                )
+            self._warn(
+                f"{where} matches rule {op.rule_index} but stays in float: it is "
+                f"{op.reason}."
+            )
+        if plan.whole and not self.allow_unmatched and self.matches(plan):
+            self.warn_of_unmatched(plan)
+
+    def warn_of_unmatched(self, plan: Plan) -> None:
+        """Warns, once, of each rule that matches no op, where others match some.
+
+        Args:
+          plan: what the rules do to all that they are for.
+        """
+        for said in plan.unmatched_rules().values():
+            self._warn(f"A rule matches nothing: {said}.")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
 
 
 def _check_float(traced: function.TracedCall, provider: str) -> None:

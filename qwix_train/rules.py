@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwix_train import field_types
 from qwix_train.core import how, numerics
 from qwix_train.schedule import Schedule
 
@@ -109,18 +110,22 @@ class QuantizationRule:
     schedule: Schedule | None = None
 
     def __post_init__(self):
-        for field in ("op_names", "act_batch_axes", "act_channelwise_axes"):
-            value = getattr(self, field)
-            if value is None:
-                continue
-            if isinstance(value, str):
-                raise self._error(field, f"it must be a collection: ({value!r},)")
-            object.__setattr__(self, field, tuple(value))
+        for field in dataclasses.fields(self):
+            change = functools.partial(field_types.converted, field)
+            value = self._check(field.name, change, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         try:
             re.compile(self.module_path)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             reason = f"not a regular expression: {error}"
             raise self._error("module_path", reason) from None
+        # `calib`, which knows the names, stands above rules.
+        named = [("act_observer", "an Observer"), ("act_averaging", "an Averaging")]
+        for field, kind in named:
+            value = getattr(self, field)
+            known = value is None and field == "act_observer" or isinstance(value, str)
+            if not known and not hasattr(value, "observe") | hasattr(value, "update"):
+                raise self._error(field, f"it must be a name, or {kind}")
         for name in self.op_names:
             known = (*OP_NAMES, *LITERT_OP_NAMES)
             # An id has a count behind the name, which may end in a number itself.
@@ -157,8 +162,6 @@ class QuantizationRule:
                 # Not every type has the zero point that a method may need.
                 self._check(field, functools.partial(_how, qtype), method)
         self._check_tile_size("tile_size")
-        if not isinstance(self.disable_channelwise_axes, bool):
-            raise self._error("disable_channelwise_axes", "it must be True or False")
         if self.disable_channelwise_axes and self.act_channelwise_axes:
             axes = self.act_channelwise_axes
             reason = f"act_channelwise_axes={axes} asks for the opposite: set only one"
@@ -261,11 +264,9 @@ class QuantizationRule:
 
     def _check_tile_size(self, field):
         size = getattr(self, field)
-        if size is not None and (
-            isinstance(size, bool)
-            or not isinstance(size, int | float)
-            or size <= 0
-            or (isinstance(size, float) and size > 1)
+        # Not a number is not positive, either.
+        if size is not None and not (
+            0 < size <= 1 if isinstance(size, float) else size > 0
         ):
             raise self._error(
                 field,
@@ -305,7 +306,7 @@ class QuantizationRule:
 
     def _check(self, field, function, value):
         try:
-            function(value)
+            return function(value)
         except ValueError as error:
             raise self._error(field, str(error).rstrip(".")) from None
 

@@ -257,15 +257,19 @@ def box_part(part: Any, boxed: Any, named: int | None = None) -> Any:
         is_spec = isinstance(names, jax.sharding.PartitionSpec)
         return jax.sharding.PartitionSpec(*masked) if is_spec else tuple(masked)
 
+    def kept_in(metadata):
+        names = {key: kept(metadata[key]) for key in metadata if key == _NNX_NAMES}
+        return {**metadata, **names}
+
     if isinstance(boxed, nnx.Variable):
-        metadata = dict(boxed.get_metadata())
-        if _NNX_NAMES in metadata:
-            metadata[_NNX_NAMES] = kept(metadata[_NNX_NAMES])
+        metadata = kept_in(boxed.get_metadata())
         if isinstance(part, jax.ShapeDtypeStruct):
             # The constructor would shard it, which a shape cannot be.
             return type(boxed).from_metadata(part, metadata)
         return type(boxed)(part, **metadata)
     new = boxed.replace_boxed(part)
+    if isinstance(new, nnx.bridge.NNXMeta):
+        return dataclasses.replace(new, metadata=kept_in(new.metadata))
     fields = {field.name for field in dataclasses.fields(new)}  # type: ignore[arg-type]
     names = {key: kept(getattr(new, key)) for key in _LINEN_NAMES if key in fields}
     return dataclasses.replace(new, **names)  # type: ignore[type-var]

@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import nnx
 
 from qwix_train.model import rewrite_function
+from qwix_train.planning import Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
@@ -157,6 +158,8 @@ class _Wrapped:
 
     def rewrite(self, traced):
         plan = self.provider.plan(traced)
+        if self.seen.plans is not None and isinstance(plan, Plan):
+            self.seen.plans.append(plan)
         if self.provider.matches(plan):
             self.seen.quantized = True
         elif plan.ops:
@@ -166,14 +169,20 @@ class _Wrapped:
     @contextlib.contextmanager
     def checking(self):
         """Complains after a call that left all models in float."""
-        before = self.seen.quantized, self.seen.unmatched
-        self.seen.quantized, self.seen.unmatched = False, set()
+        seen = self.seen
+        before = seen.quantized, seen.unmatched, seen.plans
+        seen.quantized, seen.unmatched, seen.plans = False, set(), []
         try:
             yield
-            quantized, unmatched = self.seen.quantized, self.seen.unmatched
+            quantized, unmatched, plans = seen.quantized, seen.unmatched, seen.plans
         finally:
-            self.seen.quantized, self.seen.unmatched = before
+            seen.quantized, seen.unmatched, seen.plans = before
         if quantized:
+            if plans and not self.quantized:
+                # A rule may be for one of several models, or calls. In later calls
+                # some of them may be compiled already.
+                ops = tuple(op for plan in plans for op in plan.ops)
+                self.provider.warn_of_unmatched(Plan(self.provider.rules, ops, {}))
             self.quantized = True
             self.tolerated |= unmatched
         elif unmatched - self.tolerated:
@@ -195,6 +204,8 @@ class _Seen(threading.local):
     def __init__(self):
         self.quantized = False
         self.unmatched: set[str] = set()
+        # None while no call is being checked, so that nothing is kept.
+        self.plans: list[Plan] | None = None
 
 
 class _RewrittenApply:

@@ -5,6 +5,8 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import errors
+from flax import linen as nn
 from jax import numpy as jnp
 
 from qwix_train.model import plan, quantize_fn
@@ -351,6 +353,49 @@ def test_a_matrix_that_stays_in_float_is_listed():
     assert "params of two axes or more that stay in float: a\n" in table + "\n"
 
 
+def test_stacked_biases_are_no_matrices():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.LayerNorm()(nn.Dense(8)(x)), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
+            x, _ = nn.scan(Layer, length=3, **axes)()(x, None)
+            return x @ (self.param("masked", nn.initializers.ones, (8, 2)) * x[0, 0])
+
+    rules = [rule(module_path=".*Dense_0")]
+    found = str(plan(Stack(), rules, X))
+    assert "params of two axes or more that stay in float: masked\n" in found + "\n"
+
+
+def test_long_notes_stand_below_the_table():
+    @jax.custom_vjp
+    def opaque(x, w):
+        return x @ w
+
+    opaque.defvjp(lambda x, w: (x @ w, None), lambda _, g: (g, g))
+    table = plan(lambda p, x: opaque(opaque(x, p), p), [rule()], jnp.eye(8), X)
+    note = table.records()[0]["reason"]
+    lines = str(table).splitlines()
+    width = len(lines[1])
+    assert len(note) > 80 and width < 120
+    assert [line.split()[-1] for line in lines[2:4]] == ["(1)", "(1)"]
+    below = str(table).partition("\n\n")[2].partition("\n\n")[0]
+    assert below.replace("\n", " ") == f"(1) {note}"
+    assert all(len(line) <= width for line in below.splitlines())
+
+
 def test_activations_of_16_bits_are_for_litert():
     with pytest.raises(ValueError, match=r"Rule 0 \(act_qtype='int16'\).*OdmlQat"):
         plan(two_layers, [rule(act_qtype="int16")], PARAMS, X)
+
+
+def test_inputs_that_do_not_fit_the_variables_are_refused():
+    variables = nn.Dense(3).init(jax.random.key(0), X)
+    with pytest.raises(errors.ScopeParamShapeError, match="kernel"):
+        plan(nn.Dense(3), [rule()], data(2, 7), variables=variables)
+    with pytest.raises(TypeError, match="contracting dimensions"):
+        plan(two_layers, [rule()], PARAMS, data(2, 7))

@@ -196,3 +196,15 @@ def test_providers_that_cannot_are_refused():
         wrap_train_step(train_step, Float(RULES), quant_stats={})
     with pytest.raises(ValueError, match="No rule sets act_static_scale=True"):
         calib.Calibrator(QtProvider(models.INT8))
+
+
+@pytest.mark.parametrize("base", [QtProvider, PtqProvider, QuantizationProvider])
+@pytest.mark.parametrize("name", ["dot_general", "einsum", "get_intercept_map"])
+def test_overridden_operations_are_refused(base, name):
+    message = rf"Fp8\.{name} would never be called.* plan\(traced\).* transform\("
+    operation = {name: lambda self, *args, **kwargs: None}
+    with pytest.raises(TypeError, match=message):
+        type("Fp8", (base,), operation)
+    mixin = type("Mixin", (), operation)
+    with pytest.raises(TypeError, match=message):
+        type("Fp8", (mixin, base), {})

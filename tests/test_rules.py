@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwix_train.rules import QuantizationRule, check_rules
@@ -10,6 +11,7 @@ LEARNED_ACT = {
     "act_qtype": "int8",
     "act_calibration_method": "lsq+",
 }
+STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ LEARNED_ACT = {
         ({"act_qtype": "int8"}, "needs a weight_qtype"),
         ({"weight_qtype": "int8", "act_static_scale": True}, "needs an act_qtype"),
         ({"module_path": "a("}, "not a regular expression"),
-        ({"module_path": 3}, "not a regular expression"),
+        ({"module_path": 3}, "module_path=3): it must be a str"),
         ({"op_names": "einsum"}, "collection"),
         ({"op_names": ("matmul",)}, "'matmul' is no op"),
         ({"weight_calibration_method": "max"}, "weight_calibration_method='max'"),
@@ -56,6 +58,23 @@ LEARNED_ACT = {
         ({"tile_size": True}, "tile_size=True"),
         ({"tile_size": 1.5}, "tile_size=1.5"),
         ({"tile_size": "4"}, "tile_size='4'"),
+        ({"tile_size": float("nan")}, "tile_size=nan"),
+        ({"tile_size": (4,)}, "tile_size=(4,)): it must be a number or None"),
+        ({"act_act": "no"}, "act_act='no'): it must be True or False."),
+        ({"act_act": None}, "act_act=None"),
+        ({"pad_tiles": 1}, "pad_tiles=1"),
+        ({"disable_channelwise_axes": "yes"}, "disable_channelwise_axes='yes'"),
+        ({"weight_calibration_method": None}, "weight_calibration_method=None"),
+        ({"op_names": (1,)}, "op_names=(1,)): it must be a collection of strs"),
+        ({"act_observer": 99.9}, "act_observer=99.9): it must be a name"),
+        ({"act_averaging": 0.99}, "act_averaging=0.99): it must be a name"),
+        (
+            {**STATIC, "act_static_scale": "False"},
+            "act_static_scale='False'): it must be True or False or None",
+        ),
+        ({**STATIC, "act_batch_axes": 0}, "act_batch_axes=0): it must be a collection"),
+        ({**STATIC, "act_batch_axes": (0.5,)}, "act_batch_axes=(0.5,)"),
+        ({**STATIC, "act_channelwise_axes": (True,)}, "act_channelwise_axes=(True,)"),
     ],
 )
 def test_a_wrong_field_is_named_when_the_rule_is_made(fields, message):
@@ -87,6 +106,18 @@ def test_rules_are_values():
     assert rule.act_method == "absmax"
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.tile_size = 3  # type: ignore
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    fields = {"act_batch_axes": np.arange(2), "act_act": np.bool_(False), **STATIC}
+    rule = QuantizationRule(tile_size=np.int64(16), **fields)
+    assert rule == QuantizationRule(
+        tile_size=16, act_batch_axes=(0, 1), act_act=False, **STATIC
+    )
+    assert type(rule.tile_size) is int and type(rule.act_act) is bool
+    assert hash(rule) == hash(dataclasses.replace(rule))
+    share = QuantizationRule(tile_size=np.float32(0.25)).tile_size
+    assert share == 0.25 and type(share) is float
 
 
 def test_check_rules():

@@ -179,7 +179,16 @@ def smallest_scale(dtype: Any) -> float:
 
 
 def check_quantizable(array: jax.Array) -> None:
-    """Raises a ValueError for arrays that are not of a float dtype."""
+    """Complains of what cannot be quantized.
+
+    Raises:
+        TypeError: It is not an array.
+        ValueError: Its dtype is not a float dtype.
+    """
+    if not hasattr(array, "dtype"):
+        raise TypeError(
+            f"Expected an array, got {array!r}. Make one of it: jnp.asarray(...)."
+        )
     if not numerics.is_quantizable(array.dtype):
         raise ValueError(
             f"Cannot quantize an array of dtype {array.dtype}; it takes bfloat16, "

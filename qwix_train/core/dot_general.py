@@ -54,9 +54,10 @@ def dot_general(
     """`jax.lax.dot_general` for arrays and quantized arrays.
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
-    If one is a float array, is nf4, or has contracted axes with tiles that are padded
-    or of fewer than `MIN_TILE_SIZE` elements, it is the product of the dequantized
-    operands, to rounding: a large one stays quantized, see `weight_only`.
+    If one is a float array, is nf4, or has contracted axes with tiles that are padded,
+    of fewer than `MIN_TILE_SIZE` elements, or of another size than the other's, it is
+    the product of the dequantized operands, to rounding: a large one stays quantized,
+    see `weight_only`.
 
     Args:
         lhs: The left operand.
@@ -73,7 +74,7 @@ def dot_general(
         of ``rhs``.
 
     Raises:
-        ValueError: A QArray is malformed, or contracted axes differ in tile size.
+        ValueError: A QArray is malformed.
 
     >>> from qwix_train.core.qarray import quantize
     >>> a = quantize(jnp.array([[1., 2.]]), 'int8')
@@ -212,6 +213,9 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
     """Whether the codes are multiplied, rather than dequantized values."""
     if not (ops.multiplies_codes(lhs) and ops.multiplies_codes(rhs)):
         return False
+    for left, right in zip(*numbers[0], strict=True):
+        if len({_entries(lhs, left), _entries(rhs, right)} - {0, 1}) > 1:
+            return False
     for operand, contracting in zip((lhs, rhs), numbers[0], strict=True):
         # The range of a zero point that is not of integers is unknown.
         if ops.zero_point_of(operand) is not None:
@@ -272,20 +276,9 @@ def _contracted_tiles(
     lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers
 ) -> dict[int, int]:
     """Returns the tile count of each contraction (by position) that has tiles."""
-    tiles = {}
-    for position, (left, right) in enumerate(zip(*numbers[0], strict=True)):
-        counts = {_entries(lhs, left), _entries(rhs, right)} - {0, 1}
-        if len(counts) > 1:
-            size = lhs.shape[left]
-            sizes = [-(-size // count) for count in sorted(counts)]
-            raise ValueError(
-                f"Axis {left} of lhs {lhs.shape} and axis {right} of rhs {rhs.shape} "
-                f"are contracted but have different tile sizes, {sizes[0]} and "
-                f"{sizes[1]}."
-            )
-        if counts:
-            tiles[position] = counts.pop()
-    return tiles
+    pairs = enumerate(zip(*numbers[0], strict=True))
+    counts = {i: max(_entries(lhs, a), _entries(rhs, b)) for i, (a, b) in pairs}
+    return {position: count for position, count in counts.items() if count > 1}
 
 
 def _counts(contracting: tuple[int, ...], tiles: dict[int, int]) -> dict[int, int]:

@@ -31,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
+    NoArray,
     QArray,
     calibrate,
     compute_scale_zero_point,
@@ -71,7 +72,7 @@ class PackedLayout:
 
 
 @flax.struct.dataclass
-class PackedQArray:
+class PackedQArray(NoArray):
     """A quantized array of 4 bits whose codes are packed and whose scales quantized.
 
     Attributes:
@@ -97,6 +98,8 @@ class PackedQArray:
     scale_mean: jax.Array
     zero_point: jax.Array | None
     layout: PackedLayout = flax.struct.field(pytree_node=False)
+
+    _instead = "The array that its codes stand for is dequantize(unpack(array))."
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -45,8 +45,30 @@ __all__ = [
 ]
 
 
+class NoArray:
+    """What NumPy and JAX must not take for an array, nor for a sequence of arrays."""
+
+    _instead = ""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Says what this is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+
+    def __jax_array__(self) -> Any:
+        """Says what this is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+
+
 @flax.struct.dataclass
-class QArray:
+class QArray(NoArray):
     """A quantized array: ``(qvalue - zero_point) * scale`` is about the original.
 
     Attributes:
@@ -72,6 +94,8 @@ class QArray:
     scale: jax.Array
     zero_point: jax.Array | None = None
     qtype: Any = flax.struct.field(pytree_node=False, default=None)
+
+    _instead = "The array that its codes stand for is dequantize(array)."
 
     def __post_init__(self):
         qtype = self.qvalue.dtype if self.qtype is None else self.qtype
@@ -162,8 +186,16 @@ class QArray:
 MaybeQArray: TypeAlias = jax.Array | QArray
 
 
+_READ_IN_FLOAT = (
+    "This param is quantized, and is read by code that does not know of it: a model "
+    "that was not quantized, a method that was not given to quantize_model(..., "
+    "methods=...), or a part of the model that was called by itself. What it holds is "
+    "`param.array`, and the floats that it stands for are dequantize(param.array)."
+)
+
+
 @flax.struct.dataclass
-class WithAux:
+class WithAux(NoArray):
     """A quantized array in a tree of params, with how it was quantized.
 
     Attributes:
@@ -175,17 +207,15 @@ class WithAux:
     array: Any
     how: HowToQuantize = flax.struct.field(pytree_node=False)
 
+    _instead = _READ_IN_FLOAT
+
     def __getitem__(self, index: Any) -> Any:
         """Says why a module finds this in the place of its array.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError(
-            "This param is quantized, and is read by code that does not know of it: a "
-            "method that was not given to quantize_model(..., methods=...), or a part "
-            "of the model that was called by itself. Its array is `param.array`."
-        )
+        raise TypeError(_READ_IN_FLOAT)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -342,6 +372,7 @@ def dequantize(array: QArray) -> jax.Array:
     are not while a function is traced.
 
     Raises:
+        TypeError: It is not a QArray.
         ValueError: The parts of the array do not fit together, a scale is negative, or
             a code is outside of its type.
 
@@ -350,6 +381,9 @@ def dequantize(array: QArray) -> jax.Array:
     ...
     ValueError: A code is 100, and int4 has those from -8 to 7.
     """
+    if not isinstance(array, QArray):
+        held = " A quantized param holds one: param.array." * isinstance(array, WithAux)
+        raise TypeError(f"Expected a QArray, got {type(array).__name__}.{held}")
     validate_qarray(array)
     _check_values(array)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)

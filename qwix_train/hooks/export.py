@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from qwix_train.hooks import state as states
 from qwix_train.hooks.periodic import PeriodicAction
 from qwix_train.ptq.checkpoint import PendingSave
 from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.trace.linen import abstract_variables
 
 _DELETED = ".qwix_train-deleted"
 
@@ -186,8 +186,9 @@ class Export(PeriodicAction):
         if not isinstance(self._model, nn.Module):
             return {}
         if self._collections is None:
-            init = functools.partial(self._model.init, **self._kwargs)
-            shapes = jax.eval_shape(init, jax.random.key(0), *self._inputs)
+            given = dict(self._kwargs)
+            rngs = given.pop("rngs", None)
+            shapes = abstract_variables(self._model, self._inputs, given, rngs)
             self._collections = tuple(name for name in shapes if name != "params")
         others = {}
         for name in self._collections:

@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import static_range, stored
+from qwix_train import random_keys, static_range, stored
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.provider import LoraProvider, is_adapter
 from qwix_train.lora.start import Starter
@@ -261,7 +261,7 @@ def create_train_state(
       A `LoraTrainState`. The optimizer has state for the adapters alone.
 
     Raises:
-      TypeError: if `apply_fn` is a module.
+      TypeError: if `apply_fn` is a module, or `rng` is no random key.
       ValueError: if a `LoraRule` matches no weight; if a rank is larger than its
         matrix; if a rule asks for static ranges that are not among the params.
 
@@ -359,6 +359,7 @@ def _begun(
 ) -> tuple[AdaptedApply, Any, Any]:
     """The apply function of a state, its adapters and its base."""
     provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
+    random_keys.checked(rng, "rng")
     if isinstance(apply_fn, nn.Module | nnx.Module):
         raise TypeError(
             f"Expected an apply_fn, got a {type(apply_fn).__name__}. Give model.apply "

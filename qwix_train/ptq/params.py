@@ -18,13 +18,16 @@ from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.model import quantize_fn, quantize_model, trace_function
-from qwix_train.nested import inserted
+from qwix_train.nested import WithLeaves, inserted
+from qwix_train.other_methods import resolved
 from qwix_train.planning import Path
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
+from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
+from qwix_train.trace.linen import abstract_variables
 
 
 def quantize_params(
@@ -50,6 +53,7 @@ def quantize_params(
       abstract_quantized_params: the params of the quantized model, or their shapes:
         `jax.eval_shape(model.init, key, x)["params"]` for a Linen model; an NNX model
         itself, which may be abstract; for a function what `abstract_params` gives.
+        The params of a function may be any tree, such as a module of Equinox.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`:
         at the path of each module, for each operand such as `dot_general0_lhs`, the
         `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
@@ -125,7 +129,8 @@ def quantize_tree(
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     flat = [(param_path(key_path), param) for key_path, param in leaves]
     for names, param in flat:
-        _check_array(names, param)
+        if not _is_static(param, target.get(names)):
+            _check_array(names, param)
     given = given_scales.among_params(dict(flat), target)
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
@@ -167,6 +172,8 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
     Raises:
       ValueError: if it has another shape, or cannot be quantized.
     """
+    if _is_static(param, target):
+        return param
     if tuple(param.shape) != tuple(target.shape):
         raise ValueError(
             f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
@@ -191,6 +198,7 @@ def quantize(
     variables: Mapping[str, Any] | None = None,
     quant_stats: Any = None,
     donate: bool = False,
+    rngs: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Quantizes a model together with its params.
@@ -207,7 +215,10 @@ def quantize(
       quant_stats: see `quantize_params`.
       donate: see `quantize_params`; without `params` it is the float arrays of the NNX
         module that are deleted.
-      **kwargs: keyword inputs.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
+        input of any other.
+      **kwargs: keyword inputs. The method that `method` says of a Linen model is
+        quantized, too.
 
     Returns:
       The quantized model and its quantized params. An NNX model holds these; they are
@@ -225,6 +236,8 @@ def quantize(
     """
     provider = PtqProvider(rules)
     options = {"quant_stats": quant_stats, "donate": donate}
+    if rngs is not None and not isinstance(model, nn.Module):
+        kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
         graphdef, held, rest = nnx.split(model, nnx.Param, ...)
         floats = nnx.to_pure_dict(held)
@@ -236,12 +249,19 @@ def quantize(
         nnx.update(quantized, quantize_params(floats, quantized, **options))
         return quantized, trees.to_tree(quantized)
     if isinstance(model, nn.Module):
-        quantized = quantize_model(model, provider)
-        apply = functools.partial(model.apply, mutable=list(variables or ()), **kwargs)
+        method = resolved(subclasses.original(type(model)), kwargs.get("method"))
+        methods = {"__call__", method if isinstance(method, str) else "__call__"}
+        quantized = quantize_model(model, provider, methods=methods)
         if variables is None:
-            init = functools.partial(quantized.init, **kwargs)
-            shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
+            shapes = abstract_variables(quantized, inputs, kwargs, rngs)["params"]
+            if not any(map(stored.is_quantized, _flat(shapes).values())):
+                raise ValueError(
+                    f"{method!r} calls no method of {type(model).__name__} that runs "
+                    "quantized. Give a method of the model: method='encode'."
+                )
             return quantized, quantize_params(params, shapes, **options)
+        others = list(variables)
+        apply = functools.partial(model.apply, mutable=others, rngs=rngs, **kwargs)
         first = {**variables, "params": params}
         shapes = abstract_params(apply, first, rules, *inputs)["params"]
         return quantized, quantize_params(params, shapes, **options)
@@ -303,9 +323,9 @@ def _target(quantized: Any) -> Any:
             "The quantized params of an NNX model are given by the model itself. Its "
             "state does not say how they are quantized."
         )
-    if isinstance(quantized, nn.Module) or (
-        callable(quantized) and not isinstance(quantized, nnx.Module)
-    ):
+    # A function is a leaf; a module of Equinox, which can be called, is a tree.
+    function = callable(quantized) and jax.tree_util.all_leaves([quantized])
+    if isinstance(quantized, nn.Module) or function:
         raise TypeError(
             "Expected the params of the quantized model, or their shapes, got "
             f"{type(quantized).__name__}. A Linen model has them in "
@@ -334,6 +354,11 @@ def _updated(tree: Any, other: Any) -> Any:
 
 def _is_whole(leaf: Any) -> bool:
     return stored.is_quantized(leaf) or stored.is_box(leaf)
+
+
+def _is_static(param: Any, target: Any) -> bool:
+    """Whether a leaf is what the model computes with as it is, such as a function."""
+    return param is target and not isinstance(param, jax.Array | np.ndarray)
 
 
 def _check_array(names: Path, param: Any) -> None:
@@ -365,6 +390,9 @@ _LEFT_OUT = object()
 
 def _pruned(tree: Any) -> Any:
     """A nested dictionary without what is left out, or would be empty."""
+    if isinstance(tree, WithLeaves):
+        leaves = _pruned(tree.leaves)
+        return tree.params if leaves is _LEFT_OUT else WithLeaves(tree.params, leaves)
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _pruned(value) for key, value in tree.items()}

@@ -29,7 +29,8 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
         all that are no random state; `nnx.BatchStat`, too, for one.
 
     Returns:
-      A nested dictionary with a `WithAux` for each quantized param, and arrays.
+      A nested dictionary with a `WithAux` for each quantized param, and arrays. What a
+      module holds in several places stands at the first of them, as in `nnx.state`.
 
     Example:
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -38,7 +39,12 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
     """
     if not isinstance(model, nnx.Module):
         return stored.unbox(model)
-    chosen = nnx.filterlib.to_predicate(kind)
+    # Where NNX lists a variable, and all that is around it there.
+    listed = {
+        tuple(map(str, path[:length]))
+        for path, _ in nnx.to_flat_state(nnx.state(model, kind))
+        for length in range(1, len(path) + 1)
+    }
     flat: dict[tuple[str | int, ...], Any] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Pytree):
@@ -50,9 +56,8 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
         }
         leaves, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
         for keys, value in leaves:
-            variable = stored.box_of(value) if isinstance(value, WithAux) else value
             names = (*map(str, path), *param_path(keys))
-            if isinstance(variable, nnx.Variable) and chosen(names, variable):
+            if isinstance(value, WithAux | nnx.Variable) and names in listed:
                 flat[tuple(map(_as_index, names))] = stored.unbox(value)
     return traverse_util.unflatten_dict(dict(sorted(flat.items(), key=_order)))
 

@@ -93,7 +93,6 @@ class QtRule(QuantizationRule):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_noise_axes()
         method = self.bwd_calibration_method
         self._check("bwd_calibration_method", how.parse_calibration_method, method)
         if how.is_learned(method):
@@ -130,21 +129,11 @@ class QtRule(QuantizationRule):
             return ""
         return f"gradients {numerics.qtype_name(self.bwd_qtype)}"
 
-    def _check_noise_axes(self):
-        field = "channelwise_noise_axes"
-        axes = self.channelwise_noise_axes
-        is_axes = isinstance(axes, Collection) and not isinstance(axes, str)
-        if not is_axes or not all(type(axis) is int for axis in axes):
-            raise self._error(field, "it must be a collection of axes, such as (0,)")
-        object.__setattr__(self, field, tuple(axes))
-
     def _check_additional_config(self):
         field = "additional_qt_config"
         config = self.additional_qt_config
         if config is None:
             return
-        if not isinstance(config, Mapping):
-            raise self._error(field, "it must be a mapping")
         for name, value in config.items():
             if name != "use_original_residuals":
                 reason = f"{name!r} has no counterpart here; use the fields of QtRule"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jax import core
 from jax.extend import core as jex
@@ -66,6 +66,7 @@ class Op:
         constant does whose ones select them.
       scans: the length of each `scan` around it, outermost first, if it goes over
         params, as one over the layers of a model does; 0 for any other.
+      name_stack: the scopes around it.
     """
 
     key: Key
@@ -78,6 +79,7 @@ class Op:
     opaque: str | None = None
     moves: bool = False
     scans: tuple[int, ...] = ()
+    name_stack: str = ""
 
     @property
     def where(self) -> str:
@@ -90,10 +92,22 @@ class Op:
         return tuple(length for length in self.scans if length)
 
 
+class Found(NamedTuple):
+    """What a function does.
+
+    Attributes:
+      ops: its ops, in the order in which they run.
+      layer_axes: for params that a `scan` goes over, the axes that it does so along.
+    """
+
+    ops: list[Op]
+    layer_axes: Mapping[tuple[str, ...], Collection[int]]
+
+
 def find_ops(
     body: jax_versions.Body, inputs: Sequence[Provenance], prefix: str = ""
-) -> list[Op]:
-    """All the ops of a function, in the order in which they run.
+) -> Found:
+    """All the ops of a function.
 
     Args:
       body: the traced function.
@@ -103,7 +117,7 @@ def find_ops(
     """
     walker = _Walker(prefix)
     walker.walk(body, inputs, key=(), scope="", opaque=None)
-    return walker.ops
+    return Found(walker.ops, walker.layer_axes)
 
 
 def is_einsum(scope: str) -> bool:
@@ -125,6 +139,7 @@ class _Walker:
         self.scans: tuple[int, ...] = ()
         # Those of the body that is walked.
         self.constants: Constants | None = None
+        self.layer_axes: dict[tuple[str, ...], set[int]] = {}
 
     def walk(
         self,
@@ -202,6 +217,7 @@ class _Walker:
                 opaque=opaque,
                 moves=self.moves(eqn, operands),
                 scans=self.scans,
+                name_stack=scope,
             )
         )
 
@@ -281,6 +297,10 @@ class _Walker:
         num_consts, num_carry = jax_versions.scan_parts(params)
         body = jax_versions.body_of(params["jaxpr"])
         consts = operands[:num_consts]
+        for operand in operands[num_consts + num_carry :]:
+            for view in operand.views if isinstance(operand, provenance.Weight) else ():
+                axes = {atom.axis for atom in view.dims[0]}
+                self.layer_axes.setdefault(view.path, set()).update(axes)
         scanned = [
             provenance.per_iteration(x) for x in operands[num_consts + num_carry :]
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -80,6 +80,7 @@ class TracedCall:
       held: for each input, whether it belongs to the model: a param, or another of its
         variables.
       method: the name of the method that was called.
+      layer_axes: for params that a `scan` goes over, by path, the axes of layers.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -96,6 +97,9 @@ class TracedCall:
     boxes: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
     held: Sequence[bool] = ()
     method: str = "__call__"
+    layer_axes: Mapping[tuple[str, ...], Collection[int]] = dataclasses.field(
+        default_factory=dict
+    )
 
     runs_stored: ClassVar[bool] = False
 
@@ -238,11 +242,13 @@ def trace(
         provenance.param(p.path, aval.shape) if p else provenance.ACTIVATION
         for p, aval in zip(params, avals, strict=True)
     ]
+    found = analyze.find_ops(body, origins, module_path)
     return TracedCall(
         body=body,
         inputs=inputs,
         params=params,
-        ops=analyze.find_ops(body, origins, module_path),
+        ops=found.ops,
+        layer_axes=found.layer_axes,
         paths=paths,
         held=held,
         module_path=module_path,

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import core
+from flax import core, nnx
 from flax import linen as nn
 
-from qwix_train.trace import call_mode, function, scopes, session, subclasses
+from qwix_train import random_keys
+from qwix_train.trace import (
+    call_mode,
+    function,
+    passed,
+    scopes,
+    session,
+    subclasses,
+)
 
 
 def interceptor(
@@ -55,8 +65,27 @@ def mark(next_function, args, kwargs, context):
     """For `nn.intercept_methods`: marks traced equations with their module."""
     module = context.module
     batch_norm = isinstance(module, nn.BatchNorm)
-    with scopes.module_scope("/".join(module.path), batch_norm=batch_norm):
+    with (
+        scopes.module_scope("/".join(module.path), batch_norm=batch_norm),
+        _initialized(module),
+    ):
         return next_function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _initialized(module: nn.Module) -> Iterator[None]:
+    """Has a bridge to NNX read its params, which it would make anew in `init`."""
+    scope = module.scope
+    held = isinstance(module, nnx.bridge.ToLinen) and "params" in module.variables
+    if scope is None or not held:
+        yield
+        return
+    flags = scope.flags
+    scope.flags = core.freeze({**flags, "initializing": False})
+    try:
+        yield
+    finally:
+        scope.flags = flags
 
 
 def rewrite_call(
@@ -105,6 +134,35 @@ def rewrite_call(
     return out
 
 
+def abstract_variables(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], rngs: Any = None
+) -> Any:
+    """The shapes of the variables that a model is initialized with.
+
+    Args:
+      model: the model, unbound.
+      inputs: its inputs, or their shapes.
+      kwargs: its keyword inputs, and those of `nn.Module.init`, such as `method`.
+      rngs: a random key, or keys by the names of their streams, as
+        `nn.Module.apply` takes them.
+
+    Raises:
+      TypeError: if `rngs` are no random keys.
+    """
+    if rngs is not None:
+        random_keys.checked(rngs)
+    keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
+    keys = {"params": jax.random.key(0), **(keys or {})}
+    return jax.eval_shape(functools.partial(model.init, **kwargs), keys, *inputs)
+
+
+def trace_call(
+    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> function.TracedCall:
+    """Traces a call of a method of a bound module, which stays as it is."""
+    return _trace(module, method_name, args, kwargs, _counters_of(module))
+
+
 def init_call(
     module: nn.Module,
     method_name: str,
@@ -142,6 +200,7 @@ def init_call(
     # to be made again: a module that finds it does what comes after initialization.
     variables = {**at_first, "params": module.variables.get("params", {})}
     traced = _trace(module, method_name, args, kwargs, counters, variables)
+    _check_reads_params(module, traced)
     with session.suspended():
         values, result = initialize(traced)
     if result is session.UNCHANGED:
@@ -152,6 +211,32 @@ def init_call(
             before = before.get(name, {})
         _put_param(module, path, box(value, before))
     return result[0]
+
+
+def _check_reads_params(module: nn.Module, traced: function.TracedCall) -> None:
+    """Complains of params that a module makes anew in `init`, whatever it holds.
+
+    What takes their place is never read there, and so cannot be found.
+    """
+    sources = [-1 if i is None else i for i in passed.sources(traced.body)]
+    _, updates = traced.rebuild(sources)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(updates.get("params", {}))
+    anew = [
+        "/".join(path)
+        for key_path, source in leaves
+        # A constant stands there itself.
+        if (not isinstance(source, int) or source == -1)
+        and (path := function.param_path(key_path)) in traced.paths
+        and path not in traced.read
+    ]
+    if anew:
+        raise ValueError(
+            f"{type(module).__name__}.init writes {len(anew)} params that exist "
+            f"already, among them {anew[0]!r}, so they cannot be quantized there. "
+            "Write them only where they do not exist yet, as self.param does, or "
+            "quantize float params: "
+            "ptq.quantize(model, params, rules, *inputs, variables={})."
+        )
 
 
 def _stored_params(module: nn.Module) -> dict[tuple[str, ...], Any]:

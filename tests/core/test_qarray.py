@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import pack
 from qwix_train.core.qarray import (
     QArray,
     WithAux,
@@ -217,3 +219,45 @@ def test_values_that_no_array_becomes_are_refused(storage):
         dequantize(QArray(codes, -scale, qtype="int4"))
     # Of an array with NaN in it, which has to show.
     assert jnp.isnan(dequantize(QArray(codes, jnp.nan * scale, qtype="int4"))).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda array, how: (WithAux(array, how), "is quantized.*dequantize\\(param"),
+        lambda array, how: (array, "QArray is no array.*dequantize\\(array\\)"),
+        lambda array, how: (pack(array), "PackedQArray is no array.*unpack"),
+    ],
+)
+def test_a_quantized_array_is_not_made_into_an_array_of_numbers(make):
+    how = HowToQuantize(qtype="int4", tiled_axes={0: 32}, channelwise_axes=(1,))
+    value, message = make(quantize_array(jnp.ones((64, 2)), how), how)
+    for use in (
+        np.asarray,
+        jnp.asarray,
+        jnp.sin,
+        lambda value: jnp.ones((3, 64)) @ value,
+        lambda value: np.ones((3, 64), np.float32) * value,
+        lambda value: jnp.dot(jnp.ones((3, 64)), value),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use(value)
+
+
+def test_a_float_model_with_quantized_params_says_so():
+    params = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 64)))["params"]
+    how = HowToQuantize(qtype="int8", channelwise_axes=(1,))
+    kernel = WithAux(quantize_array(params["kernel"], how), how)
+    with pytest.raises(TypeError, match="a model that was not quantized"):
+        nn.Dense(2).apply({"params": {**params, "kernel": kernel}}, jnp.ones((1, 64)))
+
+
+def test_what_is_no_array_is_refused():
+    for value in ([1.0, 2.0], 1.5, None):
+        with pytest.raises(TypeError, match="Expected an array, got .*jnp.asarray"):
+            quantize(value, "int8")
+    with pytest.raises(TypeError, match="Expected a QArray, got ndarray"):
+        dequantize(np.ones(3))
+    how = HowToQuantize(qtype="int8")
+    with pytest.raises(TypeError, match=r"got WithAux.*param\.array"):
+        dequantize(WithAux(quantize(jnp.ones(3), "int8"), how))

@@ -10,7 +10,14 @@ import pytest
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import PtqProvider, QtProvider, QuantizationRule, WithAux, dequantize
+from qwix_train import (
+    PtqProvider,
+    QtProvider,
+    QuantizationRule,
+    WithAux,
+    dequantize,
+    ptq,
+)
 from tests.spellings import data
 
 # Margins, so that no value lies on the border of two codes.
@@ -287,6 +294,54 @@ def test_two_methods():
     np.testing.assert_array_equal(model.apply(variables, X), decoded)
     only = model.init(KEY, X, method="encode")
     assert set(only["params"]) == {"encoder"}
+
+
+@pytest.mark.parametrize("method", ["encode", Codec.encode])
+def test_quantize_takes_a_method(method):
+    params = Codec().init(KEY, X, method="encode")["params"]
+    model, quantized = ptq.quantize(Codec(), params, [INT8], X, method=method)
+    assert is_quantized(quantized["encoder"]["kernel"])
+    assert model.apply({"params": quantized}, X, method=method).shape
+
+
+def test_quantize_says_that_a_function_calls_no_quantized_method():
+    params = Codec().init(KEY, X, method="encode")["params"]
+    with pytest.raises(
+        ValueError, match="calls no method of Codec that runs quantized"
+    ):
+        ptq.quantize(
+            Codec(), params, [INT8], X, method=lambda codec, x: codec.encode(x)
+        )
+
+
+class Noisy(nn.Module):
+    """It draws from a stream of its own, in `init`, too."""
+
+    @nn.compact
+    def __call__(self, x):
+        noise = jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(3)(x + noise))
+
+
+@pytest.mark.parametrize("variables", [None, {}])
+def test_quantize_takes_random_keys(variables):
+    rngs = {"noise": KEY, "dropout": KEY}
+    params = Noisy().init({"params": KEY, **rngs}, X)["params"]
+    options = {"rngs": rngs, "variables": variables}
+    model, quantized = ptq.quantize(Noisy(), params, [INT8], X, **options)
+    assert is_quantized(quantized["Dense_0"]["kernel"])
+    assert model.apply({"params": quantized}, X, rngs=rngs).shape == (len(X), 3)
+
+
+def test_random_keys_of_what_is_no_linen_model():
+    def noisy(params, x, *, rngs):
+        return (x + jax.random.normal(rngs["noise"], x.shape)) @ params["w"]
+
+    params, rngs = {"w": np.ones((X.shape[1], 3), np.float32)}, {"noise": KEY}
+    plan = qwix_train.plan(noisy, [INT8], params, X, rngs=rngs)
+    assert len(plan.quantized_ops) == 1
+    _, quantized = ptq.quantize(noisy, params, [INT8], X, rngs=rngs)
+    assert is_quantized(quantized["w"])
 
 
 class Mixed(nn.Module):

@@ -30,8 +30,8 @@ INT8 = dict(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
         ({**INT8, "bwd_stochastic_rounding": "gauss"}, "choose from uniform, low_bit"),
         ({**INT8, "bwd_weight_grad_tile_size": 0}, "must be a positive int"),
         ({**INT8, "disable_channelwise_axes": 1}, "must be True or False"),
-        ({**INT8, "channelwise_noise_axes": 0}, "must be a collection of axes"),
-        ({**INT8, "channelwise_noise_axes": ("0",)}, "must be a collection of axes"),
+        ({**INT8, "channelwise_noise_axes": 0}, "must be a collection of ints"),
+        ({**INT8, "channelwise_noise_axes": ("0",)}, "must be a collection of ints"),
         ({**INT8, "additional_qt_config": True}, "must be a mapping"),
         (
             {**INT8, "additional_qt_config": {"dlhs_tile_size": 2}},
