@@ -44,6 +44,9 @@ class AdapterLayout:
       contracted: the axes that the op contracts.
       flat: whether the contracted axes are one axis of ``A``, and the kept ones one of
         ``B``, as for `dot_general`.
+      particulars: what ops do with the param that a plain linear layer, convolution or
+        lookup does not, in words: that another op contracts other axes of it, or that
+        a convolution has groups. Other libraries adapt plain layers alone.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class AdapterLayout:
     b_axes: tuple[int, ...]
     contracted: tuple[int, ...]
     flat: bool
+    particulars: tuple[str, ...] = ()
 
     @property
     def a_shape(self) -> tuple[int, ...]:
@@ -264,7 +268,17 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
                 continue
             layout = _layout(op_plan.op, side, view, rule)
             found[view.path] = (layout, op_plan, rule)
-    return {path: (layout, rule) for path, (layout, _, rule) in found.items()}
+    particulars: dict[Path, dict[str, None]] = {path: {} for path in found}
+    for op in (op_plan.op for op_plan in plan.ops):
+        for side, view in weights_of(op):
+            if view.path in found:
+                layout, *_ = found[view.path]
+                notes = _particulars(op, side, view, layout)
+                particulars[view.path] |= dict.fromkeys(notes)
+    return {
+        path: (dataclasses.replace(layout, particulars=tuple(particulars[path])), rule)
+        for path, (layout, _, rule) in found.items()
+    }
 
 
 def rules_without_weight(plan: Plan) -> list[int]:
@@ -293,20 +307,7 @@ def weights_of(op: Op) -> list[tuple[int, View]]:
 
 def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     where = f"{op.where}, param {'/'.join(view.path)!r}"
-    contracted_dims, batch_dims = _dims(op, side)
-    roles: dict[int, set[str]] = {}
-    order: list[int] = []
-    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
-    for dim in (*contracted_dims, *dims):
-        role = "kept"
-        if dim in contracted_dims:
-            role = "contracted"
-        elif dim in batch_dims:
-            role = "batch"
-        for atom in view.dims[dim]:
-            roles.setdefault(atom.axis, set()).add(role)
-            if atom.axis not in order:
-                order.append(atom.axis)
+    roles = _roles(op, side, view)
     mixed = [axis for axis, found in roles.items() if len(found) > 1]
     if mixed:
         raise ValueError(
@@ -322,9 +323,9 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         layers = tuple(lost[: len(op.layers)])
     ones = [axis for axis in lost if axis not in layers]
     kind = {axis: next(iter(found)) for axis, found in roles.items()}
-    contracted = [axis for axis in order if kind[axis] == "contracted"]
+    contracted = [axis for axis in roles if kind[axis] == "contracted"]
     batch = [axis for axis in range(len(view.shape)) if kind.get(axis) == "batch"]
-    kept = [axis for axis in order if kind[axis] == "kept"]
+    kept = [axis for axis in roles if kind[axis] == "kept"]
     flat = op.name == "dot_general"
     if flat:
         a_axes, b_axes = [*batch, *contracted, *ones], [*batch, *kept]
@@ -352,6 +353,47 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
             "that it is to adapt. Give it a rule with a smaller rank, or none."
         )
     return layout
+
+
+def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:
+    """What an op does with the axes of a param, contracted ones first."""
+    contracted_dims, batch_dims = _dims(op, side)
+    roles: dict[int, set[str]] = {}
+    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
+    for dim in (*contracted_dims, *dims):
+        role = "kept"
+        if dim in contracted_dims:
+            role = "contracted"
+        elif dim in batch_dims:
+            role = "batch"
+        for atom in view.dims[dim]:
+            roles.setdefault(atom.axis, set()).add(role)
+    return roles
+
+
+def _particulars(op: Op, side: int, view: View, layout: AdapterLayout) -> list[str]:
+    """What an op does with a param that a plain layer does not, in words."""
+    roles = _roles(op, side, view)
+    contracted = sorted(axis for axis, found in roles.items() if "contracted" in found)
+    usual = [axis for axis in layout.contracted if layout.shape[axis] > 1]
+    notes = []
+    if [axis for axis in contracted if layout.shape[axis] > 1] != usual:
+        notes.append(f"contracts its axes {tuple(contracted)}, not {tuple(usual)}")
+    if op.name == "conv_general_dilated":
+        params = op.params
+        notes += [
+            f"has {name}={params[name]}"
+            for name in ("feature_group_count", "batch_group_count")
+            if params[name] != 1
+        ]
+        notes += [
+            f"has {name}={tuple(params[name])}"
+            for name in ("lhs_dilation", "rhs_dilation")
+            if any(step != 1 for step in params[name])
+        ]
+        if side != 1:
+            notes.append("has it as its input, not as its kernel")
+    return [f"{op.where} {note}" for note in notes]
 
 
 def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

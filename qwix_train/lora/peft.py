@@ -10,9 +10,9 @@ stacked in one param, as under `nn.scan`, are modules of their own, numbered aft
 first part of the path: ``layers/proj/kernel`` is ``layers.0.proj``, ``layers.1.proj``
 and so on. `names` says otherwise, with ``{layer}`` for the number.
 
-Where PEFT computes something else: an adapter of a grouped convolution has all input
-channels in its ``lora_A`` there, so it does not fit; the ``lora_A`` of a dilated
-convolution is not dilated there.
+Where PEFT would compute something else, an adapter is refused: that of a table which is
+also the head of the model (PEFT adapts the lookup alone), of a convolution with groups
+or dilation, of a stack of experts.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def save_peft(
         else that readers would take for them.
       ImportError: if `safetensors` is not installed.
       TypeError: if layouts are missing.
-      ValueError: if PEFT cannot hold an adapter, or two have one name; the message has
-        the path of the param.
+      ValueError: if PEFT cannot hold an adapter, or computes something else with it; if
+        two have one name. The message has the path of the param.
 
     Example:
       >>> import tempfile

@@ -40,7 +40,7 @@ def indices(layout: AdapterLayout) -> list[tuple[int, ...]]:
 
 
 def check(layout: AdapterLayout) -> None:
-    """Checks that PEFT can hold an adapter.
+    """Checks that PEFT can hold an adapter, and computes the same with it.
 
     Raises:
       ValueError: if it cannot; the message has the path of the param.
@@ -50,6 +50,14 @@ def check(layout: AdapterLayout) -> None:
         raise ValueError(
             f"The adapter of {name!r} has axes of a batch, such as one for experts, "
             "and PEFT has no such layers. Leave it out of the rules, or merge it."
+        )
+    if layout.particulars:
+        raise ValueError(
+            f"PEFT computes something else with an adapter of {name!r} than this model "
+            f"does: {'; '.join(layout.particulars)}. PEFT adapts each linear layer, "
+            "each lookup, and each convolution without groups and dilation by itself. "
+            "Give the param no adapter, by a rule of its own before the LoraRule; or "
+            "merge it (lora.merge), and save the whole params."
         )
     if layout.op == "conv_general_dilated":
         _conv_inputs(layout)

@@ -250,6 +250,42 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(11, 8, name="embed")
+        return table.attend(jnp.tanh(table(tokens)))
+
+
+class Image(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, tokens):
+        return self.layer(jnp.ones((1, 6, 6, 4)) * tokens.astype(jnp.float32).mean())
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (Tied(), r"embed/dot_general0 contracts its axes \(1,\), not \(0,\)"),
+        (Image(nn.Conv(4, (3, 3), feature_group_count=2)), "feature_group_count=2"),
+        (Image(nn.Conv(4, (3, 3), kernel_dilation=2)), r"rhs_dilation=\(2, 2\)"),
+        (Image(nn.ConvTranspose(4, (3, 3), (2, 2))), r"lhs_dilation=\(2, 2\)"),
+    ],
+    ids=["tied", "groups", "dilation", "transposed"],
+)
+def test_a_layer_that_peft_computes_otherwise_is_refused(tmp_path, model, message):
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    rules = [lora.LoraRule(rank=2, alpha=3.0, op_names=OPS)]
+    adapters, _, layouts = lora.init(
+        params, model.apply, rules, jax.random.key(1), TOKENS
+    )
+    with pytest.raises(ValueError, match=f"PEFT computes something else.*{message}"):
+        lora.save_peft(tmp_path, adapters, layouts)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     state = small_state(Mlp())
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
