@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, checked, is_whole, tree_of
+from qwix_train.lora.parts import Layouts, checked, is_whole, layouts_of, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import Path
 from qwix_train.trace.function import param_path
@@ -57,20 +57,14 @@ class AdapterSet(Mapping[str, Any]):
           TypeError: if it is neither.
           ValueError: if there are no layouts.
         """
-        self._like = None
-        if isinstance(layouts, LoraTrainState):
-            self._like, layouts = layouts.params, layouts.layouts
-        if not isinstance(layouts, Mapping):
-            raise TypeError(
-                "Expected a LoraTrainState or layouts, as lora.init gives them, got "
-                f"{type(layouts).__name__}."
-            )
-        if not layouts:
+        is_state = isinstance(layouts, LoraTrainState)
+        self._like = layouts.params if is_state else None
+        self.layouts = dict(layouts_of(layouts))
+        if not self.layouts:
             raise ValueError(
                 "There are no layouts, so the set could hold no adapter. Give the "
                 "layouts that lora.init or lora.split returned, or a LoraTrainState."
             )
-        self.layouts = dict(layouts)
         self._adapters: dict[str, Any] = {}
 
     def add(self, name: str, adapters: Any, layouts: Layouts | None = None) -> None:
@@ -237,8 +231,4 @@ def _check_fits(own: AdapterLayout, wanted: AdapterLayout) -> None:
         raise ValueError(
             f"the one of {name!r} has {has if own.dora else lacks}. Make a state for "
             "each kind: what one computes is not what the other does."
-        )
-    if wanted.scaling == 0 != own.scaling:
-        raise ValueError(
-            f"the one of {name!r} has scaling {own.scaling}, and the program has 0."
         )

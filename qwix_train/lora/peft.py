@@ -30,7 +30,15 @@ from qwix_train.files import json_text, writing
 from qwix_train.lora import peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, arrays_of, checked, of_state, tree_of
+from qwix_train.lora.parts import (
+    Layouts,
+    arrays_of,
+    check_path,
+    checked,
+    layouts_of,
+    of_state,
+    tree_of,
+)
 from qwix_train.lora.train_state import LoraTrainState
 from qwix_train.planning import Path
 from qwix_train.ptq import safetensors_files
@@ -95,6 +103,7 @@ def save_peft(
       >>> jax.tree.map(lambda x, y: bool((x == y).all()), again, adapters)
       {'proj': {'kernel_lora_a': True, 'kernel_lora_b': True}}
     """
+    check_path(directory, "lora.save_peft(directory, state)")
     adapters, known = of_state(adapters, layouts, "lora.save_peft")
     parts = checked(adapters, known)
     modules: dict[str, AdapterLayout] = {}
@@ -154,11 +163,8 @@ def load_peft(
         many, or of another shape, rank or scaling. The message names them.
     """
     is_state = isinstance(target, LoraTrainState)
-    layouts = target.layouts if is_state else target
-    if not isinstance(layouts, Mapping):
-        raise TypeError(
-            f"Expected a LoraTrainState or layouts, got {type(target).__name__}."
-        )
+    check_path(directory, "lora.load_peft(directory, state)")
+    layouts = layouts_of(target)
     directory = pathlib.Path(directory)
     config, tensors = _read(directory)
     own: dict[Path, AdapterLayout] = {}

@@ -78,8 +78,9 @@ class LoraRule(QuantizationRule):
         super().__post_init__()
         if self.rank < 1:
             raise self._error("rank", "it must be a positive int")
-        if not math.isfinite(self.alpha):
-            raise self._error("alpha", "it must be a finite number")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            problem = "it must be a finite number other than 0, which trains nothing"
+            raise self._error("alpha", problem)
         if not 0 <= self.dropout < 1:
             raise self._error("dropout", "it must be at least 0 and below 1")
         for field in ("lora_a_initializer", "lora_b_initializer"):

@@ -178,7 +178,7 @@ def test_boxes_of_the_program_are_kept():
 def test_a_set_of_no_layouts_is_refused():
     with pytest.raises(ValueError, match="There are no layouts"):
         lora.AdapterSet({})
-    with pytest.raises(TypeError, match="LoraTrainState or layouts.*got list"):
+    with pytest.raises(TypeError, match="LoraTrainState or layouts.*got a list"):
         lora.AdapterSet([])
     known = lora.AdapterSet(constant_state())
     with pytest.raises(ValueError, match="at least one name"):

@@ -302,6 +302,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         lora.load_peft(tmp_path, other)
     with pytest.raises(TypeError, match="Expected a LoraTrainState or layouts"):
         lora.load_peft(tmp_path, None)
+    with pytest.raises(TypeError, match="mapping of paths to AdapterLayouts.*a dict"):
+        lora.load_peft(tmp_path, state.params)
+    with pytest.raises(TypeError, match=r"lora.load_peft\(directory, state\)"):
+        lora.load_peft(state, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from qwix_train import lora
         ({"rank": 1.5}, "an int"),
         ({"rank": True}, "an int"),
         ({"alpha": math.nan}, "a finite number"),
+        ({"alpha": 0}, r"LoraRule\(alpha=0\): .* other than 0"),
         ({"alpha": True}, "a number"),
         ({"alpha": "16"}, "a number"),
         ({"dropout": 1.0}, "at least 0 and below 1"),
