@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -48,22 +48,24 @@ def initial(
       how: how the base is quantized, or None.
       key: a random key.
     """
+    dtype = rule.param_dtype
+    if dtype is None:
+        dtype = jnp.promote_types(weight.dtype, jnp.float32)
     if rule.init == "pissa":
-        return pissa(weight, layout)
+        return pissa(weight, layout, dtype)
     if rule.loftq_steps:
         assert how is not None
-        return loftq(weight, layout, how, rule.loftq_steps)
+        return loftq(weight, layout, how, rule.loftq_steps, dtype)
     a_key, b_key = jax.random.split(key)
-    a = rule.lora_a_initializer(a_key, layout.a_shape, weight.dtype)
-    b = rule.lora_b_initializer(b_key, layout.b_shape, weight.dtype)
+    a = rule.lora_a_initializer(a_key, layout.a_shape, dtype)
+    b = rule.lora_b_initializer(b_key, layout.b_shape, dtype)
     magnitude = None
     if layout.dora:
-        delta = layout.delta(a, b)
-        magnitude = layout.norm((weight + delta).astype(weight.dtype))
+        magnitude = layout.norm(weight.astype(dtype) + layout.delta(a, b))
     return Start(a, b, magnitude, weight)
 
 
-def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
+def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
     r"""The principal singular values and vectors as the adapter, the rest as the base.
 
     With ``W = U diag(s) V^T``, ``scaling * A = U_r diag(sqrt(s_r))`` up to where the
@@ -73,6 +75,7 @@ def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
     Args:
       weight: shape `layout.shape`, a float dtype.
       layout: the shapes of the adapter.
+      dtype: its dtype.
 
     Returns:
       The adapter, whose product with the base adds up to ``weight``.
@@ -80,12 +83,15 @@ def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
     a, b = _principal(weight, layout)
     wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
-    dtype = weight.dtype
-    return Start(a.astype(dtype), b.astype(dtype), None, base.astype(dtype))
+    return Start(a.astype(dtype), b.astype(dtype), None, base.astype(weight.dtype))
 
 
 def loftq(
-    weight: jax.Array, layout: AdapterLayout, how: HowToQuantize, steps: int
+    weight: jax.Array,
+    layout: AdapterLayout,
+    how: HowToQuantize,
+    steps: int,
+    dtype: Any,
 ) -> Start:
     """Base and adapter chosen in turns, so that their sum is close to the weight.
 
@@ -97,16 +103,16 @@ def loftq(
       layout: the shapes of the adapter.
       how: how the base is quantized.
       steps: the number of turns.
+      dtype: the dtype of the adapter.
     """
-    dtype = weight.dtype
-    wide = weight.astype(jnp.promote_types(dtype, jnp.float32))
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     base, start = wide, None
     for _ in range(steps):
-        quantized = dequantize(quantize_array(base.astype(dtype), how))
-        # What the base of this turn will be, once it is quantized.
-        kept = base
+        quantized = dequantize(quantize_array(base.astype(weight.dtype), how))
         a, b = _principal(wide - quantized.astype(wide.dtype), layout)
-        start = Start(a.astype(dtype), b.astype(dtype), None, kept.astype(dtype))
+        # What the base of this turn will be, once it is quantized.
+        kept = base.astype(weight.dtype)
+        start = Start(a.astype(dtype), b.astype(dtype), None, kept)
         base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
     assert start is not None
     return start

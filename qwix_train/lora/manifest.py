@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax import numpy as jnp
+
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import Path
@@ -99,6 +101,8 @@ def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:
     record = rule_to_json(rule, kind)
     for name in _NOT_KEPT:
         record.pop(name, None)
+    if record.get("param_dtype") is not None:
+        record["param_dtype"] = jnp.dtype(record["param_dtype"]).name
     return {"kind": kind.__name__, **record}
 
 
