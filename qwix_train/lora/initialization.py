@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,14 @@ def initial(
         assert how is not None
         return loftq(weight, layout, how, rule.loftq_steps, dtype)
     a_key, b_key = jax.random.split(key)
-    a = rule.lora_a_initializer(a_key, layout.a_shape, dtype)
-    b = rule.lora_b_initializer(b_key, layout.b_shape, dtype)
+
+    def drawn(initializer, key, shape):
+        for size in reversed(layout.lead):  # Each layer as if it stood alone.
+            initializer = _stacked(initializer, size)
+        return layout.layers_in_place(initializer(key, shape, dtype))
+
+    a = drawn(rule.lora_a_initializer, a_key, layout.one_a_shape)
+    b = drawn(rule.lora_b_initializer, b_key, layout.one_b_shape)
     magnitude = None
     if layout.dora:
         magnitude = layout.norm(weight.astype(dtype) + layout.delta(a, b))
@@ -141,7 +148,17 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
     roots = jnp.sqrt(values[..., :rank] / layout.scaling)
     a = left[..., :rank] * roots[..., None, :]
     b = roots[..., :, None] * right[..., :rank, :]
-    return a.reshape(layout.a_shape), b.reshape(layout.b_shape)
+    a = a.reshape(*layout.lead, *layout.one_a_shape)
+    b = b.reshape(*layout.lead, *layout.one_b_shape)
+    return layout.layers_in_place(a), layout.layers_in_place(b)
+
+
+def _stacked(initializer: Callable[..., jax.Array], size: int) -> Any:
+    def of_each(key, shape, dtype):
+        keys = jax.random.split(key, size)
+        return jnp.stack([initializer(key, shape, dtype) for key in keys])
+
+    return of_each
 
 
 def key_of(key: jax.Array, path: tuple[str, ...]) -> jax.Array:

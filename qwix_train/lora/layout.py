@@ -37,7 +37,8 @@ class AdapterLayout:
       dora: whether there is a magnitude.
       op: the name of the op that decided.
       layers: axes of the param of which each index has an adapter of its own, such as
-        the layers of a scan. They stand in front in both ``A`` and ``B``.
+        the layers of a scan. They stand in each part where they stand in the param, or
+        last where it has fewer axes, so that what maps over the param maps over them.
       a_axes: the other axes of the param that ``A`` has, in its order.
       b_axes: the other axes of the param that ``B`` has, in its order. Of a batched
         `dot_general` some are in both.
@@ -65,23 +66,35 @@ class AdapterLayout:
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """The shape of ``A``; its last axis is the rank."""
-        return (*self._lead, *self._sizes(self.a_axes), self.rank)
+        """The shape of ``A``; its last axis, but for those of layers, is the rank."""
+        return self._in_place(self.one_a_shape, self.lead)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """The shape of ``B``, with the rank before the axes of `b_axes`."""
-        lead, batch = self._lead, self._batch
-        batch = self._sizes(batch, flat=False)
-        kept = [axis for axis in self.b_axes if axis not in self._batch]
-        return (*lead, *batch, self.rank, *self._sizes(kept))
+        return self._in_place(self.one_b_shape, self.lead)
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
         """The shape of the magnitude: the axes that are not contracted."""
-        return tuple(
-            size for axis, size in enumerate(self.shape) if axis not in self.contracted
-        )
+        return self._in_place(self._full(self._channels), self.lead)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The sizes of the axes of layers."""
+        return self._full(self.layers)
+
+    @property
+    def one_a_shape(self) -> tuple[int, ...]:
+        """The shape of ``A`` of one layer."""
+        return (*self._sizes(self.a_axes), self.rank)
+
+    @property
+    def one_b_shape(self) -> tuple[int, ...]:
+        """The shape of ``B`` of one layer."""
+        batch = self._sizes(self._batch, flat=False)
+        kept = [axis for axis in self.b_axes if axis not in self._batch]
+        return (*batch, self.rank, *self._sizes(kept))
 
     def axes_of(self, part: str) -> list[int | None]:
         """For each axis of a part the axis of the param that it is, or starts with.
@@ -95,13 +108,22 @@ class AdapterLayout:
             rows = [*self._batch, *[a for a in rows if a not in self._batch][:1]]
             kept = kept[:1]
         if part == "a":
-            axes = [*self.layers, *rows, None]
-            missing = len(self.a_shape) - len(axes)
-            return [*axes[:-1], *[None] * missing, None]
-        if part == "b":
-            axes = [*self.layers, *self._batch, None, *kept]
-            return [*axes, *[None] * (len(self.b_shape) - len(axes))]
-        return [a for a in range(len(self.shape)) if a not in self.contracted]
+            missing = len(self.one_a_shape) - len(rows) - 1
+            own = [*rows, *[None] * missing, None]
+        elif part == "b":
+            own = [*self._batch, None, *kept]
+            own += [None] * (len(self.one_b_shape) - len(own))
+        else:
+            own = self._channels
+        return list(self._in_place(own, self.layers))
+
+    def layers_first(self, part: jax.Array) -> jax.Array:
+        """A part of an adapter with its axes of layers in front."""
+        return jnp.moveaxis(part, self._places(part.ndim), range(len(self.layers)))
+
+    def layers_in_place(self, part: jax.Array) -> jax.Array:
+        """A part of an adapter, from one with its axes of layers in front."""
+        return jnp.moveaxis(part, range(len(self.layers)), self._places(part.ndim))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -133,11 +155,12 @@ class AdapterLayout:
           Two arrays, each with one entry along an axis that it does not have; the sum
           over the last axis of their product is ``A @ B`` in the shape of the param.
         """
-        a = a.reshape(*self._lead, *self._full(self.a_axes), self.rank)
+        a, b = self.layers_first(a), self.layers_first(b)
+        a = a.reshape(*self.lead, *self._full(self.a_axes), self.rank)
         batch = self._full(self._batch)
         kept = tuple(axis for axis in self.b_axes if axis not in self._batch)
-        b = b.reshape(*self._lead, *batch, self.rank, *self._full(kept))
-        b = jnp.moveaxis(b, len(self._lead) + len(batch), -1)
+        b = b.reshape(*self.lead, *batch, self.rank, *self._full(kept))
+        b = jnp.moveaxis(b, len(self.lead) + len(batch), -1)
         b_axes = (*self._batch, *kept)
         return self._spread(a, self.a_axes), self._spread(b, b_axes)
 
@@ -159,7 +182,27 @@ class AdapterLayout:
         """
         squares = jnp.square(weight.astype(jnp.float32))
         norm = jnp.sqrt(jnp.sum(squares, axis=self.contracted))
-        return norm.astype(weight.dtype)
+        return self.as_magnitude(norm).astype(weight.dtype)
+
+    def as_magnitude(self, norm: jax.Array) -> jax.Array:
+        """A number for each channel in the shape of a magnitude.
+
+        Args:
+          norm: an array with the axes of the param that are not contracted.
+        """
+        held = [a for a in range(len(self.shape)) if a not in self.contracted]
+        order = [held.index(axis) for axis in (*self.layers, *self._channels)]
+        return self.layers_in_place(norm.transpose(order))
+
+    def on_param(self, magnitude: jax.Array) -> jax.Array:
+        """A magnitude on the axes of the param, of size 1 where they are contracted.
+
+        Args:
+          magnitude: shape `magnitude_shape`.
+        """
+        held = [*self.layers, *self._channels]
+        whole = self.layers_first(magnitude).transpose(np.argsort(held).tolist())
+        return jnp.expand_dims(whole, self.contracted)
 
     def gain(self, magnitude: jax.Array, norm: jax.Array) -> jax.Array:
         """What the adapted weight is multiplied by, on the axes of the param.
@@ -168,7 +211,7 @@ class AdapterLayout:
           magnitude: shape `magnitude_shape`.
           norm: the same.
         """
-        return jnp.expand_dims(magnitude / norm, self.contracted)
+        return self.on_param(magnitude / norm)
 
     def merged(
         self,
@@ -193,8 +236,23 @@ class AdapterLayout:
         return weight.astype(base.dtype)
 
     @property
-    def _lead(self) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.layers)
+    def _channels(self) -> list[int]:
+        """The axes of the param that are neither contracted nor of layers."""
+        others = {*self.contracted, *self.layers}
+        return [axis for axis in range(len(self.shape)) if axis not in others]
+
+    def _in_place(self, own: Sequence[Any], layers: Sequence[Any]) -> tuple[Any, ...]:
+        """What is said of each axis of a part, from that of one layer and of layers."""
+        whole = list(own)
+        for axis, layer in zip(self.layers, layers, strict=True):
+            whole.insert(axis, layer)
+        return tuple(whole)
+
+    def _places(self, ndim: int) -> list[int]:
+        """The axes of layers of a part."""
+        own = [None] * (ndim - len(self.layers))
+        whole = self._in_place(own, self.layers)
+        return [whole.index(axis) for axis in self.layers]
 
     @property
     def _batch(self) -> tuple[int, ...]:

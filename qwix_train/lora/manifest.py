@@ -93,7 +93,15 @@ def _layout_from_json(record: Mapping[str, Any]) -> AdapterLayout:
         for name, value in record.items()
         if name not in _DERIVED
     }
-    return AdapterLayout(**fields)
+    layout = AdapterLayout(**fields)
+    for name in _DERIVED:
+        if tuple(record[name]) != getattr(layout, name):
+            raise ValueError(
+                f"the adapter of {'/'.join(layout.path)!r} has {name} {record[name]}, "
+                f"and this release has {getattr(layout, name)}: use the release that "
+                "wrote it"
+            )
+    return layout
 
 
 def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:

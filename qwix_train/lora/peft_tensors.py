@@ -83,9 +83,8 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
     b = b.reshape(*sizes, -1, layout.rank, *_spatial_ones(layout))
     tensors = [a, b]
     if magnitude:
-        free = [axis for axis in range(end) if axis not in layout.contracted]
-        order = [free.index(axis) for axis in (*layout.layers, *kept)]
-        whole = jnp.asarray(magnitude[0]).transpose(order)
+        whole = layout.on_param(jnp.asarray(magnitude[0]))
+        whole = whole.transpose(*layout.layers, *kept, *layout.contracted)
         before = (1,) if conv else ()
         tensors.append(whole.reshape(*sizes, *before, -1, *_spatial_ones(layout)))
     host = [np.asarray(x) for x in jax.device_get(tensors)]
@@ -113,16 +112,19 @@ def decode(
     inputs, kept, count = _inputs(layout), _kept(layout), len(lead)
     a = a.reshape(*lead, layout.rank, *_sizes(layout, inputs))
     order = [count + 1 + inputs.index(axis) for axis in layout.a_axes]
-    a = a.transpose(*range(count), *order, count).reshape(layout.a_shape)
+    a = a.transpose(*range(count), *order, count)
+    a = layout.layers_in_place(a.reshape(*lead, *layout.one_a_shape))
     b = b.reshape(*lead, *_sizes(layout, kept), layout.rank)
     order = [count + kept.index(axis) for axis in layout.b_axes]
-    b = b.transpose(*range(count), b.ndim - 1, *order).reshape(layout.b_shape)
+    b = b.transpose(*range(count), b.ndim - 1, *order)
+    b = layout.layers_in_place(b.reshape(*lead, *layout.one_b_shape))
     arrays = [a, b]
     if magnitude:
         free = [a for a in range(len(layout.shape)) if a not in layout.contracted]
         held = [*layout.layers, *kept]
         whole = magnitude[0].reshape(_sizes(layout, held))
-        arrays.append(whole.transpose([held.index(axis) for axis in free]))
+        whole = whole.transpose([held.index(axis) for axis in free])
+        arrays.append(layout.as_magnitude(whole))
     return [jnp.asarray(x) for x in arrays]
 
 
