@@ -126,7 +126,10 @@ def loftq(
 
 
 def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax.Array]:
-    """The factors of the best approximation of a rank, with the scaling divided out."""
+    """The factors of the best approximation of a rank, with the scaling divided out.
+
+    A matrix that has no such rank is approximated exactly, and the rest is zero.
+    """
     shape, rank = layout.shape, layout.rank
     columns = [a for a in layout.b_axes if a not in layout.a_axes]
     batch = [a for a in layout.a_axes if a not in layout.contracted]
@@ -148,6 +151,9 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
     roots = jnp.sqrt(values[..., :rank] / layout.scaling)
     a = left[..., :rank] * roots[..., None, :]
     b = roots[..., :, None] * right[..., :rank, :]
+    rest = [(0, rank - roots.shape[-1])]
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + rest)
+    b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + rest + [(0, 0)])
     a = a.reshape(*layout.lead, *layout.one_a_shape)
     b = b.reshape(*layout.lead, *layout.one_b_shape)
     return layout.layers_in_place(a), layout.layers_in_place(b)

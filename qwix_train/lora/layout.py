@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -311,8 +311,8 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
       For each param its layout, and the rule that decided.
 
     Raises:
-      ValueError: if a rank is larger than the matrix; if two rules give one param
-        adapters of different settings; or if an op contracts a part of an axis.
+      ValueError: if two rules give one param adapters of different settings; or if an
+        op contracts a part of an axis.
     """
     found: dict[Path, tuple[AdapterLayout, OpPlan, LoraRule]] = {}
     for op_plan in plan.ops:
@@ -337,6 +337,19 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
         path: (dataclasses.replace(layout, particulars=tuple(particulars[path])), rule)
         for path, (layout, _, rule) in found.items()
     }
+
+
+def too_large(layouts: Mapping[Path, AdapterLayout]) -> dict[Path, str]:
+    """Says of which params the matrix is smaller than the rank of their adapter."""
+    found = {}
+    for path, layout in layouts.items():
+        rows, columns = layout.matrix_shape
+        if layout.rank > min(rows, columns):
+            found[path] = (
+                f"the adapter of {'/'.join(path)!r} has rank {layout.rank}, and the "
+                f"{rows} x {columns} matrix has at most {min(rows, columns)}"
+            )
+    return found
 
 
 def rules_without_weight(plan: Plan) -> list[int]:
@@ -390,7 +403,7 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     else:
         # The axes of a batch are in A alone: its product with B has them all the same.
         a_axes, b_axes = sorted([*batch, *contracted, *ones]), sorted(kept)
-    layout = AdapterLayout(
+    return AdapterLayout(
         path=view.path,
         shape=view.shape,
         rank=rule.rank,
@@ -404,13 +417,6 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         contracted=tuple(sorted([*contracted, *ones])),
         flat=flat,
     )
-    if rule.rank > min(layout.matrix_shape):
-        rows, columns = layout.matrix_shape
-        raise ValueError(
-            f"{where}: rank={rule.rank} is larger than the {rows} x {columns} matrix "
-            "that it is to adapt. Give it a rule with a smaller rank, or none."
-        )
-    return layout
 
 
 def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:

@@ -20,12 +20,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jax import numpy as jnp
 
-from qwix_train import plan_table, processes
+from qwix_train import plan_table, processes, stored
 from qwix_train.files import json_text, writing
 from qwix_train.lora import peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
@@ -39,7 +41,7 @@ from qwix_train.lora.parts import (
     of_state,
     tree_of,
 )
-from qwix_train.lora.train_state import LoraTrainState
+from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import Path
 from qwix_train.ptq import safetensors_files
 
@@ -144,6 +146,10 @@ def load_peft(
 ) -> Any:
     """Reads adapters that PEFT, or `save_peft`, wrote.
 
+    PEFT puts tables that it adapts, and the head of a model, into its files, as they
+    were in its base. Here they are not read; those of params with an adapter must be
+    what the base of a state holds, and the others are warned of.
+
     Args:
       directory: the folder.
       target: what the adapters are for: a `LoraTrainState`, or layouts.
@@ -160,7 +166,8 @@ def load_peft(
       ImportError: if `safetensors` is not installed.
       TypeError: if `target` is neither.
       ValueError: if the config says what is not supported; if adapters are missing, too
-        many, or of another shape, rank or scaling. The message names them.
+        many, or of another shape, rank or scaling; if weights of the base in the file
+        are not the state's. The message names them.
     """
     is_state = isinstance(target, LoraTrainState)
     check_path(directory, "lora.load_peft(directory, state)")
@@ -182,6 +189,7 @@ def load_peft(
             continue
         arrays = peft_tensors.decode(own[path], entries)
         found |= dict(zip(own[path].shapes, arrays, strict=True))
+    unread = _check_base(tensors, layouts, names, target if is_state else None)
     if tensors:
         problems.append(
             f"Of no adapter of the model: {plan_table.some(sorted(tensors), 3)}."
@@ -191,6 +199,12 @@ def load_peft(
             f"The adapters in {directory} are not the model's. "
             f"{' '.join(problems[:4])} Modules are named by `names`, and get adapters "
             "by the rules of the model."
+        )
+    if unread:
+        warnings.warn(
+            f"{directory / _FILE} holds weights of the base, too, which are not read, "
+            f"and could not be held against the model's: {plan_table.some(unread, 3)}.",
+            stacklevel=2,
         )
     if not pad:
         _check_same(directory, own, layouts)
@@ -305,7 +319,55 @@ def _take(
         return {}
     held = [*plain, peft_tensors.MAGNITUDE]
     keys = {name: f"{module}.{name}" for name in held}
+    # PEFT writes a table with all below it, and so its magnitude by both of its names.
+    magnitude = keys[peft_tensors.MAGNITUDE]
+    if (again := tensors.pop(f"{magnitude}.weight", None)) is not None:
+        tensors.setdefault(magnitude, again)
     return {name: tensors.pop(key) for name, key in keys.items() if key in tensors}
+
+
+def _check_base(
+    tensors: dict[str, np.ndarray],
+    layouts: Layouts,
+    names: Names | None,
+    state: LoraTrainState | None,
+) -> list[str]:
+    """Takes weights of the base out of the tensors of a file.
+
+    Args:
+      tensors: what is left of a file.
+      layouts: the layouts of the model.
+      names: see `save_peft`.
+      state: where the weights of the base are, if anywhere.
+
+    Returns:
+      The names of those that were not compared.
+
+    Raises:
+      ValueError: if one is another than the state's.
+    """
+    base = {} if state is None else by_path(state.frozen)
+    for path, layout in layouts.items():
+        for index, module in enumerate(_modules(layout, names)):
+            key, param = f"{module}.base_layer.weight", base.get(path)
+            if key not in tensors or param is None or stored.is_quantized(param):
+                continue
+            theirs, ours = tensors.pop(key), peft_tensors.weights(layout, param)[index]
+            kinds = (theirs.dtype, ours.dtype)
+            rounding = max(float(jnp.finfo(kind).eps) for kind in kinds)
+            if theirs.shape != ours.shape or not np.allclose(
+                np.float32(theirs), np.float32(ours), rtol=rounding, atol=1e-6
+            ):
+                raise ValueError(
+                    f"The file holds {key} of shape {theirs.shape}, which is not "
+                    f"{'/'.join(path)} {layout.shape} of state.frozen: the adapters "
+                    "were trained with another base. Make the state with that."
+                )
+    unread = [name for name in tensors if name.endswith((".weight", ".bias"))]
+    unread = [name for name in unread if ".lora_" not in name]
+    for name in unread:
+        del tensors[name]
+    return sorted(unread)
 
 
 def _own_layout(

@@ -95,6 +95,25 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
     ]
 
 
+def weights(layout: AdapterLayout, param: Any) -> list[np.ndarray]:
+    """A param as the weight of a layer of PyTorch, for each of its stacked layers.
+
+    Args:
+      layout: the layout of its adapter.
+      param: a float array, shape `layout.shape`.
+    """
+    inputs, kept = _inputs(layout), _kept(layout)
+    sizes = [[-1], [int(np.prod(_sizes(layout, kept)))]]
+    if layout.op == "conv_general_dilated":
+        sizes[0] = list(_sizes(layout, inputs))
+    order, parts = [*inputs, *kept], [*sizes[0], *sizes[1]]
+    if layout.op != "gather":  # But for tables, PyTorch has the outputs first.
+        order, parts = [*kept, *inputs], [*sizes[1], *sizes[0]]
+    whole = np.asarray(jax.device_get(param)).transpose(*layout.layers, *order)
+    whole = whole.reshape(*_sizes(layout, layout.layers), *parts)
+    return [whole[index] for index in indices(layout)]
+
+
 def decode(
     layout: AdapterLayout, tensors: Sequence[Mapping[str, np.ndarray]]
 ) -> list[jax.Array]:

@@ -187,6 +187,29 @@ def test_rules_say_what_is_wrong(fields, message):
         lora.LoraRule(**{"rank": 2, "alpha": 2.0, **fields})
 
 
+@pytest.mark.parametrize("init", [None, "pissa"])
+def test_a_rank_above_that_of_a_small_head_is_kept_and_named(init):
+    rules = [lora.LoraRule(rank=4, alpha=6.0, init=init)]
+    head = W[:, :2]
+    message = (
+        r"adapter of 'head/w' has rank 4, and the 24 x 2 matrix has at most 2.*"
+        r"LoraRule\(module_path='head', rank=2"
+    )
+    with pytest.warns(UserWarning, match=message):
+        adapters, frozen, _ = lora.init(
+            {"head": {"w": jnp.asarray(head)}},
+            lambda params, x: apply(params["head"], x),
+            rules,
+            jax.random.key(0),
+            X,
+        )
+    # As `qwix` and PEFT have it.
+    a, b = (np.float64(adapters["head"][f"w_lora_{part}"]) for part in "ab")
+    assert a.shape == (24, 4) and b.shape == (4, 2)
+    whole = frozen["head"]["w"] + 1.5 * a @ b
+    np.testing.assert_allclose(whole, head, atol=1e-6)
+
+
 BFLOAT16 = {
     "lora": {},
     "dora": {"dora": True},

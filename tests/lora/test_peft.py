@@ -286,6 +286,31 @@ def test_a_layer_that_peft_computes_otherwise_is_refused(tmp_path, model, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_of_the_base_in_a_file(tmp_path, params):
+    """As `PeftModel.save_pretrained` leaves them where a table is adapted."""
+    state = state_of(rules_of("plain"), params)
+    lora.save_peft(tmp_path, state)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors, metadata = safetensors_files.read_file(file)
+    for name, weight in torch_weights(state.frozen).items():
+        if name.endswith("weight"):
+            module = name.removesuffix(".weight")
+            tensors[f"base_model.model.{module}.base_layer.weight"] = weight
+    safetensors_files.write_file(file, tensors, metadata)
+    assert_same(lora.load_peft(tmp_path, state).params, state.params)
+    with pytest.warns(UserWarning, match=r"not be held .*: conv.base_layer.weight"):
+        assert_same(lora.load_peft(tmp_path, state.layouts), state.params)
+    tensors["base_model.model.other.weight"] = np.ones((2, 2), np.float32)
+    safetensors_files.write_file(file, tensors, metadata)
+    with pytest.warns(UserWarning, match=r"not be held .*: other.weight"):
+        lora.load_peft(tmp_path, state)
+    table = "base_model.model.embed.base_layer.weight"
+    tensors[table] = tensors[table] + 0.01
+    safetensors_files.write_file(file, tensors, metadata)
+    with pytest.raises(ValueError, match=r"embed.base_layer.weight.*another base"):
+        lora.load_peft(tmp_path, state)
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     state = small_state(Mlp())
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
