@@ -311,8 +311,8 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
       For each param its layout, and the rule that decided.
 
     Raises:
-      ValueError: if two rules give one param adapters of different settings; or if an
-        op contracts a part of an axis.
+      ValueError: if two rules give one param adapters of different settings; if an op
+        contracts a part of an axis; or if a rule names mapped axes that are none.
     """
     found: dict[Path, tuple[AdapterLayout, OpPlan, LoraRule]] = {}
     for op_plan in plan.ops:
@@ -378,7 +378,14 @@ def weights_of(op: Op) -> list[tuple[int, View]]:
 
 def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     where = f"{op.where}, param {'/'.join(view.path)!r}"
+    mapped = _mapped_axes(where, view, rule)
     roles = _roles(op, side, view)
+    if wrong := [axis for axis in mapped if "contracted" in roles.get(axis, ())]:
+        raise ValueError(
+            f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]} of the "
+            f"shape {view.shape}, which the op contracts, so nothing maps over it."
+        )
+    roles = {axis: found for axis, found in roles.items() if axis not in mapped}
     mixed = [axis for axis, found in roles.items() if len(found) > 1]
     if mixed:
         raise ValueError(
@@ -388,10 +395,11 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         )
     # A size of 1 may have lost its factors; it makes no difference where it stands.
     lost = [axis for axis, size in enumerate(view.shape) if axis not in roles]
-    layers = tuple(axis for axis in lost if view.shape[axis] > 1)
+    layers = [axis for axis in lost if view.shape[axis] > 1 and axis not in mapped]
     # A param that the model reads one layer at a time has layers of size 1, too.
     if len(layers) < len(op.layers):
-        layers = tuple(lost[: len(op.layers)])
+        layers = [axis for axis in lost if axis not in mapped][: len(op.layers)]
+    layers = tuple(sorted([*layers, *mapped]))
     ones = [axis for axis in lost if axis not in layers]
     kind = {axis: next(iter(found)) for axis, found in roles.items()}
     contracted = [axis for axis in roles if kind[axis] == "contracted"]
@@ -417,6 +425,16 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         contracted=tuple(sorted([*contracted, *ones])),
         flat=flat,
     )
+
+
+def _mapped_axes(where: str, view: View, rule: LoraRule) -> set[int]:
+    ndim = len(view.shape)
+    if wrong := [axis for axis in rule.mapped_axes if not -ndim <= axis < ndim]:
+        raise ValueError(
+            f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]}, and the "
+            f"param has the shape {view.shape}."
+        )
+    return {axis % ndim for axis in rule.mapped_axes}
 
 
 def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:
@@ -477,6 +495,7 @@ def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _check_same(path, first, op_plan: OpPlan, rule: LoraRule) -> None:
     layout, other, before = first
     names = ("rank", "alpha", "rank_stabilized", "dora", "dropout", "init")
+    names = (*names, "mapped_axes", "param_dtype")
     settings = [
         ", ".join(f"{name}={getattr(r, name)!r}" for name in names)
         for r in (before, rule)

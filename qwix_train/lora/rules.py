@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -36,6 +36,10 @@ class LoraRule(QuantizationRule):
       dropout: the probability with which an element of the input of ``A`` is set to
         zero in training; the others are divided by ``1 - dropout``. The input of the
         base is not changed.
+      mapped_axes: axes of the weights that a transformation around their layer maps
+        over, such as `nnx.vmap` or `nn.vmap` over an ensemble: each index has an
+        adapter of its own, stacked along that axis. Axes that a scan goes over are
+        found without it.
       param_dtype: the dtype in which adapters are kept and trained; products compute
         in the model's. If None, that of the weight, but at least float32: most steps
         of a usual learning rate are lost to the rounding of bfloat16.
@@ -70,6 +74,7 @@ class LoraRule(QuantizationRule):
     rank: int
     alpha: float
     dropout: float = 0.0
+    mapped_axes: Collection[int] = ()
     param_dtype: Any = None
     lora_a_initializer: Callable[..., jax.Array] = initializers.he_uniform()
     lora_b_initializer: Callable[..., jax.Array] = initializers.zeros

@@ -20,6 +20,7 @@ from qwix_train import lora
         ({"alpha": 0}, r"LoraRule\(alpha=0\): .* other than 0"),
         ({"alpha": True}, "a number"),
         ({"alpha": "16"}, "a number"),
+        ({"mapped_axes": 0}, "a collection of ints"),
         ({"param_dtype": jnp.int8}, "a float dtype"),
         ({"param_dtype": "float33"}, "a float dtype"),
         ({"dropout": 1.0}, "at least 0 and below 1"),

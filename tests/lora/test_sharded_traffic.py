@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import lax
-from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import lora

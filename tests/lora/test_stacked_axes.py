@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import traverse_util
+from flax import nnx, traverse_util
 from jax import numpy as jnp
 
 import qwix_train
@@ -137,3 +137,65 @@ def test_each_layer_starts_as_if_it_stood_alone():
     # He's uniform initializer of ten inputs, for each of the three layers.
     assert 0.9 * np.sqrt(6 / 10) < np.abs(a).max() <= np.sqrt(6 / 10)
     assert len(np.unique(a)) == a.size
+
+
+class Member(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.linear(x))
+
+
+class Ensemble(nnx.Module):
+    def __init__(self, axis):
+        # The axis of a kernel of (6, 4); a bias has its members in front.
+        self.axes = nnx.StateAxes(
+            {
+                nnx.PathContains("bias"): 0,
+                nnx.Any(nnx.Param, nnx.LoRAParam): axis,
+                ...: 0,
+            }
+        )
+
+        @nnx.vmap(in_axes=0, out_axes=self.axes)
+        def create(key):
+            return Member(nnx.Rngs(key))
+
+        self.members = create(jax.random.split(jax.random.key(0), 3))
+
+    def __call__(self, x):
+        run = nnx.vmap(lambda member, x: member(x), in_axes=(self.axes, None))
+        return run(self.members, x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_each_member_of_an_ensemble_has_an_adapter(axis):
+    model = Ensemble(axis)
+    kernel, bias = model.members.linear.kernel[...], model.members.linear.bias[...]
+    provider = lora.LoraProvider(rank=2, alpha=3.0, mapped_axes=(axis,))
+    model = qwix_train.apply_lora_to_model(model, provider, X, rngs=nnx.Rngs(0))
+    linear = model.members.linear
+    a, b = linear.kernel_lora_a, linear.kernel_lora_b
+    assert a.shape == [(3, 6, 2), (6, 3, 2)][axis]
+    assert b.shape == [(3, 2, 4), (2, 3, 4)][axis]
+    b.set_value(jnp.asarray(data(*b.shape, seed=1)))
+    got = nnx.jit(lambda model, x: model(x))(model, X)
+    for index in range(3):
+        w, one_a, one_b = (
+            np.take(np.float64(x), index, axis) for x in (kernel, a[...], b[...])
+        )
+        want = np.tanh(np.float64(X) @ (w + 1.5 * one_a @ one_b) + bias[index])
+        np.testing.assert_allclose(got[index], want, rtol=1e-4, atol=1e-5)
+
+
+def test_mapped_axes_that_are_contracted_are_refused():
+    params = {"w": jnp.asarray(data(3, 6, 4))}
+
+    def apply(params, x):
+        return jax.vmap(lambda w: x @ w)(params["w"])
+
+    for axis, message in [(1, "which the op contracts"), (3, "has the shape")]:
+        rules = [lora.LoraRule(rank=2, alpha=3.0, mapped_axes=(axis,))]
+        with pytest.raises(ValueError, match=f"mapped_axes=.*{message}"):
+            lora.init(params, apply, rules, jax.random.key(0), X)
