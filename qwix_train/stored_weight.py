@@ -256,7 +256,7 @@ class PackedWeight(StoredWeight):
                     structural.constrained_part(part, params["sharding"])
                     for part in (packed.packed, packed.scale_codes)
                 )
-                packed = packed.replace(packed=bytes_, scale_codes=scales)
+                packed = dataclasses.replace(packed, packed=bytes_, scale_codes=scales)
             elif primitive != _CAST:
                 break
         array = unpack(packed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.core import Tracer
 
 from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout
@@ -176,7 +177,7 @@ def _alike(adapters: Any, like: Any) -> Any:
     def one(key_path, leaf):
         value, wanted = parts[param_path(key_path)], stored.unbox(leaf)
         value = jnp.asarray(value, wanted.dtype)
-        if isinstance(wanted, jax.Array) and not isinstance(wanted, jax.core.Tracer):
+        if isinstance(wanted, jax.Array) and not isinstance(wanted, Tracer):
             if wanted.committed:
                 value = jax.device_put(value, wanted.sharding)
             elif value.committed:  # `jit` compiles again for what was put on purpose.

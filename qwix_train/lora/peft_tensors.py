@@ -125,7 +125,7 @@ def decode(
     """
     lead = _sizes(layout, layout.layers)
     a, b, *magnitude = (
-        np.stack([x[name] for x in tensors]).reshape(*lead, *tensors[0][name].shape)
+        jnp.stack([x[name] for x in tensors]).reshape(*lead, *tensors[0][name].shape)
         for name in names_of(layout)
     )
     inputs, kept, count = _inputs(layout), _kept(layout), len(lead)
@@ -144,7 +144,7 @@ def decode(
         whole = magnitude[0].reshape(_sizes(layout, held))
         whole = whole.transpose([held.index(axis) for axis in free])
         arrays.append(layout.as_magnitude(whole))
-    return [jnp.asarray(x) for x in arrays]
+    return arrays
 
 
 def shapes_of(layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
