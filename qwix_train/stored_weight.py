@@ -25,6 +25,7 @@ from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
 
 _CAST = "convert_element_type"
+_CONSTRAINT = "sharding_constraint"
 
 # Called with the path of a param and the name of the primitive that it was
 # dequantized for.
@@ -249,6 +250,15 @@ class PackedWeight(StoredWeight):
         return packed_product(of_arrays, weight_of, operands[1 - side], self.packed)
 
     def _unpacked(self, packed: PackedQArray) -> StoredWeight:
+        for primitive, params in self.view:
+            if primitive == _CONSTRAINT:  # What is gathered is the bytes.
+                bytes_, scales = (
+                    structural.constrained_part(part, params["sharding"])
+                    for part in (packed.packed, packed.scale_codes)
+                )
+                packed = dataclasses.replace(packed, packed=bytes_, scale_codes=scales)
+            elif primitive != _CAST:
+                break
         array = unpack(packed)
         weight = StoredWeight(array, packed.dtype, self.path, listener=self.listener)
         for primitive, params in self.view:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix_train.core.qarray import QArray
 
@@ -39,9 +40,37 @@ def spread(array: QArray, axis: int) -> QArray:
 
 
 def constrained(array: QArray, sharding: Any) -> QArray:
-    """The same array with the sharding of its codes constrained."""
-    qvalue = lax.with_sharding_constraint(array.qvalue, sharding)
-    return dataclasses.replace(array, qvalue=qvalue)
+    """The same array with the sharding of its codes constrained.
+
+    Scales follow where they can: what is gathered for a product is then the codes, and
+    not what is dequantized of them.
+    """
+    return jax.tree.map(lambda part: constrained_part(part, sharding), array)
+
+
+def constrained_part(part: jax.Array, sharding: Any) -> jax.Array:
+    """An array with axes that another one has, in the sharding of that one.
+
+    Args:
+      part: codes or scales, which may have fewer entries along an axis.
+      sharding: the sharding of the other array.
+
+    Returns:
+      The array, not sharded along axes that their mesh axes do not divide.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return lax.with_sharding_constraint(part, sharding)
+
+    def fits(size, names):
+        if names is None or names is PartitionSpec.UNCONSTRAINED:
+            return True
+        names = names if isinstance(names, tuple) else (names,)
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    pairs = zip(part.shape, sharding.spec, strict=False)
+    spec = [names if fits(size, names) else None for size, names in pairs]
+    where = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return lax.with_sharding_constraint(part, where)
 
 
 def _with_parts(array: QArray, qvalue: Any, change) -> QArray:

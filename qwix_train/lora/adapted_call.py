@@ -136,7 +136,8 @@ def _adapted_weight(base: Any, adapter: Adapter) -> AdaptedWeight:
     gain = None
     if adapter.magnitude is not None:
         # The norm is a constant to the derivative (arXiv 2402.09353, section 4.3).
-        weight = value_of(base) + layout.delta(adapter.a, adapter.b)
+        weight = value_of(base).astype(adapter.magnitude.dtype)
+        weight += layout.delta(adapter.a, adapter.b)
         norm = lax.stop_gradient(layout.norm(weight))
         gain = layout.gain(adapter.magnitude, norm)
     return AdaptedWeight(base, a, layout.scaling * b, gain)

@@ -57,7 +57,9 @@ class AdaptedWeight(Carried):
     def value(self) -> jax.Array:
         """The weight with the adapter in it, as one array."""
         base = value_of(self.base)
-        weight = base + contract(self.a, self.b, base.shape)
+        delta = contract(self.a, self.b, base.shape)
+        wide = jnp.promote_types(base.dtype, delta.dtype)
+        weight = base.astype(wide) + delta.astype(wide)
         if self.gain is not None:
             weight = weight * self.gain
         return weight.astype(base.dtype)

@@ -8,18 +8,23 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.core import Tracer
 
-from qwix_train import plan_table
+from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, checked, tree_of
-from qwix_train.lora.train_state import LoraTrainState
+from qwix_train.lora.parts import Layouts, checked, is_whole, layouts_of, tree_of
+from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import Path
+from qwix_train.trace.function import param_path
 
 
 class AdapterSet(Mapping[str, Any]):
-    """Adapters for one base, by name, all of the shapes that one program takes.
+    """Adapters for one base, by name, all as one program takes them.
 
-    To switch is to pass other arrays to the same jitted function. An adapter of a
+    To switch is to pass other arrays to the same jitted function, which is not compiled
+    again: they have the structure, shapes, dtypes and shardings of the params of the
+    state, or, in a set that is made of layouts alone, of the first that were added. An
+    adapter of a
     smaller rank than the program's is filled up with zeros. Where its scaling is
     another one, ``B`` is multiplied by the ratio of the two; the program then computes
     what the adapter was trained to do, to the rounding of ``B``.
@@ -48,10 +53,19 @@ class AdapterSet(Mapping[str, Any]):
           layouts: the layouts of the adapters that the jitted function takes, or the
             state that has it as its `apply_fn`: the rank of its rules is the largest
             that an adapter of the set may have.
+
+        Raises:
+          TypeError: if it is neither.
+          ValueError: if there are no layouts.
         """
-        if isinstance(layouts, LoraTrainState):
-            layouts = layouts.layouts
-        self.layouts = dict(layouts)
+        is_state = isinstance(layouts, LoraTrainState)
+        self._like = layouts.params if is_state else None
+        self.layouts = dict(layouts_of(layouts))
+        if not self.layouts:
+            raise ValueError(
+                "There are no layouts, so the set could hold no adapter. Give the "
+                "layouts that lora.init or lora.split returned, or a LoraTrainState."
+            )
         self._adapters: dict[str, Any] = {}
 
     def add(self, name: str, adapters: Any, layouts: Layouts | None = None) -> None:
@@ -71,9 +85,12 @@ class AdapterSet(Mapping[str, Any]):
             adapters, layouts = adapters.params, adapters.layouts
         own = self.layouts if layouts is None else layouts
         try:
-            self._adapters[name] = fitted(adapters, own, self.layouts)
+            adapters = fitted(adapters, own, self.layouts)
         except ValueError as error:
             raise ValueError(f"Adapters {name!r}: {error}") from None
+        if self._like is None:
+            self._like = jax.tree.map(jnp.asarray, adapters)
+        self._adapters[name] = _alike(adapters, self._like)
 
     def __getitem__(self, name: str) -> Any:
         """The adapters of a name, as the program takes them."""
@@ -98,12 +115,20 @@ class AdapterSet(Mapping[str, Any]):
         Returns:
           Adapters with an axis for the names in front.
 
+        Raises:
+          KeyError: if there are no adapters of a name.
+          ValueError: if there are no names.
+
         Example:
           >>> from qwix_train.lora import LoraRule, init
-          >>> known = AdapterSet({})
-          >>> known.add("a", {})
-          >>> known.stacked(["a", "a"])
-          {}
+          >>> adapters, _, layouts = init(
+          ...     {"kernel": jnp.ones((8, 4))}, lambda p, x: x @ p["kernel"],
+          ...     [LoraRule(rank=2, alpha=4.0)], jax.random.key(0), jnp.ones((1, 8)),
+          ... )
+          >>> known = AdapterSet(layouts)
+          >>> known.add("a", adapters)
+          >>> known.stacked(["a", "a", "a"])["kernel_lora_a"].shape
+          (3, 8, 2)
 
           With a `LoraTrainState` for a model that takes batches, each example of `x`
           is computed with the adapters of its name by::
@@ -111,6 +136,8 @@ class AdapterSet(Mapping[str, Any]):
               one = lambda adapters, x: state.apply_fn({"params": adapters}, x[None])[0]
               jax.vmap(one)(known.stacked(names), x)
         """
+        if not names:
+            raise ValueError("Give at least one name, such as one for each example.")
         return jax.tree.map(lambda *x: jnp.stack(x), *(self[name] for name in names))
 
 
@@ -143,33 +170,49 @@ def fitted(adapters: Any, layouts: Layouts, target: Layouts) -> Any:
     return tree_of(found)
 
 
+def _alike(adapters: Any, like: Any) -> Any:
+    """Adapters in the structure, dtypes, boxes and shardings of others."""
+    parts = by_path(adapters)
+
+    def one(key_path, leaf):
+        value, wanted = parts[param_path(key_path)], stored.unbox(leaf)
+        value = jnp.asarray(value, wanted.dtype)
+        if isinstance(wanted, jax.Array) and not isinstance(wanted, Tracer):
+            if wanted.committed:
+                value = jax.device_put(value, wanted.sharding)
+            elif value.committed:  # `jit` compiles again for what was put on purpose.
+                value = jnp.asarray(jax.device_get(value))
+        return stored.box(value, leaf)
+
+    return jax.tree_util.tree_map_with_path(one, like, is_leaf=is_whole)
+
+
 def _fitted(
     own: AdapterLayout, wanted: AdapterLayout, parts: Mapping[Path, Any]
 ) -> dict[Path, Any]:
     a, b = parts[own.name("a")], parts[own.name("b")]
-    rest = wanted.rank - own.rank
     if own.scaling != wanted.scaling:
         b = b * (own.scaling / wanted.scaling)
-    if rest:
-        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rest)])
-        (axis,) = (
-            axis
-            for axis, (size, other) in enumerate(
-                zip(own.b_shape, wanted.b_shape, strict=True)
-            )
-            if size != other
-        )
-        b = jnp.pad(b, [(0, rest if i == axis else 0) for i in range(b.ndim)])
+    if own.rank != wanted.rank:
+        a, b = _filled_up(a, wanted.a_shape), _filled_up(b, wanted.b_shape)
     fitted = {wanted.name("a"): a, wanted.name("b"): b}
     if wanted.dora:
         fitted[wanted.name("magnitude")] = parts[own.name("magnitude")]
     return fitted
 
 
+def _filled_up(factor: Any, shape: Sequence[int]) -> Any:
+    """A factor with zeros behind it, up to a shape."""
+    sizes = zip(jnp.shape(factor), shape, strict=True)
+    return jnp.pad(factor, [(0, wanted - size) for size, wanted in sizes])
+
+
 def _check_fits(own: AdapterLayout, wanted: AdapterLayout) -> None:
     name = "/".join(own.path)
     axes = [
-        dataclasses.replace(x, rank=1, alpha=1.0, scaling=1.0, dora=False, op="")
+        dataclasses.replace(
+            x, rank=1, alpha=1.0, scaling=1.0, dora=False, op="", particulars=()
+        )
         for x in (own, wanted)
     ]
     if axes[0] != axes[1]:
@@ -189,8 +232,4 @@ def _check_fits(own: AdapterLayout, wanted: AdapterLayout) -> None:
         raise ValueError(
             f"the one of {name!r} has {has if own.dora else lacks}. Make a state for "
             "each kind: what one computes is not what the other does."
-        )
-    if wanted.scaling == 0 != own.scaling:
-        raise ValueError(
-            f"the one of {name!r} has scaling {own.scaling}, and the program has 0."
         )

@@ -17,7 +17,7 @@ from qwix_train import plan_table
 from qwix_train.files import writing
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.manifest import AdapterManifest
-from qwix_train.lora.parts import Layouts, of_state, tree_of
+from qwix_train.lora.parts import Layouts, check_path, layouts_of, of_state, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.ptq import checkpoint
 from qwix_train.rules import QuantizationRule, check_rules
@@ -68,6 +68,7 @@ def save(
       >>> read_manifest(folder).metadata
       {'step': 100}
     """
+    check_path(path, "lora.save(path, state)")
     if rules is None:
         is_state = isinstance(adapters, LoraTrainState)
         rules = adapters.provider.rules if is_state else ()
@@ -101,18 +102,16 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
 
     Raises:
       FileNotFoundError: if nothing is at the path.
+      TypeError: if `path` is not a path, or `target` is neither a state nor layouts.
       ValueError: if what is there is no checkpoint of adapters, or damaged, or of
         adapters of another model, rank or scaling. The message names the params.
     """
+    check_path(path, "lora.restore(path, state)")
     manifest = read_manifest(path)
     if target is None:
         return checkpoint.restore(path, shardings=shardings)
     is_state = isinstance(target, LoraTrainState)
-    layouts = target.layouts if is_state else target
-    if not isinstance(layouts, Mapping):
-        raise TypeError(
-            f"Expected a LoraTrainState or layouts, got {type(target).__name__}."
-        )
+    layouts = layouts_of(target)
     _check_same(epath.Path(path), manifest.layouts, layouts)
     if not is_state:
         return checkpoint.restore(path, shardings=shardings)
@@ -133,6 +132,7 @@ def read_manifest(path: epath.PathLike) -> AdapterManifest:
       FileNotFoundError: if nothing is at the path.
       ValueError: if there is no manifest of adapters, or it was changed.
     """
+    check_path(path, "lora.read_manifest(path)")
     whole = checkpoint.read_manifest(path)
     record = (whole.metadata or {}).get(_KEY)
     if record is None:
@@ -197,8 +197,8 @@ def _check_same(path: epath.Path, have: Layouts, want: Layouts) -> None:
 
 
 def _comparable(layout: AdapterLayout) -> AdapterLayout:
-    # Which op decided does not matter where the axes are the same.
-    return dataclasses.replace(layout, op="")
+    # Which ops read the param does not matter where the axes are the same.
+    return dataclasses.replace(layout, op="", particulars=())
 
 
 def _different(have: AdapterLayout, want: AdapterLayout) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -48,22 +49,30 @@ def initial(
       how: how the base is quantized, or None.
       key: a random key.
     """
+    dtype = rule.param_dtype
+    if dtype is None:
+        dtype = jnp.promote_types(weight.dtype, jnp.float32)
     if rule.init == "pissa":
-        return pissa(weight, layout)
+        return pissa(weight, layout, dtype)
     if rule.loftq_steps:
         assert how is not None
-        return loftq(weight, layout, how, rule.loftq_steps)
+        return loftq(weight, layout, how, rule.loftq_steps, dtype)
     a_key, b_key = jax.random.split(key)
-    a = rule.lora_a_initializer(a_key, layout.a_shape, weight.dtype)
-    b = rule.lora_b_initializer(b_key, layout.b_shape, weight.dtype)
+
+    def drawn(initializer, key, shape):
+        for size in reversed(layout.lead):  # Each layer as if it stood alone.
+            initializer = _stacked(initializer, size)
+        return layout.layers_in_place(initializer(key, shape, dtype))
+
+    a = drawn(rule.lora_a_initializer, a_key, layout.one_a_shape)
+    b = drawn(rule.lora_b_initializer, b_key, layout.one_b_shape)
     magnitude = None
     if layout.dora:
-        delta = layout.delta(a, b)
-        magnitude = layout.norm((weight + delta).astype(weight.dtype))
+        magnitude = layout.norm(weight.astype(dtype) + layout.delta(a, b))
     return Start(a, b, magnitude, weight)
 
 
-def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
+def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
     r"""The principal singular values and vectors as the adapter, the rest as the base.
 
     With ``W = U diag(s) V^T``, ``scaling * A = U_r diag(sqrt(s_r))`` up to where the
@@ -73,6 +82,7 @@ def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
     Args:
       weight: shape `layout.shape`, a float dtype.
       layout: the shapes of the adapter.
+      dtype: its dtype.
 
     Returns:
       The adapter, whose product with the base adds up to ``weight``.
@@ -80,12 +90,15 @@ def pissa(weight: jax.Array, layout: AdapterLayout) -> Start:
     a, b = _principal(weight, layout)
     wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
-    dtype = weight.dtype
-    return Start(a.astype(dtype), b.astype(dtype), None, base.astype(dtype))
+    return Start(a.astype(dtype), b.astype(dtype), None, base.astype(weight.dtype))
 
 
 def loftq(
-    weight: jax.Array, layout: AdapterLayout, how: HowToQuantize, steps: int
+    weight: jax.Array,
+    layout: AdapterLayout,
+    how: HowToQuantize,
+    steps: int,
+    dtype: Any,
 ) -> Start:
     """Base and adapter chosen in turns, so that their sum is close to the weight.
 
@@ -97,23 +110,26 @@ def loftq(
       layout: the shapes of the adapter.
       how: how the base is quantized.
       steps: the number of turns.
+      dtype: the dtype of the adapter.
     """
-    dtype = weight.dtype
-    wide = weight.astype(jnp.promote_types(dtype, jnp.float32))
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     base, start = wide, None
     for _ in range(steps):
-        quantized = dequantize(quantize_array(base.astype(dtype), how))
-        # What the base of this turn will be, once it is quantized.
-        kept = base
+        quantized = dequantize(quantize_array(base.astype(weight.dtype), how))
         a, b = _principal(wide - quantized.astype(wide.dtype), layout)
-        start = Start(a.astype(dtype), b.astype(dtype), None, kept.astype(dtype))
+        # What the base of this turn will be, once it is quantized.
+        kept = base.astype(weight.dtype)
+        start = Start(a.astype(dtype), b.astype(dtype), None, kept)
         base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
     assert start is not None
     return start
 
 
 def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax.Array]:
-    """The factors of the best approximation of a rank, with the scaling divided out."""
+    """The factors of the best approximation of a rank, with the scaling divided out.
+
+    A matrix that has no such rank is approximated exactly, and the rest is zero.
+    """
     shape, rank = layout.shape, layout.rank
     columns = [a for a in layout.b_axes if a not in layout.a_axes]
     batch = [a for a in layout.a_axes if a not in layout.contracted]
@@ -135,7 +151,20 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
     roots = jnp.sqrt(values[..., :rank] / layout.scaling)
     a = left[..., :rank] * roots[..., None, :]
     b = roots[..., :, None] * right[..., :rank, :]
-    return a.reshape(layout.a_shape), b.reshape(layout.b_shape)
+    rest = [(0, rank - roots.shape[-1])]
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + rest)
+    b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + rest + [(0, 0)])
+    a = a.reshape(*layout.lead, *layout.one_a_shape)
+    b = b.reshape(*layout.lead, *layout.one_b_shape)
+    return layout.layers_in_place(a), layout.layers_in_place(b)
+
+
+def _stacked(initializer: Callable[..., jax.Array], size: int) -> Any:
+    def of_each(key, shape, dtype):
+        keys = jax.random.split(key, size)
+        return jnp.stack([initializer(key, shape, dtype) for key in keys])
+
+    return of_each
 
 
 def key_of(key: jax.Array, path: tuple[str, ...]) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,13 +37,17 @@ class AdapterLayout:
       dora: whether there is a magnitude.
       op: the name of the op that decided.
       layers: axes of the param of which each index has an adapter of its own, such as
-        the layers of a scan. They stand in front in both ``A`` and ``B``.
+        the layers of a scan. They stand in each part where they stand in the param, or
+        last where it has fewer axes, so that what maps over the param maps over them.
       a_axes: the other axes of the param that ``A`` has, in its order.
       b_axes: the other axes of the param that ``B`` has, in its order. Of a batched
         `dot_general` some are in both.
       contracted: the axes that the op contracts.
       flat: whether the contracted axes are one axis of ``A``, and the kept ones one of
         ``B``, as for `dot_general`.
+      particulars: what ops do with the param that a plain linear layer, convolution or
+        lookup does not, in words: that another op contracts other axes of it, or that
+        a convolution has groups. Other libraries adapt plain layers alone.
     """
 
     path: Path
@@ -58,26 +62,39 @@ class AdapterLayout:
     b_axes: tuple[int, ...]
     contracted: tuple[int, ...]
     flat: bool
+    particulars: tuple[str, ...] = ()
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """The shape of ``A``; its last axis is the rank."""
-        return (*self._lead, *self._sizes(self.a_axes), self.rank)
+        """The shape of ``A``; its last axis, but for those of layers, is the rank."""
+        return self._in_place(self.one_a_shape, self.lead)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """The shape of ``B``, with the rank before the axes of `b_axes`."""
-        lead, batch = self._lead, self._batch
-        batch = self._sizes(batch, flat=False)
-        kept = [axis for axis in self.b_axes if axis not in self._batch]
-        return (*lead, *batch, self.rank, *self._sizes(kept))
+        return self._in_place(self.one_b_shape, self.lead)
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
         """The shape of the magnitude: the axes that are not contracted."""
-        return tuple(
-            size for axis, size in enumerate(self.shape) if axis not in self.contracted
-        )
+        return self._in_place(self._full(self._channels), self.lead)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The sizes of the axes of layers."""
+        return self._full(self.layers)
+
+    @property
+    def one_a_shape(self) -> tuple[int, ...]:
+        """The shape of ``A`` of one layer."""
+        return (*self._sizes(self.a_axes), self.rank)
+
+    @property
+    def one_b_shape(self) -> tuple[int, ...]:
+        """The shape of ``B`` of one layer."""
+        batch = self._sizes(self._batch, flat=False)
+        kept = [axis for axis in self.b_axes if axis not in self._batch]
+        return (*batch, self.rank, *self._sizes(kept))
 
     def axes_of(self, part: str) -> list[int | None]:
         """For each axis of a part the axis of the param that it is, or starts with.
@@ -91,13 +108,22 @@ class AdapterLayout:
             rows = [*self._batch, *[a for a in rows if a not in self._batch][:1]]
             kept = kept[:1]
         if part == "a":
-            axes = [*self.layers, *rows, None]
-            missing = len(self.a_shape) - len(axes)
-            return [*axes[:-1], *[None] * missing, None]
-        if part == "b":
-            axes = [*self.layers, *self._batch, None, *kept]
-            return [*axes, *[None] * (len(self.b_shape) - len(axes))]
-        return [a for a in range(len(self.shape)) if a not in self.contracted]
+            missing = len(self.one_a_shape) - len(rows) - 1
+            own = [*rows, *[None] * missing, None]
+        elif part == "b":
+            own = [*self._batch, None, *kept]
+            own += [None] * (len(self.one_b_shape) - len(own))
+        else:
+            own = self._channels
+        return list(self._in_place(own, self.layers))
+
+    def layers_first(self, part: jax.Array) -> jax.Array:
+        """A part of an adapter with its axes of layers in front."""
+        return jnp.moveaxis(part, self._places(part.ndim), range(len(self.layers)))
+
+    def layers_in_place(self, part: jax.Array) -> jax.Array:
+        """A part of an adapter, from one with its axes of layers in front."""
+        return jnp.moveaxis(part, range(len(self.layers)), self._places(part.ndim))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -129,11 +155,12 @@ class AdapterLayout:
           Two arrays, each with one entry along an axis that it does not have; the sum
           over the last axis of their product is ``A @ B`` in the shape of the param.
         """
-        a = a.reshape(*self._lead, *self._full(self.a_axes), self.rank)
+        a, b = self.layers_first(a), self.layers_first(b)
+        a = a.reshape(*self.lead, *self._full(self.a_axes), self.rank)
         batch = self._full(self._batch)
         kept = tuple(axis for axis in self.b_axes if axis not in self._batch)
-        b = b.reshape(*self._lead, *batch, self.rank, *self._full(kept))
-        b = jnp.moveaxis(b, len(self._lead) + len(batch), -1)
+        b = b.reshape(*self.lead, *batch, self.rank, *self._full(kept))
+        b = jnp.moveaxis(b, len(self.lead) + len(batch), -1)
         b_axes = (*self._batch, *kept)
         return self._spread(a, self.a_axes), self._spread(b, b_axes)
 
@@ -155,7 +182,27 @@ class AdapterLayout:
         """
         squares = jnp.square(weight.astype(jnp.float32))
         norm = jnp.sqrt(jnp.sum(squares, axis=self.contracted))
-        return norm.astype(weight.dtype)
+        return self.as_magnitude(norm).astype(weight.dtype)
+
+    def as_magnitude(self, norm: jax.Array) -> jax.Array:
+        """A number for each channel in the shape of a magnitude.
+
+        Args:
+          norm: an array with the axes of the param that are not contracted.
+        """
+        held = [a for a in range(len(self.shape)) if a not in self.contracted]
+        order = [held.index(axis) for axis in (*self.layers, *self._channels)]
+        return self.layers_in_place(norm.transpose(order))
+
+    def on_param(self, magnitude: jax.Array) -> jax.Array:
+        """A magnitude on the axes of the param, of size 1 where they are contracted.
+
+        Args:
+          magnitude: shape `magnitude_shape`.
+        """
+        held = [*self.layers, *self._channels]
+        whole = self.layers_first(magnitude).transpose(np.argsort(held).tolist())
+        return jnp.expand_dims(whole, self.contracted)
 
     def gain(self, magnitude: jax.Array, norm: jax.Array) -> jax.Array:
         """What the adapted weight is multiplied by, on the axes of the param.
@@ -164,7 +211,7 @@ class AdapterLayout:
           magnitude: shape `magnitude_shape`.
           norm: the same.
         """
-        return jnp.expand_dims(magnitude / norm, self.contracted)
+        return self.on_param(magnitude / norm)
 
     def merged(
         self,
@@ -189,8 +236,23 @@ class AdapterLayout:
         return weight.astype(base.dtype)
 
     @property
-    def _lead(self) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.layers)
+    def _channels(self) -> list[int]:
+        """The axes of the param that are neither contracted nor of layers."""
+        others = {*self.contracted, *self.layers}
+        return [axis for axis in range(len(self.shape)) if axis not in others]
+
+    def _in_place(self, own: Sequence[Any], layers: Sequence[Any]) -> tuple[Any, ...]:
+        """What is said of each axis of a part, from that of one layer and of layers."""
+        whole = list(own)
+        for axis, layer in zip(self.layers, layers, strict=True):
+            whole.insert(axis, layer)
+        return tuple(whole)
+
+    def _places(self, ndim: int) -> list[int]:
+        """The axes of layers of a part."""
+        own = [None] * (ndim - len(self.layers))
+        whole = self._in_place(own, self.layers)
+        return [whole.index(axis) for axis in self.layers]
 
     @property
     def _batch(self) -> tuple[int, ...]:
@@ -249,8 +311,8 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
       For each param its layout, and the rule that decided.
 
     Raises:
-      ValueError: if a rank is larger than the matrix; if two rules give one param
-        adapters of different settings; or if an op contracts a part of an axis.
+      ValueError: if two rules give one param adapters of different settings; if an op
+        contracts a part of an axis; or if a rule names mapped axes that are none.
     """
     found: dict[Path, tuple[AdapterLayout, OpPlan, LoraRule]] = {}
     for op_plan in plan.ops:
@@ -264,7 +326,30 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
                 continue
             layout = _layout(op_plan.op, side, view, rule)
             found[view.path] = (layout, op_plan, rule)
-    return {path: (layout, rule) for path, (layout, _, rule) in found.items()}
+    particulars: dict[Path, dict[str, None]] = {path: {} for path in found}
+    for op in (op_plan.op for op_plan in plan.ops):
+        for side, view in weights_of(op):
+            if view.path in found:
+                layout, *_ = found[view.path]
+                notes = _particulars(op, side, view, layout)
+                particulars[view.path] |= dict.fromkeys(notes)
+    return {
+        path: (dataclasses.replace(layout, particulars=tuple(particulars[path])), rule)
+        for path, (layout, _, rule) in found.items()
+    }
+
+
+def too_large(layouts: Mapping[Path, AdapterLayout]) -> dict[Path, str]:
+    """Says of which params the matrix is smaller than the rank of their adapter."""
+    found = {}
+    for path, layout in layouts.items():
+        rows, columns = layout.matrix_shape
+        if layout.rank > min(rows, columns):
+            found[path] = (
+                f"the adapter of {'/'.join(path)!r} has rank {layout.rank}, and the "
+                f"{rows} x {columns} matrix has at most {min(rows, columns)}"
+            )
+    return found
 
 
 def rules_without_weight(plan: Plan) -> list[int]:
@@ -293,20 +378,14 @@ def weights_of(op: Op) -> list[tuple[int, View]]:
 
 def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     where = f"{op.where}, param {'/'.join(view.path)!r}"
-    contracted_dims, batch_dims = _dims(op, side)
-    roles: dict[int, set[str]] = {}
-    order: list[int] = []
-    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
-    for dim in (*contracted_dims, *dims):
-        role = "kept"
-        if dim in contracted_dims:
-            role = "contracted"
-        elif dim in batch_dims:
-            role = "batch"
-        for atom in view.dims[dim]:
-            roles.setdefault(atom.axis, set()).add(role)
-            if atom.axis not in order:
-                order.append(atom.axis)
+    mapped = _mapped_axes(where, view, rule)
+    roles = _roles(op, side, view)
+    if wrong := [axis for axis in mapped if "contracted" in roles.get(axis, ())]:
+        raise ValueError(
+            f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]} of the "
+            f"shape {view.shape}, which the op contracts, so nothing maps over it."
+        )
+    roles = {axis: found for axis, found in roles.items() if axis not in mapped}
     mixed = [axis for axis, found in roles.items() if len(found) > 1]
     if mixed:
         raise ValueError(
@@ -316,22 +395,23 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         )
     # A size of 1 may have lost its factors; it makes no difference where it stands.
     lost = [axis for axis, size in enumerate(view.shape) if axis not in roles]
-    layers = tuple(axis for axis in lost if view.shape[axis] > 1)
+    layers = [axis for axis in lost if view.shape[axis] > 1 and axis not in mapped]
     # A param that the model reads one layer at a time has layers of size 1, too.
     if len(layers) < len(op.layers):
-        layers = tuple(lost[: len(op.layers)])
+        layers = [axis for axis in lost if axis not in mapped][: len(op.layers)]
+    layers = tuple(sorted([*layers, *mapped]))
     ones = [axis for axis in lost if axis not in layers]
     kind = {axis: next(iter(found)) for axis, found in roles.items()}
-    contracted = [axis for axis in order if kind[axis] == "contracted"]
+    contracted = [axis for axis in roles if kind[axis] == "contracted"]
     batch = [axis for axis in range(len(view.shape)) if kind.get(axis) == "batch"]
-    kept = [axis for axis in order if kind[axis] == "kept"]
+    kept = [axis for axis in roles if kind[axis] == "kept"]
     flat = op.name == "dot_general"
     if flat:
         a_axes, b_axes = [*batch, *contracted, *ones], [*batch, *kept]
     else:
         # The axes of a batch are in A alone: its product with B has them all the same.
         a_axes, b_axes = sorted([*batch, *contracted, *ones]), sorted(kept)
-    layout = AdapterLayout(
+    return AdapterLayout(
         path=view.path,
         shape=view.shape,
         rank=rule.rank,
@@ -345,13 +425,57 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
         contracted=tuple(sorted([*contracted, *ones])),
         flat=flat,
     )
-    if rule.rank > min(layout.matrix_shape):
-        rows, columns = layout.matrix_shape
+
+
+def _mapped_axes(where: str, view: View, rule: LoraRule) -> set[int]:
+    ndim = len(view.shape)
+    if wrong := [axis for axis in rule.mapped_axes if not -ndim <= axis < ndim]:
         raise ValueError(
-            f"{where}: rank={rule.rank} is larger than the {rows} x {columns} matrix "
-            "that it is to adapt. Give it a rule with a smaller rank, or none."
+            f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]}, and the "
+            f"param has the shape {view.shape}."
         )
-    return layout
+    return {axis % ndim for axis in rule.mapped_axes}
+
+
+def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:
+    """What an op does with the axes of a param, contracted ones first."""
+    contracted_dims, batch_dims = _dims(op, side)
+    roles: dict[int, set[str]] = {}
+    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
+    for dim in (*contracted_dims, *dims):
+        role = "kept"
+        if dim in contracted_dims:
+            role = "contracted"
+        elif dim in batch_dims:
+            role = "batch"
+        for atom in view.dims[dim]:
+            roles.setdefault(atom.axis, set()).add(role)
+    return roles
+
+
+def _particulars(op: Op, side: int, view: View, layout: AdapterLayout) -> list[str]:
+    """What an op does with a param that a plain layer does not, in words."""
+    roles = _roles(op, side, view)
+    contracted = sorted(axis for axis, found in roles.items() if "contracted" in found)
+    usual = [axis for axis in layout.contracted if layout.shape[axis] > 1]
+    notes = []
+    if [axis for axis in contracted if layout.shape[axis] > 1] != usual:
+        notes.append(f"contracts its axes {tuple(contracted)}, not {tuple(usual)}")
+    if op.name == "conv_general_dilated":
+        params = op.params
+        notes += [
+            f"has {name}={params[name]}"
+            for name in ("feature_group_count", "batch_group_count")
+            if params[name] != 1
+        ]
+        notes += [
+            f"has {name}={tuple(params[name])}"
+            for name in ("lhs_dilation", "rhs_dilation")
+            if any(step != 1 for step in params[name])
+        ]
+        if side != 1:
+            notes.append("has it as its input, not as its kernel")
+    return [f"{op.where} {note}" for note in notes]
 
 
 def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -371,6 +495,7 @@ def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _check_same(path, first, op_plan: OpPlan, rule: LoraRule) -> None:
     layout, other, before = first
     names = ("rank", "alpha", "rank_stabilized", "dora", "dropout", "init")
+    names = (*names, "mapped_axes", "param_dtype")
     settings = [
         ", ".join(f"{name}={getattr(r, name)!r}" for name in names)
         for r in (before, rule)

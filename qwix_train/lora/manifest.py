@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax import numpy as jnp
+
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import Path
@@ -91,7 +93,15 @@ def _layout_from_json(record: Mapping[str, Any]) -> AdapterLayout:
         for name, value in record.items()
         if name not in _DERIVED
     }
-    return AdapterLayout(**fields)
+    layout = AdapterLayout(**fields)
+    for name in _DERIVED:
+        if tuple(record[name]) != getattr(layout, name):
+            raise ValueError(
+                f"the adapter of {'/'.join(layout.path)!r} has {name} {record[name]}, "
+                f"and this release has {getattr(layout, name)}: use the release that "
+                "wrote it"
+            )
+    return layout
 
 
 def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:
@@ -99,6 +109,8 @@ def _rule_to_json(rule: QuantizationRule) -> dict[str, Any]:
     record = rule_to_json(rule, kind)
     for name in _NOT_KEPT:
         record.pop(name, None)
+    if record.get("param_dtype") is not None:
+        record["param_dtype"] = jnp.dtype(record["param_dtype"]).name
     return {"kind": kind.__name__, **record}
 
 

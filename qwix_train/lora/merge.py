@@ -20,6 +20,7 @@ from qwix_train.lora.parts import (
     arrays_of,
     checked,
     is_whole,
+    layouts_of,
     provider_of,
     split,
 )
@@ -198,7 +199,7 @@ def _merged(
             "Call lora.merge(state), lora.merge(frozen, adapters, layouts) or, for an "
             "NNX model, lora.merge(model, *inputs)."
         )
-    adapters, layouts = args
+    adapters, layouts = args[0], layouts_of(args[1])
     parts = checked(adapters, layouts)
     _check_base(by_path(base), layouts)
 

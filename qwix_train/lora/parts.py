@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,43 @@ def provider_of(model: Any) -> LoraProvider:
     return provider
 
 
+def layouts_of(value: Any) -> Layouts:
+    """The layouts of a state, or layouts as they are.
+
+    Args:
+      value: a `LoraTrainState`, or layouts.
+
+    Raises:
+      TypeError: if it is neither.
+    """
+    if isinstance(value, LoraTrainState):
+        return value.layouts
+    got = f"got a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        others = [x for x in value.values() if not isinstance(x, AdapterLayout)]
+        if not others:
+            return value
+        got += f" that holds a {type(others[0]).__name__}"
+    raise TypeError(
+        "Expected a LoraTrainState or layouts, a mapping of paths to AdapterLayouts as "
+        f"lora.init, lora.split and lora.read_manifest(path).layouts give it, {got}."
+    )
+
+
+def check_path(path: Any, call: str) -> None:
+    """Complains of a path that is not one, as where arguments are in another order.
+
+    Args:
+      path: the path.
+      call: how the function is called, for the error.
+
+    Raises:
+      TypeError: if it is not one.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"Expected a path, got a {type(path).__name__}: {call}.")
+
+
 def of_state(value: Any, given: Sequence[Any], call: str) -> tuple[Any, Layouts]:
     """Adapters and their layouts, from a state or from both.
 
@@ -118,13 +156,13 @@ def of_state(value: Any, given: Sequence[Any], call: str) -> tuple[Any, Layouts]
         if given:
             raise TypeError(f"A LoraTrainState holds its layouts: {call}(state).")
         value, layouts = value.params, value.layouts
-    elif len(given) != 1 or not isinstance(given[0], Mapping):
+    elif len(given) != 1:
         raise TypeError(
             f"Expected a LoraTrainState, or adapters and their layouts: {call}(state) "
             f"or {call}(adapters, layouts)."
         )
     else:
-        (layouts,) = given
+        layouts = layouts_of(given[0])
     checked(value, layouts)
     return value, layouts
 

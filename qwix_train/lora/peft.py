@@ -10,9 +10,9 @@ stacked in one param, as under `nn.scan`, are modules of their own, numbered aft
 first part of the path: ``layers/proj/kernel`` is ``layers.0.proj``, ``layers.1.proj``
 and so on. `names` says otherwise, with ``{layer}`` for the number.
 
-Where PEFT computes something else: an adapter of a grouped convolution has all input
-channels in its ``lora_A`` there, so it does not fit; the ``lora_A`` of a dilated
-convolution is not dilated there.
+Where PEFT would compute something else, an adapter is refused: that of a table which is
+also the head of the model (PEFT adapts the lookup alone), of a convolution with groups
+or dilation, of a stack of experts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jax import numpy as jnp
 
-from qwix_train import plan_table, processes
+from qwix_train import plan_table, processes, stored
 from qwix_train.files import json_text, writing
 from qwix_train.lora import peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, arrays_of, checked, of_state, tree_of
-from qwix_train.lora.train_state import LoraTrainState
+from qwix_train.lora.parts import (
+    Layouts,
+    arrays_of,
+    check_path,
+    checked,
+    layouts_of,
+    of_state,
+    tree_of,
+)
+from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import Path
 from qwix_train.ptq import safetensors_files
 
@@ -76,8 +86,8 @@ def save_peft(
         else that readers would take for them.
       ImportError: if `safetensors` is not installed.
       TypeError: if layouts are missing.
-      ValueError: if PEFT cannot hold an adapter, or two have one name; the message has
-        the path of the param.
+      ValueError: if PEFT cannot hold an adapter, or computes something else with it; if
+        two have one name. The message has the path of the param.
 
     Example:
       >>> import tempfile
@@ -95,6 +105,7 @@ def save_peft(
       >>> jax.tree.map(lambda x, y: bool((x == y).all()), again, adapters)
       {'proj': {'kernel_lora_a': True, 'kernel_lora_b': True}}
     """
+    check_path(directory, "lora.save_peft(directory, state)")
     adapters, known = of_state(adapters, layouts, "lora.save_peft")
     parts = checked(adapters, known)
     modules: dict[str, AdapterLayout] = {}
@@ -135,6 +146,10 @@ def load_peft(
 ) -> Any:
     """Reads adapters that PEFT, or `save_peft`, wrote.
 
+    PEFT puts tables that it adapts, and the head of a model, into its files, as they
+    were in its base. Here they are not read; those of params with an adapter must be
+    what the base of a state holds, and the others are warned of.
+
     Args:
       directory: the folder.
       target: what the adapters are for: a `LoraTrainState`, or layouts.
@@ -151,14 +166,12 @@ def load_peft(
       ImportError: if `safetensors` is not installed.
       TypeError: if `target` is neither.
       ValueError: if the config says what is not supported; if adapters are missing, too
-        many, or of another shape, rank or scaling. The message names them.
+        many, or of another shape, rank or scaling; if weights of the base in the file
+        are not the state's. The message names them.
     """
     is_state = isinstance(target, LoraTrainState)
-    layouts = target.layouts if is_state else target
-    if not isinstance(layouts, Mapping):
-        raise TypeError(
-            f"Expected a LoraTrainState or layouts, got {type(target).__name__}."
-        )
+    check_path(directory, "lora.load_peft(directory, state)")
+    layouts = layouts_of(target)
     directory = pathlib.Path(directory)
     config, tensors = _read(directory)
     own: dict[Path, AdapterLayout] = {}
@@ -176,6 +189,7 @@ def load_peft(
             continue
         arrays = peft_tensors.decode(own[path], entries)
         found |= dict(zip(own[path].shapes, arrays, strict=True))
+    unread = _check_base(tensors, layouts, names, target if is_state else None)
     if tensors:
         problems.append(
             f"Of no adapter of the model: {plan_table.some(sorted(tensors), 3)}."
@@ -185,6 +199,12 @@ def load_peft(
             f"The adapters in {directory} are not the model's. "
             f"{' '.join(problems[:4])} Modules are named by `names`, and get adapters "
             "by the rules of the model."
+        )
+    if unread:
+        warnings.warn(
+            f"{directory / _FILE} holds weights of the base, too, which are not read, "
+            f"and could not be held against the model's: {plan_table.some(unread, 3)}.",
+            stacklevel=2,
         )
     if not pad:
         _check_same(directory, own, layouts)
@@ -299,7 +319,55 @@ def _take(
         return {}
     held = [*plain, peft_tensors.MAGNITUDE]
     keys = {name: f"{module}.{name}" for name in held}
+    # PEFT writes a table with all below it, and so its magnitude by both of its names.
+    magnitude = keys[peft_tensors.MAGNITUDE]
+    if (again := tensors.pop(f"{magnitude}.weight", None)) is not None:
+        tensors.setdefault(magnitude, again)
     return {name: tensors.pop(key) for name, key in keys.items() if key in tensors}
+
+
+def _check_base(
+    tensors: dict[str, np.ndarray],
+    layouts: Layouts,
+    names: Names | None,
+    state: LoraTrainState | None,
+) -> list[str]:
+    """Takes weights of the base out of the tensors of a file.
+
+    Args:
+      tensors: what is left of a file.
+      layouts: the layouts of the model.
+      names: see `save_peft`.
+      state: where the weights of the base are, if anywhere.
+
+    Returns:
+      The names of those that were not compared.
+
+    Raises:
+      ValueError: if one is another than the state's.
+    """
+    base = {} if state is None else by_path(state.frozen)
+    for path, layout in layouts.items():
+        for index, module in enumerate(_modules(layout, names)):
+            key, param = f"{module}.base_layer.weight", base.get(path)
+            if key not in tensors or param is None or stored.is_quantized(param):
+                continue
+            theirs, ours = tensors.pop(key), peft_tensors.weights(layout, param)[index]
+            kinds = (theirs.dtype, ours.dtype)
+            rounding = max(float(jnp.finfo(kind).eps) for kind in kinds)
+            if theirs.shape != ours.shape or not np.allclose(
+                np.float32(theirs), np.float32(ours), rtol=rounding, atol=1e-6
+            ):
+                raise ValueError(
+                    f"The file holds {key} of shape {theirs.shape}, which is not "
+                    f"{'/'.join(path)} {layout.shape} of state.frozen: the adapters "
+                    "were trained with another base. Make the state with that."
+                )
+    unread = [name for name in tensors if name.endswith((".weight", ".bias"))]
+    unread = [name for name in unread if ".lora_" not in name]
+    for name in unread:
+        del tensors[name]
+    return sorted(unread)
 
 
 def _own_layout(

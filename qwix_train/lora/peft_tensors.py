@@ -40,7 +40,7 @@ def indices(layout: AdapterLayout) -> list[tuple[int, ...]]:
 
 
 def check(layout: AdapterLayout) -> None:
-    """Checks that PEFT can hold an adapter.
+    """Checks that PEFT can hold an adapter, and computes the same with it.
 
     Raises:
       ValueError: if it cannot; the message has the path of the param.
@@ -50,6 +50,14 @@ def check(layout: AdapterLayout) -> None:
         raise ValueError(
             f"The adapter of {name!r} has axes of a batch, such as one for experts, "
             "and PEFT has no such layers. Leave it out of the rules, or merge it."
+        )
+    if layout.particulars:
+        raise ValueError(
+            f"PEFT computes something else with an adapter of {name!r} than this model "
+            f"does: {'; '.join(layout.particulars)}. PEFT adapts each linear layer, "
+            "each lookup, and each convolution without groups and dilation by itself. "
+            "Give the param no adapter, by a rule of its own before the LoraRule; or "
+            "merge it (lora.merge), and save the whole params."
         )
     if layout.op == "conv_general_dilated":
         _conv_inputs(layout)
@@ -75,9 +83,8 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
     b = b.reshape(*sizes, -1, layout.rank, *_spatial_ones(layout))
     tensors = [a, b]
     if magnitude:
-        free = [axis for axis in range(end) if axis not in layout.contracted]
-        order = [free.index(axis) for axis in (*layout.layers, *kept)]
-        whole = jnp.asarray(magnitude[0]).transpose(order)
+        whole = layout.on_param(jnp.asarray(magnitude[0]))
+        whole = whole.transpose(*layout.layers, *kept, *layout.contracted)
         before = (1,) if conv else ()
         tensors.append(whole.reshape(*sizes, *before, -1, *_spatial_ones(layout)))
     host = [np.asarray(x) for x in jax.device_get(tensors)]
@@ -86,6 +93,25 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
         dict(zip(names_of(layout), (x[index] for x in host), strict=True))
         for index in indices(layout)
     ]
+
+
+def weights(layout: AdapterLayout, param: Any) -> list[np.ndarray]:
+    """A param as the weight of a layer of PyTorch, for each of its stacked layers.
+
+    Args:
+      layout: the layout of its adapter.
+      param: a float array, shape `layout.shape`.
+    """
+    inputs, kept = _inputs(layout), _kept(layout)
+    sizes = [[-1], [int(np.prod(_sizes(layout, kept)))]]
+    if layout.op == "conv_general_dilated":
+        sizes[0] = list(_sizes(layout, inputs))
+    order, parts = [*inputs, *kept], [*sizes[0], *sizes[1]]
+    if layout.op != "gather":  # But for tables, PyTorch has the outputs first.
+        order, parts = [*kept, *inputs], [*sizes[1], *sizes[0]]
+    whole = np.asarray(jax.device_get(param)).transpose(*layout.layers, *order)
+    whole = whole.reshape(*_sizes(layout, layout.layers), *parts)
+    return [whole[index] for index in indices(layout)]
 
 
 def decode(
@@ -99,23 +125,26 @@ def decode(
     """
     lead = _sizes(layout, layout.layers)
     a, b, *magnitude = (
-        np.stack([x[name] for x in tensors]).reshape(*lead, *tensors[0][name].shape)
+        jnp.stack([x[name] for x in tensors]).reshape(*lead, *tensors[0][name].shape)
         for name in names_of(layout)
     )
     inputs, kept, count = _inputs(layout), _kept(layout), len(lead)
     a = a.reshape(*lead, layout.rank, *_sizes(layout, inputs))
     order = [count + 1 + inputs.index(axis) for axis in layout.a_axes]
-    a = a.transpose(*range(count), *order, count).reshape(layout.a_shape)
+    a = a.transpose(*range(count), *order, count)
+    a = layout.layers_in_place(a.reshape(*lead, *layout.one_a_shape))
     b = b.reshape(*lead, *_sizes(layout, kept), layout.rank)
     order = [count + kept.index(axis) for axis in layout.b_axes]
-    b = b.transpose(*range(count), b.ndim - 1, *order).reshape(layout.b_shape)
+    b = b.transpose(*range(count), b.ndim - 1, *order)
+    b = layout.layers_in_place(b.reshape(*lead, *layout.one_b_shape))
     arrays = [a, b]
     if magnitude:
         free = [a for a in range(len(layout.shape)) if a not in layout.contracted]
         held = [*layout.layers, *kept]
         whole = magnitude[0].reshape(_sizes(layout, held))
-        arrays.append(whole.transpose([held.index(axis) for axis in free]))
-    return [jnp.asarray(x) for x in arrays]
+        whole = whole.transpose([held.index(axis) for axis in free])
+        arrays.append(layout.as_magnitude(whole))
+    return arrays
 
 
 def shapes_of(layout: AdapterLayout) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwix_train.lora.layout import (
     AdapterLayout,
     find_layouts,
     rules_without_weight,
+    too_large,
     weights_of,
 )
 from qwix_train.lora.rules import LoraRule
@@ -119,7 +121,18 @@ class LoraProvider(PtqProvider):
     def check(self, plan: Plan) -> None:
         """See `QuantizationProvider.check`."""
         super().check(plan)
-        find_layouts(plan)
+        found = find_layouts(plan)
+        for path, problem in too_large({p: x for p, (x, _) in found.items()}).items():
+            if problem not in self._warned:
+                self._warned.add(problem)
+                module = "/".join(path[:-1])
+                smaller = min(found[path][0].matrix_shape)
+                warnings.warn(
+                    f"{problem}: what is above that costs memory and adds nothing. To "
+                    f"avoid it, put LoraRule(module_path={module!r}, rank={smaller}, "
+                    "...) before the rule that matches it now.",
+                    stacklevel=2,
+                )
 
     def matches(self, plan: Plan) -> bool:
         """See `QuantizationProvider.matches`."""

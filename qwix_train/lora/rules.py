@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.nn import initializers
 
 from qwix_train.core import numerics
@@ -35,6 +36,13 @@ class LoraRule(QuantizationRule):
       dropout: the probability with which an element of the input of ``A`` is set to
         zero in training; the others are divided by ``1 - dropout``. The input of the
         base is not changed.
+      mapped_axes: axes of the weights that a transformation around their layer maps
+        over, such as `nnx.vmap` or `nn.vmap` over an ensemble: each index has an
+        adapter of its own, stacked along that axis. Axes that a scan goes over are
+        found without it.
+      param_dtype: the dtype in which adapters are kept and trained; products compute
+        in the model's. If None, that of the weight, but at least float32: most steps
+        of a usual learning rate are lost to the rounding of bfloat16.
       lora_a_initializer: gives ``A`` from a key, a shape and a dtype.
       lora_b_initializer: the same for ``B``.
       rank_stabilized: whether the scaling is ``alpha / sqrt(rank)`` (rsLoRA, arXiv
@@ -66,6 +74,8 @@ class LoraRule(QuantizationRule):
     rank: int
     alpha: float
     dropout: float = 0.0
+    mapped_axes: Collection[int] = ()
+    param_dtype: Any = None
     lora_a_initializer: Callable[..., jax.Array] = initializers.he_uniform()
     lora_b_initializer: Callable[..., jax.Array] = initializers.zeros
     rank_stabilized: bool = False
@@ -78,10 +88,13 @@ class LoraRule(QuantizationRule):
         super().__post_init__()
         if self.rank < 1:
             raise self._error("rank", "it must be a positive int")
-        if not math.isfinite(self.alpha):
-            raise self._error("alpha", "it must be a finite number")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            problem = "it must be a finite number other than 0, which trains nothing"
+            raise self._error("alpha", problem)
         if not 0 <= self.dropout < 1:
             raise self._error("dropout", "it must be at least 0 and below 1")
+        if self.param_dtype is not None:
+            self._check("param_dtype", _check_float, self.param_dtype)
         for field in ("lora_a_initializer", "lora_b_initializer"):
             if not callable(getattr(self, field)):
                 raise self._error(field, "it must be a function(key, shape, dtype)")
@@ -117,6 +130,15 @@ class LoraRule(QuantizationRule):
         """How often LoftQ chooses base and adapters; 0 if it does not."""
         name, steps = _parsed_init(self.init) if self.init else ("", 0)
         return steps if name == "loftq" else 0
+
+
+def _check_float(dtype: Any) -> None:
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError("it must be a float dtype, such as jnp.float32")
 
 
 def _parsed_init(text: Any) -> tuple[str, int]:

@@ -242,6 +242,11 @@ def create_train_state(
 ) -> Any:
     """A train state whose params are adapters, from a model and its trained params.
 
+    Where params are sharded as the batch is (FSDP), devices send one another what a
+    product reads: floats, dequantized from codes. They send codes where the weight is
+    constrained to be whole before the product: in the model, or in an `apply_fn` around
+    it that constrains its variables by `jax.lax.with_sharding_constraint`.
+
     Args:
       apply_fn: `model.apply` of a Linen module, or a function whose first argument is a
         tree of params.
@@ -262,8 +267,8 @@ def create_train_state(
 
     Raises:
       TypeError: if `apply_fn` is a module, or `rng` is no random key.
-      ValueError: if a `LoraRule` matches no weight; if a rank is larger than its
-        matrix; if a rule asks for static ranges that are not among the params.
+      ValueError: if a `LoraRule` matches no weight; if `params` are whole variables; if
+        a rule asks for static ranges that are not among the params.
 
     Example:
       >>> from jax import numpy as jnp
@@ -365,6 +370,15 @@ def _begun(
             f"Expected an apply_fn, got a {type(apply_fn).__name__}. Give model.apply "
             "of a Linen module. An NNX module gets adapters with apply_lora_to_model, "
             "and trains them with nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+        )
+    if isinstance(params, Mapping) and "params" in params:
+        others = sorted(set(params) - {"params"})
+        raise ValueError(
+            "Expected the params alone, got variables with the collections "
+            f"{sorted(params)}. Give variables['params'] as the params, and "
+            f"variables={{...}} with what else the model needs"
+            + (f" ({', '.join(others)})" if others else "")
+            + "; a step calls state.apply_fn({'params': state.params}, *inputs)."
         )
     is_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
     adapted = AdaptedApply(apply_fn, provider, is_module or variables is not None)

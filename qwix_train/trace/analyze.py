@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ class Op:
     Attributes:
       key: where its equation is.
       name: `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, or `gather`
-        where an input says which rows of a param to take.
+        where an input, or an array of constants, says which rows of a param to take.
       id: the name and the count within the module, such as `dot_general0`.
       module_path: the path of the module that ran it, such as `encoder/Dense_0`.
       params: the parameters of its equation.
@@ -170,7 +171,7 @@ class _Walker:
             operands = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
             has_body = jax_versions.has_body(eqn.params)
-            if has_body or _is_op(name, operands):
+            if has_body or _is_op(eqn, operands):
                 here = (*key, index)
                 inner_scope = _join(scope, str(eqn.source_info.name_stack))
                 if has_body:
@@ -364,12 +365,17 @@ class _Walker:
             self.counts = counts.copy()
 
 
-def _is_op(name: str, operands: Sequence[Provenance]) -> bool:
-    if name != "gather":
-        return name in _OPS
-    # A lookup, not indexing with constants or the choice of a loss's labels.
+def _is_op(eqn, operands: Sequence[Provenance]) -> bool:
+    if eqn.primitive.name != "gather":
+        return eqn.primitive.name in _OPS
+    # A lookup, not the choice of a loss's labels. The rows may be constants, as the
+    # positions of a sequence are where a model makes them itself; but one constant row,
+    # such as that of a layer, is just a part of the param.
     table, indices = operands
-    return isinstance(table, provenance.Weight) and provenance.is_activation(indices)
+    if not isinstance(table, provenance.Weight):
+        return False
+    rows = math.prod(_shape(eqn.invars[1])[:-1])
+    return provenance.is_activation(indices) or rows > 1
 
 
 def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str, str]:

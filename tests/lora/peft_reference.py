@@ -51,6 +51,12 @@ def build(weights):
             self.conv = nn.Conv2d(4, 5, (2, 2))
             self.head = nn.Linear(25, 3)
 
+        def get_input_embeddings(self):
+            return self.embed
+
+        def get_output_embeddings(self):
+            return None
+
         def forward(self, tokens):
             x = torch.tanh(self.split(self.embed(tokens)))
             x = torch.tanh(self.join(x))
@@ -87,7 +93,7 @@ def main(folder):
     tokens = weights.pop("tokens")
     for path in sorted((folder / "ours").iterdir()):
         model = peft.PeftModel.from_pretrained(build(weights), path)
-        state = peft.get_peft_model_state_dict(model)
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         held = peft.utils.load_peft_weights(path, device="cpu")
         assert sorted(state) == sorted(held), set(state) ^ set(held)
         run(model, tokens, path)
@@ -99,7 +105,8 @@ def main(folder):
             if "lora_" in key:
                 parameter.data.uniform_(0.1, 0.6)
         path = folder / "theirs" / name
-        model.save_pretrained(path)
+        # What "auto" is for a table called `embed_tokens`: the file holds it, too.
+        model.save_pretrained(path, save_embedding_layers=True)
         run(model, tokens, path)
 
 

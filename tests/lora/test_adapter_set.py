@@ -6,6 +6,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix_train import lora
 from tests.lora.test_merge import random_like
@@ -120,3 +121,65 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="'b': The adapters do not fit the layouts"):
         known.add("b", state_of(Mlp(), 1).params)
     assert list(known) == ["a"]
+
+
+def constant_state(sharding=None, **kwargs):
+    params = {"kernel": jnp.asarray(np.ones((6, 8), np.float32))}
+    if sharding is not None:
+        params = jax.device_put(params, sharding)
+    rules = [lora.LoraRule(rank=2, alpha=2.0, **kwargs)]
+    return lora.create_train_state(
+        lambda params, x: x @ params["kernel"],
+        params,
+        optax.sgd(0.1),
+        rules,
+        jax.random.key(0),
+        X,
+    )
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_what_is_added_lies_where_the_program_expects_it(sharded):
+    sharding = NamedSharding(
+        jax.make_mesh((8,), ("model",)), PartitionSpec(None, "model")
+    )
+    state = constant_state(sharding if sharded else None)
+    known = lora.AdapterSet(state)
+    known.add("numpy", jax.tree.map(lambda x: np.asarray(x) + 1, state.params))
+    known.add("doubles", jax.tree.map(lambda x: np.float64(x) + 2, state.params))
+    known.add(
+        "committed",
+        jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), state.params
+        ),
+    )
+    apply = jax.jit(lambda adapters, x: state.apply_fn(adapters, x))
+    want = apply(state.params, X)
+    for name in known:
+        for got, like in zip(
+            jax.tree.leaves(known[name]), jax.tree.leaves(state.params), strict=True
+        ):
+            assert got.dtype == like.dtype
+            assert got.sharding.is_equivalent_to(like.sharding, got.ndim)
+            assert got.committed == like.committed
+        apply(known[name], X)
+    assert apply._cache_size() == 1
+    np.testing.assert_array_equal(apply(known["committed"], X), want)
+
+
+def test_boxes_of_the_program_are_kept():
+    state = constant_state()
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, ("in", None)), state.params)
+    known = lora.AdapterSet(state.replace(params=boxed))
+    known.add("plain", state.params)
+    assert jax.tree.structure(known["plain"]) == jax.tree.structure(boxed)
+
+
+def test_a_set_of_no_layouts_is_refused():
+    with pytest.raises(ValueError, match="There are no layouts"):
+        lora.AdapterSet({})
+    with pytest.raises(TypeError, match="LoraTrainState or layouts.*got a list"):
+        lora.AdapterSet([])
+    known = lora.AdapterSet(constant_state())
+    with pytest.raises(ValueError, match="at least one name"):
+        known.stacked([])

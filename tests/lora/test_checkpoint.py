@@ -179,3 +179,9 @@ def test_bad_calls(tmp_path, saved):
         lora.save(tmp_path / "a", {"Dense_0": state.params["Dense_0"]}, state.layouts)
     with pytest.raises(TypeError, match="Expected a LoraTrainState or layouts"):
         lora.restore(saved[0], 3)
+    with pytest.raises(TypeError, match="mapping of paths to AdapterLayouts.*a dict"):
+        lora.restore(saved[0], state.params)
+    with pytest.raises(TypeError, match=r"got a LoraTrainState: lora.restore\(path, s"):
+        lora.restore(state, saved[0])
+    with pytest.raises(TypeError, match=r"got a LoraTrainState: lora.save\(path, sta"):
+        lora.save(state, tmp_path / "a")

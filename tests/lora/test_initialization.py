@@ -1,7 +1,10 @@
 """How adapters start, against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import optax
 import pytest
 from jax import numpy as jnp
 
@@ -182,3 +185,73 @@ def test_qat_computes_what_the_merged_weight_will_quantized():
 def test_rules_say_what_is_wrong(fields, message):
     with pytest.raises(ValueError, match=message):
         lora.LoraRule(**{"rank": 2, "alpha": 2.0, **fields})
+
+
+@pytest.mark.parametrize("init", [None, "pissa"])
+def test_a_rank_above_that_of_a_small_head_is_kept_and_named(init):
+    rules = [lora.LoraRule(rank=4, alpha=6.0, init=init)]
+    head = W[:, :2]
+    message = (
+        r"adapter of 'head/w' has rank 4, and the 24 x 2 matrix has at most 2.*"
+        r"LoraRule\(module_path='head', rank=2"
+    )
+    with pytest.warns(UserWarning, match=message):
+        adapters, frozen, _ = lora.init(
+            {"head": {"w": jnp.asarray(head)}},
+            lambda params, x: apply(params["head"], x),
+            rules,
+            jax.random.key(0),
+            X,
+        )
+    # As `qwix` and PEFT have it.
+    a, b = (np.float64(adapters["head"][f"w_lora_{part}"]) for part in "ab")
+    assert a.shape == (24, 4) and b.shape == (4, 2)
+    whole = frozen["head"]["w"] + 1.5 * a @ b
+    np.testing.assert_allclose(whole, head, atol=1e-6)
+
+
+BFLOAT16 = {
+    "lora": {},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "loftq": {"init": "loftq,1", "weight_qtype": "int4"},
+    "packed": {"weight_qtype": "nf4", "double_quant": True},
+}
+
+
+@pytest.mark.parametrize("kwargs", BFLOAT16.values(), ids=BFLOAT16)
+def test_adapters_of_a_bfloat16_weight_are_float32(kwargs):
+    w, x = jnp.asarray(W, jnp.bfloat16), X.astype(jnp.bfloat16)
+    rules = [lora.LoraRule(rank=3, alpha=6.0, **kwargs)]
+    state = lora.create_train_state(
+        apply, {"w": w}, optax.sgd(1e-3), rules, jax.random.key(0), x
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("f4")}
+    out = state.apply_fn(state.params, x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.float32(out),
+        np.float32(apply({"w": w}, x)),
+        atol=1.5 if len(kwargs) == 2 else 0.1,
+    )
+    narrow = dataclasses.replace(rules[0], param_dtype=jnp.bfloat16)
+    adapters, *_ = lora.init({"w": w}, apply, [narrow], jax.random.key(0), x)
+    assert adapters["w_lora_a"].dtype == jnp.bfloat16
+
+
+def test_small_steps_move_the_adapter_of_a_bfloat16_weight():
+    w, x = jnp.asarray(W, jnp.bfloat16), X.astype(jnp.bfloat16)
+    rules = [lora.LoraRule(rank=3, alpha=6.0)]
+    state = lora.create_train_state(
+        apply, {"w": w}, optax.adam(1e-4), rules, jax.random.key(0), x
+    )
+
+    @jax.jit
+    def step(state):
+        def loss(params):
+            return (state.apply_fn(params, x).astype(jnp.float32) ** 2).mean()
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    before, state = state.params["w_lora_a"], step(step(state))
+    assert np.mean(before != state.params["w_lora_a"]) > 0.99

@@ -250,6 +250,67 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(11, 8, name="embed")
+        return table.attend(jnp.tanh(table(tokens)))
+
+
+class Image(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, tokens):
+        return self.layer(jnp.ones((1, 6, 6, 4)) * tokens.astype(jnp.float32).mean())
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (Tied(), r"embed/dot_general0 contracts its axes \(1,\), not \(0,\)"),
+        (Image(nn.Conv(4, (3, 3), feature_group_count=2)), "feature_group_count=2"),
+        (Image(nn.Conv(4, (3, 3), kernel_dilation=2)), r"rhs_dilation=\(2, 2\)"),
+        (Image(nn.ConvTranspose(4, (3, 3), (2, 2))), r"lhs_dilation=\(2, 2\)"),
+    ],
+    ids=["tied", "groups", "dilation", "transposed"],
+)
+def test_a_layer_that_peft_computes_otherwise_is_refused(tmp_path, model, message):
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    rules = [lora.LoraRule(rank=2, alpha=3.0, op_names=OPS)]
+    adapters, _, layouts = lora.init(
+        params, model.apply, rules, jax.random.key(1), TOKENS
+    )
+    with pytest.raises(ValueError, match=f"PEFT computes something else.*{message}"):
+        lora.save_peft(tmp_path, adapters, layouts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_the_base_in_a_file(tmp_path, params):
+    """As `PeftModel.save_pretrained` leaves them where a table is adapted."""
+    state = state_of(rules_of("plain"), params)
+    lora.save_peft(tmp_path, state)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors, metadata = safetensors_files.read_file(file)
+    for name, weight in torch_weights(state.frozen).items():
+        if name.endswith("weight"):
+            module = name.removesuffix(".weight")
+            tensors[f"base_model.model.{module}.base_layer.weight"] = weight
+    safetensors_files.write_file(file, tensors, metadata)
+    assert_same(lora.load_peft(tmp_path, state).params, state.params)
+    with pytest.warns(UserWarning, match=r"not be held .*: conv.base_layer.weight"):
+        assert_same(lora.load_peft(tmp_path, state.layouts), state.params)
+    tensors["base_model.model.other.weight"] = np.ones((2, 2), np.float32)
+    safetensors_files.write_file(file, tensors, metadata)
+    with pytest.warns(UserWarning, match=r"not be held .*: other.weight"):
+        lora.load_peft(tmp_path, state)
+    table = "base_model.model.embed.base_layer.weight"
+    tensors[table] = tensors[table] + 0.01
+    safetensors_files.write_file(file, tensors, metadata)
+    with pytest.raises(ValueError, match=r"embed.base_layer.weight.*another base"):
+        lora.load_peft(tmp_path, state)
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     state = small_state(Mlp())
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
@@ -266,6 +327,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         lora.load_peft(tmp_path, other)
     with pytest.raises(TypeError, match="Expected a LoraTrainState or layouts"):
         lora.load_peft(tmp_path, None)
+    with pytest.raises(TypeError, match="mapping of paths to AdapterLayouts.*a dict"):
+        lora.load_peft(tmp_path, state.params)
+    with pytest.raises(TypeError, match=r"lora.load_peft\(directory, state\)"):
+        lora.load_peft(state, tmp_path)
 
 
 @pytest.mark.parametrize(

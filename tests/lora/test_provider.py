@@ -432,3 +432,32 @@ def test_the_plan_names_the_adapters():
     provider = lora.LoraProvider(rank=2, alpha=1.0, weight_qtype="int8")
     text = str(qwix_train.plan(models.Mlp(), provider, X))
     assert "adapter of rank 2 on Dense_0/kernel" in text
+
+
+class Positions(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, positions=None):
+        if positions is None:
+            positions = jnp.arange(tokens.shape[-1])
+        x = nn.Embed(11, 8, name="tokens")(tokens)
+        return nn.Dense(3)(x + nn.Embed(6, 8, name="positions")(positions))
+
+
+def test_adapters_are_the_same_however_the_model_is_called():
+    model, tokens = Positions(), jnp.asarray([[1, 2, 3]])
+    positions = jnp.asarray([0, 1, 2])
+    provider = lora.LoraProvider(
+        rank=2, alpha=1.0, op_names=("gather", "dot_general"), weight_qtype="int8"
+    )
+    model = qwix_train.apply_lora_to_model(model, provider)
+    init = jax.jit(model.init)
+    given = init(jax.random.key(0), tokens, positions)["params"]
+    default = init(jax.random.key(0), tokens)["params"]
+    assert "embedding_lora_a" in default["positions"]
+    jax.tree.map(np.testing.assert_array_equal, given, default)
+    b = jnp.asarray(np.arange(16.0).reshape(2, 8), jnp.float32)
+    given["positions"]["embedding_lora_b"] = b
+    apply = jax.jit(model.apply)
+    out = apply({"params": given}, tokens)
+    np.testing.assert_array_equal(out, apply({"params": given}, tokens, positions))
+    assert np.abs(out - apply({"params": default}, tokens)).max() > 0.1

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from qwix_train import lora
 
@@ -16,8 +17,12 @@ from qwix_train import lora
         ({"rank": 1.5}, "an int"),
         ({"rank": True}, "an int"),
         ({"alpha": math.nan}, "a finite number"),
+        ({"alpha": 0}, r"LoraRule\(alpha=0\): .* other than 0"),
         ({"alpha": True}, "a number"),
         ({"alpha": "16"}, "a number"),
+        ({"mapped_axes": 0}, "a collection of ints"),
+        ({"param_dtype": jnp.int8}, "a float dtype"),
+        ({"param_dtype": "float33"}, "a float dtype"),
         ({"dropout": 1.0}, "at least 0 and below 1"),
         ({"dora": 1}, "True or False"),
         ({"lora_a_initializer": "he"}, r"function\(key, shape, dtype\)"),

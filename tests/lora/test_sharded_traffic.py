@@ -1,0 +1,82 @@
+"""What devices send one another when a base that is sharded over them is quantized."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qwix_train import lora
+
+WIDTH = 256
+BYTES = {"f32": 4, "s8": 1, "u8": 1, "s4": 1, "u4": 1}
+COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+MODEL = nn.Sequential([nn.Dense(WIDTH, use_bias=False), nn.tanh, nn.Dense(WIDTH)])
+
+
+def sent(compiled):
+    """The bytes that the collectives of a compiled function give, by their dtype."""
+    found = {}
+    for line in compiled.as_text().splitlines():
+        match = re.match(rf".* = (.*?) (?:{COLLECTIVES})(?:-start)?\(", line)
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1] if match else ""):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            found[dtype] = found.get(dtype, 0) + size * BYTES[dtype]
+    return found
+
+
+def traffic(**kwargs):
+    """What a step of training sends: the params sharded as the batch is (FSDP)."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*x)) for x in [(), ("data",)])
+
+    def apply(variables, x):
+        # The model is as it was; what calls it says that its weights are gathered.
+        return MODEL.apply(lax.with_sharding_constraint(variables, whole), x)
+
+    x = jax.device_put(np.ones((16, WIDTH), np.float32), rows)
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: np.ones(p.shape, np.float32), shapes)
+    params = jax.device_put(params, rows)
+
+    if not kwargs:
+        call, given = lambda params, _, x: apply({"params": params}, x), (params, None)
+    else:
+        rules = [lora.LoraRule(rank=4, alpha=4.0, **kwargs)]
+        state = lora.create_train_state(
+            apply, params, optax.sgd(0.1), rules, jax.random.key(1), x, variables={}
+        )
+
+        def call(adapters, frozen, x):
+            return state.replace(frozen=frozen).apply_fn({"params": adapters}, x)
+
+        given = (state.params, state.frozen)
+    step = jax.jit(jax.grad(lambda *args: (call(*args) ** 2).mean()))
+    return sent(step.lower(*given, x).compile())
+
+
+@pytest.fixture(scope="module")
+def in_float():
+    return sum(traffic().values())
+
+
+@pytest.mark.parametrize(
+    "kwargs, most",
+    [
+        ({"weight_qtype": "int8"}, 0.25),
+        # Tiles, of which each device holds one.
+        ({"weight_qtype": "int4", "tile_size": 32}, 0.25),
+        ({"weight_qtype": "nf4", "tile_size": 64, "double_quant": True}, 0.15),
+    ],
+    ids=["int8", "int4 tiles", "packed"],
+)
+def test_codes_are_gathered_and_not_what_is_dequantized(in_float, kwargs, most):
+    found = traffic(**kwargs)
+    # In float32 are scales, the gradients of adapters, and adapters.
+    assert found["f32"] < WIDTH * WIDTH
+    assert sum(found.values()) < most * in_float
