@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -85,12 +84,7 @@ def quantize_model(
                 "quantize_model(model, provider). To see what the rules do to it, use "
                 "plan(model, rules, *inputs)."
             )
-        # A bound one, such as one just made in a compact method, keeps its scope; a
-        # copy that Linen makes would ask for a name of its own there.
-        bound = model.scope is not None
-        quantized = copy.copy(model) if bound else model.copy(name=model.name)
-        object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
-        return quantized
+        return linen_calls.with_class(model, _linen_class(cls, provider, methods))
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
     if rngs is not None and not isinstance(rngs, nnx.Rngs):

@@ -459,6 +459,40 @@ def test_classes_of_unusual_make():
     assert registered == ["model"]
 
 
+def test_a_model_that_is_not_an_argument():
+    model, _ = make()
+    scale = 2.0
+
+    def helper(x):
+        return scale * model(x)
+
+    class Trainer:
+        def __init__(self):
+            self.model = model
+
+        def evaluate(self, x):
+            return scale * self.model(x)
+
+    model.eval()
+    want = wrap_eval_step(lambda model, x: scale * model(x), RULES)(model, X)
+    helpers = {"evaluate": helper}
+    for step in (
+        lambda x: scale * model(x),
+        lambda x: helper(x),
+        lambda x: helpers["evaluate"](x),
+        jax.jit(helper),
+        functools.partial(lambda call, x: call(x), helper),
+        Trainer().evaluate,
+        lambda x: GLOBAL[0](scale, x),
+    ):
+        GLOBAL[:] = [lambda scale, x: scale * model(x)]
+        models.assert_close(wrap_eval_step(step, RULES)(X), want)
+        assert_clean(model)
+
+
+GLOBAL = []
+
+
 @pytest.mark.slow
 def test_a_method_of_an_object_that_holds_the_model():
     class Learner(nnx.Module):
@@ -480,9 +514,11 @@ def test_a_method_of_an_object_that_holds_the_model():
 
 
 def test_a_hidden_model_is_refused():
-    model, optimizer = make()
-    with pytest.raises(ValueError, match="does not receive as an argument"):
-        wrap_train_step(lambda x, y: loss_fn(model, x, y), RULES)(X, Y)
+    class Holder:
+        model = make()[0]
+
+    with pytest.raises(ValueError, match="attribute of another object"):
+        wrap_train_step(lambda x, y: loss_fn(Holder.model, x, y), RULES)(X, Y)
     wrapped = wrap_train_step(lambda f, p, x: f(p, x), RULES)
     with pytest.raises(ValueError, match="as_model"):
         wrapped(quantize_fn(lambda p, x: x @ p, QtProvider(models.INT8)), X.T, X)

@@ -15,7 +15,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -27,6 +27,8 @@ from qwix_train.trace import function, scopes, session, subclasses
 _CLASS = "_qwix_train_class"
 _PATH = "_qwix_train_path"
 _UPDATE = "qwix_train"
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 _lock = threading.Lock()
 # How many rewrites in progress, in any thread, hold a module, by its identity.
@@ -145,6 +147,35 @@ def _original(cls: type) -> type:
     return getattr(cls, _CLASS, cls)
 
 
+def in_float(module: Module) -> Module:
+    """A module that shares the variables of another one, and whose calls stay in float.
+
+    Args:
+      module: the module, which does not change.
+    """
+    changed = nnx.clone(module, variables=False)
+    for _, part in nnx.iter_modules(changed):
+        set_class(part, float_class(type(part)))
+    return changed
+
+
+def graphdef_in_float(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+    """A graph definition whose modules, once merged, have calls that stay in float."""
+    return _map_graphdef(graphdef, lambda cls, path: float_class(cls))
+
+
+def float_class(cls: type) -> type:
+    """A subclass of a module's class whose calls stay in float."""
+    path = getattr(cls, _PATH, None)
+    changed = _float_class(_original(cls))
+    return changed if path is None else intercepting_class(changed, path)
+
+
+@functools.cache
+def _float_class(cls: type) -> type:
+    return subclass(cls, {subclasses.IN_FLOAT: True})
+
+
 def set_class(module: nnx.Module, cls: type) -> None:
     """Changes the class of a module, and nothing else about it."""
     # NNX would list `__class__` among the attributes of the module.
@@ -209,15 +240,16 @@ def _is_method(cls: type, name: str) -> bool:
 def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
-        if session.marking():
-            batch_norm = isinstance(args[0], nnx.BatchNorm)
-            with scopes.module_scope(path, batch_norm=batch_norm):
+        with session.calls_of(args[0]):
+            if session.marking():
+                batch_norm = isinstance(args[0], nnx.BatchNorm)
+                with scopes.module_scope(path, batch_norm=batch_norm):
+                    return method(*args, **kwargs)
+            open_session = session.current()
+            if open_session is None:
                 return method(*args, **kwargs)
-        open_session = session.current()
-        if open_session is None:
-            return method(*args, **kwargs)
-        rewrite = subclasses.within(args[0], open_session.rewrite)
-        return rewrite_call(method, args, kwargs, rewrite, path)
+            rewrite = subclasses.within(args[0], open_session.rewrite)
+            return rewrite_call(method, args, kwargs, rewrite, path)
 
     return wrapped
 

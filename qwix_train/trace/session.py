@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from qwix_train.trace import scopes, subclasses
 from qwix_train.trace.function import TracedCall
 
 # Runs a traced call with ops replaced, or returns `UNCHANGED` to have the original
@@ -63,3 +64,15 @@ def suspended() -> Iterator[None]:
     """While results are computed: no session is in force."""
     with _context(None):
         yield
+
+
+@contextlib.contextmanager
+def in_float() -> Iterator[None]:
+    """While calls run that stay in float: those of a step, and those in a model."""
+    with scopes.float_scope() if marking() else suspended():
+        yield
+
+
+def calls_of(model: Any) -> contextlib.AbstractContextManager[None]:
+    """While a method of a model runs, which may be one whose calls stay in float."""
+    return in_float() if subclasses.in_float(model) else contextlib.nullcontext()
