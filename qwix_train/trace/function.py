@@ -172,8 +172,8 @@ def trace(
 ) -> TracedCall:
     """Traces `function(*args)`.
 
-    Arrays among the arguments, NumPy's of floats, too, become inputs of the trace.
-    Everything else (flags, strings, Python and NumPy numbers, as in
+    Arrays among the arguments, NumPy's, too, become inputs of the trace, as they do
+    under `jit`. Everything else (flags, strings, Python and NumPy numbers, as in
     `model.apply(variables, x, train=True)`) keeps its value, so that the function may
     branch on it.
 
@@ -198,7 +198,11 @@ def trace(
             continue
         slots.append(index)
         held.append(key_path[0].idx < num_held)
-        inputs.append(_stored_types[type(leaf)].unbox(leaf) if stored else leaf)
+        if stored:
+            leaf = _stored_types[type(leaf)].unbox(leaf)
+        elif not first and isinstance(leaf, np.ndarray):
+            leaf = jnp.asarray(leaf)  # in a dtype that JAX has
+        inputs.append(leaf)
         name = param_name(key_path[1:]) if first else None
         if name is None and stored:
             name = param_path(key_path)
@@ -259,12 +263,13 @@ def trace(
 def _is_numpy_array(leaf: Any, first: bool) -> bool:
     """Whether a leaf is an input of a trace though it is a NumPy array.
 
-    Those of floats hold what a model computes with, such as images. The others are, as
-    numbers are, what it may branch on; but for those among the params.
+    One without axes is, as numbers are, what a model may branch on; but for those among
+    the params. JAX has no arrays of strings or objects.
     """
     if not isinstance(leaf, np.ndarray):
         return False
-    return first or (leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating))
+    is_number = leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number)
+    return is_number and (first or leaf.ndim > 0)
 
 
 def is_array(leaf: Any) -> bool:
