@@ -194,7 +194,7 @@ def trace(
     for index, (key_path, leaf) in enumerate(flat):
         first = key_path[0].idx == 0
         stored = is_stored(leaf)
-        if not (stored or is_array(leaf) or _is_numpy_array(leaf, first)):
+        if not (stored or _is_input(leaf, first)):
             continue
         slots.append(index)
         held.append(key_path[0].idx < num_held)
@@ -260,12 +260,42 @@ def trace(
     )
 
 
-def _is_numpy_array(leaf: Any, first: bool) -> bool:
-    """Whether a leaf is an input of a trace though it is a NumPy array.
+def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The shapes of what a function returns, without computing it.
 
-    One without axes is, as numbers are, what a model may branch on; but for those among
-    the params. JAX has no arrays of strings or objects.
+    As `jax.eval_shape`, but what is no array among the arguments, such as a flag, keeps
+    its value, as in `trace`.
+
+    Args:
+      function: the function.
+      *args: its arguments, arrays or the shapes of such.
+      **kwargs: its keyword arguments.
+
+    Example:
+      >>> eval_shape(lambda x, flag: x if flag else None, jnp.ones(2), True)
+      ShapeDtypeStruct(shape=(2,), dtype=float32)
     """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    slots = [i for i, leaf in enumerate(leaves) if _is_input(leaf)]
+
+    def call(values):
+        filled = list(leaves)
+        for slot, value in zip(slots, values, strict=True):
+            filled[slot] = value
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        return function(*args, **kwargs)
+
+    return jax.eval_shape(call, [leaves[slot] for slot in slots])
+
+
+def _is_input(leaf: Any, first: bool = False) -> bool:
+    """Whether a leaf is an input of a trace.
+
+    A NumPy array without axes is, as numbers are, what a model may branch on; but for
+    those among the params. JAX has no arrays of strings or objects.
+    """
+    if is_array(leaf):
+        return True
     if not isinstance(leaf, np.ndarray):
         return False
     is_number = leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number)

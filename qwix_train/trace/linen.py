@@ -60,16 +60,17 @@ def interceptor(
         if session.marking():
             return mark(next_function, args, kwargs, context)
         open_session = session.current()
+        attribute = _attribute_of(module, context) if open_session else None
         # `setup` is called on the way to another method, and defines submodules.
         if (
             open_session is None
             or not can_rewrite(module)
-            or context.method_name == "setup"
+            or attribute in (None, "setup")
         ):
             return next_function(*args, **kwargs)
         return rewrite_call(
             module,
-            _attribute_of(module, context),
+            attribute,
             lambda: next_function(*args, **kwargs),
             args,
             kwargs,
@@ -77,15 +78,24 @@ def interceptor(
         )
 
 
-def _attribute_of(module: nn.Module, context: nn.module.InterceptorContext) -> str:
-    """The attribute that holds a method, which a decorator may have renamed."""
+def _attribute_of(
+    module: nn.Module, context: nn.module.InterceptorContext
+) -> str | None:
+    """The attribute of a class that holds a method.
+
+    Decorators may have given the method another name. None for what no attribute holds:
+    a transformation of Linen, such as `nn.remat`, sets a module up by a function of its
+    own before it calls the method.
+    """
     method = getattr(context.orig_method, "func", context.orig_method)
     cls = type(module)
     for name in (context.method_name, "__call__", *dir(cls)):
         found = inspect.getattr_static(cls, name, None)
-        if getattr(found, "__wrapped__", None) is method:
+        while found is not None and found is not method:
+            found = getattr(found, "__wrapped__", None)
+        if found is method:
             return name
-    return context.method_name
+    return None
 
 
 def can_rewrite(module: nn.Module) -> bool:
@@ -187,7 +197,7 @@ def abstract_variables(
         random_keys.checked(rngs)
     keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
     keys = {"params": jax.random.key(0), **(keys or {})}
-    return jax.eval_shape(functools.partial(model.init, **kwargs), keys, *inputs)
+    return function.eval_shape(model.init, keys, *inputs, **kwargs)
 
 
 def trace_call(
