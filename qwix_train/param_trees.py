@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 
 from qwix_train.planning import Path, Plan
 from qwix_train.trace import analyze, function, harvest, provenance, session
@@ -65,7 +64,7 @@ class CalledTrees:
 def _arrays_in(tree: Any) -> Iterator[Any]:
     for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
         if nnx_calls.is_node(leaf):
-            yield from jax.tree.leaves(nnx.state(leaf))
+            yield from nnx_calls.arrays_in(leaf)
         else:
             yield leaf
 

@@ -1,12 +1,14 @@
 """Train steps with NNX models, quantized unchanged."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from flax.training import train_state
 from jax import numpy as jnp
 
@@ -212,9 +214,10 @@ def test_modules_in_containers_metrics_and_model_and_optimizer():
         metrics.update(loss=value)
         return value, target
 
-    value, target = wrap_train_step(wide, RULES)(
-        both, metrics=metrics, others={"teacher": (teacher, None)}
-    )
+    with pytest.warns(UserWarning, match="2 different trees of params of one model"):
+        value, target = wrap_train_step(wide, RULES)(
+            both, metrics=metrics, others={"teacher": (teacher, None)}
+        )
     assert both.model is model
     check(before, model, value)
     models.assert_close(metrics.compute()["loss"], value)
@@ -311,6 +314,93 @@ def test_the_functional_style_with_graph_definitions():
     )
     with pytest.raises(ValueError, match="graph definition"):
         hidden(*state, X, Y)
+
+
+class HasGraphdef(struct.PyTreeNode):
+    params: Any
+    graphdef: Any
+    step: int = 0
+
+
+class HasStaticGraphdef(struct.PyTreeNode):
+    params: Any
+    graphdef: Any = struct.field(pytree_node=False)
+
+
+class HasBoth(train_state.TrainState):
+    graphdef: Any = struct.field(pytree_node=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class HasNested:
+    inner: Any
+    graphdef: Any = dataclasses.field(metadata={"static": True}, default=None)
+
+
+def states_with_a_graphdef(graphdef, params):
+    tx = optax.sgd(0.1)
+    return {
+        "field": HasGraphdef(params, graphdef),
+        "static": HasStaticGraphdef(params, graphdef),
+        "beside apply_fn": HasBoth.create(
+            apply_fn=None, params=params, tx=tx, graphdef=graphdef
+        ),
+        "nested": HasNested({"state": HasStaticGraphdef(params, graphdef)}),
+        "in a container": HasGraphdef(params, {"model": (graphdef,)}),
+    }
+
+
+@pytest.mark.parametrize("kind", states_with_a_graphdef(None, {}))
+def test_a_state_that_holds_a_graph_definition(kind):
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    state = states_with_a_graphdef(graphdef, params)[kind]
+
+    def step(state, x):
+        held = state.inner["state"] if kind == "nested" else state
+        found = held.graphdef["model"][0] if "container" in kind else held.graphdef
+        return state, nnx.merge(found, held.params)(x)
+
+    rules = [models.rule("int8", "int8")]
+    for run in (wrap_eval_step(step, rules), jax.jit(wrap_eval_step(step, rules))):
+        new, out = run(state, X)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        want = models.dense(nnx.to_pure_dict(nnx.state(layer)), X)
+        models.assert_close(out, want)
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.count = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        self.sow(nnx.Intermediate, "hidden", x)
+        self.count[...] += 1
+        return x
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, lambda f: f])
+def test_what_a_model_with_a_list_sows_is_captured(jit):
+    def step(model, x):
+        def loss(model):
+            out, kept = nnx.capture(model, nnx.Intermediate)(x)
+            return jnp.mean(out), (out, kept)
+
+        return nnx.value_and_grad(loss, has_aux=True)(model)[0][1]
+
+    model = Layers(nnx.Rngs(0))
+    out, kept = jit(wrap_train_step(step, models.INT8))(model, X)
+    want = X
+    for layer in model.layers:
+        want = models.dense(nnx.to_pure_dict(nnx.state(layer)), want)
+    models.assert_close(out, want)
+    models.assert_same(kept["hidden"].get_value()[0], out)
+    assert model.count[...] == 1
+    assert_clean(model)
 
 
 @pytest.mark.slow

@@ -66,6 +66,13 @@ def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
     return list(found.values())
 
 
+def arrays_in(node: Any) -> list[Any]:
+    """The arrays that an NNX object holds."""
+    with nnx.split_context() as split:
+        _, flat = split.flatten(node)
+    return jax.tree.leaves(list(flat.leaves))
+
+
 @contextlib.contextmanager
 def intercepted(tree: Any) -> Iterator[None]:
     """Within this context, calls of the modules in a tree are rewritten.
@@ -317,12 +324,19 @@ def tracing_call(
     names = [(*prefix, *slot.path[1:]) for slot, _ in found]
     with nnx.update_context(_UPDATE):
         with nnx.split_context(_UPDATE) as split:
-            graphdef, params, rest = split.split(nodes, nnx.Param, ...)
+            graphdef, flat = split.flatten(nodes)
+        # Without a tree around them: in that of an `nnx.List`, keys may be of several
+        # types, which JAX cannot sort.
+        is_param = [isinstance(leaf, nnx.Param) for leaf in flat.leaves]
+        params, rest = _divided(is_param, flat.leaves)
+        param_paths, _ = _divided(is_param, flat.paths)
 
         def pure(inputs, rest, static):
             stand_ins, params = inputs
+            variables = _joined(is_param, params, rest)
+            given = [jax.tree.leaves(variable) for variable in variables]
             with nnx.merge_context(_UPDATE, True) as merge:
-                nodes = merge.merge(graphdef, params, rest)
+                nodes = merge.unflatten(graphdef, variables)
             stored_copies = stored_params(nodes) if mark else []
             for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
                 slot.fill(stand_in)
@@ -345,14 +359,15 @@ def tracing_call(
             for (_, module), cls in zip(copies, classes, strict=True):
                 set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
-                out = result.split(split, nodes, out, (params, rest), graphdef)
+                out = result.split(split, nodes, out, given, graphdef)
             return out, finals
 
         def param_name(key_path):
             which, *key_path = key_path
             if which.idx == 0:
                 return names[key_path[0].idx]
-            name = (*prefix, *function.param_path(key_path[1:]))
+            keys = map(jax.tree_util.DictKey, param_paths[key_path[0].idx][1:])
+            name = (*prefix, *function.param_path((*keys, *key_path[1:])))
             parts = any(name[: len(whole)] == whole for whole in names)
             return None if parts else name
 
@@ -489,46 +504,58 @@ class _Result:
     def __init__(self, whole: bool = False):
         self.whole = whole
 
-    def split(self, context, nodes, out, inputs, graphdef):
+    def split(self, context, nodes, out, given, graphdef):
         """Within the trace: the arrays of the result and of what changed."""
         leaves, self.tree = jax.tree.flatten(out, is_leaf=is_node)
         self.slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
         out_nodes = [leaves[i] for i in self.slots]
-        self.graphdef, state = context.split([nodes, out_nodes])
+        self.graphdef, flat = context.flatten([nodes, out_nodes])
         others = [None if is_node(leaf) else leaf for leaf in leaves]
         # If only the values of variables changed, only those are written. That
         # matters where others cannot be: a teacher model that a loss closes over
         # belongs to an outer trace.
         self.whole |= bool(out_nodes) or nnx.graphdef(nodes) != graphdef
         if self.whole:
-            return others, state
-        before = _variables(inputs[0]) | _variables(inputs[1])
+            return others, list(flat.leaves)
         changed = [
-            (path[1:], variable)
-            for path, variable in nnx.to_flat_state(state)
-            if not _same_leaves(before.get(path[1:]), variable)
+            (path[1:], after)
+            for path, before, after in zip(flat.paths, given, flat.leaves, strict=True)
+            if not _same(before, jax.tree.leaves(after))
         ]
-        return others, nnx.from_flat_state(changed)
+        self.changed = [path for path, _ in changed]
+        return others, [after for _, after in changed]
 
     def merge(self, nodes, out):
         """Outside of the trace: writes the changes; returns the result."""
-        leaves, state = out
+        leaves, held = out
         leaves = list(leaves)
         if self.whole:
             with nnx.merge_context(_UPDATE, False) as merge:
-                _, out_nodes = merge.merge(self.graphdef, state)
+                _, out_nodes = merge.unflatten(self.graphdef, held)
             for slot, node in zip(self.slots, out_nodes, strict=True):
                 leaves[slot] = node
         else:
-            nnx.update(nodes, state)
+            changed = zip(self.changed, held, strict=True)
+            nnx.update(nodes, nnx.from_flat_state(list(changed)))
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def _variables(state: nnx.State) -> dict[Any, Any]:
-    return dict(nnx.to_flat_state(state))
+def _divided(
+    first: Sequence[bool], items: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The items for which a list says so, and the others."""
+    pairs = list(zip(first, items, strict=True))
+    return [x for is_, x in pairs if is_], [x for is_, x in pairs if not is_]
 
 
-def _same_leaves(before: Any, after: Any) -> bool:
-    """Whether two variables hold the very same arrays."""
-    leaves, others = jax.tree.leaves(before), jax.tree.leaves(after)
-    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+def _joined(
+    first: Sequence[bool], some: Sequence[Any], others: Sequence[Any]
+) -> list[Any]:
+    """The items that `_divided` divided."""
+    parts = iter(some), iter(others)
+    return [next(parts[0] if is_first else parts[1]) for is_first in first]
+
+
+def _same(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether two lists hold the very same arrays."""
+    return len(before) == len(after) and all(map(operator.is_, before, after))
