@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -82,10 +83,10 @@ def given_trees(
     plan_of: Callable[[TracedCall], Plan],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> dict[Model, int]:
-    """With how many trees of params a step calls each model, of those it is given.
+) -> list[tuple[int, str]]:
+    """The models that a step calls with several trees of params that it is given.
 
-    These are among its arguments, or what it closes over. Those that it computes, as
+    Such are among its arguments, or what it closes over. Those that it computes, as
     an optimizer does that looks ahead, are left out.
 
     Args:
@@ -93,16 +94,17 @@ def given_trees(
       plan_of: the plan of a call.
       args: the arguments of the step. It is traced once more, and not run.
       kwargs: the keyword arguments.
+
+    Returns:
+      For each, the number of trees, and a param that each of these has.
     """
-    tagged: list[tuple[Model, Path]] = []
 
     def tag(traced: TracedCall) -> Any:
-        model = model_of(plan_of(traced))
+        plan = plan_of(traced)
         inputs = list(traced.inputs)
         for place, param in enumerate(traced.params):
-            if model and param is not None and function.is_array(param.value):
-                inputs[place] = harvest.tag(inputs[place], str(len(tagged)))
-                tagged.append((model, param.path))
+            if param is not None and _is_quantized(plan, param):
+                inputs[place] = harvest.tag(inputs[place], _name(plan, param))
         return traced.with_inputs(inputs).run([], _unused, lambda param: None)
 
     with tracing_step(step(tag), args, kwargs) as (traced, _):
@@ -111,35 +113,43 @@ def given_trees(
             for place, var in enumerate(traced.body.jaxpr.invars)
         ]
         found = analyze.find_tagged(traced.body, origins, harvest.name_of)
-    given = collections.defaultdict(set)
+    trees: dict[str, tuple[int, str]] = {}
     for name, from_ in found.items():
-        given[tagged[int(name)]].update(
+        given = {
             provenance.paths_of(x)
             for x in from_
             if isinstance(x, provenance.Weight | provenance.Constant)
-        )
-    counts: dict[Model, int] = collections.defaultdict(int)
-    for (model, _), trees in given.items():
-        counts[model] = max(counts[model], len(trees))
-    return counts
+        }
+        model, _, param = name.partition(" ")
+        trees[model] = max(trees.get(model, (0, "")), (len(given), param))
+    return [several for several in trees.values() if several[0] > 1]
+
+
+def _is_quantized(plan: Plan, param: function.Param) -> bool:
+    return function.is_array(param.value) and plan.params[param.path].how is not None
+
+
+def _name(plan: Plan, param: function.Param) -> str:
+    """A name that is the same for all calls of a model, in traces from caches, too."""
+    model = hashlib.sha256(repr(model_of(plan)).encode()).hexdigest()
+    return f"{model} {'/'.join(param.path)!r} of shape {tuple(param.value.shape)}"
 
 
 def _unused(op, operands, run, given):
     raise AssertionError("no op is replaced")
 
 
-def warn(step: str, model: Model, count: int) -> None:
+def warn(step: str, count: int, param: str) -> None:
     """Says that a step quantizes several trees of params of one model.
 
     Args:
       step: the name of the step.
-      model: the model.
       count: how many.
+      param: a param that each of them has.
     """
-    path, shape = model[0]
     warnings.warn(
         f"{step} quantizes {count} different trees of params of one model: each has "
-        f"{'/'.join(path)!r} of shape {shape}. If one is that of a teacher, of a "
+        f"{param}. If one is that of a teacher, of a "
         "reference, or an average of params, it is probably to stay in float; say so "
         "where it is called: qwix_train.in_float(model).apply(teacher_params, x) with "
         "Linen, in_float(teacher)(x) with NNX. Static ranges are collected of all "

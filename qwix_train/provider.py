@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -262,6 +262,15 @@ class QuantizationProvider(abc.ABC):
     def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
         """The plan with what only this mode can say of the call."""
         return plan
+
+    @property
+    def rewrite_key(self) -> Hashable | None:
+        """Says, for JAX's caches, what `rewrite` does to a call; see `session.Session`.
+
+        Modes that do the same to every call may have equal keys. None if no other does
+        the same for sure.
+        """
+        return None
 
     def first_time(self, what: Any) -> bool:
         """Whether this is the first time that a user is told of something.

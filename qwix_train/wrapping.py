@@ -22,6 +22,7 @@ from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import session
+from qwix_train.trace.whole_step import tracing_step
 
 
 def wrap(
@@ -55,7 +56,8 @@ def wrap(
         with (
             nnx_calls.intercepted((held, args, kwargs)),
             nn.intercept_methods(linen_calls.interceptor),
-            open_session.open(),
+            # Another step may not know of what this one holds, and has it in float.
+            open_session.open(shared=not held),
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)
@@ -65,6 +67,7 @@ def wrap(
         args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
         with wrapped.checking(checked, (args, kwargs)) as trees:
             out = run(wrapped.session, args, kwargs)
+            wrapped.look_again(run, args, kwargs)
         wrapped.check_trees(trees, run, args, kwargs)
         return out
 
@@ -107,7 +110,7 @@ class _Wrapped:
     def __init__(self, provider: QuantizationProvider, name: str):
         self.provider = provider
         self.name = name
-        self.session = session.Session(self.rewrite)
+        self.session = session.Session(self.rewrite, provider.rewrite_key)
         self.quantized = False
         # Models that no rule matches, in steps that hold others that one does.
         self.tolerated: set[str] = set()
@@ -160,19 +163,32 @@ class _Wrapped:
                 "a plain function, mark that: forward = qwix_train.as_model(forward)."
             )
 
+    def look_again(self, run, args, kwargs):
+        """Finds what a step has from JAX's caches, where another one has put it."""
+        found = self.quantized or self.seen.quantized or self.seen.unmatched
+        if not found and self.session.shared_key is not None:
+            alone = session.Session(self.rewrite)
+            step = functools.partial(_call, run, alone)
+            with tracing_step(step, args, kwargs):
+                pass
+
     def check_trees(self, trees, run, args, kwargs):
         """Warns, once, of two trees of params of one model."""
         if not trees.may_be_several or not self.provider.first_time((self.name,)):
             return
 
-        def step(rewrite):
-            tagging = session.Session(rewrite)
-            return lambda *args, **kwargs: run(tagging, args, kwargs)
+        key = self.session.shared_key
 
-        counts = param_trees.given_trees(step, self.provider.plan, args, kwargs)
-        for model, count in counts.items():
-            if count > 1:
-                param_trees.warn(self.name, model, count)
+        def step(rewrite):
+            tagging = session.Session(rewrite, None if key is None else ("trees", key))
+            return functools.partial(_call, run, tagging)
+
+        for found in param_trees.given_trees(step, self.provider.plan, args, kwargs):
+            param_trees.warn(self.name, *found)
+
+
+def _call(run, open_session, *args, **kwargs):
+    return run(open_session, args, kwargs)
 
 
 class _Seen(threading.local):
