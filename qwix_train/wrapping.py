@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import errors
 from flax import linen as nn
 
 from qwix_train import param_trees, step_arguments
@@ -100,6 +101,10 @@ def check_step(step: Any) -> None:
         )
 
 
+# The shared keys of sessions in which a model was quantized.
+_quantized_keys: set[Any] = set()
+
+
 class _Wrapped:
     """What is known of a wrapped step over all of its calls.
 
@@ -123,6 +128,8 @@ class _Wrapped:
         if self.provider.matches(plan):
             self.seen.quantized = True
             self.seen.trees.add(traced, plan)
+            if self.session.shared_key is not None:
+                _quantized_keys.add(self.session.shared_key)
         elif plan.ops:
             self.seen.unmatched.add(self.provider.no_match_message(plan))
         return self.provider.rewrite(traced, plan)
@@ -166,11 +173,16 @@ class _Wrapped:
     def look_again(self, run, args, kwargs):
         """Finds what a step has from JAX's caches, where another one has put it."""
         found = self.quantized or self.seen.quantized or self.seen.unmatched
-        if not found and self.session.shared_key is not None:
-            alone = session.Session(self.rewrite)
-            step = functools.partial(_call, run, alone)
-            with tracing_step(step, args, kwargs):
-                pass
+        if found or self.session.shared_key not in _quantized_keys:
+            return
+        alone = session.Session(self.rewrite)
+        # A step that changes NNX objects which it holds cannot be traced, and its model
+        # is one that is not found.
+        with (
+            contextlib.suppress(errors.TraceContextError),
+            tracing_step(_running(run, alone), args, kwargs),
+        ):
+            pass
 
     def check_trees(self, trees, run, args, kwargs):
         """Warns, once, of two trees of params of one model."""
@@ -181,14 +193,17 @@ class _Wrapped:
 
         def step(rewrite):
             tagging = session.Session(rewrite, None if key is None else ("trees", key))
-            return functools.partial(_call, run, tagging)
+            return _running(run, tagging)
 
         for found in param_trees.given_trees(step, self.provider.plan, args, kwargs):
             param_trees.warn(self.name, *found)
 
 
-def _call(run, open_session, *args, **kwargs):
-    return run(open_session, args, kwargs)
+def _running(run, open_session):
+    def step(*args, **kwargs):
+        return run(open_session, args, kwargs)
+
+    return step
 
 
 class _Seen(threading.local):

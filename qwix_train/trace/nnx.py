@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
+from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train.trace import function, scopes, session, subclasses
@@ -64,6 +66,17 @@ def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
             name = "/".join(map(str, path[outermost:]))
             found.setdefault(id(module), (name, module))
     return list(found.values())
+
+
+def _is_param(leaf: Any) -> bool:
+    """Whether a leaf of an NNX object is a param.
+
+    That is an `nnx.Param`, or an array of floats that the object holds as it is.
+    """
+    if isinstance(leaf, nnx.Variable):
+        return isinstance(leaf, nnx.Param)
+    is_array = function.is_array(leaf) or isinstance(leaf, np.ndarray)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def arrays_in(node: Any) -> list[Any]:
@@ -327,7 +340,7 @@ def tracing_call(
             graphdef, flat = split.flatten(nodes)
         # Without a tree around them: in that of an `nnx.List`, keys may be of several
         # types, which JAX cannot sort.
-        is_param = [isinstance(leaf, nnx.Param) for leaf in flat.leaves]
+        is_param = [_is_param(leaf) for leaf in flat.leaves]
         params, rest = _divided(is_param, flat.leaves)
         param_paths, _ = _divided(is_param, flat.paths)
 
@@ -428,7 +441,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
-    """The places of a graph that hold variables or stored params."""
+    """The places of a graph that hold variables, params or stored params."""
     for path, node in nnx.iter_graph(root):
         if not isinstance(node, nnx.Pytree):
             continue
@@ -438,7 +451,11 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
                 continue
             flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
             for keys, value in flat:
-                if function.is_stored(value) or isinstance(value, nnx.Variable):
+                if (
+                    function.is_stored(value)
+                    or isinstance(value, nnx.Variable)
+                    or _is_param(value)
+                ):
                     names = (*path, attribute, *function.param_path(keys))
                     yield _Slot(node, tuple(map(str, names)), attribute, keys), value
 
@@ -471,8 +488,18 @@ def replace_params(
         attribute.
       box: puts the metadata of a variable around the value that takes its place.
       new_variable: gives what a new attribute holds, from its path and value.
+
+    Raises:
+      ValueError: if the module holds one of them in no variable.
     """
     slots = list(_slots(module))
+    for slot, held in slots:
+        if slot.path in values and _is_param(held) and not is_node(held):
+            raise ValueError(
+                f"{'/'.join(slot.path)!r} is an array that a "
+                f"{type(slot.owner).__name__} holds as it is. Such a param can train "
+                "quantized, but not be stored so: hold it in an nnx.Param(...)."
+            )
     new = {
         id(variable): box(values[slot.path], variable)
         for slot, variable in slots
