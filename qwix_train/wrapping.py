@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import errors
+from flax import errors, nnx
 from flax import linen as nn
 
 from qwix_train import param_trees, step_arguments
@@ -87,8 +87,16 @@ def check_step(step: Any) -> None:
       step: the step.
 
     Raises:
-      TypeError: if it is compiled already, or no function.
+      TypeError: if it is compiled already, a model, or no function.
     """
+    if isinstance(step, nn.Module | nnx.Module):
+        call = "model(x)"
+        if isinstance(step, nn.Module):
+            call = 'model.apply({"params": params}, x)'
+        raise TypeError(
+            f"This {type(step).__name__} is a model, not a step. Wrap a function that "
+            f"calls it, as {call}; or quantize the model itself with quantize_model."
+        )
     if isinstance(step, jax.stages.Compiled | jax.stages.Lowered):
         raise TypeError(
             "The step was compiled ahead of time and can no longer be quantized. Wrap "

@@ -171,3 +171,15 @@ def test_steps_that_share_a_compiled_model():
         wrap_eval_step(lambda params, x: x, WEIGHTS_ONLY)(params, x)
     with pytest.warns(UserWarning, match="2 different trees"):
         wrap_eval_step(teaching, WEIGHTS_ONLY)(params, LAYER_PARAMS, x)
+
+
+@pytest.mark.parametrize("model", [LAYER, nnx.Linear(6, 3, rngs=nnx.Rngs(0))])
+def test_a_model_is_no_step(model):
+    call = r"model\.apply" if model is LAYER else r"model\(x\)"
+    for wrap in (
+        lambda: wrap_train_step(model, WEIGHTS_ONLY),
+        lambda: wrap_eval_step(model, WEIGHTS_ONLY),
+        lambda: calib.Calibrator(RULES).wrap(model),
+    ):
+        with pytest.raises(TypeError, match=f"is a model, not a step.*{call}"):
+            wrap()
