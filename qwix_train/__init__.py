@@ -38,4 +38,5 @@ from qwix_train.state import QuantTrainState as QuantTrainState
 from qwix_train.state import with_quant_stats as with_quant_stats
 from qwix_train.step import wrap_eval_step as wrap_eval_step
 from qwix_train.step import wrap_train_step as wrap_train_step
-from qwix_train.wrapping import as_model as as_model
+from qwix_train.step_models import as_model as as_model
+from qwix_train.step_models import in_float as in_float

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from qwix_train.trace import attributes
 from qwix_train.trace import nnx as nnx_calls
 
 Step = Callable[..., Any]
@@ -67,8 +68,9 @@ def _kept(keep: Any, old: Any, new: Any) -> Any:
 
 
 def _is_state(value: Any) -> bool:
-    stats = None if isinstance(value, type) else getattr(value, "batch_stats", None)
-    return hasattr(value, "replace") and isinstance(stats, Mapping) and bool(stats)
+    if isinstance(value, type) or not attributes.has(value, "batch_stats", "replace"):
+        return False
+    return isinstance(value.batch_stats, Mapping) and bool(value.batch_stats)
 
 
 def _is_leaf(value: Any) -> bool:

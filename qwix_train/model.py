@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -45,8 +44,8 @@ def quantize_model(
         name and as functions, such as `Model.encode`. Others run in float, and say so
         where they run ops that the rules quantize.
       **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
-        an NNX model does not have in float; its method gets them, too, if it takes
-        them.
+        an NNX model does not have in float; its method gets them, too, if it has a
+        parameter of that name.
 
     Returns:
       A model of the same kind. With `QtProvider` it has the same params. With
@@ -85,12 +84,7 @@ def quantize_model(
                 "quantize_model(model, provider). To see what the rules do to it, use "
                 "plan(model, rules, *inputs)."
             )
-        # A bound one, such as one just made in a compact method, keeps its scope; a
-        # copy that Linen makes would ask for a name of its own there.
-        bound = model.scope is not None
-        quantized = copy.copy(model) if bound else model.copy(name=model.name)
-        object.__setattr__(quantized, "__class__", _linen_class(cls, provider, methods))
-        return quantized
+        return linen_calls.with_class(model, _linen_class(cls, provider, methods))
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
@@ -105,8 +99,8 @@ def quantize_model(
     nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
-        if rngs is not None and not _takes(method, "rngs"):
-            del model_inputs_kwargs["rngs"]
+        if not _takes_rngs(method):
+            model_inputs_kwargs.pop("rngs", None)
         with nnx_calls.tracing_call(
             method, (model, *model_inputs), model_inputs_kwargs
         ) as (traced, _):
@@ -147,10 +141,9 @@ def apply_lora_to_model(
     )
 
 
-def _takes(method: Callable[..., Any], name: str) -> bool:
-    """Whether a method has a parameter of a name."""
-    parameters = inspect.signature(method).parameters.values()
-    return any(p.name == name or p.kind == p.VAR_KEYWORD for p in parameters)
+def _takes_rngs(method: Callable[..., Any]) -> bool:
+    """Whether a method has a parameter `rngs`; `**kwargs` may be for anything else."""
+    return "rngs" in inspect.signature(method).parameters
 
 
 def _drawn(rngs: nnx.Rngs, name: str) -> jax.Array:
@@ -485,8 +478,9 @@ def plan(
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`, for inputs of any width.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
-        input of any other.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; what the
+        method of an NNX model takes as `rngs`, if it does; a keyword input of a
+        function.
       **kwargs: keyword inputs.
 
     Returns:
@@ -504,11 +498,11 @@ def plan(
             return rules.annotate(traced, rules.plan(traced))
         return make_plan(traced, rules)
 
-    if rngs is not None and not isinstance(model, nn.Module):
-        kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
         cls = subclasses.original(type(model))
         called = getattr(cls, method) if isinstance(method, str) else method
+        if rngs is not None and _takes_rngs(called):
+            kwargs["rngs"] = rngs
         with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
             return planned(traced)
     if isinstance(model, nn.Module):
@@ -516,14 +510,13 @@ def plan(
             given = {"method": method, **kwargs}
             variables = linen_calls.abstract_variables(model, inputs, given, rngs)
         mutable = [name for name in variables if name != "params"]
-        apply = functools.partial(model.apply, method=method, rngs=rngs)
-        traced = trace_function(
-            functools.partial(apply, mutable=mutable, **kwargs),
-            (variables, *inputs),
-            {},
+        apply = functools.partial(
+            model.apply, method=method, rngs=rngs, mutable=mutable
         )
+        traced = trace_function(apply, (variables, *inputs), kwargs)
     elif callable(model):
-        traced = trace_function(model, inputs, kwargs)
+        given = {} if rngs is None else {"rngs": rngs}
+        traced = trace_function(model, inputs, {**given, **kwargs})
     else:
         raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
     return planned(traced)

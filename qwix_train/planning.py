@@ -281,6 +281,8 @@ class _Planner:
         }
 
     def decide(self, op: Op) -> OpPlan:
+        if op.in_float:
+            return OpPlan(op, reason="its call is in_float")
         index = next(
             (
                 i

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -89,7 +89,7 @@ class QuantizationProvider(abc.ABC):
         """
         self.rules = check_rules(rules)
         self.allow_unmatched = allow_unmatched
-        self._warned: set[str] = set()
+        self._warned: set[Any] = set()
 
     @abc.abstractmethod
     def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
@@ -263,6 +263,25 @@ class QuantizationProvider(abc.ABC):
         """The plan with what only this mode can say of the call."""
         return plan
 
+    @property
+    def rewrite_key(self) -> Hashable | None:
+        """Says, for JAX's caches, what `rewrite` does to a call; see `session.Session`.
+
+        Modes that do the same to every call may have equal keys. None if no other does
+        the same for sure.
+        """
+        return None
+
+    def first_time(self, what: Any) -> bool:
+        """Whether this is the first time that a user is told of something.
+
+        Args:
+          what: identifies it: any hashable object.
+        """
+        first = what not in self._warned
+        self._warned.add(what)
+        return first
+
     def check(self, plan: Plan) -> None:
         """Warns, once, of ops that a rule matches and that cannot be quantized.
 
@@ -297,8 +316,7 @@ class QuantizationProvider(abc.ABC):
             self._warn(f"A rule matches nothing: {said}.")
 
     def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if self.first_time(message):
             warnings.warn(message, stacklevel=4)
 
 

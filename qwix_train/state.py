@@ -19,6 +19,7 @@ from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
 from qwix_train.qat.running_ranges import States, nested
 from qwix_train.qat.train_state import collections_of
 from qwix_train.rules import QuantizationRule
+from qwix_train.trace import attributes
 from qwix_train.trace import nnx as nnx_calls
 
 
@@ -198,8 +199,7 @@ def step_count(tree: Any) -> Any:
 
 
 def _counts_steps(value: Any) -> bool:
-    is_class = isinstance(value, type)
-    return not is_class and hasattr(value, "step") and hasattr(value, "replace")
+    return not isinstance(value, type) and attributes.has(value, "step", "replace")
 
 
 def _call_of(state: Any) -> Callable[..., Any]:
@@ -259,8 +259,7 @@ def _child(node: Any, name: str) -> Any:
 def _is_train_state(value: Any) -> bool:
     return (
         not isinstance(value, nnx.Module | type)
-        and hasattr(value, "quant_stats")
-        and hasattr(value, "replace")
+        and attributes.has(value, "quant_stats", "replace")
         and bool(value.quant_stats)
     )
 

@@ -47,11 +47,14 @@ def wrap_train_step(
 
     * takes a `flax.training.train_state.TrainState`, and calls its `apply_fn`,
     * closes over a Linen module, and calls `model.apply`, or
-    * takes NNX modules, as in `step(model, optimizer, batch)`,
+    * takes NNX modules, as in `step(model, optimizer, batch)`, closes over them, or
+      names them as globals of its module,
 
-    with any other arguments. What comes back has the same signature; jit it as you
-    would the step: `jax.jit(wrap_train_step(step, rules), donate_argnums=0)`. Called
-    eagerly it traces the model at every call, which takes milliseconds.
+    with any other arguments. All of these calls are quantized, those of a teacher, too,
+    unless it is called as `in_float(model)`. What comes back has the same signature;
+    jit it as you would the step:
+    `jax.jit(wrap_train_step(step, rules), donate_argnums=0)`. Called eagerly it traces
+    the model at every call, which takes milliseconds.
 
     Rules with `act_static_scale=True` quantize activations with ranges that are kept
     in the state (see `with_quant_stats`). Each step measures its activations and

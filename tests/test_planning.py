@@ -9,6 +9,7 @@ from flax import errors
 from flax import linen as nn
 from jax import numpy as jnp
 
+from qwix_train import as_model, wrap_eval_step
 from qwix_train.model import plan, quantize_fn
 from qwix_train.qat import QtProvider
 from qwix_train.rules import QuantizationRule
@@ -399,3 +400,46 @@ def test_inputs_that_do_not_fit_the_variables_are_refused():
         plan(nn.Dense(3), [rule()], data(2, 7), variables=variables)
     with pytest.raises(TypeError, match="contracting dimensions"):
         plan(two_layers, [rule()], PARAMS, data(2, 7))
+
+
+TOKENS = np.array([[1, 0, 2], [3, 3, 1]])
+
+
+def attend(params, tokens):
+    """A lookup, a projection, and a product of two activations."""
+    x = params["table"][tokens]
+    scores = jnp.einsum("bqi,bki->bqk", x @ params["query"], x)
+    return jnp.einsum("bqk,bki->bqi", scores, x)
+
+
+LANGUAGE = {"table": PARAMS["b"], "query": data(4, 4)}
+LOOKUPS = [
+    rule(op_names=("gather",), act_qtype=None),
+    rule(act_qtype="int8", op_names=("dot_general", "einsum")),
+]
+
+
+def test_a_plan_of_a_data_loaders_tokens_is_that_of_the_jitted_step():
+    plans = []
+
+    class Recording(QtProvider):
+        def plan(self, traced):
+            plans.append(super().plan(traced))
+            return plans[-1]
+
+    jax.eval_shape(quantize_fn(attend, Recording(LOOKUPS)), LANGUAGE, TOKENS)
+    found = plan(attend, LOOKUPS, LANGUAGE, TOKENS)
+    assert found.records() == plans[0].records()
+    assert [op["op"] for op in found.records() if op["quantized"]] == [
+        "gather0",
+        "dot_general0",
+        "einsum0",
+        "einsum1",
+    ]
+
+
+def test_an_eager_step_with_a_data_loaders_tokens_is_the_jitted_one():
+    step = wrap_eval_step(as_model(attend), LOOKUPS)
+    got, want = step(LANGUAGE, TOKENS), jax.jit(step)(LANGUAGE, TOKENS)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.abs(got - attend(LANGUAGE, TOKENS)).max() > 1e-3

@@ -1,12 +1,14 @@
 """Train steps with NNX models, quantized unchanged."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from flax.training import train_state
 from jax import numpy as jnp
 
@@ -212,9 +214,10 @@ def test_modules_in_containers_metrics_and_model_and_optimizer():
         metrics.update(loss=value)
         return value, target
 
-    value, target = wrap_train_step(wide, RULES)(
-        both, metrics=metrics, others={"teacher": (teacher, None)}
-    )
+    with pytest.warns(UserWarning, match="2 different trees of params of one model"):
+        value, target = wrap_train_step(wide, RULES)(
+            both, metrics=metrics, others={"teacher": (teacher, None)}
+        )
     assert both.model is model
     check(before, model, value)
     models.assert_close(metrics.compute()["loss"], value)
@@ -311,6 +314,93 @@ def test_the_functional_style_with_graph_definitions():
     )
     with pytest.raises(ValueError, match="graph definition"):
         hidden(*state, X, Y)
+
+
+class HasGraphdef(struct.PyTreeNode):
+    params: Any
+    graphdef: Any
+    step: int = 0
+
+
+class HasStaticGraphdef(struct.PyTreeNode):
+    params: Any
+    graphdef: Any = struct.field(pytree_node=False)
+
+
+class HasBoth(train_state.TrainState):
+    graphdef: Any = struct.field(pytree_node=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class HasNested:
+    inner: Any
+    graphdef: Any = dataclasses.field(metadata={"static": True}, default=None)
+
+
+def states_with_a_graphdef(graphdef, params):
+    tx = optax.sgd(0.1)
+    return {
+        "field": HasGraphdef(params, graphdef),
+        "static": HasStaticGraphdef(params, graphdef),
+        "beside apply_fn": HasBoth.create(
+            apply_fn=None, params=params, tx=tx, graphdef=graphdef
+        ),
+        "nested": HasNested({"state": HasStaticGraphdef(params, graphdef)}),
+        "in a container": HasGraphdef(params, {"model": (graphdef,)}),
+    }
+
+
+@pytest.mark.parametrize("kind", states_with_a_graphdef(None, {}))
+def test_a_state_that_holds_a_graph_definition(kind):
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    state = states_with_a_graphdef(graphdef, params)[kind]
+
+    def step(state, x):
+        held = state.inner["state"] if kind == "nested" else state
+        found = held.graphdef["model"][0] if "container" in kind else held.graphdef
+        return state, nnx.merge(found, held.params)(x)
+
+    rules = [models.rule("int8", "int8")]
+    for run in (wrap_eval_step(step, rules), jax.jit(wrap_eval_step(step, rules))):
+        new, out = run(state, X)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        want = models.dense(nnx.to_pure_dict(nnx.state(layer)), X)
+        models.assert_close(out, want)
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.count = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        self.sow(nnx.Intermediate, "hidden", x)
+        self.count[...] += 1
+        return x
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, lambda f: f])
+def test_what_a_model_with_a_list_sows_is_captured(jit):
+    def step(model, x):
+        def loss(model):
+            out, kept = nnx.capture(model, nnx.Intermediate)(x)
+            return jnp.mean(out), (out, kept)
+
+        return nnx.value_and_grad(loss, has_aux=True)(model)[0][1]
+
+    model = Layers(nnx.Rngs(0))
+    out, kept = jit(wrap_train_step(step, models.INT8))(model, X)
+    want = X
+    for layer in model.layers:
+        want = models.dense(nnx.to_pure_dict(nnx.state(layer)), want)
+    models.assert_close(out, want)
+    models.assert_same(kept["hidden"].get_value()[0], out)
+    assert model.count[...] == 1
+    assert_clean(model)
 
 
 @pytest.mark.slow
@@ -459,6 +549,40 @@ def test_classes_of_unusual_make():
     assert registered == ["model"]
 
 
+def test_a_model_that_is_not_an_argument():
+    model, _ = make()
+    scale = 2.0
+
+    def helper(x):
+        return scale * model(x)
+
+    class Trainer:
+        def __init__(self):
+            self.model = model
+
+        def evaluate(self, x):
+            return scale * self.model(x)
+
+    model.eval()
+    want = wrap_eval_step(lambda model, x: scale * model(x), RULES)(model, X)
+    helpers = {"evaluate": helper}
+    for step in (
+        lambda x: scale * model(x),
+        lambda x: helper(x),
+        lambda x: helpers["evaluate"](x),
+        jax.jit(helper),
+        functools.partial(lambda call, x: call(x), helper),
+        Trainer().evaluate,
+        lambda x: GLOBAL[0](scale, x),
+    ):
+        GLOBAL[:] = [lambda scale, x: scale * model(x)]
+        models.assert_close(wrap_eval_step(step, RULES)(X), want)
+        assert_clean(model)
+
+
+GLOBAL = []
+
+
 @pytest.mark.slow
 def test_a_method_of_an_object_that_holds_the_model():
     class Learner(nnx.Module):
@@ -480,9 +604,11 @@ def test_a_method_of_an_object_that_holds_the_model():
 
 
 def test_a_hidden_model_is_refused():
-    model, optimizer = make()
-    with pytest.raises(ValueError, match="does not receive as an argument"):
-        wrap_train_step(lambda x, y: loss_fn(model, x, y), RULES)(X, Y)
+    class Holder:
+        model = make()[0]
+
+    with pytest.raises(ValueError, match="attribute of another object"):
+        wrap_train_step(lambda x, y: loss_fn(Holder.model, x, y), RULES)(X, Y)
     wrapped = wrap_train_step(lambda f, p, x: f(p, x), RULES)
     with pytest.raises(ValueError, match="as_model"):
         wrapped(quantize_fn(lambda p, x: x @ p, QtProvider(models.INT8)), X.T, X)

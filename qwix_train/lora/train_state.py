@@ -82,12 +82,6 @@ class AdaptedApply:
         self, first: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> TracedCall:
         """A trace of the function."""
-        # A NumPy array would be a constant of the trace, and a lookup of constants is
-        # no lookup.
-        args, kwargs = jax.tree.map(
-            lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x,
-            (tuple(args), dict(kwargs)),
-        )
         return trace_function(self.function, (first, *args), dict(kwargs))
 
     def _check_known(self, parts: Mapping[Path, Any]) -> None:

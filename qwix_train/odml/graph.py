@@ -106,6 +106,7 @@ class Node:
       module_path: the path of its module.
       run: computes the outputs, as a list, from arrays for the inputs.
       in_batch_norm: whether it is in a batch normalization layer of Flax.
+      in_float: whether the call that it is part of stays in float.
       derivative: the function with a derivative rule of its own that it is part of.
       parts: the nodes that it stands for, if it stands for several.
       has_effects: whether it does more than compute, such as print.
@@ -118,6 +119,7 @@ class Node:
     module_path: str
     run: Callable[..., list[Any]]
     in_batch_norm: bool = False
+    in_float: bool = False
     derivative: str | None = None
     parts: tuple[Node, ...] = ()
     has_effects: bool = False
@@ -421,6 +423,7 @@ class _Builder:
                 module_path="/".join(filter(None, (self.prefix, path))),
                 run=run,
                 in_batch_norm=in_batch_norm,
+                in_float=scopes.is_in_float(scope),
                 derivative=derivative,
             )
         )

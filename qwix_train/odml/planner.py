@@ -96,6 +96,9 @@ class _Planner:
             return plan
         if name in ops.LAYOUT:
             return plan
+        if node.in_float:
+            plan.reason = "its call is in_float"
+            return plan
         for index, rule in enumerate(self.plan.rules):
             if rule.matches(node.module_path, name, op_id):
                 plan.rule_index, plan.rule = index, rule

@@ -142,8 +142,7 @@ class OdmlQatProvider(QuantizationProvider):
             message = unsupported_message(node)
             if self.strict:
                 raise ValueError(message)
-            if node.where not in self._warned:
-                self._warned.add(node.where)
+            if self.first_time(node.where):
                 warnings.warn(message, stacklevel=2)
 
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]

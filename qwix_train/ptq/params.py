@@ -261,9 +261,9 @@ def quantize(
                 )
             return quantized, quantize_params(params, shapes, **options)
         others = list(variables)
-        apply = functools.partial(model.apply, mutable=others, rngs=rngs, **kwargs)
+        apply = functools.partial(model.apply, mutable=others, rngs=rngs)
         first = {**variables, "params": params}
-        shapes = abstract_params(apply, first, rules, *inputs)["params"]
+        shapes = abstract_params(apply, first, rules, *inputs, **kwargs)["params"]
         return quantized, quantize_params(params, shapes, **options)
     quantized = quantize_fn(model, provider)
     shapes = abstract_params(model, params, rules, *inputs, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -90,6 +90,17 @@ class QtProvider(QuantizationProvider):
             traced, plan, self.rules, lambda op, op_plan, side, x, given: given
         )
         return run_fake_quantized(traced, plan, fake_quantize, given, products)
+
+    @property
+    def rewrite_key(self) -> Hashable | None:
+        """See `QuantizationProvider.rewrite_key`."""
+        if type(self) is not QtProvider or self.quant_stats is not None:
+            return None
+        try:
+            hash(self.rules)
+        except TypeError:  # a schedule has dictionaries
+            return None
+        return (QtProvider, self.rules)
 
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`: scales that are trained."""

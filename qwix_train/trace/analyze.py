@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import core
@@ -21,7 +21,7 @@ from jax.extend import core as jex
 from qwix_train.trace import jax_versions, provenance
 from qwix_train.trace.constants import Constants, moves_elements
 from qwix_train.trace.provenance import Provenance
-from qwix_train.trace.scopes import module_path_of
+from qwix_train.trace.scopes import is_in_float, module_path_of
 
 # Where an equation is: its index, then (for one inside a body) the number of the
 # body and the index there, and so on inward.
@@ -65,6 +65,7 @@ class Op:
         `custom_vjp_call`, or None.
       moves: whether it only moves elements of an activation, as a product with a
         constant does whose ones select them.
+      in_float: whether the call that it is part of stays in float.
       scans: the length of each `scan` around it, outermost first, if it goes over
         params, as one over the layers of a model does; 0 for any other.
       name_stack: the scopes around it.
@@ -79,6 +80,7 @@ class Op:
     out_shape: tuple[int, ...]
     opaque: str | None = None
     moves: bool = False
+    in_float: bool = False
     scans: tuple[int, ...] = ()
     name_stack: str = ""
 
@@ -119,6 +121,26 @@ def find_ops(
     walker = _Walker(prefix)
     walker.walk(body, inputs, key=(), scope="", opaque=None)
     return Found(walker.ops, walker.layer_axes)
+
+
+def find_tagged(
+    body: jax_versions.Body,
+    inputs: Sequence[Provenance],
+    name_of: Callable[[Any], str | None],
+) -> dict[str, set[Provenance]]:
+    """Where the values come from that equations give a name.
+
+    Args:
+      body: the traced function.
+      inputs: the provenance of each of its inputs.
+      name_of: the name that an equation gives its operand, or None.
+
+    Returns:
+      For each name, one for each place where the function gives it.
+    """
+    walker = _TagWalker(name_of)
+    walker.walk(body, inputs, key=(), scope="", opaque=None)
+    return walker.found
 
 
 def is_einsum(scope: str) -> bool:
@@ -171,7 +193,7 @@ class _Walker:
             operands = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
             has_body = jax_versions.has_body(eqn.params)
-            if has_body or _is_op(eqn, operands):
+            if has_body or self.is_found(eqn, operands):
                 here = (*key, index)
                 inner_scope = _join(scope, str(eqn.source_info.name_stack))
                 if has_body:
@@ -189,6 +211,10 @@ class _Walker:
             env.update(zip(eqn.outvars, results, strict=True))
         self.constants = outside
         return [read(atom) for atom in jaxpr.outvars]
+
+    def is_found(self, eqn, operands) -> bool:
+        """Whether `add` is to be called with an equation without bodies."""
+        return _is_op(eqn, operands)
 
     def add(self, eqn, operands, key, scope, opaque):
         path = module_path_of(scope)
@@ -217,6 +243,7 @@ class _Walker:
                 out_shape=tuple(eqn.outvars[0].aval.shape),
                 opaque=opaque,
                 moves=self.moves(eqn, operands),
+                in_float=is_in_float(scope),
                 scans=self.scans,
                 name_stack=scope,
             )
@@ -363,6 +390,21 @@ class _Walker:
             carry = after
             del self.ops[ops:]
             self.counts = counts.copy()
+
+
+class _TagWalker(_Walker):
+    def __init__(self, name_of: Callable[[Any], str | None]):
+        super().__init__("")
+        self.name_of = name_of
+        self.found: dict[str, set[Provenance]] = collections.defaultdict(set)
+
+    def is_found(self, eqn, operands) -> bool:
+        return self.name_of(eqn) is not None
+
+    def add(self, eqn, operands, key, scope, opaque):
+        name = self.name_of(eqn)
+        assert name is not None
+        self.found[name].add(operands[0])
 
 
 def _is_op(eqn, operands: Sequence[Provenance]) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qwix_train.trace import attributes
+
 # The names that Flax models give the switch, and what it says if it is true.
 _SWITCHES = {
     "deterministic": True,
@@ -45,7 +47,9 @@ def deterministic_of(
         given = {**bound.arguments, **kwargs}
     except (TypeError, ValueError):
         given = dict(kwargs)
-    held = {name: getattr(owner, name, None) for name in _SWITCHES}
+    held = {
+        name: getattr(owner, name) for name in _SWITCHES if attributes.has(owner, name)
+    }
     for values in (given, held):
         for name, meaning in _SWITCHES.items():
             if isinstance(values.get(name), bool | np.bool_):

@@ -172,8 +172,8 @@ def trace(
 ) -> TracedCall:
     """Traces `function(*args)`.
 
-    Arrays among the arguments, NumPy's of floats, too, become inputs of the trace.
-    Everything else (flags, strings, Python and NumPy numbers, as in
+    Arrays among the arguments, NumPy's, too, become inputs of the trace, as they do
+    under `jit`. Everything else (flags, strings, Python and NumPy numbers, as in
     `model.apply(variables, x, train=True)`) keeps its value, so that the function may
     branch on it.
 
@@ -194,11 +194,15 @@ def trace(
     for index, (key_path, leaf) in enumerate(flat):
         first = key_path[0].idx == 0
         stored = is_stored(leaf)
-        if not (stored or is_array(leaf) or _is_numpy_array(leaf, first)):
+        if not (stored or _is_input(leaf, first)):
             continue
         slots.append(index)
         held.append(key_path[0].idx < num_held)
-        inputs.append(_stored_types[type(leaf)].unbox(leaf) if stored else leaf)
+        if stored:
+            leaf = _stored_types[type(leaf)].unbox(leaf)
+        elif not first and isinstance(leaf, np.ndarray):
+            leaf = jnp.asarray(leaf)  # in a dtype that JAX has
+        inputs.append(leaf)
         name = param_name(key_path[1:]) if first else None
         if name is None and stored:
             name = param_path(key_path)
@@ -256,15 +260,46 @@ def trace(
     )
 
 
-def _is_numpy_array(leaf: Any, first: bool) -> bool:
-    """Whether a leaf is an input of a trace though it is a NumPy array.
+def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The shapes of what a function returns, without computing it.
 
-    Those of floats hold what a model computes with, such as images. The others are, as
-    numbers are, what it may branch on; but for those among the params.
+    As `jax.eval_shape`, but what is no array among the arguments, such as a flag, keeps
+    its value, as in `trace`.
+
+    Args:
+      function: the function.
+      *args: its arguments, arrays or the shapes of such.
+      **kwargs: its keyword arguments.
+
+    Example:
+      >>> eval_shape(lambda x, flag: x if flag else None, jnp.ones(2), True)
+      ShapeDtypeStruct(shape=(2,), dtype=float32)
     """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    slots = [i for i, leaf in enumerate(leaves) if _is_input(leaf)]
+
+    def call(values):
+        filled = list(leaves)
+        for slot, value in zip(slots, values, strict=True):
+            filled[slot] = value
+        args, kwargs = jax.tree.unflatten(tree, filled)
+        return function(*args, **kwargs)
+
+    return jax.eval_shape(call, [leaves[slot] for slot in slots])
+
+
+def _is_input(leaf: Any, first: bool = False) -> bool:
+    """Whether a leaf is an input of a trace.
+
+    A NumPy array without axes is, as numbers are, what a model may branch on; but for
+    those among the params. JAX has no arrays of strings or objects.
+    """
+    if is_array(leaf):
+        return True
     if not isinstance(leaf, np.ndarray):
         return False
-    return first or (leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating))
+    is_number = leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number)
+    return is_number and (first or leaf.ndim > 0)
 
 
 def is_array(leaf: Any) -> bool:

@@ -41,6 +41,12 @@ def tag(value: Any, name: str, layers: Sequence[bool] = ()) -> Any:
     return checkpoint_name(value, f"{_PREFIX}{code}:{name}")
 
 
+def name_of(eqn: Any) -> str | None:
+    """The name of the tag that an equation is, or None."""
+    found = _parse(eqn)
+    return None if found is None else found[1]
+
+
 def check_not_batched(name: str, value: Any, ndim: int) -> None:
     """Complains of a value that `vmap` has given an axis of examples.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import core, nnx
@@ -22,6 +24,24 @@ from qwix_train.trace import (
     subclasses,
 )
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@functools.cache
+def float_class(cls: type) -> type:
+    """A subclass of a module's class whose calls stay in float."""
+    return subclasses.subclass(cls, nn.Module, {subclasses.IN_FLOAT: True})
+
+
+def with_class(module: Module, cls: type) -> Module:
+    """A copy of a module that is of another class."""
+    # A bound one, such as one just made in a compact method, keeps its scope; a copy
+    # that Linen makes would ask for a name of its own there.
+    bound = module.scope is not None
+    changed = copy.copy(module) if bound else module.copy(name=module.name)
+    object.__setattr__(changed, "__class__", cls)
+    return changed
+
 
 def interceptor(
     next_function: Callable[..., Any],
@@ -36,24 +56,46 @@ def interceptor(
     applied that calls one.
     """
     module = context.module
-    if session.marking():
-        return mark(next_function, args, kwargs, context)
-    open_session = session.current()
-    # `setup` is called on the way to another method, and defines submodules.
-    if (
-        open_session is None
-        or not can_rewrite(module)
-        or context.method_name == "setup"
-    ):
-        return next_function(*args, **kwargs)
-    return rewrite_call(
-        module,
-        context.method_name,
-        lambda: next_function(*args, **kwargs),
-        args,
-        kwargs,
-        subclasses.within(module, open_session.rewrite),
-    )
+    with session.calls_of(module):
+        if session.marking():
+            return mark(next_function, args, kwargs, context)
+        open_session = session.current()
+        attribute = _attribute_of(module, context) if open_session else None
+        # `setup` is called on the way to another method, and defines submodules.
+        if (
+            open_session is None
+            or not can_rewrite(module)
+            or attribute in (None, "setup")
+        ):
+            return next_function(*args, **kwargs)
+        return rewrite_call(
+            module,
+            attribute,
+            lambda: next_function(*args, **kwargs),
+            args,
+            kwargs,
+            subclasses.within(module, open_session.rewrite),
+        )
+
+
+def _attribute_of(
+    module: nn.Module, context: nn.module.InterceptorContext
+) -> str | None:
+    """The attribute of a class that holds a method.
+
+    Decorators may have given the method another name. None for what no attribute holds:
+    a transformation of Linen, such as `nn.remat`, sets a module up by a function of its
+    own before it calls the method.
+    """
+    method = getattr(context.orig_method, "func", context.orig_method)
+    cls = type(module)
+    for name in (context.method_name, "__call__", *dir(cls)):
+        found = inspect.getattr_static(cls, name, None)
+        while found is not None and found is not method:
+            found = getattr(found, "__wrapped__", None)
+        if found is method:
+            return name
+    return None
 
 
 def can_rewrite(module: nn.Module) -> bool:
@@ -66,6 +108,7 @@ def mark(next_function, args, kwargs, context):
     module = context.module
     batch_norm = isinstance(module, nn.BatchNorm)
     with (
+        session.calls_of(module),
         scopes.module_scope("/".join(module.path), batch_norm=batch_norm),
         _initialized(module),
     ):
@@ -118,10 +161,11 @@ def rewrite_call(
         return out
     out, updates = out
     held = _stored_params(module)
+    captured_as = getattr(getattr(type(module), method_name), "__name__", method_name)
     for collection, values in updates.items():
         for name, value in values.items():
             # The caller of `original` captures the result of this very method.
-            if (collection, name) != ("intermediates", method_name):
+            if (collection, name) != ("intermediates", captured_as):
                 module.put_variable(collection, name, value)
     for path, value in held.items():
         # Handed on as it came, it has lost the metadata of its parts.
@@ -153,7 +197,7 @@ def abstract_variables(
         random_keys.checked(rngs)
     keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
     keys = {"params": jax.random.key(0), **(keys or {})}
-    return jax.eval_shape(functools.partial(model.init, **kwargs), keys, *inputs)
+    return function.eval_shape(model.init, keys, *inputs, **kwargs)
 
 
 def trace_call(

@@ -15,11 +15,13 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
+from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train.trace import function, scopes, session, subclasses
@@ -27,6 +29,8 @@ from qwix_train.trace import function, scopes, session, subclasses
 _CLASS = "_qwix_train_class"
 _PATH = "_qwix_train_path"
 _UPDATE = "qwix_train"
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 _lock = threading.Lock()
 # How many rewrites in progress, in any thread, hold a module, by its identity.
@@ -62,6 +66,24 @@ def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
             name = "/".join(map(str, path[outermost:]))
             found.setdefault(id(module), (name, module))
     return list(found.values())
+
+
+def _is_param(leaf: Any) -> bool:
+    """Whether a leaf of an NNX object is a param.
+
+    That is an `nnx.Param`, or an array of floats that the object holds as it is.
+    """
+    if isinstance(leaf, nnx.Variable):
+        return isinstance(leaf, nnx.Param)
+    is_array = function.is_array(leaf) or isinstance(leaf, np.ndarray)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def arrays_in(node: Any) -> list[Any]:
+    """The arrays that an NNX object holds."""
+    with nnx.split_context() as split:
+        _, flat = split.flatten(node)
+    return jax.tree.leaves(list(flat.leaves))
 
 
 @contextlib.contextmanager
@@ -145,6 +167,35 @@ def _original(cls: type) -> type:
     return getattr(cls, _CLASS, cls)
 
 
+def in_float(module: Module) -> Module:
+    """A module that shares the variables of another one, and whose calls stay in float.
+
+    Args:
+      module: the module, which does not change.
+    """
+    changed = nnx.clone(module, variables=False)
+    for _, part in nnx.iter_modules(changed):
+        set_class(part, float_class(type(part)))
+    return changed
+
+
+def graphdef_in_float(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+    """A graph definition whose modules, once merged, have calls that stay in float."""
+    return _map_graphdef(graphdef, lambda cls, path: float_class(cls))
+
+
+def float_class(cls: type) -> type:
+    """A subclass of a module's class whose calls stay in float."""
+    path = getattr(cls, _PATH, None)
+    changed = _float_class(_original(cls))
+    return changed if path is None else intercepting_class(changed, path)
+
+
+@functools.cache
+def _float_class(cls: type) -> type:
+    return subclass(cls, {subclasses.IN_FLOAT: True})
+
+
 def set_class(module: nnx.Module, cls: type) -> None:
     """Changes the class of a module, and nothing else about it."""
     # NNX would list `__class__` among the attributes of the module.
@@ -209,15 +260,16 @@ def _is_method(cls: type, name: str) -> bool:
 def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
-        if session.marking():
-            batch_norm = isinstance(args[0], nnx.BatchNorm)
-            with scopes.module_scope(path, batch_norm=batch_norm):
+        with session.calls_of(args[0]):
+            if session.marking():
+                batch_norm = isinstance(args[0], nnx.BatchNorm)
+                with scopes.module_scope(path, batch_norm=batch_norm):
+                    return method(*args, **kwargs)
+            open_session = session.current()
+            if open_session is None:
                 return method(*args, **kwargs)
-        open_session = session.current()
-        if open_session is None:
-            return method(*args, **kwargs)
-        rewrite = subclasses.within(args[0], open_session.rewrite)
-        return rewrite_call(method, args, kwargs, rewrite, path)
+            rewrite = subclasses.within(args[0], open_session.rewrite)
+            return rewrite_call(method, args, kwargs, rewrite, path)
 
     return wrapped
 
@@ -285,12 +337,19 @@ def tracing_call(
     names = [(*prefix, *slot.path[1:]) for slot, _ in found]
     with nnx.update_context(_UPDATE):
         with nnx.split_context(_UPDATE) as split:
-            graphdef, params, rest = split.split(nodes, nnx.Param, ...)
+            graphdef, flat = split.flatten(nodes)
+        # Without a tree around them: in that of an `nnx.List`, keys may be of several
+        # types, which JAX cannot sort.
+        is_param = [_is_param(leaf) for leaf in flat.leaves]
+        params, rest = _divided(is_param, flat.leaves)
+        param_paths, _ = _divided(is_param, flat.paths)
 
         def pure(inputs, rest, static):
             stand_ins, params = inputs
+            variables = _joined(is_param, params, rest)
+            given = [jax.tree.leaves(variable) for variable in variables]
             with nnx.merge_context(_UPDATE, True) as merge:
-                nodes = merge.merge(graphdef, params, rest)
+                nodes = merge.unflatten(graphdef, variables)
             stored_copies = stored_params(nodes) if mark else []
             for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
                 slot.fill(stand_in)
@@ -313,14 +372,15 @@ def tracing_call(
             for (_, module), cls in zip(copies, classes, strict=True):
                 set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
-                out = result.split(split, nodes, out, (params, rest), graphdef)
+                out = result.split(split, nodes, out, given, graphdef)
             return out, finals
 
         def param_name(key_path):
             which, *key_path = key_path
             if which.idx == 0:
                 return names[key_path[0].idx]
-            name = (*prefix, *function.param_path(key_path[1:]))
+            keys = map(jax.tree_util.DictKey, param_paths[key_path[0].idx][1:])
+            name = (*prefix, *function.param_path((*keys, *key_path[1:])))
             parts = any(name[: len(whole)] == whole for whole in names)
             return None if parts else name
 
@@ -381,7 +441,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
-    """The places of a graph that hold variables or stored params."""
+    """The places of a graph that hold variables, params or stored params."""
     for path, node in nnx.iter_graph(root):
         if not isinstance(node, nnx.Pytree):
             continue
@@ -391,7 +451,11 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
                 continue
             flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
             for keys, value in flat:
-                if function.is_stored(value) or isinstance(value, nnx.Variable):
+                if (
+                    function.is_stored(value)
+                    or isinstance(value, nnx.Variable)
+                    or _is_param(value)
+                ):
                     names = (*path, attribute, *function.param_path(keys))
                     yield _Slot(node, tuple(map(str, names)), attribute, keys), value
 
@@ -424,8 +488,18 @@ def replace_params(
         attribute.
       box: puts the metadata of a variable around the value that takes its place.
       new_variable: gives what a new attribute holds, from its path and value.
+
+    Raises:
+      ValueError: if the module holds one of them in no variable.
     """
     slots = list(_slots(module))
+    for slot, held in slots:
+        if slot.path in values and _is_param(held) and not is_node(held):
+            raise ValueError(
+                f"{'/'.join(slot.path)!r} is an array that a "
+                f"{type(slot.owner).__name__} holds as it is. Such a param can train "
+                "quantized, but not be stored so: hold it in an nnx.Param(...)."
+            )
     new = {
         id(variable): box(values[slot.path], variable)
         for slot, variable in slots
@@ -457,46 +531,58 @@ class _Result:
     def __init__(self, whole: bool = False):
         self.whole = whole
 
-    def split(self, context, nodes, out, inputs, graphdef):
+    def split(self, context, nodes, out, given, graphdef):
         """Within the trace: the arrays of the result and of what changed."""
         leaves, self.tree = jax.tree.flatten(out, is_leaf=is_node)
         self.slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
         out_nodes = [leaves[i] for i in self.slots]
-        self.graphdef, state = context.split([nodes, out_nodes])
+        self.graphdef, flat = context.flatten([nodes, out_nodes])
         others = [None if is_node(leaf) else leaf for leaf in leaves]
         # If only the values of variables changed, only those are written. That
         # matters where others cannot be: a teacher model that a loss closes over
         # belongs to an outer trace.
         self.whole |= bool(out_nodes) or nnx.graphdef(nodes) != graphdef
         if self.whole:
-            return others, state
-        before = _variables(inputs[0]) | _variables(inputs[1])
+            return others, list(flat.leaves)
         changed = [
-            (path[1:], variable)
-            for path, variable in nnx.to_flat_state(state)
-            if not _same_leaves(before.get(path[1:]), variable)
+            (path[1:], after)
+            for path, before, after in zip(flat.paths, given, flat.leaves, strict=True)
+            if not _same(before, jax.tree.leaves(after))
         ]
-        return others, nnx.from_flat_state(changed)
+        self.changed = [path for path, _ in changed]
+        return others, [after for _, after in changed]
 
     def merge(self, nodes, out):
         """Outside of the trace: writes the changes; returns the result."""
-        leaves, state = out
+        leaves, held = out
         leaves = list(leaves)
         if self.whole:
             with nnx.merge_context(_UPDATE, False) as merge:
-                _, out_nodes = merge.merge(self.graphdef, state)
+                _, out_nodes = merge.unflatten(self.graphdef, held)
             for slot, node in zip(self.slots, out_nodes, strict=True):
                 leaves[slot] = node
         else:
-            nnx.update(nodes, state)
+            changed = zip(self.changed, held, strict=True)
+            nnx.update(nodes, nnx.from_flat_state(list(changed)))
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def _variables(state: nnx.State) -> dict[Any, Any]:
-    return dict(nnx.to_flat_state(state))
+def _divided(
+    first: Sequence[bool], items: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The items for which a list says so, and the others."""
+    pairs = list(zip(first, items, strict=True))
+    return [x for is_, x in pairs if is_], [x for is_, x in pairs if not is_]
 
 
-def _same_leaves(before: Any, after: Any) -> bool:
-    """Whether two variables hold the very same arrays."""
-    leaves, others = jax.tree.leaves(before), jax.tree.leaves(after)
-    return len(leaves) == len(others) and all(map(operator.is_, leaves, others))
+def _joined(
+    first: Sequence[bool], some: Sequence[Any], others: Sequence[Any]
+) -> list[Any]:
+    """The items that `_divided` divided."""
+    parts = iter(some), iter(others)
+    return [next(parts[0] if is_first else parts[1]) for is_first in first]
+
+
+def _same(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether two lists hold the very same arrays."""
+    return len(before) == len(after) and all(map(operator.is_, before, after))

@@ -14,6 +14,7 @@ import jax
 
 _MARK = re.compile(r"@([^@]*)@")
 _BATCH_NORM = "batch_norm"
+_IN_FLOAT = "~in_float~"
 
 
 def module_scope(path: str, *, batch_norm: bool = False):
@@ -26,6 +27,16 @@ def module_scope(path: str, *, batch_norm: bool = False):
     # A slash would be taken for the separator of two scopes.
     name = f"@{path.replace('/', '|')}@"
     return jax.named_scope(f"{name}{_BATCH_NORM}" if batch_norm else name)
+
+
+def float_scope():
+    """A context under which traced equations stay in float, whatever rules say."""
+    return jax.named_scope(_IN_FLOAT)
+
+
+def is_in_float(name_stack: str) -> bool:
+    """Whether the equations in a name stack stay in float."""
+    return _IN_FLOAT in name_stack
 
 
 def is_batch_norm(name_stack: str) -> bool:

@@ -9,11 +9,14 @@ traced under this one is never used outside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 
+from qwix_train.trace import scopes, subclasses
 from qwix_train.trace.function import TracedCall
 
 # Runs a traced call with ops replaced, or returns `UNCHANGED` to have the original
@@ -28,22 +31,61 @@ _context = jax.make_user_context(None)
 
 
 class Session:
-    """An open rewrite. Compared and hashed by identity, as JAX's caches need."""
+    """An open rewrite.
 
-    def __init__(self, rewrite: Rewrite):
+    JAX's caches keep the key of a session as long as what they hold, for good where
+    that is the trace of a function of JAX. So the key does not hold the rewrite, and
+    sessions that do the same may share one, so that such traces do not add up.
+    """
+
+    def __init__(self, rewrite: Rewrite, shared_key: Hashable | None = None):
+        """Makes a session, which is not open yet.
+
+        Args:
+          rewrite: what is done to the model calls.
+          shared_key: says what `rewrite` does, so that what was traced under another
+            session with an equal key may be used under this one; None if nothing may.
+        """
         self.rewrite = rewrite
+        self.shared_key = shared_key
+        self._own_key = object()
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Applies the rewrite to the model calls made in this thread."""
-        with _context(self):
-            yield
+    def open(self, shared: bool = True) -> Iterator[None]:
+        """Applies the rewrite to the model calls made in this thread.
+
+        Args:
+          shared: whether to use the shared key, if there is one.
+        """
+        is_shared = shared and self.shared_key is not None
+        outer = _opened.session
+        _opened.session = self
+        try:
+            with _context(_Key(self.shared_key if is_shared else self._own_key)):
+                yield
+        finally:
+            _opened.session = outer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """What JAX's caches know of a session."""
+
+    content: Hashable
+
+
+class _Opened(threading.local):
+    """The innermost session that was opened in this thread."""
+
+    session: Session | None = None
+
+
+_opened = _Opened()
 
 
 def current() -> Session | None:
     """The session in force in this thread, if any."""
-    value = _context.value
-    return value if isinstance(value, Session) else None
+    return _opened.session if isinstance(_context.value, _Key) else None
 
 
 def marking() -> bool:
@@ -63,3 +105,15 @@ def suspended() -> Iterator[None]:
     """While results are computed: no session is in force."""
     with _context(None):
         yield
+
+
+@contextlib.contextmanager
+def in_float() -> Iterator[None]:
+    """While calls run that stay in float: those of a step, and those in a model."""
+    with scopes.float_scope() if marking() else suspended():
+        yield
+
+
+def calls_of(model: Any) -> contextlib.AbstractContextManager[None]:
+    """While a method of a model runs, which may be one whose calls stay in float."""
+    return in_float() if subclasses.in_float(model) else contextlib.nullcontext()

@@ -17,6 +17,15 @@ MODE = "_qwix_train_mode"
 names of the methods that it runs."""
 
 
+IN_FLOAT = "_qwix_train_in_float"
+"""The attribute that marks the class of a model whose calls stay in float."""
+
+
+def in_float(model: Any) -> bool:
+    """Whether the calls of a model stay in float."""
+    return getattr(type(model), IN_FLOAT, False)
+
+
 def mode(model: Any) -> tuple[Any, tuple[str, ...]] | None:
     """The provider of a quantized model and the methods that it runs, or None."""
     return getattr(type(model), MODE, None)
@@ -29,7 +38,9 @@ def within(model: Any, rewrite: Any) -> Any:
       model: the model.
       rewrite: what the mode does to a call of a model that is not.
     """
-    return getattr(model, WITHIN, lambda rewrite: rewrite)(rewrite)
+    # From the class, since a model may have a `__getattr__` of its own.
+    of_model = getattr(type(model), WITHIN, None)
+    return rewrite if of_model is None else of_model(model, rewrite)
 
 
 def original(cls: type) -> type:

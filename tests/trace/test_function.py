@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
@@ -36,6 +37,22 @@ def test_what_is_no_array_keeps_its_value():
     out = traced.run([], None, lambda param: None)
     models.assert_same(out.pop("y"), X @ jnp.ones((3, 2)))
     assert out == {"options": options, "none": None}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.float64])
+def test_numpy_arrays_are_inputs_as_under_jit(dtype):
+    values = np.arange(3).astype(dtype)
+
+    def fn(params, x, names):
+        assert names.dtype == object
+        return params[x.astype(jnp.int32)], x
+
+    traced = trace(fn, jnp.arange(3.0) ** 2, values, np.array(["a", None]))
+    assert len(traced.inputs) == 2
+    rows, same = traced.run([], None, lambda param: None)
+    want = jnp.asarray(values)
+    np.testing.assert_array_equal(rows, np.asarray(want, np.float32) ** 2)
+    assert np.asarray(same).dtype == want.dtype
 
 
 def test_no_tracer_is_held():

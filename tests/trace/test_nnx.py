@@ -3,12 +3,13 @@
 import threading
 
 import jax
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import WithAux
+from qwix_train import WithAux, plan, ptq, wrap_eval_step
 from qwix_train.core.how import HowToQuantize
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import session
@@ -128,3 +129,34 @@ def test_stored_params_are_found_in_one_order():
     for root in (model, nnx.clone(model)):
         paths = [slot.path for slot, _ in nnx_calls.stored_params(root)]
         assert paths == [("a",), ("z",)]
+
+
+class HoldsArrays(nnx.Module):
+    """Its params are no variables."""
+
+    def __init__(self):
+        self.first = nnx.data(jnp.asarray(KERNELS[0]))
+        self.rest = nnx.data([KERNELS[1]])
+        self.count = nnx.data(jnp.arange(3))
+
+    def __call__(self, x):
+        return jnp.tanh(x @ self.first) @ self.rest[0] + self.count
+
+
+KERNELS = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
+
+
+def test_arrays_that_a_module_holds_as_they_are_are_params():
+    model, x = HoldsArrays(), np.eye(3, dtype=np.float32)
+    found = plan(model, models.INT8, x)
+    assert [op.weights for op in found.ops] == [(("first",),), (("rest", "0"),)]
+    assert found.float_bytes == 2 * 9 * 4
+    out = wrap_eval_step(lambda model, x: model(x), models.INT8)(model, x)
+    zeros = np.zeros(3, np.float32)
+    want = x
+    for i, kernel in enumerate(KERNELS):
+        layer = {"kernel": kernel, "bias": zeros}
+        want = models.dense(layer, jnp.tanh(want) if i else want)
+    models.assert_close(out, want + np.arange(3))
+    with pytest.raises(ValueError, match=r"'first' is an array.*nnx\.Param"):
+        ptq.quantize(model, None, models.INT8, x)

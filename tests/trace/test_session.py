@@ -55,3 +55,22 @@ def test_threads_do_not_see_each_other():
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+def test_sessions_that_do_the_same_share_traces():
+    seen = []
+
+    @jax.jit
+    def function(x):
+        seen.append(session.current())
+        return x
+
+    first, second = (session.Session(print, ("key", 1)) for _ in range(2))
+    other = session.Session(print, ("key", 2))
+    for each in (first, second, other):
+        with each.open():
+            assert session.current() is each
+            function(1.0)
+    with second.open(shared=False):
+        function(1.0)
+    assert seen == [first, other, second]

@@ -1,0 +1,158 @@
+"""Steps that quantize two trees of params of one model, such as a teacher's."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qwix_train.planning import Path, Plan
+from qwix_train.trace import analyze, function, harvest, provenance, session
+from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace.function import TracedCall
+from qwix_train.trace.whole_step import tracing_step
+
+# What calls of one model have in common: the paths and shapes of quantized params.
+Model = tuple[tuple[Path, tuple[int, ...]], ...]
+
+
+def model_of(plan: Plan) -> Model:
+    """Which model a plan is of, whatever params it is called with."""
+    quantized = (param for param in plan.params.values() if param.how is not None)
+    return tuple(sorted((param.path, param.shape) for param in quantized))
+
+
+class CalledTrees:
+    """The params that one call of a step has called its models with."""
+
+    def __init__(self, given: Any) -> None:
+        """Starts with none.
+
+        Args:
+          given: the arguments of the step.
+        """
+        self._given = {id(leaf) for leaf in _arrays_in(given)}
+        self._trees: dict[Model, set[tuple[int, ...]]] = collections.defaultdict(set)
+        self._held: list[Any] = []
+        self._compiled = False
+
+    def add(self, traced: TracedCall, plan: Plan) -> None:
+        """Takes note of a quantized call."""
+        values = [param.value for param in traced.params if param is not None]
+        # Held, so that no other object takes an identity that was seen.
+        self._held += values
+        self._trees[model_of(plan)].add(tuple(map(id, values)))
+        self._compiled |= any(
+            isinstance(value, _tracer_of_compiled()) and id(value) not in self._given
+            for value in values
+        )
+
+    @property
+    def may_be_several(self) -> bool:
+        """Whether a model may have been called with several trees of params.
+
+        Only `given_trees` tells: within a derivative or a loop, the same params are
+        other objects, and a compiled function is traced once for all its calls.
+        """
+        return self._compiled or any(len(trees) > 1 for trees in self._trees.values())
+
+
+def _arrays_in(tree: Any) -> Iterator[Any]:
+    for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
+        if nnx_calls.is_node(leaf):
+            yield from nnx_calls.arrays_in(leaf)
+        else:
+            yield leaf
+
+
+@functools.cache
+def _tracer_of_compiled() -> type:
+    """The class of what stands for an array while a function is compiled."""
+    found = []
+    jax.eval_shape(lambda x: found.append(type(x)), 0.0)
+    return found[0]
+
+
+def given_trees(
+    step: Callable[[session.Rewrite], Callable[..., Any]],
+    plan_of: Callable[[TracedCall], Plan],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> list[tuple[int, str]]:
+    """The models that a step calls with several trees of params that it is given.
+
+    Such are among its arguments, or what it closes over. Those that it computes, as
+    an optimizer does that looks ahead, are left out.
+
+    Args:
+      step: gives the step with the model calls in it rewritten.
+      plan_of: the plan of a call.
+      args: the arguments of the step. It is traced once more, and not run.
+      kwargs: the keyword arguments.
+
+    Returns:
+      For each, the number of trees, and a param that each of these has.
+    """
+
+    def tag(traced: TracedCall) -> Any:
+        plan = plan_of(traced)
+        inputs = list(traced.inputs)
+        for place, param in enumerate(traced.params):
+            if param is not None and _is_quantized(plan, param):
+                inputs[place] = harvest.tag(inputs[place], _name(plan, param))
+        return traced.with_inputs(inputs).run([], _unused, lambda param: None)
+
+    with tracing_step(step(tag), args, kwargs) as (traced, _):
+        origins = [
+            provenance.param((str(place),), var.aval.shape)
+            for place, var in enumerate(traced.body.jaxpr.invars)
+        ]
+        found = analyze.find_tagged(traced.body, origins, harvest.name_of)
+    trees: dict[str, tuple[int, str]] = {}
+    for name, from_ in found.items():
+        given = {
+            provenance.paths_of(x)
+            for x in from_
+            if isinstance(x, provenance.Weight | provenance.Constant)
+        }
+        model, _, param = name.partition(" ")
+        trees[model] = max(trees.get(model, (0, "")), (len(given), param))
+    return [several for several in trees.values() if several[0] > 1]
+
+
+def _is_quantized(plan: Plan, param: function.Param) -> bool:
+    return function.is_array(param.value) and plan.params[param.path].how is not None
+
+
+def _name(plan: Plan, param: function.Param) -> str:
+    """A name that is the same for all calls of a model, in traces from caches, too."""
+    model = hashlib.sha256(repr(model_of(plan)).encode()).hexdigest()
+    return f"{model} {'/'.join(param.path)!r} of shape {tuple(param.value.shape)}"
+
+
+def _unused(op, operands, run, given):
+    raise AssertionError("no op is replaced")
+
+
+def warn(step: str, count: int, param: str) -> None:
+    """Says that a step quantizes several trees of params of one model.
+
+    Args:
+      step: the name of the step.
+      count: how many.
+      param: a param that each of them has.
+    """
+    warnings.warn(
+        f"{step} quantizes {count} different trees of params of one model: each has "
+        f"{param}. If one is that of a teacher, of a "
+        "reference, or an average of params, it is probably to stay in float; say so "
+        "where it is called: qwix_train.in_float(model).apply(teacher_params, x) with "
+        "Linen, in_float(teacher)(x) with NNX. Static ranges are collected of all "
+        "calls that are quantized, under the same names.",
+        stacklevel=2,
+    )
