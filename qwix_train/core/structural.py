@@ -16,6 +16,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 
 Params = Mapping[str, Any]
@@ -40,7 +41,7 @@ def spread(array: QArray, axis: int) -> QArray:
 
 def constrained(array: QArray, sharding: Any) -> QArray:
     """The same array with the sharding of its codes constrained."""
-    qvalue = lax.with_sharding_constraint(array.qvalue, sharding)
+    qvalue = with_sharding(array.qvalue, sharding)
     return dataclasses.replace(array, qvalue=qvalue)
 
 
