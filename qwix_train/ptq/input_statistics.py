@@ -73,9 +73,20 @@ class InputMoments:
         return {"samples": jnp.zeros((), jnp.float32), **state}
 
     def update(
-        self, state: Mapping[str, jax.Array], x: jax.Array, how: HowToQuantize
+        self,
+        state: Mapping[str, jax.Array],
+        x: jax.Array,
+        how: HowToQuantize,
+        counts: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Adds a batch.
+
+        Args:
+          state: the state before.
+          x: the batch.
+          how: not used.
+          counts: which elements count; a vector with any that does not is left out.
+            None for all.
 
         Raises:
           ValueError: if the input has another rank than the model said, as it has
@@ -83,19 +94,29 @@ class InputMoments:
         """
         del how
         x = self.channels.samples(x.astype(jnp.float32))
-        count = x.shape[1]
+        if counts is None:
+            kept, count = True, jnp.float32(x.shape[1])
+        else:
+            # Not the elements that count: a convolution pads with those that do not.
+            lost = self.channels.samples((~counts).astype(jnp.float32)).max((0, 2)) > 0
+            kept = ~lost[None, :, None]
+            count = (~lost).sum(dtype=jnp.float32)
+            x = jnp.where(kept, x, 0)
+        some = jnp.maximum(count, 1)
         batch = {
-            "samples": jnp.float32(count),
-            "absmean": jnp.mean(jnp.abs(x), 1),
-            "min": jnp.min(x, 1),
-            "max": jnp.max(x, 1),
+            "samples": count,
+            "absmean": jnp.sum(jnp.abs(x), 1) / some,
+            "min": jnp.min(x, 1, where=kept, initial=jnp.inf),
+            "max": jnp.max(x, 1, where=kept, initial=-jnp.inf),
         }
         if self.second_moment:
             batch["second_moment"] = (
                 jnp.einsum("gni,gnj->gij", x, x, precision=jax.lax.Precision.HIGHEST)
-                / count
+                / some
             )
-        return self.merge(state, batch)
+        merged = self.merge(state, batch)
+        # Of no vector at all, nothing is the least.
+        return {k: jnp.where(count > 0, v, state[k]) for k, v in merged.items()}
 
     def merge(
         self, a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]
@@ -244,7 +265,7 @@ class InputTagging(Tagging):
         moments = InputMoments(channels, self.second_moment)
         return WeightInput(
             path=plan.range_path(1 - side),
-            statistics=Statistics(moments, None, how),
+            statistics=Statistics(moments, None, how, (), rule.act_finite_only),
             shape=operand.shape,
             dtype=operand.dtype,
             channels=channels,

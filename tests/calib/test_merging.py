@@ -41,8 +41,11 @@ def observe(observer, averaging):
 
 
 def data(stats):
-    """The statistics, but for the number of batches."""
-    return {name: {**state, "count": 0} for name, state in stats.items()}
+    """The statistics, but for what the cut into batches makes a difference to."""
+    return {
+        name: {**state, **dict.fromkeys(("count", "narrowest"), 0)}
+        for name, state in stats.items()
+    }
 
 
 @pytest.mark.thinned(16)
