@@ -40,11 +40,15 @@ class InputMoments:
 
     * ``samples``: the number of vectors,
     * ``absmean``, ``min``, ``max``: of each channel, shape (groups, channels),
-    * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels).
+    * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels),
+    * ``rows``: some of the vectors, drawn at random from all, shape (groups, number,
+      channels), and their ``priority`` in that, shape (groups, number); negative where
+      there are none yet.
 
     Attributes:
       channels: how the input is seen as vectors.
       second_moment: whether that is collected.
+      rows: how many vectors are kept.
 
     Example:
       >>> moments = InputMoments(Channels(contracting=(1,)))
@@ -60,6 +64,7 @@ class InputMoments:
 
     channels: Channels | Patches
     second_moment: bool = True
+    rows: int = 0
 
     def init(self, shape: tuple[int, ...], how: HowToQuantize) -> dict[str, jax.Array]:
         """The state before any batch, for inputs of a shape."""
@@ -70,6 +75,9 @@ class InputMoments:
         state = {"absmean": one, "min": one, "max": one}
         if self.second_moment:
             state["second_moment"] = jnp.zeros((groups, channels, channels))
+        if self.rows:
+            state["rows"] = jnp.zeros((groups, self.rows, channels))
+            state["priority"] = jnp.full((groups, self.rows), -1.0)
         return {"samples": jnp.zeros((), jnp.float32), **state}
 
     def update(
@@ -114,6 +122,14 @@ class InputMoments:
                 jnp.einsum("gni,gnj->gij", x, x, precision=jax.lax.Precision.HIGHEST)
                 / some
             )
+        if self.rows:
+            # By the number of vectors before, so that each batch has draws of its own.
+            seen = state["samples"].astype(jnp.uint32)
+            key = jax.random.fold_in(jax.random.key(0), seen)
+            drawn = jax.random.uniform(key, x.shape[1:2])
+            priority = jnp.where(kept if counts is None else ~lost, drawn, -1)
+            batch["rows"] = x
+            batch["priority"] = jnp.broadcast_to(priority, x.shape[:2])
         merged = self.merge(state, batch)
         # Of no vector at all, nothing is the least.
         return {k: jnp.where(count > 0, v, state[k]) for k, v in merged.items()}
@@ -131,6 +147,12 @@ class InputMoments:
             both = (a["samples"] > 0) & (b["samples"] > 0)
             either = jnp.where(a["samples"] > 0, a[name], b[name])
             merged[name] = jnp.where(both, widest(a[name], b[name]), either)
+        if self.rows:
+            rows, priority = (
+                jnp.concatenate([a[name], b[name]], 1) for name in ("rows", "priority")
+            )
+            merged["priority"], first = jax.lax.top_k(priority, self.rows)
+            merged["rows"] = jnp.take_along_axis(rows, first[..., None], 1)
         return merged
 
     def calibration(
@@ -157,7 +179,8 @@ class WeightInput:
       view: the weight as matrices.
       layers: the sizes of the axes of layers that the op is run for.
       scaled_shape: the shape of a scale of its channels that is stored, in one layer.
-      static: how the input is quantized, if that is with a range collected beforehand.
+      activation: how the input is quantized, if it is.
+      static: the same, if that is with a range collected beforehand.
       observer: what measures such a range, if the rule names one.
     """
 
@@ -169,6 +192,7 @@ class WeightInput:
     view: MatrixView
     layers: tuple[int, ...]
     scaled_shape: tuple[int, ...]
+    activation: HowToQuantize | None
     static: HowToQuantize | None
     observer: Any
 
@@ -191,9 +215,10 @@ class InputTagging(Tagging):
       reads: by which ops each param is read.
     """
 
-    def __init__(self, rules, *, second_moment: bool):
+    def __init__(self, rules, *, second_moment: bool, rows: int = 0):
         super().__init__(rules)
         self.second_moment = second_moment
+        self.rows = rows
         self.ranges: dict[str, WeightInput] = {}
         self.reads: Reads = {}
 
@@ -262,7 +287,7 @@ class InputTagging(Tagging):
         operand = op.operands[1 - side]
         how = whole.params[path].how
         assert how is not None
-        moments = InputMoments(channels, self.second_moment)
+        moments = InputMoments(channels, self.second_moment, self.rows)
         return WeightInput(
             path=plan.range_path(1 - side),
             statistics=Statistics(moments, None, how, (), rule.act_finite_only),
@@ -272,6 +297,7 @@ class InputTagging(Tagging):
             view=view,
             layers=op.layers,
             scaled_shape=pre_quant_scale.scale_shape(op, 1 - side)[len(op.layers) :],
+            activation=plan.activations[1 - side],
             static=plan.activations[1 - side] if plan.static else None,
             observer=rule.act_observer,
         )

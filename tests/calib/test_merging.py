@@ -35,7 +35,14 @@ BIG = [np.concatenate([scale * x for x in BATCHES * 4]) for scale in (1.0, 3.0, 
 def observe(observer, averaging):
     """The function, and a compiled form of it, of one input."""
     case = Linear("linen")
-    rules = [rule(act_observer=observer, act_averaging=averaging)]
+    method = "minmax" if observer == "minmax" else "absmax"
+    rules = [
+        rule(
+            act_observer=observer,
+            act_averaging=averaging,
+            act_calibration_method=method,
+        )
+    ]
     observed = calib.observe(case.eval_step(), rules)
     return observed, jax.jit(lambda stats, x: observed(stats, *case.args(x))[0])
 
