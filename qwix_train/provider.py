@@ -48,6 +48,8 @@ class QuantizationProvider(abc.ABC):
       adds_params: whether models hold params next to those of the float model (see
         `store_params`).
       takes_static_ranges: whether ranges may be collected beforehand.
+      collects_by_default: whether activations have static ranges unless a rule says
+        `act_static_scale=False`.
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
         models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
         step in its state (see `running`).
@@ -57,6 +59,7 @@ class QuantizationProvider(abc.ABC):
     adds_params = False
     takes_static_ranges = False
     keeps_quant_stats = False
+    collects_by_default = False
 
     def __init_subclass__(cls, **kwargs: Any):
         """Refuses methods that nothing would call.
@@ -88,6 +91,9 @@ class QuantizationProvider(abc.ABC):
             An error otherwise.
         """
         self.rules = check_rules(rules)
+        if not self.collects_by_default:
+            for rule in self.rules:
+                rule.check_collects()
         self.allow_unmatched = allow_unmatched
         self._warned: set[Any] = set()
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from qwix_train import field_types
@@ -72,6 +73,10 @@ class QuantizationRule:
         them has. If None, it is that of the batch as a whole.
       act_channelwise_axes: for static ranges, axes of an activation, not contracted,
         along which each index keeps a range of its own, such as that of the heads.
+      act_finite_only: whether elements that are NaN or infinite are left out of static
+        ranges, and inputs with such elements out of what GPTQ, AWQ and SmoothQuant
+        collect: those of padding, for example. Else a batch that has any does not
+        count.
       act_act: whether products of two activations, such as attention's, are
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
@@ -104,6 +109,7 @@ class QuantizationRule:
     act_averaging: Any = "mean"
     act_batch_axes: Collection[int] | None = None
     act_channelwise_axes: Collection[int] = ()
+    act_finite_only: bool = False
     act_act: bool = True
     pad_tiles: bool = False
     disable_channelwise_axes: bool = False
@@ -161,6 +167,7 @@ class QuantizationRule:
             if method is not None and qtype is not None and not is_int16(qtype):
                 # Not every type has the zero point that a method may need.
                 self._check(field, functools.partial(_how, qtype), method)
+        self._check_observer()
         self._check_tile_size("tile_size")
         if self.disable_channelwise_axes and self.act_channelwise_axes:
             axes = self.act_channelwise_axes
@@ -257,6 +264,67 @@ class QuantizationRule:
                 "scale, so that no range is collected for it while training",
             )
 
+    def _check_observer(self) -> None:
+        """Complains of statistics that would not give a range."""
+        if not isinstance(self.act_finite_only, bool):
+            raise self._error("act_finite_only", "it must be True or False")
+        for field in ("act_observer", "act_averaging"):
+            if self._says_how_to_collect(field) and self.act_static_scale is False:
+                if not self.learned_act_method:
+                    raise self._error(field, NEEDS_STATIC)
+        # Those modules know of rules.
+        from qwix_train.calib import averaging, named_observers, observers
+
+        if isinstance(self.act_averaging, str):
+            self._check("act_averaging", averaging.parse_averaging, self.act_averaging)
+        if isinstance(self.act_observer, str):
+            self._check(
+                "act_observer", named_observers.parse_observer, self.act_observer
+            )
+        if not self.act_static_scale or is_int16(self.act_qtype):
+            return
+        method = how.parse_calibration_method(self.act_method)[0]
+        if self.act_observer is None or method == "fixed":
+            return
+
+        def check(observer):
+            statistics = observers.make_statistics(
+                observer,
+                self.act_averaging,
+                how=_how(self.act_qtype, self.act_method),
+                batch_axes=self.act_batch_axes,
+            )
+            if not isinstance(observer, str):
+                return
+            state = jax.eval_shape(lambda: statistics.init((1,), np.float32))
+            ends = jax.eval_shape(statistics.calibration, state)
+            if ("min" in ends) != how.needs_zero_point(self.act_method):
+                two = "min" in ends
+                raise ValueError(
+                    f"it finds ranges {'with two ends' if two else 'around zero'}, and "
+                    f"act_calibration_method={self.act_method!r} has "
+                    f"{'no' if two else 'a'} zero point: set act_calibration_method="
+                    f"{'minmax' if two else 'absmax'!r}"
+                )
+
+        self._check("act_observer", check, self.act_observer)
+
+    def _says_how_to_collect(self, field: str) -> bool:
+        default = "mean" if field == "act_averaging" else None
+        return getattr(self, field) != default
+
+    def check_collects(self) -> None:
+        """Checks that a rule which says how ranges are collected collects some.
+
+        Where static ranges are not the default: with `odml` they are.
+
+        Raises:
+          ValueError: if it says how, and asks for no static ranges.
+        """
+        for field in ("act_observer", "act_averaging"):
+            if self._says_how_to_collect(field) and not self.static_act_ranges:
+                raise self._error(field, NEEDS_STATIC)
+
     @property
     def note(self) -> str:
         """What else the rule does to an op, for the plan."""
@@ -314,6 +382,11 @@ class QuantizationRule:
         value = getattr(self, field)
         return ValueError(f"{type(self).__name__}({field}={value!r}): {reason}.")
 
+
+NEEDS_STATIC = (
+    "it says how static ranges are collected: set act_static_scale=True, or leave it "
+    "out"
+)
 
 # The ranges that trained scales of activations stand for, by their method.
 _RANGES_OF_LEARNED = {"lsq": "lsq", "lsq+": "minmax", "pact": "minmax"}

@@ -340,7 +340,7 @@ def _with_ranges(
 def _like(step: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
     """What traces a step as a whole, with the name and signature of the step."""
     # A step that was jitted runs compiled, together with what is around it.
-    run = Compiled(call) if hasattr(step, "lower") else call
+    run = Compiled(call, step) if hasattr(step, "lower") else call
 
     @functools.wraps(step, updated=())
     def quantized_step(*args, **kwargs):

@@ -4,8 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwix_train.odml import OdmlQatProvider
+from qwix_train.ptq import PtqProvider
+from qwix_train.qat import QtProvider
 from qwix_train.rules import QuantizationRule, check_rules
 
+STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
 LEARNED_ACT = {
     "weight_qtype": "int8",
     "act_qtype": "int8",
@@ -53,6 +57,22 @@ STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
             "act_channelwise_axes=(1,) asks for the opposite",
         ),
         ({"act_observer": "lsq"}, "act_calibration_method trains none"),
+        (STATIC | {"act_observer": "msee"}, "act_observer='msee'): Unknown observer"),
+        (STATIC | {"act_averaging": "emma"}, "act_averaging='emma'): Unknown averag"),
+        (STATIC | {"act_averaging": "ema,2"}, "must be at least 0 and below 1"),
+        (STATIC | {"act_observer": "mse", "act_averaging": "last"}, "Leave it out"),
+        (STATIC | {"act_observer": 3}, "neither the method of a RangeObserver"),
+        (STATIC | {"act_observer": "minmax"}, "set act_calibration_method='minmax'"),
+        (STATIC | {"act_observer": "mse,asymmetric"}, "has no zero point"),
+        (
+            STATIC | {"act_observer": "mse", "act_calibration_method": "minmax"},
+            "ranges around zero, and act_calibration_method='minmax' has a zero point",
+        ),
+        (
+            STATIC | {"act_static_scale": False, "act_averaging": "last"},
+            "set act_static_scale=True, or leave it out",
+        ),
+        (STATIC | {"act_finite_only": "yes"}, "it must be True or False"),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": -4}, "tile_size=-4"),
         ({"tile_size": True}, "tile_size=True"),
@@ -118,6 +138,16 @@ def test_numbers_of_numpy_are_those_of_python():
     assert hash(rule) == hash(dataclasses.replace(rule))
     share = QuantizationRule(tile_size=np.float32(0.25)).tile_size
     assert share == 0.25 and type(share) is float
+
+
+def test_an_observer_needs_static_ranges():
+    for fields in {"act_observer": "mse"}, {"act_averaging": "minmax"}:
+        rule = QuantizationRule(weight_qtype="int8", act_qtype="int8", **fields)
+        for provider in QtProvider, PtqProvider:
+            with pytest.raises(ValueError, match="set act_static_scale=True, or leave"):
+                provider([rule])
+        # For LiteRT, ranges are static by default.
+        OdmlQatProvider([rule])
 
 
 def test_check_rules():

@@ -6,7 +6,8 @@ array for each end of the range, in the shape of the scale.
 ==============  ========================  =====================  ==================
 name            keeps                     range of the batches   merging a, then b
 ==============  ========================  =====================  ==================
-``mean``        ``sum_of_*``              the mean               adds
+``mean``        ``sum_of_*``,             the mean, weighed by   adds
+                ``mean_size``             what batches hold
 ``ema,decay``   ``ema_of_*``              exponential mean       a decays by b's count
 ``minmax``      ``extreme_of_*``          the widest range       the wider one
 ``last``        ``last_of_*``             that of the last       b, if it has any
@@ -15,7 +16,7 @@ name            keeps                     range of the batches   merging a, then
 ==============  ========================  =====================  ==================
 
 The layout of ``mean`` is that of `qwix`: its statistics go into its `quantize_params`,
-and into ours.
+and into ours. A sum over batches of several sizes is the weighed mean times ``count``.
 """
 
 import dataclasses
@@ -47,7 +48,9 @@ class Averaging(Protocol):
 
     It is hashable, and its methods are pure functions that may be traced. If it has an
     attribute ``delayed`` that is true, training quantizes a batch by the range of the
-    batches before it; else by one that has the batch itself in it.
+    batches before it; else by one that has the batch itself in it. If it has an
+    attribute ``by_size`` that is true, `update` is also given the number of values that
+    the batch has in each range: ``update(state, calibration, size)``.
     """
 
     def init(self, calibration: Range) -> State:
@@ -111,27 +114,49 @@ def parse_averaging(text: str) -> Averaging:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """The mean of the ranges, each batch counting the same.
+    """The mean of the ranges, each batch counting by the number of its values.
+
+    A state without ``mean_size``, as `qwix` has it, counts each batch the same.
 
     >>> mean = Mean()
     >>> state = mean.init({'absmax': jnp.zeros((1, 1))})
     >>> for absmax in 2., 4.:
     ...     state = mean.update(state, {'absmax': jnp.full((1, 1), absmax)})
     >>> sorted(state), mean.calibration(state)['absmax'].item()
-    (['count', 'sum_of_absmax'], 3.0)
+    (['count', 'mean_size', 'sum_of_absmax'], 3.0)
     """
+
+    by_size = True
 
     def init(self, calibration: Range) -> State:
         """Returns the state before any batch: zeros."""
-        return _zeros("sum_of_", calibration)
+        end = next(iter(calibration.values()))
+        size = jnp.zeros(end.shape, jnp.float32)
+        return {**_zeros("sum_of_", calibration), "mean_size": size}
 
-    def update(self, state: State, calibration: Range) -> State:
-        """Adds the range of one batch."""
-        return _each(state, "sum_of_", calibration, jnp.add)
+    def update(self, state: State, calibration: Range, size: Any = 1.0) -> State:
+        """Adds the range of one batch, which holds so many values."""
+        # For its check of the shapes.
+        one = _each(state, "sum_of_", calibration, lambda old, new: new)
+        one["count"] = jnp.ones_like(state["count"])
+        if "mean_size" in state:
+            one["mean_size"] = jnp.broadcast_to(size, state["mean_size"].shape)
+        return self.merge(state, one)
 
     def merge(self, a: State, b: State) -> State:
         """Returns the state of the batches of both."""
-        return {key: a[key] + b[key] for key in a}
+        if "mean_size" not in a:
+            return {key: a[key] + b[key] for key in a}
+        count = a["count"] + b["count"]
+        of_a, of_b = a["mean_size"], b["mean_size"]
+        held = jnp.where(of_a > 0, of_a, of_b)
+        ratio = jnp.where(of_a > 0, of_b / jnp.where(of_a > 0, of_a, 1), 1)
+        share = jnp.where(of_a > 0, a["count"], 0) + ratio * b["count"]
+        # 1 where all sizes are equal, so that sums are then exactly that.
+        factor = count / jnp.where(share > 0, share, 1)
+        sums = {key: (a[key] + ratio * b[key]) * factor for key in _keys(a, "sum_of_")}
+        size = held * share / jnp.maximum(count, 1)
+        return {"count": count, **sums, "mean_size": size}
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the mean range."""
@@ -387,9 +412,9 @@ def _wider(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(b) > jnp.abs(a), b, a)
 
 
+def _keys(state: State, prefix: str) -> list[str]:
+    return [key for key in state if key.startswith(prefix)]
+
+
 def _strip(state: State, prefix: str) -> dict[str, jax.Array]:
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): state[key] for key in _keys(state, prefix)}

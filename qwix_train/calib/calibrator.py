@@ -95,6 +95,10 @@ class Calibrator(Collector):
         Raises:
           ValueError: if nothing was collected, or for some operand no batch that was
             not empty and was finite.
+
+        Warns:
+          UserWarning: if ranges are far below what was seen, or batches differ much;
+            see docs/static_ranges.md.
         """
         if not self.state:
             raise ValueError("No range was collected: run the wrapped step first.")

@@ -28,6 +28,7 @@ class Collector:
         """Starts without statistics."""
         self.state: Stats = {}
         self._lock = threading.Lock()
+        self._running = threading.local()
 
     def collecting(self, step: Step, observed: Observed, pure_form: str) -> Step:
         """A step that updates the statistics at every call.
@@ -40,7 +41,7 @@ class Collector:
         Raises:
           ValueError: by the step, when it is called within a transformation.
         """
-        run = Compiled(observed) if hasattr(step, "lower") else observed
+        run = Compiled(observed, step, 1) if hasattr(step, "lower") else observed
         name = type(self).__name__
 
         def check_not_traced(tree):
@@ -54,11 +55,18 @@ class Collector:
 
         @functools.wraps(step)
         def wrapped(*args, **kwargs):
+            if getattr(self._running, "step", False):
+                # A step within a step, which collects for both.
+                return step(*args, **kwargs)
             check_not_traced((args, kwargs))
             with self._lock:
-                # Compiled once: with statistics from the start.
-                state = self.state or observed.init(*args, **kwargs)
-                state, out = run(state, *args, **kwargs)
+                self._running.step = True
+                try:
+                    # Compiled once: with statistics from the start.
+                    state = self.state or observed.init(*args, **kwargs)
+                    state, out = run(state, *args, **kwargs)
+                finally:
+                    self._running.step = False
                 # Where all that is traced is what the step closes over, or nothing.
                 check_not_traced(state)
                 self.state = state

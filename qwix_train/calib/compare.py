@@ -214,7 +214,12 @@ def _static(rule: QuantizationRule) -> QuantizationRule:
 
 def _dynamic(rule: QuantizationRule) -> QuantizationRule:
     return dataclasses.replace(
-        rule, act_static_scale=False, act_batch_axes=None, act_channelwise_axes=()
+        rule,
+        act_static_scale=False,
+        act_observer=None,
+        act_averaging="mean",
+        act_batch_axes=None,
+        act_channelwise_axes=(),
     )
 
 

@@ -102,7 +102,9 @@ def init(
     return state | ({"positions": jnp.zeros(shape, jnp.float32)} if positions else {})
 
 
-def update(state: Mapping[str, jax.Array], x: jax.Array) -> State:
+def update(
+    state: Mapping[str, jax.Array], x: jax.Array, which: jax.Array | None = None
+) -> State:
     """Adds the elements of an array.
 
     Args:
@@ -110,6 +112,7 @@ def update(state: Mapping[str, jax.Array], x: jax.Array) -> State:
         x: An array of floats, all finite, of the rank of the groups; along each axis,
             there is one group or one for each index. Below 2**31 elements. Computed
             with in float32.
+        which: Which of its elements to add, all others being 0; None for all.
 
     Raises:
         ValueError: The groups do not fit the array.
@@ -144,13 +147,15 @@ def update(state: Mapping[str, jax.Array], x: jax.Array) -> State:
 
     def added(key: str, what: jax.Array | int) -> jax.Array:
         flat = jnp.zeros(state[key].size, state[key].dtype)
-        flat = flat.at[index].add(what, mode="promise_in_bounds")
+        flat = flat.at[index].add(
+            jnp.asarray(what, flat.dtype), mode="promise_in_bounds"
+        )
         return flat.reshape(state[key].shape)
 
     batch = {
         "min": low,
         "max": high,
-        "counts": added("counts", 1),
+        "counts": added("counts", 1 if which is None else which.reshape(-1)),
         "carries": jnp.zeros_like(state["carries"]),
     }
     if "positions" in state:

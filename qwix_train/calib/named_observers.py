@@ -9,11 +9,16 @@ import dataclasses
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from qwix_train.calib import clipping, histogram
 from qwix_train.core import calibration as core
-from qwix_train.core import numerics
-from qwix_train.core.how import CALIBRATION_METHODS, HowToQuantize
+from qwix_train.core import numerics, tiling
+from qwix_train.core.how import (
+    CALIBRATION_METHODS,
+    HowToQuantize,
+    parse_calibration_method,
+)
 
 State: TypeAlias = dict[str, jax.Array]
 
@@ -79,14 +84,29 @@ class CalibrationMethod:
     def __post_init__(self):
         HowToQuantize(qtype="int8", calibration_method=self.method)
 
-    def observe(self, x: jax.Array, how: HowToQuantize) -> dict[str, Any]:
+    def observe(
+        self, x: jax.Array, how: HowToQuantize, counts: jax.Array | None = None
+    ) -> dict[str, Any]:
         """Returns the range of a batch, with `calibrate`.
+
+        Args:
+            x: The batch.
+            how: Which elements share a range; the type.
+            counts: Which elements count, the others being 0; None for all.
 
         Raises:
             ValueError: The method needs zero points, and the type has none.
         """
         how = dataclasses.replace(how, calibration_method=self.method)
-        return core.calibrate(x, how)
+        found = core.calibrate(x, how)
+        if counts is None or parse_calibration_method(self.method)[0] != "rms":
+            return found  # Every other range holds 0 in any case.
+        groups = how.scale_shape(x.shape)
+        tiles = tiling.pad_to_tiles(counts.astype(jnp.float32), groups)
+        tiles, axes = tiling.split_tiled_axes(tiles, groups)
+        share = tiles.mean(axes).reshape(groups)
+        factor = jnp.where(share > 0, 1 / jnp.sqrt(jnp.maximum(share, 1e-12)), 0)
+        return {key: value * factor for key, value in found.items()}
 
 
 class HistogramObserver:
@@ -107,10 +127,16 @@ class HistogramObserver:
             )
         return histogram.init(how.scale_shape(shape))
 
-    def update(self, state: State, x: jax.Array, how: HowToQuantize) -> State:
-        """Adds a batch to the histogram."""
+    def update(
+        self,
+        state: State,
+        x: jax.Array,
+        how: HowToQuantize,
+        counts: jax.Array | None = None,
+    ) -> State:
+        """Adds a batch to the histogram, or those of its elements that count."""
         del how
-        return histogram.update(state, x)
+        return histogram.update(state, x, counts)
 
     def merge(self, a: State, b: State) -> State:
         """Adds the histograms."""

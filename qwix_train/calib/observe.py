@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.observers import Statistics, make_statistics
+from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule
@@ -190,20 +191,33 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
 
     Raises:
       ValueError: if one was never updated with a batch that counts.
+
+    Warns:
+      UserWarning: if ranges clip much of what was seen, or batches differ much.
     """
     flat = {}
+    warn_of_ranges(
+        (name, found.statistics, stats[name], found.shape)
+        for name, found in ranges.items()
+        if name in stats and not found.learned and _has_batches(stats[name])
+    )
     for name, found in ranges.items():
         state = stats.get(name, {"count": 0})
-        if not np.all(np.asarray(state["count"]) > 0):
+        if not _has_batches(state):
             raise ValueError(
                 f"No range was collected for {name!r}: its op was not reached, or "
-                "every batch was empty or not finite."
+                "every batch was empty or not finite. Elements that are not, such as "
+                "those of padding, are left out by act_finite_only=True."
             )
         quant_stats = found.statistics.quant_stats
         for _ in range(np.ndim(state["count"])):  # layers
             quant_stats = jax.vmap(quant_stats)
         flat[found.path] = quant_stats(state)
     return traverse_util.unflatten_dict(flat)
+
+
+def _has_batches(state: Mapping[str, Any]) -> bool:
+    return bool(np.all(np.asarray(state["count"]) > 0))
 
 
 def statistics_of(
@@ -225,6 +239,7 @@ def statistics_of(
             rule.act_averaging,
             how=how,
             batch_axes=rule.act_batch_axes,
+            finite_only=rule.act_finite_only,
         )
     except ValueError as error:
         raise ValueError(f"{'/'.join(plan.range_path(side))}: {error}") from None

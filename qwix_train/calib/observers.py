@@ -6,6 +6,7 @@ the data of all batches, and finds one range for them in the end.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -14,12 +15,22 @@ import jax.numpy as jnp
 
 from qwix_train.calib.averaging import Averaging, parse_averaging
 from qwix_train.calib.named_observers import parse_observer
+from qwix_train.core import tiling
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_explicitly_sharded
 
 State: TypeAlias = dict[str, jax.Array]
 """What was collected so far: arrays by name."""
+
+LARGEST = 2.0**63
+"""From this magnitude on a value counts as not finite.
+
+float32 does not hold its square, so that nothing that a model makes of it is of use,
+and the sum of some such ranges would be infinite for good.
+"""
+
+_BESIDE = ("skipped", "narrowest", "widest")
 
 
 @runtime_checkable
@@ -40,6 +51,9 @@ class RangeObserver(Protocol):
             ``{'absmax': ...}``, or ``{'min': ..., 'max': ...}`` with
             ``min <= 0 <= max``, in the shape of the scale. If any of it is not finite,
             the batch is skipped.
+
+        With rules that leave out what is not finite, a third argument says which
+        elements of the batch count. The others are 0.
         """
         ...
 
@@ -50,7 +64,8 @@ class StreamObserver(Protocol):
 
     It is hashable, and its methods are pure functions that may be traced. The state is
     a flat dict of arrays, of shapes that stay the same; the names ``count`` and
-    ``skipped`` are taken.
+    ``skipped`` are taken. With rules that leave out what is not finite, `update` has a
+    fourth argument, which says which elements count. The others are 0.
     """
 
     def init(self, shape: tuple[int, ...], how: HowToQuantize) -> State:
@@ -79,6 +94,7 @@ def make_statistics(
     *,
     how: HowToQuantize,
     batch_axes: Collection[int] | None = None,
+    finite_only: bool = False,
 ) -> "Statistics":
     """Makes the statistics of an activation.
 
@@ -92,6 +108,8 @@ def make_statistics(
         how: Which elements share a range, and the type of the codes.
         batch_axes: Axes that each index has a range of its own along, the mean of which
             is the range of the batch. None for one range of the whole batch.
+        finite_only: Whether elements that are not finite are left out. Otherwise a
+            batch that has any does not count.
 
     Raises:
         ValueError: A name is unknown, or the parts do not go together.
@@ -101,7 +119,7 @@ def make_statistics(
     >>> state = statistics.init((2, 3), jnp.float32)
     >>> for x in jnp.full((2, 3), 1.), jnp.full((2, 3), -3.), jnp.full((2, 3), jnp.nan):
     ...     state = statistics.update(state, x)
-    >>> {key: value.item() for key, value in state.items()}
+    >>> {key: state[key].item() for key in ('count', 'sum_of_absmax', 'skipped')}
     {'count': 2, 'sum_of_absmax': 4.0, 'skipped': 1}
     >>> statistics.calibration(state)['absmax'].item()
     2.0
@@ -116,9 +134,8 @@ def make_statistics(
     if isinstance(observer, RangeObserver):
         if isinstance(averaging, str):
             averaging = parse_averaging(averaging)
-        if batch_axes is not None:
-            observer = _MeanOverAxes(observer, tuple(batch_axes))
-        return Statistics(observer, averaging, how)
+        axes = () if batch_axes is None else tuple(batch_axes)
+        return Statistics(observer, averaging, how, axes, finite_only)
     if batch_axes is not None:
         raise ValueError(
             f"The observer {observer} collects the data of all batches as a whole, so "
@@ -129,7 +146,7 @@ def make_statistics(
             f"The observer {observer} collects the data of all batches, so there is "
             f"nothing for the averaging {averaging!r} to combine. Leave it out."
         )
-    return Statistics(observer, None, how)
+    return Statistics(observer, None, how, (), finite_only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,19 +155,24 @@ class Statistics:
 
     The methods are pure functions. A state is a flat dict of arrays: the int32 scalars
     ``count``, the batches collected, and ``skipped``, the batches that were empty or
-    held NaN or infinity and are not in any other number; and what the averaging or the
-    observer keeps. A state for stacked layers has one more axis in front, and goes
-    through `jax.vmap`.
+    held NaN, infinity or magnitudes from `LARGEST` on and are not in any other number;
+    for a `RangeObserver` the ranges of the ``narrowest`` and the ``widest`` batch, as
+    the widths of what shares a range; and what the averaging or the observer keeps. A
+    state for stacked layers has one more axis in front, and goes through `jax.vmap`.
 
     Attributes:
         observer: What is measured.
         averaging: How batches combine; None for an observer that collects all data.
         how: Which elements share a range, and the type of the codes.
+        batch_axes: See `make_statistics`.
+        finite_only: See `make_statistics`.
     """
 
     observer: Observer
     averaging: Averaging | None
     how: HowToQuantize
+    batch_axes: tuple[int, ...] = ()
+    finite_only: bool = False
 
     @property
     def delayed(self) -> bool:
@@ -173,7 +195,11 @@ class Statistics:
         jax.eval_shape(check_quantizable, x)
         if isinstance(self.observer, RangeObserver):
             assert self.averaging is not None
-            state = self.averaging.init(jax.eval_shape(self._observe, x))
+            measured = dict(jax.eval_shape(self._observe, x))
+            size = measured.pop("size")
+            state = self.averaging.init(measured)
+            for name in ("narrowest", "widest"):
+                state[name] = jnp.zeros(size.shape, jnp.float32)
         else:
             count = jnp.zeros((), jnp.int32)
             state = {"count": count, **self.observer.init(tuple(shape), self.how)}
@@ -202,8 +228,9 @@ class Statistics:
             x: The batch; no gradient flows from it.
 
         Returns:
-            For a `RangeObserver`, ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``,
-            float32, NaN if the batch is empty. For a `StreamObserver`, the batch.
+            For a `RangeObserver`, ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``
+            with the ``size`` of the batch, the number of values in each range; float32,
+            NaN if the batch is empty. For a `StreamObserver`, the batch.
         """
         x = jax.lax.stop_gradient(x)
         if not isinstance(self.observer, RangeObserver):
@@ -244,17 +271,20 @@ class Statistics:
         difference to histograms or the averaging ``minmax``; to a mean of maxima it
         does. An array that is sharded is observed as a whole.
         """
-        skipped = a["skipped"] + b["skipped"]
-        a, b = (
-            {key: value for key, value in state.items() if key != "skipped"}
-            for state in (a, b)
-        )
+        beside = {"skipped": a["skipped"] + b["skipped"]}
+        if "widest" in a:
+            beside["widest"] = jnp.maximum(a["widest"], b["widest"])
+            narrowest = jnp.minimum(a["narrowest"], b["narrowest"])
+            narrowest = jnp.where(a["count"] > 0, narrowest, b["narrowest"])
+            narrowest = jnp.where(b["count"] > 0, narrowest, a["narrowest"])
+            beside["narrowest"] = narrowest
+        a, b = (_without(state, _BESIDE) for state in (a, b))
         if isinstance(self.observer, RangeObserver):
             assert self.averaging is not None
             merged = self.averaging.merge(a, b)
         else:
             merged = {**self.observer.merge(a, b), "count": a["count"] + b["count"]}
-        return {**merged, "skipped": skipped}
+        return {**merged, **beside}
 
     def calibration(self, state: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the range of all batches: NaN if there were none.
@@ -300,44 +330,102 @@ class Statistics:
         }
 
     def _add(self, state: Mapping[str, jax.Array], measured: Any) -> State:
-        old = {key: value for key, value in state.items() if key != "skipped"}
+        old = _without(state, ("skipped",))
         if isinstance(self.observer, RangeObserver):
-            assert self.averaging is not None
-            valid = _all_finite(*measured.values())
-            new = self.averaging.update(old, measured)
+            new, valid = self._with_range(old, measured)
         else:
-            valid = _all_finite(measured)
-            new = self.observer.update(old, measured, self.how)
+            counts = _counts_as_finite(measured)
+            if self.finite_only:
+                valid, measured = counts.any(), jnp.where(counts, measured, 0)
+                new = self.observer.update(old, measured, self.how, counts)  # type: ignore[call-arg]
+            else:
+                valid = counts.all()
+                new = self.observer.update(old, measured, self.how)
             new["count"] = old["count"] + 1
         new = {key: jnp.where(valid, new[key], old[key]) for key in old}
         return {**new, "skipped": state["skipped"] + ~valid}
 
+    def _with_range(self, old: State, measured: Any) -> tuple[State, jax.Array]:
+        """Returns the state with the range of a batch, and whether that counts."""
+        assert self.averaging is not None
+        size = measured["size"]
+        measured = _without(measured, ("size",))
+        finite = [_counts_as_finite(end).all() for end in measured.values()]
+        valid = jnp.stack([*finite, size.sum() > 0]).all()
+        kept = _without(old, _BESIDE)
+        if getattr(self.averaging, "by_size", False):
+            new = self.averaging.update(kept, measured, size)  # type: ignore[call-arg]
+        else:
+            new = self.averaging.update(kept, measured)
+        if "widest" in old:
+            width = range_width(measured)
+            first = old["count"] == 0
+            narrowest = jnp.minimum(old["narrowest"], width)
+            new["narrowest"] = jnp.where(first, width, narrowest)
+            new["widest"] = jnp.maximum(old["widest"], width)
+        return new, valid
+
     def _observe(self, x: jax.Array) -> dict[str, jax.Array]:
         assert isinstance(self.observer, RangeObserver)
-        calibration = self.observer.observe(x, self.how)
-        return {key: jnp.asarray(v, jnp.float32) for key, v in calibration.items()}
+        axes = self._checked_batch_axes(x)
+        channelwise = tuple(sorted({*self.how.channelwise_axes, *axes}))
+        how = dataclasses.replace(self.how, channelwise_axes=channelwise)
+        if self.finite_only:
+            counts = _counts_as_finite(x)
+            found = self.observer.observe(jnp.where(counts, x, 0), how, counts)  # type: ignore[call-arg]
+        else:
+            counts = None
+            found = self.observer.observe(x, how)
+        found = {key: jnp.asarray(v, jnp.float32) for key, v in found.items()}
+        shape = next(iter(found.values())).shape
+        size = values_in_each(x.shape, shape, counts)
+        if axes:
+            # An index without any value has no range of its own.
+            weights = (size > 0).astype(jnp.float32)
+            weights /= jnp.maximum(weights.sum(axes, keepdims=True), 1)
+            found = {
+                key: (value * weights).sum(axes, keepdims=True)
+                for key, value in found.items()
+            }
+            size = size.sum(axes, keepdims=True)
+        return {**found, "size": size}
 
-
-@dataclasses.dataclass(frozen=True)
-class _MeanOverAxes:
-    """The mean, over some axes, of the ranges that each index along them has."""
-
-    observer: RangeObserver
-    axes: tuple[int, ...]
-
-    def observe(self, x: jax.Array, how: HowToQuantize) -> Mapping[str, Any]:
-        if any(not -x.ndim <= axis < x.ndim for axis in self.axes):
+    def _checked_batch_axes(self, x: jax.Array) -> tuple[int, ...]:
+        if any(not -x.ndim <= axis < x.ndim for axis in self.batch_axes):
             raise ValueError(
-                f"act_batch_axes={self.axes} does not fit an activation of shape "
+                f"act_batch_axes={self.batch_axes} does not fit an activation of shape "
                 f"{x.shape}."
             )
-        axes = tuple(sorted({axis % x.ndim for axis in self.axes}))
-        channelwise = tuple(sorted({*how.channelwise_axes, *axes}))
-        each = dataclasses.replace(how, channelwise_axes=channelwise)
-        return {
-            key: value.mean(axes, keepdims=True)
-            for key, value in self.observer.observe(x, each).items()
-        }
+        return tuple(sorted({axis % x.ndim for axis in self.batch_axes}))
+
+
+def in_layout_of_qwix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state without what `qwix` does not keep: batches weigh the same."""
+    return _without(state, (*_BESIDE, "mean_size"))
+
+
+def range_width(calibration: Mapping[str, Any]) -> Any:
+    """Returns how wide a range is: ``absmax``, or ``max - min``."""
+    if "absmax" in calibration:
+        return calibration["absmax"]
+    return calibration["max"] - calibration["min"]
+
+
+def values_in_each(
+    shape: tuple[int, ...], groups: tuple[int, ...], counts: jax.Array | None = None
+) -> jax.Array:
+    """Returns how many values of an array share each range, float32.
+
+    Args:
+        shape: The shape of the array.
+        groups: That of the scale.
+        counts: Which elements count; None for all.
+    """
+    if counts is None:
+        return jnp.full(groups, math.prod(shape) / math.prod(groups), jnp.float32)
+    padded = tiling.pad_to_tiles(counts.astype(jnp.float32), groups)
+    tiles, axes = tiling.split_tiled_axes(padded, groups)
+    return tiles.sum(axes).reshape(groups)
 
 
 def _unsharded(function: Any, x: jax.Array) -> Any:
@@ -351,6 +439,9 @@ def _unsharded(function: Any, x: jax.Array) -> Any:
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=everywhere)
 
 
-def _all_finite(*arrays: jax.Array) -> jax.Array:
-    checks = [jnp.isfinite(a.astype(jnp.float32)).all() for a in arrays]
-    return jnp.stack(checks).all()
+def _counts_as_finite(x: jax.Array) -> jax.Array:
+    return jnp.abs(x.astype(jnp.float32)) < LARGEST
+
+
+def _without(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in names}

@@ -10,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from qwix_train.calib.observers import make_statistics
+from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule
@@ -34,8 +35,11 @@ def collected_ranges(
 
     Raises:
       ValueError: if a range has no batch, or no rule is for it.
+
+    Warns:
+      UserWarning: if ranges are far below what was seen, or batches differ much.
     """
-    ranges = {}
+    ranges, collected = {}, []
     for path, state in states_in(quant_stats).items():
         name = "/".join(path)
         op_id = path[-1].rpartition("_")[0]
@@ -58,10 +62,12 @@ def collected_ranges(
         statistics = make_statistics(
             rule.range_observer or rule.act_method, rule.act_averaging, how=how
         )
+        collected.append((name, statistics, state, None))
         quant_stats_of = statistics.quant_stats
         for _ in range(np.ndim(state["count"])):  # layers
             quant_stats_of = jax.vmap(quant_stats_of)
         ranges[path] = quant_stats_of(state)
+    warn_of_ranges(collected)
     return traverse_util.unflatten_dict(ranges)
 
 

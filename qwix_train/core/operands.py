@@ -120,6 +120,14 @@ def size_of(shape: tuple[int, ...], axes: Any) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
+def with_sharding(array: jax.Array, sharding: Any) -> jax.Array:
+    """The same array with a sharding, as a `jit` gives its inputs and results."""
+    kinds = sharding.mesh.axis_types if hasattr(sharding, "mesh") else ()
+    if jax.sharding.AxisType.Explicit in kinds:
+        return jax.sharding.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
 def is_explicitly_sharded(array: jax.Array) -> bool:
     """Whether a sharding is part of the type, so that reshapes must respect it."""
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)

@@ -17,6 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 
 Params = Mapping[str, Any]
@@ -59,7 +60,7 @@ def constrained_part(part: jax.Array, sharding: Any) -> jax.Array:
       The array, not sharded along axes that their mesh axes do not divide.
     """
     if not isinstance(sharding, NamedSharding):
-        return lax.with_sharding_constraint(part, sharding)
+        return with_sharding(part, sharding)
 
     def fits(size, names):
         if names is None or names is PartitionSpec.UNCONSTRAINED:
@@ -70,7 +71,7 @@ def constrained_part(part: jax.Array, sharding: Any) -> jax.Array:
     pairs = zip(part.shape, sharding.spec, strict=False)
     spec = [names if fits(size, names) else None for size, names in pairs]
     where = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return lax.with_sharding_constraint(part, where)
+    return with_sharding(part, where)
 
 
 def _with_parts(array: QArray, qvalue: Any, change) -> QArray:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core import structural
+from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.lora import adapted_product
 from qwix_train.lora.layout import contract
@@ -160,7 +160,7 @@ class AdaptedWeight(Carried):
         if isinstance(self.base, Carried):
             base = self.base.constrained(sharding)
         else:
-            base = lax.with_sharding_constraint(self.base, sharding)
+            base = with_sharding(self.base, sharding)
         return dataclasses.replace(self, base=base)
 
     def _scaled(self, primitive, params, operands, run):

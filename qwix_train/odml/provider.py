@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import Tagging
-from qwix_train.calib.observers import Statistics, make_statistics
+from qwix_train.calib.observers import Statistics, in_layout_of_qwix, make_statistics
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
@@ -77,6 +77,7 @@ class OdmlQatProvider(QuantizationProvider):
     """
 
     takes_static_ranges = True
+    collects_by_default = True
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class OdmlQatProvider(QuantizationProvider):
         for tensor in plan.measured:
             statistics = statistics_of(tensor, self.rules)
             state = statistics.init(tensor.value.shape, tensor.value.dtype)
-            states[tensor.path] = _without_skipped(state)
+            states[tensor.path] = in_layout_of_qwix(state)
         return nested(states)
 
     def run_with_quant_stats(
@@ -200,7 +201,7 @@ class OdmlQatProvider(QuantizationProvider):
         if not update:
             return provider.transform(traced, plan), quant_stats  # type: ignore[arg-type]
         out, states = harvest_call(provider, ranges, traced, plan)  # type: ignore[arg-type]
-        states = {path: _without_skipped(state) for path, state in states.items()}
+        states = {path: in_layout_of_qwix(state) for path, state in states.items()}
         return out, nested(states)
 
     def tagging(self) -> Tagging:
@@ -249,6 +250,8 @@ class _Running(OdmlQatProvider):
 
 class _Tagging(Tagging):
     """Tags the tensors of a model that stays in float."""
+
+    collects_by_default = True
 
     def __init__(self, provider: OdmlQatProvider):
         super().__init__(provider.rules)
@@ -387,6 +390,7 @@ def statistics_of(tensor: TensorPlan, rules: Sequence[QuantizationRule]) -> Stat
             rule.act_averaging,
             how=tensor.how,
             batch_axes=rule.act_batch_axes,
+            finite_only=rule.act_finite_only,
         )
     except ValueError as error:
         raise ValueError(f"{tensor.name}: {error}") from None
@@ -394,10 +398,6 @@ def statistics_of(tensor: TensorPlan, rules: Sequence[QuantizationRule]) -> Stat
 
 def _static(rule: QuantizationRule) -> bool:
     return rule.act_qtype is not None and rule.act_static_scale is not False
-
-
-def _without_skipped(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != "skipped"}
 
 
 def _check_derivatives(plan: OdmlPlan) -> None:

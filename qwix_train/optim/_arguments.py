@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import optax
+
 from qwix_train.core import numerics
 from qwix_train.optim._param_grids import ParamGrids
 
@@ -30,6 +32,19 @@ def check_schedule(transform: str, argument: str, value: Any) -> None:
         raise TypeError(
             f"{transform}({argument}={value!r}): expected a number, or a schedule, as "
             f"optax.linear_schedule makes it, not a {type(value).__name__}."
+        )
+
+
+def check_transformation(transform: str, tx: Any) -> None:
+    """Checks what is to be wrapped.
+
+    Raises:
+        TypeError: It is not a transformation.
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"{transform}({tx!r}): expected a transformation of Optax, such as "
+            f"optax.adam(1e-3), not a {type(tx).__name__}."
         )
 
 

@@ -14,6 +14,12 @@ import jax.numpy as jnp
 from qwix_train.core import numerics, qarray, tiling
 from qwix_train.optim import _dynamic_map
 
+_LARGEST = 0.25
+"""The largest scale, as a share of the largest number of its dtype.
+
+The reciprocal of a larger one is not a normal number.
+"""
+
 QTYPES = ("dynamic", "int8")
 """The types of codes: values of the dynamic maps, and the core's integers."""
 
@@ -70,7 +76,9 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
         scale is such that the largest magnitude is a value of the type, whatever its
         sign is; so quantizing again what was dequantized changes nothing, and no
         moment shrinks from step to step. A block without negative values has codes of
-        the unsigned dynamic map, and says so by a negative scale.
+        the unsigned dynamic map, and says so by a negative scale. A magnitude beyond
+        `_LARGEST`, infinity included, is saturated: the moments of one enormous
+        gradient overflow, and must not make NaN of the block that they lie in.
 
     >>> codes, scale = quantize(jnp.array([[-1., 2.], [3., 0.]]), 'dynamic', 2)
     >>> codes.tolist(), scale.tolist()
@@ -80,16 +88,17 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     blocks, within = tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
     highest = jnp.max(blocks, axis=within).reshape(counts)
     lowest = jnp.min(blocks, axis=within).reshape(counts)
-    # The floor keeps the reciprocal of the scale finite, also where all is zero.
-    smallest = jnp.finfo(x.dtype).tiny
+    # Both keep the reciprocal of the scale finite, also where all is zero.
+    smallest, largest = jnp.finfo(x.dtype).tiny, _LARGEST * jnp.finfo(x.dtype).max
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
         absmax = jnp.maximum(highest, -lowest)
-        scale = jnp.maximum(absmax / jnp.asarray(bound, x.dtype), smallest)
+        scale = absmax / jnp.asarray(bound, x.dtype)
+        scale = jnp.clip(scale, smallest, largest)
         array = qarray.quantize_with_scale_zero_point(x, qtype, scale, None)
         return array.qvalue, array.scale
     end = jnp.asarray(_dynamic_map.SIGNED[0], x.dtype)
-    scale = jnp.maximum(jnp.maximum(highest, lowest / end), smallest)
+    scale = jnp.clip(jnp.maximum(highest, lowest / end), smallest, largest)
     scale = jnp.where(lowest >= 0, -scale, scale)
     return tiling.elementwise(_encode, x, scale), scale
 

@@ -51,7 +51,9 @@ def rounding_update(
 
     Returns:
         The differences of codes, and of scales, in the structure and the dtypes of the
-        param. Codes wrap around in their dtype, and so does their sum.
+        param. Codes wrap around in their dtype, and so does their sum. There is no code
+        for NaN or infinity, and a scale of that would make it of all elements that
+        share it: an element whose update is not finite keeps its value.
     """
     if isinstance(param, WithAux):
         return param.replace(  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,6 +68,7 @@ def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray
     dtype, wide = param.dtype, numerics.compute_dtype(param.dtype)
     low, high = numerics.code_range(param.qtype)
     scale = param.scale.astype(wide)
+    update = jnp.where(jnp.isfinite(update), update, 0)
     exact = param.qvalue.astype(wide) + update.astype(wide) / _param_grids.spread(
         scale, update
     )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from qwix_train.optim import _paths
+from qwix_train.optim import _arguments, _paths
 
 
 def lora_plus(
@@ -38,6 +38,7 @@ def lora_plus(
         The transformation. Its state is that of ``optax.chain(tx, ...)``.
 
     Raises:
+        TypeError: ``tx`` is not a transformation.
         ValueError: ``ratio`` is not positive; or, from ``init`` and ``update``, no
             param is a B matrix.
 
@@ -54,6 +55,7 @@ def lora_plus(
         Hayou et al., `LoRA+: Efficient Low Rank Adaptation of Large Models
         <https://arxiv.org/abs/2402.12354>`_, 2024, section 4
     """
+    _arguments.check_transformation("lora_plus", tx)
     if isinstance(ratio, int | float) and not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"lora_plus(ratio={ratio!r}): the ratio must be positive.")
     return optax.chain(tx, optax.masked(optax.scale(ratio), _is_lora_b))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from qwix_train.core import numerics
-from qwix_train.optim import _blocks
+from qwix_train.optim import _arguments, _blocks
 
 
 class QuantizedState(NamedTuple):
@@ -78,6 +78,12 @@ def quantized_state(
     Orbax saves, and `optax.tree_map_params` sees codes and scales as copies of the
     params.
 
+    A moment that overflows, as Adam's second one does for a gradient of 1e20, becomes
+    the largest number that a scale can hold. In float that one param gets no update
+    any more; here it is the params of one block, all others train on. Clip what may be
+    as large: ``optax.chain(optax.clip_by_global_norm(1.0), quantized_state(...))``.
+    NaN stays NaN, in the whole block: `optax.apply_if_finite` keeps it out.
+
     Wrap what keeps moments rather than what keeps params or sums (such as
     `optax.lookahead` and `optax.MultiSteps`), whose arrays would be rounded, too:
     ``optax.MultiSteps(quantized_state(optax.adam(1e-3)), 8)``.
@@ -103,7 +109,8 @@ def quantized_state(
             positive int (under `optax.inject_hyperparams` they are static arguments);
             or, from ``update``, the state was made with another ``qtype`` or
             ``block_size``.
-        TypeError: From ``update``, the state is not a `QuantizedState`.
+        TypeError: ``tx`` is not a transformation; or, from ``update``, the state is not
+            a `QuantizedState`.
 
     Examples:
         >>> params = {'kernel': jnp.ones((64, 512)), 'bias': jnp.ones(512)}
@@ -128,6 +135,7 @@ def quantized_state(
         )
     block_size = _positive_int("block_size", block_size)
     min_size = _positive_int("min_size", min_size)
+    _arguments.check_transformation("quantized_state", tx)
     tx = optax.with_extra_args_support(tx)
 
     def quantized(inner_state: Any, dtypes: list[Any]) -> QuantizedState:

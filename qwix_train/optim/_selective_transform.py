@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from qwix_train.optim import _paths
+from qwix_train.optim import _arguments, _paths
 
 
 def selective_transform(
@@ -37,7 +37,7 @@ def selective_transform(
         ``'train'`` and ``'freeze'``.
 
     Raises:
-        TypeError: A pattern is not a string.
+        TypeError: ``tx`` is not a transformation, or a pattern is not a string.
         ValueError: Not exactly one of ``freeze`` and ``train`` is given, there is no
             pattern, or one is no regular expression; or, from ``init`` and ``update``,
             a pattern matches no param.
@@ -53,6 +53,7 @@ def selective_transform(
 
         Adapters alone: ``selective_transform(tx, train='.*_lora_(a|b|magnitude)')``.
     """
+    _arguments.check_transformation("selective_transform", tx)
     if (freeze is None) == (train is None):
         raise ValueError(
             "selective_transform takes either freeze=, the patterns of the params that "

@@ -64,7 +64,9 @@ def stochastic_rounding(
 
     Where some :math:`y` of a group that shares a scale lies outside of
     :math:`[n, p]`, the scale first grows until none does, and then all codes of the
-    group are rounded to the wider steps. No scale becomes smaller. The updates are
+    group are rounded to the wider steps. No scale becomes smaller. Codes hold neither
+    NaN nor infinity, so that an element whose update is one keeps its value; put
+    `optax.apply_if_finite` inside to leave out the whole step. The updates are
     `QArray`s as the params are, for `optax.apply_updates`. What keeps a copy of params
     or sums of gradients, such as `optax.MultiSteps`, goes inside.
 
@@ -77,9 +79,11 @@ def stochastic_rounding(
 
     Raises:
         ValueError: From ``init`` and ``update``, a param is float16, or a `QArray`
-            whose type is not one of int2 to int8, or has zero points; or from
-            ``update``, there are no params.
-        TypeError: From ``update``, a gradient is a `QArray`.
+            whose type is not one of int2 to int8, or has zero points; or no param is
+            bfloat16 or integers, so that nothing is to be rounded; or from ``update``,
+            there are no params.
+        TypeError: ``tx`` is not a transformation; or, from ``update``, a gradient is a
+            `QArray`.
 
     Examples:
         Four updates of 1/512 move a mean from 1 by 4/512, and rounding to nearest, not
@@ -116,6 +120,7 @@ def stochastic_rounding(
         <https://arxiv.org/abs/1502.02551>`_, 2015, section 3; Zamirai et al.,
         `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
     """
+    _arguments.check_transformation("stochastic_rounding", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: Any) -> StochasticRoundingState:
@@ -196,4 +201,12 @@ def _check(params: Any) -> list[str]:
                 f"stochastic_rounding: the param {name!r} is float16, and it rounds to "
                 "bfloat16 and integers. Keep the param in one of these or float32."
             )
+    if leaves and not any(_integer_params.is_one(x) or _is_low(x) for x in leaves):
+        dtypes = ", ".join(sorted({jnp.result_type(x).name for x in leaves}))
+        raise ValueError(
+            "stochastic_rounding: it rounds params in bfloat16 and in integers, and "
+            f"all of these are {dtypes}, such as {names[0]!r}. Leave it out, or keep "
+            "the params in bfloat16: jax.tree.map(lambda x: x.astype(jnp.bfloat16), "
+            "params)."
+        )
     return names

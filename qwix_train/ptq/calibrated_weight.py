@@ -63,11 +63,16 @@ class QuantizedWeight:
       array: its codes and scales.
       scale: what its input is multiplied by, if it is.
       note: what the report says of it.
+      errors: the errors of the outputs, as a share of their square, of rounding to
+        nearest and of this; None for those of the weight alone.
+      reason: why the weight was left as it is; empty if it was not.
     """
 
     array: QArray
     scale: Scale | None = None
     note: str = ""
+    errors: tuple[jax.Array, jax.Array] | None = None
+    reason: str = ""
 
 
 def output_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,23 @@ from qwix_train.ptq.calibrated_weight import QuantizedWeight, Scale, Weight
 from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_matrices import Channels, MatrixView
 from qwix_train.ptq.weight_method import WeightMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelScale:
+    """What a weight is multiplied by.
+
+    Attributes:
+      factors: a positive number for each channel, shape (matrices, channels), float32.
+      note: what the report says of it.
+      errors: see `QuantizedWeight`.
+      reason: see `QuantizedWeight`.
+    """
+
+    factors: jax.Array
+    note: str = ""
+    errors: tuple[jax.Array, jax.Array] | None = None
+    reason: str = ""
 
 
 class InputScaling(WeightMethod):
@@ -40,12 +58,8 @@ class InputScaling(WeightMethod):
         return ""
 
     @abc.abstractmethod
-    def channel_scale(self, weight: Weight) -> tuple[jax.Array, str]:
-        """What the weight is multiplied by, and what the report says of it.
-
-        Returns:
-          A positive number for each channel, shape (matrices, channels), float32.
-        """
+    def channel_scale(self, weight: Weight) -> ChannelScale:
+        """What the weight is multiplied by."""
 
     def rounded(self, scaled: jax.Array, weight: Weight, scale: jax.Array) -> QArray:
         """The codes of a scaled weight.
@@ -68,16 +82,29 @@ class InputScaling(WeightMethod):
             collected.
         """
         (found,) = weight.inputs
-        scale, note = self.channel_scale(weight)
-        # Rounded as the model will read it, and only then taken out of the weight.
-        scale = (1 / scale).astype(found.dtype)
+        chosen = self.channel_scale(weight)
+        scale = input_scale(chosen.factors, found)
         values = stored_scale(found, scale)
         scaled = scaled_weight(weight.param, scale, weight.view)
         array = self.rounded(scaled, weight, scale)
         ranges = None
         if found.static is not None:
             ranges = scaled_range(found, weight, scale)
-        return QuantizedWeight(array, Scale(scale, values, ranges), note)
+        return QuantizedWeight(
+            array,
+            Scale(scale, values, ranges),
+            chosen.note,
+            chosen.errors,
+            chosen.reason,
+        )
+
+
+def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
+    """What an input is multiplied by, for what its weight is.
+
+    Rounded as the model will read it; only then it is taken out of the weight.
+    """
+    return (1 / factors).astype(found.dtype)
 
 
 def scaled_weight(param: jax.Array, scale: jax.Array, view: MatrixView) -> jax.Array:

@@ -40,11 +40,15 @@ class InputMoments:
 
     * ``samples``: the number of vectors,
     * ``absmean``, ``min``, ``max``: of each channel, shape (groups, channels),
-    * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels).
+    * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels),
+    * ``rows``: some of the vectors, drawn at random from all, shape (groups, number,
+      channels), and their ``priority`` in that, shape (groups, number); negative where
+      there are none yet.
 
     Attributes:
       channels: how the input is seen as vectors.
       second_moment: whether that is collected.
+      rows: how many vectors are kept.
 
     Example:
       >>> moments = InputMoments(Channels(contracting=(1,)))
@@ -60,6 +64,7 @@ class InputMoments:
 
     channels: Channels | Patches
     second_moment: bool = True
+    rows: int = 0
 
     def init(self, shape: tuple[int, ...], how: HowToQuantize) -> dict[str, jax.Array]:
         """The state before any batch, for inputs of a shape."""
@@ -70,12 +75,26 @@ class InputMoments:
         state = {"absmean": one, "min": one, "max": one}
         if self.second_moment:
             state["second_moment"] = jnp.zeros((groups, channels, channels))
+        if self.rows:
+            state["rows"] = jnp.zeros((groups, self.rows, channels))
+            state["priority"] = jnp.full((groups, self.rows), -1.0)
         return {"samples": jnp.zeros((), jnp.float32), **state}
 
     def update(
-        self, state: Mapping[str, jax.Array], x: jax.Array, how: HowToQuantize
+        self,
+        state: Mapping[str, jax.Array],
+        x: jax.Array,
+        how: HowToQuantize,
+        counts: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Adds a batch.
+
+        Args:
+          state: the state before.
+          x: the batch.
+          how: not used.
+          counts: which elements count; a vector with any that does not is left out.
+            None for all.
 
         Raises:
           ValueError: if the input has another rank than the model said, as it has
@@ -83,19 +102,37 @@ class InputMoments:
         """
         del how
         x = self.channels.samples(x.astype(jnp.float32))
-        count = x.shape[1]
+        if counts is None:
+            kept, count = True, jnp.float32(x.shape[1])
+        else:
+            # Not the elements that count: a convolution pads with those that do not.
+            lost = self.channels.samples((~counts).astype(jnp.float32)).max((0, 2)) > 0
+            kept = ~lost[None, :, None]
+            count = (~lost).sum(dtype=jnp.float32)
+            x = jnp.where(kept, x, 0)
+        some = jnp.maximum(count, 1)
         batch = {
-            "samples": jnp.float32(count),
-            "absmean": jnp.mean(jnp.abs(x), 1),
-            "min": jnp.min(x, 1),
-            "max": jnp.max(x, 1),
+            "samples": count,
+            "absmean": jnp.sum(jnp.abs(x), 1) / some,
+            "min": jnp.min(x, 1, where=kept, initial=jnp.inf),
+            "max": jnp.max(x, 1, where=kept, initial=-jnp.inf),
         }
         if self.second_moment:
             batch["second_moment"] = (
                 jnp.einsum("gni,gnj->gij", x, x, precision=jax.lax.Precision.HIGHEST)
-                / count
+                / some
             )
-        return self.merge(state, batch)
+        if self.rows:
+            # By the number of vectors before, so that each batch has draws of its own.
+            seen = state["samples"].astype(jnp.uint32)
+            key = jax.random.fold_in(jax.random.key(0), seen)
+            drawn = jax.random.uniform(key, x.shape[1:2])
+            priority = jnp.where(kept if counts is None else ~lost, drawn, -1)
+            batch["rows"] = x
+            batch["priority"] = jnp.broadcast_to(priority, x.shape[:2])
+        merged = self.merge(state, batch)
+        # Of no vector at all, nothing is the least.
+        return {k: jnp.where(count > 0, v, state[k]) for k, v in merged.items()}
 
     def merge(
         self, a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]
@@ -110,6 +147,12 @@ class InputMoments:
             both = (a["samples"] > 0) & (b["samples"] > 0)
             either = jnp.where(a["samples"] > 0, a[name], b[name])
             merged[name] = jnp.where(both, widest(a[name], b[name]), either)
+        if self.rows:
+            rows, priority = (
+                jnp.concatenate([a[name], b[name]], 1) for name in ("rows", "priority")
+            )
+            merged["priority"], first = jax.lax.top_k(priority, self.rows)
+            merged["rows"] = jnp.take_along_axis(rows, first[..., None], 1)
         return merged
 
     def calibration(
@@ -136,7 +179,8 @@ class WeightInput:
       view: the weight as matrices.
       layers: the sizes of the axes of layers that the op is run for.
       scaled_shape: the shape of a scale of its channels that is stored, in one layer.
-      static: how the input is quantized, if that is with a range collected beforehand.
+      activation: how the input is quantized, if it is.
+      static: the same, if that is with a range collected beforehand.
       observer: what measures such a range, if the rule names one.
     """
 
@@ -148,6 +192,7 @@ class WeightInput:
     view: MatrixView
     layers: tuple[int, ...]
     scaled_shape: tuple[int, ...]
+    activation: HowToQuantize | None
     static: HowToQuantize | None
     observer: Any
 
@@ -170,9 +215,10 @@ class InputTagging(Tagging):
       reads: by which ops each param is read.
     """
 
-    def __init__(self, rules, *, second_moment: bool):
+    def __init__(self, rules, *, second_moment: bool, rows: int = 0):
         super().__init__(rules)
         self.second_moment = second_moment
+        self.rows = rows
         self.ranges: dict[str, WeightInput] = {}
         self.reads: Reads = {}
 
@@ -241,16 +287,17 @@ class InputTagging(Tagging):
         operand = op.operands[1 - side]
         how = whole.params[path].how
         assert how is not None
-        moments = InputMoments(channels, self.second_moment)
+        moments = InputMoments(channels, self.second_moment, self.rows)
         return WeightInput(
             path=plan.range_path(1 - side),
-            statistics=Statistics(moments, None, how),
+            statistics=Statistics(moments, None, how, (), rule.act_finite_only),
             shape=operand.shape,
             dtype=operand.dtype,
             channels=channels,
             view=view,
             layers=op.layers,
             scaled_shape=pre_quant_scale.scale_shape(op, 1 - side)[len(op.layers) :],
+            activation=plan.activations[1 - side],
             static=plan.activations[1 - side] if plan.static else None,
             observer=rule.act_observer,
         )

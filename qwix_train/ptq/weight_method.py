@@ -56,6 +56,7 @@ class WeightMethod(Collector, abc.ABC):
 
     title = ""
     second_moment = True
+    rows = 0
     scales_inputs = False
 
     def __init__(self, rules: Sequence[QuantizationRule]):
@@ -67,7 +68,9 @@ class WeightMethod(Collector, abc.ABC):
         super().__init__()
         self.rules = check_rules(rules)
         self.report: WeightReport | None = None
-        self._tagging = InputTagging(self.rules, second_moment=self.second_moment)
+        self._tagging = InputTagging(
+            self.rules, second_moment=self.second_moment, rows=self.rows
+        )
 
     @property
     def provider(self) -> PtqProvider:
@@ -140,7 +143,8 @@ class WeightMethod(Collector, abc.ABC):
             quantizes.
           quant_stats: see there. For an input that gets a scale for its channels, the
             range is that of the scaled input, over all batches, from what was
-            collected here; what is given for it here does not count.
+            collected here; what is given for it here does not count. For one that is
+            left as it is, what is given does.
           allow_extra_params: see there.
           donate: see there.
 
@@ -199,6 +203,8 @@ class _Job:
         self.records: list[WeightRecord] = []
         self.scales: dict[Path, jax.Array] = {}
         self.ranges: dict[Path, dict[str, jax.Array]] = {}
+        # Those of inputs that are left as they are, unless others are given.
+        self.own_ranges: dict[Path, dict[str, jax.Array]] = {}
         self.unscaled: list[Path] = []
 
     def leaf(self, names: Path, param: Any, target: Any, given: GivenScales) -> Any:
@@ -235,8 +241,12 @@ class _Job:
             path = (*prefix, *pre_quant_scale.scale_path(found.path))
             self.scales[path] = scale.stored
             if scale.range is not None:
-                self.ranges[found.path] = scale.range
-        if "second_moment" in weight.moments:
+                ranges = self.own_ranges if result.reason else self.ranges
+                ranges[found.path] = scale.range
+        if result.errors is not None:
+            before, after = map(_known, result.errors)
+            record = dataclasses.replace(record, rounding_error=before, error=after)
+        elif "second_moment" in weight.moments:
             record = dataclasses.replace(
                 record,
                 rounding_error=_known(output_error(weight, rounded.array)),
@@ -244,6 +254,8 @@ class _Job:
                     output_error(weight, result.array, scale and scale.channels)
                 ),
             )
+        if result.reason:
+            record = dataclasses.replace(record, applied=False, reason=result.reason)
         self.records.append(dataclasses.replace(record, note=result.note))
         return WithAux(result.array, rounded.how)
 
@@ -267,7 +279,9 @@ class _Job:
             for path, value in given.items()
             if tuple(map(str, path[:-1])) not in self.ranges
         }
-        for path, statistics in self.ranges.items():
+        paths = {tuple(map(str, path[:-1])) for path in kept}
+        own = {k: v for k, v in self.own_ranges.items() if k not in paths}
+        for path, statistics in (own | self.ranges).items():
             kept |= {(*path, name): value for name, value in statistics.items()}
         return traverse_util.unflatten_dict(kept), self.scales
 

@@ -19,7 +19,8 @@ class WeightRecord:
       reason: why it was not.
       rounding_error: the squared error of the outputs, on the inputs that were
         collected and as a share of their square, if the param is rounded to nearest.
-        None where the method does not collect what that takes.
+        None where the method does not collect what that takes. With `SmoothQuant`,
+        activations are quantized, too, as the rule says; in all others they are not.
       error: the same of what the param was quantized to.
       note: what else the method has to say.
     """

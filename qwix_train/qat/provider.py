@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import RangeTagging
+from qwix_train.calib.observers import in_layout_of_qwix
 from qwix_train.calib.ranges import states_in
 from qwix_train.planning import Path, Plan
 from qwix_train.provider import QuantizationProvider
@@ -112,7 +113,7 @@ class QtProvider(QuantizationProvider):
 
     def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
         """The statistics that a Linen model holds at first."""
-        return nested(_without_skipped(initial_states(plan, self.rules)))
+        return nested(_in_layout_of_qwix(initial_states(plan, self.rules)))
 
     def run_with_quant_stats(
         self, traced: TracedCall, plan: Plan, quant_stats: Any, update: bool
@@ -127,7 +128,7 @@ class QtProvider(QuantizationProvider):
         if not update:
             return provider.transform(traced, plan), quant_stats
         out, states = harvest_call(provider, ranges, traced, plan)
-        return out, nested(_without_skipped(states))
+        return out, nested(_in_layout_of_qwix(states))
 
     def tagging(self) -> RangeTagging:
         """See `QuantizationProvider.tagging`."""
@@ -152,9 +153,6 @@ class QtProvider(QuantizationProvider):
         )
 
 
-def _without_skipped(states: States) -> dict[Path, Any]:
+def _in_layout_of_qwix(states: States) -> dict[Path, Any]:
     """Statistics in the layout of `qwix`, which counts no batches that it skips."""
-    return {
-        path: {key: value for key, value in state.items() if key != "skipped"}
-        for path, state in states.items()
-    }
+    return {path: in_layout_of_qwix(state) for path, state in states.items()}

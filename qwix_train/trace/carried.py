@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax import lax
+from qwix_train.core.operands import with_sharding
 
 
 class Carried(abc.ABC):
@@ -84,7 +84,7 @@ class Carried(abc.ABC):
 
     def constrained(self, sharding: Any) -> Any:
         """The same under a sharding constraint."""
-        return lax.with_sharding_constraint(self.value, sharding)
+        return with_sharding(self.value, sharding)
 
 
 def unpacked(

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
+from qwix_train.core.operands import with_sharding
 from qwix_train.trace import carried, jax_versions
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
@@ -150,11 +151,11 @@ class _Evaluator:
         # Evaluated in place: the caller compiles the whole, or runs eagerly, where
         # a new function would be compiled again at every call.
         body = jax_versions.call_body(params)
-        operands = _constrained(operands, params.get("in_shardings"))
+        operands = constrained(operands, params.get("in_shardings"))
         # The scope that a compiled call would have given to what is in it.
         with _scope(f"jit({params.get('name', '')})"):
             outs = self.run(body, operands, (*key, 0))
-        return _constrained(outs, params.get("out_shardings"))
+        return constrained(outs, params.get("out_shardings"))
 
     def rebuild_remat(self, params, operands, key):
         body = jax_versions.call_body(params)
@@ -338,13 +339,14 @@ def _entering(values: Sequence[Any]) -> list[Any]:
     return [x.inside(x.arrays) if isinstance(x, Carried) else x for x in values]
 
 
-def _constrained(values, shardings):
+def constrained(values, shardings):
+    """The operands or results of a `jit`, sharded as it says."""
     return [
         value
         if not jax_versions.explicit_sharding(sharding)
         else value.constrained(sharding)
         if isinstance(value, Carried)
-        else lax.with_sharding_constraint(value, sharding)
+        else with_sharding(value, sharding)
         for value, sharding in zip(
             values, shardings or [None] * len(values), strict=True
         )

@@ -20,7 +20,7 @@ from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions
 from qwix_train.trace.analyze import Key
-from qwix_train.trace.evaluate import last_uses, run_unchanged
+from qwix_train.trace.evaluate import constrained, last_uses, run_unchanged
 
 _PREFIX = "qwix_train:"
 
@@ -237,7 +237,9 @@ class _Harvester:
         name, params = eqn.primitive.name, eqn.params
         if name in _CALLS and name not in jax_versions.REMAT:
             body = jax_versions.call_body(params)
-            return self.run(body, operands, states, (*key, 0))
+            operands = constrained(operands, params.get("in_shardings"))
+            results, states = self.run(body, operands, states, (*key, 0))
+            return constrained(results, params.get("out_shardings")), states
         inside = {n: states[n] for n in self.below[key]}
         if name in jax_versions.REMAT:
             results, inside = self.remat(params, operands, inside, key)

@@ -8,7 +8,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
+from jax import P
 from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding
 
 from qwix_train import QuantizationRule, calib, ptq
 from tests import models
@@ -113,6 +115,68 @@ def test_ranges_of_an_eval_loop(framework, jitted):
         expected = np.mean([np.abs(case.inputs(x)[side]).max() for x in BATCHES])
         found = stats["sum_of_absmax"] / stats["count"]
         np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
+
+
+def test_a_step_that_calls_another_one_of_the_calibrator():
+    case = Linear("linen")
+    calibrator = calib.Calibrator(RULES)
+    inner = calibrator.wrap(case.eval_step())
+    x = BATCHES[0]
+    for step in (
+        lambda x: inner(case.params, x),
+        jax.jit(lambda x: inner(case.params, x)),
+        lambda x: x.sum() + inner(case.params, BATCHES[0])["mean"],
+    ):
+        calibrator.state = {}
+        calibrator.wrap(step)(x)
+        for side, name in enumerate(case.names):
+            stats = calibrator.quant_stats[name]["dot_general0_lhs"]
+            expected = np.abs(case.inputs(x)[side]).max()
+            np.testing.assert_allclose(stats["sum_of_absmax"], [[expected]], 1e-6)
+            assert stats["count"] == 1
+    # And the step that is called is one of its own again.
+    inner(case.params, x)
+    assert calibrator.quant_stats["Dense_0"]["dot_general0_lhs"]["count"] == 2
+
+
+def test_a_number_is_an_input_unless_the_step_takes_it_as_static():
+    model, traces = nn.Dense(2), []
+    params = model.init(jax.random.key(0), BATCHES[0])
+
+    def eval_step(params, x, factor, *, repeat, options):
+        traces.append(repeat)
+        assert isinstance(repeat, int) and not isinstance(factor, float)
+        return repeat * options["offset"] + model.apply(params, factor * x).sum()
+
+    step = jax.jit(eval_step, static_argnames="repeat")
+    calibrator = calib.Calibrator(RULES)
+    calibrated = calibrator.wrap(step)
+    for factor in (1.0, 2.0, np.float32(3.0)):
+        given = (params, BATCHES[0], factor)
+        more = {"repeat": 2, "options": {"offset": int(factor)}}
+        assert calibrated(*given, **more) == step(*given, **more)
+        before = len(traces) if factor == 2.0 else None
+    calibrated(params, BATCHES[0], 4.0, repeat=2, options={"offset": 4})
+    assert len(traces) == before or before is None
+    stats = calibrator.quant_stats["dot_general0_lhs"]
+    expected = np.abs(BATCHES[0]).max() * (1 + 2 + 3 + 4)
+    np.testing.assert_allclose(stats["sum_of_absmax"], [[expected]], 1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_step_keeps_the_shardings_of_its_arguments(kind):
+    mesh = jax.make_mesh((8,), ("data",), (kind,))
+    per_device, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    model = nn.Dense(2)
+    params = model.init(jax.random.key(0), BATCHES[0])
+    step = jax.jit(
+        lambda params, x: model.apply(params, x), in_shardings=(everywhere, per_device)
+    )
+    expected = step(params, BATCHES[0])
+    found = calib.Calibrator(RULES).wrap(step)(params, BATCHES[0])
+    models.assert_same(found, expected)
+    assert found.sharding.is_equivalent_to(expected.sharding, 2)
+    assert expected.sharding.spec[0] == "data"
 
 
 def test_the_ranges_quantize_a_model():

@@ -35,14 +35,24 @@ BIG = [np.concatenate([scale * x for x in BATCHES * 4]) for scale in (1.0, 3.0, 
 def observe(observer, averaging):
     """The function, and a compiled form of it, of one input."""
     case = Linear("linen")
-    rules = [rule(act_observer=observer, act_averaging=averaging)]
+    method = "minmax" if observer == "minmax" else "absmax"
+    rules = [
+        rule(
+            act_observer=observer,
+            act_averaging=averaging,
+            act_calibration_method=method,
+        )
+    ]
     observed = calib.observe(case.eval_step(), rules)
     return observed, jax.jit(lambda stats, x: observed(stats, *case.args(x))[0])
 
 
 def data(stats):
-    """The statistics, but for the number of batches."""
-    return {name: {**state, "count": 0} for name, state in stats.items()}
+    """The statistics, but for what the cut into batches makes a difference to."""
+    return {
+        name: {**state, **dict.fromkeys(("count", "narrowest"), 0)}
+        for name, state in stats.items()
+    }
 
 
 @pytest.mark.thinned(16)
@@ -64,7 +74,7 @@ def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
             exact = name.startswith("Dense_0") and "rms" not in observer
             if exact:
                 np.testing.assert_array_equal(found[1][name][key], want)
-            elif "_of_" in key or key in ("min", "max"):
+            elif "_of_" in key or key in ("min", "max", "narrowest", "widest"):
                 np.testing.assert_allclose(found[1][name][key], want, rtol=1e-6)
             else:  # Counts; an element may be in the bin next to its own.
                 assert found[1][name][key].sum() == want.sum()

@@ -109,6 +109,69 @@ def test_bad_batches_are_skipped_and_counted(observer, bad, averaging):
     assert all(not np.any(value) for value in sums.values())
 
 
+@pytest.mark.parametrize("observer", ["absmax", "minmax", "mse"])
+def test_a_batch_of_enormous_values_is_skipped(observer):
+    statistics, batches = make(observer), data(2)
+    spoiled = batches[0].copy()
+    spoiled[3, 4] = 1e38
+    state = collect(statistics, [batches[0], spoiled, spoiled, spoiled, batches[1]])
+    assert state["skipped"] == 3 and state["count"] == 2
+    assert_same({**state, "skipped": jnp.int32(0)}, collect(statistics, batches))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+def test_a_mean_weighs_batches_by_what_they_hold(layout):
+    statistics = make("minmax", **layout)
+    x = data(1, (16, 10))[0] if layout == {} else data(1, (12, 10))[0]
+    parts = [x[:12], 3 * x[:12, :2], 2 * x[:12, :5]]
+    found = statistics.calibration(collect(statistics, parts))
+    # In float64, with the number of values of each.
+    weights = [part.size for part in parts]
+    axes = (0, 1) if layout == {} else 1
+    for key, end in {"min": np.min, "max": np.max}.items():
+        ends = [
+            end(part.astype(float), axis=axes, keepdims=True, initial=0)
+            for part in parts
+        ]
+        want = np.average(ends, axis=0, weights=weights)
+        np.testing.assert_allclose(found[key], want, 1e-5)
+    merged = statistics.merge(
+        collect(statistics, parts[:1]), collect(statistics, parts[1:])
+    )
+    for key, value in statistics.calibration(merged).items():
+        np.testing.assert_allclose(value, found[key], 1e-6)
+    sums = statistics.quant_stats(merged)
+    np.testing.assert_allclose(sums["sum_of_min"] / sums["count"], found["min"], 1e-6)
+
+
+def test_a_mean_of_equal_batches_is_the_plain_sum():
+    statistics, batches = make("absmax"), data(4)
+    total = np.float32(0)
+    for x in batches:
+        total += np.abs(x).max()
+    assert collect(statistics, batches)["sum_of_absmax"] == total
+
+
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("observer", [*RANGES[:5], *STREAMS[:3]])
+def test_what_is_not_finite_is_left_out(observer, axes):
+    if axes and observer in STREAMS:
+        return
+    how = HowToQuantize(qtype="int8")
+    make_one = functools.partial(make_statistics, observer, how=how, batch_axes=axes)
+    batches = data(2)
+    padded = np.concatenate([batches, np.full((2, 3, 10), np.nan, np.float32)], 1)
+    padded[0, 12] = np.inf
+    found = collect(make_one(finite_only=True), padded)
+    want = collect(make_one(), batches)
+    assert (found["count"], found["skipped"]) == (2, 0)
+    found, want = (make_one().calibration(state) for state in (found, want))
+    for key in want:
+        np.testing.assert_allclose(found[key], want[key], 1e-5)
+    nothing = collect(make_one(finite_only=True), np.full((1, 4, 10), np.nan))
+    assert (nothing["count"], nothing["skipped"]) == (0, 1)
+
+
 def test_a_range_beyond_float32_is_skipped():
     statistics = make("rms,2")
     state = statistics.update(statistics.init((2,), jnp.float32), jnp.full(2, 3e38))

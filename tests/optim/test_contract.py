@@ -52,6 +52,7 @@ SHAPES = {
     "bias": (64,),
     "kernel_lora_a": (16, 8),
     "kernel_lora_b": (8, 64),
+    "low": (16,),
 }
 MESH = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 SPECS = {
@@ -59,13 +60,15 @@ SPECS = {
     "bias": P("model"),
     "kernel_lora_a": P("data", None),
     "kernel_lora_b": P(None, "model"),
+    "low": P("model"),
 }
 
 
 def tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     leaves = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in SHAPES.items()}
-    return {"layer": leaves}
+    # Something to round stochastically: in bfloat16, and exact whatever the noise is.
+    return {"layer": leaves | {"low": jnp.zeros(SHAPES["low"], jnp.bfloat16)}}
 
 
 PARAMS, GRADS = tree(0), tree(1)

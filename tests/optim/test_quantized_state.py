@@ -1,5 +1,7 @@
 """8-bit Adam and Lion against NumPy in float64; bytes, shardings and errors."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -137,6 +139,45 @@ def test_the_compiler_does_not_compute_the_codes_of_zeros():
     init = jax.jit(optim.quantized_state(optax.adam(0.1)).init)
     text = init.lower(jnp.ones((64, 64))).compile().as_text()
     assert " reduce(" in text
+
+
+@pytest.mark.parametrize("qtype", ["dynamic", "int8"])
+@pytest.mark.parametrize("tx", [optax.adam(0.01), optax.lion(0.01)])
+def test_an_enormous_gradient_does_not_make_nan(tx, qtype):
+    # Its square overflows in Adam's second moment.
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(6, *SHAPE)).astype(np.float32)
+    grads[2, 0, 3] = 1e20
+    ours = optim.quantized_state(tx, qtype, block_size=BLOCK, min_size=1)
+
+    def trained(grads):
+        params = jnp.zeros(SHAPE)
+        state = ours.init(params)
+        for gradient in grads:
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return np.asarray(params), state
+
+    update = jax.jit(ours.update)
+    params, state = trained(grads)
+    for x in jax.tree.leaves((params, state)):
+        assert np.isfinite(x).all()
+    grads[2, 0, 3] = 0
+    undisturbed, _ = trained(grads)
+    # One block is disturbed: the first sixteen elements.
+    models.assert_same(params.ravel()[BLOCK:], undisturbed.ravel()[BLOCK:])
+    assert np.abs(params).max() < 0.1
+
+
+def test_what_cannot_be_wrapped():
+    for make in (
+        optim.quantized_state,
+        optim.stochastic_rounding,
+        optim.lora_plus,
+        functools.partial(optim.selective_transform, freeze=".*"),
+    ):
+        with pytest.raises(TypeError, match=r"\(0.001\): expected a transformation of"):
+            make(1e-3)
 
 
 def test_errors():

@@ -160,6 +160,8 @@ def test_errors():
     tx = optim.stochastic_rounding(optax.sgd(1.0))
     with pytest.raises(ValueError, match="the param 'a/kernel' is float16"):
         tx.init({"a": {"kernel": jnp.ones(2, jnp.float16)}})
+    with pytest.raises(ValueError, match="all of these are float32, such as 'a/k"):
+        tx.init({"a": {"kernel": jnp.ones(2)}, "b": jnp.ones(2)})
     params = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="stochastic_rounding needs the params"):
         tx.update(params, tx.init(params))

@@ -130,7 +130,7 @@ def test_ranges_with_two_ends():
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_stacked_layers(framework):
     rules = [models.rule("int8", "int8", act_static_scale=True)]
-    method = ptq.SmoothQuant(rules)
+    method = ptq.SmoothQuant(rules, alpha=0.5)
     if framework == "nnx":
         model = NnxLayers(nnx.Rngs(0))
         whole = run_nnx(method, model, *BATCHES)

@@ -3,6 +3,7 @@
 GPTQ shows it, since its codes depend on every element of what was collected.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -185,6 +186,28 @@ def test_batches_count_by_their_vectors_and_bad_ones_not_at_all():
     np.testing.assert_allclose(state["max"][0], x.max(0))
     moment = x.T @ x / len(x)
     np.testing.assert_allclose(state["second_moment"][0], moment, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("make", [ptq.Gptq, ptq.Awq, ptq.SmoothQuant])
+def test_vectors_of_padding_are_left_out(make):
+    (rule,) = RULES
+    model, params = nn.Dense(4), {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+    padded = []
+    for x in BATCHES[:2]:
+        padding = np.full((5, 6), np.nan, np.float32)
+        padding[:3, 1:] = 1
+        padded.append(np.concatenate([padding, x]))
+    method = make([dataclasses.replace(rule, act_finite_only=True)])
+    collect(method, model, params, *padded)
+    reference = make(RULES)
+    collect(reference, model, params, *BATCHES[:2])
+    (found,), (want,) = (x.state.values() for x in (method, reference))
+    for name in want.keys() - {"rows", "priority"}:
+        np.testing.assert_allclose(found[name], want[name], 1e-5, err_msg=name)
+    if "rows" in want:
+        kept = np.asarray(found["priority"])[0] >= 0
+        rows = np.asarray(found["rows"])[0, kept]
+        assert {*map(tuple, rows)} == {*map(tuple, np.concatenate(BATCHES[:2]))}
 
 
 @pytest.mark.slow

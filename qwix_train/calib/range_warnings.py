@@ -1,0 +1,86 @@
+"""Warnings of static ranges that are unlikely to serve a model."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwix_train.calib.observers import Statistics, range_width
+
+# The widest batch, over the range that was found, from which on most of what is large
+# is clipped; that where batches are of a few examples, so that it is no rare batch; and
+# the widest over the narrowest batch from which on one range serves neither.
+_CLIPPED, _CLIPPED_IF_SMALL, _SPREAD = 2.0, 4 / 3, 16.0
+_FEW_EXAMPLES = 4
+_SHOWN = 4
+
+
+def warn_of_ranges(
+    found: Iterable[tuple[str, Statistics, Mapping[str, Any], tuple[int, ...] | None]],
+) -> None:
+    """Warns of ranges far below what was seen, and of batches that differ much.
+
+    Observers that collect all data choose what they clip, and nothing is said of them.
+
+    Args:
+        found: For each range its name, the statistics and their state, and the shape of
+            the activation, or None if that is not known.
+
+    Warns:
+        UserWarning: Once, with the ranges that it is about.
+    """
+    clipped, spread = [], []
+    few = False
+    for name, statistics, state, shape in found:
+        if "widest" not in state:
+            continue
+        widest, narrowest = (np.asarray(state[k]) for k in ("widest", "narrowest"))
+        calibration = statistics.calibration
+        for _ in range(np.ndim(state["count"])):  # layers
+            calibration = jax.vmap(calibration)
+        width = np.asarray(range_width(calibration(state)))
+        # That of the largest values: channels that hold next to nothing do not matter.
+        at = np.unravel_index(np.argmax(widest), widest.shape)
+        if not widest[at] > 0:
+            continue
+        is_few = shape is not None and _examples(state, shape) < _FEW_EXAMPLES
+        limit = _CLIPPED_IF_SMALL if is_few else _CLIPPED
+        if widest[at] >= limit * width[at]:
+            few |= is_few
+            clipped.append(f"{name} (range {width[at]:.3g}, seen {widest[at]:.3g})")
+        elif widest[at] >= _SPREAD * narrowest[at]:
+            spread.append(f"{name} (from {narrowest[at]:.3g} to {widest[at]:.3g})")
+    messages = []
+    if clipped:
+        small = " The batches are of a few examples only, so that this is no rare one."
+        messages.append(
+            f"{len(clipped)} static ranges are far below what was seen, and clip it: "
+            f"{_listed(clipped)}.{small if few else ''} Take act_averaging='minmax' "
+            "for ranges that hold every batch, act_observer='mse', or larger batches."
+        )
+    if spread:
+        messages.append(
+            f"{len(spread)} static ranges are of batches that differ much: "
+            f"{_listed(spread)}. One range leaves few codes to most of them; dynamic "
+            "ranges (act_static_scale=False) follow each batch."
+        )
+    if messages:
+        messages.append("See docs/static_ranges.md.")
+        warnings.warn(" ".join(messages), stacklevel=3)
+
+
+def _examples(state: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+    """Returns the mean length of the first axis of batches."""
+    if "mean_size" not in state or len(shape) < 2 or shape[0] == 0:
+        return np.inf
+    sizes = np.asarray(state["mean_size"])
+    layers = np.ndim(state["count"])
+    in_batch = sizes.reshape(*sizes.shape[:layers], -1).sum(-1).max()
+    return float(in_batch) / max(np.prod(shape[1:]), 1)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
