@@ -61,7 +61,7 @@ STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
         (STATIC | {"act_averaging": "emma"}, "act_averaging='emma'): Unknown averag"),
         (STATIC | {"act_averaging": "ema,2"}, "must be at least 0 and below 1"),
         (STATIC | {"act_observer": "mse", "act_averaging": "last"}, "Leave it out"),
-        (STATIC | {"act_observer": 3}, "neither the method of a RangeObserver"),
+        (STATIC | {"act_observer": 3}, "must be a name, or an Observer"),
         (STATIC | {"act_observer": "minmax"}, "set act_calibration_method='minmax'"),
         (STATIC | {"act_observer": "mse,asymmetric"}, "has no zero point"),
         (
