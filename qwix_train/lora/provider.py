@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,16 +122,13 @@ class LoraProvider(PtqProvider):
         super().check(plan)
         found = find_layouts(plan)
         for path, problem in too_large({p: x for p, (x, _) in found.items()}).items():
-            if problem not in self._warned:
-                self._warned.add(problem)
-                module = "/".join(path[:-1])
-                smaller = min(found[path][0].matrix_shape)
-                warnings.warn(
-                    f"{problem}: what is above that costs memory and adds nothing. To "
-                    f"avoid it, put LoraRule(module_path={module!r}, rank={smaller}, "
-                    "...) before the rule that matches it now.",
-                    stacklevel=2,
-                )
+            module = "/".join(path[:-1])
+            self._warn(
+                f"{problem}: what is above that costs memory and adds nothing. To "
+                f"avoid it, put LoraRule(module_path={module!r}, "
+                f"rank={min(found[path][0].matrix_shape)}, ...) before the rule that "
+                "matches it now."
+            )
 
     def matches(self, plan: Plan) -> bool:
         """See `QuantizationProvider.matches`."""

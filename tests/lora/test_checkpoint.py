@@ -16,6 +16,8 @@ from qwix_train import lora, ptq
 from tests.models import Mlp, assert_same
 
 X = jnp.ones((2, 6))
+# One of the rules of a manifest is not for adapters, and matches nothing here.
+pytestmark = pytest.mark.filterwarnings("ignore:A rule matches nothing")
 RULES = [
     qwix_train.QuantizationRule(module_path="none"),
     lora.LoraRule(
