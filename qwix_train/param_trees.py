@@ -28,7 +28,11 @@ def model_of(plan: Plan) -> Model:
 
 
 class CalledTrees:
-    """The params that one call of a step has called its models with."""
+    """The params that one call of a step has called its models with.
+
+    Attributes:
+      while_compiled: whether the step was called while a function is compiled.
+    """
 
     def __init__(self, given: Any) -> None:
         """Starts with none.
@@ -36,7 +40,11 @@ class CalledTrees:
         Args:
           given: the arguments of the step.
         """
-        self._given = {id(leaf) for leaf in _arrays_in(given)}
+        leaves = list(_arrays_in(given))
+        self._given = set(map(id, leaves))
+        self.while_compiled = any(
+            isinstance(leaf, _tracer_of_compiled()) for leaf in leaves
+        )
         self._trees: dict[Model, set[tuple[int, ...]]] = collections.defaultdict(set)
         self._held: list[Any] = []
         self._compiled = False

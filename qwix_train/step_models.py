@@ -73,7 +73,8 @@ def in_float(model: Model) -> Model:
     float: say so where they are called. A step that quantizes two trees of params of
     one model warns of that once, if it was given both of them. One that the step
     computes itself, such as an average of params, looks like the params that an
-    optimizer evaluates on its way, and is not warned of.
+    optimizer evaluates on its way, and is not warned of; nor is anything in a step that
+    JAX cannot trace, such as one that calls `float(loss)`.
 
     Static ranges are collected of no call that is in float. In a larger model, such as
     one that holds its own teacher, the calls are in float, too; a param that such a

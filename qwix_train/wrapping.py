@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import errors, nnx
 from flax import linen as nn
+from flax import nnx
 
 from qwix_train import param_trees, step_arguments
 from qwix_train.param_trees import CalledTrees
@@ -51,14 +51,14 @@ def wrap(
     provider.allow_unmatched = True
     wrapped = _Wrapped(provider, name)
 
-    def run(open_session, args, kwargs):
+    def run(open_session, args, kwargs, shared=True):
         args, kwargs = step_arguments.entered((args, kwargs))
         held = step_arguments.held_modules(step)
         with (
             nnx_calls.intercepted((held, args, kwargs)),
             nn.intercept_methods(linen_calls.interceptor),
             # Another step may not know of what this one holds, and has it in float.
-            open_session.open(shared=not held),
+            open_session.open(shared and not held),
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)
@@ -67,8 +67,10 @@ def wrap(
     def quantized_step(*args, **kwargs):
         args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
         with wrapped.checking(checked, (args, kwargs)) as trees:
-            out = run(wrapped.session, args, kwargs)
-            wrapped.look_again(run, args, kwargs)
+            # What a compiled step finds in caches can be looked at: it can be traced.
+            out = run(wrapped.session, args, kwargs, shared=trees.while_compiled)
+            if trees.while_compiled:
+                wrapped.look_again(run, args, kwargs)
         wrapped.check_trees(trees, run, args, kwargs)
         return out
 
@@ -184,12 +186,7 @@ class _Wrapped:
         if found or self.session.shared_key not in _quantized_keys:
             return
         alone = session.Session(self.rewrite)
-        # A step that changes NNX objects which it holds cannot be traced, and its model
-        # is one that is not found.
-        with (
-            contextlib.suppress(errors.TraceContextError),
-            tracing_step(_running(run, alone), args, kwargs),
-        ):
+        with tracing_step(_running(run, alone), args, kwargs):
             pass
 
     def check_trees(self, trees, run, args, kwargs):
@@ -203,7 +200,13 @@ class _Wrapped:
             tagging = session.Session(rewrite, None if key is None else ("trees", key))
             return _running(run, tagging)
 
-        for found in param_trees.given_trees(step, self.provider.plan, args, kwargs):
+        # A step that runs as it is may do what cannot be traced, such as float(loss).
+        can_fail = [] if trees.while_compiled else [Exception]
+        several = []
+        with contextlib.suppress(*can_fail):
+            plan_of = self.provider.plan
+            several = param_trees.given_trees(step, plan_of, args, kwargs)
+        for found in several:
             param_trees.warn(self.name, *found)
 
 

@@ -162,15 +162,28 @@ def test_steps_that_share_a_compiled_model():
 
     x = BATCHES[0]
     params = jax.tree.map(lambda p: p + 0.3 * p.sum(), LAYER_PARAMS)
-    first = wrap_eval_step(step, WEIGHTS_ONLY)(params, x)
-    models.assert_same(wrap_eval_step(step, WEIGHTS_ONLY)(params, x), first)
-    wider = wrap_eval_step(step, [models.rule("int8")])(params, x)
+
+    def run(step, *args, rules=WEIGHTS_ONLY):
+        return jax.jit(wrap_eval_step(step, rules))(*args)
+
+    first = run(step, params, x)
+    models.assert_same(run(step, params, x), first)
+    wider = run(step, params, x, rules=[models.rule("int8")])
     models.assert_same(jax.jit(step)(params, x), LAYER.apply(params, x))
     models.assert_differ(first, wider)
     with pytest.raises(ValueError, match="reached no call"):
-        wrap_eval_step(lambda params, x: x, WEIGHTS_ONLY)(params, x)
+        run(lambda params, x: x, params, x)
     with pytest.warns(UserWarning, match="2 different trees"):
-        wrap_eval_step(teaching, WEIGHTS_ONLY)(params, LAYER_PARAMS, x)
+        run(teaching, params, LAYER_PARAMS, x)
+
+
+def test_a_step_that_cannot_be_traced_runs():
+    def step(params, teacher, x):
+        return float(LAYER.apply(params, x).sum() - LAYER.apply(teacher, x).sum())
+
+    other = jax.tree.map(lambda p: 2 * p, LAYER_PARAMS)
+    got = wrap_eval_step(step, WEIGHTS_ONLY)(LAYER_PARAMS, other, BATCHES[0])
+    assert isinstance(got, float)
 
 
 @pytest.mark.parametrize("model", [LAYER, nnx.Linear(6, 3, rngs=nnx.Rngs(0))])
