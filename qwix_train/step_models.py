@@ -39,6 +39,7 @@ def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
       TypeError: if `fn` is no function.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule, calib
       >>> forward = as_model(lambda params, x: x @ params["w"])
