@@ -11,20 +11,20 @@ from typing import Any
 
 import jax
 
-from qwix_train.planning import Path, Plan
+from qwix_train.planning import Path
 from qwix_train.trace import analyze, function, harvest, provenance, session
 from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.whole_step import tracing_step
 
-# What calls of one model have in common: the paths and shapes of quantized params.
+# What calls of one model have in common: the paths and shapes of its params.
 Model = tuple[tuple[Path, tuple[int, ...]], ...]
 
 
-def model_of(plan: Plan) -> Model:
-    """Which model a plan is of, whatever params it is called with."""
-    quantized = (param for param in plan.params.values() if param.how is not None)
-    return tuple(sorted((param.path, param.shape) for param in quantized))
+def model_of(traced: TracedCall) -> Model:
+    """Which model a call is of, whatever params it is called with."""
+    params = (param for param in traced.params if param is not None)
+    return tuple(sorted((param.path, tuple(param.value.shape)) for param in params))
 
 
 class CalledTrees:
@@ -49,12 +49,12 @@ class CalledTrees:
         self._held: list[Any] = []
         self._compiled = False
 
-    def add(self, traced: TracedCall, plan: Plan) -> None:
+    def add(self, traced: TracedCall) -> None:
         """Takes note of a quantized call."""
         values = [param.value for param in traced.params if param is not None]
         # Held, so that no other object takes an identity that was seen.
         self._held += values
-        self._trees[model_of(plan)].add(tuple(map(id, values)))
+        self._trees[model_of(traced)].add(tuple(map(id, values)))
         self._compiled |= any(
             isinstance(value, _tracer_of_compiled()) and id(value) not in self._given
             for value in values
@@ -88,7 +88,7 @@ def _tracer_of_compiled() -> type:
 
 def given_trees(
     step: Callable[[session.Rewrite], Callable[..., Any]],
-    plan_of: Callable[[TracedCall], Plan],
+    quantizes: Callable[[TracedCall], bool],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> list[tuple[int, str]]:
@@ -99,7 +99,7 @@ def given_trees(
 
     Args:
       step: gives the step with the model calls in it rewritten.
-      plan_of: the plan of a call.
+      quantizes: whether a call is quantized.
       args: the arguments of the step. It is traced once more, and not run.
       kwargs: the keyword arguments.
 
@@ -108,11 +108,15 @@ def given_trees(
     """
 
     def tag(traced: TracedCall) -> Any:
-        plan = plan_of(traced)
+        if not quantizes(traced):
+            return session.UNCHANGED
+        model = hashlib.sha256(repr(model_of(traced)).encode()).hexdigest()
         inputs = list(traced.inputs)
         for place, param in enumerate(traced.params):
-            if param is not None and _is_quantized(plan, param):
-                inputs[place] = harvest.tag(inputs[place], _name(plan, param))
+            if param is not None and function.is_array(param.value):
+                # The same for all calls of the model, in traces from caches, too.
+                name = f"{'/'.join(param.path)!r} of shape {param.value.shape}"
+                inputs[place] = harvest.tag(inputs[place], f"{model} {name}")
         return traced.with_inputs(inputs).run([], _unused, lambda param: None)
 
     with tracing_step(step(tag), args, kwargs) as (traced, _):
@@ -131,16 +135,6 @@ def given_trees(
         model, _, param = name.partition(" ")
         trees[model] = max(trees.get(model, (0, "")), (len(given), param))
     return [several for several in trees.values() if several[0] > 1]
-
-
-def _is_quantized(plan: Plan, param: function.Param) -> bool:
-    return function.is_array(param.value) and plan.params[param.path].how is not None
-
-
-def _name(plan: Plan, param: function.Param) -> str:
-    """A name that is the same for all calls of a model, in traces from caches, too."""
-    model = hashlib.sha256(repr(model_of(plan)).encode()).hexdigest()
-    return f"{model} {'/'.join(param.path)!r} of shape {tuple(param.value.shape)}"
 
 
 def _unused(op, operands, run, given):

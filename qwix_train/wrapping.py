@@ -137,12 +137,16 @@ class _Wrapped:
             self.seen.plans.append(plan)
         if self.provider.matches(plan):
             self.seen.quantized = True
-            self.seen.trees.add(traced, plan)
+            self.seen.trees.add(traced)
             if self.session.shared_key is not None:
                 _quantized_keys.add(self.session.shared_key)
         elif plan.ops:
             self.seen.unmatched.add(self.provider.no_match_message(plan))
         return self.provider.rewrite(traced, plan)
+
+    def quantizes(self, traced):
+        """Whether a call is quantized."""
+        return self.provider.matches(self.provider.plan(traced))
 
     @contextlib.contextmanager
     def checking(self, checked, given):
@@ -204,8 +208,7 @@ class _Wrapped:
         can_fail = [] if trees.while_compiled else [Exception]
         several = []
         with contextlib.suppress(*can_fail):
-            plan_of = self.provider.plan
-            several = param_trees.given_trees(step, plan_of, args, kwargs)
+            several = param_trees.given_trees(step, self.quantizes, args, kwargs)
         for found in several:
             param_trees.warn(self.name, *found)
 

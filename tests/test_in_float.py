@@ -10,7 +10,9 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import (
+    OdmlQatProvider,
     QtProvider,
+    QuantizationRule,
     as_model,
     calib,
     in_float,
@@ -158,6 +160,15 @@ def test_static_ranges_warn_once_of_all_batches():
         for _ in range(2):
             wrapped(linear(0), linear(1))
     assert len(caught) == 1
+
+
+def test_a_teacher_in_a_step_of_another_mode():
+    def step(params, teacher):
+        return MODEL.apply(params, X), MODEL.apply(teacher, X)
+
+    provider = OdmlQatProvider([QuantizationRule(weight_qtype="int8")])
+    with pytest.warns(UserWarning, match=TWO_TREES):
+        jax.eval_shape(wrap_train_step(step, provider), STUDENT, TEACHER)
 
 
 def test_one_tree_that_is_called_in_many_ways_is_one():
