@@ -55,10 +55,10 @@ def _leaves(got, want):
     """Yields the path, and both arrays, of each leaf."""
     left, right = jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)
     for (path, x), y in zip(left, right, strict=True):
-        yield jax.tree_util.keystr(path), _array(x), _array(y)
+        yield jax.tree_util.keystr(path), as_numpy(x), as_numpy(y)
 
 
-def _array(x):
+def as_numpy(x):
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return np.asarray(x)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import PtqProvider, QtProvider, WithAux, ptq, quantize_model
-from tests import models, reference_process
+from tests import compare, models, reference_process
 from tests.qat.parity import ACT, MARGIN, NnxMlp
 
 X = jax.random.normal(jax.random.key(1), (6, 8))
@@ -28,7 +28,7 @@ TYPES = ("int8", "int4", "int3", "int2", "int1", "nf4", "float8_e4m3fn", "float8
 
 def snapshot(model, kind=...):
     """All that a model holds, as NumPy arrays."""
-    return jax.tree.map(models._array, nnx.state(model, kind))
+    return jax.tree.map(compare.as_numpy, nnx.state(model, kind))
 
 
 def variables(model):
