@@ -173,12 +173,24 @@ def signatures_in(content: bytes) -> dict[str, SignatureInfo]:
 
 
 def float_ops(ops: Sequence[OpInfo]) -> list[OpInfo]:
-    """The operations that compute with floats.
+    """The operations that compute with floats, and those that quantize them again.
+
+    A QUANTIZE counts if its floats are neither an input of the model nor computed: it
+    has codes become floats within the model.
 
     Args:
       ops: all operations of a model.
     """
-    return [op for op in ops if op.computes and op.reads_float]
+    computed = {id(t) for op in ops if op.computes for t in op.outputs}
+
+    def counts(op: OpInfo) -> bool:
+        if op.computes:
+            return True
+        floats = op.inputs[0]
+        again = not floats.is_input and id(floats) not in computed
+        return op.name == "QUANTIZE" and again
+
+    return [op for op in ops if op.reads_float and counts(op)]
 
 
 def is_full_integer(ops: Sequence[OpInfo]) -> bool:
@@ -190,14 +202,7 @@ def is_full_integer(ops: Sequence[OpInfo]) -> bool:
     Args:
       ops: all operations of the model.
     """
-    for op in ops:
-        if not op.reads_float:
-            continue
-        at_input = op.name == "QUANTIZE" and op.inputs[0].is_input
-        at_output = op.name == "DEQUANTIZE" and op.outputs[0].is_output
-        if not at_input and not at_output:
-            return False
-    return True
+    return not float_ops(ops)
 
 
 def read_model(content: bytes) -> Any:

@@ -154,7 +154,7 @@ class LiteRTModel:
 
     @property
     def float_ops(self) -> list[OpInfo]:
-        """The operations that compute with floats."""
+        """The operations that compute with floats, or quantize them again."""
         return flatbuffer.float_ops(self._ops)
 
     @property

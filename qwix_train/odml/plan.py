@@ -176,6 +176,29 @@ class OdmlPlan:
         return tuple(n for n in self.ops if n.unsupported)
 
     @property
+    def float_ops(self) -> tuple[NodePlan, ...]:
+        """The operations that run in floats, such as what makes floats of integers."""
+
+        def in_float(plan: NodePlan) -> bool:
+            if plan.quantized:
+                return False
+            read, made = (
+                [v for v in values if v.is_activation]
+                for values in (plan.node.inputs, plan.node.outputs)
+            )
+            floats = [v for v in (*read, *made) if v.is_float]
+            cast = any(v.is_float for v in made) and not any(v.is_float for v in read)
+            keeps_codes = plan.name in ops.LAYOUT or (
+                plan.spec is not None
+                and plan.spec.kind in (ops.Kind.INTEGER, ops.Kind.FLOAT_INPUT)
+            )
+            if cast or not keeps_codes:
+                return bool(floats)
+            return any(self.range_of(v) is None for v in floats)
+
+        return tuple(filter(in_float, self.nodes))
+
+    @property
     def measured(self) -> tuple[TensorPlan, ...]:
         """The tensors whose range is found by running the model."""
         return tuple(tensor for tensor in self.tensors if tensor.measured)

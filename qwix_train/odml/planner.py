@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
-from qwix_train.odml.fusion import find_fusions
+from qwix_train.odml.fusion import find_fusions, weight_channels
 from qwix_train.odml.graph import (
     Graph,
     Node,
@@ -114,6 +114,9 @@ class _Planner:
             plan.weight = _weight_side(node)
         elif name == "take" and node.inputs[0].static:
             plan.weight = 0
+        if obstacle := _product_obstacle(plan):
+            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
+            return plan
         if rule.act_qtype is None:
             return plan
         if rule.act_static_scale is False:
@@ -122,9 +125,6 @@ class _Planner:
         if spec is None or spec.kind is Kind.UNSUPPORTED:
             plan.unsupported = True
             plan.reason = _unsupported_reason(name, spec)
-            return plan
-        if name == "conv_general_dilated" and (obstacle := _conv_obstacle(node)):
-            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
             return plan
         if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
             return plan
@@ -308,8 +308,17 @@ def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
 _CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
 
 
-def _conv_obstacle(node: Node) -> str:
-    """Why LiteRT has no integer form of a convolution; empty if it has one."""
+def _product_obstacle(plan: NodePlan) -> str:
+    """Why LiteRT has no quantized form of a product; empty if it has one."""
+    node, rule = plan.node, plan.rule
+    if plan.name != "conv_general_dilated":
+        dynamic = rule is not None and rule.act_qtype and rule.act_static_scale is False
+        if dynamic and plan.weight is not None and weight_channels(node) is None:
+            return (
+                "LiteRT quantizes no activation when it runs (act_static_scale=False) "
+                "whose weight has batch axes"
+            )
+        return ""
     spatial = len(node.out.shape) - 2
     if spatial not in (1, 2):
         return f"LiteRT has no integer convolution over {spatial} axes"

@@ -33,7 +33,7 @@ class Marks:
     def __init__(self):
         self.weights, self.shapes = [], []
 
-    def weight(self, w, axis):
+    def weight(self, w, axis, bias=None):
         self.weights.append((w.shape, axis))
         return jnp.asarray(w)
 
