@@ -338,7 +338,7 @@ def _equal(a: Grid, b: Grid) -> bool:
 def _saturated(x: Any, grid: Grid) -> np.ndarray:
     """The values of a grid next to those of a constant."""
     x = np.asarray(x, np.float32)
-    x = np.where(x < MASKED, np.float32(-3e38), x)
+    x = np.where(x <= MASKED, np.float32(-3e38), x)
     codes = integer_grid.codes_of(x, grid)
     return ((codes - np.asarray(grid.zero_point)) * np.asarray(grid.scale)).astype(
         np.float32

@@ -17,6 +17,7 @@ from qwix_train.core.numerics import qtype_name
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion
 from qwix_train.odml.graph import Graph, Node, Value
+from qwix_train.odml.masks import Mask
 from qwix_train.odml.ops import OpSpec
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule, is_int16
@@ -35,8 +36,7 @@ class TensorPlan:
       qtype: the type of its codes: `int8` or `int16`.
       scale: its scale as int8, if LiteRT allows only one.
       zero_point: its zero point as int8, if LiteRT allows only one.
-      masked: whether some of its elements stand for minus infinity, which its range
-        does not hold.
+      mask: what stands for minus infinity in it, which its range does not hold.
       rounding: how it is rounded to codes.
     """
 
@@ -47,13 +47,17 @@ class TensorPlan:
     qtype: str = "int8"
     scale: float | None = None
     zero_point: int | None = None
-    masked: bool = False
+    mask: Mask | None = None
     rounding: str = "even"
 
     @property
     def name(self) -> str:
         """The path as text."""
         return "/".join(self.path)
+
+    def observed(self, x: Any) -> Any:
+        """What its range is to be measured of."""
+        return x if self.mask is None else self.mask.observed(x)
 
     @property
     def measured(self) -> bool:

@@ -9,14 +9,14 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import find_fusions, weight_channels
 from qwix_train.odml.graph import (
-    Graph,
     Node,
     Value,
     build_graph,
     ids_of,
     statistics_nodes,
 )
-from qwix_train.odml.ops import MASKED, Kind, OpSpec
+from qwix_train.odml.masks import find_masks
+from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.planning import Path
@@ -60,7 +60,7 @@ class _Planner:
         self.ignored = statistics_nodes(plan.graph)
         # Such as what prints a value.
         self.ignored |= {id(n) for n in plan.graph.nodes if not n.outputs}
-        self.masked = _masked_values(plan.graph)
+        self.masks = find_masks(plan.graph)
 
     def plan_nodes(self) -> None:
         graph = self.plan.graph
@@ -288,15 +288,16 @@ class _Planner:
             tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
         if spec is not None:
             tensor.rounding = spec.rounding
+        tensor.mask = self.masks.get(id(value))
         fixed = None
         if value.producer is None:
-            fixed = self.inputs
+            is_mask = tensor.mask is not None and tensor.mask.added
+            fixed = None if is_mask else self.inputs
         elif value.is_output and (spec is None or spec.scale is None):
             fixed = self.outputs
         if fixed is not None:
             low, high = fixed
             tensor.how = make(calibration_method=f"fixed,{low},{high}")
-        tensor.masked = id(value) in self.masked
         return tensor
 
 
@@ -332,21 +333,6 @@ def _product_obstacle(plan: NodePlan) -> str:
 def _weight_side(node: Node) -> int | None:
     static = [value.static for value in node.inputs[:2]]
     return static.index(True) if sum(static) == 1 else None
-
-
-def _masked_values(graph: Graph) -> set[int]:
-    """The ids of values that hold constants in the place of minus infinity."""
-    found: set[int] = set()
-    for node in graph.nodes:
-        name = ops.op_name(node.name)
-        if name == "where":
-            numbers = [value.number for value in node.inputs[1:]]
-            if any(number is not None and number < MASKED for number in numbers):
-                found.add(id(node.out))
-        passes = name in (*ops.LAYOUT, *ops.AFFINE, "where", "truediv")
-        if passes and any(id(value) in found for value in node.inputs):
-            found.update(map(id, node.outputs))
-    return found
 
 
 def _suffix(plan: NodePlan, side: int) -> str:
