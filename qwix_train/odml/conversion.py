@@ -223,10 +223,9 @@ class _Annotated:
             )
         if kind is Kind.LOOKUP:
             return [self.lookup(plan, operands)]
-        if plan.name == "avg_pool":
+        if plan.name in ("avg_pool", "max_pool"):
             mark = functools.partial(self.marked, node.inputs[0])
-            x, divisor = operands[:2]
-            return [lowering.lowered_avg_pool(node, x, divisor, mark)]
+            return [lowering.lowered_pool(node, operands, mark)]
         if plan.name == "silu":
             (x, *_) = operands
             gate = known_grid(sigmoid_in(plan))
@@ -242,6 +241,9 @@ class _Annotated:
             return [self.tied(plan, operands)]
         if plan.name == "pad":
             return [self.padded(node, operands)]
+        if plan.name == "copy":
+            x = self.apart(node.inputs[0], operands[0], self.grid(node.out))
+            return node.run(x)
         for side in plan.constants:
             x = np.asarray(operands[side])
             with jax.ensure_compile_time_eval():

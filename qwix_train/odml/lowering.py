@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -253,8 +253,45 @@ def _log_softmax(x: jax.Array) -> jax.Array:
     return shifted - mark(jnp.log(total), 0, math.log(count))
 
 
-def lowered_avg_pool(
+_POOL = (
+    "window_dimensions",
+    "window_strides",
+    "padding",
+    "base_dilation",
+    "window_dilation",
+)
+
+
+def lowered_pool(
     node: Node,
+    operands: Sequence[Any],
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """A maximum or average over windows, in two dimensions.
+
+    Args:
+      node: the operation.
+      operands: its input; of an average also how many elements each window has.
+      mark: marks an array with the elements of the input, and zeros.
+    """
+    x = operands[0]
+    params = {key: node.params[key] for key in _POOL}
+    is_sequence = x.ndim == 3
+    if is_sequence:
+        # A column of height 1.
+        x = mark(x[:, None])
+        for key, (first, *others) in params.items():
+            params[key] = (first, (0, 0) if key == "padding" else 1, *others)
+    if len(operands) > 1:
+        out = _lowered_average(params, x, operands[1], mark)
+    else:
+        low = np.array(-np.inf, x.dtype)
+        out = lax.reduce_window(x, low, lax.max, *params.values())
+    return mark(out[:, 0]) if is_sequence else out
+
+
+def _lowered_average(
+    params: Mapping[str, Any],
     x: jax.Array,
     divisor: Any,
     mark: Callable[[jax.Array], jax.Array],
@@ -263,32 +300,13 @@ def lowered_avg_pool(
 
     Where the padding counts, it is put around the input, which LiteRT's own does not
     count.
-
-    Args:
-      node: the operation.
-      x: its input.
-      divisor: how many elements each window has.
-      mark: marks an array with the elements of the input, and zeros.
     """
-    params = node.params
-    window = params["window_dimensions"]
     if np.size(divisor) == 1 and any(map(any, params["padding"])):
         x = mark(jnp.pad(x, params["padding"]))
-        padding: Any = [(0, 0)] * x.ndim
-    else:
-        padding = params["padding"]
+        params = {**params, "padding": [(0, 0)] * x.ndim}
 
     def total(x):
-        return lax.reduce_window(
-            x,
-            np.zeros((), x.dtype),
-            lax.add,
-            window,
-            params["window_strides"],
-            padding,
-            params["base_dilation"],
-            params["window_dilation"],
-        )
+        return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, *params.values())
 
     if np.size(divisor) > 1:
         # The converter knows an average without the padding by how it is counted.

@@ -43,6 +43,8 @@ def make_odml_plan(
     """
     graph = build_graph(traced)
     find_patterns(graph)
+    if fixed_range_for_outputs is not None:
+        graph.copy_outputs()
     planner = _Planner(OdmlPlan(graph, rules), traced)
     planner.inputs, planner.outputs = fixed_range_for_inputs, fixed_range_for_outputs
     planner.plan_nodes()
@@ -177,11 +179,16 @@ class _Planner:
         if plan is not None and plan.fused_into is not None:
             plan = plan.fused_into
         kind = None if plan is None or plan.spec is None else plan.spec.kind
-        if plan is not None and kind in (Kind.SAME, Kind.ROUNDED, Kind.CLIP):
+        if plan is not None and kind in _SHARING:
             if plan.quantized or plan.name in ops.LAYOUT:
                 source = next((x for x in plan.node.inputs if x.is_activation), None)
-                if source is not None and self.plan.range_of(source) is not None:
-                    self.plan._shared[id(value)] = source
+                shared = None if source is None else self.plan.range_of(source)
+                if source is not None and shared is not None:
+                    own = self.range_of_copy(value, plan, shared)
+                    if own is None:
+                        self.plan._shared[id(value)] = source
+                    else:
+                        self.plan._tensor[id(value)] = own
                     return
                 if source is None or source.is_float:
                     return
@@ -201,6 +208,36 @@ class _Planner:
         assert owner.rule_index is not None
         path = self.path_of(value, plan, readers)
         self.plan._tensor[id(value)] = self.make_tensor(value, plan, owner, path)
+
+    def range_of_copy(
+        self, value: Value, plan: NodePlan, source: TensorPlan | Value
+    ) -> TensorPlan | None:
+        """The fixed range of a result that is a copy of a tensor with another range.
+
+        None where the copy shares its range: if that is the fixed one, or the only one
+        that LiteRT allows.
+        """
+        if self.outputs is None or not value.is_output or plan.name != "copy":
+            return None
+        if not isinstance(source, TensorPlan) or source.scale is not None:
+            return None
+        how = _fixed(self.outputs)
+        if source.how == how:
+            return None
+        path = self.path_of(value, plan, list(self.readers(value)))
+        return TensorPlan(value, path, how, source.rule_index, source.qtype)
+
+    def gives_outputs(self, value: Value) -> bool:
+        """Whether results of the model are all that shares the range of a value."""
+        for node in value.consumers:
+            plan = self.plan.of(node)
+            if plan is None:
+                continue  # only statistics are made from it
+            kind = None if plan.spec is None else plan.spec.kind
+            shares = kind in _SHARING and (plan.quantized or plan.name in ops.LAYOUT)
+            if not shares or not all(map(self.gives_outputs, node.outputs)):
+                return False
+        return value.is_output or bool(value.consumers)
 
     def is_within(self, plan: NodePlan, value: Value) -> bool:
         """Whether a value is computed, and read, within one fused operation."""
@@ -293,11 +330,11 @@ class _Planner:
         if value.producer is None:
             is_mask = tensor.mask is not None and tensor.mask.added
             fixed = None if is_mask else self.inputs
-        elif value.is_output and (spec is None or spec.scale is None):
-            fixed = self.outputs
+        elif spec is None or spec.scale is None:
+            if value.is_output or self.gives_outputs(value):
+                fixed = self.outputs
         if fixed is not None:
-            low, high = fixed
-            tensor.how = make(calibration_method=f"fixed,{low},{high}")
+            tensor.how = _fixed(fixed)
         return tensor
 
 
@@ -307,6 +344,12 @@ def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
 
 
 _CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
+_SHARING = (Kind.SAME, Kind.ROUNDED, Kind.CLIP)
+
+
+def _fixed(ends: tuple[float, float]) -> HowToQuantize:
+    low, high = ends
+    return HowToQuantize(qtype="int8", calibration_method=f"fixed,{low},{high}")
 
 
 def _product_obstacle(plan: NodePlan) -> str:

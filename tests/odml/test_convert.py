@@ -533,3 +533,41 @@ def test_the_scales_of_outputs_are_checked(monkeypatch):
 
     with pytest.raises(ValueError, match="the output 'output_0' has the scale 0.4"):
         converted(module(call), {}, normal(4, 8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda self, x: nn.Dense(6)(x).reshape(-1),
+        lambda self, x: nn.Dense(6)(x)[:, 1:],
+        lambda self, x: jnp.clip(nn.Dense(6)(x), -0.5, 0.5),
+        lambda self, x: nn.max_pool(nn.Dense(6)(x), (2,), (2,)),
+    ],
+    ids=["reshape", "slice", "clip", "pool"],
+)
+def test_the_fixed_range_of_an_output_that_shares_a_range(call):
+    x = normal(2, 4, 8)
+    model = module(call)
+    provider = odml.OdmlQatProvider(INT8, fixed_range_for_outputs=(-9, 9))
+    litert = converted(model, init(model, x), x, provider=provider)
+    (out,) = litert.report(x)
+    assert litert.is_full_integer and out.max_steps < 1.01
+    assert out.scale == pytest.approx(18 / 255)
+
+
+def test_the_fixed_range_of_an_output_is_not_that_of_what_else_reads_it():
+    def call(self, x):
+        y = 8 * nn.Dense(6)(x)
+        return y[:, :3], nn.Dense(3)(y)
+
+    x, model = normal(*SHAPE), module(call)
+    variables = init(model, x)
+    provider = odml.OdmlQatProvider(INT8, fixed_range_for_outputs=(-1, 1))
+    litert = converted(model, variables, x, provider=provider)
+    assert litert.is_full_integer
+    for out, got, wanted in zip(
+        litert.report(x), litert(x), model.apply(variables, x), strict=True
+    ):
+        assert out.scale == pytest.approx(2 / 255) and out.max_steps < 1.01
+        # A tensor of a range of about 30 is read.
+        assert np.abs(got - np.clip(wanted, -1, 1)).max() < 0.15

@@ -1,4 +1,4 @@
-"""Tensors that several read, some of them on another grid."""
+"""What the converter leaves in floats, or on another grid, unless it is helped."""
 
 import numpy as np
 import pytest
@@ -81,6 +81,15 @@ def test_16_bit_output_that_a_maximum_reads():
 )
 def test_padding_between_elements(config, value):
     model, x = module(lambda self, x: 2.0 * lax.pad(x, value, config)), normal(4, 8)
+    litert = converted(model, {}, x)
+    assert litert.is_full_integer, litert.ops()
+    (out,) = litert.report(x)
+    assert out.equal == 1
+
+
+@pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
+def test_pooling_of_a_sequence(pool):
+    model, x = module(lambda self, x: pool(x, (3,), (2,), "SAME")), normal(2, 6, 4)
     litert = converted(model, {}, x)
     assert litert.is_full_integer, litert.ops()
     (out,) = litert.report(x)
