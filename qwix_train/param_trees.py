@@ -23,8 +23,7 @@ Model = tuple[tuple[Path, tuple[int, ...]], ...]
 
 def model_of(plan: Plan) -> Model:
     """Which model a plan is of, whatever params it is called with."""
-    quantized = (param for param in plan.params.values() if param.how is not None)
-    return tuple(sorted((param.path, param.shape) for param in quantized))
+    return tuple(sorted(plan.quantized_params.items()))
 
 
 class CalledTrees:
@@ -126,7 +125,7 @@ def given_trees(
 
 
 def _is_quantized(plan: Plan, param: function.Param) -> bool:
-    return function.is_array(param.value) and plan.params[param.path].how is not None
+    return function.is_array(param.value) and param.path in plan.quantized_params
 
 
 def _name(plan: Plan, param: function.Param) -> str:
