@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.odml import integer_grid, lowering, ops
-from qwix_train.odml.converter import annotate
+from qwix_train.odml.converter import annotate, uneven
 from qwix_train.odml.evaluate import (
     fold,
     scaled_weight,
@@ -50,7 +49,7 @@ def run_annotated(
     Raises:
       ValueError: if a range is missing, or the model drops elements at random.
     """
-    constants, grids = _constants_of(plan, values), _grids_of(plan, quant_stats)
+    constants, grids = _constants_of(plan, values), grids_of(plan, quant_stats)
     return _Annotated(plan, constants, grids, per_tensor_weights).run(values)
 
 
@@ -71,7 +70,7 @@ def _constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
     return found
 
 
-def _grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
+def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
     """The grids of the tensors that have a range of their own, by name."""
     found = {}
     with jax.ensure_compile_time_eval():
@@ -105,6 +104,8 @@ class _Annotated:
         self.grids = grids
         self.per_tensor_weights = per_tensor_weights
         self.tables: dict[int, Grid] = {}
+        # How many products with one there are of a value.
+        self.ones: dict[int, int] = {}
 
     def run(self, values: Sequence[Any]) -> list[Any]:
         inputs = [
@@ -168,11 +169,21 @@ class _Annotated:
             w = np.asarray(scaled_weight(node, side, w, factor))
             addend = None if addend is None else np.asarray(addend)
 
-        def mark_weight(w, axis):
+        source = None if plan.dynamic else self.grid(node.inputs[1 - side])
+
+        def mark_weight(w, axis, bias=None):
+            least = np.zeros(())
+            if bias is not None and source is not None:
+                least = _least_scale(bias, source)
+            if channels:
+                # Along the axis of the channels.
+                ends = [1] * (w.ndim - 1 - axis)
+                least = np.broadcast_to(least, w.shape[axis]).reshape(-1, *ends)
             with jax.ensure_compile_time_eval():
                 axes = (axis,) if channels else ()
-                grid = _concrete(weight_grid(plan, w, axes))
-            return annotate(jnp.asarray(w), grid)
+                grid = weight_grid(plan, w, axes, least if channels else least.max())
+                grid = _concrete(grid)
+            return annotate(jnp.asarray(uneven(w)), grid)
 
         def finish(x):
             if fusion is not None and fusion.activation is not None:
@@ -180,18 +191,21 @@ class _Annotated:
             return self.marked(end, x)
 
         x = read(node.inputs[1 - side])
-        if plan.dynamic:
-            x = annotate(x, None, plan.act_qtype)
         mark = functools.partial(self.marked, end)
         mark_input = functools.partial(self.marked, node.inputs[1 - side])
+        # Nothing may come between this annotation and the product.
+        mark_dynamic = None
+        if plan.dynamic:
+            mark_dynamic = functools.partial(annotate, grid=None, qtype=plan.act_qtype)
         if node.name == "conv_general_dilated":
             return lowering.lowered_conv(
-                node, x, w, mark_weight, addend, finish, mark_input, mark
+                node, x, w, mark_weight, addend, finish, mark_input, mark, mark_dynamic
             )
         if weight_axes(node, side):
             return lowering.lowered_dot(
-                node, x, w, side, mark_weight, addend, finish, mark
+                node, x, w, side, mark_weight, addend, finish, mark, mark_dynamic
             )
+        x = x if mark_dynamic is None else mark_dynamic(x)
         operands = [x, x]
         operands[side] = mark_weight(w, 0)
         (out,) = node.run(*operands)
@@ -209,16 +223,16 @@ class _Annotated:
             )
         if kind is Kind.LOOKUP:
             return [self.lookup(plan, operands)]
-        if plan.name == "avg_pool":
+        if plan.name in ("avg_pool", "max_pool"):
             mark = functools.partial(self.marked, node.inputs[0])
-            x, divisor = operands[:2]
-            return [lowering.lowered_avg_pool(node, x, divisor, mark)]
+            return [lowering.lowered_pool(node, operands, mark)]
         if plan.name == "silu":
             (x, *_) = operands
             gate = known_grid(sigmoid_in(plan))
             return [x * annotate(jax.nn.sigmoid(x), gate)]
         if kind is Kind.ACTIVATION:
-            return [_activation(node, operands[0])]
+            x = self.apart(node.inputs[0], operands[0], self.grid(node.out))
+            return [_activation(node, x)]
         if plan.name in ("softmax", "log_softmax"):
             return [lowering.lowered_softmax(node, operands[0])]
         if kind is Kind.CLIP:
@@ -227,6 +241,9 @@ class _Annotated:
             return [self.tied(plan, operands)]
         if plan.name == "pad":
             return [self.padded(node, operands)]
+        if plan.name == "copy":
+            x = self.apart(node.inputs[0], operands[0], self.grid(node.out))
+            return node.run(x)
         for side in plan.constants:
             x = np.asarray(operands[side])
             with jax.ensure_compile_time_eval():
@@ -272,31 +289,48 @@ class _Annotated:
             if node.inputs[side].static:
                 operands[side] = self.constant(x, grid)
             else:
-                operands[side] = self.requantized(node.inputs[side], x, grid)
+                x = self.apart(node.inputs[side], x, grid)
+                operands[side] = annotate(x, grid)
         return node.run(*operands)[0]
 
-    def requantized(self, value: Value, x, grid: Grid) -> Any:
-        """A tensor on the grid of another one."""
+    def apart(self, value: Value, x, grid: Grid | None) -> Any:
+        """A tensor to be put on another grid; times one, if others read it, too.
+
+        At the sight of two grids in a row, the converter gives the tensor the second
+        one for all that read it, or has some of them read floats.
+        """
         own = self.grid(value)
-        moved = any(
-            plan.spec is not None and plan.spec.kind in (Kind.SAME, Kind.ROUNDED)
-            for node in value.consumers
-            if (plan := self.plan.of(node)) is not None
-        )
-        if own is not None and moved and not _equal(own, grid):
-            # Where what else reads it shares its grid, the converter gives up at the
-            # sight of two grids in a row.
-            one = Grid(np.float32(1 / 255), np.int64(-128))
-            x = x * annotate(jnp.ones((), x.dtype), one)
-        return annotate(x, grid)
+        shared = value.is_output or len(set(map(id, value.consumers))) > 1
+        if own is None or grid is None or not shared or _equal(own, grid):
+            return x
+        # A one for each reader: the converter makes one product of equal ones.
+        count = self.ones.get(id(value), 0)
+        self.ones[id(value)] = count + 1
+        zero_point = 0 if grid.qtype == "int16" else grid.codes[0]
+        one = grid.codes[1] - zero_point - count
+        one_grid = Grid(np.float32(1 / one), np.int64(zero_point), grid.qtype)
+        return x * annotate(jnp.ones((), x.dtype), one_grid)
 
     def padded(self, node: Node, operands) -> Any:
         x, padding = operands
         grid = self.grid(node.out)
         if grid is None:
             return node.run(x, padding)[0]
-        padding = _saturated(padding, grid)
-        return lax.pad(x, jnp.asarray(padding, x.dtype), node.params["padding_config"])
+        padding = jnp.asarray(_saturated(padding, grid), x.dtype)
+        mark = functools.partial(self.marked, node.out)
+        return lowering.lowered_pad(x, padding, node.params["padding_config"], mark)
+
+
+def _least_scale(bias: np.ndarray, source: Grid) -> np.ndarray:
+    """The least scales of a weight with which a bias fits into its 32 bits.
+
+    The scale of a bias is that of the input times that of the weight; half of its range
+    is left for the products that are added to it. Where the bias asks for a larger
+    scale than the weight does, the products are so small next to it that the rounding
+    of the weight changes the sum by less than 1e-7 of the bias for each of them: far
+    less than a step of an 8-bit output. Training leaves it out.
+    """
+    return np.abs(bias) / (np.float64(source.scale) * 2**30)
 
 
 def _equal(a: Grid, b: Grid) -> bool:
@@ -306,7 +340,7 @@ def _equal(a: Grid, b: Grid) -> bool:
 def _saturated(x: Any, grid: Grid) -> np.ndarray:
     """The values of a grid next to those of a constant."""
     x = np.asarray(x, np.float32)
-    x = np.where(x < MASKED, np.float32(-3e38), x)
+    x = np.where(x <= MASKED, np.float32(-3e38), x)
     codes = integer_grid.codes_of(x, grid)
     return ((codes - np.asarray(grid.zero_point)) * np.asarray(grid.scale)).astype(
         np.float32

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax import core
 from jax import numpy as jnp
 
 from qwix_train.odml import dynamic_batch as batches
+from qwix_train.odml import flatbuffer
 from qwix_train.odml.calls import ModelCall
-from qwix_train.odml.conversion import run_annotated
+from qwix_train.odml.conversion import grids_of, run_annotated
 from qwix_train.odml.converter import to_flatbuffer
 from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, LiteRTModel, Signature
-from qwix_train.odml.plan import OdmlPlan
+from qwix_train.odml.plan import OdmlPlan, TensorPlan
 from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.qat.quant_stat import quant_stats_in
 from qwix_train.qat.running_ranges import nested
@@ -72,11 +75,12 @@ def convert(
     Raises:
       ImportError: if the packages of the extra `odml` are not installed.
       TypeError: if the model is none, or metadata is neither text nor bytes.
-      ValueError: if LiteRT has no integer form of an operation (with a strict
-        provider), a range is missing, no rule matches (unless the provider says
-        `allow_unmatched`), the model trains or computes in another type
-        than float32, variables are traced, the length of the batch cannot be left
-        open, an end of the model has no codes, or options do not go together.
+      ValueError: if LiteRT has no integer form of an operation, or its converter leaves
+        floats where training has integers (with a strict provider), a range is missing,
+        no rule matches (unless the provider says `allow_unmatched`), the model trains
+        or computes in another type than float32, variables are traced, the length of
+        the batch cannot be left open, an end of the model has no codes, or options do
+        not go together.
 
     Example:
       >>> from qwix_train import QuantizationRule
@@ -137,8 +141,10 @@ def _converted(
     inputs, outputs = call.input_names(), call.output_names()
 
     def content_of(arrays: Sequence[Any]) -> bytes:
-        function, shapes = _exported(call, provider, arrays)
-        return to_flatbuffer(function, shapes, name, inputs, outputs)
+        plan, function, shapes = _exported(call, provider, arrays)
+        content = to_flatbuffer(function, shapes, name, inputs, outputs)
+        _check_content(name, content, plan, provider, outputs)
+        return content
 
     def reference(*arrays):
         traced, unwrap = call.trace([jnp.asarray(x) for x in arrays])
@@ -163,8 +169,8 @@ def _converted(
 
 def _exported(
     call: ModelCall, provider: OdmlQatProvider, arrays: Sequence[Any]
-) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """The function to export, and the shapes of its arguments."""
+) -> tuple[OdmlPlan, Callable[..., Any], Sequence[Any]]:
+    """The plan, the function to export, and the shapes of its arguments."""
     traced, _ = call.traced if arrays is call.arrays else call.trace(arrays)
     plan = provider.plan(traced)
     provider.check(plan)
@@ -189,7 +195,57 @@ def _exported(
         jax.ShapeDtypeStruct(traced.inputs[i].shape, traced.inputs[i].dtype)
         for i in places
     ]
-    return exported, shapes
+    return plan, exported, shapes
+
+
+def _check_content(
+    name: str,
+    content: bytes,
+    plan: OdmlPlan,
+    provider: OdmlQatProvider,
+    outputs: Sequence[str],
+) -> None:
+    """Checks that a file computes in integers what a plan has in integers.
+
+    Args:
+      name: the name of its signature.
+      content: the file.
+      plan: the plan.
+      provider: says whether a difference is an error.
+      outputs: the names of the outputs.
+
+    Raises:
+      ValueError: if it does not, and the provider is strict.
+    """
+    ops = flatbuffer.ops_in(content)
+    found = []
+    for op in flatbuffer.float_ops(ops):
+        # Among what is to run in floats, only what quantizes floats again is known to
+        # be a fault.
+        if op.name == "QUANTIZE" or not plan.float_ops:
+            shapes = ", ".join(f"{t.dtype}{t.shape}" for t in op.inputs)
+            found.append(f"{op.name} of {shapes} computes with floats")
+    grids = grids_of(plan, provider.quant_stats or {})
+    scales = flatbuffer.signatures_in(content)[name].output_scales
+    for output, value in zip(outputs, plan.graph.outputs, strict=True):
+        tensor = plan.range_of(value)
+        if isinstance(tensor, TensorPlan):
+            scale = float(grids[tensor.name].scale)
+            if not np.isclose(scales.get(output, 0), scale, 1e-5, 0):
+                found.append(
+                    f"the output {output!r} has the scale {scales.get(output)}, and "
+                    f"{scale} in training"
+                )
+    if not found:
+        return
+    message = (
+        f"The LiteRT converter made another model of the signature {name!r} than was "
+        f"trained: {'; '.join(found)}. Leave out of the rules what these are part of, "
+        "or write it in another way; with strict=False this is a warning."
+    )
+    if provider.strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
 
 
 def _check_collections(variables: Any) -> None:

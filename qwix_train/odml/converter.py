@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from qwix_train.odml.edit import in_order, read_codes
+from qwix_train.odml.flatbuffer import ops_in
 from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.sixteen_bits import completed
 
@@ -57,6 +58,18 @@ def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
         return x * 1
 
     return fake_quant(x, **attributes)
+
+
+def uneven(x: np.ndarray) -> np.ndarray:
+    """A constant with a scale for each channel, its elements not all equal.
+
+    Of equal ones the converter quantizes the first, and gives its code to all, though
+    their scales differ. The last bit of a float changes no code.
+    """
+    x = np.array(x, np.float32)
+    if x.size > 1 and (x == x.flat[0]).all():
+        x.flat[0] = np.nextafter(x.flat[0], np.float32(0))
+    return x
 
 
 def to_flatbuffer(
@@ -112,6 +125,15 @@ def to_flatbuffer(
             raise ValueError(
                 f"The LiteRT converter failed on the signature {name!r}: {error}"
             ) from error
+    for op in ops_in(content):
+        if op.name == "STABLEHLO_COMPOSITE":
+            shapes = ", ".join(str(t.shape) for t in op.inputs)
+            raise ValueError(
+                f"The LiteRT converter found no operator that quantizes its input, of "
+                f"shape {shapes}, when it runs (act_static_scale=False), and left an "
+                "operation that other runtimes do not know. Use static ranges there, "
+                "or a rule without act_qtype."
+            )
     return completed(read_codes(in_order(content, inputs, outputs)))
 
 

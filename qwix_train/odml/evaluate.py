@@ -12,12 +12,8 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion, weight_channels
 from qwix_train.odml.graph import Node, Value
-from qwix_train.odml.ops import MASKED, Kind
+from qwix_train.odml.ops import Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-
-# How far below all others a masked element of a softmax counts as no part of it: what
-# is left of it, exp(-8), is less than a tenth of a step of the output.
-_MASK_MARGIN = 8.0
 
 Read = Callable[[Value], Any]
 
@@ -67,7 +63,9 @@ def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> lis
     inputs = []
     for value, x in zip(plan.graph.inputs, values, strict=True):
         tensor = plan.tensor(value)
-        inputs.append(x if tensor is None else quantizer.tensor(tensor, x, x))
+        if tensor is not None:
+            x = quantizer.tensor(tensor, x, tensor.observed(x))
+        inputs.append(x)
 
     def evaluate(node: Node, read: Read) -> list[Any]:
         node_plan = plan.of(node)
@@ -139,15 +137,7 @@ def _output(plan, node_plan, value, x, quantizer) -> Any:
             if node_plan.quantized and isinstance(shared, TensorPlan):
                 return quantizer.rounded(shared, x, spec.rounding)
         return x
-    observed = _without_mask(x) if tensor.masked else x
-    return quantizer.tensor(tensor, x, observed)
-
-
-def _without_mask(x: Any) -> Any:
-    """A tensor with something below all others in the place of minus infinity."""
-    kept = jnp.where(x < MASKED, 0, x)
-    low = jnp.min(kept, initial=0) - _MASK_MARGIN
-    return jnp.where(x < MASKED, low.astype(x.dtype), x)
+    return quantizer.tensor(tensor, x, tensor.observed(x))
 
 
 def _silu(node_plan, x, quantizer) -> Any:

@@ -173,12 +173,24 @@ def signatures_in(content: bytes) -> dict[str, SignatureInfo]:
 
 
 def float_ops(ops: Sequence[OpInfo]) -> list[OpInfo]:
-    """The operations that compute with floats.
+    """The operations that compute with floats, and those that quantize them again.
+
+    A QUANTIZE counts if its floats are neither an input of the model nor computed: it
+    has codes become floats within the model.
 
     Args:
       ops: all operations of a model.
     """
-    return [op for op in ops if op.computes and op.reads_float]
+    computed = {id(t) for op in ops if op.computes for t in op.outputs}
+
+    def counts(op: OpInfo) -> bool:
+        if op.computes:
+            return True
+        floats = op.inputs[0]
+        again = not floats.is_input and id(floats) not in computed
+        return op.name == "QUANTIZE" and again
+
+    return [op for op in ops if op.reads_float and counts(op)]
 
 
 def is_full_integer(ops: Sequence[OpInfo]) -> bool:
@@ -190,14 +202,7 @@ def is_full_integer(ops: Sequence[OpInfo]) -> bool:
     Args:
       ops: all operations of the model.
     """
-    for op in ops:
-        if not op.reads_float:
-            continue
-        at_input = op.name == "QUANTIZE" and op.inputs[0].is_input
-        at_output = op.name == "DEQUANTIZE" and op.outputs[0].is_output
-        if not at_input and not at_output:
-            return False
-    return True
+    return not float_ops(ops)
 
 
 def read_model(content: bytes) -> Any:
@@ -208,14 +213,62 @@ def read_model(content: bytes) -> Any:
 
     Raises:
       ImportError: if the packages of the extra are not installed.
-      ValueError: if it is no `.tflite` file.
+      ValueError: if it is no `.tflite` file, or is cut off or corrupted.
     """
     if content[4:8] != _IDENTIFIER:
         raise ValueError(
             f"These {len(content)} bytes are no .tflite file: the bytes 4 to 8 of one "
             f"are {_IDENTIFIER!r}, and these are {bytes(content[4:8])!r}."
         )
-    return schema().ModelT.InitFromPackedBuf(content, 0)
+    reader = schema().ModelT
+    try:
+        model = reader.InitFromPackedBuf(content, 0)
+        _check_references(model)
+    # Whatever reading meets at an offset that leads elsewhere.
+    except Exception as error:
+        raise ValueError(
+            f"These {len(content)} bytes are a .tflite file that is cut off or "
+            f"corrupted: {type(error).__name__}: {error}"
+        ) from error
+    return model
+
+
+def _check_references(model: Any) -> None:
+    """Checks that all that a model refers to is there.
+
+    Raises:
+      Exception: if it is not.
+    """
+
+    def check(index: int, things: Any, what: str) -> None:
+        if not 0 <= index < len(things or ()):
+            raise IndexError(f"there is no {what} {index}")
+
+    for code in model.operatorCodes or ():
+        code_name(code)
+    check(0, model.subgraphs, "subgraph")
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            check(tensor.buffer, model.buffers, "buffer")
+            _tensor_info(model, tensor, False, False)
+        ends = [*graph.inputs, *graph.outputs]
+        for op in graph.operators:
+            check(op.opcodeIndex, model.operatorCodes, "operator")
+            op_name(model, op)
+            # -1 stands for an operand that is left out.
+            ends += [i for i in (*op.inputs, *op.outputs) if i != -1]
+        for index in ends:
+            check(int(index), graph.tensors, "tensor")
+    for signature in model.signatureDefs or ():
+        check(signature.subgraphIndex, model.subgraphs, "subgraph")
+        signature.signatureKey.decode()
+        tensors = model.subgraphs[signature.subgraphIndex].tensors
+        for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
+            check(entry.tensorIndex, tensors, "tensor")
+            entry.name.decode()
+    for entry in model.metadata or ():
+        check(entry.buffer, model.buffers, "buffer")
+        entry.name.decode()
 
 
 def write_model(model: Any) -> bytes:

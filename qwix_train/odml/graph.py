@@ -187,6 +187,19 @@ class Graph:
         before = [n for n in self.nodes[:at] if id(n) not in removed]
         self.nodes = [*before, *new, *self.nodes[at + 1 :]]
 
+    def copy_outputs(self) -> None:
+        """Has results be copies, which may have other ranges than what they copy."""
+        outputs = []
+        for value in self.outputs:
+            if value.is_float and value.is_activation:
+                value.is_output = False
+                copy = Value(value.shape, value.dtype)
+                self.nodes.append(Node("copy", {}, [value], [copy], "", _copied(value)))
+                value = copy
+            outputs.append(value)
+        self.outputs = tuple(outputs)
+        self.link()
+
     def run(self, values: Sequence[Any], evaluate: Evaluate | None = None) -> list[Any]:
         """The results of the graph.
 

@@ -77,7 +77,9 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
     return Grid(scale, zero_point, qtype_name(qtype))
 
 
-def of_weight(w: jax.Array, qtype: Any, method: str, channels: Sequence[int]) -> Grid:
+def of_weight(
+    w: jax.Array, qtype: Any, method: str, channels: Sequence[int], least: Any = 0
+) -> Grid:
     """The grid of a weight: symmetric, without the lowest code.
 
     Args:
@@ -85,6 +87,7 @@ def of_weight(w: jax.Array, qtype: Any, method: str, channels: Sequence[int]) ->
       qtype: the type of the codes.
       method: how its range is found; a symmetric one.
       channels: the axes along which each index has a scale.
+      least: the smallest scales.
     """
     how = HowToQuantize(
         qtype=qtype, calibration_method=method, channelwise_axes=tuple(channels)
@@ -92,6 +95,7 @@ def of_weight(w: jax.Array, qtype: Any, method: str, channels: Sequence[int]) ->
     absmax = lax.stop_gradient(calibrate(w, how)["absmax"])
     _, high = code_range(qtype)
     scale = jnp.where(absmax > 0, absmax / high, 1)
+    scale = jnp.maximum(scale, jnp.asarray(least, scale.dtype))
     return Grid(scale, jnp.zeros(scale.shape, jnp.int32), qtype_name(qtype), True)
 
 

@@ -82,10 +82,14 @@ class LiteRTModel:
           path: the path of the file.
 
         Raises:
-          ValueError: if it is no `.tflite` file.
+          ValueError: if it is no `.tflite` file, or is cut off or corrupted.
         """
         with open(path, "rb") as file:
-            return cls(file.read())
+            content = file.read()
+        try:
+            return cls(content)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the model to a `.tflite` file, as a whole or not at all.
@@ -154,7 +158,7 @@ class LiteRTModel:
 
     @property
     def float_ops(self) -> list[OpInfo]:
-        """The operations that compute with floats."""
+        """The operations that compute with floats, or quantize them again."""
         return flatbuffer.float_ops(self._ops)
 
     @property

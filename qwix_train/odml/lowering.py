@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,17 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.odml.converter import annotate
+from qwix_train.odml.converter import annotate, uneven
 from qwix_train.odml.graph import Node
 from qwix_train.odml.integer_grid import Grid
 
 # What follows a product in the same operator, and marks its result as quantized.
 Finish = Callable[[jax.Array], jax.Array]
-# Marks a weight as quantized, with a scale for each index of an axis, or one scale.
-MarkWeight = Callable[[Any, int], jax.Array]
+# Marks a weight as quantized, with a scale for each index of an axis, or one scale;
+# for a product to which a bias is added, one number for each index.
+MarkWeight = Callable[[Any, int, np.ndarray | None], jax.Array]
+# Marks an input that is quantized when the model runs.
+MarkDynamic = Callable[[jax.Array], jax.Array] | None
 
 
 def lowered_dot(
@@ -30,6 +33,7 @@ def lowered_dot(
     addend: Any,
     finish: Finish,
     mark: Callable[[jax.Array], jax.Array],
+    mark_dynamic: MarkDynamic = None,
 ) -> jax.Array:
     """A product with a weight, as a product with a matrix.
 
@@ -44,6 +48,7 @@ def lowered_dot(
       addend: what is added to each channel of the output, or None.
       finish: what follows the sum.
       mark: marks an array with the elements of the output as quantized as that.
+      mark_dynamic: marks the activation, if it is quantized when the model runs.
     """
     (contracted, _) = node.params["dimension_numbers"]
     contract_x, contract_w = contracted[1 - side], contracted[side]
@@ -54,11 +59,15 @@ def lowered_dot(
     matrix = np.transpose(w, (*contract_w, *free_w)).reshape(depth, width)
     if (*free_x, *contract_x) != tuple(range(x.ndim)):
         x = lax.transpose(x, (*free_x, *contract_x))
-    if len(contract_x) != 1:
+    if mark_dynamic is not None:
+        # The converter drops a reshape before the product, which then has the shape of
+        # a matrix when it runs.
+        x = mark_dynamic(x.reshape(-1, depth))
+    elif len(contract_x) != 1:
         x = x.reshape((*(x.shape[: len(free_x)]), depth))
-    if not free_x:
+    if x.ndim == 1:
         x = x.reshape(1, depth)
-    out = lax.dot_general(x, mark_weight(matrix, 1), (((x.ndim - 1,), (0,)), ((), ())))
+    bias = None
     if addend is not None:
         shape = np.shape(addend)
         addend = np.asarray(addend).reshape(
@@ -68,7 +77,11 @@ def lowered_dot(
         first = 0 if side == 0 else len(free_x)
         channels = range(first, first + len(free_w))
         full = [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
-        out = out + np.broadcast_to(addend, full).reshape(width)
+        bias = uneven(np.broadcast_to(addend, full).reshape(width))
+    marked = mark_weight(matrix, 1, bias)
+    out = lax.dot_general(x, marked, (((x.ndim - 1,), (0,)), ((), ())))
+    if bias is not None:
+        out = out + bias
     out = finish(out)
     sizes = [node.out.shape[a] for a in _order(side, len(free_x), len(free_w))]
     if tuple(out.shape) != tuple(sizes):
@@ -98,6 +111,7 @@ def lowered_conv(
     finish: Finish,
     mark_input: Callable[[jax.Array], jax.Array],
     mark: Callable[[jax.Array], jax.Array],
+    mark_dynamic: MarkDynamic = None,
 ) -> jax.Array:
     """A convolution, as one in two dimensions with the channels last.
 
@@ -112,6 +126,7 @@ def lowered_conv(
       finish: what follows the sum.
       mark_input: marks an array with the elements of the input, and zeros.
       mark: marks an array with the elements of the output as quantized as that.
+      mark_dynamic: marks the input, if it is quantized when the model runs.
     """
     params = node.params
     numbers = params["dimension_numbers"]
@@ -132,23 +147,37 @@ def lowered_conv(
         strides, dilation, spread = [1, *strides], [1, *dilation], [1, *spread]
         padding = [(0, 0), *padding]
     if any(s > 1 for s in spread):
-        x = mark_input(_with_zeros(x, spread))
+        x = mark_input(
+            _spread(x, jnp.zeros((), x.dtype), [0, *(s - 1 for s in spread), 0])
+        )
     if any(low < 0 or high < 0 for low, high in padding):
         cuts = [(max(0, -low), max(0, -high)) for low, high in padding]
         slices = [slice(a, n - b) for (a, b), n in zip(cuts, x.shape[1:], strict=False)]
         x = mark_input(x[:, slices[0], slices[1]])
         padding = [(max(0, low), max(0, high)) for low, high in padding]
+    bias = None
+    if addend is not None:
+        addend = np.asarray(addend).reshape(-1)
+        bias = uneven(np.broadcast_to(addend, (kernel.shape[-1],)))
+    if mark_dynamic is not None:
+        sizes = [(n - 1) * d + 1 for n, d in zip(kernel.shape, dilation, strict=False)]
+        same = lax.padtype_to_pads(x.shape[1:3], sizes, strides, "SAME")
+        if padding != list(same):
+            # The converter would put it between the annotation and the product.
+            x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+            padding = [(0, 0), (0, 0)]
+        x = mark_dynamic(x)
     out = lax.conv_general_dilated(
         x,
-        mark_weight(kernel, 3),
+        mark_weight(kernel, 3, bias),
         strides,
         padding,
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=params["feature_group_count"],
     )
-    if addend is not None:
-        out = out + np.broadcast_to(np.asarray(addend).reshape(-1), (kernel.shape[-1],))
+    if bias is not None:
+        out = out + bias
     out = finish(out)
     if spatial == 1:
         out = mark(out[:, 0])
@@ -158,25 +187,47 @@ def lowered_conv(
     return out
 
 
-def _with_zeros(x: jax.Array, spread: Sequence[int]) -> jax.Array:
-    """An image with zeros between its rows and between its columns.
+def lowered_pad(
+    x: jax.Array,
+    padding: jax.Array,
+    config: Sequence[tuple[int, int, int]],
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """An array with padding around it, and between its elements.
+
+    Args:
+      x: the array.
+      padding: the number to pad with.
+      config: how many before, after, and between, for each axis.
+      mark: marks an array with the elements of both as quantized as the result.
+    """
+    between = [n for _, _, n in config]
+    if any(between):
+        x = mark(_spread(x, padding, between))
+    return lax.pad(x, padding, [(low, high, 0) for low, high, _ in config])
+
+
+def _spread(x: jax.Array, padding: jax.Array, between: Sequence[int]) -> jax.Array:
+    """An array with padding between its elements.
 
     In four axes, as LiteRT pads no more.
+
+    Args:
+      x: the array.
+      padding: the number to pad with.
+      between: how many to put between two elements, for each axis.
     """
-    n, height, width, channels = x.shape
-    down, across = spread
-    if across > 1:
-        x = x.reshape(n * height, width, 1, channels)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, across - 1), (0, 0)))
-        width = width * across
-        x = x.reshape(n, height, width, channels)
-    if down > 1:
-        x = x.reshape(n, height, 1, width * channels)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, down - 1), (0, 0)))
-        height = height * down
-        x = x.reshape(n, height, width, channels)
-    # What was put after the last row and column is too much.
-    return x[:, : height - (down - 1), : width - (across - 1)]
+    for axis, count in enumerate(between):
+        if count == 0 or x.shape[axis] < 2:
+            continue
+        shape = list(x.shape)
+        before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        x = x.reshape(before, shape[axis], 1, after)
+        x = lax.pad(x, padding, [(0, 0, 0), (0, 0, 0), (0, count, 0), (0, 0, 0)])
+        shape[axis] *= count + 1
+        # What was put after the last one is too much.
+        x = lax.slice_in_dim(x.reshape(shape), 0, shape[axis] - count, axis=axis)
+    return x
 
 
 def lowered_softmax(node: Node, x: jax.Array) -> jax.Array:
@@ -202,8 +253,45 @@ def _log_softmax(x: jax.Array) -> jax.Array:
     return shifted - mark(jnp.log(total), 0, math.log(count))
 
 
-def lowered_avg_pool(
+_POOL = (
+    "window_dimensions",
+    "window_strides",
+    "padding",
+    "base_dilation",
+    "window_dilation",
+)
+
+
+def lowered_pool(
     node: Node,
+    operands: Sequence[Any],
+    mark: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """A maximum or average over windows, in two dimensions.
+
+    Args:
+      node: the operation.
+      operands: its input; of an average also how many elements each window has.
+      mark: marks an array with the elements of the input, and zeros.
+    """
+    x = operands[0]
+    params = {key: node.params[key] for key in _POOL}
+    is_sequence = x.ndim == 3
+    if is_sequence:
+        # A column of height 1.
+        x = mark(x[:, None])
+        for key, (first, *others) in params.items():
+            params[key] = (first, (0, 0) if key == "padding" else 1, *others)
+    if len(operands) > 1:
+        out = _lowered_average(params, x, operands[1], mark)
+    else:
+        low = np.array(-np.inf, x.dtype)
+        out = lax.reduce_window(x, low, lax.max, *params.values())
+    return mark(out[:, 0]) if is_sequence else out
+
+
+def _lowered_average(
+    params: Mapping[str, Any],
     x: jax.Array,
     divisor: Any,
     mark: Callable[[jax.Array], jax.Array],
@@ -212,32 +300,13 @@ def lowered_avg_pool(
 
     Where the padding counts, it is put around the input, which LiteRT's own does not
     count.
-
-    Args:
-      node: the operation.
-      x: its input.
-      divisor: how many elements each window has.
-      mark: marks an array with the elements of the input, and zeros.
     """
-    params = node.params
-    window = params["window_dimensions"]
     if np.size(divisor) == 1 and any(map(any, params["padding"])):
         x = mark(jnp.pad(x, params["padding"]))
-        padding: Any = [(0, 0)] * x.ndim
-    else:
-        padding = params["padding"]
+        params = {**params, "padding": [(0, 0)] * x.ndim}
 
     def total(x):
-        return lax.reduce_window(
-            x,
-            np.zeros((), x.dtype),
-            lax.add,
-            window,
-            params["window_strides"],
-            padding,
-            params["base_dilation"],
-            params["window_dilation"],
-        )
+        return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, *params.values())
 
     if np.size(divisor) > 1:
         # The converter knows an average without the padding by how it is counted.

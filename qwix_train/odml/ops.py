@@ -130,8 +130,7 @@ OPS: dict[str, OpSpec] = {
     "where": OpSpec(
         Kind.TIED,
         "SELECT_V2",
-        note="a constant below -1e4, as of attention masks, becomes the low end of "
-        "the range",
+        note="-1e4 or less, as of attention masks, becomes the low end of the range",
     ),
     "max": OpSpec(_S, "REDUCE_MAX"),
     "min": OpSpec(_S, "REDUCE_MIN"),
@@ -212,8 +211,8 @@ LAYOUT = frozenset(
     rev copy dropout pad""".split()
 )
 
-MASKED = -1e4
-"""A constant below this stands for minus infinity, as in attention masks."""
+MASKED = -9984.0
+"""A constant of this or less stands for minus infinity; it is -1e4 in bfloat16."""
 
 PRODUCTS = frozenset(["dot_general", "einsum", "conv_general_dilated"])
 """The operations that have weights."""

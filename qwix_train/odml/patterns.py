@@ -337,9 +337,9 @@ def _additive_mask(graph: Graph, root: Node) -> bool:
         if not x.is_activation or x.shape != root.out.shape:
             continue
         value = known_value(mask)
-        if value is None or not (value < MASKED).any():
+        if value is None or not (value <= MASKED).any():
             continue
-        masked = value < MASKED
+        masked = value <= MASKED
         rest = np.where(masked, 0, value)
 
         def chosen(x, masked=masked, rest=rest):

@@ -17,6 +17,7 @@ from qwix_train.core.numerics import qtype_name
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion
 from qwix_train.odml.graph import Graph, Node, Value
+from qwix_train.odml.masks import Mask
 from qwix_train.odml.ops import OpSpec
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule, is_int16
@@ -35,8 +36,7 @@ class TensorPlan:
       qtype: the type of its codes: `int8` or `int16`.
       scale: its scale as int8, if LiteRT allows only one.
       zero_point: its zero point as int8, if LiteRT allows only one.
-      masked: whether some of its elements stand for minus infinity, which its range
-        does not hold.
+      mask: what stands for minus infinity in it, which its range does not hold.
       rounding: how it is rounded to codes.
     """
 
@@ -47,13 +47,17 @@ class TensorPlan:
     qtype: str = "int8"
     scale: float | None = None
     zero_point: int | None = None
-    masked: bool = False
+    mask: Mask | None = None
     rounding: str = "even"
 
     @property
     def name(self) -> str:
         """The path as text."""
         return "/".join(self.path)
+
+    def observed(self, x: Any) -> Any:
+        """What its range is to be measured of."""
+        return x if self.mask is None else self.mask.observed(x)
 
     @property
     def measured(self) -> bool:
@@ -128,6 +132,7 @@ class OdmlPlan:
       graph: the operations.
       nodes: what happens to each operation, in order.
       tensors: the tensors with a range of their own, in order.
+      quantized_params: the shapes of the params that weights are made of, by path.
     """
 
     def __init__(self, graph: Graph, rules: Sequence[QuantizationRule]):
@@ -135,6 +140,7 @@ class OdmlPlan:
         self.rules = tuple(rules)
         self.nodes: tuple[NodePlan, ...] = ()
         self.tensors: tuple[TensorPlan, ...] = ()
+        self.quantized_params: dict[Path, tuple[int, ...]] = {}
         self._node: dict[int, NodePlan] = {}
         self._tensor: dict[int, TensorPlan] = {}
         self._shared: dict[int, Value] = {}
@@ -174,6 +180,29 @@ class OdmlPlan:
     def unsupported(self) -> tuple[NodePlan, ...]:
         """The operations that a rule matches, and that cannot run in integers."""
         return tuple(n for n in self.ops if n.unsupported)
+
+    @property
+    def float_ops(self) -> tuple[NodePlan, ...]:
+        """The operations that run in floats, such as what makes floats of integers."""
+
+        def in_float(plan: NodePlan) -> bool:
+            if plan.quantized:
+                return False
+            read, made = (
+                [v for v in values if v.is_activation]
+                for values in (plan.node.inputs, plan.node.outputs)
+            )
+            floats = [v for v in (*read, *made) if v.is_float]
+            cast = any(v.is_float for v in made) and not any(v.is_float for v in read)
+            keeps_codes = plan.name in ops.LAYOUT or (
+                plan.spec is not None
+                and plan.spec.kind in (ops.Kind.INTEGER, ops.Kind.FLOAT_INPUT)
+            )
+            if cast or not keeps_codes:
+                return bool(floats)
+            return any(self.range_of(v) is None for v in floats)
+
+        return tuple(filter(in_float, self.nodes))
 
     @property
     def measured(self) -> tuple[TensorPlan, ...]:

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
-from qwix_train.odml.fusion import find_fusions
+from qwix_train.odml.fusion import find_fusions, weight_channels
 from qwix_train.odml.graph import (
-    Graph,
     Node,
     Value,
     build_graph,
     ids_of,
     statistics_nodes,
 )
-from qwix_train.odml.ops import MASKED, Kind, OpSpec
+from qwix_train.odml.masks import find_masks
+from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.planning import Path
@@ -43,6 +43,8 @@ def make_odml_plan(
     """
     graph = build_graph(traced)
     find_patterns(graph)
+    if fixed_range_for_outputs is not None:
+        graph.copy_outputs()
     planner = _Planner(OdmlPlan(graph, rules), traced)
     planner.inputs, planner.outputs = fixed_range_for_inputs, fixed_range_for_outputs
     planner.plan_nodes()
@@ -60,7 +62,7 @@ class _Planner:
         self.ignored = statistics_nodes(plan.graph)
         # Such as what prints a value.
         self.ignored |= {id(n) for n in plan.graph.nodes if not n.outputs}
-        self.masked = _masked_values(plan.graph)
+        self.masks = find_masks(plan.graph)
 
     def plan_nodes(self) -> None:
         graph = self.plan.graph
@@ -75,6 +77,7 @@ class _Planner:
         for (node, name), op_id in zip(counted, ids_of(counted), strict=True):
             self.plan._node[id(node)] = self.plan_node(node, name, op_id)
         self.plan.nodes = tuple(self.plan._node.values())
+        self.plan.quantized_params = self.params_of_weights()
         for fusion in fusions:
             first = self.plan._node[id(fusion.anchor)]
             if not first.quantized:
@@ -84,6 +87,26 @@ class _Planner:
                 part = self.plan._node[id(node)]
                 part.fused_into, part.quantized = first, True
                 part.unsupported, part.reason = False, ""
+
+    def params_of_weights(self) -> dict[Path, tuple[int, ...]]:
+        """The shapes of the params that weights are made of, by path."""
+        found = {}
+        stack = [
+            n.node.inputs[n.weight] for n in self.plan.nodes if n.weight is not None
+        ]
+        seen = set()
+        while stack:
+            value = stack.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if value.producer is not None:
+                stack += value.producer.inputs
+            elif value.index is not None:
+                param = self.traced.params[value.index]
+                if param is not None:
+                    found[param.path] = value.shape
+        return found
 
     def plan_node(self, node: Node, name: str, op_id: str) -> NodePlan:
         path = node.module_path.removeprefix(self.traced.module_path)
@@ -114,6 +137,9 @@ class _Planner:
             plan.weight = _weight_side(node)
         elif name == "take" and node.inputs[0].static:
             plan.weight = 0
+        if obstacle := _product_obstacle(plan):
+            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
+            return plan
         if rule.act_qtype is None:
             return plan
         if rule.act_static_scale is False:
@@ -122,9 +148,6 @@ class _Planner:
         if spec is None or spec.kind is Kind.UNSUPPORTED:
             plan.unsupported = True
             plan.reason = _unsupported_reason(name, spec)
-            return plan
-        if name == "conv_general_dilated" and (obstacle := _conv_obstacle(node)):
-            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
             return plan
         if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
             return plan
@@ -177,11 +200,16 @@ class _Planner:
         if plan is not None and plan.fused_into is not None:
             plan = plan.fused_into
         kind = None if plan is None or plan.spec is None else plan.spec.kind
-        if plan is not None and kind in (Kind.SAME, Kind.ROUNDED, Kind.CLIP):
+        if plan is not None and kind in _SHARING:
             if plan.quantized or plan.name in ops.LAYOUT:
                 source = next((x for x in plan.node.inputs if x.is_activation), None)
-                if source is not None and self.plan.range_of(source) is not None:
-                    self.plan._shared[id(value)] = source
+                shared = None if source is None else self.plan.range_of(source)
+                if source is not None and shared is not None:
+                    own = self.range_of_copy(value, plan, shared)
+                    if own is None:
+                        self.plan._shared[id(value)] = source
+                    else:
+                        self.plan._tensor[id(value)] = own
                     return
                 if source is None or source.is_float:
                     return
@@ -201,6 +229,36 @@ class _Planner:
         assert owner.rule_index is not None
         path = self.path_of(value, plan, readers)
         self.plan._tensor[id(value)] = self.make_tensor(value, plan, owner, path)
+
+    def range_of_copy(
+        self, value: Value, plan: NodePlan, source: TensorPlan | Value
+    ) -> TensorPlan | None:
+        """The fixed range of a result that is a copy of a tensor with another range.
+
+        None where the copy shares its range: if that is the fixed one, or the only one
+        that LiteRT allows.
+        """
+        if self.outputs is None or not value.is_output or plan.name != "copy":
+            return None
+        if not isinstance(source, TensorPlan) or source.scale is not None:
+            return None
+        how = _fixed(self.outputs)
+        if source.how == how:
+            return None
+        path = self.path_of(value, plan, list(self.readers(value)))
+        return TensorPlan(value, path, how, source.rule_index, source.qtype)
+
+    def gives_outputs(self, value: Value) -> bool:
+        """Whether results of the model are all that shares the range of a value."""
+        for node in value.consumers:
+            plan = self.plan.of(node)
+            if plan is None:
+                continue  # only statistics are made from it
+            kind = None if plan.spec is None else plan.spec.kind
+            shares = kind in _SHARING and (plan.quantized or plan.name in ops.LAYOUT)
+            if not shares or not all(map(self.gives_outputs, node.outputs)):
+                return False
+        return value.is_output or bool(value.consumers)
 
     def is_within(self, plan: NodePlan, value: Value) -> bool:
         """Whether a value is computed, and read, within one fused operation."""
@@ -288,15 +346,16 @@ class _Planner:
             tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
         if spec is not None:
             tensor.rounding = spec.rounding
+        tensor.mask = self.masks.get(id(value))
         fixed = None
         if value.producer is None:
-            fixed = self.inputs
-        elif value.is_output and (spec is None or spec.scale is None):
-            fixed = self.outputs
+            is_mask = tensor.mask is not None and tensor.mask.added
+            fixed = None if is_mask else self.inputs
+        elif spec is None or spec.scale is None:
+            if value.is_output or self.gives_outputs(value):
+                fixed = self.outputs
         if fixed is not None:
-            low, high = fixed
-            tensor.how = make(calibration_method=f"fixed,{low},{high}")
-        tensor.masked = id(value) in self.masked
+            tensor.how = _fixed(fixed)
         return tensor
 
 
@@ -306,10 +365,25 @@ def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
 
 
 _CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
+_SHARING = (Kind.SAME, Kind.ROUNDED, Kind.CLIP)
 
 
-def _conv_obstacle(node: Node) -> str:
-    """Why LiteRT has no integer form of a convolution; empty if it has one."""
+def _fixed(ends: tuple[float, float]) -> HowToQuantize:
+    low, high = ends
+    return HowToQuantize(qtype="int8", calibration_method=f"fixed,{low},{high}")
+
+
+def _product_obstacle(plan: NodePlan) -> str:
+    """Why LiteRT has no quantized form of a product; empty if it has one."""
+    node, rule = plan.node, plan.rule
+    if plan.name != "conv_general_dilated":
+        dynamic = rule is not None and rule.act_qtype and rule.act_static_scale is False
+        if dynamic and plan.weight is not None and weight_channels(node) is None:
+            return (
+                "LiteRT quantizes no activation when it runs (act_static_scale=False) "
+                "whose weight has batch axes"
+            )
+        return ""
     spatial = len(node.out.shape) - 2
     if spatial not in (1, 2):
         return f"LiteRT has no integer convolution over {spatial} axes"
@@ -323,21 +397,6 @@ def _conv_obstacle(node: Node) -> str:
 def _weight_side(node: Node) -> int | None:
     static = [value.static for value in node.inputs[:2]]
     return static.index(True) if sum(static) == 1 else None
-
-
-def _masked_values(graph: Graph) -> set[int]:
-    """The ids of values that hold constants in the place of minus infinity."""
-    found: set[int] = set()
-    for node in graph.nodes:
-        name = ops.op_name(node.name)
-        if name == "where":
-            numbers = [value.number for value in node.inputs[1:]]
-            if any(number is not None and number < MASKED for number in numbers):
-                found.add(id(node.out))
-        passes = name in (*ops.LAYOUT, *ops.AFFINE, "where", "truediv")
-        if passes and any(id(value) in found for value in node.inputs):
-            found.update(map(id, node.outputs))
-    return found
 
 
 def _suffix(plan: NodePlan, side: int) -> str:

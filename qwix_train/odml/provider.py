@@ -338,12 +338,21 @@ class _FakeQuantizer:
         return fake_quant(x, how)
 
 
-def weight_grid(plan: NodePlan, w: Any, channels: Sequence[int]) -> Grid:
-    """The grid of a weight, as the rule of its operation says."""
+def weight_grid(
+    plan: NodePlan, w: Any, channels: Sequence[int], least: Any = 0
+) -> Grid:
+    """The grid of a weight, as the rule of its operation says.
+
+    Args:
+      plan: the operation.
+      w: the weight.
+      channels: the axes along which each index has a scale.
+      least: the smallest scales, in a shape that broadcasts to the scales.
+    """
     assert plan.rule is not None
     method = plan.rule.weight_calibration_method
     return integer_grid.of_weight(
-        jnp.asarray(w), plan.rule.weight_qtype, method, channels
+        jnp.asarray(w), plan.rule.weight_qtype, method, channels, least
     )
 
 

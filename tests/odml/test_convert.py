@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml, qat, quantize_model
+from qwix_train.odml import conversion, lowering
 from qwix_train.qat.quant_stat import QuantStat
 from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
@@ -462,3 +464,110 @@ def test_params_alone_are_no_variables(variables):
 def test_what_is_no_rules(rules):
     with pytest.raises(TypeError, match=f"Expected a list of rules, got {rules}"):
         odml.convert(Mlp(), {}, rules, np.ones((1, 8), np.float32))
+
+
+def moved_heads(self, x):
+    w = self.param("w", nn.initializers.normal(0.5), (4, 2, 6))
+    return jnp.einsum("btnh,nhd->btd", x.reshape(2, 5, 4, 2), w)
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (lambda self, x: nn.MultiHeadDotProductAttention(2)(x), (2, 5, 8)),
+        (moved_heads, (2, 5, 8)),
+        (lambda self, x: nn.ConvTranspose(4, (3, 3), (2, 2))(x), (1, 4, 4, 3)),
+        (lambda self, x: nn.Conv(4, (3,), padding="CAUSAL")(x), (2, 5, 3)),
+    ],
+    ids=["attention", "heads", "transposed", "causal"],
+)
+def test_dynamic_range_of_products_whose_input_is_moved(call, shape):
+    model, x = module(call), normal(*shape)
+    variables = init(model, x)
+    rule = QuantizationRule(
+        weight_qtype="int8", act_qtype="int8", act_static_scale=False
+    )
+    litert = odml.convert(model, variables, [rule], x)
+    assert litert(x).shape == model.apply(variables, x).shape
+    (out,) = litert.report(x)
+    assert out.max_steps < 0.01
+
+
+def test_no_product_is_quantized_when_it_runs_with_a_batch_of_weights():
+    model = module(
+        lambda self, x: jnp.einsum(
+            "bnh,nhd->bnd", x, self.param("w", nn.initializers.normal(), (5, 8, 4))
+        )
+    )
+    x = normal(2, 5, 8)
+    rule = QuantizationRule(
+        weight_qtype="int8", act_qtype="int8", act_static_scale=False
+    )
+    with pytest.raises(ValueError, match="whose weight has batch axes"):
+        odml.convert(model, init(model, x), [rule], x)
+
+
+def test_the_file_is_checked(monkeypatch):
+    """Of what the converter leaves in floats, whatever was planned."""
+    monkeypatch.setattr(
+        lowering,
+        "lowered_pad",
+        lambda x, value, config, mark: lax.pad(x, value, config),
+    )
+    x = normal(*SHAPE)
+    model = module(lambda self, x: 2.0 * lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1))))
+    with pytest.raises(ValueError, match="STABLEHLO_PAD of .* computes with floats"):
+        converted(model, {}, x)
+    provider = odml.OdmlQatProvider(INT8, strict=False)
+    with pytest.warns(UserWarning, match="STABLEHLO_PAD"):
+        litert = converted(model, {}, x, provider=provider)
+    assert not litert.is_full_integer
+
+
+def test_the_scales_of_outputs_are_checked(monkeypatch):
+    monkeypatch.setattr(conversion._Annotated, "apart", lambda self, value, x, grid: x)
+
+    def call(self, x):
+        t = jnp.tanh(x)
+        return t, jnp.concatenate([t, 30 * x], -1)
+
+    with pytest.raises(ValueError, match="the output 'output_0' has the scale 0.4"):
+        converted(module(call), {}, normal(4, 8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda self, x: nn.Dense(6)(x).reshape(-1),
+        lambda self, x: nn.Dense(6)(x)[:, 1:],
+        lambda self, x: jnp.clip(nn.Dense(6)(x), -0.5, 0.5),
+        lambda self, x: nn.max_pool(nn.Dense(6)(x), (2,), (2,)),
+    ],
+    ids=["reshape", "slice", "clip", "pool"],
+)
+def test_the_fixed_range_of_an_output_that_shares_a_range(call):
+    x = normal(2, 4, 8)
+    model = module(call)
+    provider = odml.OdmlQatProvider(INT8, fixed_range_for_outputs=(-9, 9))
+    litert = converted(model, init(model, x), x, provider=provider)
+    (out,) = litert.report(x)
+    assert litert.is_full_integer and out.max_steps < 1.01
+    assert out.scale == pytest.approx(18 / 255)
+
+
+def test_the_fixed_range_of_an_output_is_not_that_of_what_else_reads_it():
+    def call(self, x):
+        y = 8 * nn.Dense(6)(x)
+        return y[:, :3], nn.Dense(3)(y)
+
+    x, model = normal(*SHAPE), module(call)
+    variables = init(model, x)
+    provider = odml.OdmlQatProvider(INT8, fixed_range_for_outputs=(-1, 1))
+    litert = converted(model, variables, x, provider=provider)
+    assert litert.is_full_integer
+    for out, got, wanted in zip(
+        litert.report(x), litert(x), model.apply(variables, x), strict=True
+    ):
+        assert out.scale == pytest.approx(2 / 255) and out.max_steps < 1.01
+        # A tensor of a range of about 30 is read.
+        assert np.abs(got - np.clip(wanted, -1, 1)).max() < 0.15

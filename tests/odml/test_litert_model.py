@@ -193,3 +193,23 @@ def test_calls_that_do_not_fit(litert, two_inputs):
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_damaged_file_is_one_error_with_its_name(litert, tmp_path):
+    path = tmp_path / "model.tflite"
+    content, rng = litert.content, np.random.default_rng(0)
+    damaged = [content[:length] for length in (8, 100, len(content) // 2)]
+    for _ in range(50):
+        flipped = bytearray(content)
+        flipped[rng.integers(8, len(flipped))] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            odml.LiteRTModel.load(path).ops()
+        except ValueError as error:
+            assert f"{path}: These {len(content)} bytes are a .tflite" in str(error)
+            refused += 1
+    # A flipped bit of a weight is a weight.
+    assert refused > 15

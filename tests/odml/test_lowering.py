@@ -33,7 +33,7 @@ class Marks:
     def __init__(self):
         self.weights, self.shapes = [], []
 
-    def weight(self, w, axis):
+    def weight(self, w, axis, bias=None):
         self.weights.append((w.shape, axis))
         return jnp.asarray(w)
 
@@ -219,7 +219,7 @@ def test_avg_pool(padding, count_include_pad):
         divisor = graph_value(graph, divisor)
     else:
         divisor = divisor.constant
-    out = lowering.lowered_avg_pool(node, x, np.asarray(divisor), lambda x: x)
+    out = lowering.lowered_pool(node, [x, np.asarray(divisor)], lambda x: x)
     np.testing.assert_allclose(out, fn({}, x), 1e-5, 1e-6)
 
 

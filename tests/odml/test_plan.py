@@ -206,7 +206,7 @@ def test_a_range_knows_what_stands_for_minus_infinity():
         return nn.softmax(jnp.where(mask, x, -1e9)), jnp.where(mask, 0.0, x) * 2
 
     plan = plan_of(fn, X, X > 0)
-    masked = {t.name: t.masked for t in plan.tensors}
+    masked = {t.name: t.mask for t in plan.tensors}
     assert masked["softmax0"]
     assert not masked["multiply0_lhs"]
 

@@ -343,3 +343,18 @@ def test_what_litert_does_not_have_is_an_error(name):
     rule, options, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         odml.OdmlQatProvider([QuantizationRule(**rule)], **options)
+
+
+def test_a_teacher_in_a_step_is_named():
+    model, x = nn.Dense(2), jnp.ones((3, 4))
+    params = [model.init(jax.random.key(seed), x) for seed in (0, 1)]
+
+    def step(params, teacher, x):
+        return model.apply(params, x) - model.apply(teacher, x)
+
+    rules = [
+        QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=False)
+    ]
+    wrapped = wrap_train_step(step, odml.OdmlQatProvider(rules))
+    with pytest.warns(UserWarning, match="2 different trees .* 'kernel'"):
+        wrapped(*params, x)
