@@ -154,11 +154,6 @@ class Plan:
     whole: bool = False
 
     @property
-    def quantized_params(self) -> dict[Path, tuple[int, ...]]:
-        """The shapes of the params that are quantized, by path."""
-        return {p.path: p.shape for p in self.params.values() if p.how is not None}
-
-    @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
         """The ops that read anything quantized."""
         return tuple(op for op in self.ops if op.quantized)

@@ -132,7 +132,6 @@ class OdmlPlan:
       graph: the operations.
       nodes: what happens to each operation, in order.
       tensors: the tensors with a range of their own, in order.
-      quantized_params: the shapes of the params that weights are made of, by path.
     """
 
     def __init__(self, graph: Graph, rules: Sequence[QuantizationRule]):
@@ -140,7 +139,6 @@ class OdmlPlan:
         self.rules = tuple(rules)
         self.nodes: tuple[NodePlan, ...] = ()
         self.tensors: tuple[TensorPlan, ...] = ()
-        self.quantized_params: dict[Path, tuple[int, ...]] = {}
         self._node: dict[int, NodePlan] = {}
         self._tensor: dict[int, TensorPlan] = {}
         self._shared: dict[int, Value] = {}

@@ -77,7 +77,6 @@ class _Planner:
         for (node, name), op_id in zip(counted, ids_of(counted), strict=True):
             self.plan._node[id(node)] = self.plan_node(node, name, op_id)
         self.plan.nodes = tuple(self.plan._node.values())
-        self.plan.quantized_params = self.params_of_weights()
         for fusion in fusions:
             first = self.plan._node[id(fusion.anchor)]
             if not first.quantized:
@@ -87,26 +86,6 @@ class _Planner:
                 part = self.plan._node[id(node)]
                 part.fused_into, part.quantized = first, True
                 part.unsupported, part.reason = False, ""
-
-    def params_of_weights(self) -> dict[Path, tuple[int, ...]]:
-        """The shapes of the params that weights are made of, by path."""
-        found = {}
-        stack = [
-            n.node.inputs[n.weight] for n in self.plan.nodes if n.weight is not None
-        ]
-        seen = set()
-        while stack:
-            value = stack.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if value.producer is not None:
-                stack += value.producer.inputs
-            elif value.index is not None:
-                param = self.traced.params[value.index]
-                if param is not None:
-                    found[param.path] = value.shape
-        return found
 
     def plan_node(self, node: Node, name: str, op_id: str) -> NodePlan:
         path = node.module_path.removeprefix(self.traced.module_path)
