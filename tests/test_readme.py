@@ -21,8 +21,8 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     # The first block is the one-line summary, of names defined further down.
     for block in blocks[1:]:
         exec(block, names)
-    assert len(blocks) == 17
-    assert names["state"].step == 4
+    assert len(blocks) == 18
+    assert names["state"].step == 5
     assert np.isfinite(names["loss"])
 
     # The wrapped step is quantized: its loss is that of the quantized weights.
@@ -66,7 +66,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     assert np.abs(codes).max() <= 8
     bits = {rule.module_path: rule.weight_qtype for rule in names["mixed"]}
     assert set(bits.values()) <= {"int2", "int4"}
-    assert names["trained"].step == 5
+    assert names["trained"].step == 6
 
     table = capsys.readouterr().out
     assert "FULLY_CONNECTED  int8[32x64] int8[64x64] per channel" in table
