@@ -266,12 +266,8 @@ class QuantizationRule:
 
     def _check_observer(self) -> None:
         """Complains of statistics that would not give a range."""
-        if not isinstance(self.act_finite_only, bool):
-            raise self._error("act_finite_only", "it must be True or False")
-        for field in ("act_observer", "act_averaging"):
-            if self._says_how_to_collect(field) and self.act_static_scale is False:
-                if not self.learned_act_method:
-                    raise self._error(field, NEEDS_STATIC)
+        if self.act_static_scale is False:
+            self.check_collects()
         # Those modules know of rules.
         from qwix_train.calib import averaging, named_observers, observers
 

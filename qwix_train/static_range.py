@@ -135,6 +135,20 @@ def _statistics_at(path: Path, quant_stats: Mapping[str, Any]) -> Mapping[str, A
     return statistics
 
 
+def check_quant_stats(quant_stats: Any) -> None:
+    """Checks what is given as the ranges of activations.
+
+    Raises:
+      TypeError: if it is not a nested dictionary.
+    """
+    if quant_stats is not None and not isinstance(quant_stats, Mapping):
+        raise TypeError(
+            f"quant_stats={quant_stats!r}: expected the ranges of activations in a "
+            "nested dictionary, such as calibrator.quant_stats, not a "
+            f"{type(quant_stats).__name__}."
+        )
+
+
 def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     """The ends of the range in statistics, by what is kept of them and their name.
 
@@ -165,8 +179,31 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
             if not op.collected or how is None:
                 continue
             statistics = _statistics_at(path := op.range_path(side), quant_stats)
-            params |= from_statistics(path, statistics, how)
+            found = from_statistics(path, statistics, how)
+            operand = op.op.operands[side].shape
+            _check_shape(found, path, operand, how, op.op.layers)
+            params |= found
     return params
+
+
+def _check_shape(
+    found: Mapping[Path, Any],
+    path: Path,
+    operand: tuple[int, ...],
+    how: HowToQuantize,
+    layers: tuple[int, ...],
+) -> None:
+    shape, wanted = found[scale_path(path)].shape, how.scale_shape(operand)
+    # One range may serve for all layers, and for all channels.
+    finest = [*layers, *wanted][-len(shape) :]
+    if len(shape) not in (len(wanted), len(layers) + len(wanted)) or any(
+        has not in (1, most) for has, most in zip(shape, finest, strict=True)
+    ):
+        raise ValueError(
+            f"The quant_stats of {'/'.join(path)!r} give a range of shape {shape}, and "
+            f"an activation of shape {operand} takes {(*layers, *wanted)}: they are of "
+            "another model or of other rules. Collect them anew."
+        )
 
 
 def ranges_of(

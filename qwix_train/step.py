@@ -149,6 +149,7 @@ def wrap_train_step(
     check_step(step)
     _check_counts(
         schedule_step,
+        quant_stats_warmup=quant_stats_warmup,
         quant_stats_frozen_after=quant_stats_frozen_after,
         batch_stats_frozen_after=batch_stats_frozen_after,
     )
@@ -220,6 +221,7 @@ def wrap_eval_step(
     provider = _provider_of(rules, quant_stats, allow_unmatched)
     if not provider.keeps_quant_stats:
         return cast(Step, wrap(step, provider))
+    _check_counts(None, quant_stats_warmup=quant_stats_warmup)
     updates = RangeUpdates(False, quant_stats_warmup)
     run = _with_ranges(step, provider, lambda args, kwargs: updates)
     return cast(Step, _like(step, run))
@@ -256,7 +258,7 @@ def _provider_of(
 
 
 def _check_counts(
-    schedule_step: Callable[..., Any] | None, **frozen_after: int | None
+    schedule_step: Callable[..., Any] | None, **counts: int | None
 ) -> None:
     """Complains of what cannot count steps, or be such a count."""
     if schedule_step is not None and not callable(schedule_step):
@@ -264,7 +266,7 @@ def _check_counts(
             f"schedule_step={schedule_step!r} is no function: give one of the step's "
             "arguments, such as lambda state, batch: state.step."
         )
-    for name, steps in frozen_after.items():
+    for name, steps in counts.items():
         if steps is None:
             continue
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from qwix_train import processes
 
 
@@ -45,13 +47,29 @@ class PeriodicAction(abc.ABC):
           on_steps: at these steps.
 
         Raises:
-          ValueError: if `every_steps` is below 1.
+          TypeError: if `every_steps` or one of `on_steps` is not an int, or
+            `every_secs` is not a number.
+          ValueError: if `every_steps` is below 1, or `every_secs` negative or NaN.
         """
+        given = (every_steps, every_secs, on_steps)
+        self._has_schedule = any(when is not None for when in given)
+        on_steps = () if on_steps is None else tuple(on_steps)
+        steps = [("on_steps", step) for step in on_steps]
+        if every_steps is not None:
+            steps.append(("every_steps", every_steps))
+        for name, step in steps:
+            if isinstance(step, bool) or not isinstance(step, int | np.integer):
+                raise TypeError(f"{name}={step!r}: a number of steps is an int.")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps={every_steps}: it must be 1 or more.")
+        if every_secs is not None:
+            if isinstance(every_secs, bool) or not isinstance(every_secs, int | float):
+                raise TypeError(f"every_secs={every_secs!r}: it is a number.")
+            if not every_secs >= 0:
+                raise ValueError(f"every_secs={every_secs}: it must not be negative.")
         self._every_steps = every_steps
         self._every_secs = every_secs
-        self._on_steps = frozenset(on_steps or ())
+        self._on_steps = frozenset(on_steps)
         self._last_step: int | None = None
         self._previous_time = 0.0  # of the action, or of the first call
 
@@ -70,8 +88,14 @@ class PeriodicAction(abc.ABC):
           Whether it was due.
 
         Raises:
-          ValueError: if there is `every_steps`, and a step was left out or repeated.
+          ValueError: if there is `every_steps`, and a step was left out or repeated;
+            or if nothing says when the action is due.
         """
+        if not self._has_schedule:
+            raise ValueError(
+                f"{type(self).__name__} is called, and never due: give every_steps, "
+                "every_secs or on_steps, such as every_steps=1000."
+            )
         t = time.monotonic() if t is None else t
         if self._last_step is None:
             self._previous_time = t

@@ -89,7 +89,8 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     highest = jnp.max(blocks, axis=within).reshape(counts)
     lowest = jnp.min(blocks, axis=within).reshape(counts)
     # Both keep the reciprocal of the scale finite, also where all is zero.
-    smallest, largest = jnp.finfo(x.dtype).tiny, _LARGEST * jnp.finfo(x.dtype).max
+    info = jnp.finfo(x.dtype)
+    smallest, largest = info.tiny, jnp.asarray(_LARGEST * info.max, x.dtype)
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
         absmax = jnp.maximum(highest, -lowest)

@@ -69,7 +69,8 @@ def quantize_params(
       of arrays that `nnx.update(model, ...)` takes.
 
     Raises:
-      TypeError: if a leaf of `params` is no array, or the quantized params are given
+      TypeError: if a leaf of `params` is no array, `quant_stats` is not a nested
+        dictionary, or the quantized params are given
         as a Linen model, a function, or the state of an NNX model.
       ValueError: if a param is not one of the quantized model's, or has another shape
         or an integer dtype; if a learned scale is missing, or is not finite; if the
@@ -87,6 +88,7 @@ def quantize_params(
       >>> quantized["kernel"].array.scale.shape
       (1, 2)
     """
+    static_range.check_quant_stats(quant_stats)
     return quantize_tree(
         params,
         abstract_quantized_params,

@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 from jax import core
 from jax import numpy as jnp
 
-from qwix_train import stored
+from qwix_train import static_range, stored
 from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
@@ -155,6 +155,7 @@ class WeightMethod(Collector, abc.ABC):
           TypeError, ValueError: see there; and if nothing was collected, or a
             quantized param was not reached in the steps that were run.
         """
+        static_range.check_quant_stats(quant_stats)
         self._check_collected()
         is_module = isinstance(abstract_quantized_params, nnx.Module)
         job = _Job(self, in_module=is_module)

@@ -66,10 +66,14 @@ class QtProvider(QuantizationProvider):
             Linen model holds statistics in a collection `quant_stats`: `init` makes
             it, and `apply` updates it where it is mutable.
           allow_unmatched: see `QuantizationProvider`.
+
+        Raises:
+          TypeError: if `quant_stats` is not a nested dictionary.
+          ValueError: if there are `quant_stats`, and no rule asks for static ranges.
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
-        self.quant_stats = quant_stats
         self.takes_static_ranges = any(rule.static_act_ranges for rule in self.rules)
+        self.quant_stats = self._checked(quant_stats)
         collects = any(rule.act_static_scale for rule in self.rules)
         self.keeps_quant_stats = collects and quant_stats is None
         self.adds_params = any(rule.learns_scales for rule in self.rules)
@@ -137,8 +141,19 @@ class QtProvider(QuantizationProvider):
     def with_ranges(self, quant_stats: Mapping[str, Any]) -> QtProvider:
         """See `QuantizationProvider.with_ranges`."""
         fixed = copy.copy(self)
-        fixed.quant_stats, fixed.keeps_quant_stats = quant_stats, False
+        fixed.quant_stats = self._checked(quant_stats)
+        fixed.keeps_quant_stats = False
         return fixed
+
+    def _checked(self, quant_stats: Any) -> Any:
+        static_range.check_quant_stats(quant_stats)
+        if quant_stats and not self.takes_static_ranges:
+            raise ValueError(
+                "There are quant_stats, and no rule asks for static ranges: set "
+                "act_static_scale=True in the rules that they were collected with, or "
+                "leave them out."
+            )
+        return quant_stats
 
     def with_rules(self, rules: Sequence[QuantizationRule]) -> QtProvider:
         """See `QuantizationProvider.with_rules`."""

@@ -81,7 +81,7 @@ SCHEDULES = st.fixed_dictionaries(
         "every_secs": st.none() | st.floats(0, 20),
         "on_steps": st.none() | st.lists(st.integers(0, 30)),
     },
-)
+).filter(lambda schedule: any(value is not None for value in schedule.values()))
 # Steps that follow one another, and some that are left out, repeated, or go back.
 ADVANCES = st.lists(
     st.tuples(st.sampled_from([1] * 12 + [0, 2, -1]), st.floats(0, 15)), max_size=40
@@ -107,7 +107,8 @@ def test_is_due_when_clu_is(clu_action, schedule, first, advances):
         # More than 20 seconds after the first call, then after the last time.
         ({"every_secs": 20}, [3, 6]),
         ({"every_secs": 20, "on_steps": [1]}, [1, 4, 7]),
-        ({}, []),
+        # As a config may say it: never.
+        ({"on_steps": []}, []),
     ],
 )
 def test_schedules(schedule, expected):
@@ -157,6 +158,27 @@ def test_refuses_steps_that_do_not_follow():
 def test_refuses_schedules_that_cannot_be(every_steps):
     with pytest.raises(ValueError, match=f"every_steps={every_steps}"):
         Ours(every_steps=every_steps)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"every_steps": 2.5}, TypeError, "every_steps=2.5: a number of steps is an"),
+        ({"every_steps": True}, TypeError, "every_steps=True"),
+        ({"on_steps": [1, "2"]}, TypeError, "on_steps='2': a number of steps is an"),
+        ({"every_secs": "60"}, TypeError, "every_secs='60': it is a number"),
+        ({"every_secs": -1.0}, ValueError, "every_secs=-1.0: it must not be negative"),
+        ({"every_secs": float("nan")}, ValueError, "every_secs=nan"),
+    ],
+)
+def test_refuses_what_is_no_schedule(fields, error, message):
+    with pytest.raises(error, match=message):
+        Ours(**fields)
+
+
+def test_refuses_to_be_called_without_a_schedule():
+    with pytest.raises(ValueError, match="Ours is called, and never due: give every_"):
+        Ours()(1)
 
 
 def test_imports_neither_clu_nor_tensorflow():
