@@ -292,7 +292,8 @@ def quantize_with_scale_zero_point(
     Args:
         array: Any shape, a float dtype.
         qtype: The type.
-        scale: In a layout for the array; cast to the dtype of the array.
+        scale: In a layout for the array; cast to the dtype of the array by
+            `numerics.scale_in_dtype`.
         zero_point: None, or in the shape of the scale.
         noise_fn: Noise for stochastic rounding.
 
@@ -305,9 +306,9 @@ def quantize_with_scale_zero_point(
             f"The zero point of shape {zero_point.shape} does not fit the scale of "
             f"shape {scale.shape}."
         )
-    scale = jnp.asarray(scale, array.dtype)
+    scale = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
     y = scaling.scaled_values(array, scale, zero_point)
-    qvalue = numerics.round_to_qtype(y, qtype, noise_fn)
+    qvalue = numerics.round_to_qtype(y, qtype, noise_fn, dtype=array.dtype)
     return QArray(qvalue, scale, zero_point, qtype)
 
 

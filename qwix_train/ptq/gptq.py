@@ -12,6 +12,7 @@ import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
 
+from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     QArray,
@@ -302,7 +303,7 @@ def tile_scale(
     """
     own = dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={})
     scale, zero_point = compute_scale_zero_point(calibrate(tile, own), how.qtype)
-    return scale.astype(dtype), zero_point
+    return numerics.scale_in_dtype(scale, dtype), zero_point
 
 
 @functools.partial(jax.jit, static_argnames=("view", "how", "options"))
