@@ -104,6 +104,15 @@ def covers_array(calibration_method: str) -> bool:
     return name in ("absmax", "minmax") and (not numbers or numbers[0] >= 1)
 
 
+def shows_nan(calibration_method: str) -> bool:
+    """Whether the range that a method finds in an array with NaN is NaN.
+
+    >>> shows_nan('rms,3'), shows_nan('fixed,-1,1')
+    (True, False)
+    """
+    return parse_calibration_method(calibration_method)[0] != "fixed"
+
+
 def compute_scale_zero_point(
     calibration: Mapping[str, Any], qtype: numerics.QType
 ) -> tuple[jax.Array, jax.Array | None]:
