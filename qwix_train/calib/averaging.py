@@ -160,7 +160,8 @@ class Mean:
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the mean range."""
-        return {key: v / state["count"] for key, v in _strip(state, "sum_of_").items()}
+        sums = _strip(state, "sum_of_")
+        return {key: v / state["count"].astype(v.dtype) for key, v in sums.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,8 @@ class Ema:
     def _weight(self, count: jax.Array) -> jax.Array:
         """Returns ``1 - decay**count``, which cancels where the decay is close to 1."""
         log_decay = math.log(self.decay) if self.decay else -math.inf
-        return jnp.where(count > 0, -jnp.expm1(jnp.maximum(count, 1) * log_decay), 0)
+        batches = jnp.maximum(count, 1).astype(jnp.float32)
+        return jnp.where(count > 0, -jnp.expm1(batches * log_decay), 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ def positive_scale(scale: jax.Array, dtype: Any) -> jax.Array:
     >>> positive_scale(jnp.array([0.5, -0.25]), jnp.float32).tolist()
     [0.5, 0.25]
     """
-    size = jnp.abs(scale.astype(jnp.promote_types(scale.dtype, dtype)))
+    size = jnp.abs(scale.astype(numerics.promote_types(scale.dtype, dtype)))
     raised = smallest_scale(dtype) + size - jax.lax.stop_gradient(size)
     return jnp.where(size >= smallest_scale(dtype), size, raised)
 

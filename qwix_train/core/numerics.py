@@ -207,7 +207,18 @@ def compute_dtype(dtype: Any) -> np.dtype:
     rounded by `round_to_dtype` where an eager computation would round, because a
     compiled one may keep the excess precision.
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return promote_types(dtype, jnp.float32)
+
+
+def promote_types(*dtypes: Any) -> np.dtype:
+    """Returns the dtype that holds what all of some dtypes do.
+
+    It is that of JAX's standard promotion, also where the user has chosen another
+    (``jax.numpy_dtype_promotion("strict")``): what a model's own arrays become is not
+    touched, arrays are cast to it explicitly.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:

@@ -264,7 +264,7 @@ def _correct(matrix, factor, scale, zero_point, how, options):
                 None if zeros is None else columns_of(zeros, i, 1),
             )
             row = lax.dynamic_slice_in_dim(inner, i, 1, axis=0)
-            error = (column - dequantize(code)) / row[:, i]
+            error = (column - dequantize(code)) / row[:, i][:, None]
             later = jnp.where(jnp.arange(block) > i, row, 0)
             return part - error * later, put(errors, error, i)
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax import numpy as jnp
 
 from qwix_train import static_range
-from qwix_train.core import calibration
+from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
@@ -163,7 +162,8 @@ def _product(
     """
     name = "dot_general" if op.name == "einsum" else op.name
     dtypes = [value.dtype for value in values]
-    result = op.params["preferred_element_type"] or jnp.result_type(*dtypes)
+    result = op.params["preferred_element_type"]
+    result = result or numerics.promote_types(*dtypes)
     params = {**op.params, "preferred_element_type": result}
     gradients = [
         BackwardProduct(name, params, side, _is_weight(op, plan, side), rule, op.where)
