@@ -147,16 +147,17 @@ class Mean:
         """Returns the state of the batches of both."""
         if "mean_size" not in a:
             return {key: a[key] + b[key] for key in a}
-        count = a["count"] + b["count"]
+        ours, theirs = (x["count"].astype(jnp.float32) for x in (a, b))
+        count = ours + theirs
         of_a, of_b = a["mean_size"], b["mean_size"]
         held = jnp.where(of_a > 0, of_a, of_b)
         ratio = jnp.where(of_a > 0, of_b / jnp.where(of_a > 0, of_a, 1), 1)
-        share = jnp.where(of_a > 0, a["count"], 0) + ratio * b["count"]
+        share = jnp.where(of_a > 0, ours, 0) + ratio * theirs
         # 1 where all sizes are equal, so that sums are then exactly that.
         factor = count / jnp.where(share > 0, share, 1)
         sums = {key: (a[key] + ratio * b[key]) * factor for key in _keys(a, "sum_of_")}
         size = held * share / jnp.maximum(count, 1)
-        return {"count": count, **sums, "mean_size": size}
+        return {"count": a["count"] + b["count"], **sums, "mean_size": size}
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the mean range."""

@@ -52,7 +52,7 @@ def initial(
     """
     dtype = rule.param_dtype
     if dtype is None:
-        dtype = jnp.promote_types(weight.dtype, jnp.float32)
+        dtype = numerics.compute_dtype(weight.dtype)
     if rule.init == "pissa":
         return pissa(weight, layout, dtype)
     if rule.loftq_steps:

@@ -92,7 +92,7 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     # float16 is taken in float32; and its moments are that small.
     info = jnp.finfo(x.dtype)
     smallest = info.smallest_subnormal if x.dtype == jnp.float16 else info.tiny
-    largest = _LARGEST * info.max
+    largest = _LARGEST * float(info.max)  # Of no dtype, which would widen bfloat16.
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
         absmax = jnp.maximum(highest, -lowest)
