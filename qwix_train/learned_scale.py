@@ -244,11 +244,13 @@ def stored_range(leaves: Leaves, qtype: Any, dtype: Any) -> Range:
     """
     if leaves.alpha is not None:
         alpha = learned_quant.positive_scale(leaves.alpha, dtype)
-        scale = learned_quant.pact_scale(alpha, qtype).astype(dtype)
+        scale = learned_quant.pact_scale(alpha, qtype)
+        scale = numerics.scale_in_dtype(scale, dtype)
         low, _ = numerics.code_range(qtype)
         return Range(scale, jnp.full(scale.shape, low, numerics.storage_dtype(qtype)))
     assert leaves.scale is not None
-    scale = learned_quant.positive_scale(leaves.scale, dtype).astype(dtype)
+    scale = learned_quant.positive_scale(leaves.scale, dtype)
+    scale = numerics.scale_in_dtype(scale, dtype)
     if leaves.offset is None:
         return Range(scale, None)
     return Range(scale, learned_quant.offset_zero_point(scale, leaves.offset, qtype))

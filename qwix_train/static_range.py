@@ -285,7 +285,7 @@ def fake_quantize_activation(
 
 def _mean(total: jax.Array, count: Any) -> jax.Array:
     # Of stacked layers, each has a count.
-    count = jnp.asarray(count)
+    count = jnp.asarray(count, total.dtype)
     return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
 
 

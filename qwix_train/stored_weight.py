@@ -303,7 +303,8 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
         if isinstance(x, PackedWeight) and _is_float_array(other):
             return x.multiplied(name, params, operands)
     dtypes = [x.dtype for x in operands]
-    preferred = params["preferred_element_type"] or jnp.result_type(*dtypes)
+    preferred = params["preferred_element_type"]
+    preferred = preferred or numerics.promote_types(*dtypes)
     arrays = [
         _product_operand(x, other)
         for x, other in zip(operands, operands[::-1], strict=True)
@@ -311,7 +312,7 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
     lhs, rhs = arrays
     # The stored scale may be wider than what the model cast it to; some products
     # cannot give a result that is narrower than an operand.
-    wide = jnp.result_type(preferred, lhs.dtype, rhs.dtype)
+    wide = numerics.promote_types(preferred, lhs.dtype, rhs.dtype)
     return _PRODUCTS[name](params, lhs, rhs, wide).astype(preferred)
 
 

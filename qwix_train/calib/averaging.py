@@ -147,20 +147,22 @@ class Mean:
         """Returns the state of the batches of both."""
         if "mean_size" not in a:
             return {key: a[key] + b[key] for key in a}
-        count = a["count"] + b["count"]
+        ours, theirs = (x["count"].astype(jnp.float32) for x in (a, b))
+        count = ours + theirs
         of_a, of_b = a["mean_size"], b["mean_size"]
         held = jnp.where(of_a > 0, of_a, of_b)
         ratio = jnp.where(of_a > 0, of_b / jnp.where(of_a > 0, of_a, 1), 1)
-        share = jnp.where(of_a > 0, a["count"], 0) + ratio * b["count"]
+        share = jnp.where(of_a > 0, ours, 0) + ratio * theirs
         # 1 where all sizes are equal, so that sums are then exactly that.
         factor = count / jnp.where(share > 0, share, 1)
         sums = {key: (a[key] + ratio * b[key]) * factor for key in _keys(a, "sum_of_")}
         size = held * share / jnp.maximum(count, 1)
-        return {"count": count, **sums, "mean_size": size}
+        return {"count": a["count"] + b["count"], **sums, "mean_size": size}
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the mean range."""
-        return {key: v / state["count"] for key, v in _strip(state, "sum_of_").items()}
+        sums = _strip(state, "sum_of_")
+        return {key: v / state["count"].astype(v.dtype) for key, v in sums.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,8 @@ class Ema:
     def _weight(self, count: jax.Array) -> jax.Array:
         """Returns ``1 - decay**count``, which cancels where the decay is close to 1."""
         log_decay = math.log(self.decay) if self.decay else -math.inf
-        return jnp.where(count > 0, -jnp.expm1(jnp.maximum(count, 1) * log_decay), 0)
+        batches = jnp.maximum(count, 1).astype(jnp.float32)
+        return jnp.where(count > 0, -jnp.expm1(batches * log_decay), 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,6 +167,7 @@ def entropy_range(
     total = above[..., :1]
     slopes = masses / jnp.where(upper > lower, upper - lower, 1)
     cells = np.arange(levels * _CELLS + 1, dtype=np.float32) / (levels * _CELLS)
+    cells = np.expand_dims(cells, tuple(range(absmax.ndim)))
 
     def divergence(factor: jax.Array) -> jax.Array:
         borders = (absmax * factor)[..., None] * cells
@@ -182,7 +183,7 @@ def entropy_range(
         inside = jnp.maximum(beyond[..., :-1] - beyond[..., 1:], 0)
         p = inside.at[..., -1].add(beyond[..., -1])
         by_level = (*inside.shape[:-1], levels, _CELLS)
-        occupied = (p > 0).reshape(by_level)
+        occupied = (p > 0).reshape(by_level).astype(p.dtype)
         level = inside.reshape(by_level).sum(-1, keepdims=True)
         q = level / jnp.maximum(occupied.sum(-1, keepdims=True), 1) * occupied
         q = q.reshape(p.shape)

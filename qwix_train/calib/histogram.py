@@ -266,7 +266,8 @@ def _edges(state: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the borders of the bins of magnitudes, ``(*groups, bins + 1)``."""
     shift = _shift(state)
     first = _first_key(state["min"], state["max"], shift)[..., None]
-    bits = (first + jnp.arange(_bins(state) + 1, dtype=jnp.int32)) << shift
+    index = jnp.arange(_bins(state) + 1, dtype=jnp.int32)
+    bits = (first + jnp.expand_dims(index, tuple(range(first.ndim - 1)))) << shift
     return jax.lax.bitcast_convert_type(bits, jnp.float32).at[..., 0].set(0)
 
 
@@ -290,6 +291,7 @@ def _move(bins: State, by: jax.Array) -> State:
     counts = bins["counts"]
     by = by[..., None, None]
     index = jnp.arange(counts.shape[-1], dtype=jnp.int32)
+    index = jnp.expand_dims(index, tuple(range(by.ndim - 1)))
     source = jnp.broadcast_to(
         jnp.minimum(index + by, counts.shape[-1] - 1), counts.shape
     )
@@ -297,11 +299,11 @@ def _move(bins: State, by: jax.Array) -> State:
     count, carry = _total(jnp.where(is_first, counts, 0))
     carry += jnp.sum(jnp.where(is_first, bins["carries"], 0), -1, keepdims=True)
     # Elements of the first bin are at position 0.
-    first = {"counts": count, "carries": carry, "positions": 0}
+    first = {"counts": count, "carries": carry, "positions": jnp.zeros_like(count)}
 
     def moved(key: str, old: jax.Array) -> jax.Array:
         new = jnp.where(stays, jnp.take_along_axis(old, source, -1), 0)
-        return jnp.where(index == 0, first[key], new).astype(old.dtype)
+        return jnp.where(index == 0, first[key].astype(old.dtype), new)
 
     return {key: moved(key, old) for key, old in bins.items()}
 

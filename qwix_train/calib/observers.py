@@ -343,7 +343,8 @@ class Statistics:
                 new = self.observer.update(old, measured, self.how)
             new["count"] = old["count"] + 1
         new = {key: jnp.where(valid, new[key], old[key]) for key in old}
-        return {**new, "skipped": state["skipped"] + ~valid}
+        skipped = jnp.where(valid, 0, 1).astype(state["skipped"].dtype)
+        return {**new, "skipped": state["skipped"] + skipped}
 
     def _with_range(self, old: State, measured: Any) -> tuple[State, jax.Array]:
         """Returns the state with the range of a batch, and whether that counts."""

@@ -6,9 +6,11 @@ XLA may evaluate in more than one way is written so that there is one way:
 - Division by the bound, which XLA turns into multiplication by the reciprocal wherever
   the bound is broadcast, *is* multiplication by the float32 reciprocal; and a true
   division where there is one scale only.
-- bfloat16 and float16 are computed in float32 and rounded after each step by
+- bfloat16 is computed in float32 and rounded after each step by
   `numerics.round_to_dtype`, as eager execution does; compiled code would otherwise
-  keep the excess precision.
+  keep the excess precision. float16 is computed in float32 and rounded at the end,
+  because squares of ordinary weights, and sums of large activations, lie outside of
+  what it can hold.
 - Two multiplications in a row, which XLA may merge, and a multiplication before an
   addition, which LLVM may fuse, are kept apart by a minimum or maximum.
 - A fixed range is a constant; its scale is computed by NumPy, so that no compiler
@@ -18,7 +20,7 @@ Whether there is one scale is judged by the shape at hand, which inside a `shard
 is that of a shard. The one exception: the order in which a root mean square adds is
 XLA's, and differs for a *sharded* array, so the last bit of its scale may.
 
-Special ranges: an empty one, or one below the threshold of `smallest_scale`, has scale
+Special ranges: an empty one, or one whose scale is below `smallest_scale`, has scale
 1. A range with NaN has scale NaN, and one with an infinity has an infinite scale: the
 tile then dequantizes to NaN and infinities throughout, which a training loop sees. A
 range beyond 2**126 times the bound is cut to that, because the reciprocal of a larger
@@ -34,8 +36,6 @@ import numpy as np
 
 from qwix_train.core import initial_range, numerics, tiling
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
-
-_LARGEST_SCALE = {"float16": 2.0**14, "float64": 2.0**1022}
 
 
 def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
         counts = _counts(array.shape, scale_shape)
         initial = initial_range.lsq if name == "lsq" else initial_range.lsq_plus
         value = initial(tiles, axes, scale_shape, counts, how.qtype)
-        return {"absmax": value.astype(dtype)}
+        return {"absmax": numerics.scale_in_dtype(value, dtype)}
     if name == "rms":
         value = _root_mean_square(tiles, axes, array.shape, scale_shape)
         return {"absmax": _times(value.reshape(scale_shape), numbers[0])}
@@ -102,6 +102,15 @@ def covers_array(calibration_method: str) -> bool:
     """
     name, numbers = parse_calibration_method(calibration_method)
     return name in ("absmax", "minmax") and (not numbers or numbers[0] >= 1)
+
+
+def shows_nan(calibration_method: str) -> bool:
+    """Whether the range that a method finds in an array with NaN is NaN.
+
+    >>> shows_nan('rms,3'), shows_nan('fixed,-1,1')
+    (True, False)
+    """
+    return parse_calibration_method(calibration_method)[0] != "fixed"
 
 
 def compute_scale_zero_point(
@@ -139,11 +148,6 @@ def compute_scale_zero_point(
     dtype = next(iter(values.values())).dtype
     wide = numerics.compute_dtype(dtype)
 
-    def rounded(x: Any) -> Any:
-        if constant:
-            return np.asarray(x, dtype).astype(wide)
-        return numerics.round_to_dtype(x, dtype)
-
     if "absmax" in values:
         bound = numerics.symmetric_bound(qtype)
         extent = values["absmax"].astype(wide)
@@ -151,31 +155,48 @@ def compute_scale_zero_point(
         low, high = numerics.asymmetric_bound(qtype)
         bound = high - low
         smallest = values["min"].astype(wide)
-        extent = rounded(values["max"].astype(wide) - smallest)
+        extent = _rounded_step(values["max"].astype(wide) - smallest, dtype)
     if extent.size != 1:
-        scale = rounded(extent * _reciprocal(bound, wide))
+        scale = extent * _reciprocal(bound, wide)
     elif constant:
-        scale = rounded(extent / np.asarray(bound, wide))
+        scale = extent / np.asarray(bound, wide)
     else:
-        scale = rounded(numerics.true_divide(extent, bound))
+        scale = numerics.true_divide(extent, bound)
+    scale = numerics.scale_in_dtype(scale, dtype).astype(wide)
     scale = xp.where(scale < smallest_scale(dtype), xp.ones_like(scale), scale)
-    largest = _LARGEST_SCALE.get(dtype.name, 2.0**126)
+    largest = 2.0**1022 if dtype == jnp.float64 else 2.0**126
     too_large = (scale > largest) & (scale < np.inf)
     scale = xp.where(too_large, xp.full_like(scale, largest), scale)
     if "absmax" in values:
         return jnp.asarray(scale, dtype), None
-    zero_point = jnp.asarray(rounded(low - rounded(smallest / scale)))
-    return jnp.asarray(scale, dtype), numerics.round_zero_point(zero_point, qtype)
+    lowest = _rounded_step(smallest / scale, dtype)
+    zero_point = jnp.asarray(_rounded_step(low - lowest, dtype))
+    zero_point = numerics.round_zero_point(_even_on_ties(zero_point, dtype), qtype)
+    return jnp.asarray(scale, dtype), zero_point
+
+
+def _even_on_ties(zero_point: jax.Array, dtype: Any) -> jax.Array:
+    """Moves what is halfway between two codes, but for float rounding, onto the tie.
+
+    A range that is centered at zero has a zero point of -1/2. The last bits of its ends
+    must not decide between the codes -1 and 0.
+    """
+    half = jnp.round(2 * zero_point) / 2
+    near = 128 * numerics.tie_width(dtype)
+    return jnp.where(jnp.abs(zero_point - half) < near, half, zero_point)
 
 
 def smallest_scale(dtype: Any) -> float:
     """Returns the scale below which a range counts as empty, and gets scale 1.
 
-    It is the square root of the smallest normal number. For float16 that would be
-    0.008, which ordinary weights are below; there it is the smallest normal itself.
+    It is the square root of the smallest normal number, as in `qwix`. For float16 that
+    would be 0.008, which the scales of ordinary weights are below: there it is the
+    smallest number above zero, so that only a range of zeros is empty.
     """
-    tiny = float(jnp.finfo(dtype).tiny)
-    return tiny if jnp.dtype(dtype) == jnp.float16 else tiny**0.5
+    info = jnp.finfo(dtype)
+    if jnp.dtype(dtype) == jnp.float16:
+        return float(info.smallest_subnormal)
+    return float(info.tiny) ** 0.5
 
 
 def check_quantizable(array: jax.Array) -> None:
@@ -196,6 +217,15 @@ def check_quantizable(array: jax.Array) -> None:
         )
 
 
+def _rounded_step(x: Any, dtype: Any) -> Any:
+    """Rounds between two steps, as the top of this module says; it stays wide."""
+    if dtype == jnp.float16:
+        return x
+    if isinstance(x, np.ndarray | np.generic):
+        return np.asarray(x, dtype).astype(x.dtype)
+    return numerics.round_to_dtype(x, dtype)
+
+
 def _reciprocal(number: Any, wide: np.dtype) -> Any:
     """Returns ``1 / number`` as the compute dtype rounds it."""
     return np.ones((), wide) / np.asarray(number, wide)
@@ -208,8 +238,7 @@ def _times(value: jax.Array, factor: float | None = None) -> jax.Array:
     dtype, wide = value.dtype, numerics.compute_dtype(value.dtype)
     product = value.astype(wide) * np.asarray(factor, dtype).astype(wide)
     # The maximum keeps XLA from merging the factor with that of the scale.
-    product = numerics.round_to_dtype(jnp.maximum(product, 0), dtype)
-    return product.astype(dtype)
+    return numerics.scale_in_dtype(jnp.maximum(product, 0), dtype)
 
 
 def _root_mean_square(
@@ -220,12 +249,12 @@ def _root_mean_square(
 ) -> jax.Array:
     """Returns the root mean square of each tile; the padding does not count."""
     dtype, wide = tiles.dtype, numerics.compute_dtype(tiles.dtype)
-    squares = numerics.round_to_dtype(jnp.square(tiles.astype(wide)), dtype)
+
+    squares = _rounded_step(jnp.square(tiles.astype(wide)), dtype)
     squares = jnp.maximum(squares, 0)  # Not to be fused with the addition.
     reciprocal = _reciprocal(_counts(shape, scale_shape), wide)
     mean = jnp.sum(squares, axis=axes).reshape(scale_shape) * reciprocal
-    mean = numerics.round_to_dtype(mean, dtype)
-    return numerics.round_to_dtype(jnp.sqrt(mean), dtype).astype(dtype)
+    return numerics.scale_in_dtype(jnp.sqrt(_rounded_step(mean, dtype)), dtype)
 
 
 def _counts(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> np.ndarray:

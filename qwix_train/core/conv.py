@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix_train.core import numerics
 from qwix_train.core import operands as ops
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 
@@ -96,7 +97,7 @@ def conv_general_dilated(
     if not quantized or not _stays_quantized(lhs, rhs, numbers, batch_group_count):
         left, right = ops.as_float(lhs), ops.as_float(rhs)
         if quantized:
-            dtype = jnp.promote_types(left.dtype, right.dtype)
+            dtype = numerics.promote_types(left.dtype, right.dtype)
             left, right = left.astype(dtype), right.astype(dtype)
         return conv(left, right, result, out_sharding)
 

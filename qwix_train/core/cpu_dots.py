@@ -178,7 +178,7 @@ def weight_dot(
         form here fits.
     """
     assert weight.scale is not None
-    wide = jnp.result_type(x.dtype, weight.scale.dtype, result, jnp.float32)
+    wide = numerics.promote_types(x.dtype, weight.scale.dtype, result, jnp.float32)
     merged = _merged(x.astype(wide), weight, contracting)
     if merged is None:
         return None
@@ -197,7 +197,8 @@ def weight_dot(
         rows = product.stored.shape[1] if form == "whole" else _block_rows(product)
         out = _blocks(product, rows, precision, wide, remat=transposable)
     if product.scale is not None:
-        out = out * product.scale.astype(wide)
+        lead = tuple(range(out.ndim - product.scale.ndim))
+        out = out * jnp.expand_dims(product.scale.astype(wide), lead)
     return out.astype(result).reshape(shape)
 
 
@@ -387,7 +388,7 @@ def _rows(
         rows = []
         for m in range(len(x)):
             terms = [
-                x[m, :, j, :, None] * plane.values(stored[:, :, j])
+                x[m, None, :, j, :, None] * plane.values(stored[:, :, j])
                 for j in range(_UNROLLED)
             ]
             while len(terms) > 1:

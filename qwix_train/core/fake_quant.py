@@ -73,7 +73,10 @@ def fake_quant_with_calibration(
     [0.0, 3.0, 7.0]
     """
     calib.check_quantizable(array)
-    calibration = {key: jnp.asarray(v, array.dtype) for key, v in calibration.items()}
+    calibration = {
+        key: numerics.scale_in_dtype(jnp.asarray(v), array.dtype)
+        for key, v in calibration.items()
+    }
     qtype = numerics.canonical_qtype(qtype)
     scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
     bounds = _bounds(calibration) if clip_gradient else None
@@ -108,7 +111,7 @@ def fake_quant_with_scale(
     """
     calib.check_quantizable(array)
     qtype = numerics.canonical_qtype(qtype)
-    scale = jnp.asarray(scale, array.dtype)
+    scale = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
     bounds = None
     if clip_gradient:
         if zero_point is None:

@@ -36,7 +36,8 @@ def lsq(
         The largest magnitude, in the shape of the scale, float32 or wider.
     """
     _, high = numerics.code_range(qtype)
-    mean = _sum(jnp.abs(_wide(tiles)), axes, scale_shape) / np.maximum(counts, 1)
+    total = _sum(jnp.abs(_wide(tiles)), axes, scale_shape)
+    mean = total / np.maximum(counts, 1).astype(total.dtype)
     return mean * (2 / high**0.5 * numerics.symmetric_bound(qtype))
 
 
@@ -61,8 +62,8 @@ def lsq_plus(
     Returns:
         See `lsq`.
     """
-    counts = np.maximum(counts, 1)
     wide = _wide(tiles)
+    counts = np.maximum(counts, 1).astype(wide.dtype)
     mean = _sum(wide, axes, scale_shape) / counts
     squares = _sum(jnp.square(wide), axes, scale_shape) / counts
     # Of weights, whose mean is small against their spread, nothing cancels out.

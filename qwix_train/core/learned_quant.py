@@ -63,7 +63,7 @@ def positive_scale(scale: jax.Array, dtype: Any) -> jax.Array:
     >>> positive_scale(jnp.array([0.5, -0.25]), jnp.float32).tolist()
     [0.5, 0.25]
     """
-    size = jnp.abs(scale.astype(jnp.promote_types(scale.dtype, dtype)))
+    size = jnp.abs(scale.astype(numerics.promote_types(scale.dtype, dtype)))
     raised = smallest_scale(dtype) + size - jax.lax.stop_gradient(size)
     return jnp.where(size >= smallest_scale(dtype), size, raised)
 
@@ -237,14 +237,15 @@ def _weighted(weights: jax.Array, tangent: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _lsq(static: tuple[Any, float], array: jax.Array, scale: jax.Array) -> jax.Array:
-    return _round_trip(array, scale.astype(array.dtype), None, static[0])
+    scale = numerics.scale_in_dtype(scale, array.dtype)
+    return _round_trip(array, scale, None, static[0])
 
 
 @_lsq.defjvp
 def _lsq_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     (array, scale), (array_dot, scale_dot) = primals, tangents
     qtype, factor = static
-    y, codes = _codes(array, scale.astype(array.dtype), None, qtype)
+    y, codes = _codes(array, numerics.scale_in_dtype(scale, array.dtype), None, qtype)
     inside = _inside(y, qtype)
     by_scale = jnp.where(inside, codes - y, codes) * factor
     tangent = jnp.where(inside, array_dot, 0)
@@ -253,7 +254,7 @@ def _lsq_jvp(static: Any, primals: Any, tangents: Any) -> Any:
 
 
 def _offset_grid(array: jax.Array, scale: jax.Array, offset: jax.Array, qtype: Any):
-    scale = scale.astype(array.dtype)
+    scale = numerics.scale_in_dtype(scale, array.dtype)
     return scale, offset_zero_point(scale, offset, qtype)
 
 
@@ -284,7 +285,7 @@ def _lsq_plus_jvp(static: Any, primals: Any, tangents: Any) -> Any:
 
 
 def _pact_grid(array: jax.Array, alpha: jax.Array, qtype: Any):
-    scale = pact_scale(alpha, qtype).astype(array.dtype)
+    scale = numerics.scale_in_dtype(pact_scale(alpha, qtype), array.dtype)
     low, _ = numerics.code_range(qtype)
     return scale, jnp.full(scale.shape, low, numerics.storage_dtype(qtype))
 

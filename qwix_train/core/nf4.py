@@ -67,7 +67,7 @@ def encode(x: jax.Array) -> jax.Array:
     # bit from the highest, each compared with the threshold in the middle of what is
     # left. `NaN > t` is false, so NaN comes to the lower half; there, and below, `not
     # (x <= t)` sends it to the highest, level 7, which is 0.
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     thresholds = _thresholds().tolist()
     bits = [x > thresholds[7]]
     for step in (4, 2, 1):
@@ -95,7 +95,7 @@ def encode_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
     >>> encode_stochastically(jnp.array([0.5, 0.5]), jnp.array([0.0, 0.1])).tolist()
     [12, 13]
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     x = jnp.where(jnp.isnan(x), 0, x)
     lower = jnp.zeros(x.shape, jnp.uint8)
     for level in LEVELS[1:-1].tolist():

@@ -23,8 +23,14 @@ pair is plus and minus the mean magnitude, XNOR-Net, arXiv 1603.05279, section 3
 ``rms,1.5958`` gives it, because the mean magnitude is ``sqrt(2 / pi)`` times the
 root mean square.) Zero takes the code +1.
 
+The largest magnitude of a calibrated range lies on this bound, which is halfway
+between two codes. A positive one saturates. A negative one becomes the lowest code,
+also where float rounding put it a few last bits inside the range: the last bits of an
+activation differ between two ways to compute it, and must not decide on a whole code.
+
 Special values of a scaled value: an infinity saturates; NaN becomes NaN in the
-float8 types, and in the others the code nearest to 0 (+1 in ``int1``).
+float8 types, and in the others the code nearest to 0 (+1 in ``int1``). Fake
+quantization (`round_to_level`) keeps NaN in every type.
 """
 
 import functools
@@ -201,7 +207,18 @@ def compute_dtype(dtype: Any) -> np.dtype:
     rounded by `round_to_dtype` where an eager computation would round, because a
     compiled one may keep the excess precision.
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return promote_types(dtype, jnp.float32)
+
+
+def promote_types(*dtypes: Any) -> np.dtype:
+    """Returns the dtype that holds what all of some dtypes do.
+
+    It is that of JAX's standard promotion, also where the user has chosen another
+    (``jax.numpy_dtype_promotion("strict")``): what a model's own arrays become is not
+    touched, arrays are cast to it explicitly.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
@@ -219,6 +236,30 @@ def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
     return x
 
 
+def scale_in_dtype(scale: Any, dtype: Any) -> Any:
+    """Returns scales, or ends of ranges, in the dtype of their array.
+
+    Ordinary weights have scales below the smallest normal number of float16. There its
+    values are the multiples of 2**-24, and a scale becomes the next larger one: none
+    becomes zero, and no range narrower.
+
+    Args:
+        scale: Any shape, a float dtype; computed by NumPy if it is of NumPy.
+        dtype: The dtype.
+
+    >>> scale_in_dtype(jnp.array([1e-9, -1.5]), jnp.float16).tolist()
+    [5.960464477539063e-08, -1.5]
+    """
+    constant = isinstance(scale, np.ndarray | np.generic)
+    xp: Any = np if constant else jnp
+    if scale.dtype == dtype:
+        return scale
+    if jnp.dtype(dtype) == jnp.float16:
+        multiple = xp.sign(scale) * xp.ceil(xp.abs(scale) * 2**24) * 2**-24
+        scale = xp.where(xp.abs(scale) < 2**-14, multiple, scale)
+    return (scale if constant else round_to_dtype(scale, dtype)).astype(dtype)
+
+
 def true_divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
     """Returns ``x / divisor``, correctly rounded however it is compiled.
 
@@ -229,17 +270,18 @@ def true_divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
 
 
 def round_to_qtype(
-    x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None
+    x: jax.Array, qtype: QType, noise_fn: NoiseFn | None = None, *, dtype: Any = None
 ) -> jax.Array:
     """Rounds scaled values to the nearest codes; values beyond the ends saturate.
 
     Ties go to the even code (integers, float8), to the lower code (nf4), and to +1
-    (int1).
+    (int1); half a step above the lowest integer code this holds within float rounding.
 
     Args:
         x: Scaled values, any shape, a float dtype.
         qtype: The type.
         noise_fn: Noise for stochastic rounding.
+        dtype: The dtype of the array that was scaled; that of ``x`` if None.
 
     Returns:
         The codes, in the shape of ``x`` and the dtype ``storage_dtype(qtype)``.
@@ -249,7 +291,8 @@ def round_to_qtype(
     """
     name = qtype_name(qtype)
     if name in _INTEGERS:
-        return _round_to_integer(x, name, noise_fn).astype(storage_dtype(name))
+        codes = _round_to_integer(x, name, noise_fn, dtype or x.dtype)
+        return codes.astype(storage_dtype(name))
     if name == "nf4":
         if noise_fn is None:
             return nf4.encode(x)
@@ -267,25 +310,47 @@ def round_to_level(
     """Rounds scaled values to the scaled values that their codes stand for.
 
     It is ``codes_to_float(round_to_qtype(x, ...), qtype, dtype)`` bit for bit, but
-    widened to the dtype of ``x``, and without codes, which for integers is faster.
+    widened to the dtype of ``x``, and without codes, which for integers is faster. And
+    NaN stays NaN, which most codes cannot say: a training loop is to see it.
+
+    >>> round_to_level(jnp.array([jnp.nan, 1.2]), 'int4', jnp.float32).tolist()
+    [nan, 1.0]
     """
     name = qtype_name(qtype)
-    if name not in _INTEGERS:
-        codes = round_to_qtype(x, name, noise_fn)
-        return codes_to_float(codes, name, dtype).astype(x.dtype)
-    level = _round_to_integer(x, name, noise_fn).astype(x.dtype)
-    # Integers know no NaN and no negative zero: both become 0.
-    return jnp.where(jnp.abs(level) > 0, level, 0)
+    if name in _INTEGERS:
+        level = _round_to_integer(x, name, noise_fn, dtype).astype(x.dtype)
+        level = jnp.where(level == 0, 0, level)  # Integers know no negative zero.
+    else:
+        codes = round_to_qtype(x, name, noise_fn, dtype=dtype)
+        level = codes_to_float(codes, name, dtype).astype(x.dtype)
+    return jnp.where(jnp.isnan(x), x, level)
 
 
-def _round_to_integer(x: jax.Array, name: str, noise_fn: NoiseFn | None) -> jax.Array:
+def _round_to_integer(
+    x: jax.Array, name: str, noise_fn: NoiseFn | None, dtype: Any
+) -> jax.Array:
     low, high = code_range(name)
     if noise_fn is not None:
         step = 2 if name == "int1" else 1
         x = x.astype(compute_dtype(x.dtype)) + step * noise_fn(x.shape)
     if name == "int1":
         return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
-    return jnp.clip(jnp.round(x), low, high)
+    code = jnp.clip(jnp.round(x), low, high)
+    if noise_fn is not None:
+        return code
+    return jnp.where(x <= (low + 0.5) * (1 - tie_width(dtype)), low, code)
+
+
+def tie_width(dtype: Any) -> float:
+    """Returns how far, as a share, a scaled value may lie from the bound it stands for.
+
+    The scale, its reciprocal, that of the bound, and the product are each rounded by
+    half an epsilon of the `compute_dtype`. A float16 scale is rounded by half of its
+    own. (A bfloat16 scale, too; but as much as that is a whole code of ``int8``, and
+    `qwix` has the one or the other.)
+    """
+    width = 2.5 * float(jnp.finfo(compute_dtype(dtype)).eps)
+    return width + (2**-11 if jnp.dtype(dtype) == jnp.float16 else 0)
 
 
 def _round_to_float8(x: jax.Array, name: str, noise_fn: NoiseFn) -> jax.Array:

@@ -28,7 +28,7 @@ def result_dtype(*operands: MaybeQArray, preferred: Any = None) -> np.dtype:
             is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
             dtype = jnp.dtype(jnp.int32 if is_integer else jnp.bfloat16)
         dtypes.append(dtype)
-    return jnp.result_type(*dtypes)
+    return numerics.promote_types(*dtypes)
 
 
 def as_float(operand: MaybeQArray) -> jax.Array:
@@ -103,7 +103,7 @@ def accumulator_dtype(lhs: MaybeQArray, rhs: MaybeQArray, result: np.dtype) -> n
     """Returns the dtype that products of codes are summed in."""
     if is_integer(lhs) and is_integer(rhs):
         return jnp.dtype(jnp.int32)
-    return jnp.promote_types(result, jnp.float32)
+    return numerics.promote_types(result, jnp.float32)
 
 
 def scale_dtype(*operands: MaybeQArray, result: np.dtype) -> np.dtype:
@@ -112,7 +112,7 @@ def scale_dtype(*operands: MaybeQArray, result: np.dtype) -> np.dtype:
         operand.scale.dtype for operand in operands if isinstance(operand, QArray)
     ]
     floats = [result] if jnp.issubdtype(result, jnp.floating) else []
-    return jnp.result_type(jnp.float32, *dtypes, *floats)
+    return numerics.promote_types(jnp.float32, *dtypes, *floats)
 
 
 def size_of(shape: tuple[int, ...], axes: Any) -> int:

@@ -5,7 +5,8 @@ the range) and ``quantize_with_scale_zero_point`` (the codes).
 
 NaN and infinities in an array whose range comes from the data make their whole tile
 NaN or infinite when dequantized. With a range given beforehand an infinity saturates,
-and NaN becomes 0 (-/+ scale in ``int1``, NaN in the float8 types). The largest float32
+and NaN becomes 0 (-/+ scale in ``int1``, NaN in the float8 types): what trains on codes
+makes it visible with `with_nan`, and fake quantization keeps it. The largest float32
 values (within half a step of the largest) may dequantize to an infinity, since the
 center of the outermost bucket may lie half a step outside the range.
 """
@@ -292,7 +293,8 @@ def quantize_with_scale_zero_point(
     Args:
         array: Any shape, a float dtype.
         qtype: The type.
-        scale: In a layout for the array; cast to the dtype of the array.
+        scale: In a layout for the array; cast to the dtype of the array by
+            `numerics.scale_in_dtype`.
         zero_point: None, or in the shape of the scale.
         noise_fn: Noise for stochastic rounding.
 
@@ -305,10 +307,29 @@ def quantize_with_scale_zero_point(
             f"The zero point of shape {zero_point.shape} does not fit the scale of "
             f"shape {scale.shape}."
         )
-    scale = jnp.asarray(scale, array.dtype)
+    scale = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
     y = scaling.scaled_values(array, scale, zero_point)
-    qvalue = numerics.round_to_qtype(y, qtype, noise_fn)
+    qvalue = numerics.round_to_qtype(y, qtype, noise_fn, dtype=array.dtype)
     return QArray(qvalue, scale, zero_point, qtype)
+
+
+def with_nan(quantized: QArray, array: jax.Array) -> QArray:
+    """Gives tiles that hold NaN the scale NaN, as a range of their own would have.
+
+    Args:
+        quantized: The quantized array.
+        array: The array that it was.
+
+    >>> x = jnp.array([[1., jnp.nan], [2., 3.]])
+    >>> q = quantize(x, 'int8', channelwise_axes=[0], calibration_method='minmax')
+    >>> dequantize(with_nan(q, x)).round(1).tolist()
+    [[nan, nan], [2.0, 3.0]]
+    """
+    counts = quantized.scale.shape
+    tiles, axes = tiling.split_tiled_axes(tiling.pad_to_tiles(array, counts), counts)
+    found = jnp.any(jnp.isnan(tiles), axis=axes).reshape(counts)
+    scale = jnp.where(found, jnp.nan, quantized.scale)
+    return quantized.replace(scale=scale)  # pyright: ignore
 
 
 def quantize_array(array: jax.Array, how: HowToQuantize) -> QArray:

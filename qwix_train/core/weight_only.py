@@ -24,7 +24,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from qwix_train.core import cpu_dots
+from qwix_train.core import cpu_dots, numerics
 from qwix_train.core import operands as ops
 from qwix_train.core.qarray import QArray, dequantize
 
@@ -169,7 +169,7 @@ def _general(
             preferred_element_type=spec.result,
         )
     # Every code is exact in every float dtype of 16 bits or more.
-    wide = jnp.result_type(spec.result, scale.dtype, jnp.float32)
+    wide = numerics.promote_types(spec.result, scale.dtype, jnp.float32)
     out = jax.lax.dot_general(
         x,
         codes.astype(x.dtype),
@@ -177,5 +177,6 @@ def _general(
         precision=spec.precision,
         preferred_element_type=wide,
     )
-    scale = scale.reshape([scale.shape[axis] for axis in kept])
+    kept_before = (1,) * (out.ndim - len(kept))
+    scale = scale.reshape((*kept_before, *(scale.shape[axis] for axis in kept)))
     return (out * scale.astype(wide)).astype(spec.result)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train.core import structural
+from qwix_train.core import numerics, structural
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.lora import adapted_product
@@ -58,7 +58,7 @@ class AdaptedWeight(Carried):
         """The weight with the adapter in it, as one array."""
         base = value_of(self.base)
         delta = contract(self.a, self.b, base.shape)
-        wide = jnp.promote_types(base.dtype, delta.dtype)
+        wide = numerics.promote_types(base.dtype, delta.dtype)
         weight = base.astype(wide) + delta.astype(wide)
         if self.gain is not None:
             weight = weight * self.gain

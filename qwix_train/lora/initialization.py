@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
+from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import dequantize, quantize_array
 from qwix_train.lora.layout import AdapterLayout
@@ -51,7 +52,7 @@ def initial(
     """
     dtype = rule.param_dtype
     if dtype is None:
-        dtype = jnp.promote_types(weight.dtype, jnp.float32)
+        dtype = numerics.compute_dtype(weight.dtype)
     if rule.init == "pissa":
         return pissa(weight, layout, dtype)
     if rule.loftq_steps:
@@ -88,7 +89,7 @@ def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
       The adapter, whose product with the base adds up to ``weight``.
     """
     a, b = _principal(weight, layout)
-    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    wide = weight.astype(numerics.compute_dtype(weight.dtype))
     base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
     return Start(a.astype(dtype), b.astype(dtype), None, base.astype(weight.dtype))
 
@@ -112,7 +113,7 @@ def loftq(
       steps: the number of turns.
       dtype: the dtype of the adapter.
     """
-    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    wide = weight.astype(numerics.compute_dtype(weight.dtype))
     base, start = wide, None
     for _ in range(steps):
         quantized = dequantize(quantize_array(base.astype(weight.dtype), how))
@@ -143,7 +144,7 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
         )
     order = [*layout.layers, *batch, *rows, *columns]
     lead = [shape[a] for a in (*layout.layers, *batch)]
-    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    wide = weight.astype(numerics.compute_dtype(weight.dtype))
     matrices = wide.transpose(order).reshape(
         *lead, math.prod(shape[a] for a in rows), math.prod(shape[a] for a in columns)
     )

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.core import numerics
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.trace import provenance
@@ -228,7 +229,7 @@ class AdapterLayout:
           b: shape `b_shape`.
           magnitude: shape `magnitude_shape`, for DoRA.
         """
-        wide = jnp.promote_types(base.dtype, jnp.float32)
+        wide = numerics.compute_dtype(base.dtype)
         delta = self.delta(a.astype(wide), b.astype(wide), jax.lax.Precision.HIGHEST)
         weight = base.astype(wide) + delta
         if magnitude is not None:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train import stored
+from qwix_train.core import numerics
 from qwix_train.lora import merge_report
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.merge_report import MergeReport
@@ -213,7 +213,7 @@ def _merged(
         if is_quantized and not to_float:
             new = stored.quantize_param(result, param.how)
         if records is not None:
-            wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+            wide = weight.astype(numerics.compute_dtype(weight.dtype))
             exact = _plus(layout, wide, *adapter)
             records.extend(merge_report.measure(layout, wide, exact, new))
         return new

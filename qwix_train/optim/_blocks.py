@@ -88,9 +88,11 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     blocks, within = tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
     highest = jnp.max(blocks, axis=within).reshape(counts)
     lowest = jnp.min(blocks, axis=within).reshape(counts)
-    # Both keep the reciprocal of the scale finite, also where all is zero.
+    # Both keep the reciprocal of the scale finite, also where all is zero. That of
+    # float16 is taken in float32; and its moments are that small.
     info = jnp.finfo(x.dtype)
-    smallest, largest = info.tiny, jnp.asarray(_LARGEST * info.max, x.dtype)
+    smallest = info.smallest_subnormal if x.dtype == jnp.float16 else info.tiny
+    largest = _LARGEST * float(info.max)  # Of no dtype, which would widen bfloat16.
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
         absmax = jnp.maximum(highest, -lowest)

@@ -125,4 +125,4 @@ def _dampened(
     scaled = _param_grids.clipped_scaled_values(param, grid)
     distance = scaled - numerics.round_to_level(scaled, grid.qtype, param.dtype)
     pull = _param_grids.spread(2 * factor * grid.scale.astype(scaled.dtype), distance)
-    return (update + pull * distance).astype(update.dtype)
+    return (update.astype(pull.dtype) + pull * distance).astype(update.dtype)

@@ -68,7 +68,7 @@ class GivenScales:
         if isinstance(param, jax.ShapeDtypeStruct):
             return stored.quantize_param(param, how)
         scale = learned_quant.positive_scale(jnp.asarray(scale), param.dtype)
-        scale = scale.astype(param.dtype)
+        scale = numerics.scale_in_dtype(scale, param.dtype)
         if needs_zero_point(how.calibration_method):
             zero = jnp.zeros(scale.shape) if zero_point is None else zero_point
             zero_point = numerics.round_to_qtype(jnp.asarray(zero, float), how.qtype)

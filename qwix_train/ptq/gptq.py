@@ -12,6 +12,7 @@ import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
 
+from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     QArray,
@@ -263,7 +264,7 @@ def _correct(matrix, factor, scale, zero_point, how, options):
                 None if zeros is None else columns_of(zeros, i, 1),
             )
             row = lax.dynamic_slice_in_dim(inner, i, 1, axis=0)
-            error = (column - dequantize(code)) / row[:, i]
+            error = (column - dequantize(code)) / row[:, i][:, None]
             later = jnp.where(jnp.arange(block) > i, row, 0)
             return part - error * later, put(errors, error, i)
 
@@ -302,7 +303,7 @@ def tile_scale(
     """
     own = dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={})
     scale, zero_point = compute_scale_zero_point(calibrate(tile, own), how.qtype)
-    return scale.astype(dtype), zero_point
+    return numerics.scale_in_dtype(scale, dtype), zero_point
 
 
 @functools.partial(jax.jit, static_argnames=("view", "how", "options"))

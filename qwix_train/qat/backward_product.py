@@ -25,6 +25,7 @@ from qwix_train.core.qarray import (
     QArray,
     dequantize,
     quantize_with_scale_zero_point,
+    with_nan,
 )
 from qwix_train.qat.qt_rule import QtRule
 from qwix_train.stored_weight import product
@@ -174,7 +175,10 @@ class BackwardProduct:
             )
             found = _uncut(found, how.qtype)
         parts = calibration.compute_scale_zero_point(found, how.qtype)
-        return quantize_with_scale_zero_point(g, how.qtype, *parts, noise_fn)
+        codes = quantize_with_scale_zero_point(g, how.qtype, *parts, noise_fn)
+        if calibration.shows_nan(how.calibration_method):
+            return codes
+        return with_nan(codes, g)
 
 
 def _gradient_side(op: Op) -> int:

@@ -107,7 +107,7 @@ def _weight_scale(array: Any, how: HowToQuantize) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled_scale(how: HowToQuantize, array: jax.Array) -> jax.Array:
-    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    wide = array.astype(numerics.compute_dtype(array.dtype))
     return compute_scale_zero_point(calibrate(wide, how), how.qtype)[0]
 
 

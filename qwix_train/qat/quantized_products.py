@@ -4,7 +4,8 @@ The values of QAT, and their straight-through gradients, stay what they are: eac
 operand comes fake-quantized, and with the codes that its values stand for. The forward
 multiplies the codes, the backward multiplies the codes with those of the gradient, and
 what comes out is the gradient at the fake-quantized values. These themselves are never
-read, so that XLA does not compute them.
+read, so that XLA does not compute them. NaN, which codes cannot say, makes the scale of
+its tile NaN whatever the range is.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax import numpy as jnp
 
 from qwix_train import static_range
+from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import MaybeQArray, quantize_array
+from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
 from qwix_train.planning import OpPlan, ParamPlan, Path, Plan
 from qwix_train.qat.backward_product import BackwardProduct
 from qwix_train.qat.qt_rule import QtRule
@@ -112,10 +113,7 @@ class QuantizedProducts:
             x = x.value if isinstance(x, Carried) else x
             found = self._range_of(op, plan, side, x, given[side])
             values.append(static_range.fake_quantize_activation(x, how, found))
-            constant = lax.stop_gradient((x, found))
-            codes.append(
-                static_range.quantize_activation(constant[0], how, constant[1])
-            )
+            codes.append(_codes(*lax.stop_gradient((x, found)), how))
         rule = self._rules[op.key]
         key = None
         if rule.bwd_stochastic_rounding is not None:
@@ -123,6 +121,15 @@ class QuantizedProducts:
             # Ops whose gradients are the same are still to differ.
             key = jax.random.fold_in(self._key, zlib.crc32(op.where.encode()))
         return _product(op, plan, rule, values, codes, key)
+
+
+def _codes(
+    x: jax.Array, found: static_range.Range | None, how: HowToQuantize
+) -> QArray:
+    codes = static_range.quantize_activation(x, how, found)
+    if found is None and calibration.shows_nan(how.calibration_method):
+        return codes
+    return with_nan(codes, x)
 
 
 def _check_op(op: Op, rule: QtRule) -> None:
@@ -155,7 +162,8 @@ def _product(
     """
     name = "dot_general" if op.name == "einsum" else op.name
     dtypes = [value.dtype for value in values]
-    result = op.params["preferred_element_type"] or jnp.result_type(*dtypes)
+    result = op.params["preferred_element_type"]
+    result = result or numerics.promote_types(*dtypes)
     params = {**op.params, "preferred_element_type": result}
     gradients = [
         BackwardProduct(name, params, side, _is_weight(op, plan, side), rule, op.where)
@@ -244,7 +252,7 @@ class _Weight(Carried):
         if self._known is None:
             array, how = lax.stop_gradient(self._fake.array), self._hows[0]
             assert how is not None
-            codes = quantize_array(array, how)
+            codes = _codes(array, None, how)
             self._known = StoredWeight(codes, array.dtype, self._path)
         return self._known
 

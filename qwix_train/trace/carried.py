@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from qwix_train.core.operands import with_sharding
 
 
@@ -96,13 +98,22 @@ def unpacked(
       values: arrays, and `Carried`s.
     """
     held = [x.arrays if isinstance(x, Carried) else (x,) for x in values]
+    counts = [len(group) for group in held]
+    # A derivative rule may keep `restore` for longer than the trace: it holds shapes in
+    # the place of the arrays, which would leak.
+    likes = [
+        x.inside([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in group])
+        if isinstance(x, Carried)
+        else None
+        for x, group in zip(values, held, strict=True)
+    ]
 
     def restore(arrays):
         rest = iter(arrays)
-        groups = [[next(rest) for _ in group] for group in held]
+        groups = [[next(rest) for _ in range(count)] for count in counts]
         return [
-            x.inside(group) if isinstance(x, Carried) else group[0]
-            for x, group in zip(values, groups, strict=True)
+            group[0] if like is None else like.inside(group)
+            for like, group in zip(likes, groups, strict=True)
         ]
 
     return [array for group in held for array in group], restore

@@ -85,9 +85,8 @@ def test_empty_arrays_have_scale_one(shape, method, axes):
         assert (scale == 1).all()
 
 
-def test_smallest_scale_leaves_float16_usable():
+def test_smallest_scale_is_that_of_the_reference():
     assert smallest_scale(jnp.float32) == smallest_scale(jnp.bfloat16) < 1e-18
-    assert smallest_scale(jnp.float16) < 1e-4
 
 
 def test_refusals():
