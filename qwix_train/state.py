@@ -81,7 +81,7 @@ def with_quant_stats(
       ... )
       >>> state = with_quant_stats(state, [rule], x)
       >>> sorted(state.quant_stats["dot_general0_lhs"])
-      ['count', 'skipped', 'sum_of_absmax']
+      ['count', 'mean_size', 'narrowest', 'skipped', 'sum_of_absmax', 'widest']
     """
     if not inputs and not kwargs:
         raise TypeError(

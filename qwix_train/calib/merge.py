@@ -16,8 +16,8 @@ def merge_stats(observed: Observed | Calibrator, a: Stats, b: Stats) -> dict[str
 
     Histograms (percentile, mse, entropy) and ranges with the averaging `minmax` are
     exactly those that the data would give in one pass, cut into batches in whatever
-    way. With `mean`, each batch counts the same, and with `ema` and `last`, those of
-    ``b`` come after those of ``a``; there, the halves of a batch are two batches.
+    way. With `mean`, each batch counts by its values, and with `ema` and `last`, those
+    of ``b`` come after those of ``a``; there, the halves of a batch are two batches.
 
     Statistics are trees of arrays: they may come out of a checkpoint, or from other
     processes by `jax.experimental.multihost_utils.process_allgather`. A batch that is

@@ -102,20 +102,19 @@ class InputMoments:
         """
         del how
         x = self.channels.samples(x.astype(jnp.float32))
-        if counts is None:
-            kept, count = True, jnp.float32(x.shape[1])
-        else:
+        kept = jnp.ones(x.shape[1], bool)
+        if counts is not None:
             # Not the elements that count: a convolution pads with those that do not.
-            lost = self.channels.samples((~counts).astype(jnp.float32)).max((0, 2)) > 0
-            kept = ~lost[None, :, None]
-            count = (~lost).sum(dtype=jnp.float32)
-            x = jnp.where(kept, x, 0)
+            lost = self.channels.samples((~counts).astype(jnp.float32))
+            kept = lost.max((0, 2)) == 0
+            x = jnp.where(kept[:, None], x, 0)
+        count = kept.sum(dtype=jnp.float32)
         some = jnp.maximum(count, 1)
         batch = {
             "samples": count,
             "absmean": jnp.sum(jnp.abs(x), 1) / some,
-            "min": jnp.min(x, 1, where=kept, initial=jnp.inf),
-            "max": jnp.max(x, 1, where=kept, initial=-jnp.inf),
+            "min": jnp.min(x, 1, where=kept[:, None], initial=jnp.inf),
+            "max": jnp.max(x, 1, where=kept[:, None], initial=-jnp.inf),
         }
         if self.second_moment:
             batch["second_moment"] = (
@@ -127,7 +126,7 @@ class InputMoments:
             seen = state["samples"].astype(jnp.uint32)
             key = jax.random.fold_in(jax.random.key(0), seen)
             drawn = jax.random.uniform(key, x.shape[1:2])
-            priority = jnp.where(kept if counts is None else ~lost, drawn, -1)
+            priority = jnp.where(kept, drawn, -1)
             batch["rows"] = x
             batch["priority"] = jnp.broadcast_to(priority, x.shape[:2])
         merged = self.merge(state, batch)
