@@ -85,14 +85,16 @@ class Case:
     dtype: Any = jnp.float32
 
 
-INT8 = {"weight_qtype": "int8"}
-INT4 = {"weight_qtype": "int4", "tile_size": 2}
+# The largest weight is no tie between two codes, where `qwix` may take the other.
+WIDE = {"weight_calibration_method": "absmax,1.1"}
+INT8 = {"weight_qtype": "int8", **WIDE}
+INT4 = {"weight_qtype": "int4", "tile_size": 2, **WIDE}
 NF4 = {"weight_qtype": "nf4"}
-# A range that is wider than the array leaves no element on a tie of two codes.
 W8A8 = {
     "weight_qtype": "int8",
     "act_qtype": "int8",
     "act_calibration_method": "absmax,1.1",
+    **WIDE,
 }
 IMAGES = {"shape": (2, 6, 6)}
 SEQUENCE = {"shape": (2, 5, 8)}
@@ -106,7 +108,7 @@ CASES = {
     "dense activations": Case(Mlp(), W8A8),
     "dense of one layer": Case(Mlp(), {"module_path": ".*_1", **NF4}),
     "general": Case(Heads()),
-    "general int4": Case(Heads(), {"weight_qtype": "int4"}),
+    "general int4": Case(Heads(), {"weight_qtype": "int4", **WIDE}),
     "conv": Case(Convolution(), **IMAGES),
     "conv dilated": Case(Strided(), **IMAGES),
     "conv activations": Case(Convolution(), W8A8, **IMAGES),

@@ -47,9 +47,18 @@ class Case:
     # How this package quantizes what `qwix` does not, or not on these axes.
     how: dict[str, HowToQuantize] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        # The largest magnitude is no tie between two codes, where `qwix` may take the
+        # other.
+        wide = {"weight_calibration_method": WIDE}
+        if "act_qtype" in self.rule:
+            wide["act_calibration_method"] = WIDE
+        self.rule = {**wide, **self.rule}
+
 
 READ = {"qtype": "int8", "channelwise_axes": (1,)}
-INT1 = {"qtype": "int1", "channelwise_axes": (1,)}
+WIDE = "absmax,1.1"
+INT1 = {"qtype": "int1", "channelwise_axes": (1,), "calibration_method": WIDE}
 W8A8 = {"weight_qtype": "int8", "act_qtype": "int8"}
 CASES = {
     "int8": Case(Mlp(), W8A8),
@@ -81,7 +90,11 @@ CASES = {
     "reshaped": Case(
         Reshaped(),
         W8A8,
-        how={"kernel": HowToQuantize(qtype="int8", channelwise_axes=(1, 2))},
+        how={
+            "kernel": HowToQuantize(
+                qtype="int8", channelwise_axes=(1, 2), calibration_method=WIDE
+            )
+        },
     ),
     "embedding": Case(
         Embedded(),
