@@ -56,8 +56,8 @@ class Case:
         self.rule = {**wide, **self.rule}
 
 
-READ = {"qtype": "int8", "channelwise_axes": (1,)}
 WIDE = "absmax,1.1"
+READ = {"qtype": "int8", "channelwise_axes": (1,), "calibration_method": WIDE}
 INT1 = {"qtype": "int1", "channelwise_axes": (1,), "calibration_method": WIDE}
 W8A8 = {"weight_qtype": "int8", "act_qtype": "int8"}
 CASES = {
