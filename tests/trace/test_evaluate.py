@@ -34,8 +34,11 @@ def quantize(fn, *rules, **kwargs):
 def weight_fq(w, channel=(1,)):
     """int8 fake quantization, channelwise, in the arithmetic of the library."""
     shared = tuple(a for a in range(w.ndim) if a not in channel)
-    scale = jnp.abs(w).max(shared, keepdims=True) / 127.5
-    return jnp.clip(jnp.round(w * (1 / scale)), -128, 127) * scale
+    absmax = jnp.abs(w).max(shared, keepdims=True)
+    scale = absmax / 127.5
+    codes = jnp.clip(jnp.round(w * (1 / scale)), -128, 127)
+    # Half a code below the lowest is the lowest.
+    return jnp.where(w == -absmax, -128, codes) * scale
 
 
 def check(fn, params, *args, reference=None, rule=WEIGHTS):
