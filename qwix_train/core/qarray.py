@@ -259,14 +259,11 @@ def validate_qarray(array: QArray) -> None:
         )
 
 
-def _check_values(array: QArray) -> None:
-    """Checks the values of a QArray that is not traced, as far as they are here."""
-    for part in (array.qvalue, array.scale):
-        if isinstance(part, Tracer) or not getattr(part, "is_fully_addressable", True):
-            return
-    scale = np.asarray(array.scale)
-    if scale.size and (lowest := scale.min()) < 0:
-        raise ValueError(f"A scale is {lowest}, and scales are not negative.")
+def _check_codes(array: QArray) -> None:
+    """Checks the codes of a QArray that is not traced, as far as they are here."""
+    codes = array.qvalue
+    if isinstance(codes, Tracer) or not getattr(codes, "is_fully_addressable", True):
+        return
     if not numerics.is_integer_qtype(array.qtype):
         return
     low, high = numerics.code_range(array.qtype)
@@ -389,13 +386,14 @@ def dequantize(array: QArray) -> jax.Array:
     """Returns ``(qvalue - zero_point) * scale``, in the dtype of the scale.
 
     NaN and infinite scales are those of an array that held such values, and show in
-    the result. What no array becomes is refused where values are at hand, which they
-    are not while a function is traced.
+    the result; negative ones are those of an array that was negated. Codes that no
+    array has are refused where values are at hand, which they are not while a function
+    is traced.
 
     Raises:
         TypeError: It is not a QArray.
-        ValueError: The parts of the array do not fit together, a scale is negative, or
-            a code is outside of its type.
+        ValueError: The parts of the array do not fit together, or a code is outside of
+            its type.
 
     >>> dequantize(QArray(jnp.array([100], jnp.int8), jnp.array([0.5]), qtype='int4'))
     Traceback (most recent call last):
@@ -406,6 +404,6 @@ def dequantize(array: QArray) -> jax.Array:
         held = " A quantized param holds one: param.array." * isinstance(array, WithAux)
         raise TypeError(f"Expected a QArray, got {type(array).__name__}.{held}")
     validate_qarray(array)
-    _check_values(array)
+    _check_codes(array)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
     return scaling.rescaled_values(levels, array.scale, array.zero_point)
