@@ -6,7 +6,8 @@
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
 #   make example-odml  the digits network in integers, converted and run by LiteRT
-#   make test         the default tests, doctests included; ONLY=lora: of one package
+#   make test         the default tests; ONLY=lora: of one package, with its doctests
+#   make test-docs    the doctests, and the code of the README
 #   make test-fast    a test of each module, in a minute
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
@@ -83,7 +84,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,19p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,20p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -134,6 +135,10 @@ test: $(VENV)/.stamp-test
 .PHONY: test-slow
 test-slow: $(VENV)/.stamp-test
 	$(call run_tests,$(VENV),-m slow)
+
+.PHONY: test-docs
+test-docs: $(VENV)/.stamp-test
+	$(call PYTEST,$(VENV)) -m "not slow" $(PYTEST_ARGS) tests/test_readme.py qwix_train
 
 .PHONY: test-fast
 test-fast: $(VENV)/.stamp-test

@@ -69,6 +69,7 @@ LINEN_CALLS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("call", LINEN_CALLS.values(), ids=LINEN_CALLS)
 def test_a_linen_teacher_stays_in_float(call):
     def step(params, teacher):
@@ -92,6 +93,7 @@ NNX_CALLS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("call", NNX_CALLS.values(), ids=NNX_CALLS)
 def test_an_nnx_teacher_stays_in_float(call):
     def step(student, teacher):
@@ -129,6 +131,7 @@ TEACHERS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", TEACHERS)
 def test_two_trees_of_one_model_are_quantized_with_one_warning(name):
     def step(params, student, teacher_params, teacher):

@@ -101,6 +101,7 @@ def check(function, params, x, symbols):
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("model", "form"), CASES)
 @pytest.mark.parametrize("mode", ["QAT", "PTQ"])
 def test_models(model, form, mode):
@@ -161,6 +162,7 @@ def test_gradients_of_quantized_training():
     check(gradient, {"w": data(6, 3)}, X, "b, 6")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "fields",
     [{}, {"weight_qtype": "nf4", "tile_size": 2, "double_quant": True}],
@@ -212,6 +214,7 @@ ARRAY = quantize(jnp.asarray(data(4, 8)), "nf4", channelwise_axes=(1,))
 HOW = HowToQuantize(qtype="int4", channelwise_axes=(1,), tiled_axes={0: 0.5, 2: 4})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "value",
     [ARRAY, pack(ARRAY), WithAux(ARRAY, HOW), quantize(jnp.asarray(X), "float8_e5m2")],

@@ -41,6 +41,7 @@ MOVES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MOVES)
 def test_it_stays_in_float(name):
     move = MOVES[name]
@@ -49,6 +50,7 @@ def test_it_stays_in_float(name):
     assert op["reason"] == "a product with a constant that only moves elements"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "matrix", [PERMUTATION * 0.5, np.tri(3, dtype=np.float32), -PERMUTATION]
 )

@@ -64,6 +64,7 @@ def quantized(provider=QtProvider, methods=("__call__", "encode")):
     return model, model.init(KEY, X)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("provider", [QtProvider, PtqProvider])
 def test_a_method_that_is_given_as_a_function_runs_quantized(provider):
     model, variables = quantized(provider)

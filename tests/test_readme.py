@@ -7,10 +7,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import qwix_train
 from tests import trace_count
 
+pytestmark = pytest.mark.documentation
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 

@@ -160,6 +160,7 @@ PATHS = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("config", [name for name in CONFIGS if name != "nans"])
 def test_a_path_can_be_traced(config, name):
@@ -169,6 +170,7 @@ def test_a_path_can_be_traced(config, name):
     assert not any(x.dtype == jnp.float64 for x in jax.tree.leaves(out))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["qat", "codes", "int4", "mse", "lora", "proximal"])
 def test_no_nan_on_the_way(name):
     with CONFIGS["nans"]():

@@ -72,6 +72,7 @@ def merged(x, w):
     return x.reshape(len(x), -1) @ w.reshape(-1, w.shape[-1])
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("act", [None, "int8"])
 @pytest.mark.parametrize("tile", [4, 16])
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -208,6 +209,7 @@ def test_twelve_heads_of_32_in_tiles_of_64():
     assert act.scale_shape((2, 3, 12, 32)) == (2, 3, 6, 1)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("bwd_qtype", [None, "int8"])
 def test_training_in_spanning_tiles(bwd_qtype):
     rules = [
@@ -234,6 +236,7 @@ def test_training_in_spanning_tiles(bwd_qtype):
     assert_close(of(General(), OF_GENERAL), of(Flat(), OF_FLAT))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", [None, ptq.Gptq, ptq.Awq, ptq.SmoothQuant])
 def test_weights_in_spanning_tiles(method):
     rules = [rule("int4", tile_size=16)]

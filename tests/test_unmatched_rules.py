@@ -57,6 +57,7 @@ DOORS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", DOORS)
 def test_a_rule_that_matches_nothing_is_named_once(name):
     with pytest.warns(UserWarning) as caught:

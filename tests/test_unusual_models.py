@@ -56,6 +56,7 @@ class HandsOnAfterFlax(Plain):
 OWN_ATTRIBUTES = [HandsOnToAField(), HandsOnAfterFlax()]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", OWN_ATTRIBUTES, ids=lambda m: type(m).__name__)
 def test_a_model_with_a_getattr_of_its_own(model):
     def step(params, x):
@@ -114,6 +115,7 @@ def decorated(decorator):
     return Decorated()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("decorator", DECORATORS.values(), ids=DECORATORS)
 def test_a_model_whose_top_method_is_decorated(decorator):
     model = decorated(decorator)
@@ -141,6 +143,7 @@ class Switched(nn.Module):
         return nn.Dense(3)(x if mask is None else x * mask)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("train", [True, False, np.bool_(True)])
 def test_a_positional_flag_stays_a_flag(train):
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)

@@ -128,6 +128,7 @@ def kept_by(make, *args, calls=3):
     return (len(gc.get_objects()) - before) / calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["linen", "nnx"])
 def test_nothing_stays_of_a_step_that_was_dropped(dialect):
     x = BATCHES[0]

@@ -109,6 +109,7 @@ def test_bad_batches_are_skipped_and_counted(observer, bad, averaging):
     assert all(not np.any(value) for value in sums.values())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "mse"])
 def test_a_batch_of_enormous_values_is_skipped(observer):
     statistics, batches = make(observer), data(2)
@@ -119,6 +120,7 @@ def test_a_batch_of_enormous_values_is_skipped(observer):
     assert_same({**state, "skipped": jnp.int32(0)}, collect(statistics, batches))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
 def test_a_mean_weighs_batches_by_what_they_hold(layout):
     statistics = make("minmax", **layout)
@@ -152,6 +154,7 @@ def test_a_mean_of_equal_batches_is_the_plain_sum():
     assert collect(statistics, batches)["sum_of_absmax"] == total
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("observer", [*RANGES[:5], *STREAMS[:3]])
 def test_what_is_not_finite_is_left_out(observer, axes):
@@ -272,6 +275,7 @@ def test_gradients_do_not_flow():
     assert not jax.grad(loss)(jnp.ones(3)).any()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("averaging", ["ema,0.9", "minmax", "last"])
 def test_quant_stats_of_other_averagings(averaging):
     statistics = make("minmax", averaging)
@@ -356,6 +360,7 @@ def test_observers_and_averagings_of_users():
         assert_close(merged, state, 1e-6, atol=0)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "make_it, message",
     [

@@ -74,6 +74,7 @@ def test_every_pair_of_types_compiled(lhs_type, rhs_type):
     check(jax.jit(lambda a, b: dot_general(a, b, NUMBERS))(lhs, rhs), lhs, rhs)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "lhs_type, rhs_type",
     [("int4", "int4"), ("int3", "int2"), ("int4", "int8"), ("int1", "int8")]
@@ -98,6 +99,7 @@ def test_zero_points_and_tiles_on_either_side(methods, tiles):
     assert primitives(fn, lhs, rhs) == [("int8", "int8", "int32")]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("tile", [32, 1])
 def test_small_tiles_are_dequantized(tile):
     assert tile < MIN_TILE_SIZE
@@ -116,6 +118,7 @@ def test_padded_tiles():
     check(dot_general(lhs, rhs, NUMBERS), lhs, rhs)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("tile", [512, 1])
 def test_tiles_that_differ(tile):
     numbers = (((1,), (0,)), ((), ()))
@@ -134,6 +137,7 @@ def test_several_contracted_axes_and_any_order():
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["fixed,1", "fixed,-1,1e-9", "fixed,-1e-9,1"])
 def test_an_int32_sum_that_would_overflow(method):
     # Every product is the largest there is, so that the sum is beyond 2**31.

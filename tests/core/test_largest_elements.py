@@ -29,6 +29,7 @@ def rows(dtype=jnp.float32):
     return jnp.asarray(x * RNG.uniform(0.5, 2, (3000, 1)).astype(np.float32), dtype)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("qtype", INTEGERS)
 def test_a_negative_extreme_has_the_lowest_code(qtype, dtype):
@@ -57,6 +58,7 @@ def test_a_negative_extreme_of_a_whole_array_and_of_tiles():
         assert quantize_array(x, HowToQuantize(qtype="int8")).qvalue[1] == -128
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_a_range_centered_at_zero_has_the_zero_point_zero(dtype):
     ends = jnp.asarray(RNG.uniform(0.1, 9, (5000, 1)), dtype)
@@ -92,6 +94,7 @@ class Attention(nn.Module):
         return nn.MultiHeadDotProductAttention(2)(x)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", [Deep(), Attention()], ids=["dense", "attention"])
 def test_the_forward_of_training_is_that_of_the_quantized_model(model):
     x = jnp.asarray(RNG.normal(size=(512, 32)).astype(np.float32))

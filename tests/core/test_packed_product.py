@@ -98,6 +98,7 @@ def test_a_batch_of_weights():
         assert_close(got[i], exact(X, layer)[1])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("rows", [None, "b"])
 def test_sharded(kind, rows):

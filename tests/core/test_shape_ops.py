@@ -49,6 +49,7 @@ def test_reshape_is_exact_or_an_error(layout):
     assert done >= 3
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "shape, layout, new, scale_shape",
     [

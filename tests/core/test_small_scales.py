@@ -39,6 +39,7 @@ def least_error(x, how):
     return error(x, reference_dequantized(x, how))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("size", [2e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_no_float16_channel_is_lost(size, layout):
@@ -51,6 +52,7 @@ def test_no_float16_channel_is_lost(size, layout):
     assert_same(fake_quant(x, how), dequantize(quantize_array(x, how)))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("method", ["minmax", "rms,4", "absmax,0.9", "minmax,0.9"])
 def test_every_calibration_keeps_small_float16_values(method):
     x = normal(1e-3)
@@ -59,6 +61,7 @@ def test_every_calibration_keeps_small_float16_values(method):
     assert got < 1.05 * least_error(x, how)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2", "nf4", "int4"])
 def test_every_type_keeps_small_float16_values(qtype):
     x = normal(1e-3)
@@ -127,6 +130,7 @@ def test_scale_in_dtype():
     assert_same(numerics.scale_in_dtype(jnp.asarray(scale), jnp.float32), scale)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("qtype", ["int8", "dynamic"])
 def test_float16_moments_are_not_lost(qtype):
     x = jnp.abs(normal(1e-6))
@@ -160,6 +164,7 @@ class Half(nn.Module):
         return nn.Dense(8, use_bias=False, param_dtype=jnp.float16)(x)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("method", [ptq.Gptq, ptq.Awq])
 @pytest.mark.parametrize("tile", [None, 8])
 def test_methods_that_look_at_data_keep_small_float16_weights(method, tile):

@@ -103,17 +103,10 @@ def test_what_is_measured_is_what_qat_computed():
     assert found != pytest.approx(loop.evaluate(exported, state, task.test), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("QAT", "QAT: LSQ", "proximal"),
-        pytest.param(tuple(methods.METHODS), marks=pytest.mark.slow),
-    ],
-    ids=["some", "all"],
-)
-def test_quick_run(names, tmp_path, capsys):
+@pytest.mark.slow
+def test_quick_run(tmp_path, capsys):
     config = config_lib.get_quick_config()
-    config.methods = names
+    config.methods = names = tuple(methods.METHODS)
 
     results = experiment.train_and_evaluate(config, tmp_path)
 

@@ -86,6 +86,7 @@ def merged(params, axis):
     return {"layers": result}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_adapters_of_a_model_are_those_that_its_layers_have_alone(axis):
     model = qwix_train.apply_lora_to_model(Stack(axis), lora.LoraProvider([RULE]))
@@ -98,6 +99,7 @@ def test_adapters_of_a_model_are_those_that_its_layers_have_alone(axis):
     assert np.abs(want - X).max() > 0.1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kwargs", [{"dora": True}, {"init": "pissa"}], ids=str)
 def test_adapters_of_a_state(tmp_path, kwargs):
     model = Stack(1)
@@ -169,6 +171,7 @@ class Ensemble(nnx.Module):
         return run(self.members, x)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_each_member_of_an_ensemble_has_an_adapter(axis):
     model = Ensemble(axis)

@@ -71,6 +71,7 @@ def weight_on_grid(w, bits):
     return on_grid(w, np.abs(w).max(0) / high, low=-high, high=high)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_alone(mlp, bits):
     """Float operations on weights that the file holds as integers."""
@@ -122,6 +123,7 @@ def test_learned_ranges_of_activations():
     assert steps.max() <= 1.01 and (steps < 0.01).mean() > 0.7
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_throughout(mlp, bits):
     variables, stats = mlp
@@ -205,6 +207,7 @@ def test_fixed_ranges(mlp):
     assert out.max_steps <= 1.01 and out.equal > 0.9
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_several_functions(mlp, dynamic_batch, tmp_path):
     variables, stats = mlp
@@ -454,12 +457,14 @@ def test_params_over_several_devices(mlp):
     assert out.max_steps <= 1.01
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("variables", [None, {"first": {"kernel": np.ones((8, 16))}}])
 def test_params_alone_are_no_variables(variables):
     with pytest.raises(ValueError, match=r"collections.*\{\"params\": params\}"):
         odml.convert(Mlp(), variables, INT8, np.ones((1, 8), np.float32))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rules", [None, 3])
 def test_what_is_no_rules(rules):
     with pytest.raises(TypeError, match=f"Expected a list of rules, got {rules}"):
@@ -471,6 +476,7 @@ def moved_heads(self, x):
     return jnp.einsum("btnh,nhd->btd", x.reshape(2, 5, 4, 2), w)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("call", "shape"),
     [
@@ -535,6 +541,7 @@ def test_the_scales_of_outputs_are_checked(monkeypatch):
         converted(module(call), {}, normal(4, 8))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "call",
     [

@@ -40,6 +40,7 @@ def input_and_its_activation(self, x):
     return x, nn.relu(x)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "call",
     [
@@ -72,6 +73,7 @@ def test_16_bit_output_that_a_maximum_reads():
     assert first.scale == pytest.approx(np.abs(x).max() / 2 / 32767, 1e-3)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("config", "value"),
     [
@@ -87,6 +89,7 @@ def test_padding_between_elements(config, value):
     assert out.equal == 1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
 def test_pooling_of_a_sequence(pool):
     model, x = module(lambda self, x: pool(x, (3,), (2,), "SAME")), normal(2, 6, 4)

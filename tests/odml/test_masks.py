@@ -47,6 +47,7 @@ def error(model, *inputs, calibrated_on=None, provider=None):
     return np.abs(out - model.apply(variables, *inputs)).max()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("value", "scaled_last"), [(-1e4, True), (-1e9, False), (-np.inf, True)]
 )
@@ -67,6 +68,7 @@ def test_a_mask_that_holds_other_numbers_too():
     assert error(attention(lambda mask: mask), normal(2, 6, 8), mask) < 0.03
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mask_of", [bert, chosen])
 @pytest.mark.parametrize("seen", [PADDED, np.ones_like(PADDED)], ids=["padded", "full"])
 def test_a_mask_that_is_computed(mask_of, seen):
@@ -85,6 +87,7 @@ def test_the_range_of_inputs_is_not_that_of_a_mask():
     assert error(model, normal(2, 6, 8), mask, provider=provider) < 0.03
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mask_of", [lambda mask: mask, bert])
 def test_the_file_masks_what_training_does(mask_of):
     x = normal(2, 6, 8)

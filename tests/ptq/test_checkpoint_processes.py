@@ -40,6 +40,7 @@ def weight(seed=0):
     return jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.slow
 def test_another_process_restores_the_values(tmp_path):
     params, raw = {}, {}
     for qtype, how in HOWS.items():

@@ -142,6 +142,7 @@ UNEVEN_RULES = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", UNEVEN_RULES)
 def test_tiles_that_an_explicit_axis_does_not_divide(name, eager):
@@ -167,6 +168,7 @@ def test_tiles_that_an_explicit_axis_does_not_divide(name, eager):
         models.assert_close(jit(quantized)(values, x), want)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("flax", ["linen", "nnx"])
 def test_flax_models_with_tiles_that_a_mesh_does_not_divide(flax):
     rules = [models.rule("int4", tile_size=8)]
@@ -263,6 +265,7 @@ def test_flax_models_with_explicit_shardings():
         )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("inside", [False, True])
 def test_shard_map(inside):
     def function(params, x):

@@ -45,6 +45,7 @@ def test_equation_4(alpha):
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("alpha", [0.5, 0.75])
 def test_parity_with_qwix(alpha):
     """The same codes: its factors are ours up to one number for all channels.
@@ -161,6 +162,7 @@ def test_channels_that_are_zero():
     assert smoothing(inputs, weights, 0.5).tolist() == [1, 1, 1, 2]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("alpha", [-0.1, 1.1])
 def test_errors(alpha):
     with pytest.raises(ValueError, match="must be from 0 to 1"):

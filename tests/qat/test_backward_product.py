@@ -43,6 +43,7 @@ def vjp_of(rule, function, *operands):
     return out, jax.jit(pull)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("tile", [None, 3])
 def test_a_matrix_product_by_hand(tile):
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)
@@ -215,6 +216,7 @@ def test_codes_are_all_that_is_kept_and_multiplied():
 MESH = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("names", "out", "fields"),
     [

@@ -40,6 +40,7 @@ def only_the_bad_one_is_nan(out):
     assert np.isnan(np.asarray(out, np.float32)).tolist() == np.isnan(BAD).tolist()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 def test_fake_quantization_with_a_range_that_is_given(qtype):
     how = HowToQuantize(qtype=qtype, calibration_method="fixed,2")
@@ -111,6 +112,7 @@ RULES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", RULES)
 def test_a_batch_with_nan_is_skipped(name):
     rules = [RULES[name]]
@@ -127,6 +129,7 @@ def test_a_batch_with_nan_is_skipped(name):
     jax.tree.map(np.testing.assert_array_equal, bad.params, state.params)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("act_qtype", ["int8", "int16"])
 def test_litert_training(act_qtype):
     rules = [QuantizationRule(weight_qtype="int8", act_qtype=act_qtype)]
