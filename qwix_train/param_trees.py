@@ -17,14 +17,18 @@ from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.whole_step import tracing_step
 
-# What calls of one model have in common: the paths and shapes of its params.
-Model = tuple[tuple[Path, tuple[int, ...]], ...]
+# What calls of one model have in common: its place, and the paths and shapes of params.
+Model = tuple[str, tuple[tuple[Path, tuple[int, ...]], ...]]
 
 
 def model_of(traced: TracedCall) -> Model:
-    """Which model a call is of, whatever params it is called with."""
+    """Which model a call is of, whatever params it is called with.
+
+    Two layers of one model that are called on their own stand in different places.
+    """
     params = (param for param in traced.params if param is not None)
-    return tuple(sorted((param.path, tuple(param.value.shape)) for param in params))
+    shapes = sorted((param.path, tuple(param.value.shape)) for param in params)
+    return traced.module_path, tuple(shapes)
 
 
 class CalledTrees:
