@@ -78,6 +78,7 @@ def test_ranges_are_those_that_a_calibrator_collects():
             act_qtype="int8",
             act_static_scale=True,
             act_observer=name,
+            act_calibration_method="minmax" if name == "minmax" else "absmax",
         )
         calibrator = calib.Calibrator([rule])
         step = calibrator.wrap(case.eval_step())

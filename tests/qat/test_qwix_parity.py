@@ -10,6 +10,8 @@ from tests import reference_process
 from tests.compare import assert_close
 from tests.qat import parity
 
+# A last bit decides what a gradient rounds to: both compile as users do.
+pytestmark = pytest.mark.optimized
 BY_DEFAULT = ("int8", "int4 tiles", "attention", "bwd int8", "nnx int8")
 
 

@@ -22,7 +22,11 @@ METHODS = ["minmax", "absmax,0.8"]
 def train(library, method):
     """Three batches through a quantized model, and then an export."""
     rule = library.QuantizationRule(
-        act_calibration_method=method, act_batch_axes=(0,), **STATIC
+        act_calibration_method=method,
+        act_batch_axes=(0,),
+        # The largest magnitude is no tie between two codes.
+        weight_calibration_method="absmax,1.1",
+        **STATIC,
     )
     floats = Mlp().init(KEY, BATCHES[0])["params"]
     model = library.quantize_model(Mlp(), library.QtProvider([rule]))
