@@ -6,6 +6,7 @@ import collections
 import functools
 import hashlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,19 +51,31 @@ class CalledTrees:
             isinstance(leaf, _tracer_of_compiled()) for leaf in leaves
         )
         self._trees: dict[Model, set[tuple[int, ...]]] = collections.defaultdict(set)
-        self._held: list[Any] = []
+        self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._count = 0
         self._compiled = False
 
     def add(self, traced: TracedCall) -> None:
         """Takes note of a quantized call."""
-        values = [param.value for param in traced.params if param is not None]
-        # Held, so that no other object takes an identity that was seen.
-        self._held += values
-        self._trees[model_of(traced)].add(tuple(map(id, values)))
+        params = [param for param in traced.params if param is not None]
+        values = [param.value for param in params if function.is_array(param.value)]
+        self._trees[model_of(traced)].add(tuple(map(self._number, values)))
         self._compiled |= any(
             isinstance(value, _tracer_of_compiled()) and id(value) not in self._given
             for value in values
         )
+
+    def _number(self, value: Any) -> int:
+        """A number that no other object has, alive or dead.
+
+        Values are not kept alive: they may be tracers of what has ended.
+        """
+        seen, number = self._seen.get(id(value), (None, 0))
+        if seen is None or seen() is not value:
+            self._count += 1
+            seen, number = weakref.ref(value), self._count
+            self._seen[id(value)] = seen, number
+        return number
 
     @property
     def may_be_several(self) -> bool:

@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
 X = data(4, 6)
 IMAGE = data(2, 4, 4, 3)
-TOKENS = np.array([[1, 2, 0], [6, 3, 1]])
+TOKENS = np.array([[1, 2, 0], [6, 3, 1]], np.int32)
 MODELS = {
     "mlp": (Mlp(), X, "b, 6"),
     "convolution": (Convolution(), IMAGE, "b, 4, 4, 3"),

@@ -171,7 +171,9 @@ def test_what_is_not_finite_is_left_out(observer, axes):
     found, want = (make_one().calibration(state) for state in (found, want))
     for key in want:
         np.testing.assert_allclose(found[key], want[key], 1e-5)
-    nothing = collect(make_one(finite_only=True), np.full((1, 4, 10), np.nan))
+    nothing = collect(
+        make_one(finite_only=True), np.full((1, 4, 10), np.nan, np.float32)
+    )
     assert (nothing["count"], nothing["skipped"]) == (0, 1)
 
 
