@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from qwix_train.planning import Path
 from qwix_train.trace import analyze, function, harvest, provenance, session
@@ -58,7 +59,8 @@ class CalledTrees:
     def add(self, traced: TracedCall) -> None:
         """Takes note of a quantized call."""
         params = [param for param in traced.params if param is not None]
-        values = [param.value for param in params if function.is_array(param.value)]
+        held = [param.value for param in params]
+        values = [x for x in held if isinstance(x, jax.Array | np.ndarray)]
         self._trees[model_of(traced)].add(tuple(map(self._number, values)))
         self._compiled |= any(
             isinstance(value, _tracer_of_compiled()) and id(value) not in self._given
