@@ -95,7 +95,8 @@ def _mark_fast(items):
     """The first test of each module that runs by default stands for the module."""
     seen = set()
     for item in items:
-        if item.get_closest_marker("slow") or item.get_closest_marker("not_fast"):
+        others = ("slow", "interchange", "documentation")
+        if any(item.get_closest_marker(other) for other in others):
             continue
         if item.path not in seen:
             seen.add(item.path)
