@@ -17,7 +17,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class WithLeaves:
-    """Params that are no dictionary, and what stands beside them.
+    """Params that are not a dictionary, with the leaves that stand beside them.
 
     A quantized function takes it in the place of the params. The paths of its leaves
     are those within `params`, and within `leaves`.
@@ -81,7 +81,7 @@ def inserted(tree: Any, path: tuple[str, ...], value: Any) -> Any:
       value: the entry.
 
     Raises:
-      TypeError: if the path leads to what is within a dictionary, and is none.
+      TypeError: if a part of the path leads into something that is not a dictionary.
 
     Example:
       >>> inserted({"a": {"b": 1}}, ("a", "c"), 2)

@@ -99,7 +99,7 @@ def _arrays_in(tree: Any) -> Iterator[Any]:
 
 @functools.cache
 def _tracer_of_compiled() -> type:
-    """The class of what stands for an array while a function is compiled."""
+    """The class of the tracers that `jax.jit` puts in the place of arrays."""
     found = []
     jax.eval_shape(lambda x: found.append(type(x)), 0.0)
     return found[0]

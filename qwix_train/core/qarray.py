@@ -57,7 +57,7 @@ class NoArray:
         Raises:
             TypeError: Always.
         """
-        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+        raise TypeError(f"{type(self).__name__} is not an array. {self._instead}")
 
     def __jax_array__(self) -> Any:
         """Says what this is.
@@ -65,7 +65,7 @@ class NoArray:
         Raises:
             TypeError: Always.
         """
-        raise TypeError(f"{type(self).__name__} is no array. {self._instead}")
+        raise TypeError(f"{type(self).__name__} is not an array. {self._instead}")
 
 
 @flax.struct.dataclass

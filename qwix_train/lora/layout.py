@@ -313,7 +313,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
 
     Raises:
       ValueError: if two rules give one param adapters of different settings; if an op
-        contracts a part of an axis; or if a rule names mapped axes that are none.
+        contracts a part of an axis; or if a rule maps axes that it lacks.
     """
     found: dict[Path, tuple[AdapterLayout, OpPlan, LoraRule]] = {}
     for op_plan in plan.ops:
@@ -341,7 +341,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
 
 
 def too_large(layouts: Mapping[Path, AdapterLayout]) -> dict[Path, str]:
-    """Says of which params the matrix is smaller than the rank of their adapter."""
+    """Names the params whose matrix is smaller than the rank of their adapter."""
     found = {}
     for path, layout in layouts.items():
         rows, columns = layout.matrix_shape

@@ -36,7 +36,7 @@ class TensorPlan:
       qtype: the type of its codes: `int8` or `int16`.
       scale: its scale as int8, if LiteRT allows only one.
       zero_point: its zero point as int8, if LiteRT allows only one.
-      mask: what stands for minus infinity in it, which its range does not hold.
+      mask: the number that masks an element, which lies outside of its range.
       rounding: how it is rounded to codes.
     """
 

@@ -69,7 +69,7 @@ def quantize_params(
       of arrays that `nnx.update(model, ...)` takes.
 
     Raises:
-      TypeError: if a leaf of `params` is no array, `quant_stats` is not a nested
+      TypeError: if a leaf of `params` is not an array, `quant_stats` is not a nested
         dictionary, or the quantized params are given
         as a Linen model, a function, or the state of an NNX model.
       ValueError: if a param is not one of the quantized model's, or has another shape

@@ -17,7 +17,7 @@ from qwix_train.trace import nnx as nnx_calls
 class Compiled:
     """A function, compiled for each structure of its arguments.
 
-    What is no array among the arguments (flags, strings) is part of the structure, so
+    Arguments that are not arrays (flags, strings) are part of the structure, so
     that a step with static arguments needs no more than it did. Numbers are inputs, as
     `jax.jit` has it, where the step does not take them as static; and inputs lie where
     the step says, by its `in_shardings`. NNX objects among the arguments are updated,
@@ -88,7 +88,7 @@ class Compiled:
         args, kwargs = jax.tree.unflatten(structure, changed)
         try:
             self._step.lower(*args[self._arguments_before :], **kwargs)
-        except TypeError:  # It is no array.
+        except TypeError:  # It is not an array.
             return False
         except ValueError:  # It cannot be hashed.
             pass

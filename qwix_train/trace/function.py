@@ -263,7 +263,7 @@ def trace(
 def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The shapes of what a function returns, without computing it.
 
-    As `jax.eval_shape`, but what is no array among the arguments, such as a flag, keeps
+    As `jax.eval_shape`, but an argument that is not an array, such as a flag, keeps
     its value, as in `trace`.
 
     Args:

@@ -225,8 +225,8 @@ def test_values_that_no_array_becomes_are_refused(storage):
     "make",
     [
         lambda array, how: (WithAux(array, how), "is quantized.*dequantize\\(param"),
-        lambda array, how: (array, "QArray is no array.*dequantize\\(array\\)"),
-        lambda array, how: (pack(array), "PackedQArray is no array.*unpack"),
+        lambda array, how: (array, "QArray is not an array.*dequantize\\(array\\)"),
+        lambda array, how: (pack(array), "PackedQArray is not an array.*unpack"),
     ],
 )
 def test_a_quantized_array_is_not_made_into_an_array_of_numbers(make):
