@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from qwix_train import ops as op_kinds
 from qwix_train import plan_table, weights
 from qwix_train.core import numerics
 from qwix_train.core.how import (
@@ -283,6 +284,7 @@ class _Planner:
     def decide(self, op: Op) -> OpPlan:
         if op.in_float:
             return OpPlan(op, reason="its call is in_float")
+        kind = op_kinds.kind_of(op)
         index = next(
             (
                 i
@@ -293,21 +295,31 @@ class _Planner:
         )
         if index is None:
             reason = "no rule matches"
-            if op.name == "gather":
-                reason = "lookups are quantized where a rule's op_names has 'gather'"
+            if kind.by_name_only:
+                reason = (
+                    f"{kind.plural} are quantized where a rule's op_names has "
+                    f"{op.name!r}"
+                )
             return OpPlan(op, reason=reason)
         rule = self.rules[index]
         path = op.module_path.removeprefix(self.module_path).removeprefix("/")
-        plan = OpPlan(op, index, module_path=path)
+        plan = OpPlan(
+            op, index, activations=(None,) * len(op.operands), module_path=path
+        )
         if rule.weight_qtype is None:
             return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
         if op.moves:
             reason = "a product with a constant that only moves elements"
             return dataclasses.replace(plan, reason=reason)
-        obstacle = _obstacle(op)
+        obstacle = kind.obstacle
+        if op.opaque:
+            obstacle = (
+                f"inside {op.opaque}, which cannot be rewritten: call the product "
+                "outside of it, or leave it out with a rule that sets no weight_qtype"
+            )
         if obstacle:
             return dataclasses.replace(plan, reason=obstacle, unsupported=True)
-        read = op.operands[: 1 if op.name == "gather" else 2]
+        read = op.operands[: kind.sides]
         if any(not numerics.is_quantizable(o.dtype) for o in read):
             dtypes = " and ".join(str(o.dtype) for o in read)
             return dataclasses.replace(plan, reason=f"operands are {dtypes}")
@@ -315,9 +327,7 @@ class _Planner:
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op
-        if op.name == "gather":
-            return self.quantize_lookup(plan, rule)
-        origins = roles(op)
+        kind, origins = op_kinds.kind_of(op), weights.roles(op)
         derived = [o for o in origins if isinstance(o, provenance.Derived)]
         if derived:
             names = plan_table.some(["/".join(p) for p in derived[0].paths], most=3)
@@ -335,15 +345,15 @@ class _Planner:
         if not has_weight and not rule.act_act:
             reason = "a product without a weight, and the rule sets act_act=False"
             return dataclasses.replace(plan, reason=reason)
-        if rule.tile_size is not None and op.name == "conv_general_dilated":
+        if rule.tile_size is not None and not kind.has_tiles:
             raise ValueError(
-                f"{op.where}: tile_size={rule.tile_size} is set, but convolutions "
+                f"{op.where}: tile_size={rule.tile_size} is set, but {kind.plural} "
                 "have no sub-channel quantization. Put a rule without tile_size, for "
-                "op_names=('conv_general_dilated',), before this one."
+                f"op_names=({op.name!r},), before this one."
             )
         paths: dict[Path, None] = {}
         notes: list[str] = []
-        activations: list[HowToQuantize | None] = [None, None]
+        activations: list[HowToQuantize | None] = [None] * len(op.operands)
         # Weights first, so that an error names the param.
         for side, origin in enumerate(origins):
             if isinstance(origin, provenance.Weight):
@@ -361,17 +371,6 @@ class _Planner:
             static=rule.static_act_ranges and any(activations),
             learned=rule.learned_act_method if any(activations) else "",
             reason="; ".join(dict.fromkeys(notes)),
-        )
-
-    def quantize_lookup(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
-        """A lookup of rows: the table has scales for each row, or tiles of it."""
-        paths: dict[Path, None] = {}
-        notes: list[str] = []
-        for view in _table(plan.op).views:
-            paths[view.path] = None
-            notes += self.quantize_param(plan, rule, 0, view)
-        return dataclasses.replace(
-            plan, weights=tuple(paths), reason="; ".join(dict.fromkeys(notes))
         )
 
     def annotate(self, plan: OpPlan) -> OpPlan:
@@ -398,7 +397,7 @@ class _Planner:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
             channelwise = _static_axes(op, side, rule, channelwise)
-            if not any(isinstance(o, provenance.Weight) for o in roles(op)):
+            if not any(isinstance(o, provenance.Weight) for o in weights.roles(op)):
                 axes = weights.operand_axes(op, side, None)
         _check_tiles(op.where, op.operands[side].shape, axes, rule)
         return HowToQuantize(
@@ -446,45 +445,6 @@ class _Planner:
                 "give both ops the same weight settings."
             )
         return [f"its weight is quantized along the axes of {first.op.where}"]
-
-
-def _table(op: Op) -> provenance.Weight:
-    origin = op.operands[0].provenance
-    assert isinstance(origin, provenance.Weight)
-    return origin
-
-
-def roles(op: Op) -> list[provenance.Provenance]:
-    """What each of the two operands counts as.
-
-    Next to a weight, what is computed from other params is an input like any other:
-    a learned query that was normalized, or the row of a table that a token looked
-    up, though each element of that is one of the table's.
-    """
-    origins = [operand.provenance for operand in op.operands[:2]]
-
-    def is_weight(origin):
-        return isinstance(origin, provenance.Weight) and not origin.selected
-
-    def role(origin, other):
-        is_input = isinstance(origin, provenance.Derived) or (
-            isinstance(origin, provenance.Weight) and origin.selected
-        )
-        return provenance.ACTIVATION if is_input and is_weight(other) else origin
-
-    left, right = origins
-    return [role(left, right), role(right, left)]
-
-
-def _obstacle(op: Op) -> str | None:
-    if op.opaque:
-        return (
-            f"inside {op.opaque}, which cannot be rewritten: call the product outside "
-            "of it, or leave it out with a rule that sets no weight_qtype"
-        )
-    if op.name == "ragged_dot":
-        return "ragged_dot has no quantized form"
-    return None
 
 
 def _weight_fields(rule: QuantizationRule) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from qwix_train import stored
+from qwix_train import ops, stored
 from qwix_train.planning import Path, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
@@ -17,11 +17,8 @@ from qwix_train.trace import function, session
 # The methods by which providers of `qwix` take the place of operations, of params, and
 # of what goes in and comes out of a model.
 _PATCHING_METHODS = (
-    "dot_general",
-    "einsum",
+    *(name for kind in ops.KINDS if kind.is_product for name in kind.names),
     "dot",
-    "conv_general_dilated",
-    "ragged_dot",
     "nn_param",
     "asarray",
     "promote_dtype",

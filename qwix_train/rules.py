@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train import field_types
+from qwix_train import field_types, ops
 from qwix_train.core import how, numerics
 from qwix_train.schedule import Schedule
 
-OP_NAMES = ("dot_general", "einsum", "conv_general_dilated", "gather")
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(
     """abs add argmax argmin avg_pool ceil clip concatenate cos cumsum eq erf erfc exp
@@ -133,12 +132,12 @@ class QuantizationRule:
             if not known and not hasattr(value, "observe") | hasattr(value, "update"):
                 raise self._error(field, f"it must be a name, or {kind}")
         for name in self.op_names:
-            known = (*OP_NAMES, *LITERT_OP_NAMES)
+            known = (*ops.names(), *LITERT_OP_NAMES)
             # An id has a count behind the name, which may end in a number itself.
             if name not in known and re.sub(r"\d+$", "", name) not in known:
                 raise self._error(
                     "op_names",
-                    f"{name!r} is no op; the ops are {', '.join(OP_NAMES)}, and for "
+                    f"{name!r} is no op; the ops are {', '.join(ops.names())}, and for "
                     f"LiteRT also {', '.join(LITERT_OP_NAMES)}",
                 )
         for field in ("weight_qtype", "act_qtype"):
@@ -187,7 +186,8 @@ class QuantizationRule:
         if self.op_names:
             named = op_name in self.op_names or op_id in self.op_names
         else:
-            named = op_name != "gather"
+            kind = ops.by_name(op_name)
+            named = kind is None or not kind.by_name_only
         return named and re.fullmatch(self.module_path, module_path) is not None
 
     @property

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qwix_train import ops
 from qwix_train.core import numerics, structural
-from qwix_train.core.conv import conv_general_dilated
-from qwix_train.core.dot_general import dot_general
 from qwix_train.core.packed_array import PackedQArray, unpack
 from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import QArray, WithAux, dequantize
@@ -93,7 +92,7 @@ class StoredWeight(Carried):
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`."""
         del run
-        if primitive in _PRODUCTS:
+        if ops.is_product(primitive):
             return [product(primitive, params, operands)]
         if primitive == _CAST:
             return self.moved(primitive, params)
@@ -237,7 +236,7 @@ class PackedWeight(StoredWeight):
         return [later]
 
     def multiplied(self, name: str, params: Mapping[str, Any], operands) -> jax.Array:
-        """The product of this and an array, which are the operands in any order."""
+        """The product of this and an array, which are the factors in any order."""
         side = 0 if operands[0] is self else 1
 
         def weight_of(packed):
@@ -245,7 +244,8 @@ class PackedWeight(StoredWeight):
             return dequantize(weight.array.astype(weight.dtype))
 
         def of_arrays(x, weight):
-            return product(name, params, [weight, x] if side == 0 else [x, weight])
+            factors = [weight, x] if side == 0 else [x, weight]
+            return product(name, params, [*factors, *operands[2:]])
 
         return packed_product(of_arrays, weight_of, operands[1 - side], self.packed)
 
@@ -292,28 +292,28 @@ def stored_weight(param: Param, listener: Listener | None = None) -> Carried | N
 
 
 def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> jax.Array:
-    """A matrix product or convolution whose operands may be quantized.
+    """A product whose operands may be quantized.
 
     Args:
       name: the name of its primitive.
       params: the parameters of its equation.
-      operands: two arrays, `QArray`s or `StoredWeight`s.
+      operands: the factors, arrays, `QArray`s or `StoredWeight`s; and what else the
+        equation reads.
     """
-    for x, other in zip(operands, operands[::-1], strict=True):
+    kind = ops.by_primitive(name)
+    assert kind is not None
+    left, right = operands[: kind.sides]
+    for x, other in ((left, right), (right, left)):
         if isinstance(x, PackedWeight) and _is_float_array(other):
             return x.multiplied(name, params, operands)
-    dtypes = [x.dtype for x in operands]
     preferred = params["preferred_element_type"]
-    preferred = preferred or numerics.promote_types(*dtypes)
-    arrays = [
-        _product_operand(x, other)
-        for x, other in zip(operands, operands[::-1], strict=True)
-    ]
-    lhs, rhs = arrays
+    preferred = preferred or numerics.promote_types(left.dtype, right.dtype)
+    factors = _product_operand(left, right), _product_operand(right, left)
     # The stored scale may be wider than what the model cast it to; some products
     # cannot give a result that is narrower than an operand.
-    wide = numerics.promote_types(preferred, lhs.dtype, rhs.dtype)
-    return _PRODUCTS[name](params, lhs, rhs, wide).astype(preferred)
+    wide = numerics.promote_types(preferred, *(x.dtype for x in factors))
+    values = [*factors, *operands[kind.sides :]]
+    return kind.product(params, values, wide).astype(preferred)
 
 
 def _is_float_array(value: Any) -> bool:
@@ -329,36 +329,3 @@ def _product_operand(value: Any, other: Any) -> Any:
     # as exact. Next to a float array the weight has the dtype that the model gave it.
     in_codes = isinstance(other, StoredWeight | QArray)
     return value.array if in_codes else value.array.astype(value.dtype)
-
-
-def _dot_general(params, lhs, rhs, preferred):
-    return dot_general(
-        lhs,
-        rhs,
-        params["dimension_numbers"],
-        precision=params["precision"],
-        preferred_element_type=preferred,
-        out_sharding=params["out_sharding"],
-    )
-
-
-def _conv_general_dilated(params, lhs, rhs, preferred):
-    return conv_general_dilated(
-        lhs,
-        rhs,
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        params["dimension_numbers"],
-        params["feature_group_count"],
-        params["batch_group_count"],
-        params["precision"],
-        preferred,
-    )
-
-
-_PRODUCTS = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _conv_general_dilated,
-}

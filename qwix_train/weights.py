@@ -1,9 +1,9 @@
-"""How a weight is quantized, stated on the axes of the stored param.
+"""Which operands are weights, and how they are quantized.
 
-An op says which axes of its operand are contracted. Through the operand's provenance
-that becomes a statement about the param: axes that are contracted share a scale (or
-have one per tile), and all the others, those that were sliced or scanned over
-included, have a scale for each element.
+It is stated on the axes of the stored param. An op says which axes of its operand are
+contracted. Through the operand's provenance that becomes a statement about the param:
+axes that are contracted share a scale (or have one per tile), and all the others, those
+that were sliced or scanned over included, have a scale for each element.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from qwix_train.core import layout
+from qwix_train import ops
+from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.factors import Atom
 from qwix_train.trace.provenance import View
 
-SIDES: tuple[layout.Side, layout.Side] = ("lhs", "rhs")
+SIDES = ("lhs", "rhs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,43 @@ class Axes:
 
     channelwise: tuple[int, ...]
     tiled: Mapping[int, int]
+
+
+def roles(op: Op) -> list[provenance.Provenance]:
+    """What each of the operands that can be quantized counts as.
+
+    Next to a weight, what is computed from other params is an input like any other:
+    a learned query that was normalized, or the row of a table that a token looked
+    up, though each element of that is one of the table's.
+    """
+    kind = ops.kind_of(op)
+    origins = [operand.provenance for operand in op.operands[: kind.sides]]
+
+    def is_weight(origin):
+        if not isinstance(origin, provenance.Weight):
+            return False
+        return not (origin.selected and kind.is_product)
+
+    def role(side, origin):
+        others = origins[:side] + origins[side + 1 :]
+        is_input = isinstance(origin, provenance.Derived | provenance.Weight)
+        is_input = is_input and not is_weight(origin)
+        beside_weight = any(map(is_weight, others))
+        return provenance.ACTIVATION if is_input and beside_weight else origin
+
+    return [role(side, origin) for side, origin in enumerate(origins)]
+
+
+def weights_of(op: Op) -> list[tuple[int, View]]:
+    """The params that an op reads as weights, each with the side of the operand."""
+    kind = ops.kind_of(op)
+    return [
+        (side, view)
+        for side, operand in enumerate(op.operands[: kind.sides])
+        if isinstance(operand.provenance, provenance.Weight)
+        and not (operand.provenance.selected and kind.is_product)
+        for view in operand.provenance.views
+    ]
 
 
 def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
@@ -39,19 +77,12 @@ def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
       op: the op.
       side: 0 for its left operand, 1 for its right one.
       tile_size: elements per tile, or one over the number of tiles along the last
-        contracted axis. Convolutions have no tiles.
+        contracted axis. Not every kind of operation has tiles.
     """
-    shape = op.operands[side].shape
-    numbers = op.params["dimension_numbers"]
-    if op.name == "conv_general_dilated":
-        channelwise, _ = layout.conv_axes(numbers, SIDES[side])
+    kind, shape = ops.kind_of(op), op.operands[side].shape
+    channelwise = kind.channelwise(op.params, side, len(shape))
+    if not kind.has_tiles:
         return Axes(channelwise, {})
-    if op.name == "gather":
-        # Each row that is looked up has a scale, or some.
-        rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        channelwise = tuple(sorted(rows))
-    else:
-        channelwise, _ = layout.dot_axes(numbers, len(shape), SIDES[side])
     shared = [axis for axis in range(len(shape)) if axis not in channelwise]
     return Axes(channelwise, _tiles(shape, shared, tile_size))
 

@@ -19,8 +19,6 @@ from qwix_train.core.fake_quant import (
 from qwix_train.core.fake_quant import fake_quant_with_scale as fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize as HowToQuantize
 from qwix_train.core.how import parse_calibration_method as parse_calibration_method
-from qwix_train.core.layout import conv_axes as conv_axes
-from qwix_train.core.layout import dot_axes as dot_axes
 from qwix_train.core.numerics import canonical_qtype as canonical_qtype
 from qwix_train.core.numerics import is_quantizable as is_quantizable
 from qwix_train.core.numerics import storage_dtype as storage_dtype

@@ -312,7 +312,7 @@ CHANGES: dict[str, Change] = {
     "split": _split,
     "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
+    lax.gather_p.name: _gather,
     "neg": _negate,
     "sharding_constraint": _constrain,
     "copy": _unchanged,

@@ -16,9 +16,13 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import stored
-from qwix_train.lora import adapted_product
-from qwix_train.lora.adapted_weight import AdaptedWeight, base_results, value_of
+from qwix_train import ops, stored
+from qwix_train.lora.adapted_weight import (
+    AdaptedWeight,
+    base_results,
+    product,
+    value_of,
+)
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.planning import ParamPlan, Path
 from qwix_train.qat.fake_quantized import fake_quantized_param
@@ -79,7 +83,7 @@ class AdaptedCall(TracedCall):
         """See `TracedCall.run`."""
         handled = {op.key for op in replace}
         dropping = {op.key: op for op in self.ops if op.key in self.dropouts}
-        ops = {**{op.key: op for op in replace}, **dropping}
+        replaced = {**{op.key: op for op in replace}, **dropping}
         given = given or {}
         keys = {key: dropout.key for key, dropout in self.dropouts.items()}
 
@@ -102,32 +106,22 @@ class AdaptedCall(TracedCall):
                 if op.key in handled:
                     return handler(op, operands, run, given)
                 return base_results(
-                    _PRIMITIVES[op.name], op.params, operands, lambda *x: [run(*x)]
+                    op.primitive, op.params, operands, lambda *x: [run(*x)]
                 )[0]
 
             if not any(isinstance(x, AdaptedWeight) for x in operands):
                 return base(*operands)
-            if op.name == "gather":
+            if not ops.is_product(op.primitive):
                 return _looked_up(op, operands, base)
             dropout = self.dropouts.get(op.key)
 
             def dropped_out(x):
                 return x if dropout is None else _drop(x, dropout.rate, key)
 
-            return adapted_product.product(
-                _PRIMITIVES[op.name], op.params, operands, base, dropped_out
-            )
+            return product(op.primitive, op.params, operands, base, dropped_out)
 
-        everything = {key: (given.get(key), keys.get(key)) for key in ops}
-        return super().run(list(ops.values()), handle, adapted, everything)
-
-
-_PRIMITIVES = {
-    "dot_general": "dot_general",
-    "einsum": "dot_general",
-    "conv_general_dilated": "conv_general_dilated",
-    "gather": "gather",
-}
+        everything = {key: (given.get(key), keys.get(key)) for key in replaced}
+        return super().run(list(replaced.values()), handle, adapted, everything)
 
 
 def _adapted_weight(base: Any, adapter: Adapter) -> AdaptedWeight:
@@ -152,7 +146,7 @@ def _merged(param: Param, adapter: Adapter) -> Carried | None:
 def _looked_up(op: Op, operands, base) -> Any:
     """Rows of a table: those of the base, and those of the adapter."""
     table, indices = operands
-    rows = table.apply("gather", op.params, operands, lambda *x: [base(*x)])
+    rows = table.apply(op.primitive, op.params, operands, lambda *x: [base(*x)])
     return base(value_of(table), indices) if rows is None else value_of(rows[0])
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qwix_train import ops
 from qwix_train.core import numerics, structural
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
-from qwix_train.lora import adapted_product
 from qwix_train.lora.layout import contract
 from qwix_train.trace.carried import Carried
 
@@ -110,12 +110,9 @@ class AdaptedWeight(Carried):
 
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`."""
-        if primitive in adapted_product.PRODUCTS:
+        if ops.is_product(primitive):
             base = functools.partial(base_results, primitive, params, run=run)
-            product = adapted_product.product(
-                primitive, params, operands, lambda *x: base(x)[0]
-            )
-            return [product]
+            return [product(primitive, params, operands, lambda *x: base(x)[0])]
         if primitive == "convert_element_type":
             (base,) = base_results(primitive, params, [self.base], run)
             dtype = params["new_dtype"]
@@ -178,6 +175,41 @@ class AdaptedWeight(Carried):
         return [dataclasses.replace(self, base=base, a=a, whole=False)]
 
 
+def product(
+    name: str,
+    params: Mapping[str, Any],
+    operands: Sequence[Any],
+    base_product: Callable[..., Any],
+    dropped_out: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """A product of which an operand has an adapter.
+
+    Args:
+      name: the name of its primitive.
+      params: the parameters of its equation.
+      operands: the operands; at least one is an `AdaptedWeight`.
+      base_product: the product of operands without adapters.
+      dropped_out: applied to what is multiplied by the adapter.
+    """
+    kind = ops.by_primitive(name)
+    assert kind is not None
+    # Of a weight times a weight, the first is an input like any other.
+    adapted = [isinstance(x, AdaptedWeight) for x in operands]
+    side = max(i for i, is_adapted in enumerate(adapted) if is_adapted)
+    weight, bases = operands[side], list(operands)
+    if sum(adapted) > 1:
+        bases[1 - side] = value_of(bases[1 - side])
+    values = [weight if i == side else value_of(x) for i, x in enumerate(bases)]
+    term = kind.low_rank(params, side, weight, values)
+    if term is None:
+        bases[side] = weight.value
+        return base_product(*bases)
+    bases[side] = weight.base
+    base = base_product(*bases)
+    result = base + term.apply(dropped_out(values[1 - side])).astype(base.dtype)
+    return result if term.gain is None else result * term.gain.astype(base.dtype)
+
+
 def value_of(value: Any) -> Any:
     """The array that a value stands for."""
     return value.value if isinstance(value, Carried) else value
@@ -214,10 +246,10 @@ def _changed(primitive, params, shape, factor, others) -> list[jax.Array]:
     A factor has an entry for what shares it, as a scale of a quantized array does, for
     each index of the rank.
     """
-    if primitive == "gather":
-        rows = _same_rows(params, shape, factor, others)
-        if rows is not None:
-            return [rows]
+    kind = ops.by_primitive(primitive)
+    rows = None if kind is None else kind.looked_up(params, shape, factor, others)
+    if rows is not None:
+        return [rows]
     codes = jnp.zeros(shape, jnp.int8)
 
     def change(part):
@@ -232,23 +264,6 @@ def _changed(primitive, params, shape, factor, others) -> list[jax.Array]:
         return [x.scale for x in results]
 
     return jax.vmap(change, in_axes=-1, out_axes=-1)(factor)
-
-
-def _same_rows(params, shape, factor, others) -> jax.Array | None:
-    """A factor that every row of a table shares, for rows that are looked up."""
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    if any(factor.shape[axis] != 1 for axis in indexed) or indexed != dropped:
-        return None
-    kept = [axis for axis in range(len(shape)) if axis not in indexed]
-    if any(sizes[axis] != shape[axis] for axis in kept):
-        return None
-    (indices,) = others
-    result = [1] * (len(numbers.offset_dims) + jnp.ndim(indices) - 1)
-    for place, axis in zip(numbers.offset_dims, kept, strict=True):
-        result[place] = factor.shape[axis]
-    return factor.reshape(*result, factor.shape[-1])
 
 
 def _full(factor: jax.Array, axis: int, size: int) -> jax.Array:

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train import ops, weights
 from qwix_train.core import numerics
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.provenance import View
 
@@ -321,7 +321,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
         rule = None if index is None else plan.rules[index]
         if not isinstance(rule, LoraRule):
             continue
-        for side, view in weights_of(op_plan.op):
+        for side, view in weights.weights_of(op_plan.op):
             if view.path in found:
                 _check_same(view.path, found[view.path], op_plan, rule)
                 continue
@@ -329,7 +329,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
             found[view.path] = (layout, op_plan, rule)
     particulars: dict[Path, dict[str, None]] = {path: {} for path in found}
     for op in (op_plan.op for op_plan in plan.ops):
-        for side, view in weights_of(op):
+        for side, view in weights.weights_of(op):
             if view.path in found:
                 layout, *_ = found[view.path]
                 notes = _particulars(op, side, view, layout)
@@ -355,25 +355,11 @@ def too_large(layouts: Mapping[Path, AdapterLayout]) -> dict[Path, str]:
 
 def rules_without_weight(plan: Plan) -> list[int]:
     """The indices of the `LoraRule`s that match no op which reads a weight."""
-    used = {op.rule_index for op in plan.ops if weights_of(op.op)}
+    used = {op.rule_index for op in plan.ops if weights.weights_of(op.op)}
     return [
         index
         for index, rule in enumerate(plan.rules)
         if isinstance(rule, LoraRule) and index not in used
-    ]
-
-
-def weights_of(op: Op) -> list[tuple[int, View]]:
-    """The params that an op reads as weights, each with the side of the operand."""
-    if op.name == "gather":
-        origin = op.operands[0].provenance
-        return [(0, view) for view in getattr(origin, "views", ())]
-    return [
-        (side, view)
-        for side, operand in enumerate(op.operands[:2])
-        if isinstance(operand.provenance, provenance.Weight)
-        and not operand.provenance.selected
-        for view in operand.provenance.views
     ]
 
 
@@ -406,7 +392,7 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     contracted = [axis for axis in roles if kind[axis] == "contracted"]
     batch = [axis for axis in range(len(view.shape)) if kind.get(axis) == "batch"]
     kept = [axis for axis in roles if kind[axis] == "kept"]
-    flat = op.name == "dot_general"
+    flat = ops.kind_of(op).flattens(op.name)
     if flat:
         a_axes, b_axes = [*batch, *contracted, *ones], [*batch, *kept]
     else:
@@ -440,15 +426,11 @@ def _mapped_axes(where: str, view: View, rule: LoraRule) -> set[int]:
 
 def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:
     """What an op does with the axes of a param, contracted ones first."""
-    contracted_dims, batch_dims = _dims(op, side)
+    dims = ops.kind_of(op).axes(op.params, side, len(view.dims))
     roles: dict[int, set[str]] = {}
-    dims = [d for d in range(len(view.dims)) if d not in contracted_dims]
-    for dim in (*contracted_dims, *dims):
-        role = "kept"
-        if dim in contracted_dims:
-            role = "contracted"
-        elif dim in batch_dims:
-            role = "batch"
+    for dim in (*dims.contracted, *sorted((*dims.batch, *dims.kept))):
+        role = "batch" if dim in dims.batch else "kept"
+        role = "contracted" if dim in dims.contracted else role
         for atom in view.dims[dim]:
             roles.setdefault(atom.axis, set()).add(role)
     return roles
@@ -462,35 +444,8 @@ def _particulars(op: Op, side: int, view: View, layout: AdapterLayout) -> list[s
     notes = []
     if [axis for axis in contracted if layout.shape[axis] > 1] != usual:
         notes.append(f"contracts its axes {tuple(contracted)}, not {tuple(usual)}")
-    if op.name == "conv_general_dilated":
-        params = op.params
-        notes += [
-            f"has {name}={params[name]}"
-            for name in ("feature_group_count", "batch_group_count")
-            if params[name] != 1
-        ]
-        notes += [
-            f"has {name}={tuple(params[name])}"
-            for name in ("lhs_dilation", "rhs_dilation")
-            if any(step != 1 for step in params[name])
-        ]
-        if side != 1:
-            notes.append("has it as its input, not as its kernel")
+    notes += ops.kind_of(op).particulars(op.params, side)
     return [f"{op.where} {note}" for note in notes]
-
-
-def _dims(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of an operand that are contracted, and those of a batch."""
-    numbers, ndim = op.params["dimension_numbers"], len(op.operands[side].shape)
-    if op.name == "gather":
-        rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        return tuple(sorted(rows)), ()
-    if op.name == "conv_general_dilated":
-        # The kernel is what has a spatial extent of its own, whichever side it is on.
-        out = numbers.rhs_spec[0] if side == 1 else numbers.lhs_spec[0]
-        return tuple(axis for axis in range(ndim) if axis != out), ()
-    contracting, batch = numbers
-    return tuple(contracting[side]), tuple(batch[side])
 
 
 def _check_same(path, first, op_plan: OpPlan, rule: LoraRule) -> None:

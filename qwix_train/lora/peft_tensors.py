@@ -17,21 +17,28 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train import ops
 from qwix_train.lora.layout import AdapterLayout
 
 MAGNITUDE = "lora_magnitude_vector"
 
+# By the kind of operation: a linear layer, a convolution, a table of embeddings.
 _NAMES = {
-    "dot_general": ("lora_A.weight", "lora_B.weight"),
-    "einsum": ("lora_A.weight", "lora_B.weight"),
-    "conv_general_dilated": ("lora_A.weight", "lora_B.weight"),
-    "gather": ("lora_embedding_A", "lora_embedding_B"),
+    ops.DOT: ("lora_A.weight", "lora_B.weight"),
+    ops.CONV: ("lora_A.weight", "lora_B.weight"),
+    ops.GATHER: ("lora_embedding_A", "lora_embedding_B"),
 }
 
 
 def names_of(layout: AdapterLayout) -> tuple[str, ...]:
     """The names of the tensors of an adapter: of A, B and perhaps the magnitude."""
-    return (*_NAMES[layout.op], *([MAGNITUDE] if layout.dora else []))
+    return (*_NAMES[_kind(layout)], *([MAGNITUDE] if layout.dora else []))
+
+
+def _kind(layout: AdapterLayout) -> ops.OpKind:
+    kind = ops.by_name(layout.op)
+    assert kind is not None
+    return kind
 
 
 def indices(layout: AdapterLayout) -> list[tuple[int, ...]]:
@@ -46,6 +53,11 @@ def check(layout: AdapterLayout) -> None:
       ValueError: if it cannot; the message has the path of the param.
     """
     name = "/".join(layout.path)
+    if _kind(layout) not in _NAMES:
+        raise ValueError(
+            f"The adapter of {name!r} is one of {_kind(layout).plural}, and PEFT has "
+            "no such layers. Leave it out of the rules, or merge it."
+        )
     if set(layout.a_axes) - set(layout.contracted):
         raise ValueError(
             f"The adapter of {name!r} has axes of a batch, such as one for experts, "
@@ -59,7 +71,7 @@ def check(layout: AdapterLayout) -> None:
             "Give the param no adapter, by a rule of its own before the LoraRule; or "
             "merge it (lora.merge), and save the whole params."
         )
-    if layout.op == "conv_general_dilated":
+    if _kind(layout) is ops.CONV:
         _conv_inputs(layout)
 
 
@@ -77,7 +89,7 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
     a = a.transpose(*layout.layers, end, *inputs, *kept)
     b = b.transpose(*layout.layers, *kept, end, *inputs)
     sizes = _sizes(layout, layout.layers)
-    conv = layout.op == "conv_general_dilated"
+    conv = _kind(layout) is ops.CONV
     in_sizes = _sizes(layout, inputs) if conv else (-1,)
     a = a.reshape(*sizes, layout.rank, *in_sizes)
     b = b.reshape(*sizes, -1, layout.rank, *_spatial_ones(layout))
@@ -104,10 +116,12 @@ def weights(layout: AdapterLayout, param: Any) -> list[np.ndarray]:
     """
     inputs, kept = _inputs(layout), _kept(layout)
     sizes = [[-1], [int(np.prod(_sizes(layout, kept)))]]
-    if layout.op == "conv_general_dilated":
+    if _kind(layout) is ops.CONV:
         sizes[0] = list(_sizes(layout, inputs))
     order, parts = [*inputs, *kept], [*sizes[0], *sizes[1]]
-    if layout.op != "gather":  # But for tables, PyTorch has the outputs first.
+    if (
+        _kind(layout) is not ops.GATHER
+    ):  # But for tables, PyTorch has the outputs first.
         order, parts = [*kept, *inputs], [*sizes[1], *sizes[0]]
     whole = np.asarray(jax.device_get(param)).transpose(*layout.layers, *order)
     whole = whole.reshape(*_sizes(layout, layout.layers), *parts)
@@ -151,7 +165,7 @@ def shapes_of(layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of one layer, by name."""
     ones = _spatial_ones(layout)
     in_sizes, out = _sizes(layout, _inputs(layout)), _sizes(layout, _kept(layout))
-    if layout.op != "conv_general_dilated":
+    if _kind(layout) is not ops.CONV:
         in_sizes = (int(np.prod(in_sizes)),)
     out = int(np.prod(out))
     a, b = (layout.rank, *in_sizes), (out, layout.rank, *ones)
@@ -161,7 +175,7 @@ def shapes_of(layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
 
 def _inputs(layout: AdapterLayout) -> list[int]:
     """The contracted axes of a param, in PyTorch's order."""
-    if layout.op == "conv_general_dilated":
+    if _kind(layout) is ops.CONV:
         return _conv_inputs(layout)
     return sorted(layout.a_axes)
 
@@ -187,7 +201,7 @@ def _conv_inputs(layout: AdapterLayout) -> list[int]:
 
 
 def _spatial_ones(layout: AdapterLayout) -> tuple[int, ...]:
-    if layout.op != "conv_general_dilated":
+    if _kind(layout) is not ops.CONV:
         return ()
     return (1,) * (len(layout.a_axes) - 1)
 

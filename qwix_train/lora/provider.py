@@ -9,14 +9,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qwix_train import static_range, stored
+from qwix_train import ops, static_range, stored, weights
 from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
 from qwix_train.lora.layout import (
     AdapterLayout,
     find_layouts,
     rules_without_weight,
     too_large,
-    weights_of,
 )
 from qwix_train.lora.rules import LoraRule
 from qwix_train.lora.start import Starter
@@ -141,11 +140,11 @@ class LoraProvider(PtqProvider):
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`: adds which ops read adapters."""
         found = find_layouts(plan)
-        ops = []
+        annotated = []
         for op in super().annotate(traced, plan).ops:
             ranks = {
                 "/".join(view.path): found[view.path][0].rank
-                for _, view in weights_of(op.op)
+                for _, view in weights.weights_of(op.op)
                 if view.path in found
             }
             notes = [
@@ -154,8 +153,8 @@ class LoraProvider(PtqProvider):
             if op.quantized and op.reason:
                 notes.append(op.reason)
             reason = "; ".join(notes) or op.reason
-            ops.append(dataclasses.replace(op, reason=reason))
-        return dataclasses.replace(plan, ops=tuple(ops))
+            annotated.append(dataclasses.replace(op, reason=reason))
+        return dataclasses.replace(plan, ops=tuple(annotated))
 
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`: bases and adapters.
@@ -384,9 +383,10 @@ def _parts(
 
 def _dropout_rate(op: OpPlan, plan: Plan) -> float:
     rule = None if op.rule_index is None else plan.rules[op.rule_index]
-    if not isinstance(rule, LoraRule) or op.op.name == "gather" or rule.qat:
+    if not isinstance(rule, LoraRule) or rule.qat:
         return 0.0
-    return rule.dropout if weights_of(op.op) else 0.0
+    is_product = ops.is_product(op.op.primitive)
+    return rule.dropout if is_product and weights.weights_of(op.op) else 0.0
 
 
 def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:

@@ -29,6 +29,7 @@ from qwix_train.odml.provider import (
     known_grid,
     weight_grid,
 )
+from qwix_train.ops import CONV
 
 
 def run_annotated(
@@ -197,7 +198,7 @@ class _Annotated:
         mark_dynamic = None
         if plan.dynamic:
             mark_dynamic = functools.partial(annotate, grid=None, qtype=plan.act_qtype)
-        if node.name == "conv_general_dilated":
+        if node.name in CONV.names:
             return lowering.lowered_conv(
                 node, x, w, mark_weight, addend, finish, mark_input, mark, mark_dynamic
             )

@@ -14,6 +14,7 @@ from qwix_train.odml.fusion import Fusion, weight_channels
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
+from qwix_train.ops import by_name
 
 Read = Callable[[Value], Any]
 
@@ -96,12 +97,13 @@ def weight_axes(node: Node, side: int) -> tuple[int, ...]:
     """The axes of a weight that have a scale for each index."""
     if weight_channels(node) is None:
         return ()
-    numbers = node.params["dimension_numbers"]
-    if node.name == "conv_general_dilated":
-        return (numbers.rhs_spec[0],)
-    contracted = numbers[0][side]
-    ndim = len(node.inputs[side].shape)
-    return tuple(axis for axis in range(ndim) if axis not in contracted)
+    return _channelwise(node, side)
+
+
+def _channelwise(node: Node, side: int) -> tuple[int, ...]:
+    kind = by_name(node.name)
+    assert kind is not None
+    return kind.channelwise(node.params, side, len(node.inputs[side].shape))
 
 
 def _operands(plan, node_plan, read, quantizer) -> list[Any]:
@@ -237,9 +239,4 @@ def dynamic_axes(plan: NodePlan) -> tuple[int, ...]:
 
     They are those that LiteRT has: the rows of a matrix, the images of a batch.
     """
-    node, side = plan.node, 1 - (plan.weight or 0)
-    numbers = node.params["dimension_numbers"]
-    if node.name == "conv_general_dilated":
-        return (numbers.lhs_spec[0],)
-    ndim = len(node.inputs[side].shape)
-    return tuple(axis for axis in range(ndim) if axis not in numbers[0][side])
+    return _channelwise(plan.node, 1 - (plan.weight or 0))

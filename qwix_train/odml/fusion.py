@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from qwix_train.odml import ops
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
+from qwix_train.ops import CONV
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,7 +83,7 @@ def weight_channels(node: Node) -> tuple[int, ...] | None:
     if lhs.static == rhs.static:
         return None
     numbers = node.params["dimension_numbers"]
-    if node.name == "conv_general_dilated":
+    if node.name in CONV.names:
         return (numbers.out_spec[1],) if rhs.static else None
     (contracted_l, contracted_r), (batch_l, _) = numbers
     if batch_l:

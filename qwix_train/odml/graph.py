@@ -23,8 +23,8 @@ from jax import core, lax
 from jax import numpy as jnp
 from jax.extend import core as jex
 
+from qwix_train import ops
 from qwix_train.trace import jax_versions, scopes
-from qwix_train.trace.analyze import is_einsum
 from qwix_train.trace.evaluate import run_equation
 from qwix_train.trace.function import TracedCall
 
@@ -351,9 +351,8 @@ class _Builder:
             return self.add_body(body, operands, scope, derivative or "a custom_vjp")
         if name == "scan":
             return self.add_scan(params, operands, scope, derivative)
-        named = name
-        if name == "dot_general" and is_einsum(scope):
-            named = "einsum"
+        kind = ops.by_primitive(name)
+        named = name if kind is None else kind.name_in(scope)
         run = functools.partial(run_equation, eqn)
         shapes = [
             (tuple(getattr(v.aval, "shape", ())), getattr(v.aval, "dtype", None))

@@ -19,6 +19,7 @@ from qwix_train.odml.masks import find_masks
 from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
+from qwix_train.ops import CONV
 from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall
@@ -355,7 +356,7 @@ def _fixed(ends: tuple[float, float]) -> HowToQuantize:
 def _product_obstacle(plan: NodePlan) -> str:
     """Why LiteRT has no quantized form of a product; empty if it has one."""
     node, rule = plan.node, plan.rule
-    if plan.name != "conv_general_dilated":
+    if plan.name not in CONV.names:
         dynamic = rule is not None and rule.act_qtype and rule.act_static_scale is False
         if dynamic and plan.weight is not None and weight_channels(node) is None:
             return (

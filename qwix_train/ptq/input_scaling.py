@@ -14,9 +14,10 @@ from qwix_train import stored
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.qarray import QArray
+from qwix_train.ops.vectors import Channels
 from qwix_train.ptq.calibrated_weight import QuantizedWeight, Scale, Weight
 from qwix_train.ptq.input_statistics import WeightInput
-from qwix_train.ptq.weight_matrices import Channels, MatrixView
+from qwix_train.ptq.weight_matrices import MatrixView
 from qwix_train.ptq.weight_method import WeightMethod
 
 

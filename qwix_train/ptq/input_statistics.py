@@ -16,15 +16,13 @@ from jax import numpy as jnp
 from qwix_train.calib.observe import Tagging
 from qwix_train.calib.observers import Statistics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.ops.vectors import Vectors
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.ptq.weight_matrices import (
-    Channels,
     MatrixView,
-    Patches,
-    axes_of,
-    channel_order,
+    input_vectors,
     matrix_view,
 )
 from qwix_train.rules import QuantizationRule
@@ -51,6 +49,7 @@ class InputMoments:
       rows: how many vectors are kept.
 
     Example:
+      >>> from qwix_train.ops.vectors import Channels
       >>> moments = InputMoments(Channels(contracting=(1,)))
       >>> how = HowToQuantize(qtype='int8')
       >>> state = moments.init((2, 3), how)
@@ -62,7 +61,7 @@ class InputMoments:
       ([7.0, 7.0, 7.0], 8.0)
     """
 
-    channels: Channels | Patches
+    channels: Vectors
     second_moment: bool = True
     rows: int = 0
 
@@ -187,7 +186,7 @@ class WeightInput:
     statistics: Statistics
     shape: tuple[int, ...]
     dtype: Any
-    channels: Channels | Patches
+    channels: Vectors
     view: MatrixView
     layers: tuple[int, ...]
     scaled_shape: tuple[int, ...]
@@ -265,22 +264,22 @@ class InputTagging(Tagging):
             by = ", ".join(whole.dequantized["/".join(path)])
             return f"it is dequantized for {by}"
         if path not in plan.weights:
-            return f"{_where(op)} reads it, too, and does not multiply by its codes"
+            return f"{op.where} reads it, too, and does not multiply by its codes"
         side = pre_quant_scale.weight_side(op)
         if side is None:
-            return f"{_where(op)} does not read it as its only weight"
+            return f"{op.where} does not read it as its only weight"
         views = [
             view
             for view in op.operands[side].provenance.views  # type: ignore[union-attr]
             if view.path == path
         ]
         if len(views) > 1:
-            return f"{_where(op)} reads it more than once"
+            return f"{op.where} reads it more than once"
         try:
             view = matrix_view(views[0], op, side)
-            channels = _channels(op, side, views[0])
+            channels = input_vectors(views[0], op, side)
         except ValueError as error:
-            return f"{_where(op)}: {error}"
+            return f"{op.where}: {error}"
         assert plan.rule_index is not None
         rule: QuantizationRule = whole.rules[plan.rule_index]
         operand = op.operands[1 - side]
@@ -302,41 +301,7 @@ class InputTagging(Tagging):
         )
 
 
-def _channels(op, side: int, view) -> Channels | Patches:
-    """How the input of an op is seen as vectors.
-
-    Raises:
-      ValueError: if it cannot be.
-    """
-    order = channel_order(view, op, side)
-    if op.name == "conv_general_dilated":
-        if side != 1:
-            raise ValueError("its weight is not the kernel")
-        if op.params["feature_group_count"] != 1 or op.params["batch_group_count"] != 1:
-            raise ValueError("a convolution in groups has no one matrix of inputs")
-        names = (
-            "window_strides",
-            "padding",
-            "lhs_dilation",
-            "rhs_dilation",
-            "dimension_numbers",
-        )
-        params = tuple((name, op.params[name]) for name in names)
-        return Patches(op.operands[side].shape, order, params)
-    contracting, batch = axes_of(op, 1 - side)
-    # Along an axis that was added to the weight, every entry meets the same matrix.
-    own = [
-        any(atom.size > 1 for atom in view.dims[axis]) for axis in axes_of(op, side)[1]
-    ]
-    groups = tuple(axis for axis, own in zip(batch, own, strict=True) if own)
-    return Channels(tuple(contracting[i] for i in order), groups)
-
-
 def _differ(a: WeightInput | str, b: WeightInput | str) -> bool:
     if isinstance(a, str) or isinstance(b, str):
         return a != b
     return (a.path, a.view, a.layers) != (b.path, b.view, b.layers)
-
-
-def _where(op) -> str:
-    return f"{op.module_path}/{op.id}" if op.module_path else op.id

@@ -19,9 +19,8 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qwix_train import ops, weights
 from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.ptq.weight_matrices import axes_of
-from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 
 
@@ -32,13 +31,8 @@ def scale_path(path: Path) -> Path:
 
 def weight_side(op: Op) -> int | None:
     """Which operand of a product is the weight; None unless exactly one is."""
-    sides = [
-        side
-        for side, operand in enumerate(op.operands[:2])
-        if isinstance(operand.provenance, provenance.Weight)
-        and not operand.provenance.selected
-    ]
-    return sides[0] if len(sides) == 1 and op.name != "gather" else None
+    sides = {side for side, _ in weights.weights_of(op)}
+    return sides.pop() if len(sides) == 1 and ops.is_product(op.primitive) else None
 
 
 def scale_shape(op: Op, side: int) -> tuple[int, ...]:
@@ -48,12 +42,9 @@ def scale_shape(op: Op, side: int) -> tuple[int, ...]:
       op: the product.
       side: 0 for its left operand, 1 for its right one.
     """
-    if op.name == "conv_general_dilated":
-        return ()  # it has none
-    contracting, batch = axes_of(op, side)
     shape = op.operands[side].shape
-    kept = {*contracting, *batch}
-    own = (size if axis in kept else 1 for axis, size in enumerate(shape))
+    scaled = ops.kind_of(op).scaled_axes(op.params, side, len(shape))
+    own = (size if axis in scaled else 1 for axis, size in enumerate(shape))
     return (*op.layers, *own)
 
 
@@ -62,10 +53,12 @@ def initial(plan: Plan) -> dict[Path, jax.Array]:
     scales = {}
     for op in plan.quantized_ops:
         side = weight_side(op.op)
-        if side is None or not op.weights or op.op.name == "conv_general_dilated":
+        if side is None or not op.weights:
             continue
-        shape = scale_shape(op.op, 1 - side)
-        dtype = op.op.operands[1 - side].dtype
+        kind, operand = ops.kind_of(op.op), op.op.operands[1 - side]
+        if not kind.scaled_axes(op.op.params, 1 - side, len(operand.shape)):
+            continue
+        shape, dtype = scale_shape(op.op, 1 - side), operand.dtype
         scales[scale_path(op.range_path(1 - side))] = jnp.ones(shape, dtype)
     return scales
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qwix_train import static_range, stored
+from qwix_train import ops, static_range, stored
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
@@ -165,27 +165,22 @@ def run_on_codes(
     def handler(op, operands, run, given):
         plan = plans[op.key]
         ranges, input_scales = given
-        if op.name == "gather":
-            taken = None
-            if isinstance(operands[0], StoredWeight):
-                taken = operands[0].apply("gather", op.params, operands, run)
-            return run(*operands) if taken is None else taken[0]
-        name = "dot_general" if op.name == "einsum" else op.name
         operands = list(operands)
         for side, how in enumerate(plan.activations):
             input_scale = input_scales[side]
             as_array = how is not None or input_scale is not None
             if as_array and isinstance(operands[side], StoredWeight):
                 # An activation by the plan, such as the rows that tokens looked up.
-                operands[side].read_by(name)
+                operands[side].read_by(op.primitive)
                 operands[side] = operands[side].value
             if input_scale is not None:
                 operands[side] *= input_scale.astype(operands[side].dtype)
         kept = [isinstance(x, StoredWeight) for x in operands]
-        if all(how or x for how, x in zip(plan.activations, kept, strict=True)):
-            return _product_of_codes(name, plan, operands, ranges)
+        factors = zip(plan.activations[:2], kept[:2], strict=True)
+        if all(how or x for how, x in factors):
+            return _product_of_codes(plan, operands, ranges)
         if any(kept):
-            return product(name, op.params, operands)
+            return product(op.primitive, op.params, operands)
         # The weight was dequantized on the way here, and so the product is in float.
         return run(*_fake_quantized(operands, plan, ranges))
 
@@ -201,12 +196,12 @@ def run_on_codes(
         )
         for op in plan.quantized_ops
     }
-    ops = [op.op for op in plan.quantized_ops]
-    return traced.run(ops, handler, substitute, given)
+    # What takes elements of a weight, such as a lookup, the weight does itself.
+    products = [op.op for op in plan.quantized_ops if ops.is_product(op.op.primitive)]
+    return traced.run(products, handler, substitute, given)
 
 
 def _product_of_codes(
-    name: str,
     plan: OpPlan,
     operands: Sequence[Any],
     ranges: Sequence[static_range.Range | None],
@@ -225,13 +220,13 @@ def _product_of_codes(
                 restore(arrays), plan.activations, ranges, strict=True
             )
         ]
-        return product(name, plan.op.params, quantized)
+        return product(plan.op.primitive, plan.op.params, quantized)
 
     @jax.checkpoint  # keeps the codes for the backward pass, and no floats
     def of_floats(arrays, ranges):
         values = _fake_quantized(restore(arrays), plan, ranges)
         values = [x.value if isinstance(x, StoredWeight) else x for x in values]
-        return product(name, plan.op.params, values)
+        return product(plan.op.primitive, plan.op.params, values)
 
     @of_codes.defjvp
     def _(primals, tangents):

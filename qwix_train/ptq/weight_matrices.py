@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train import ops
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.ops.vectors import Vectors
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.factors import Atom
 from qwix_train.trace.provenance import View
@@ -101,7 +102,8 @@ def matrix_view(view: View, op: Op, side: int) -> MatrixView:
       ValueError: if the op reads less than all of the param, or not in an order that
         is known; the message says why.
     """
-    contracting, batch = axes_of(op, side)
+    axes = _axes(op, side)
+    contracting, batch = axes.contracted, axes.batch
     channels = channel_order(view, op, side)
     shape = op.operands[side].shape
     # For each factor its place: layers 0, groups 1, rows 2, channels 3.
@@ -187,9 +189,9 @@ def channel_order(view: View, op: Op, side: int) -> tuple[int, ...]:
       side: which operand the param is.
 
     Returns:
-      Indices into the contracted axes that `axes_of` gives of either operand.
+      Indices into the contracted axes that the kind of op gives of either operand.
     """
-    contracting, _ = axes_of(op, side)
+    contracting = _axes(op, side).contracted
 
     def first(index: int) -> list[tuple[int, int]]:
         atoms = view.dims[contracting[index]]
@@ -198,12 +200,28 @@ def channel_order(view: View, op: Op, side: int) -> tuple[int, ...]:
     return tuple(sorted(range(len(contracting)), key=first))
 
 
-def axes_of(op: Op, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of an operand that are contracted, and those that are batched over."""
-    numbers = op.params["dimension_numbers"]
-    if op.name == "conv_general_dilated":
-        return tuple(numbers.rhs_spec[1:]), ()
-    return tuple(numbers[0][side]), tuple(numbers[1][side])
+def input_vectors(view: View, op: Op, side: int) -> Vectors:
+    """How the input that meets a param is seen as vectors.
+
+    Args:
+      view: what the op reads of the param.
+      op: the op.
+      side: which operand the param is.
+
+    Raises:
+      ValueError: if it cannot be; the message says why.
+    """
+    # Along an axis that was added to the weight, every entry meets the same matrix.
+    own_batch = [
+        any(atom.size > 1 for atom in view.dims[axis]) for axis in _axes(op, side).batch
+    ]
+    order = channel_order(view, op, side)
+    return ops.kind_of(op).vectors(op, side, order, own_batch)
+
+
+def _axes(op: Op, side: int) -> ops.OperandAxes:
+    ndim = len(op.operands[side].shape)
+    return ops.kind_of(op).axes(op.params, side, ndim)
 
 
 def _layer_axes(view: View, op: Op) -> dict[int, int]:
@@ -218,64 +236,3 @@ def _layer_axes(view: View, op: Op) -> dict[int, int]:
     if [view.shape[axis] for axis in absent] != layers:
         raise ValueError("the op reads a part of it")
     return {axis: place for place, axis in enumerate(absent)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Channels:
-    """The input of a product as vectors of channels.
-
-    Attributes:
-      contracting: the axes of the input that are contracted, in the order in which
-        they make up the channels.
-      groups: the axes along which it meets another matrix of the weight each.
-    """
-
-    contracting: tuple[int, ...]
-    groups: tuple[int, ...] = ()
-
-    def samples(self, x: jax.Array) -> jax.Array:
-        """The vectors, shape (groups, samples, channels)."""
-        first = len(self.groups)
-        rest = [
-            axis
-            for axis in range(x.ndim)
-            if axis not in (*self.groups, *self.contracting)
-        ]
-        x = x.transpose((*self.groups, *rest, *self.contracting))
-        cuts = (x.shape[:first], x.shape[first : first + len(rest)])
-        channels = x.shape[first + len(rest) :]
-        return x.reshape([math.prod(sizes) for sizes in (*cuts, channels)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Patches:
-    """The input of a convolution as vectors: what the kernel sees at each place.
-
-    Attributes:
-      kernel: the shape of the kernel.
-      order: its axes of inputs and of places, which are all but the first of what the
-        dimension numbers list, in the order in which they make up the channels.
-      params: the parameters of the convolution's equation that say where it looks.
-    """
-
-    kernel: tuple[int, ...]
-    order: tuple[int, ...]
-    params: tuple[tuple[str, Any], ...]
-
-    def samples(self, x: jax.Array) -> jax.Array:
-        """The vectors, shape (1, samples, channels)."""
-        params = dict(self.params)
-        numbers = params.pop("dimension_numbers")
-        window = [self.kernel[axis] for axis in numbers.rhs_spec[2:]]
-        patches = lax.conv_general_dilated_patches(
-            x,
-            filter_shape=window,
-            dimension_numbers=numbers,
-            precision=lax.Precision.HIGHEST,
-            **params,
-        )
-        patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
-        channels = patches.shape[-1]
-        patches = patches.reshape(-1, channels // math.prod(window), *window)
-        patches = patches.transpose((0, *(1 + axis for axis in self.order)))
-        return patches.reshape(1, -1, channels)

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train import stored, weights
-from qwix_train.core import calibration, conv, numerics
+from qwix_train import ops, stored, weights
+from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
-from qwix_train.core.dot_general import aligned
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     MaybeQArray,
@@ -38,7 +37,7 @@ class BackwardProduct:
     """The gradient of a product in one of its operands.
 
     Attributes:
-      name: the primitive of the product: `dot_general` or `conv_general_dilated`.
+      name: the primitive of the product.
       params: the parameters of its equation.
       side: the operand that the gradient is for: 0 for the left one, 1 for the right.
       of_weight: whether that is a weight.
@@ -88,7 +87,7 @@ class BackwardProduct:
                 pair[at] = codes
             else:
                 pair[at] = dequantize(codes)
-            return product(op.name, op.params, pair)
+            return product(op.primitive, op.params, pair)
 
         arrays = [other.qvalue if isinstance(other, QArray) else other, g]
         return traced.with_inputs(arrays).run(traced.ops, handler, lambda _: None)
@@ -97,31 +96,13 @@ class BackwardProduct:
         self, g: jax.Array, other: QArray, operands: Sequence[MaybeQArray]
     ) -> tuple[jax.Array, MaybeQArray]:
         """Moves the scale of an operand to the gradient, where that has its axes."""
-        scale = other.scale.astype(g.dtype)
-        side = 1 - self.side
-        movable = other.zero_point is None and other.qtype != "nf4"
-        if self.name == "dot_general":
-            numbers = self.params["dimension_numbers"]
-            contracted = numbers[0][side]
-            if movable and all(scale.shape[axis] == 1 for axis in contracted):
-                ndims = (operands[0].ndim, operands[1].ndim)
-                movable = all(
-                    n in (1, size)
-                    for n, size in zip(scale.shape, other.shape, strict=True)
-                )
-                if movable:
-                    return g * aligned(scale, numbers, ndims, side), other
-        else:
-            numbers = self.params["dimension_numbers"]
-            kept = (numbers.lhs_spec, numbers.rhs_spec)[side][0]
-            of_batch_groups = side == 0 and self.params["batch_group_count"] > 1
-            size = 1 if of_batch_groups else other.shape[kept]
-            if movable and all(
-                n == 1 or (axis == kept and n == size)
-                for axis, n in enumerate(scale.shape)
-            ):
-                name = weights.SIDES[side]
-                return g * conv.aligned(scale, numbers, name, g.dtype), other
+        if other.zero_point is None and other.qtype != "nf4":
+            kind = ops.by_primitive(self.name)
+            assert kind is not None
+            scale = other.scale.astype(g.dtype)
+            scale = kind.on_result(self.params, 1 - self.side, scale, operands)
+            if scale is not None:
+                return g * scale, other
         return g, dequantize(other).astype(g.dtype)
 
     def _traced(

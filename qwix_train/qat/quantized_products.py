@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from qwix_train import static_range
+from qwix_train import ops, static_range
 from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
@@ -68,7 +68,7 @@ class QuantizedProducts:
             rule = None if op.rule_index is None else rules[op.rule_index]
             if not isinstance(rule, QtRule) or rule.bwd_qtype is None:
                 continue
-            if op.op.name == "gather":
+            if not ops.is_product(op.op.primitive):
                 continue
             _check_op(op.op, rule)
             self._rules[op.op.key] = rule
@@ -134,11 +134,12 @@ def _codes(
 
 def _check_op(op: Op, rule: QtRule) -> None:
     tile = rule.bwd_weight_grad_tile_size
-    if tile is not None and op.name == "conv_general_dilated":
+    kind = ops.kind_of(op)
+    if tile is not None and not kind.has_tiles:
         raise ValueError(
-            f"{op.where}: bwd_weight_grad_tile_size={tile} is set, but convolutions "
+            f"{op.where}: bwd_weight_grad_tile_size={tile} is set, but {kind.plural} "
             "have no sub-channel quantization. Put a rule without it, for "
-            "op_names=('conv_general_dilated',), before this one."
+            f"op_names=({op.name!r},), before this one."
         )
 
 
@@ -160,13 +161,14 @@ def _product(
       codes: their codes, `QArray`s or stored weights; None for those without.
       key: the random key for stochastic rounding, if there is any.
     """
-    name = "dot_general" if op.name == "einsum" else op.name
     dtypes = [value.dtype for value in values]
     result = op.params["preferred_element_type"]
     result = result or numerics.promote_types(*dtypes)
     params = {**op.params, "preferred_element_type": result}
     gradients = [
-        BackwardProduct(name, params, side, _is_weight(op, plan, side), rule, op.where)
+        BackwardProduct(
+            op.primitive, params, side, _is_weight(op, plan, side), rule, op.where
+        )
         for side in range(2)
     ]
     of_both = all(code is not None for code in codes)
@@ -181,7 +183,7 @@ def _product(
     @jax.custom_vjp
     def of_codes(values, codes, key):
         del key
-        return product(name, params, operands_of(values, codes))
+        return product(op.primitive, params, operands_of(values, codes))
 
     def forward(values, codes, key):
         return of_codes(values, codes, key), (operands_of(values, codes), key)
@@ -283,7 +285,7 @@ class _Weight(Carried):
 
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`: what is done to the values is done to the codes."""
-        if primitive in ("dot_general", "conv_general_dilated"):
+        if ops.is_product(primitive):
             return None  # In float, as no rule is for it.
         stored_weights = [x._stored if isinstance(x, _Weight) else x for x in operands]
         results = self._stored.apply(primitive, params, stored_weights, run)

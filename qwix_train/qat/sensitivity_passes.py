@@ -17,9 +17,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import static_range
+from qwix_train import static_range, weights
 from qwix_train.core.fake_quant import fake_quant
-from qwix_train.planning import OpPlan, Path, Plan, roles
+from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.op_groups import OpGroup, OpName, TypedPlans, op_name
 from qwix_train.trace import harvest, session
@@ -338,9 +338,8 @@ def _slice_transforms(plans: Sequence[Plan], path: Path) -> list[Transform] | No
 
 def _is_weight(op: Any, side: int) -> bool:
     """Whether an operand is a weight, and not an input that was looked up in one."""
-    if op.name == "gather":
-        return side == 0
-    return isinstance(roles(op)[side], Weight)
+    roles = weights.roles(op)
+    return side < len(roles) and isinstance(roles[side], Weight)
 
 
 def _tagged(exact: Any, others: Sequence[Any], name: str) -> Any:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jax import core
 from jax.extend import core as jex
@@ -27,16 +25,41 @@ from qwix_train.trace.scopes import is_in_float, module_path_of
 # body and the index there, and so on inward.
 Key = tuple[int, ...]
 
-_OPS = {
-    "dot_general": "dot_general",
-    "conv_general_dilated": "conv_general_dilated",
-    "ragged_dot_general": "ragged_dot",
-    "ragged_dot": "ragged_dot",
-    "gather": "gather",
-}
-# The scope that `jnp.einsum` opens is named by its subscripts: "bi,io->bo", with
-# ellipses and spaces as they were written. A transformation stands around it.
-_EINSUM_SCOPE = re.compile(r"(?:\w+\()*[\w. ]*(?:,[\w. ]*)*(?:,|->)[\w. ]*\)*")
+
+class Kind(Protocol):
+    """What has to be known of a kind of operation to find it."""
+
+    @property
+    def primitive(self) -> str:
+        """The name of its primitive."""
+        ...
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies its operands."""
+        ...
+
+    def name_in(self, scope: str) -> str:
+        """The name of one that runs in a scope."""
+        ...
+
+    def is_found(
+        self, operands: Sequence[Provenance], shapes: Sequence[tuple[int, ...]]
+    ) -> bool:
+        """Whether an equation of the primitive is one."""
+        ...
+
+    def axes(self, params: Mapping[str, Any], side: int, ndim: int) -> Any:
+        """What it does with the axes of an operand, among them `contracted`."""
+        ...
+
+
+_kinds: dict[str, Kind] = {}
+
+
+def register_kind(kind: Kind) -> None:
+    """Has operations of a kind found in traced functions."""
+    _kinds[kind.primitive] = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +77,8 @@ class Op:
 
     Attributes:
       key: where its equation is.
-      name: `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, or `gather`
-        where an input, or an array of constants, says which rows of a param to take.
+      primitive: the name of its primitive.
+      name: the name by which rules know it.
       id: the name and the count within the module, such as `dot_general0`.
       module_path: the path of the module that ran it, such as `encoder/Dense_0`.
       params: the parameters of its equation.
@@ -72,6 +95,7 @@ class Op:
     """
 
     key: Key
+    primitive: str
     name: str
     id: str
     module_path: str
@@ -141,11 +165,6 @@ def find_tagged(
     walker = _TagWalker(name_of)
     walker.walk(body, inputs, key=(), scope="", opaque=None)
     return walker.found
-
-
-def is_einsum(scope: str) -> bool:
-    """Whether the product in a scope is (a part of) an einsum."""
-    return _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2]) is not None
 
 
 class _Walker:
@@ -224,14 +243,13 @@ class _Walker:
                     path = new + path.removeprefix(old)
                     break
         path = _join(self.prefix, path)
-        name = _OPS[eqn.primitive.name]
-        if name == "dot_general" and is_einsum(scope):
-            name = "einsum"
+        name = _kinds[eqn.primitive.name].name_in(scope)
         count = self.counts[path, name]
         self.counts[path, name] += 1
         self.ops.append(
             Op(
                 key=key,
+                primitive=eqn.primitive.name,
                 name=name,
                 id=f"{name}{count}",
                 module_path=path,
@@ -251,23 +269,20 @@ class _Walker:
 
     def moves(self, eqn, operands) -> bool:
         """Whether an equation multiplies an activation by a constant that selects."""
-        if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+        kind = _kinds[eqn.primitive.name]
+        if not kind.is_product:
             return False
         sides = [isinstance(x, provenance.Constant) for x in operands[:2]]
         others = [isinstance(x, provenance.Activation) for x in operands[:2]]
         if sorted(sides) != [False, True] or not any(others):
             return False
         side = sides.index(True)
-        numbers = eqn.params["dimension_numbers"]
-        if eqn.primitive.name == "dot_general":
-            contracted = numbers[0][side]
-        elif side == 1:
-            contracted = numbers.rhs_spec[1:]
-        else:
-            return False
         assert self.constants is not None
         value = self.constants.value(eqn.invars[side])
-        return value is not None and moves_elements(value, contracted)
+        if value is None:
+            return False
+        axes = kind.axes(eqn.params, side, value.ndim)
+        return moves_elements(value, axes.contracted)
 
     def enter(self, eqn, operands, key, scope, opaque) -> list[Provenance]:
         """Walks the bodies of one equation."""
@@ -408,16 +423,10 @@ class _TagWalker(_Walker):
 
 
 def _is_op(eqn, operands: Sequence[Provenance]) -> bool:
-    if eqn.primitive.name != "gather":
-        return eqn.primitive.name in _OPS
-    # A lookup, not the choice of a loss's labels. The rows may be constants, as the
-    # positions of a sequence are where a model makes them itself; but one constant row,
-    # such as that of a layer, is just a part of the param.
-    table, indices = operands
-    if not isinstance(table, provenance.Weight):
-        return False
-    rows = math.prod(_shape(eqn.invars[1])[:-1])
-    return provenance.is_activation(indices) or rows > 1
+    kind = _kinds.get(eqn.primitive.name)
+    return kind is not None and kind.is_found(
+        operands, [_shape(atom) for atom in eqn.invars]
+    )
 
 
 def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str, str]:

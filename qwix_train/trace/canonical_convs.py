@@ -49,7 +49,7 @@ def _convolutions(body: jax_versions.Body, key: Key):
     for index, eqn in enumerate(body.jaxpr.eqns):
         here = (*key, index)
         name = eqn.primitive.name
-        if name == "conv_general_dilated":
+        if eqn.primitive is lax.conv_general_dilated_p:
             if not _is_canonical(eqn.params["dimension_numbers"]):
                 yield here, eqn
         elif name in jax_versions.JIT or name in jax_versions.REMAT:

@@ -14,6 +14,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax import lax
+
 from qwix_train.trace import factors
 from qwix_train.trace.factors import Atom
 
@@ -447,7 +449,7 @@ _RULES = {
     "pad": _same_axes,
     "optimization_barrier": lambda params, operands, *_: list(operands),
     "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
+    lax.gather_p.name: _gather,
     "concatenate": _concatenate,
     "stack": _stack,
     "unstack": _unstack,

@@ -7,7 +7,6 @@ import pytest
 
 from qwix_train.core import numerics
 from qwix_train.core.dot_general import MIN_TILE_SIZE, dot, dot_general
-from qwix_train.core.layout import dot_axes
 from qwix_train.core.qarray import QArray, dequantize, quantize
 
 NUMBERS = (((2,), (1,)), ((0,), (0,)))
@@ -19,11 +18,13 @@ def operand(shape, side, qtype, method="absmax", tile=None, numbers=NUMBERS):
     x = jnp.asarray(rng.normal(0.3, 1, shape), jnp.float32)
     if qtype is None:
         return x
-    channelwise, tiled = dot_axes(numbers, len(shape), side, tile)
+    contracted = numbers[0][side == "rhs"]
+    kept = tuple(axis for axis in range(len(shape)) if axis not in contracted)
+    tiled = tile if isinstance(tile, dict) else {max(contracted): tile} if tile else {}
     return quantize(
         x,
         qtype,
-        channelwise_axes=channelwise,
+        channelwise_axes=kept,
         tiled_axes=tiled,
         calibration_method=method,
     )

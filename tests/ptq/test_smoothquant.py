@@ -9,9 +9,9 @@ from qwix.contrib import smooth_quant
 
 from qwix_train import QuantizationRule, dequantize, ptq
 from qwix_train.core.how import HowToQuantize
+from qwix_train.ops.vectors import Channels
 from qwix_train.ptq.input_statistics import InputMoments
 from qwix_train.ptq.smoothquant import smoothing
-from qwix_train.ptq.weight_matrices import Channels
 from tests import models
 from tests.ptq.gptq_reference import WIDE, correlated, run
 

@@ -1,0 +1,136 @@
+"""Matrix products: `dot_general`, and `einsum`, which JAX makes of it."""
+
+from __future__ import annotations
+
+import re
+import string
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from qwix_train.core.dot_general import aligned, dot_general
+from qwix_train.core.qarray import QArray
+from qwix_train.ops.kind import OperandAxes, OpKind, scale_entries_match
+from qwix_train.ops.low_rank import LowRankTerm, in_order, varies
+from qwix_train.ops.vectors import Channels
+
+# The scope that `jnp.einsum` opens is named by its subscripts: "bi,io->bo", with
+# ellipses and spaces as they were written. A transformation stands around it.
+_EINSUM_SCOPE = re.compile(r"(?:\w+\()*[\w. ]*(?:,[\w. ]*)*(?:,|->)[\w. ]*\)*")
+
+
+class Dot(OpKind):
+    """A matrix product, with contracted and batch axes anywhere."""
+
+    primitive = lax.dot_general_p.name
+    names = ("dot_general", "einsum")
+    plural = "matrix products"
+
+    def name_in(self, scope):
+        """See `OpKind.name_in`: within the scope of an einsum it is one."""
+        is_einsum = _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2])
+        return self.names[1 if is_einsum else 0]
+
+    def axes(self, params, side, ndim):
+        """See `OpKind.axes`."""
+        contracted, batch = params["dimension_numbers"]
+        return OperandAxes.of(ndim, contracted[side], batch[side])
+
+    def product(self, params, operands, dtype):
+        """See `OpKind.product`."""
+        lhs, rhs = operands
+        return dot_general(
+            lhs,
+            rhs,
+            params["dimension_numbers"],
+            precision=params["precision"],
+            preferred_element_type=dtype,
+            out_sharding=params["out_sharding"],
+        )
+
+    def on_result(self, params, side, part, operands):
+        """See `OpKind.on_result`: all scales that are constant along what is summed."""
+        numbers = params["dimension_numbers"]
+        if varies(part, numbers[0][side]):
+            return None
+        array = operands[side]
+        if isinstance(array, QArray) and not scale_entries_match(part, array):
+            return None
+        return aligned(part, numbers, (operands[0].ndim, operands[1].ndim), side)
+
+    def low_rank(self, params, side, weight, operands):
+        """See `OpKind.low_rank`."""
+        contracting, batch = params["dimension_numbers"]
+        axes, x_axes = contracting[side], contracting[1 - side]
+        inner, outer = in_order(weight, axes)
+        if inner is None or varies(weight.gain, axes):
+            return None
+        letters = iter(string.ascii_letters)
+        names = [next(letters) for _ in range(len(weight.shape))]
+        rank = next(letters)
+        x_names = [""] * jnp.ndim(operands[1 - side])
+        pairs = [*zip(axes, x_axes, strict=True)]
+        pairs += zip(batch[side], batch[1 - side], strict=True)
+        for axis, x_axis in pairs:
+            x_names[x_axis] = names[axis]
+        x_names = [name or next(letters) for name in x_names]
+        batched = [names[axis] for axis in batch[side]]
+        kept = [n for axis, n in enumerate(names) if axis not in (*axes, *batch[side])]
+        free = [
+            name
+            for axis, name in enumerate(x_names)
+            if axis not in (*x_axes, *batch[1 - side])
+        ]
+        out = [*batched, *(kept + free if side == 0 else free + kept)]
+
+        def apply(x):
+            held, inner_names = _squeezed(inner, [*names, rank], rank)
+            middle = [n for n in out if n in x_names or n in inner_names]
+            half = _einsum([x_names, inner_names], [*middle, rank], x, held, params)
+            held, outer_names = _squeezed(outer, [*names, rank], rank)
+            found = [n for n in out if n in middle or n in outer_names]
+            whole = _einsum([[*middle, rank], outer_names], found, half, held, params)
+            return _with_axes(whole, found, out)
+
+        gain = None
+        if weight.gain is not None:
+            held, gain_names = _squeezed(weight.gain, names)
+            order = [gain_names.index(n) for n in out if n in gain_names]
+            gain_names = [n for n in out if n in gain_names]
+            gain = _with_axes(held.transpose(order), gain_names, out)
+        return LowRankTerm(apply, gain)
+
+    def vectors(self, op, side, order, own_batch):
+        """See `OpKind.vectors`."""
+        contracting, batch = op.params["dimension_numbers"]
+        contracted = tuple(contracting[1 - side][i] for i in order)
+        own = zip(batch[1 - side], own_batch, strict=True)
+        return Channels(contracted, tuple(axis for axis, is_own in own if is_own))
+
+    def flattens(self, name):
+        """See `OpKind.flattens`: as in `qwix`, an einsum keeps its axes."""
+        return name == self.names[0]
+
+
+def _einsum(names, out, x, factor, params):
+    subscripts = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
+    return jnp.einsum(
+        subscripts, x, factor.astype(x.dtype), precision=params["precision"]
+    )
+
+
+def _squeezed(factor, names, *kept):
+    """A factor without axes of size 1 (but those kept), and the names of the others."""
+    dropped = [
+        axis
+        for axis, name in enumerate(names)
+        if factor.shape[axis] == 1 and name not in kept
+    ]
+    return factor.squeeze(dropped), [n for a, n in enumerate(names) if a not in dropped]
+
+
+def _with_axes(array: jax.Array, names, out) -> jax.Array:
+    return jnp.expand_dims(
+        array, [i for i, name in enumerate(out) if name not in names]
+    )
