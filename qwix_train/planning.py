@@ -60,7 +60,7 @@ class OpPlan:
         """The path of the range of an operand: its module, its op and its side.
 
         Args:
-          side: 0 for the left operand, 1 for the right one.
+          side: 0 for the left factor, 1 for the right one.
         """
         names = self.module_path.split("/") if self.module_path else []
         return (*names, f"{self.op.id}_{weights.SIDES[side]}")

@@ -219,6 +219,17 @@ class OpKind(abc.ABC):
         """
         raise ValueError(f"{self.plural} have no matrix of inputs")
 
+    def seen(self, params: Params, side: int, operands: Sequence[Any]) -> Any:
+        """The input of a weight as `vectors` takes it; the operand, unless said.
+
+        Args:
+          params: the parameters of the equation.
+          side: the side of the input.
+          operands: the operands.
+        """
+        del params
+        return operands[side]
+
     def flattens(self, name: str) -> bool:
         """Whether an adapter has its contracted axes as one, and its kept ones.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -13,7 +13,14 @@ from jax import numpy as jnp
 
 
 class Vectors(abc.ABC):
-    """How an input is seen as vectors of channels: what a matrix is multiplied by."""
+    """How an input is seen as vectors of channels: what a matrix is multiplied by.
+
+    Attributes:
+      unscaled: why the channels cannot have scales that the weight is divided by; empty
+        if they can.
+    """
+
+    unscaled: ClassVar[str] = ""
 
     @abc.abstractmethod
     def samples(self, x: jax.Array) -> jax.Array:
@@ -57,6 +64,8 @@ class Patches(Vectors):
         dimension numbers list, in the order in which they make up the channels.
       params: the parameters of the convolution's equation that say where it looks.
     """
+
+    unscaled = "a convolution sees each channel of its input at many places"
 
     kernel: tuple[int, ...]
     order: tuple[int, ...]

@@ -136,8 +136,10 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
         used |= {p for p in beside if p in named}
     for op in plan.quantized_ops:
         for side, how in enumerate(op.activations):
+            if how is None or not op.learned:
+                continue
             leaves = learned_scale.leaves_at(op.range_path(side), named)
-            if how is None or not op.learned or not leaves.method:
+            if not leaves.method:
                 continue
             operand = op.op.operands[side]
             shape = (*op.op.layers, *how.scale_shape(operand.shape))

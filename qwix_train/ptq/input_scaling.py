@@ -52,8 +52,8 @@ class InputScaling(WeightMethod):
         found, *others = weight.inputs
         if others:
             return "several ops read it, and would read it scaled"
-        if not isinstance(found.channels, Channels):
-            return "a convolution sees each channel of its input at many places"
+        if found.channels.unscaled:
+            return found.channels.unscaled
         if found.layers and not weight.view.layers:
             return "all layers that are scanned over read it"
         return ""

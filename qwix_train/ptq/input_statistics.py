@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
+from qwix_train import ops
 from qwix_train.calib.observe import Tagging
 from qwix_train.calib.observers import Statistics
 from qwix_train.core.how import HowToQuantize
@@ -251,11 +253,16 @@ class InputTagging(Tagging):
             side = 0 if found.path[-1].endswith("_lhs") else 1
             operands = list(operands)
             layers = [length > 0 for length in op.scans]
-            operands[side] = harvest.tag(operands[side], found.name, layers)
+            x = ops.kind_of(op).seen(op.params, side, operands)
+            tagged_x = harvest.tag(x, found.name, layers)
+            if x is operands[side]:
+                operands[side] = tagged_x
+            else:  # what is tagged is kept by what needs it
+                operands[side], _ = lax.optimization_barrier((operands[side], tagged_x))
             return run(*operands)
 
-        ops = [op.op for op in plan.ops if op.op.key in tagged]
-        return traced.run(ops, handler, lambda _: None)
+        products = [op.op for op in plan.ops if op.op.key in tagged]
+        return traced.run(products, handler, lambda _: None)
 
     def _found(self, plan: OpPlan, path: Path, whole: Plan) -> WeightInput | str:
         """What enters an op that reads a param; why it is of no use, otherwise."""
@@ -282,7 +289,10 @@ class InputTagging(Tagging):
             return f"{op.where}: {error}"
         assert plan.rule_index is not None
         rule: QuantizationRule = whole.rules[plan.rule_index]
-        operand = op.operands[1 - side]
+        operand = jax.eval_shape(
+            lambda *x: ops.kind_of(op).seen(op.params, 1 - side, x),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in op.operands),
+        )
         how = whole.params[path].how
         assert how is not None
         moments = InputMoments(channels, self.second_moment, self.rows)

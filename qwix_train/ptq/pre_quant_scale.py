@@ -73,11 +73,10 @@ def scales_of(plan: OpPlan, named: Mapping[Path, Any]) -> list[jax.Array | None]
     Raises:
       ValueError: if a scale is not one of the operand's.
     """
-    scales: list[jax.Array | None] = []
-    for side in range(min(2, len(plan.op.operands))):
+    scales: list[jax.Array | None] = [None] * len(plan.op.operands)
+    for side in range(ops.kind_of(plan.op).sides):
         path = scale_path(plan.range_path(side))
-        scale = named.get(path)
-        scales.append(scale)
+        scale = scales[side] = named.get(path)
         if scale is None:
             continue
         shape = scale_shape(plan.op, side)

@@ -176,8 +176,8 @@ def run_on_codes(
             if input_scale is not None:
                 operands[side] *= input_scale.astype(operands[side].dtype)
         kept = [isinstance(x, StoredWeight) for x in operands]
-        factors = zip(plan.activations[:2], kept[:2], strict=True)
-        if all(how or x for how, x in factors):
+        sides = ops.kind_of(op).sides
+        if all(plan.activations[side] or kept[side] for side in range(sides)):
             return _product_of_codes(plan, operands, ranges)
         if any(kept):
             return product(op.primitive, op.params, operands)

@@ -257,7 +257,8 @@ class _Job:
             )
         if result.reason:
             record = dataclasses.replace(record, applied=False, reason=result.reason)
-        self.records.append(dataclasses.replace(record, note=result.note))
+        notes = [note for note in (result.note, _without_input(weight)) if note]
+        self.records.append(dataclasses.replace(record, note="; ".join(notes)))
         return WithAux(result.array, rounded.how)
 
     def finish(self, quant_stats: Any, target: Mapping[Path, Any]) -> Any:
@@ -330,6 +331,21 @@ def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, 
         others = {name: moments[name][0] for name in moments.keys() - set(names)}
         return [{**merged, **others}]
     return [{name: value[i] for name, value in moments.items()} for i in range(count)]
+
+
+def _without_input(weight: Weight) -> str:
+    """Says which matrices of a weight, such as those of experts, saw no input."""
+    seen = weight.moments["absmean"]
+    if isinstance(seen, core.Tracer):
+        return ""
+    unseen = np.flatnonzero(~np.any(np.asarray(seen) != 0, axis=-1)).tolist()
+    if not unseen:
+        return ""
+    names = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
+    return (
+        f"no input reached {len(unseen)} of its {len(seen)} matrices ({names}): "
+        "they are rounded to nearest"
+    )
 
 
 def _known(value: jax.Array) -> float | None:

@@ -79,15 +79,15 @@ class BackwardProduct:
             del run, given
             at = _gradient_side(op)
             codes = self._quantized(op, at, values[at], key)
-            pair = list(values)
+            factors = list(values)
             if isinstance(other, QArray):
                 # Views of the codes; they have one scale, 1.
-                ones = jnp.ones((1,) * pair[1 - at].ndim, g.dtype)
-                pair[1 - at] = QArray(pair[1 - at], ones, None, other.qtype)
-                pair[at] = codes
+                ones = jnp.ones((1,) * factors[1 - at].ndim, g.dtype)
+                factors[1 - at] = QArray(factors[1 - at], ones, None, other.qtype)
+                factors[at] = codes
             else:
-                pair[at] = dequantize(codes)
-            return product(op.primitive, op.params, pair)
+                factors[at] = dequantize(codes)
+            return product(op.primitive, op.params, factors)
 
         arrays = [other.qvalue if isinstance(other, QArray) else other, g]
         return traced.with_inputs(arrays).run(traced.ops, handler, lambda _: None)
@@ -109,7 +109,7 @@ class BackwardProduct:
         self, operands: Sequence[MaybeQArray], g: jax.Array
     ) -> function.TracedCall:
         """The trace of the transposed product, as a function of floats."""
-        arrays = [x.qvalue if isinstance(x, QArray) else x for x in operands]
+        arrays = [x.qvalue if isinstance(x, QArray) else x for x in operands[:2]]
         # On a mesh with explicit axes, the gradient is sharded as its operand is.
         ours, others = (
             stored.shape_of(arrays[side]).update(dtype=g.dtype)
@@ -119,8 +119,8 @@ class BackwardProduct:
 
         def gradient(other, g):
             def forward(x):
-                pair = (x, other) if self.side == 0 else (other, x)
-                return product(self.name, params, pair)
+                factors = (x, other) if self.side == 0 else (other, x)
+                return product(self.name, params, [*factors, *operands[2:]])
 
             return jax.linear_transpose(forward, ours)(g)[0]
 

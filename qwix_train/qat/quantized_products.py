@@ -157,10 +157,12 @@ def _product(
       op: the op.
       plan: what happens to it.
       rule: how gradients are quantized.
-      values: the operands.
+      values: the operands; those behind the factors have no gradient.
       codes: their codes, `QArray`s or stored weights; None for those without.
       key: the random key for stochastic rounding, if there is any.
     """
+    sides = ops.kind_of(op).sides
+    rest, values, codes = values[sides:], values[:sides], codes[:sides]
     dtypes = [value.dtype for value in values]
     result = op.params["preferred_element_type"]
     result = result or numerics.promote_types(*dtypes)
@@ -169,24 +171,26 @@ def _product(
         BackwardProduct(
             op.primitive, params, side, _is_weight(op, plan, side), rule, op.where
         )
-        for side in range(2)
+        for side in range(sides)
     ]
     of_both = all(code is not None for code in codes)
 
-    def operands_of(values, codes):
+    def operands_of(values, codes, rest):
         # Next to values, a weight has the dtype that the model gave it.
-        return [
+        factors = [
             value if code is None else code if of_both else code.astype(value.dtype)
             for value, code in zip(values, codes, strict=True)
         ]
+        return [*factors, *rest]
 
     @jax.custom_vjp
-    def of_codes(values, codes, key):
+    def of_codes(values, codes, rest, key):
         del key
-        return product(op.primitive, params, operands_of(values, codes))
+        return product(op.primitive, params, operands_of(values, codes, rest))
 
-    def forward(values, codes, key):
-        return of_codes(values, codes, key), (operands_of(values, codes), key)
+    def forward(values, codes, rest, key):
+        out = of_codes(values, codes, rest, key)
+        return out, (operands_of(values, codes, rest), key)
 
     def backward(kept, g):
         operands, key = kept
@@ -197,10 +201,10 @@ def _product(
             gradient(g, operands, own).astype(dtype)
             for gradient, own, dtype in zip(gradients, keys, dtypes, strict=True)
         ]
-        return found, None, None
+        return found, None, None, None
 
     of_codes.defvjp(forward, backward)
-    return of_codes(values, codes, key)
+    return of_codes(values, codes, rest, key)
 
 
 def _is_weight(op: Op, plan: OpPlan, side: int) -> bool:
