@@ -311,13 +311,11 @@ class _Planner:
         if op.moves:
             reason = "a product with a constant that only moves elements"
             return dataclasses.replace(plan, reason=reason)
-        obstacle = kind.obstacle
         if op.opaque:
             obstacle = (
                 f"inside {op.opaque}, which cannot be rewritten: call the product "
                 "outside of it, or leave it out with a rule that sets no weight_qtype"
             )
-        if obstacle:
             return dataclasses.replace(plan, reason=obstacle, unsupported=True)
         read = op.operands[: kind.sides]
         if any(not numerics.is_quantizable(o.dtype) for o in read):

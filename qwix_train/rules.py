@@ -36,10 +36,10 @@ class QuantizationRule:
       module_path: a regular expression that the whole path of the module must match,
         such as `"encoder/.*"`.
       op_names: the ops that the rule is for: `"dot_general"`, `"einsum"` or
-        `"conv_general_dilated"`, `"gather"` (a lookup in a table of embeddings, per
-        row), or one op by its id in the plan, such as `"einsum1"`. If empty, all
-        products and convolutions; lookups only where they are named. For LiteRT, all
-        ops that `odml.table()` has.
+        `"conv_general_dilated"`, `"ragged_dot"` (the matrices of experts), `"gather"`
+        (a lookup in a table of embeddings, per row), or one op by its id in the plan,
+        such as `"einsum1"`. If empty, all products and convolutions; lookups only where
+        they are named. For LiteRT, all ops that `odml.table()` has.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
         `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
       act_qtype: the type for activations; they stay in float if None. For LiteRT also

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import importlib
 import importlib.metadata
 import os
 
@@ -55,6 +56,9 @@ def pytest_configure(config):
     # What the environment says comes first.
     flags = [flag for flag in flags if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
+    # Before pytest collects doctests: the first module that it imports by its path it
+    # imports anew, and what is registered would be registered in one of two.
+    importlib.import_module("qwix_train")
 
 
 def pytest_collection_finish(session):

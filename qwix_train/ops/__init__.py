@@ -52,7 +52,7 @@ def by_primitive(name: str) -> OpKind | None:
 def is_product(primitive: str) -> bool:
     """Whether the equations of a primitive are products that can be quantized."""
     kind = _by_primitive.get(primitive)
-    return kind is not None and kind.is_product and not kind.obstacle
+    return kind is not None and kind.is_product
 
 
 def by_name(name: str) -> OpKind | None:
@@ -62,12 +62,7 @@ def by_name(name: str) -> OpKind | None:
 
 def names() -> tuple[str, ...]:
     """The names by which rules know the operations that can be quantized."""
-    return tuple(
-        name
-        for kind in _by_primitive.values()
-        if not kind.obstacle
-        for name in kind.names
-    )
+    return tuple(name for kind in _by_primitive.values() for name in kind.names)
 
 
 for _kind in KINDS:

@@ -60,7 +60,6 @@ class OpKind(abc.ABC):
         it takes are elements of the table.
       by_name_only: whether a rule matches it only where its `op_names` names it.
       has_tiles: whether its operands can have sub-channel scales.
-      obstacle: why it cannot be quantized; empty if it can.
     """
 
     primitive: str
@@ -70,7 +69,6 @@ class OpKind(abc.ABC):
     is_product: bool = True
     by_name_only: bool = False
     has_tiles: bool = True
-    obstacle: str = ""
 
     def name_in(self, scope: str) -> str:
         """The name of an operation of this kind that runs in a scope.
