@@ -20,14 +20,15 @@ from qwix_train.lora import LoraProvider as LoraProvider
 from qwix_train.lora import LoraRule as LoraRule
 from qwix_train.lora import LoraTrainState as LoraTrainState
 from qwix_train.model import apply_lora_to_model as apply_lora_to_model
-from qwix_train.model import plan as plan
 from qwix_train.model import quantize_fn as quantize_fn
 from qwix_train.model import quantize_model as quantize_model
 from qwix_train.odml import OdmlConversionProvider as OdmlConversionProvider
 from qwix_train.odml import OdmlQatProvider as OdmlQatProvider
 from qwix_train.ops.ragged_dot import ragged_dot as ragged_dot
 from qwix_train.ops.ragged_dot import ragged_dot_general as ragged_dot_general
+from qwix_train.plan_of import plan as plan
 from qwix_train.planning import Plan as Plan
+from qwix_train.planning import StepPlan as StepPlan
 from qwix_train.provider import QuantizationProvider as QuantizationProvider
 from qwix_train.ptq import PtqProvider as PtqProvider
 from qwix_train.ptq import quantize_params as quantize_params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,9 +15,8 @@ from jax import numpy as jnp
 
 from qwix_train import nested, other_methods, random_keys, stored
 from qwix_train.core.qarray import WithAux
-from qwix_train.planning import Plan, make_plan
+from qwix_train.planning import Plan
 from qwix_train.provider import QuantizationProvider
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import call_mode, function, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
@@ -99,7 +98,7 @@ def quantize_model(
     nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
-        if not _takes_rngs(method):
+        if not takes_rngs(method):
             model_inputs_kwargs.pop("rngs", None)
         with nnx_calls.tracing_call(
             method, (model, *model_inputs), model_inputs_kwargs
@@ -141,7 +140,7 @@ def apply_lora_to_model(
     )
 
 
-def _takes_rngs(method: Callable[..., Any]) -> bool:
+def takes_rngs(method: Callable[..., Any]) -> bool:
     """Whether a method has a parameter `rngs`; `**kwargs` may be for anything else."""
     return "rngs" in inspect.signature(method).parameters
 
@@ -456,67 +455,3 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
         return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
 
     return quantized
-
-
-def plan(
-    model: Any,
-    rules: Sequence[QuantizationRule] | QuantizationProvider,
-    *inputs: Any,
-    variables: Any = None,
-    method: str | Callable[..., Any] = "__call__",
-    rngs: Any = None,
-    **kwargs: Any,
-) -> Plan:
-    """What rules would do to every op of a model; nothing is computed.
-
-    Args:
-      model: a Linen module, an NNX module, or a function whose first input is a tree
-        of params.
-      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
-        says what dequantizes params, too.
-      *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
-      variables: the variables of a Linen model. If None, their shapes are found with
-        `model.init`, for inputs of any width.
-      method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`; what the
-        method of an NNX model takes as `rngs`, if it does; a keyword input of a
-        function.
-      **kwargs: keyword inputs.
-
-    Returns:
-      The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
-
-    Example:
-      >>> from jax import numpy as jnp
-      >>> rules = [QuantizationRule(weight_qtype="int8")]
-      >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
-      ('kernel',)
-    """
-
-    def planned(traced):
-        if isinstance(rules, QuantizationProvider):
-            return rules.annotate(traced, rules.plan(traced))
-        return make_plan(traced, rules)
-
-    if isinstance(model, nnx.Module):
-        cls = subclasses.original(type(model))
-        called = getattr(cls, method) if isinstance(method, str) else method
-        if rngs is not None and _takes_rngs(called):
-            kwargs["rngs"] = rngs
-        with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
-            return planned(traced)
-    if isinstance(model, nn.Module):
-        if variables is None:
-            given = {"method": method, **kwargs}
-            variables = linen_calls.abstract_variables(model, inputs, given, rngs)
-        mutable = [name for name in variables if name != "params"]
-        apply = functools.partial(
-            model.apply, method=method, rngs=rngs, mutable=mutable
-        )
-        traced = trace_function(apply, (variables, *inputs), kwargs)
-    elif callable(model):
-        given = {} if rngs is None else {"rngs": rngs}
-        traced = trace_function(model, inputs, {**given, **kwargs})
-    else:
-        raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
-    return planned(traced)

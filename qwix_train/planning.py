@@ -242,6 +242,49 @@ class Plan:
         return plan_table.table(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedCall:
+    """A call of a model in a step, and what happens in it.
+
+    Attributes:
+      when: the steps of a schedule that it is of, such as `"from step 100"`; empty
+        without a schedule.
+      plan: what happens in the call.
+    """
+
+    when: str
+    plan: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What happens in each call of a model in a wrapped step.
+
+    Attributes:
+      calls: the calls, in the order in which the step makes them.
+    """
+
+    calls: tuple[PlannedCall, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary for each op, as `Plan.records`, with the number of its call."""
+        return [
+            {"call": number, "when": call.when, **record}
+            for number, call in enumerate(self.calls)
+            for record in call.plan.records()
+        ]
+
+    def __str__(self) -> str:
+        count = len(self.calls)
+        texts = [
+            f"call {number} of {count}"
+            + (f", {call.when}" if call.when else "")
+            + f":\n\n{call.plan}"
+            for number, call in enumerate(self.calls, 1)
+        ]
+        return "\n\n".join(texts) or "The step calls no model that is quantized."
+
+
 def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     """Decides what happens to every op of a traced call.
 

@@ -24,6 +24,7 @@ from qwix_train.qat.stages import Stage
 from qwix_train.trace import jax_versions
 from qwix_train.trace.canonical_convs import run_as_at_top
 from qwix_train.trace.whole_step import tracing_step
+from qwix_train.wrapping import calls_when, is_planning
 
 Step = Callable[..., Any]
 
@@ -52,6 +53,11 @@ def follow(
     checked: list[None] = []
 
     def call(*args, **kwargs):
+        if is_planning():
+            for step, stage in zip(steps, stages, strict=True):
+                with calls_when(f"from step {stage.begins_at}"):
+                    out = step(*args, **kwargs)
+            return out
         count = count_of(args, kwargs)
         if isinstance(count, core.Tracer):
             places = jnp.asarray(later, count.dtype)

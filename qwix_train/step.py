@@ -22,7 +22,7 @@ from qwix_train.schedule import Schedule
 from qwix_train.trace import harvest
 from qwix_train.trace.compiled import Compiled
 from qwix_train.trace.whole_step import tracing_step
-from qwix_train.wrapping import check_step, wrap
+from qwix_train.wrapping import check_step, mark_wrapped, wrap
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -348,4 +348,5 @@ def _like(step: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., A
     def quantized_step(*args, **kwargs):
         return run(*args, **kwargs)
 
+    mark_wrapped(quantized_step)
     return quantized_step

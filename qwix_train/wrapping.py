@@ -9,7 +9,8 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 
 from qwix_train import param_trees, step_arguments
 from qwix_train.param_trees import CalledTrees
-from qwix_train.planning import Plan
+from qwix_train.planning import Plan, PlannedCall, StepPlan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
@@ -66,6 +67,9 @@ def wrap(
 
     def quantized_step(*args, **kwargs):
         args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
+        if is_planning():
+            # What another session has traced would be found, and not be seen.
+            return run(session.Session(wrapped.rewrite), args, kwargs, shared=False)
         with wrapped.checking(checked, (args, kwargs)) as trees:
             # What a compiled step finds in caches can be looked at: it can be traced.
             out = run(wrapped.session, args, kwargs, shared=trees.while_compiled)
@@ -79,7 +83,75 @@ def wrap(
     # would say of this one what is not so.
     with contextlib.suppress(AttributeError, TypeError):
         functools.update_wrapper(quantized_step, step, updated=())
+    mark_wrapped(quantized_step)
     return quantized_step
+
+
+class _Collecting(threading.local):
+    """The calls that this thread takes down, in the place of quantizing a step."""
+
+    calls: list[PlannedCall] | None = None
+    when = ""
+
+
+_collecting = _Collecting()
+# Steps that are wrapped; a compiled one leads to its function by `__wrapped__`.
+_wrapped_steps: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def mark_wrapped(step: Callable[..., Any]) -> None:
+    """Lets `plan_step` know of a step that quantizes model calls."""
+    _wrapped_steps.add(step)
+
+
+def wrapped_step(step: Any) -> Callable[..., Any] | None:
+    """The wrapped step that a function is, or was compiled from; None if there is none.
+
+    Args:
+      step: any object.
+    """
+    while callable(step) and not isinstance(step, nn.Module | nnx.Module | type):
+        if step in _wrapped_steps:
+            return step
+        step = getattr(step, "__wrapped__", None)
+    return None
+
+
+def plan_step(step: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan:
+    """What happens in each call of a model in a wrapped step; nothing is computed.
+
+    Args:
+      step: the wrapped step.
+      args: its arguments, or shapes.
+      kwargs: its keyword arguments.
+    """
+    before, calls = _collecting.calls, []
+    _collecting.calls = calls
+    try:
+        with tracing_step(step, args, kwargs):
+            pass
+    finally:
+        _collecting.calls = before
+    return StepPlan(tuple(calls))
+
+
+def is_planning() -> bool:
+    """Whether `plan_step` traces a step in this thread."""
+    return _collecting.calls is not None
+
+
+@contextlib.contextmanager
+def calls_when(when: str) -> Iterator[None]:
+    """Says of the calls that are taken down when they are made.
+
+    Args:
+      when: such as `"from step 100"`.
+    """
+    before, _collecting.when = _collecting.when, when
+    try:
+        yield
+    finally:
+        _collecting.when = before
 
 
 def check_step(step: Any) -> None:
@@ -133,6 +205,9 @@ class _Wrapped:
 
     def rewrite(self, traced):
         plan = self.provider.plan(traced)
+        if _collecting.calls is not None:
+            annotated = self.provider.annotate(traced, plan)
+            _collecting.calls.append(PlannedCall(_collecting.when, annotated))
         if self.seen.plans is not None and isinstance(plan, Plan):
             self.seen.plans.append(plan)
         if self.provider.matches(plan):

@@ -14,7 +14,7 @@ from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout, find_layouts
 from qwix_train.lora.provider import LoraProvider, is_adapter
 from qwix_train.lora.train_state import LoraTrainState, by_path
-from qwix_train.model import plan
+from qwix_train.plan_of import plan_model
 from qwix_train.planning import Path
 from qwix_train.ptq.trees import to_tree
 from qwix_train.trace import subclasses
@@ -66,7 +66,7 @@ def split(
         if params is not None or variables is not None:
             raise TypeError("An NNX model holds its params: give inputs alone.")
         params = to_tree(model, nnx.Param)
-        planned = plan(model, provider.rules, *inputs, **kwargs)
+        planned = plan_model(model, provider.rules, *inputs, **kwargs)
     else:
         if params is None:
             raise TypeError(
@@ -74,7 +74,7 @@ def split(
                 "params=params)."
             )
         given = {**(variables or {}), "params": params}
-        planned = plan(model, provider.rules, *inputs, variables=given, **kwargs)
+        planned = plan_model(model, provider.rules, *inputs, variables=given, **kwargs)
     layouts = {path: layout for path, (layout, _) in find_layouts(planned).items()}
     parts = {path for layout in layouts.values() for path in layout.shapes}
     base, adapters = {}, {}

@@ -1,0 +1,128 @@
+"""What rules do to a model, or to each model call of a step, as a plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from flax import linen as nn
+from flax import nnx
+
+from qwix_train.model import takes_rngs, trace_function
+from qwix_train.planning import Plan, StepPlan, make_plan
+from qwix_train.provider import QuantizationProvider
+from qwix_train.rules import QuantizationRule
+from qwix_train.trace import linen as linen_calls
+from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace import subclasses
+from qwix_train.wrapping import plan_step, wrapped_step
+
+
+@overload
+def plan(
+    model: Any,
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
+    *inputs: Any,
+    variables: Any = None,
+    method: str | Callable[..., Any] = "__call__",
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Plan: ...
+
+
+@overload
+def plan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> StepPlan: ...
+
+
+def plan(
+    model: Any,
+    rules: Any = None,
+    *inputs: Any,
+    variables: Any = None,
+    method: str | Callable[..., Any] = "__call__",
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Plan | StepPlan:
+    """What rules would do to every op of a model; nothing is computed.
+
+    `plan(step, *args)` says it of each model call of a step that `wrap_train_step` or
+    `wrap_eval_step` gave, jitted or not, as a `StepPlan`. Shapes will do for `args`.
+
+    Args:
+      model: a Linen module, an NNX module, or a function whose first input is a tree
+        of params.
+      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
+        says what dequantizes params, too.
+      *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
+      variables: the variables of a Linen model. If None, their shapes are found with
+        `model.init`, for inputs of any width.
+      method: the method of the model, by name or as a function.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`; what the
+        method of an NNX model takes as `rngs`, if it does; a keyword input of a
+        function.
+      **kwargs: keyword inputs.
+
+    Returns:
+      The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
+
+    Example:
+      >>> from jax import numpy as jnp
+      >>> rules = [QuantizationRule(weight_qtype="int8")]
+      >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
+      ('kernel',)
+    """
+    step = wrapped_step(model)
+    if step is not None:
+        named = {} if rngs is None else {"rngs": rngs}
+        args = () if rules is None and not inputs else (rules, *inputs)
+        return plan_step(step, args, {**named, **kwargs})
+    if rules is None:
+        raise TypeError(
+            "plan(model, rules, *inputs) takes rules, unless its first argument is a "
+            "step that wrap_train_step or wrap_eval_step gave."
+        )
+
+    return plan_model(
+        model, rules, *inputs, variables=variables, method=method, rngs=rngs, **kwargs
+    )
+
+
+def plan_model(
+    model: Any,
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
+    *inputs: Any,
+    variables: Any = None,
+    method: str | Callable[..., Any] = "__call__",
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Plan:
+    """What rules would do to every op of a model; see `plan`."""
+
+    def planned(traced):
+        if isinstance(rules, QuantizationProvider):
+            return rules.annotate(traced, rules.plan(traced))
+        return make_plan(traced, rules)
+
+    if isinstance(model, nnx.Module):
+        cls = subclasses.original(type(model))
+        called = getattr(cls, method) if isinstance(method, str) else method
+        if rngs is not None and takes_rngs(called):
+            kwargs["rngs"] = rngs
+        with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
+            return planned(traced)
+    if isinstance(model, nn.Module):
+        if variables is None:
+            given = {"method": method, **kwargs}
+            variables = linen_calls.abstract_variables(model, inputs, given, rngs)
+        mutable = [name for name in variables if name != "params"]
+        apply = functools.partial(
+            model.apply, method=method, rngs=rngs, mutable=mutable
+        )
+        traced = trace_function(apply, (variables, *inputs), kwargs)
+    elif callable(model):
+        given = {} if rngs is None else {"rngs": rngs}
+        traced = trace_function(model, inputs, {**given, **kwargs})
+    else:
+        raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
+    return planned(traced)

@@ -1,0 +1,133 @@
+"""What a plan of a whole step says: each model call, and what happens in it."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+from jax import numpy as jnp
+
+import qwix_train
+from qwix_train import (
+    QuantizationRule,
+    Schedule,
+    in_float,
+    plan,
+    with_quant_stats,
+    wrap_eval_step,
+    wrap_train_step,
+)
+
+X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+INT8 = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(5)(x)))
+
+
+MODEL = Model()
+
+
+def new_state():
+    params = jax.tree.map(
+        lambda x: jnp.ones(x.shape), jax.eval_shape(MODEL.init, jax.random.key(0), X)
+    )
+    return train_state.TrainState.create(
+        apply_fn=MODEL.apply, params=params["params"], tx=optax.sgd(0.1)
+    )
+
+
+def train_step(state, x):
+    def loss(params):
+        return jnp.mean(state.apply_fn({"params": params}, x) ** 2)
+
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+
+def distill_step(state, teacher, x):
+    def loss(params):
+        student = state.apply_fn({"params": params}, x)
+        with_teacher = in_float(MODEL).apply({"params": teacher}, x)
+        return jnp.mean((student - with_teacher) ** 2)
+
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+
+@pytest.mark.parametrize("jitted", ["no", "outside", "inside", "called before"])
+def test_the_plan_of_a_step_is_that_of_its_model_call(jitted):
+    inner = jax.jit(train_step) if jitted == "inside" else train_step
+    step = wrap_train_step(inner, INT8)
+    if jitted in ("outside", "called before"):
+        step = jax.jit(step)
+    state = new_state()
+    if jitted == "called before":
+        step(state, X)
+    found = plan(step, state, X)
+    (call,) = found.calls
+    assert str(call.plan) == str(plan(MODEL, INT8, X))
+    assert str(found).startswith("call 1 of 1:\n\nmodule")
+    assert [r["op"] for r in found.records()] == ["dot_general0", "dot_general0"]
+    assert [r["call"] for r in found.records()] == [0, 0]
+
+
+def test_shapes_will_do_and_nothing_is_computed():
+    shapes = jax.eval_shape(new_state)
+    found = plan(wrap_train_step(train_step, INT8), shapes, X)
+    assert len(found.calls) == 1
+
+
+def test_each_call_of_a_step_is_listed_and_what_is_in_float_is_not():
+    found = plan(
+        wrap_train_step(distill_step, INT8), new_state(), new_state().params, X
+    )
+    quantized = [call for call in found.calls if call.plan.quantized_ops]
+    assert len(quantized) == 1
+
+    def twice(state, x):
+        return state.apply_fn({"params": state.params}, x) + state.apply_fn(
+            {"params": state.params}, 2 * x
+        )
+
+    found = plan(wrap_eval_step(twice, INT8), new_state(), X)
+    assert len(found.calls) == 2 and "call 2 of 2:" in str(found)
+
+
+def test_the_calls_of_a_schedule_say_when():
+    schedule = Schedule(start_step=3, weight_qtypes={3: "int8", 7: "int4"})
+    rules = [QuantizationRule(weight_qtype="int4")]
+    step = jax.jit(wrap_train_step(train_step, rules, schedule=schedule))
+    found = plan(step, new_state(), X)
+    # In float for the first steps, in which no call is quantized.
+    assert [call.when for call in found.calls] == ["from step 3", "from step 7"]
+    types = [call.plan.records()[0]["weight_qtype"] for call in found.calls]
+    assert types == ["int8", "int4"]
+
+
+def test_a_step_that_keeps_ranges_and_one_of_nnx():
+    rules = [
+        QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
+    ]
+    state = with_quant_stats(new_state(), rules, X)
+    found = plan(wrap_train_step(train_step, rules), state, X)
+    assert all(op.static for op in found.calls[0].plan.ops)
+
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    found = plan(wrap_eval_step(lambda model, x: model(x), INT8), model, X)
+    assert found.calls[0].plan.ops[0].weights == (("kernel",),)
+
+
+def test_a_rule_that_matches_nothing_shows_in_the_table():
+    rules = [QuantizationRule(module_path="nowhere", weight_qtype="int8")]
+    found = plan(wrap_train_step(train_step, rules), new_state(), X)
+    assert "no rule matches" in str(found)
+
+
+def test_a_model_needs_rules():
+    with pytest.raises(TypeError, match=r"plan\(model, rules, \*inputs\) takes rules"):
+        plan(MODEL)
+    assert qwix_train.StepPlan(()).records() == []
