@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +23,18 @@ from jax import numpy as jnp
 from qwix_train import stored
 from qwix_train.core import learned_quant, numerics
 from qwix_train.core.how import HowToQuantize, is_learned
-from qwix_train.planning import OpPlan, ParamPlan, Path, Plan
-from qwix_train.static_range import Range, scale_path
+from qwix_train.leaves import Leaf, OperandPart, Path
+from qwix_train.planning import OpPlan, ParamPlan, Plan
+from qwix_train.static_range import Range
 from qwix_train.trace.analyze import Key
 
 # The leaves of an activation, by the method that trains them.
-PARTS = {"lsq": ("scale",), "lsq+": ("scale", "offset"), "pact": ("alpha",)}
-
-_ACT_LEAF = re.compile(r"(.*\d_(?:lhs|rhs))_(?:scale|offset|alpha)")
+PARTS: dict[str, tuple[OperandPart, ...]] = {
+    "lsq": ("scale",),
+    "lsq+": ("scale", "offset"),
+    "pact": ("alpha",),
+}
+_PARTS: tuple[OperandPart, ...] = ("scale", "offset", "alpha")
 
 
 class Leaves(NamedTuple):
@@ -53,31 +56,6 @@ class Leaves(NamedTuple):
         return next((method for method, parts in PARTS.items() if parts == names), "")
 
 
-def part_path(path: Path, part: str) -> Path:
-    """The path of a leaf of an activation, from that of its range."""
-    return (*path[:-1], f"{path[-1]}_{part}")
-
-
-def range_path(path: Path) -> Path | None:
-    """The path of the range that a leaf of an activation is of; None if it is none."""
-    match = _ACT_LEAF.fullmatch(path[-1])
-    return None if match is None else (*path[:-1], match[1])
-
-
-def weight_scale_path(path: Path) -> Path:
-    """The path of the scale of a param.
-
-    Raises:
-      ValueError: if there is no place for one.
-    """
-    if not path:
-        raise ValueError(
-            "The params are one array, so that a learned scale has no place beside it: "
-            "put it in a dictionary."
-        )
-    return scale_path(path)
-
-
 def leaves_at(path: Path, named: Mapping[Path, Any]) -> Leaves:
     """The leaves of an activation that are among the params.
 
@@ -85,34 +63,26 @@ def leaves_at(path: Path, named: Mapping[Path, Any]) -> Leaves:
       path: the path of its range.
       named: the params, by path.
     """
-    found = [named.get(part_path(path, part)) for part in Leaves._fields]
+    found = {part: Leaf(path, part).among(named) for part in _PARTS}
     # A model that is quantized has a range under the name of one.
-    return Leaves(*(None if stored.is_quantized(leaf) else leaf for leaf in found))
+    return Leaves(**{p: x for p, x in found.items() if not stored.is_quantized(x)})
 
 
-def by_path(path: Path, leaves: Leaves) -> dict[Path, Any]:
-    """The leaves of an activation that there are, each by its path.
+def each(path: Path, leaves: Leaves) -> dict[Leaf, Any]:
+    """The leaves of an activation that there are, each with its value.
 
     Args:
       path: the path of its range.
       leaves: the leaves.
     """
-    parts = leaves._asdict().items()
-    return {part_path(path, part): leaf for part, leaf in parts if leaf is not None}
+    values = {Leaf(path, part): getattr(leaves, part) for part in _PARTS}
+    return {leaf: value for leaf, value in values.items() if value is not None}
 
 
-def is_leaf(path: Path, paths: Any) -> bool:
-    """Whether a path is that of a trained leaf.
-
-    Args:
-      path: the path.
-      paths: the paths of all params.
-    """
-    if not path:
-        return False
-    name = path[-1]
-    beside = name.endswith("_scale") and (*path[:-1], name[:-6]) in paths
-    return beside or range_path(path) is not None
+def trained_leaf(path: Path, params: Collection[Path] = ()) -> Leaf | None:
+    """The trained leaf that has a path, by its name; see `Leaf.parse`."""
+    leaf = Leaf.parse(path, params)
+    return leaf if leaf is not None and leaf.part in _PARTS else None
 
 
 def has_learned_scale(plan: ParamPlan) -> bool:
@@ -131,12 +101,13 @@ def weight_scale(plan: ParamPlan, named: Mapping[Path, Any]) -> jax.Array:
       ValueError: if there is none, or it is of another shape.
     """
     assert plan.how is not None
-    path = weight_scale_path(plan.path)
-    scale = stored.unbox(named.get(path))
+    leaf = Leaf(plan.path, "scale")
+    scale = stored.unbox(leaf.among(named))
     if scale is None:
-        method = f"weight_calibration_method={plan.how.calibration_method!r}"
-        raise ValueError(_missing(path, plan.path, method))
-    _check_shape(path, scale, plan.how.scale_shape(plan.shape))
+        raise _missing(
+            leaf, f"weight_calibration_method={plan.how.calibration_method!r}"
+        )
+    leaf.check_shape(scale, plan.how.scale_shape(plan.shape))
     return scale
 
 
@@ -156,11 +127,10 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
     shape = (*plan.op.layers, *how.scale_shape(plan.op.operands[side].shape))
     found = {}
     for part in PARTS[plan.learned]:
-        leaf = part_path(path, part)
-        if leaf not in named:
-            method = f"act_calibration_method={plan.learned!r}"
-            raise ValueError(_missing(leaf, path, method))
-        found[part] = fitted(leaf, stored.unbox(named[leaf]), shape)
+        leaf = Leaf(path, part)
+        if (value := leaf.among(named)) is None:
+            raise _missing(leaf, f"act_calibration_method={plan.learned!r}")
+        found[part] = fitted(leaf, stored.unbox(value), shape)
     return Leaves(**found)
 
 
@@ -256,55 +226,44 @@ def stored_range(leaves: Leaves, qtype: Any, dtype: Any) -> Range:
     return Range(scale, learned_quant.offset_zero_point(scale, leaves.offset, qtype))
 
 
-def check_finite(path: Path, leaf: Any) -> None:
+def check_finite(leaf: Leaf, value: Any) -> None:
     """Complains of a leaf that has diverged.
 
     Raises:
       ValueError: if it holds NaN or an infinity.
     """
-    if isinstance(leaf, core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(value, core.Tracer | jax.ShapeDtypeStruct):
         return
-    if not np.isfinite(np.asarray(leaf, np.float32)).all():
+    if not np.isfinite(np.asarray(value, np.float32)).all():
         raise ValueError(
-            f"Param {'/'.join(path)!r}, a learned scale, is not finite: training has "
-            "diverged. Train it with a smaller learning rate than the weights."
+            f"Param {'/'.join(leaf.path)!r}, a learned scale, is not finite: training "
+            "has diverged. Train it with a smaller learning rate than the weights."
         )
 
 
-def _missing(path: Path, owner: Path, method: str) -> str:
-    return (
-        f"There is no learned scale for {'/'.join(owner)!r}, and a rule with "
-        f"{method} asks for one: {'/'.join(path)!r} is not among the params. Make it "
-        "with qat.attach_learned_scales(model, params, rules, *inputs), or for a train "
-        "state qat.with_learned_scales(state, rules, *inputs); a model of "
+def _missing(leaf: Leaf, method: str) -> ValueError:
+    remedy = (
+        "Make it with qat.attach_learned_scales(model, params, rules, *inputs), or for "
+        "a train state qat.with_learned_scales(state, rules, *inputs); a model of "
         "quantize_model(model, QtProvider(rules)) has it from init."
     )
+    return leaf.missing("learned scale", f"a rule with {method}", remedy)
 
 
-def fitted(path: Path, leaf: Any, shape: tuple[int, ...]) -> Any:
-    """A leaf of an activation in the layout of one.
+def fitted(leaf: Leaf, value: Any, shape: tuple[int, ...]) -> Any:
+    """The value of a leaf of an activation, in the layout of the leaf.
 
     A leaf for whole activations also fits those with fewer axes, such as within a
     `vmap` over examples.
 
     Args:
-      path: the path of the leaf.
       leaf: the leaf.
+      value: its value among the params.
       shape: its shape.
 
     Raises:
-      ValueError: if it is of another shape.
+      ValueError: if it has another number of elements.
     """
-    if math.prod(leaf.shape) == math.prod(shape):
-        return leaf if leaf.shape == shape else leaf.reshape(shape)
-    _check_shape(path, leaf, shape)
-    return leaf
-
-
-def _check_shape(path: Path, leaf: Any, shape: tuple[int, ...]) -> None:
-    if tuple(leaf.shape) != tuple(shape):
-        raise ValueError(
-            f"Param {'/'.join(path)!r}, a learned scale, has shape "
-            f"{tuple(leaf.shape)}, and its rule gives it {tuple(shape)}: it was made "
-            "with other rules, or for another model."
-        )
+    if math.prod(value.shape) != math.prod(shape):
+        leaf.check_shape(value, shape)
+    return value if value.shape == shape else value.reshape(shape)

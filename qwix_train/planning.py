@@ -21,12 +21,11 @@ from qwix_train.core.how import (
     needs_zero_point,
     parse_calibration_method,
 )
+from qwix_train.leaves import SIDES, OperandName, Path
 from qwix_train.rules import QuantizationRule, check_rules, is_int16
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
-
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,7 @@ class OpPlan:
         Args:
           side: 0 for the left factor, 1 for the right one.
         """
-        names = self.module_path.split("/") if self.module_path else []
-        return (*names, f"{self.op.id}_{weights.SIDES[side]}")
+        return OperandName(self.module_path, self.op.id, SIDES[side]).path
 
     @property
     def collected(self) -> bool:
@@ -508,7 +506,7 @@ def _static_axes(
     if len(axes) < len(set(rule.act_channelwise_axes)) or axes - set(channelwise):
         raise ValueError(
             f"{op.where}: act_channelwise_axes={rule.act_channelwise_axes} does not "
-            f"fit its {weights.SIDES[side]}, of shape "
+            f"fit its {SIDES[side]}, of shape "
             f"{tuple(op.operands[side].shape)}: axes that may have ranges of their own "
             f"are {tuple(channelwise)}."
         )

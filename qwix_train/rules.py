@@ -13,6 +13,7 @@ import numpy as np
 
 from qwix_train import field_types, ops
 from qwix_train.core import how, numerics
+from qwix_train.leaves import OperandName, Path
 from qwix_train.schedule import Schedule
 
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
@@ -399,6 +400,20 @@ def is_int16(qtype: Any) -> bool:
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:
     return how.HowToQuantize(qtype=qtype, calibration_method=method)
+
+
+def rule_of_range(
+    rules: Sequence[QuantizationRule], path: Path
+) -> QuantizationRule | None:
+    """The rule that decides for the op that a range belongs to; None if none does.
+
+    Args:
+      rules: the rules.
+      path: the path of the range, which says the module and the op.
+    """
+    name = OperandName.parse(path)
+    op = name.module_path, name.op_name, name.op_id
+    return next((rule for rule in rules if rule.matches(*op)), None)
 
 
 def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ...]:

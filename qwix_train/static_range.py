@@ -7,7 +7,7 @@ named after the op and the operand: `params["Dense_0"]["dot_general0_lhs_scale"]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,9 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
-from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.leaves import Leaf, Path, scale_path, zero_point_path
+from qwix_train.planning import OpPlan, Plan
+from qwix_train.trace.analyze import Operand
 
 
 class Range(NamedTuple):
@@ -36,14 +38,41 @@ class Range(NamedTuple):
     zero_point: jax.Array | None
 
 
-def scale_path(path: Path) -> Path:
-    """The path of the scale that belongs to a range."""
-    return (*path[:-1], f"{path[-1]}_scale")
+class StaticOperand(NamedTuple):
+    """An activation that has a static range, collected or learned.
+
+    Attributes:
+      op: what happens to the op that reads it.
+      side: 0 for the left operand of the op, 1 for the right one.
+      how: how it is quantized.
+    """
+
+    op: OpPlan
+    side: int
+    how: HowToQuantize
+
+    @property
+    def path(self) -> Path:
+        """The path of its range."""
+        return self.op.range_path(self.side)
+
+    @property
+    def operand(self) -> Operand:
+        """What the op reads there."""
+        return self.op.op.operands[self.side]
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of its scale: layers that are scanned over have a range each."""
+        return (*self.op.op.layers, *self.how.scale_shape(self.operand.shape))
 
 
-def zero_point_path(path: Path) -> Path:
-    """The path of the zero point that belongs to a range."""
-    return (*path[:-1], f"{path[-1]}_zero_point")
+def static_operands(plan: Plan) -> Iterator[StaticOperand]:
+    """The activations that have static ranges in a plan."""
+    for op in plan.quantized_ops:
+        for side, how in enumerate(op.activations):
+            if op.static and how is not None:
+                yield StaticOperand(op, side, how)
 
 
 def initial(plan: Plan) -> dict[Path, Any]:
@@ -52,19 +81,13 @@ def initial(plan: Plan) -> dict[Path, Any]:
     The scales are NaN: a model that runs before it has ranges says so in its output.
     """
     params: dict[Path, Any] = {}
-    for op in plan.quantized_ops:
-        for side, how in enumerate(op.activations):
-            if not op.static or how is None:
-                continue
-            path = op.range_path(side)
-            operand = op.op.operands[side]
-            # Layers that are scanned over have a range each.
-            shape = (*op.op.layers, *how.scale_shape(operand.shape))
-            scale = jnp.full(shape, jnp.nan, operand.dtype)
-            params[scale_path(path)] = WithAux(scale, how)
-            if needs_zero_point(how.calibration_method):
-                dtype = storage_dtype(how.qtype)
-                params[zero_point_path(path)] = jnp.zeros(shape, dtype)
+    for static in static_operands(plan):
+        how, shape = static.how, static.scale_shape
+        scale = jnp.full(shape, jnp.nan, static.operand.dtype)
+        params[scale_path(static.path)] = WithAux(scale, how)
+        if needs_zero_point(how.calibration_method):
+            zero_point = jnp.zeros(shape, storage_dtype(how.qtype))
+            params[zero_point_path(static.path)] = zero_point
     return params
 
 
@@ -174,35 +197,26 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
       ValueError: if a range is missing, or empty.
     """
     params: dict[Path, Any] = {}
-    for op in plan.quantized_ops:
-        for side, how in enumerate(op.activations):
-            if not op.collected or how is None:
-                continue
-            statistics = _statistics_at(path := op.range_path(side), quant_stats)
-            found = from_statistics(path, statistics, how)
-            operand = op.op.operands[side].shape
-            _check_shape(found, path, operand, how, op.op.layers)
+    for static in static_operands(plan):
+        if static.op.collected:
+            statistics = _statistics_at(static.path, quant_stats)
+            found = from_statistics(static.path, statistics, static.how)
+            _check_shape(found[scale_path(static.path)].shape, static)
             params |= found
     return params
 
 
-def _check_shape(
-    found: Mapping[Path, Any],
-    path: Path,
-    operand: tuple[int, ...],
-    how: HowToQuantize,
-    layers: tuple[int, ...],
-) -> None:
-    shape, wanted = found[scale_path(path)].shape, how.scale_shape(operand)
+def _check_shape(shape: tuple[int, ...], static: StaticOperand) -> None:
+    wanted, layers = static.scale_shape, static.op.op.layers
     # One range may serve for all layers, and for all channels.
-    finest = [*layers, *wanted][-len(shape) :]
-    if len(shape) not in (len(wanted), len(layers) + len(wanted)) or any(
+    finest = wanted[-len(shape) :]
+    if len(shape) not in (len(wanted) - len(layers), len(wanted)) or any(
         has not in (1, most) for has, most in zip(shape, finest, strict=True)
     ):
         raise ValueError(
-            f"The quant_stats of {'/'.join(path)!r} give a range of shape {shape}, and "
-            f"an activation of shape {operand} takes {(*layers, *wanted)}: they are of "
-            "another model or of other rules. Collect them anew."
+            f"The quant_stats of {'/'.join(static.path)!r} give a range of shape "
+            f"{shape}, and an activation of shape {static.operand.shape} takes "
+            f"{wanted}: they are of another model or of other rules. Collect them anew."
         )
 
 
@@ -235,12 +249,10 @@ def find(
     """
     path = plan.range_path(side)
     values = named if unknown is None else unknown
-    scale, zero_point = values.get(scale_path(path)), values.get(zero_point_path(path))
+    scale = Leaf(path, "scale").among(values)
+    zero_point = Leaf(path, "zero_point").among(values)
     if scale is None:
-        raise ValueError(
-            f"There is no static range for {'/'.join(path)!r}, which {_asking(plan)} "
-            f"asks for. Give quantize_params {_source(plan)}."
-        )
+        raise missing(path, plan, f"Give quantize_params {_source(plan)}.")
     scale = scale.array if stored.is_quantized(scale) else scale
     if unknown is None and _is_known(scale) and np.isnan(scale).any():
         raise ValueError(
@@ -255,10 +267,18 @@ def find(
     return Range(scale, zero_point)
 
 
-def _asking(plan: OpPlan) -> str:
+def missing(path: Path, plan: OpPlan, remedy: str) -> ValueError:
+    """The error that says that a range is not among the params; see `Leaf.missing`.
+
+    Args:
+      path: the path of the range.
+      plan: what happens to the op.
+      remedy: sentences that say what to do.
+    """
+    asked_by = "a rule with act_static_scale=True"
     if plan.learned:
-        return f"a rule with act_calibration_method={plan.learned!r}"
-    return "a rule with act_static_scale=True"
+        asked_by = f"a rule with act_calibration_method={plan.learned!r}"
+    return Leaf(path, "scale").missing("static range", asked_by, remedy)
 
 
 def _source(plan: OpPlan) -> str:

@@ -17,8 +17,6 @@ from qwix_train.trace.analyze import Op
 from qwix_train.trace.factors import Atom
 from qwix_train.trace.provenance import View
 
-SIDES = ("lhs", "rhs")
-
 
 @dataclasses.dataclass(frozen=True)
 class Axes:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 State: TypeAlias = dict[str, jax.Array]
 """What was collected so far: arrays by name."""
 
-Range: TypeAlias = Mapping[str, Any]
+Calibration: TypeAlias = Mapping[str, Any]
 """``{'absmax': ...}``, or ``{'min': ..., 'max': ...}`` with ``min <= 0 <= max``."""
 
 AVERAGINGS = {
@@ -53,7 +53,7 @@ class Averaging(Protocol):
     the batch has in each range: ``update(state, calibration, size)``.
     """
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch, with an int32 scalar ``count`` of 0.
 
         Args:
@@ -61,7 +61,7 @@ class Averaging(Protocol):
         """
         ...
 
-    def update(self, state: State, calibration: Range) -> State:
+    def update(self, state: State, calibration: Calibration) -> State:
         """Adds the range of one batch, which is finite."""
         ...
 
@@ -128,13 +128,13 @@ class Mean:
 
     by_size = True
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros."""
         end = next(iter(calibration.values()))
         size = jnp.zeros(end.shape, jnp.float32)
         return {**_zeros("sum_of_", calibration), "mean_size": size}
 
-    def update(self, state: State, calibration: Range, size: Any = 1.0) -> State:
+    def update(self, state: State, calibration: Calibration, size: Any = 1.0) -> State:
         """Adds the range of one batch, which holds so many values."""
         # For its check of the shapes.
         one = _each(state, "sum_of_", calibration, lambda old, new: new)
@@ -202,11 +202,11 @@ class Ema:
                 "must be at least 0 and below 1, such as in 'ema,0.99'."
             )
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros."""
         return _zeros("ema_of_", calibration)
 
-    def update(self, state: State, calibration: Range) -> State:
+    def update(self, state: State, calibration: Calibration) -> State:
         """Adds the range of one batch."""
         before, after = self._weight(state["count"]), self._weight(state["count"] + 1)
 
@@ -250,11 +250,11 @@ class MinMax:
     {'min': -3.0, 'max': 5.0}
     """
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros, which every range holds."""
         return _zeros("extreme_of_", calibration)
 
-    def update(self, state: State, calibration: Range) -> State:
+    def update(self, state: State, calibration: Calibration) -> State:
         """Widens the range to hold that of one batch."""
         return _each(state, "extreme_of_", calibration, _wider)
 
@@ -280,11 +280,11 @@ class Last:
     ([2.0], 2)
     """
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros."""
         return _zeros("last_of_", calibration)
 
-    def update(self, state: State, calibration: Range) -> State:
+    def update(self, state: State, calibration: Calibration) -> State:
         """Takes the range of one batch."""
         return _each(state, "last_of_", calibration, lambda old, new: new)
 
@@ -339,7 +339,7 @@ class AmaxHistory:
                 "integer of at least 1, such as in 'amax_history,16'."
             )
 
-    def init(self, calibration: Range) -> State:
+    def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros, which every range holds."""
         history = {
             f"history_{key}": jnp.zeros((self.length, *v.shape), jnp.float32)
@@ -347,7 +347,7 @@ class AmaxHistory:
         }
         return {**_zeros("window_of_", calibration), **history}
 
-    def update(self, state: State, calibration: Range) -> State:
+    def update(self, state: State, calibration: Calibration) -> State:
         """Puts the range of one batch in front, and drops the oldest."""
         # For its check of the shapes.
         latest = _each(state, "window_of_", calibration, lambda old, new: new)
@@ -388,7 +388,7 @@ class AmaxHistory:
         return {"count": count, **windows, **history}
 
 
-def _zeros(prefix: str, calibration: Range) -> State:
+def _zeros(prefix: str, calibration: Calibration) -> State:
     # float32: in bfloat16, sums stop growing after some hundred batches.
     ends = {
         prefix + key: jnp.zeros(v.shape, jnp.float32) for key, v in calibration.items()
@@ -396,7 +396,7 @@ def _zeros(prefix: str, calibration: Range) -> State:
     return {"count": jnp.zeros((), jnp.int32), **ends}
 
 
-def _each(state: State, prefix: str, calibration: Range, fn: Any) -> State:
+def _each(state: State, prefix: str, calibration: Calibration, fn: Any) -> State:
     """Applies a function to each end of the kept range and the one of a batch."""
     ends = {}
     for key, new in calibration.items():

@@ -82,7 +82,7 @@ class Calibrator(Collector):
 
     @property
     def ranges(self) -> dict[str, Any]:
-        """The ranges that were found so far, by name; see `calib.observe.Range`."""
+        """The ranges that were found so far, by name; see `calib.observe.Tagged`."""
         return {k: v for each in self._observed for k, v in each.ranges.items()}
 
     @property

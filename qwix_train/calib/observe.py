@@ -27,22 +27,22 @@ Stats = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
-    """A range to collect.
+class Tagged:
+    """An array that is tagged, so that statistics of it are collected.
 
     Attributes:
-      path: its path: the module, the op, and the side of the operand.
+      path: the path of its range: the module, the op, and the side of the operand.
       statistics: what is measured, and how batches combine.
-      shape: the shape of the activation, in one layer.
+      shape: the shape of the array, in one layer.
       dtype: its dtype.
-      learned: whether it is only what training begins with.
+      learned: whether training only begins with its range.
     """
 
     path: Path
     statistics: Statistics
     shape: tuple[int, ...]
     dtype: Any
-    learned: bool = False
+    learned: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -249,8 +249,7 @@ class Tagging(QuantizationProvider):
     """Tags arrays of a model that stays in float, for statistics of them.
 
     Attributes:
-      ranges: what was tagged so far, by name: a `Range`, or what has the attributes of
-        one.
+      ranges: what was tagged so far, by the name of its range.
     """
 
     takes_static_ranges = True
@@ -278,7 +277,8 @@ class Tagging(QuantizationProvider):
             goes over layers; see `harvest.tag`.
           learned: whether the range is only what training begins with.
         """
-        found = Range(path, statistics, array.shape, array.dtype, learned)
+        shape, dtype = array.shape, array.dtype
+        found = Tagged(path, statistics, shape, dtype, learned=learned)
         self.ranges[found.name] = found
         return harvest.tag(array, found.name, layers)
 

@@ -12,8 +12,8 @@ from flax import traverse_util
 from qwix_train.calib.observers import make_statistics
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.how import HowToQuantize
-from qwix_train.planning import Path
-from qwix_train.rules import QuantizationRule
+from qwix_train.leaves import Path
+from qwix_train.rules import QuantizationRule, rule_of_range
 
 
 def collected_ranges(
@@ -42,12 +42,7 @@ def collected_ranges(
     ranges, collected = {}, []
     for path, state in states_in(quant_stats).items():
         name = "/".join(path)
-        op_id = path[-1].rpartition("_")[0]
-        op_name = op_id.rstrip("0123456789")
-        matching = (
-            rule for rule in rules if rule.matches("/".join(path[:-1]), op_name, op_id)
-        )
-        rule = next(matching, None)
+        rule = rule_of_range(rules, path)
         if rule is None or not rule.static_act_ranges:
             raise ValueError(
                 f"There are quant_stats for {name!r}, and no rule gives that a static "

@@ -21,7 +21,8 @@ from qwix_train.hooks.weight_measures import (
     layer_axes,
     measure,
 )
-from qwix_train.planning import ParamPlan, Path, Plan
+from qwix_train.leaves import Leaf, Path
+from qwix_train.planning import Plan
 from qwix_train.trace.function import param_path
 
 _DRIFTS = ("scale_drift", "scale_drift_total")
@@ -269,12 +270,12 @@ class QuantReport(PeriodicAction):
                     f"The plan quantizes a param {name!r} of shape {planned.shape}; "
                     f"the state has {found} there. Make the plan for this model."
                 )
-            scale, zero_point = (
-                given.get((*path[:-1], f"{path[-1]}_{part}"))
-                for part in ("scale", "zero_point")
-            )
+            leaf = Leaf(path, "scale")
+            scale = leaf.among(given)
+            zero_point = Leaf(path, "zero_point").among(given)
             if scale is not None:
-                _check_scale(name, scale, planned)
+                assert planned.how is not None
+                leaf.check_shape(scale, planned.how.scale_shape(planned.shape))
             params[path] = param, scale, zero_point
         return params
 
@@ -312,16 +313,6 @@ class QuantReport(PeriodicAction):
         return [
             ("layer_" + "_".join(map(str, index)), index) for index in np.ndindex(shape)
         ]
-
-
-def _check_scale(name: str, scale: Any, planned: ParamPlan) -> None:
-    assert planned.how is not None
-    shape = planned.how.scale_shape(planned.shape)
-    if tuple(scale.shape) != shape:
-        raise ValueError(
-            f"Param '{name}_scale' has shape {tuple(scale.shape)}, and the plan gives "
-            f"the scale of {name!r} {shape}. Make the plan with the rules of the step."
-        )
 
 
 def _decibels(signal: Any, noise: Any) -> float:

@@ -19,6 +19,7 @@ from jax import numpy as jnp
 
 from qwix_train import ops, weights
 from qwix_train.core import numerics
+from qwix_train.leaves import AdapterPart, adapter_path
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.trace.analyze import Op
@@ -133,9 +134,9 @@ class AdapterLayout:
         columns = [a for a in self.b_axes if a not in self.a_axes]
         return rows, math.prod(self.shape[axis] for axis in columns)
 
-    def name(self, part: str) -> Path:
+    def name(self, part: AdapterPart) -> Path:
         """The path of a part of the adapter: `a`, `b` or `magnitude`."""
-        return (*self.path[:-1], f"{self.path[-1]}_lora_{part}")
+        return adapter_path(self.path, part)
 
     @property
     def shapes(self) -> dict[Path, tuple[int, ...]]:

@@ -11,8 +11,9 @@ from flax import nnx, traverse_util
 from flax.core import unfreeze
 
 from qwix_train import plan_table, stored
+from qwix_train.leaves import adapter_part
 from qwix_train.lora.layout import AdapterLayout, find_layouts
-from qwix_train.lora.provider import LoraProvider, is_adapter
+from qwix_train.lora.provider import LoraProvider
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.plan_of import plan_model
 from qwix_train.planning import Path
@@ -199,7 +200,7 @@ def checked(adapters: Any, layouts: Layouts) -> dict[Path, Any]:
         problems.append(f"Of other shapes: {plan_table.some(different, 3)}.")
     if problems:
         hint = " Layouts and adapters come from one state, lora.init or lora.split."
-        if any(not is_adapter(path) for path in parts if path not in wanted):
+        if any(not adapter_part(path) for path in parts if path not in wanted):
             hint = " Give adapters alone; lora.split takes them out of other params."
         raise ValueError(
             f"The adapters do not fit the layouts. {' '.join(problems)}{hint}"

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from qwix_train import ops, static_range, stored, weights
+from qwix_train.leaves import adapter_part
 from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
 from qwix_train.lora.layout import (
     AdapterLayout,
@@ -178,7 +179,7 @@ class LoraProvider(PtqProvider):
 
     def variable(self, path: Path, value: Any) -> nnx.Variable:
         """See `QuantizationProvider.variable`."""
-        if is_adapter(path):
+        if adapter_part(path):
             return value if isinstance(value, nnx.Variable) else nnx.LoRAParam(value)
         return super().variable(path, value)
 
@@ -347,11 +348,6 @@ class _Drawn(LoraProvider):
             traced, make_rng=lambda name: self._key, deterministic=self._off
         )
         return super().adapt(drawn, plan, adapters)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a path is that of a part of an adapter."""
-    return path[-1].endswith(("_lora_a", "_lora_b", "_lora_magnitude"))
 
 
 def _parts(

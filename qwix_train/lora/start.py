@@ -10,6 +10,7 @@ import jax
 
 from qwix_train import stored
 from qwix_train.core.how import HowToQuantize
+from qwix_train.leaves import ADAPTER_PARTS
 from qwix_train.lora import initialization
 from qwix_train.lora.layout import AdapterLayout, find_layouts
 from qwix_train.lora.placement import placed
@@ -75,7 +76,7 @@ class Starter:
         weight = stored.dequantized(param) if is_quantized else param
         begun = self._begin(weight, layout, rule, how)
         box = self._boxes.get(path)
-        for part in ("a", "b", "magnitude"):
+        for part in ADAPTER_PARTS:
             if (value := getattr(begun, part)) is not None:
                 self.adapters[layout.name(part)] = placed(
                     value, layout, part, weight, box

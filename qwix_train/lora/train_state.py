@@ -16,11 +16,12 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train import random_keys, static_range, stored
+from qwix_train.leaves import Leaf, Path
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.provider import LoraProvider, is_adapter
+from qwix_train.lora.provider import LoraProvider
 from qwix_train.lora.start import Starter
 from qwix_train.model import trace_function
-from qwix_train.planning import Path, Plan
+from qwix_train.planning import Plan
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.function import TracedCall, param_path
@@ -376,7 +377,9 @@ def _begun(
         )
     is_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
     adapted = AdaptedApply(apply_fn, provider, is_module or variables is not None)
-    if found := sorted("/".join(path) for path in by_path(params) if is_adapter(path)):
+    named = by_path(params)
+    leaves_in = filter(None, (Leaf.parse(path, named) for path in named))
+    if found := sorted("/".join(leaf.path) for leaf in leaves_in if leaf.is_adapter):
         raise ValueError(
             f"The params have adapters already, among them {found[0]!r}. Give the "
             "params of the base alone, or merge the adapters first: lora.merge."
@@ -408,19 +411,14 @@ def _begun(
 
 def _check_ranges(plan: Plan, traced: TracedCall) -> None:
     """Complains of rules for static ranges that are not among the params."""
-    for op in plan.quantized_ops:
-        for side, how in enumerate(op.activations):
-            path = op.range_path(side)
-            if not op.static or how is None:
-                continue
-            if static_range.scale_path(path) not in traced.named:
-                raise ValueError(
-                    f"There is no static range for {'/'.join(path)!r} among the "
-                    "params, which a rule with act_static_scale=True asks for. Give "
-                    "params that quantize_params made with quant_stats; or, to have "
-                    "ranges in the state that steps update, give that rule to "
-                    "wrap_train_step and with_quant_stats instead."
-                )
+    for static in static_range.static_operands(plan):
+        if Leaf(static.path, "scale").among(traced.named) is None:
+            remedy = (
+                "Give params that quantize_params made with quant_stats; or, to have "
+                "ranges in the state that steps update, give that rule to "
+                "wrap_train_step and with_quant_stats instead."
+            )
+            raise static_range.missing(static.path, static.op, remedy)
 
 
 def _is_whole(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from qwix_train.core.how import HowToQuantize
+from qwix_train.leaves import SIDES, OperandName, Path
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import find_fusions, weight_channels
 from qwix_train.odml.graph import (
@@ -20,11 +21,8 @@ from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.ops import CONV
-from qwix_train.planning import Path
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall
-
-_SIDES = ("lhs", "rhs")
 
 
 def make_odml_plan(
@@ -299,13 +297,12 @@ class _Planner:
             if reader is None:
                 method = self.traced.method
                 name = "final" if method == "__call__" else method
-                return (f"{name}_output{self.output_number(side)}",)
+                return OperandName("", name, f"output{self.output_number(side)}").path
             if reader.quantized:
-                names = reader.module_path.split("/") if reader.module_path else []
-                return (*names, reader.id + _suffix(reader, side))
+                operand = _operand_name(reader, side)
+                return OperandName(reader.module_path, reader.id, operand).path
         assert plan is not None
-        names = plan.module_path.split("/") if plan.module_path else []
-        return (*names, f"{plan.id}_output")
+        return OperandName(plan.module_path, plan.id, "output").path
 
     def output_number(self, index: int) -> int:
         """The number of a result among those that are activations."""
@@ -379,12 +376,12 @@ def _weight_side(node: Node) -> int | None:
     return static.index(True) if sum(static) == 1 else None
 
 
-def _suffix(plan: NodePlan, side: int) -> str:
+def _operand_name(plan: NodePlan, side: int) -> str:
     if plan.name in ("concatenate", "where"):
-        return f"_input{side}"
+        return f"input{side}"
     operands = [v for v in plan.node.inputs if v.is_float]
     two = plan.name in (*ops.PRODUCTS, *ops.AFFINE, "truediv", "maximum", "minimum")
-    return f"_{_SIDES[side]}" if two and len(operands) > 1 else ""
+    return SIDES[side] if two and len(operands) > 1 else ""
 
 
 def _unsupported_reason(name: str, spec: OpSpec | None) -> str:

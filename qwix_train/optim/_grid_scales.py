@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 from flax.core import unfreeze
 
+from qwix_train.leaves import Leaf, Part, Path
 from qwix_train.optim._proximal import ProximalState
 
 
@@ -67,7 +68,7 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
     return params
 
 
-def _with_field(params: Any, field: Any, suffix: str, path: tuple[str, ...]) -> Any:
+def _with_field(params: Any, field: Any, part: Part, path: Path) -> Any:
     if isinstance(field, optax.MaskedNode):
         return params
     if isinstance(field, Mapping):
@@ -82,19 +83,18 @@ def _with_field(params: Any, field: Any, suffix: str, path: tuple[str, ...]) -> 
                     "among the params: give the params that the optimizer trains."
                 )
             if isinstance(value, Mapping | list | tuple):
-                params[name] = _with_field(params[name], value, suffix, here)
+                params[name] = _with_field(params[name], value, part, here)
                 continue
-            beside = f"{name}_{suffix}"
-            if beside in params:
+            place = Leaf(here, part).path
+            if place[-1] in params:
                 raise ValueError(
-                    "with_grid_scales: there already is a param "
-                    f"{'/'.join((*path, beside))!r}."
+                    f"with_grid_scales: there already is a param {'/'.join(place)!r}."
                 )
-            params[beside] = value
+            params[place[-1]] = value
         return params
     if isinstance(field, list | tuple):
         pairs = enumerate(zip(params, field, strict=True))
-        return [_with_field(p, f, suffix, (*path, str(i))) for i, (p, f) in pairs]
+        return [_with_field(p, f, part, (*path, str(i))) for i, (p, f) in pairs]
     raise ValueError(
         f"with_grid_scales: the param {'/'.join(path)!r} stands in no mapping, so "
         "there is no name for its scale."

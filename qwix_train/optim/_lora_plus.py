@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from qwix_train.leaves import adapter_part
 from qwix_train.optim import _arguments, _paths
 
 
@@ -68,12 +69,13 @@ def _is_lora_b(params: Any) -> Any:
     if not any(jax.tree.leaves(mask)) and jax.tree.leaves(paths):
         raise ValueError(
             "lora_plus found no B matrix of an adapter, which is a param whose name "
-            f"ends in _lora_b. The params are {_paths.listed(jax.tree.leaves(paths))}. "
-            "Give it the params of the adapters, or a model that has some."
+            "is lora_b, or that of its param with lora_b behind it. The params are "
+            f"{_paths.listed(jax.tree.leaves(paths))}. Give it the params of the "
+            "adapters, or a model that has some."
         )
     return mask
 
 
 def _names_lora_b(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return name == "lora_b" or name.endswith("_lora_b")
+    *_, name = names = tuple(path.split("/"))
+    return name == "lora_b" or adapter_part(names) == "b"

@@ -32,14 +32,17 @@ from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.files import json_text, writing
+from qwix_train.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.trees import to_tree
 
 # Where a file says which params its tensors are, so that a tree comes back as it was.
 _PARAMS = "qwix_train.params"
 _ENTRY, _METHOD = "quantization_config", "compressed-tensors"
-_STATIC = re.compile(r"(?:dot_general|einsum)0_lhs_(?:scale|zero_point)")
-_KINDS = ("scale", "zero_point")
+# The input of a layer is that of the first product of its module.
+_INPUTS = [OperandName("", op, "lhs").path for op in ("dot_general0", "einsum0")]
+_KINDS: tuple[Part, ...] = ("scale", "zero_point")
+_STATIC = {Leaf(x, kind).path[-1]: kind for x in _INPUTS for kind in _KINDS}
 _QUANTIZED = re.compile(r"(weight|input|output)($|_)")
 
 
@@ -109,13 +112,13 @@ def save_compressed_tensors(
     static = {}
     for path, leaf in _flatten(to_tree(params)):
         leaf = processes.whole(leaf)
-        if _STATIC.fullmatch(path[-1]):
+        if path[-1] in _STATIC:
             static[path] = leaf
         else:
             writer.add(path, leaf)
     for path, leaf in static.items():
-        zero = (*path[:-1], path[-1].removesuffix("scale") + "zero_point")
-        writer.add_static(path, leaf, symmetric=zero not in static)
+        symmetric = Leaf(range_of(path), "zero_point").path not in static
+        writer.add_static(path, leaf, symmetric)
     if not writer.layers:
         raise ValueError(
             "No param is quantized, so this is no compressed-tensors checkpoint. "
@@ -298,10 +301,9 @@ class _Writer:
         activations = self._activations
         return {"format": format, "weights": args, "input_activations": activations}
 
-    def add_static(self, path: tuple[str, ...], leaf: Any, symmetric: bool) -> None:
+    def add_static(self, path: Path, leaf: Any, symmetric: bool) -> None:
         """Adds the static scale, or zero point, of the input of a layer."""
-        where = "/".join(path)
-        kind = "scale" if path[-1].endswith("scale") else "zero_point"
+        where, kind = "/".join(path), _STATIC[path[-1]]
         layers = self._modules.get("/".join(path[:-1]), [])
         value = leaf.array if isinstance(leaf, WithAux) else leaf
         if len(layers) != 1 or value.size != 1:
@@ -367,15 +369,16 @@ class _Reader:
     def add_layer(
         self, prefix: str, tensors: dict[str, np.ndarray], scheme: Mapping[str, Any]
     ) -> None:
-        ranges = {kind: tensors.pop(f"input_{kind}", None) for kind in _KINDS}
+        given: dict[Part, Any]
+        given = {kind: tensors.pop(f"input_{kind}", None) for kind in _KINDS}
         try:
             weight = compressed_layers.decode_layer(tensors, scheme.get("weights"))
-            ranges = _static_ranges(ranges, scheme, weight.how.qtype)
+            ranges = _static_ranges(given, scheme, weight.how.qtype)
         except ValueError as error:
             raise ValueError(f"{prefix}weight cannot be read: {error}.") from error
         path = self.add(f"{prefix}weight", weight)
         for kind, (value, how) in ranges.items():
-            name = f"dot_general0_lhs_{kind}"
+            (name,) = Leaf(_INPUTS[0], kind).path
             where, ndim = self._recorded.get(f"{prefix}input_{kind}", (name, 2))
             value = jnp.asarray(value).reshape((1,) * ndim)
             leaf = value if how is None else WithAux(value, how)
@@ -383,10 +386,10 @@ class _Reader:
 
 
 def _static_ranges(
-    ranges: Mapping[str, np.ndarray | None],
+    ranges: Mapping[Part, np.ndarray | None],
     scheme: Mapping[str, Any],
     default: Any,
-) -> dict[str, tuple[np.ndarray, HowToQuantize | None]]:
+) -> dict[Part, tuple[np.ndarray, HowToQuantize | None]]:
     """Returns the static scale and zero point of the input of a layer."""
     scale, zero = ranges["scale"], ranges["zero_point"]
     if scale is None:
@@ -401,7 +404,9 @@ def _static_ranges(
     asymmetric = zero is not None and bool(np.any(zero.astype(np.float32)))
     method = "minmax" if asymmetric else "absmax"
     how = HowToQuantize(qtype=qtype, calibration_method=method)
-    result: dict[str, tuple[np.ndarray, HowToQuantize | None]] = {"scale": (scale, how)}
+    result: dict[Part, tuple[np.ndarray, HowToQuantize | None]] = {
+        "scale": (scale, how)
+    }
     if zero is not None and asymmetric:
         result["zero_point"] = (zero.astype(numerics.storage_dtype(qtype)), None)
     return result

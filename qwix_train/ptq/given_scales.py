@@ -21,7 +21,8 @@ from qwix_train.core import learned_quant, numerics
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
 from qwix_train.core.qarray import WithAux
-from qwix_train.planning import Path, Plan
+from qwix_train.leaves import Leaf, Path, range_of, scale_path, zero_point_path
+from qwix_train.planning import Plan
 from qwix_train.trace.function import TracedCall
 
 
@@ -62,9 +63,11 @@ class GivenScales:
         except ValueError as error:
             raise ValueError(f"Param {'/'.join(path)!r}: {error}") from error
         shape = how.scale_shape(tuple(param.shape))
-        for name, part in zip(_beside(path), (scale, zero_point), strict=True):
-            if part is not None:
-                _check_part(name, part, path, shape)
+        leaves = Leaf(path, "scale"), Leaf(path, "zero_point")
+        for leaf, value in zip(leaves, (scale, zero_point), strict=True):
+            if value is not None:
+                leaf.check_shape(value, shape)
+                learned_scale.check_finite(leaf, value)
         if isinstance(param, jax.ShapeDtypeStruct):
             return stored.quantize_param(param, how)
         scale = learned_quant.positive_scale(jnp.asarray(scale), param.dtype)
@@ -102,13 +105,12 @@ def among_params(
                 weights[path] = tuple(params.get(p) for p in beside)
                 used |= {p for p in beside if p in params}
             continue
-        range_path = (*path[:-1], path[-1].removesuffix("_scale"))
-        leaves = learned_scale.leaves_at(range_path, params)
+        owner = range_of(path)
+        leaves = learned_scale.leaves_at(owner, params)
         if not leaves.method:
             continue
-        found = _range(range_path, leaves, target.how, target.shape, target.dtype)
-        ranges |= found
-        used |= learned_scale.by_path(range_path, leaves).keys()
+        ranges |= _range(owner, leaves, target.how, target.shape, target.dtype)
+        used |= {leaf.path for leaf in learned_scale.each(owner, leaves)}
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -134,18 +136,12 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
             continue
         weights[path] = tuple(named.get(p) for p in beside)
         used |= {p for p in beside if p in named}
-    for op in plan.quantized_ops:
-        for side, how in enumerate(op.activations):
-            if how is None or not op.learned:
-                continue
-            leaves = learned_scale.leaves_at(op.range_path(side), named)
-            if not leaves.method:
-                continue
-            operand = op.op.operands[side]
-            shape = (*op.op.layers, *how.scale_shape(operand.shape))
-            path = op.range_path(side)
-            ranges |= _range(path, leaves, how, shape, operand.dtype)
-            used |= learned_scale.by_path(path, leaves).keys()
+    for static in static_range.static_operands(plan):
+        path, shape, dtype = static.path, static.scale_shape, static.operand.dtype
+        leaves = learned_scale.leaves_at(path, named)
+        if static.op.learned and leaves.method:
+            ranges |= _range(path, leaves, static.how, shape, dtype)
+            used |= {leaf.path for leaf in learned_scale.each(path, leaves)}
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -166,7 +162,7 @@ def check_learned(path: Path, how: HowToQuantize) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    return static_range.scale_path(path), static_range.zero_point_path(path)
+    return scale_path(path), zero_point_path(path)
 
 
 def _range(
@@ -177,17 +173,17 @@ def _range(
     dtype: Any,
 ) -> dict[Path, Any]:
     """What stands for a range in a quantized model, by path."""
-    for name, leaf in learned_scale.by_path(path, leaves).items():
-        learned_scale.check_finite(name, leaf)
+    for leaf, value in learned_scale.each(path, leaves).items():
+        learned_scale.check_finite(leaf, value)
 
     def stored_range(leaves):
         fitted = {
-            part: learned_scale.fitted(learned_scale.part_path(path, part), leaf, shape)
-            for part, leaf in leaves._asdict().items()
-            if leaf is not None
+            leaf.part: learned_scale.fitted(leaf, value, shape)
+            for leaf, value in learned_scale.each(path, leaves).items()
         }
-        leaves = learned_scale.Leaves(**fitted)
-        return learned_scale.stored_range(leaves, how.qtype, dtype)
+        return learned_scale.stored_range(
+            learned_scale.Leaves(**fitted), how.qtype, dtype
+        )
 
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     found = jax.eval_shape(stored_range, leaves) if abstract else stored_range(leaves)
@@ -198,17 +194,7 @@ def _range(
             "the same rules."
         )
     values: dict[Path, Any] = {}
-    values[static_range.scale_path(path)] = WithAux(found.scale, how)
+    values[scale_path(path)] = WithAux(found.scale, how)
     if found.zero_point is not None:
-        values[static_range.zero_point_path(path)] = found.zero_point
+        values[zero_point_path(path)] = found.zero_point
     return values
-
-
-def _check_part(name: Path, part: Any, path: Path, shape: tuple[int, ...]) -> None:
-    """Complains of a scale or zero point that does not fit its param."""
-    if tuple(part.shape) != tuple(shape):
-        raise ValueError(
-            f"Param {'/'.join(name)!r} has shape {tuple(part.shape)}, and the rule of "
-            f"{'/'.join(path)!r} gives that scales of shape {tuple(shape)}."
-        )
-    learned_scale.check_finite(name, part)

@@ -15,11 +15,12 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import ops
-from qwix_train.calib.observe import Tagging
+from qwix_train.calib.observe import Tagged, Tagging
 from qwix_train.calib.observers import Statistics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.leaves import SIDES, OperandName, Path
 from qwix_train.ops.vectors import Vectors
-from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.planning import OpPlan, Plan
 from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.ptq.weight_matrices import (
@@ -167,14 +168,10 @@ class InputMoments:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightInput:
+class WeightInput(Tagged):
     """What enters a product that reads a weight.
 
     Attributes:
-      path: its path: the module, the op, and the side of the operand.
-      statistics: what is collected.
-      shape: the shape of the input, in one layer.
-      dtype: its dtype.
       channels: the input as vectors.
       view: the weight as matrices.
       layers: the sizes of the axes of layers that the op is run for.
@@ -184,10 +181,6 @@ class WeightInput:
       observer: what measures such a range, if the rule names one.
     """
 
-    path: Path
-    statistics: Statistics
-    shape: tuple[int, ...]
-    dtype: Any
     channels: Vectors
     view: MatrixView
     layers: tuple[int, ...]
@@ -195,11 +188,6 @@ class WeightInput:
     activation: HowToQuantize | None
     static: HowToQuantize | None
     observer: Any
-
-    @property
-    def name(self) -> str:
-        """The path as text."""
-        return "/".join(self.path)
 
 
 # For each quantized param, the ops that read it: what enters it or, as text, why that
@@ -236,7 +224,7 @@ class InputTagging(Tagging):
             for path in paths:
                 found = self._found(op, path, plan)
                 reads = self.reads.setdefault(path, {})
-                name = "/".join((*op.range_path(0)[:-1], op.op.id))
+                name = "/".join(OperandName(op.module_path, op.op.id).path)
                 before = reads.setdefault(name, found)
                 if _differ(before, found):
                     raise ValueError(
@@ -250,7 +238,7 @@ class InputTagging(Tagging):
 
         def handler(op, operands, run, given):
             found = tagged[op.key]
-            side = 0 if found.path[-1].endswith("_lhs") else 1
+            side = SIDES.index(OperandName.parse(found.path).side)
             operands = list(operands)
             layers = [length > 0 for length in op.scans]
             x = ops.kind_of(op).seen(op.params, side, operands)

@@ -17,10 +17,10 @@ from jax.core import Tracer
 from qwix_train import static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.leaves import Path, range_of, scale_path
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.nested import WithLeaves, inserted
 from qwix_train.other_methods import resolved
-from qwix_train.planning import Path
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
@@ -425,8 +425,8 @@ def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any
     for path, statistics in groups.items():
         # Params may stand in a collection, and the statistics in one of their own.
         places = [path, ("params", *path)]
-        path = next((p for p in places if static_range.scale_path(p) in flat), path)
-        scale = flat.get(static_range.scale_path(path))
+        path = next((p for p in places if scale_path(p) in flat), path)
+        scale = flat.get(scale_path(path))
         if not isinstance(scale, WithAux):
             raise ValueError(
                 f"There are quant_stats for {'/'.join(path)!r}, and no rule of the "
@@ -456,7 +456,7 @@ def _range(
             f"calibration method {scale.how.calibration_method!r} takes {wanted}."
         )
     params = static_range.from_statistics(path, statistics, scale.how)
-    shape = params[static_range.scale_path(path)].shape
+    shape = params[scale_path(path)].shape
     # More than one entry along an axis is a finer range than was asked for.
     if len(shape) != len(scale.shape) or any(
         had > 1 and had != has for had, has in zip(scale.shape, shape, strict=True)
@@ -477,7 +477,7 @@ def _check_ranges(
     if not weights or not weights.issubset(names):
         return  # a part of a model, whose ranges may come with another
     missing = [
-        "/".join(path).removesuffix("_scale")
+        "/".join(range_of(path))
         for path, x in quantized.items()
         if path not in weights and path not in ranges and not _is_known(x.array)
     ]

@@ -20,13 +20,9 @@ import jax
 from jax import numpy as jnp
 
 from qwix_train import ops, weights
-from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.leaves import Leaf, Path, pre_quant_scale_path
+from qwix_train.planning import OpPlan, Plan
 from qwix_train.trace.analyze import Op
-
-
-def scale_path(path: Path) -> Path:
-    """The path of the scale of an operand, from that of its range."""
-    return (*path[:-1], f"{path[-1]}_pre_quant_scale")
 
 
 def weight_side(op: Op) -> int | None:
@@ -59,7 +55,7 @@ def initial(plan: Plan) -> dict[Path, jax.Array]:
         if not kind.scaled_axes(op.op.params, 1 - side, len(operand.shape)):
             continue
         shape, dtype = scale_shape(op.op, 1 - side), operand.dtype
-        scales[scale_path(op.range_path(1 - side))] = jnp.ones(shape, dtype)
+        scales[pre_quant_scale_path(op.range_path(1 - side))] = jnp.ones(shape, dtype)
     return scales
 
 
@@ -75,15 +71,8 @@ def scales_of(plan: OpPlan, named: Mapping[Path, Any]) -> list[jax.Array | None]
     """
     scales: list[jax.Array | None] = [None] * len(plan.op.operands)
     for side in range(ops.kind_of(plan.op).sides):
-        path = scale_path(plan.range_path(side))
-        scale = scales[side] = named.get(path)
-        if scale is None:
-            continue
-        shape = scale_shape(plan.op, side)
-        if scale.shape != shape:
-            raise ValueError(
-                f"Param {'/'.join(path)!r} has shape {tuple(scale.shape)}, and the "
-                f"operand that it scales takes one of shape {shape}: it was made for "
-                "another model."
-            )
+        leaf = Leaf(plan.range_path(side), "pre_quant_scale")
+        scale = scales[side] = leaf.among(named)
+        if scale is not None:
+            leaf.check_shape(scale, scale_shape(plan.op, side))
     return scales

@@ -20,8 +20,7 @@ from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import WithAux
-from qwix_train.planning import Path
-from qwix_train.ptq import pre_quant_scale
+from qwix_train.leaves import SIDES, OperandName, Path, pre_quant_scale_path
 from qwix_train.ptq.calibrated_weight import (
     QuantizedWeight,
     Weight,
@@ -239,7 +238,7 @@ class _Job:
         result = self.method.quantize_weight(weight)
         if (scale := result.scale) is not None:
             (found,) = weight.inputs
-            path = (*prefix, *pre_quant_scale.scale_path(found.path))
+            path = (*prefix, *pre_quant_scale_path(found.path))
             self.scales[path] = scale.stored
             if scale.range is not None:
                 ranges = self.own_ranges if result.reason else self.ranges
@@ -270,8 +269,9 @@ class _Job:
                 "quantize_model(model, method.provider, *inputs)."
             )
         for path in self.unscaled:
-            for side in ("lhs", "rhs"):
-                place = pre_quant_scale.scale_path((*path[:-1], f"{path[-1]}_{side}"))
+            for side in SIDES:
+                operand = OperandName.parse(path)._replace(side=side)
+                place = pre_quant_scale_path(operand.path)
                 if place in target:
                     shape = stored.shape_of(target[place])
                     self.scales[place] = jnp.ones(shape.shape, shape.dtype)

@@ -14,9 +14,9 @@ from flax.core import FrozenDict, freeze
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, stored
+from qwix_train.leaves import Path
 from qwix_train.model import trace_function
 from qwix_train.nested import inserted
-from qwix_train.planning import Path
 from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.qat.provider import QtProvider
 from qwix_train.qat.train_state import collections_of
@@ -198,9 +198,8 @@ def learned_scale_mask(params: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [param_path(key_path) for key_path, _ in leaves]
     known = set(paths)
-    return jax.tree.unflatten(
-        structure, [learned_scale.is_leaf(path, known) for path in paths]
-    )
+    is_learned = [learned_scale.trained_leaf(path, known) is not None for path in paths]
+    return jax.tree.unflatten(structure, is_learned)
 
 
 def _leaves(

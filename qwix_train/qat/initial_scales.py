@@ -12,16 +12,18 @@ from jax import core
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
+from qwix_train.calib.averaging import Calibration
 from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.how import HowToQuantize
-from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.learned_scale import Leaves
+from qwix_train.leaves import Leaf, Path, scale_path
+from qwix_train.planning import OpPlan, Plan
 from qwix_train.rules import QuantizationRule
+from qwix_train.static_range import StaticOperand
 from qwix_train.trace import function
 from qwix_train.trace.function import TracedCall
-
-Calibration = Mapping[str, jax.Array]
 
 
 def initial_leaves(
@@ -63,7 +65,7 @@ def initial_leaves(
                 f"Param {'/'.join(param.path)!r} is quantized already, and a learned "
                 "scale is trained together with float params: give those."
             )
-        path = learned_scale.weight_scale_path(param.path)
+        path = scale_path(param.path)
         if path in read:
             raise ValueError(
                 f"The model computes with {'/'.join(path)!r}, where the learned scale "
@@ -75,28 +77,24 @@ def initial_leaves(
             box = traced.boxes.get(param.path)
             leaves[path] = scale if box is None else stored.box_part(scale, box)
     missing = [
-        (op, side)
-        for op in plan.quantized_ops
-        for side, how in enumerate(op.activations)
-        if op.learned and how is not None and not _has_leaves(op, side, named)
+        static
+        for static in static_range.static_operands(plan)
+        if static.op.learned and not _has_leaves(static, named)
     ]
     if missing:
         calibration_of = (
             _given(quant_stats) if quant_stats else _measured(traced, plan, rules)
         )
-    for op, side in missing:
-        path, how = op.range_path(side), op.activations[side]
-        assert how is not None
-        calibration = calibration_of(path)
-        for part, value in _act_leaves(op, how, path, calibration).items():
-            leaves[learned_scale.part_path(path, part)] = value
+    for static in missing:
+        begun = _act_leaves(static, calibration_of(static.path))
+        for leaf, value in learned_scale.each(static.path, begun).items():
+            leaves[leaf.path] = value
     return leaves
 
 
-def _has_leaves(op: OpPlan, side: int, named: Mapping[Path, Any]) -> bool:
-    path = op.range_path(side)
-    parts = learned_scale.PARTS[op.learned]
-    return all(learned_scale.part_path(path, part) in named for part in parts)
+def _has_leaves(static: StaticOperand, named: Mapping[Path, Any]) -> bool:
+    parts = learned_scale.PARTS[static.op.learned]
+    return all(Leaf(static.path, part).path in named for part in parts)
 
 
 def _weight_scale(array: Any, how: HowToQuantize) -> Any:
@@ -154,23 +152,22 @@ def _measured(
     return lambda path: found["/".join(path)]
 
 
-def _act_leaves(
-    op: OpPlan, how: HowToQuantize, path: Path, calibration: Calibration
-) -> dict[str, jax.Array]:
+def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
     """The leaves of an activation that begin with a range."""
+    path, how, method = static.path, static.how, static.op.learned
     _check_range(path, calibration)
     if "absmax" in calibration:
         high = calibration["absmax"]
         low = -high
     else:
         low, high = calibration["min"], calibration["max"]
-    if op.learned == "lsq":
+    if method == "lsq":
         largest = {"absmax": jnp.maximum(-low, high)}
-        return {"scale": compute_scale_zero_point(largest, how.qtype)[0]}
+        return Leaves(scale=compute_scale_zero_point(largest, how.qtype)[0])
     first, last = numerics.code_range(how.qtype)
-    if op.learned == "lsq+":
+    if method == "lsq+":
         whole = {"min": low, "max": high}
-        return {"scale": compute_scale_zero_point(whole, how.qtype)[0], "offset": low}
+        return Leaves(compute_scale_zero_point(whole, how.qtype)[0], offset=low)
     if "min" in calibration and _is_known(low) and np.any(np.asarray(low) < 0):
         raise ValueError(
             f"{'/'.join(path)}: act_calibration_method='pact' clips an activation to "
@@ -179,7 +176,7 @@ def _act_leaves(
         )
     whole = {"min": jnp.zeros_like(high), "max": high}
     scale = compute_scale_zero_point(whole, how.qtype)[0]
-    return {"alpha": scale * (last - first)}
+    return Leaves(alpha=scale * (last - first))
 
 
 def _check_range(path: Path, calibration: Calibration) -> None:

@@ -11,9 +11,9 @@ from jax import numpy as jnp
 
 from qwix_train import learned_scale, stored
 from qwix_train.core import numerics
+from qwix_train.leaves import Path
 from qwix_train.nested import inserted
-from qwix_train.planning import Path
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.rules import QuantizationRule, check_rules, rule_of_range
 from qwix_train.trace.function import param_path
 
 
@@ -60,18 +60,18 @@ def learned_quant_stats(
     flat, _ = jax.tree_util.tree_flatten_with_path(stored.unbox(params))
     named = {param_path(key_path): leaf for key_path, leaf in flat}
     found = dict(quant_stats or {})
-    paths = [path for path in map(learned_scale.range_path, named) if path is not None]
-    if not paths:
+    trained = list(filter(None, map(learned_scale.trained_leaf, named)))
+    if not trained:
         raise ValueError(
             "There is no learned range of an activation among the params. Train them "
             "with qat.attach_learned_scales and act_calibration_method='lsq', 'lsq+' "
             "or 'pact'."
         )
     rules = check_rules(rules)
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(leaf.owner for leaf in trained):
         leaves = learned_scale.leaves_at(path, named)
-        for name, leaf in learned_scale.by_path(path, leaves).items():
-            learned_scale.check_finite(name, leaf)
+        for leaf, value in learned_scale.each(path, leaves).items():
+            learned_scale.check_finite(leaf, value)
         ends = _ends(leaves, _qtype(path, leaves, rules))
         found = inserted(found, path, {"count": jnp.ones((), jnp.int32), **ends})
     return found
@@ -87,13 +87,9 @@ def _ends(leaves: learned_scale.Leaves, qtype: Any) -> dict[str, jax.Array]:
 def _qtype(
     path: Path, leaves: learned_scale.Leaves, rules: Sequence[QuantizationRule]
 ) -> Any:
-    op_id = path[-1].rpartition("_")[0]
-    op_name = op_id.rstrip("0123456789")
-    module_path = "/".join(path[:-1])
-    matching = (rule for rule in rules if rule.matches(module_path, op_name, op_id))
-    rule = next(matching, None)
+    rule = rule_of_range(rules, path)
     if rule is None or not leaves.method or rule.learned_act_method != leaves.method:
-        names = ["/".join(name) for name in learned_scale.by_path(path, leaves)]
+        names = ["/".join(leaf.path) for leaf in learned_scale.each(path, leaves)]
         raise ValueError(
             f"The params have {' and '.join(names)}, which is not what the "
             "act_calibration_method of a rule for that op trains. Pass the rules that "

@@ -238,16 +238,13 @@ def initial_states(
 ) -> dict[Path, dict[str, Any]]:
     """The statistics before any batch, for each range that a plan asks for."""
     states = {}
-    for op in plan.quantized_ops:
-        for side, how in enumerate(op.activations):
-            if not op.collected or how is None:
-                continue
-            operand = op.op.operands[side]
-            state = statistics_of(op, side, rules).init(operand.shape, operand.dtype)
-            layers = op.op.layers
-            states[op.range_path(side)] = jax.tree.map(
+    for static in static_range.static_operands(plan):
+        if static.op.collected:
+            statistics = statistics_of(static.op, static.side, rules)
+            layers = static.op.op.layers
+            states[static.path] = jax.tree.map(
                 lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)),
-                state,
+                statistics.init(static.operand.shape, static.operand.dtype),
             )
     return states
 

@@ -59,6 +59,14 @@ def test_ranges_of_stacked_layers():
     models.assert_same(found["sum_of_absmax"], statistics["sum_of_absmax"])
 
 
+def test_ranges_of_operations_of_litert():
+    # They are named after the operation alone where that has one operand.
+    rule = QuantizationRule(**STATIC, op_names=("tanh",))
+    statistics = {"count": jnp.array(2), "sum_of_absmax": jnp.array([[3.0]])}
+    ranges = calib.collected_ranges({"tanh0": statistics}, [rule])
+    models.assert_same(ranges["tanh0"]["sum_of_absmax"], jnp.array([[3.0]]))
+
+
 def test_errors():
     rule = QuantizationRule(**STATIC)
     _, empty = observed(rule, [])

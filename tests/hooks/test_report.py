@@ -353,6 +353,12 @@ def test_a_scale_among_the_params(zero_point):
         report.scalars({**params, "kernel_scale": scale.T})
 
 
+def test_params_that_are_one_array():
+    report = hooks.QuantReport(Writer(), plan(lambda w, x: x @ w, INT4, X, X.T))
+    found = report.scalars(X)
+    np.testing.assert_allclose(found["sqnr_db"], sqnr_db(X), rtol=1e-4)
+
+
 def oscillated(kind, tx):
     """A state after updates up and down; what the report is given; the path to it."""
     state, model, name, _ = make("nnx" if kind == "separate" else kind)

@@ -474,6 +474,25 @@ def test_wrong_params_are_refused():
         lora.init(both, MODEL.apply, rules(), jax.random.key(0), X)
 
 
+def test_params_of_the_model_may_be_named_as_parts_of_adapters_are():
+    def apply(params, x):
+        return x @ params["q_lora_a"] @ params["q_lora_b"]
+
+    w = np.linspace(-1.0, 2.0, X.shape[1] * 3, dtype=np.float32).reshape(-1, 3)
+    key, tx = jax.random.key(0), optax.sgd(0.1)
+    params = {"q_lora_a": w, "q_lora_b": w.T}
+    state = lora.create_train_state(apply, params, tx, rules(), key, X)
+    of_a, of_b = ([f"{name}_lora_a", f"{name}_lora_b"] for name in params)
+    assert sorted(state.params) == [*of_a, *of_b]
+    models.assert_close(state.apply_fn(state.params, X), X @ w @ w.T, 1e-5)
+
+
+def test_params_that_are_one_array_have_no_place_for_adapters():
+    w = np.ones((X.shape[1], 3), np.float32)
+    with pytest.raises(ValueError, match="one array.*its lora_a has no place"):
+        lora.init(w, lambda w, x: x @ w, rules(), jax.random.key(0), X)
+
+
 def test_a_base_that_is_quantized_already_is_kept():
     quantized, params = qwix_train.ptq.quantize(
         MODEL, PARAMS, [QuantizationRule(weight_qtype="int8")], X
