@@ -84,11 +84,6 @@ class OperandName(NamedTuple):
         module = self.module_path.split("/") if self.module_path else ()
         return (*module, f"{self.op_id}_{self.side}" if self.side else self.op_id)
 
-    @property
-    def op_name(self) -> str:
-        """The name of the op, such as `dot_general`."""
-        return self.op_id.rstrip("0123456789")
-
 
 class Leaf(NamedTuple):
     """A leaf: what it belongs to, and what it is.

@@ -133,9 +133,7 @@ class QuantizationRule:
             if not known and not hasattr(value, "observe") | hasattr(value, "update"):
                 raise self._error(field, f"it must be a name, or {kind}")
         for name in self.op_names:
-            known = (*ops.names(), *LITERT_OP_NAMES)
-            # An id has a count behind the name, which may end in a number itself.
-            if name not in known and re.sub(r"\d+$", "", name) not in known:
+            if not {name, _op_name(name)} & {*ops.names(), *LITERT_OP_NAMES}:
                 raise self._error(
                     "op_names",
                     f"{name!r} is no op; the ops are {', '.join(ops.names())}, and for "
@@ -402,6 +400,16 @@ def _how(qtype: Any, method: str) -> how.HowToQuantize:
     return how.HowToQuantize(qtype=qtype, calibration_method=method)
 
 
+def _op_name(op_id: str) -> str:
+    """The name of an op, from its id, which has a count behind the name.
+
+    A name may end in a number itself: of those that fit it is the longest.
+    """
+    known = (*ops.names(), *LITERT_OP_NAMES)
+    names = (n for n in known if re.fullmatch(re.escape(n) + r"\d+", op_id))
+    return max(names, key=len, default=op_id)
+
+
 def rule_of_range(
     rules: Sequence[QuantizationRule], path: Path
 ) -> QuantizationRule | None:
@@ -412,7 +420,7 @@ def rule_of_range(
       path: the path of the range, which says the module and the op.
     """
     name = OperandName.parse(path)
-    op = name.module_path, name.op_name, name.op_id
+    op = name.module_path, _op_name(name.op_id), name.op_id
     return next((rule for rule in rules if rule.matches(*op)), None)
 
 

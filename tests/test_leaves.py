@@ -47,4 +47,4 @@ def test_names_of_litert():
     assert OperandName("Dense_0", "tanh0", "").path == ("Dense_0", "tanh0")
     assert OperandName("", "final", "output1").path == ("final_output1",)
     assert OperandName.parse(("concatenate0_input2",)) == ("", "concatenate0", "input2")
-    assert OperandName.parse(("tanh0",)).op_name == "tanh"
+    assert OperandName.parse(("tanh0",)) == ("", "tanh0", "")

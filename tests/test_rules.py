@@ -138,6 +138,14 @@ def test_numbers_of_numpy_are_those_of_python():
     assert share == 0.25 and type(share) is float
 
 
+def test_one_op_of_a_name_that_ends_in_a_number():
+    assert QuantizationRule(op_names=("relu_n1_to_10",)).matches(
+        "", "relu_n1_to_1", "relu_n1_to_10"
+    )
+    with pytest.raises(ValueError, match="'relu_n1_to_' is no op"):
+        QuantizationRule(op_names=("relu_n1_to_",))
+
+
 def test_an_observer_needs_static_ranges():
     for fields in {"act_observer": "mse"}, {"act_averaging": "minmax"}:
         rule = QuantizationRule(weight_qtype="int8", act_qtype="int8", **fields)

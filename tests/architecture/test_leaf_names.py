@@ -34,6 +34,8 @@ OTHERS = {
     "lora/peft_config.py": {"lora_alpha"},
     # A number behind a name that two arguments of a LiteRT model share.
     "odml/calls.py": {"f'{name}_{index}'"},
+    # A parameter of `jax.lax.ragged_dot_general`.
+    "ops/ragged_dot.py": {"group_offset"},
     # Functions, in `__all__`.
     "core/qarray.py": {
         "compute_scale_zero_point",

@@ -59,12 +59,16 @@ def test_ranges_of_stacked_layers():
     models.assert_same(found["sum_of_absmax"], statistics["sum_of_absmax"])
 
 
-def test_ranges_of_operations_of_litert():
-    # They are named after the operation alone where that has one operand.
-    rule = QuantizationRule(**STATIC, op_names=("tanh",))
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("tanh0", "tanh"), ("relu_n1_to_10_output", "relu_n1_to_1"), ("log1p2", "log1p")],
+)
+def test_ranges_of_operations_of_litert(name, op):
+    # Those with one operand have no name for it, and some end in a number.
+    rules = [QuantizationRule(**STATIC, op_names=(names,)) for names in ("relu", op)]
     statistics = {"count": jnp.array(2), "sum_of_absmax": jnp.array([[3.0]])}
-    ranges = calib.collected_ranges({"tanh0": statistics}, [rule])
-    models.assert_same(ranges["tanh0"]["sum_of_absmax"], jnp.array([[3.0]]))
+    ranges = calib.collected_ranges({name: statistics}, rules)
+    models.assert_same(ranges[name]["sum_of_absmax"], jnp.array([[3.0]]))
 
 
 def test_errors():
