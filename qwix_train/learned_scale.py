@@ -22,11 +22,12 @@ from jax import numpy as jnp
 
 from qwix_train import stored
 from qwix_train.core import learned_quant, numerics
-from qwix_train.core.how import HowToQuantize, is_learned
-from qwix_train.leaves import Leaf, OperandPart, Path
+from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
+from qwix_train.leaves import Leaf, OperandPart, Path, scale_path, zero_point_path
 from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.static_range import Range
 from qwix_train.trace.analyze import Key
+from qwix_train.trace.function import TracedCall
 
 # The leaves of an activation, by the method that trains them.
 PARTS: dict[str, tuple[OperandPart, ...]] = {
@@ -132,6 +133,63 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
             raise _missing(leaf, f"act_calibration_method={plan.learned!r}")
         found[part] = fitted(leaf, stored.unbox(value), shape)
     return Leaves(**found)
+
+
+def given_parts(path: Path, traced: TracedCall) -> tuple[Any, Any] | None:
+    """The scale and zero point that stand beside a param, from whatever training.
+
+    A leaf that the model computes with is its own, whatever its name.
+
+    Args:
+      path: the path of the param.
+      traced: the call that takes it.
+
+    Returns:
+      None if there is no scale; the zero point is None if there is none.
+    """
+    named = traced.named
+    if not path or scale_path(path) not in named or scale_path(path) in traced.read:
+        return None
+    return named[scale_path(path)], named.get(zero_point_path(path))
+
+
+def given_range(
+    path: Path,
+    parts: tuple[Any, Any],
+    how: HowToQuantize,
+    shape: Sequence[int],
+    dtype: Any,
+) -> Range:
+    """The range of a param that a scale and a zero point beside it say.
+
+    Args:
+      path: the path of the param.
+      parts: the scale and the zero point, which may be None.
+      how: how the param is quantized.
+      shape: its shape.
+      dtype: its dtype.
+
+    Raises:
+      ValueError: if a part does not fit the param or its rule, or is not finite.
+    """
+    expected = how.scale_shape(tuple(shape))
+    leaves = Leaf(path, "scale"), Leaf(path, "zero_point")
+    for leaf, value in zip(leaves, parts, strict=True):
+        if value is not None:
+            leaf.check_shape(value, expected)
+            check_finite(leaf, value)
+    scale, zero_point = parts
+    scale = learned_quant.positive_scale(jnp.asarray(scale), dtype)
+    scale = numerics.scale_in_dtype(scale, dtype)
+    if needs_zero_point(how.calibration_method):
+        zero = jnp.zeros(scale.shape) if zero_point is None else zero_point
+        zero_point = numerics.round_to_qtype(jnp.asarray(zero, float), how.qtype)
+    elif zero_point is not None:
+        raise ValueError(
+            f"Param {'/'.join(path)!r} has a zero point next to it, and its rule "
+            f"(weight_calibration_method={how.calibration_method!r}) none."
+        )
+    return Range(scale, zero_point)
 
 
 def with_leaves(

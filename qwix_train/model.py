@@ -34,7 +34,8 @@ def quantize_model(
     """A copy of a model whose methods run quantized.
 
     Args:
-      model: a Linen module, or an NNX module.
+      model: a Linen module, or an NNX module. One that is quantized already gets this
+        provider in the place of the one that it has.
       provider: the mode and the rules, such as `QtProvider(rules)`.
       *model_inputs: inputs for the first method of an NNX model; a `PtqProvider` needs
         them. The rules are checked against the model at once, abstractly: the values

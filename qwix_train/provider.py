@@ -162,8 +162,17 @@ class QuantizationProvider(abc.ABC):
 
         Args:
           rewrite: what the other mode does to a call of a model that is not quantized.
+
+        Raises:
+          ValueError: if the rules of this one would be dropped.
         """
-        return rewrite
+        if self.stores_params:  # which the other mode finds, and names
+            return rewrite
+        raise ValueError(
+            "The model that the step calls is quantized already, by quantize_model "
+            f"with a {type(self).__name__}, whose rules would be dropped. Call the "
+            "float model in the step that is wrapped, or do not wrap it."
+        )
 
     def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:  # noqa: B027
         """Adds to an NNX model, in place, what this mode keeps in it next to params.

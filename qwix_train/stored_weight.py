@@ -57,6 +57,16 @@ class StoredWeight(Carried):
         return dequantize(self.array).astype(self.dtype)
 
     @property
+    def next_to_floats(self) -> QArray | jax.Array:
+        """The operand of a product with a float array, in the dtype of the model."""
+        # In float16, unlike in bfloat16, the scales of ordinary weights have few bits
+        # left, or none.
+        narrowed = self.dtype != self.array.dtype
+        if narrowed and self.dtype == jnp.float16:
+            return self.value
+        return self.array.astype(self.dtype)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return self.array.shape
@@ -240,8 +250,8 @@ class PackedWeight(StoredWeight):
         side = 0 if operands[0] is self else 1
 
         def weight_of(packed):
-            weight = self._unpacked(packed)
-            return dequantize(weight.array.astype(weight.dtype))
+            weight = self._unpacked(packed).next_to_floats
+            return dequantize(weight) if isinstance(weight, QArray) else weight
 
         def of_arrays(x, weight):
             factors = [weight, x] if side == 0 else [x, weight]
@@ -328,4 +338,4 @@ def _product_operand(value: Any, other: Any) -> Any:
     # The sums of codes are scaled in the dtype of the stored scale, which is at least
     # as exact. Next to a float array the weight has the dtype that the model gave it.
     in_codes = isinstance(other, StoredWeight | QArray)
-    return value.array if in_codes else value.array.astype(value.dtype)
+    return value.array if in_codes else value.next_to_floats

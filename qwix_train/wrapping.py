@@ -255,7 +255,8 @@ class _Wrapped:
                 "(`.lower(...).compile()`), wrap the function first and compile the "
                 "result. If it uses a graph definition that it does not receive as an "
                 "argument, or an NNX model that it neither receives nor names (such as "
-                "one in an attribute of another object), pass that in. If its model is "
+                "one in an attribute of another object), pass that in. If it is "
+                "wrapped already, or calls only what is, wrap it once. If its model is "
                 "a plain function, mark that: forward = qwix_train.as_model(forward)."
             )
 

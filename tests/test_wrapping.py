@@ -197,3 +197,39 @@ def test_a_model_is_no_step(model):
     ):
         with pytest.raises(TypeError, match=f"is a model, not a step.*{call}"):
             wrap()
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize("wrapper", ["step", "calibrator"])
+def test_a_model_that_is_quantized_keeps_its_rules_or_says_so(kind, wrapper):
+    x, int4 = jnp.ones((2, 6)), [models.rule("int4")]
+    provider = qwix_train.QtProvider(int4)
+    if kind == "linen":
+        model = qwix_train.quantize_model(nn.Dense(3), provider)
+        given = nn.Dense(3).init(jax.random.key(0), x)
+    else:
+        model = None
+        given = qwix_train.quantize_model(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), provider)
+
+    def step(given, x):
+        return given(x) if model is None else model.apply(given, x)
+
+    step = (
+        wrap_eval_step(step, RULES, quant_stats={})
+        if wrapper == "step"
+        else calib.Calibrator(RULES).wrap(step)
+    )
+    with pytest.raises(ValueError, match="quantized already, by .* a QtProvider"):
+        step(given, x)
+
+
+def test_a_step_that_is_wrapped_already_is_one_reason_among_those_named():
+    step = wrap_eval_step(lambda p, x: MODEL(p, x), [models.rule("int8")])
+    with pytest.raises(ValueError, match="If it is wrapped already"):
+        wrap_eval_step(step, [models.rule("int4")])(PARAMS, BATCHES[0])
+
+
+@pytest.mark.parametrize("rules", [None, RULES[0]])
+def test_a_calibrator_of_no_list_of_rules(rules):
+    with pytest.raises(TypeError, match="Expected a list of rules"):
+        calib.Calibrator(rules)

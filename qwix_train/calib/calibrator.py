@@ -8,7 +8,7 @@ from typing import Any
 from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed, quant_stats_of, tagging
 from qwix_train.provider import QuantizationProvider
-from qwix_train.rules import QuantizationRule
+from qwix_train.rules import QuantizationRule, check_rules
 
 
 class Calibrator(Collector):
@@ -49,11 +49,13 @@ class Calibrator(Collector):
             that collects ranges, such as `QtProvider(rules)`.
 
         Raises:
-          TypeError: if a provider collects no ranges, such as a `PtqProvider`.
+          TypeError: if a provider collects no ranges, such as a `PtqProvider`; if
+            `rules` is neither a provider nor a list of rules.
           ValueError: if no rule sets `act_static_scale=True`.
         """
         super().__init__()
-        self._given = rules if isinstance(rules, QuantizationProvider) else tuple(rules)
+        provided = isinstance(rules, QuantizationProvider)
+        self._given = rules if provided else check_rules(rules)
         self.rules = tagging(self._given).rules  # complains if there are no ranges
         self._observed: list[Observed] = []
 

@@ -74,7 +74,7 @@ def dot_general(
         of ``rhs``.
 
     Raises:
-        ValueError: A QArray is malformed.
+        ValueError: A QArray is malformed, or the sizes of axes differ.
 
     >>> from qwix_train.core.qarray import quantize
     >>> a = quantize(jnp.array([[1., 2.]]), 'int8')
@@ -95,6 +95,7 @@ def dot_general(
             **kwargs,
         )
     numbers = _normalized(dimension_numbers, lhs.ndim, rhs.ndim)
+    _check_sizes(lhs.shape, rhs.shape, numbers)
     result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
     tiles = _contracted_tiles(lhs, rhs, numbers)
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
@@ -198,6 +199,16 @@ def _normalized(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> _Number
         (axes(lc, lhs_ndim), axes(rc, rhs_ndim)),
         (axes(lb, lhs_ndim), axes(rb, rhs_ndim)),
     )
+
+
+def _check_sizes(lhs: tuple[int, ...], rhs: tuple[int, ...], numbers: _Numbers) -> None:
+    for kind, (left, right) in zip(("contract", "batch"), numbers, strict=True):
+        sizes = [lhs[axis] for axis in left], [rhs[axis] for axis in right]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Operands of shapes {lhs} and {rhs} cannot {kind} the axes {left} and "
+                f"{right}, of sizes {tuple(sizes[0])} and {tuple(sizes[1])}."
+            )
 
 
 def _entries(operand: MaybeQArray, axis: int) -> int:

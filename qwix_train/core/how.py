@@ -5,6 +5,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qwix_train.core import numerics, tiling
 
 CALIBRATION_METHODS = {
@@ -83,6 +85,10 @@ def is_learned(calibration_method: str) -> bool:
     return parse_calibration_method(calibration_method)[0] in ("lsq", "lsq+")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HowToQuantize:
     """How to quantize an array. Hashable, and validated when it is made.
@@ -106,6 +112,7 @@ class HowToQuantize:
 
     Raises:
         ValueError: A field is wrong; the message names the value and the choices.
+        TypeError: The axes are not given as a collection, or a mapping, of ints.
 
     >>> how = HowToQuantize(qtype='int4', channelwise_axes=[1], tiled_axes={0: 32})
     >>> how.scale_shape((128, 10))
@@ -124,6 +131,21 @@ class HowToQuantize:
             object.__setattr__(self, field, value)
 
         put("qtype", numerics.canonical_qtype(self.qtype))
+        if not isinstance(self.channelwise_axes, Collection) or not all(
+            map(_is_int, self.channelwise_axes)
+        ):
+            raise TypeError(
+                f"channelwise_axes={self.channelwise_axes!r} must be a collection of "
+                "ints, such as (1,)."
+            )
+        if not isinstance(self.tiled_axes, Mapping) or not all(
+            _is_int(axis) and not isinstance(size, bool)
+            for axis, size in self.tiled_axes.items()
+        ):
+            raise TypeError(
+                f"tiled_axes={self.tiled_axes!r} must map axes to tile sizes, such as "
+                "{0: 32}."
+            )
         put("channelwise_axes", tuple(sorted(set(self.channelwise_axes))))
         put("tiled_axes", tiling.TiledAxes(self.tiled_axes))
         parse_calibration_method(self.calibration_method)
@@ -152,9 +174,15 @@ class HowToQuantize:
         ndim = len(shape)
         channelwise = {tiling.normalize_axis(a, ndim) for a in self.channelwise_axes}
         scale_shape = [shape[a] if a in channelwise else 1 for a in range(ndim)]
+        tiled: set[int] = set()
         for axis, size in self.tiled_axes.items():
             axis = tiling.normalize_axis(axis, ndim)
             if axis in channelwise:
                 raise ValueError(f"Axis {axis} is both channelwise and tiled.")
+            if axis in tiled:
+                raise ValueError(
+                    f"tiled_axes={self.tiled_axes!r} names axis {axis} of {ndim} twice."
+                )
+            tiled.add(axis)
             scale_shape[axis] = tiling.tile_count(axis, shape, size, self.pad_tiles)
         return tuple(scale_shape)

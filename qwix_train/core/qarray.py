@@ -378,8 +378,14 @@ def quantize(
         tiled_axes=tiled_axes or {},
         calibration_method=calibration_method,
     )
-    qarray = quantize_array(array, how)
-    return qarray if scale_dtype is None else qarray.astype(scale_dtype)
+    if scale_dtype is None:
+        return quantize_array(array, how)
+    scale, zero_point = compute_scale_zero_point(calibrate(array, how), qtype)
+    if scale_dtype == jnp.float16:
+        # It may change a scale by a large part. Codes are to fit the one that is kept.
+        scale = numerics.scale_in_dtype(scale, scale_dtype)
+    qarray = quantize_with_scale_zero_point(array, qtype, scale, zero_point)
+    return qarray.astype(scale_dtype)
 
 
 def dequantize(array: QArray) -> jax.Array:

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx, traverse_util
 from flax.core import FrozenDict
+from jax.core import Tracer
 
 from qwix_train import plan_table, processes, stored
 from qwix_train.files import writing
@@ -129,7 +130,9 @@ def save_async(
     # All processes have to find the same there.
     processes.once(lambda: _check_target(path, overwrite))
     exists = processes.agreed(path.exists())
-    arrays, records = array_tree.encode(stored_arrays.leaves(trees.to_tree(params)))
+    leaves = stored_arrays.leaves(trees.to_tree(params))
+    _check_values(leaves)
+    arrays, records = array_tree.encode(leaves)
     manifest = Manifest(
         params=records,
         rules=check_rules(rules),
@@ -303,6 +306,20 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
         is_one=is_one,
         overwrite=overwrite,
     )
+
+
+def _check_values(leaves: Sequence[stored_arrays.Leaf]) -> None:
+    """Complains of params that there is nothing to write of, before a file is made."""
+    if not leaves:
+        raise ValueError("There is no param to save: the tree is empty.")
+    for leaf in leaves:
+        for array in leaf.arrays.values():
+            if isinstance(array, jax.ShapeDtypeStruct | Tracer):
+                raise TypeError(
+                    f"Param {'/'.join(map(str, leaf.path))!r} has no values, but is a "
+                    f"{type(array).__name__}: save params outside of jit, and not "
+                    "their shapes."
+                )
 
 
 def _finish(

@@ -2,26 +2,25 @@
 
 Training may find the scales of a quantized model: a scale that is learned is a leaf
 among the params (see `learned_scale`), and an optimizer that ends on a grid puts that
-grid's scale there, under the same name. Wherever float params are quantized, a weight
-`kernel` with a `kernel_scale` next to it is quantized with exactly that scale, and a
-`kernel_zero_point` if there is one.
+grid's scale there, under the same name. Wherever float params are quantized, here and
+in training (`qat.fake_quantized`), a weight `kernel` with a `kernel_scale` next to it
+is quantized with exactly that scale, and a `kernel_zero_point` if there is one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
-from qwix_train.core import learned_quant, numerics
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
 from qwix_train.core.qarray import WithAux
-from qwix_train.leaves import Leaf, Path, range_of, scale_path, zero_point_path
+from qwix_train.leaves import Path, range_of, scale_path, zero_point_path
 from qwix_train.planning import Plan
 from qwix_train.trace.function import TracedCall
 
@@ -57,29 +56,18 @@ class GivenScales:
         """
         if path not in self.weights:
             return None
-        scale, zero_point = self.weights[path]
         try:
             check_quantizable(param)
         except ValueError as error:
             raise ValueError(f"Param {'/'.join(path)!r}: {error}") from error
-        shape = how.scale_shape(tuple(param.shape))
-        leaves = Leaf(path, "scale"), Leaf(path, "zero_point")
-        for leaf, value in zip(leaves, (scale, zero_point), strict=True):
-            if value is not None:
-                leaf.check_shape(value, shape)
-                learned_scale.check_finite(leaf, value)
+        shape, dtype = param.shape, param.dtype
+        find = functools.partial(
+            learned_scale.given_range, path, how=how, shape=shape, dtype=dtype
+        )
         if isinstance(param, jax.ShapeDtypeStruct):
+            jax.eval_shape(find, self.weights[path])
             return stored.quantize_param(param, how)
-        scale = learned_quant.positive_scale(jnp.asarray(scale), param.dtype)
-        scale = numerics.scale_in_dtype(scale, param.dtype)
-        if needs_zero_point(how.calibration_method):
-            zero = jnp.zeros(scale.shape) if zero_point is None else zero_point
-            zero_point = numerics.round_to_qtype(jnp.asarray(zero, float), how.qtype)
-        elif zero_point is not None:
-            raise ValueError(
-                f"Param {'/'.join(path)!r} has a zero point next to it, and its rule "
-                f"(weight_calibration_method={how.calibration_method!r}) none."
-            )
+        scale, zero_point = find(self.weights[path])
         return stored.quantize_param(param, how, scale, zero_point)
 
 
@@ -117,8 +105,6 @@ def among_params(
 def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
     """The scales that are among the inputs of a call with float params.
 
-    A leaf that the model computes with is its own, whatever its name.
-
     Args:
       traced: the call.
       plan: what the rules do to it.
@@ -126,16 +112,13 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
     Raises:
       ValueError: see `among_params`.
     """
-    named, read = traced.named, traced.read
+    named = traced.named
     weights, ranges, used = {}, {}, set()
     for path, param in plan.params.items():
-        if param.how is None or not path:
-            continue
-        beside = _beside(path)
-        if beside[0] not in named or beside[0] in read:
-            continue
-        weights[path] = tuple(named.get(p) for p in beside)
-        used |= {p for p in beside if p in named}
+        parts = learned_scale.given_parts(path, traced)
+        if param.how is not None and parts is not None:
+            weights[path] = parts
+            used |= {p for p in _beside(path) if p in named}
     for static in static_range.static_operands(plan):
         path, shape, dtype = static.path, static.scale_shape, static.operand.dtype
         leaves = learned_scale.leaves_at(path, named)

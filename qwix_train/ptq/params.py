@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,14 @@ def quantize_tree(
             raise ValueError(_unknown(names, target))
         if donate and last[id(param)] == index:
             _delete(param, quantized)
+    if not any(map(stored.is_quantized, target.values())):
+        warnings.warn(
+            "abstract_quantized_params holds no quantized param, so the params stay in "
+            "float. Those of a model that is quantized are meant: "
+            "jax.eval_shape(quantize_model(model, PtqProvider(rules)).init, key, x), "
+            "or ptq.abstract_params(fn, params, rules, *inputs).",
+            stacklevel=3,
+        )
     tree = jax.tree.unflatten(structure, quantized)
     if any(value is _LEFT_OUT for value in quantized):
         tree = _pruned(tree)

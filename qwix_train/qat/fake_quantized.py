@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax import lax
+
 from qwix_train import learned_scale, stored
-from qwix_train.core.fake_quant import fake_quant
+from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.trace.analyze import Key, Op
@@ -65,11 +67,33 @@ def run_fake_quantized(
         scale = None
         if learned_scale.has_learned_scale(param_plan):
             scale = learned_scale.weight_scale(param_plan, named)
+        elif parts := learned_scale.given_parts(param.path, traced):
+            fake = _on_given_grid(param, param_plan, parts)
+            if products is not None and fake is not None:
+                products.check_has_no_grid(param.path)
+            return fake
         fake = fake_quantized_param(param.value, param_plan, scale)
         return fake if products is None else products.weight(param_plan, fake)
 
     ops = [op.op for op in plan.quantized_ops]
     return traced.run(ops, handler, substitute, given)
+
+
+def _on_given_grid(
+    param: Param, plan: ParamPlan, parts: tuple[Any, Any]
+) -> Deferred | None:
+    """A param on the grid that stands beside it, as a quantized model will have it."""
+    how = plan.how
+    if how is None or stored.is_quantized(param.value):
+        return None
+    shape, dtype = plan.shape, param.value.dtype
+    found = learned_scale.given_range(plan.path, parts, how, shape, dtype)
+    others = tuple(x for x in lax.stop_gradient(found) if x is not None)
+
+    def change(array, scale, zero_point=None):
+        return fake_quant_with_scale(array, how.qtype, scale, zero_point)
+
+    return Deferred(param.value, change, plan.per_iteration and change, others)
 
 
 def fake_quantized_param(

@@ -82,6 +82,19 @@ class QuantizedProducts:
         """Whether an op is computed from codes."""
         return op.key in self._rules
 
+    def check_has_no_grid(self, path: Path) -> None:
+        """Complains of a param that is to be multiplied in codes of a given scale.
+
+        Raises:
+          ValueError: if such an op reads it.
+        """
+        if path in self._weights:
+            raise ValueError(
+                f"Param {'/'.join(path)!r} has a scale beside it, and a QtRule with a "
+                "bwd_qtype computes one. Leave the scale out of the params, or take a "
+                "rule without bwd_qtype."
+            )
+
     def weight(self, plan: ParamPlan, fake: Deferred | None) -> Carried | None:
         """What is carried for a param: with its codes, if such an op reads it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -137,7 +138,7 @@ class TracedCall:
         pairs = zip(self.paths, self.inputs, strict=True)
         return {path: x for path, x in pairs if path is not None} | dict(self.added)
 
-    @property
+    @functools.cached_property
     def read(self) -> set[tuple[str, ...] | None]:
         """The paths of the inputs that it computes with, and does not just hand on."""
         return {self.paths[place] for place in passed.read(self.body)}

@@ -238,3 +238,15 @@ def test_rows_do_not_depend_on_how_many_there_are(rhs_type):
     check(many, act, weight)
     for rows in (1, 3):
         np.testing.assert_array_equal(fn(act[:rows], weight), many[:rows])
+
+
+@pytest.mark.parametrize("quantized", ["left", "right", "both"])
+def test_axes_of_different_sizes_are_named(quantized):
+    a, b = jnp.ones((5, 8)), jnp.ones((16, 3))
+    a = quantize(a, "int8") if quantized != "right" else a
+    b = quantize(b, "int8") if quantized != "left" else b
+    message = r"\(5, 8\) and \(16, 3\) cannot contract the axes \(1,\) and \(0,\)"
+    with pytest.raises(ValueError, match=message):
+        dot_general(a, b, (((1,), (0,)), ((), ())))
+    with pytest.raises(ValueError, match="sizes .5, 8. and .16,."):
+        dot_general(a, b, (((0, 1), (0,)), ((), ())))

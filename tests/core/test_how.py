@@ -78,3 +78,25 @@ def test_scale_shape():
         clash.scale_shape((4, 4))
     padded = HowToQuantize(qtype="int8", tiled_axes={0: 4}, pad_tiles=True)
     assert padded.scale_shape((10, 2)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"channelwise_axes": 1}, "channelwise_axes=1 must be a collection of ints"),
+        ({"channelwise_axes": "1"}, "channelwise_axes='1' must be"),
+        ({"channelwise_axes": (1.0,)}, "must be a collection of ints"),
+        ({"tiled_axes": [(0, 4)]}, "tiled_axes=.* must map axes to tile sizes"),
+        ({"tiled_axes": {"0": 4}}, "must map axes to tile sizes"),
+        ({"tiled_axes": {0: True}}, "must map axes to tile sizes"),
+    ],
+)
+def test_axes_of_another_type_are_named(fields, message):
+    with pytest.raises(TypeError, match=message):
+        HowToQuantize(qtype="int8", **fields)
+
+
+def test_an_axis_that_is_tiled_twice():
+    how = HowToQuantize(qtype="int8", tiled_axes={1: 4, -1: 2})
+    with pytest.raises(ValueError, match="names axis 1 of 2 twice"):
+        how.scale_shape((4, 8))

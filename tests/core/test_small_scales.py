@@ -10,11 +10,12 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from qwix_train import QtProvider, QuantizationRule, ptq, quantize_model
+from qwix_train import QtProvider, QuantizationRule, ptq, quantize_model, stored
 from qwix_train.core import learned_quant, numerics
 from qwix_train.core.calibration import smallest_scale
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_calibration
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.packed_array import unpack
 from qwix_train.core.qarray import dequantize, quantize, quantize_array
 from qwix_train.optim import _blocks
 from tests.core.reference import reference_dequantized
@@ -174,3 +175,33 @@ def test_methods_that_look_at_data_keep_small_float16_weights(method, tile):
     run(chosen, Half(), params, x)
     (record,) = chosen.report.weights
     assert record.error < 0.02
+
+
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_scales_that_are_kept_in_float16(method):
+    x = normal(3e-5, jnp.float32)
+    q = quantize(x, "int8", calibration_method=method, scale_dtype=jnp.float16)
+    assert q.dtype == jnp.float16
+    # The scale is rounded up to a multiple of 2**-24.
+    exact = quantize(x, "int8", calibration_method=method).scale
+    step = np.ceil(np.asarray(exact, np.float64) * 2**24) * 2**-24
+    assert_same(np.asarray(q.scale, np.float64), step)
+    wide = np.asarray(dequantize(q), np.float64)
+    assert np.abs(wide - np.asarray(x, np.float64)).max() <= step.max()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-6])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_float32_weight_that_the_model_casts_to_float16(size, packed):
+    w = normal(size, jnp.float32)
+    x = normal(10, jnp.float16, (8, 64), seed=1)
+    rules = [QuantizationRule(weight_qtype="int4" if packed else "int8", tile_size=16)]
+    model = nn.Dense(48, use_bias=False, dtype=jnp.float16)
+    ptq_model, params = ptq.quantize(model, {"kernel": w}, rules, x)
+    held = params["kernel"].array
+    if packed:
+        params = {"kernel": stored.packed(params["kernel"])}
+        held = unpack(params["kernel"].array)
+    want = np.asarray(x, np.float64) @ np.asarray(dequantize(held), np.float64)
+    got = ptq_model.apply({"params": params}, x)
+    assert error(want, got) < (1e-3 if size == 1e-4 else 0.05)

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -148,3 +149,14 @@ def test_an_overwritten_folder_is_checked_before_params_are_packed(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileExistsError):
         checkpoint.save(tmp_path / "a", {"w": "no array"})
+
+
+def test_params_without_values_leave_no_file(tmp_path):
+    shapes = {"a": {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    with pytest.raises(TypeError, match="'a/w' has no values, but is a ShapeDtypeStr"):
+        ptq.save(tmp_path / "x", shapes)
+    with pytest.raises(TypeError, match="'w' has no values.*outside of jit"):
+        jax.jit(lambda params: ptq.save(tmp_path / "x", params))(PARAMS)
+    with pytest.raises(ValueError, match="no param to save: the tree is empty"):
+        ptq.save(tmp_path / "x", {})
+    assert not os.listdir(tmp_path)

@@ -366,3 +366,8 @@ def test_an_nnx_model_keeps_the_ranges_that_it_has():
     fresh = quantize_model(model, PtqProvider(STATIC), X)
     with pytest.raises(ValueError, match="1 activations have a static range"):
         quantize_params(params, fresh)
+
+
+def test_a_float_model_in_the_place_of_the_quantized_one_is_named():
+    with pytest.warns(UserWarning, match="holds no quantized param.*stay in float"):
+        assert quantize_params(PARAMS, PARAMS) == PARAMS
