@@ -17,7 +17,7 @@ from qwix_train import nested, other_methods, random_keys, stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import Plan
 from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import call_mode, function, session, subclasses
+from qwix_train.trace import call_mode, function, marks, session, subclasses
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
@@ -96,7 +96,7 @@ def quantize_model(
             "quantize_model(model, provider, *inputs)."
         )
     quantized = nnx.clone(model)
-    nnx_calls.set_class(quantized, _nnx_class(cls, provider, methods))
+    marks.set_class(quantized, _nnx_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
@@ -230,12 +230,11 @@ def trace_function(
 
     def flat(first, rest, kwargs):
         call = nested.taking_params(fn)
-        with nn.intercept_methods(linen_calls.mark):
-            if key is None:
-                return call(first, *rest, **kwargs)
-            return call(**{key: first}, **kwargs)
+        if key is None:
+            return call(first, *rest, **kwargs)
+        return call(**{key: first}, **kwargs)
 
-    with session.tracing():
+    with marks.tracing():
         traced = function.trace(flat, (first, args[1:], others), name)
     return dataclasses.replace(
         traced,
@@ -441,7 +440,7 @@ def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ..
         rewrite
     )
     fields[subclasses.MODE] = (provider, methods)
-    return nnx_calls.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
+    return marks.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from qwix_train import stored
 from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import function, session
+from qwix_train.trace import function, marks, session
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
 
@@ -85,7 +85,7 @@ def of_nnx(
 
     return {
         name: _in_float(cls, name, provider, methods, trace)
-        for name in nnx_calls.methods_of(cls)
+        for name in marks.methods_of(cls)
         if name not in methods
     }
 

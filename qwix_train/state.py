@@ -110,8 +110,7 @@ def with_quant_stats(
         )
     if isinstance(state, nnx.Module):
         for path, value in states.items():
-            owner = functools.reduce(_child, path[:-1], state)
-            setattr(owner, path[-1], QuantStat(value))
+            nnx_calls.put(state, path, QuantStat(value))
         return state
     return _replaced(state, states)
 
@@ -246,14 +245,6 @@ def _with_field(cls: type) -> type:
     return (
         subclass if "_flax_dataclass" in vars(subclass) else struct.dataclass(subclass)
     )
-
-
-def _child(node: Any, name: str) -> Any:
-    if isinstance(node, Mapping):
-        return node[name]
-    if isinstance(node, Sequence) or (name.isdigit() and hasattr(node, "__getitem__")):
-        return node[int(name)]
-    return getattr(node, name)
 
 
 def _is_train_state(value: Any) -> bool:

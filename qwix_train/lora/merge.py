@@ -29,8 +29,8 @@ from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.model import quantize_model
 from qwix_train.planning import Path
 from qwix_train.ptq.provider import PtqProvider
+from qwix_train.trace import marks, subclasses
 from qwix_train.trace import nnx as nnx_calls
-from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
 
 
@@ -233,12 +233,10 @@ def _merged_model(
     adapters, base, layouts = split(model, *inputs, **kwargs)
     values = by_path(_merged(base, (adapters, layouts), to_float, records, {}))
     merged = nnx.clone(model)
-    nnx_calls.set_class(merged, subclasses.original(type(model)))
+    marks.set_class(merged, subclasses.original(type(model)))
     nnx_calls.replace_params(merged, values, _like, lambda path, value: value)
-    modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(merged)}
     for layout in layouts.values():
-        for path in layout.shapes:
-            delattr(modules[path[:-1]], path[-1])
+        nnx_calls.remove_params(merged, layout.shapes)
     if hasattr(merged, DROPOUT):
         delattr(merged, DROPOUT)
     if to_float or not any(map(stored.is_quantized, values.values())):

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from flax import core, nnx
+from flax import core
 from flax import linen as nn
 
 from qwix_train import random_keys
 from qwix_train.trace import (
     call_mode,
     function,
+    marks,
     passed,
-    scopes,
     session,
     subclasses,
 )
@@ -56,9 +55,9 @@ def interceptor(
     applied that calls one.
     """
     module = context.module
+    if session.marking():
+        return next_function(*args, **kwargs)
     with session.calls_of(module):
-        if session.marking():
-            return mark(next_function, args, kwargs, context)
         open_session = session.current()
         attribute = _attribute_of(module, context) if open_session else None
         # `setup` is called on the way to another method, and defines submodules.
@@ -101,34 +100,6 @@ def _attribute_of(
 def can_rewrite(module: nn.Module) -> bool:
     """Whether a module is bound to variables that exist."""
     return module.scope is not None and not module.is_initializing()
-
-
-def mark(next_function, args, kwargs, context):
-    """For `nn.intercept_methods`: marks traced equations with their module."""
-    module = context.module
-    batch_norm = isinstance(module, nn.BatchNorm)
-    with (
-        session.calls_of(module),
-        scopes.module_scope("/".join(module.path), batch_norm=batch_norm),
-        _initialized(module),
-    ):
-        return next_function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _initialized(module: nn.Module) -> Iterator[None]:
-    """Has a bridge to NNX read its params, which it would make anew in `init`."""
-    scope = module.scope
-    held = isinstance(module, nnx.bridge.ToLinen) and "params" in module.variables
-    if scope is None or not held:
-        yield
-        return
-    flags = scope.flags
-    scope.flags = core.freeze({**flags, "initializing": False})
-    try:
-        yield
-    finally:
-        scope.flags = flags
 
 
 def rewrite_call(
@@ -332,12 +303,11 @@ def _trace(
 
     def pure(variables, args, kwargs):
         apply = core.apply(call, mutable=scope.mutable, flags=scope.flags)
-        with nn.intercept_methods(mark):
-            # The random streams of a scope keep its path, so that a submodule that is
-            # called on its own draws what it would within the model.
-            return apply(variables, args, kwargs, rngs=dict(scope.rngs))
+        # The random streams of a scope keep its path, so that a submodule that is
+        # called on its own draws what it would within the model.
+        return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
-    with session.tracing():
+    with marks.tracing():
         traced = function.trace(
             pure,
             (dict(variables), args, kwargs),

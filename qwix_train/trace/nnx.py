@@ -24,7 +24,7 @@ from flax.nnx import graphlib
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train.trace import function, scopes, session, subclasses
+from qwix_train.trace import function, marks, session, subclasses
 
 _CLASS = "_qwix_train_class"
 _PATH = "_qwix_train_path"
@@ -175,7 +175,7 @@ def in_float(module: Module) -> Module:
     """
     changed = nnx.clone(module, variables=False)
     for _, part in nnx.iter_modules(changed):
-        set_class(part, float_class(type(part)))
+        marks.set_class(part, float_class(type(part)))
     return changed
 
 
@@ -193,24 +193,18 @@ def float_class(cls: type) -> type:
 
 @functools.cache
 def _float_class(cls: type) -> type:
-    return subclass(cls, {subclasses.IN_FLOAT: True})
-
-
-def set_class(module: nnx.Module, cls: type) -> None:
-    """Changes the class of a module, and nothing else about it."""
-    # NNX would list `__class__` among the attributes of the module.
-    object.__setattr__(module, "__class__", cls)
+    return marks.subclass(cls, {subclasses.IN_FLOAT: True})
 
 
 def _release(module: nnx.Module) -> None:
     original = _original(type(module))
     if original is not type(module):
-        set_class(module, original)
+        marks.set_class(module, original)
 
 
 def _intercept(module: nnx.Module, path: str) -> None:
     if getattr(type(module), _PATH, None) != path:
-        set_class(module, intercepting_class(_original(type(module)), path))
+        marks.set_class(module, intercepting_class(_original(type(module)), path))
 
 
 @functools.cache
@@ -220,41 +214,9 @@ def intercepting_class(cls: type, path: str) -> type:
     Cached, so that two traces of one model have equal graph definitions.
     """
     fields: dict[str, Any] = {_CLASS: cls, _PATH: path}
-    for name in methods_of(cls):
+    for name in marks.methods_of(cls):
         fields[name] = _intercepting_method(getattr(cls, name), path)
-    return subclass(cls, fields)
-
-
-def subclass(cls: type, fields: dict[str, Any]) -> type:
-    """A subclass of a module's class, a pytree where that is one."""
-    is_pytree = getattr(cls, "_pytree__is_pytree", True)
-    keywords = {} if is_pytree else {"pytree": False}
-    return subclasses.subclass(cls, nnx.Module, fields, **keywords)
-
-
-def methods_of(cls: type) -> list[str]:
-    """The methods that a model's author wrote: `__call__` and the public ones."""
-    names = {
-        name
-        for base in cls.__mro__
-        if base not in nnx.Module.__mro__
-        for name in vars(base)
-    }
-    return sorted(
-        name
-        for name in names
-        if (name == "__call__" or not name.startswith("_")) and _is_method(cls, name)
-    )
-
-
-def _is_method(cls: type, name: str) -> bool:
-    """Whether an attribute is a method; those that `nnx.jit` made are, too."""
-    value = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
-    return (
-        callable(value)
-        and hasattr(type(value), "__get__")
-        and not isinstance(value, type | staticmethod | classmethod)
-    )
+    return marks.subclass(cls, fields)
 
 
 def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[..., Any]:
@@ -262,8 +224,7 @@ def _intercepting_method(method: Callable[..., Any], path: str) -> Callable[...,
     def wrapped(*args, **kwargs):
         with session.calls_of(args[0]):
             if session.marking():
-                batch_norm = isinstance(args[0], nnx.BatchNorm)
-                with scopes.module_scope(path, batch_norm=batch_norm):
+                with marks.of_nnx(args[0], path):
                     return method(*args, **kwargs)
             open_session = session.current()
             if open_session is None:
@@ -362,15 +323,14 @@ def tracing_call(
             for slot, node in zip(slots, nodes, strict=True):
                 filled[slot] = node
             new_args, new_kwargs = jax.tree.unflatten(tree, filled)
-            batch_norm = isinstance(nodes[0], nnx.BatchNorm)
-            with scopes.module_scope(path, batch_norm=batch_norm):
+            with marks.of_nnx(nodes[0], path):
                 out = method(*new_args, **new_kwargs)
             finals = [_raw(stand_in) for stand_in in stand_ins]
             for slot, value in stored_copies:
                 slot.fill(value)
             # The caller's objects have these classes.
             for (_, module), cls in zip(copies, classes, strict=True):
-                set_class(module, cls)
+                marks.set_class(module, cls)
             with nnx.split_context(_UPDATE) as split:
                 out = result.split(split, nodes, out, given, graphdef)
             return out, finals
@@ -385,7 +345,7 @@ def tracing_call(
             return None if parts else name
 
         inputs = ([value for _, value in found], params)
-        with session.tracing() if mark else contextlib.nullcontext():
+        with marks.tracing() if mark else contextlib.nullcontext():
             traced = function.trace(
                 pure,
                 (inputs, rest, static),
@@ -508,16 +468,52 @@ def replace_params(
     for slot, variable in slots:
         if id(variable) in new:
             slot.fill(new[id(variable)])
-    modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
     for path in set(values) - {slot.path for slot, _ in slots}:
-        setattr(modules[path[:-1]], path[-1], new_variable(path, values[path]))
+        put(module, path, new_variable(path, values[path]))
+
+
+def put(module: nnx.Module, path: tuple[str, ...], value: Any) -> None:
+    """Puts a value at a path of a module.
+
+    That is an attribute of one of its nodes; or, as in `nnx.bridge.ToNNX`, an entry of
+    nested dictionaries that an attribute holds, which are made where they are missing.
+    """
+    owner, rest = _owner(module, path[:-1])
+    name, *below = (*rest, path[-1])
+    if isinstance(value, nnx.Variable):
+        # `ToNNX` gives its variables to Linen by the names of their types.
+        nnx.variable_name_from_type(type(value), allow_register=True)
+    for key in reversed(below):
+        value = {key: value}
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, nnx.data(value) if below else value)
 
 
 def remove_params(module: nnx.Module, paths: Collection[tuple[str, ...]]) -> None:
-    """Takes attributes that hold variables from a module, by path."""
-    modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(module)}
+    """Takes what holds variables from a module, by path."""
     for path in paths:
-        delattr(modules[path[:-1]], path[-1])
+        owner, _ = _owner(module, path[:-1])
+        if isinstance(owner, dict):
+            del owner[path[-1]]
+        else:
+            delattr(owner, path[-1])
+
+
+def _owner(node: Any, path: Sequence[str]) -> tuple[Any, Sequence[str]]:
+    """The last node or container on a path that exists, and what comes after it."""
+    for index, name in enumerate(path):
+        if isinstance(node, Mapping):
+            child = node.get(name)
+        elif isinstance(node, Sequence) or name.isdigit():
+            child = node[int(name)]
+        else:
+            child = vars(node).get(name)
+        if child is None:
+            return node, path[index:]
+        node = child
+    return node, ()
 
 
 def _raw(variable: Any) -> Any:

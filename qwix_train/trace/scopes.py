@@ -2,30 +2,37 @@
 
 Every equation of a jaxpr carries the stack of `jax.named_scope`s it was traced
 under. `module_scope(path)` marks the code of one module there, and
-`module_path_of(name_stack)` reads the innermost mark, through whatever other scopes
-and transformations stand around it.
+`module_path_of(name_stack)` reads the marks, through whatever other scopes and
+transformations stand around them.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import jax
 
-_MARK = re.compile(r"@([^@]*)@")
+_MARK = re.compile(r"@([^@]*)@(linen~|nnx~)?")
 _BATCH_NORM = "batch_norm"
 _IN_FLOAT = "~in_float~"
 
 
-def module_scope(path: str, *, batch_norm: bool = False):
+def module_scope(
+    path: str,
+    kind: Literal["linen", "nnx"] | None = None,
+    *,
+    batch_norm: bool = False,
+):
     """A context under which traced equations belong to the module at `path`.
 
     Args:
-      path: the path of the module.
+      path: the path of the module within the outermost module of its kind.
+      kind: the kind of module, where a model may hold modules of both.
       batch_norm: whether the module normalizes over the batch.
     """
     # A slash would be taken for the separator of two scopes.
-    name = f"@{path.replace('/', '|')}@"
+    name = f"@{path.replace('/', '|')}@{f'{kind}~' if kind else ''}"
     return jax.named_scope(f"{name}{_BATCH_NORM}" if batch_norm else name)
 
 
@@ -41,10 +48,19 @@ def is_in_float(name_stack: str) -> bool:
 
 def is_batch_norm(name_stack: str) -> bool:
     """Whether the innermost module in a name stack normalizes over the batch."""
-    return name_stack.rpartition("@")[2].startswith(_BATCH_NORM)
+    after = name_stack.rpartition("@")[2]
+    return after.removeprefix("linen~").removeprefix("nnx~").startswith(_BATCH_NORM)
 
 
 def module_path_of(name_stack: str) -> str:
-    """The path of the innermost module in a name stack; "" for the root."""
-    marks = _MARK.findall(name_stack)
-    return marks[-1].replace("|", "/") if marks else ""
+    """The path of the innermost module in a name stack; "" for the root.
+
+    A mark of one kind within marks of the other is that of a module which one of
+    those holds: its path continues theirs.
+    """
+    last: list[tuple[str, str]] = []
+    for path, kind in _MARK.findall(name_stack):
+        if last and last[-1][1] == kind:
+            last.pop()
+        last.append((path, kind))
+    return "/".join(path.replace("|", "/") for path, _ in last if path)

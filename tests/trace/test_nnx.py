@@ -11,8 +11,8 @@ from jax import numpy as jnp
 
 from qwix_train import WithAux, plan, ptq, wrap_eval_step
 from qwix_train.core.how import HowToQuantize
+from qwix_train.trace import marks, session
 from qwix_train.trace import nnx as nnx_calls
-from qwix_train.trace import session
 from tests import models
 
 X = jnp.ones((2, 4))
@@ -87,7 +87,7 @@ def test_methods_that_are_rewritten():
         def _private(self, x):
             return self.l1(x)
 
-    assert nnx_calls.methods_of(Odd) == ["__call__", "features", "jitted"]
+    assert marks.methods_of(Odd) == ["__call__", "features", "jitted"]
     model = Odd.make()
     seen = []
 

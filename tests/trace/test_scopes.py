@@ -14,6 +14,8 @@ from qwix_train.trace.scopes import module_path_of, module_scope
         ("jit(f)/@a@/x/@a|Dense_0@/bi,io->bo", "a/Dense_0"),
         ("vmap(@a@)/y", "a"),
         ("@a@/@@", ""),
+        ("@a@nnx~/@@linen~/@Dense_0@linen~/x", "a/Dense_0"),
+        ("@a@linen~/@a@linen~/@@nnx~/jit(f)/@b|c@nnx~batch_norm", "a/b/c"),
     ],
 )
 def test_module_path_of(stack, path):

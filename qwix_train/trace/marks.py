@@ -1,0 +1,172 @@
+"""How the modules of Flax mark what is traced with their paths.
+
+Linen modules are marked by an interceptor of their methods, NNX modules by a subclass
+of their own class (see `trace.nnx`). Where one kind holds the other, through
+`nnx.bridge`, both leave marks, and `scopes.module_path_of` joins the two paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import core, nnx
+from flax import linen as nn
+
+from qwix_train.trace import scopes, session, subclasses
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """While a model is traced: no session is in force, and modules mark scopes."""
+    with session.tracing(), nn.intercept_methods(_of_linen):
+        yield
+
+
+def _of_linen(
+    next_function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """For `nn.intercept_methods`: marks what a Linen module does."""
+    module = context.module
+    bridge = contextlib.nullcontext()
+    if isinstance(module, nnx.bridge.ToLinen):
+        bridge = _marking_parts(module)
+    with (
+        session.calls_of(module),
+        scopes.module_scope(
+            "/".join(module.path), "linen", batch_norm=isinstance(module, nn.BatchNorm)
+        ),
+        bridge,
+    ):
+        return next_function(*args, **kwargs)
+
+
+def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
+    """A context that marks what an NNX module does.
+
+    Args:
+      module: the module, or another NNX object that has a method.
+      path: its path within the outermost NNX module.
+    """
+    batch_norm = isinstance(module, nnx.BatchNorm)
+    return scopes.module_scope(path, "nnx", batch_norm=batch_norm)
+
+
+@contextlib.contextmanager
+def _marking_parts(module: nnx.bridge.ToLinen) -> Iterator[None]:
+    """While a Linen module that holds an NNX module is called: marks the parts of that.
+
+    The bridge makes the NNX module within the call, and copies its variables into it.
+    """
+    make, scope = module.nnx_class, module.scope
+    if scope is None:
+        yield
+        return
+    held, flags = module.variables, scope.flags
+
+    @functools.wraps(make, updated=())
+    def marked(*args, **kwargs):
+        made = make(*args, **kwargs)
+        _make_room(made, held)
+        for path, part in nnx.iter_modules(made):
+            set_class(part, _marking_class(type(part), "/".join(map(str, path))))
+        return made
+
+    object.__setattr__(module, "nnx_class", marked)
+    if "params" in held:
+        # In `init` the bridge would make new params; it is to read those that exist.
+        scope.flags = core.freeze({**flags, "initializing": False})
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "nnx_class", make)
+        scope.flags = flags
+
+
+def _make_room(made: nnx.Module, variables: Mapping[str, Any]) -> None:
+    """Gives an NNX module attributes for variables that only its Linen module has.
+
+    Those are scales, adapters and statistics that stand next to params. The bridge
+    copies each variable to the attribute of its name, and warns if there is none.
+    """
+    nodes = {tuple(map(str, path)): node for path, node in nnx.iter_modules(made)}
+
+    def fill(path, tree, collection):
+        kind = nnx.variable_type_from_name(collection, allow_register=True)
+        for name, value in tree.items():
+            here = (*path, str(name))
+            # Params of a module that does not exist are a mistake: it goes on warning.
+            unknown = collection == "params" and isinstance(value, Mapping)
+            if here in nodes:
+                fill(here, value, collection)
+            elif not unknown and not hasattr(nodes[path], str(name)):
+                value = jax.tree.map(kind, value, is_leaf=_is_box)
+                setattr(nodes[path], str(name), nnx.data(value))
+
+    for collection, tree in variables.items():
+        fill((), tree, collection)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+@functools.cache
+def _marking_class(cls: type, path: str) -> type:
+    """A subclass of a module's class whose methods mark what they do."""
+
+    def marking(method):
+        @functools.wraps(method)
+        def marked(*args, **kwargs):
+            with session.calls_of(args[0]), of_nnx(args[0], path):
+                return method(*args, **kwargs)
+
+        return marked
+
+    return subclass(
+        cls, {name: marking(getattr(cls, name)) for name in methods_of(cls)}
+    )
+
+
+def set_class(module: nnx.Module, cls: type) -> None:
+    """Changes the class of a module, and nothing else about it."""
+    # NNX would list `__class__` among the attributes of the module.
+    object.__setattr__(module, "__class__", cls)
+
+
+def subclass(cls: type, fields: dict[str, Any]) -> type:
+    """A subclass of a module's class, a pytree where that is one."""
+    is_pytree = getattr(cls, "_pytree__is_pytree", True)
+    keywords = {} if is_pytree else {"pytree": False}
+    return subclasses.subclass(cls, nnx.Module, fields, **keywords)
+
+
+def methods_of(cls: type) -> list[str]:
+    """The methods that a model's author wrote: `__call__` and the public ones."""
+    names = {
+        name
+        for base in cls.__mro__
+        if base not in nnx.Module.__mro__
+        for name in vars(base)
+    }
+    return sorted(
+        name
+        for name in names
+        if (name == "__call__" or not name.startswith("_")) and _is_method(cls, name)
+    )
+
+
+def _is_method(cls: type, name: str) -> bool:
+    """Whether an attribute is a method; those that `nnx.jit` made are, too."""
+    value = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+    return (
+        callable(value)
+        and hasattr(type(value), "__get__")
+        and not isinstance(value, type | staticmethod | classmethod)
+    )
