@@ -17,6 +17,7 @@ import jax
 from flax import linen as nn
 
 from qwix_train import stored
+from qwix_train.planning import OpPlan, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import function, marks, session
 from qwix_train.trace import linen as linen_calls
@@ -105,6 +106,27 @@ def resolved(cls: type, method: Any) -> Any:
     return name if is_own else method
 
 
+def check_no_product_in_float(model: str, plan: Plan) -> None:
+    """Complains of ops that run in a method which is not quantized.
+
+    Args:
+      model: the name of the class of a quantized model.
+      plan: the plan of one of its calls, which was traced.
+    """
+    left = _in_no_quantized_method(plan)
+    if left:
+        raise ValueError(
+            f"{len(left)} ops that the rules quantize, such as {left[0].op.where}, run "
+            f"in what calls no method of {model} that runs quantized. "
+            "Give a method of the model: method='encode'."
+        )
+
+
+def _in_no_quantized_method(plan: Plan) -> list[OpPlan]:
+    """The ops of a traced call of a quantized model that run in float there."""
+    return [op for op in plan.quantized_ops if _QUANTIZED not in op.op.name_stack]
+
+
 def _linen_methods(cls: type) -> list[str]:
     """The public methods that the author of a Linen model wrote, but for `setup`."""
     own = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
@@ -142,11 +164,7 @@ def _in_float(
             return
         if traced is None:
             return
-        left = [
-            op
-            for op in provider.plan(traced).quantized_ops
-            if _QUANTIZED not in op.op.name_stack
-        ]
+        left = _in_no_quantized_method(provider.plan(traced))
         quantized = {
             param.path
             for param in traced.params

@@ -66,6 +66,10 @@ def plan(
     Returns:
       The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
 
+    Raises:
+      ValueError: if a rule asks for what does not fit an op; if a provider stores
+        params quantized, and an NNX module holds one as an array, in no `nnx.Param`.
+
     Example:
       >>> from jax import numpy as jnp
       >>> rules = [QuantizationRule(weight_qtype="int8")]
@@ -110,7 +114,11 @@ def plan_model(
         if rngs is not None and takes_rngs(called):
             kwargs["rngs"] = rngs
         with nnx_calls.tracing_call(called, (model, *inputs), kwargs) as (traced, _):
-            return planned(traced)
+            found = planned(traced)
+        if isinstance(rules, QuantizationProvider) and rules.stores_params:
+            held = [path for path, param in found.params.items() if param.how]
+            nnx_calls.check_in_variables(model, held)
+        return found
     if isinstance(model, nn.Module):
         if variables is None:
             given = {"method": method, **kwargs}

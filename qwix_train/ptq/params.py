@@ -11,24 +11,25 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import static_range, stored
+from qwix_train import plan_table, random_keys, static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.leaves import Path, range_of, scale_path
 from qwix_train.model import quantize_fn, quantize_model, trace_function
 from qwix_train.nested import WithLeaves, inserted
-from qwix_train.other_methods import resolved
+from qwix_train.other_methods import check_no_product_in_float, resolved
+from qwix_train.plan_of import plan_model
+from qwix_train.planning import Plan
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
-from qwix_train.trace.linen import abstract_variables
 
 
 def quantize_params(
@@ -222,7 +223,7 @@ def quantize(
       rules: the rules.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the other collections of a Linen model, such as `batch_stats`. If
-        None, their shapes are found with `model.init`.
+        None, the model makes them, as in `init`.
       quant_stats: see `quantize_params`.
       donate: see `quantize_params`; without `params` it is the float arrays of the NNX
         module that are deleted.
@@ -234,6 +235,11 @@ def quantize(
     Returns:
       The quantized model and its quantized params. An NNX model holds these; they are
       returned as a tree with `WithAux` leaves.
+
+    Raises:
+      TypeError: see `quantize_params`.
+      ValueError: if no rule matches; if params that the rules quantize did not come out
+        quantized; see also `quantize_params`.
 
     Example:
       >>> from jax import numpy as jnp
@@ -256,29 +262,68 @@ def quantize(
             floats = _updated(floats, params)
         # Its own params are quantized once, and not at all where others are given.
         abstract = nnx.merge(graphdef, jax.tree.map(_shape, held), rest)
+        planned = plan_model(abstract, rules, *inputs, **kwargs)
         quantized = quantize_model(abstract, provider, *inputs, **kwargs)
         nnx.update(quantized, quantize_params(floats, quantized, **options))
-        return quantized, trees.to_tree(quantized)
+        tree = trees.to_tree(quantized)
+        _check_quantized(planned, tree)
+        return quantized, tree
     if isinstance(model, nn.Module):
         method = resolved(subclasses.original(type(model)), kwargs.get("method"))
         methods = {"__call__", method if isinstance(method, str) else "__call__"}
         quantized = quantize_model(model, provider, methods=methods)
-        if variables is None:
-            shapes = abstract_variables(quantized, inputs, kwargs, rngs)["params"]
-            if not any(map(stored.is_quantized, _flat(shapes).values())):
-                raise ValueError(
-                    f"{method!r} calls no method of {type(model).__name__} that runs "
-                    "quantized. Give a method of the model: method='encode'."
-                )
-            return quantized, quantize_params(params, shapes, **options)
-        others = list(variables)
-        apply = functools.partial(model.apply, mutable=others, rngs=rngs)
-        first = {**variables, "params": params}
-        shapes = abstract_params(apply, first, rules, *inputs, **kwargs)["params"]
-        return quantized, quantize_params(params, shapes, **options)
-    quantized = quantize_fn(model, provider)
-    shapes = abstract_params(model, params, rules, *inputs, **kwargs)
-    return quantized, quantize_params(params, shapes, **options)
+        others = {} if variables is None else variables
+        # Without the other variables the call makes them, as `init` does.
+        mutable = DenyList("params") if variables is None else list(others)
+        keys = random_keys.checked(rngs) if rngs is not None else {}
+        keys = keys if isinstance(keys, Mapping) else {"params": keys}
+        keys = {"params": jax.random.key(0), **keys}
+        call = functools.partial(quantized.apply, mutable=mutable, rngs=keys)
+        first = {**others, "params": params}
+        shapes, planned = _abstract(call, first, rules, inputs, kwargs)
+        check_no_product_in_float(type(model).__name__, planned)
+        shapes = shapes["params"]
+    else:
+        quantized = quantize_fn(model, provider)
+        shapes, planned = _abstract(model, params, rules, inputs, kwargs)
+    tree = quantize_params(params, shapes, **options)
+    _check_quantized(planned, tree)
+    return quantized, tree
+
+
+def _check_quantized(planned: Plan, tree: Any) -> None:
+    """Complains of params that a plan quantizes and that are not quantized.
+
+    Args:
+      planned: the plan of the model.
+      tree: its quantized params.
+    """
+    flat = _flat(tree)
+    in_collection = hasattr(tree, "keys") and "params" in tree.keys()
+    prefix = ("params",) if in_collection else ()
+    left = {
+        path: flat.get((*prefix, *path))
+        for path, param in planned.params.items()
+        if param.how is not None and not stored.is_quantized(flat.get((*prefix, *path)))
+    }
+    if not left:
+        return
+    named = [
+        f"{'/'.join(path)} ({'is missing' if leaf is None else f'is {_kind(leaf)}'})"
+        for path, leaf in left.items()
+    ]
+    raise ValueError(
+        f"{len(left)} params that the rules quantize did not come out quantized: "
+        f"{plan_table.some(named)}. Give the float params as the model takes them, "
+        "each under a path of its own. To leave one in float, put a rule without "
+        "weight_qtype for its module before the others."
+    )
+
+
+def _kind(leaf: Any) -> str:
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype} of shape {tuple(leaf.shape)}"
+    return f"a {type(leaf).__name__}"
 
 
 def abstract_params(
@@ -301,15 +346,26 @@ def abstract_params(
       The same tree of shapes, with a `WithAux` of shapes for each param that is
       quantized. A `params` collection is quantized within the dictionary that holds it.
     """
+    return _abstract(fn, params, rules, inputs, kwargs)[0]
+
+
+def _abstract(
+    fn: Any,
+    params: Any,
+    rules: Sequence[QuantizationRule],
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Plan]:
+    """What `abstract_params` gives, and the plan."""
     provider = PtqProvider(rules)
     params = jax.tree.map(_shape, stored.unbox(params))
     traced = trace_function(fn, (params, *inputs), kwargs)
-    plan = provider.plan(traced)
-    provider.check(plan)
-    if not plan.quantized_ops:
-        raise ValueError(plan.no_match_message())
-    values = provider.store_params(traced, plan)
-    gone = provider.used_up(traced, plan)
+    planned = provider.plan(traced)
+    provider.check(planned)
+    if not planned.quantized_ops:
+        raise ValueError(planned.no_match_message())
+    values = provider.store_params(traced, planned)
+    gone = provider.used_up(traced, planned)
     in_collection = hasattr(params, "keys") and "params" in params.keys()
     values = {("params", *p) if in_collection else p: x for p, x in values.items()}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -324,7 +380,7 @@ def abstract_params(
     tree = _pruned(tree) if gone else tree
     for path, value in values.items():  # static ranges
         tree = inserted(tree, path, value)
-    return tree
+    return tree, planned
 
 
 def _target(quantized: Any) -> Any:

@@ -452,14 +452,8 @@ def replace_params(
     Raises:
       ValueError: if the module holds one of them in no variable.
     """
+    check_in_variables(module, values)
     slots = list(_slots(module))
-    for slot, held in slots:
-        if slot.path in values and _is_param(held) and not is_node(held):
-            raise ValueError(
-                f"{'/'.join(slot.path)!r} is an array that a "
-                f"{type(slot.owner).__name__} holds as it is. Such a param can train "
-                "quantized, but not be stored so: hold it in an nnx.Param(...)."
-            )
     new = {
         id(variable): box(values[slot.path], variable)
         for slot, variable in slots
@@ -470,6 +464,25 @@ def replace_params(
             slot.fill(new[id(variable)])
     for path in set(values) - {slot.path for slot, _ in slots}:
         put(module, path, new_variable(path, values[path]))
+
+
+def check_in_variables(module: nnx.Module, paths: Collection[tuple[str, ...]]) -> None:
+    """Complains of params that cannot be stored quantized.
+
+    Args:
+      module: the module.
+      paths: the paths of the params that are to be.
+
+    Raises:
+      ValueError: if the module holds one of them in no variable.
+    """
+    for slot, held in _slots(module):
+        if slot.path in paths and _is_param(held) and not is_node(held):
+            raise ValueError(
+                f"{'/'.join(slot.path)!r} is an array that a "
+                f"{type(slot.owner).__name__} holds as it is. Such a param can train "
+                "quantized, but not be stored so: hold it in an nnx.Param(...)."
+            )
 
 
 def put(module: nnx.Module, path: tuple[str, ...], value: Any) -> None:
