@@ -78,18 +78,37 @@ class ErrorObserver:
         parts["dynamic"] = {key: jnp.zeros((), jnp.float32) for key in _SUMS}
         return _join(parts)
 
-    def update(self, state: State, x: jax.Array, how: HowToQuantize) -> State:
-        """Adds a batch."""
+    def update(
+        self,
+        state: State,
+        x: jax.Array,
+        how: HowToQuantize,
+        counts: jax.Array | None = None,
+    ) -> State:
+        """Adds a batch.
+
+        Args:
+            state: The state before.
+            x: The batch.
+            how: How the activation is quantized with a range that was collected.
+            counts: Which elements count, the others being 0; None for all.
+        """
         x = x.astype(jnp.float32)
-        parts = {"bins": histogram.update(_part(state, "bins"), _tiles(x, how)[0])}
+        which = None if counts is None else _tiles(counts, how)[0]
+        bins = histogram.update(_part(state, "bins"), _tiles(x, how)[0], which)
+        parts = {"bins": bins}
+        # Each method leaves out of its range what is not finite, as it does in use.
+        given = x if counts is None else jnp.where(counts, x, jnp.nan)
         for name, statistics in self._averaged():
-            parts[name] = statistics.update(_part(state, name), x)
+            parts[name] = statistics.update(_part(state, name), given)
         error = jnp.square(fake_quant(x, self.dynamic) - x)
         outside = ~_is_inside(x, calibrate(x, self.dynamic))
         sums = {
             "error": _sum(error),
             "outside": _sum(outside.astype(jnp.float32)),
-            "elements": jnp.asarray(x.size, jnp.float32),
+            "elements": jnp.asarray(x.size, jnp.float32)
+            if counts is None
+            else _sum(counts.astype(jnp.float32)),
         }
         dynamic = _part(state, "dynamic")
         parts["dynamic"] = {key: dynamic[key] + sums[key] for key in _SUMS}

@@ -1,5 +1,6 @@
 """Comparisons of observers, against NumPy on all batches at once."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import qwix_train
 from qwix_train import QuantizationRule, calib, ptq
 from qwix_train.calib import named_observers
 from tests import models
@@ -275,3 +277,28 @@ def test_errors():
             module_path="nowhere", weight_qtype="int8", act_qtype="int8"
         )
         calib.compare(step, [rule], batches)
+
+
+def test_what_is_not_finite_is_left_out_where_a_rule_says_so():
+    """As if the padded rows, of NaN, were not there."""
+    rows = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
+    padded = np.concatenate([rows, np.full((2, 3, 4), np.nan, np.float32)], 1)
+    params = {"w": np.ones((4, 2), np.float32)}
+    step = qwix_train.as_model(lambda params, x: x @ params["w"])
+    rule = QuantizationRule(weight_qtype="int8", act_qtype="int8")
+
+    def records(rule, batches):
+        observers = ["absmax", "rms,3", "percentile,99", "mse"]
+        compared = calib.compare(
+            step, [rule], [(params, x) for x in batches], observers
+        )
+        return by_method(compared, "dot_general0_lhs")
+
+    found = records(dataclasses.replace(rule, act_finite_only=True), padded)
+    want = records(rule, rows)
+    assert list(found) == list(want)
+    for method, record in want.items():
+        for key in ("sqnr_db", "saturated", "absmax", "elements", "skipped"):
+            if key in record:
+                assert found[method][key] == pytest.approx(record[key], rel=1e-4)
+    assert found["mse"]["elements"] == rows.size
