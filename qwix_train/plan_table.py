@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
-    from qwix_train.planning import OpPlan, ParamPlan, Plan
+    from qwix_train.planning import OpPlan, ParamPlan, Plan, RuleUse
 
 _NOTE_WIDTH = 80
 """Longer notes stand below the table, so that its rows keep their width."""
@@ -114,7 +114,7 @@ def _summary(plan: Plan) -> list[str]:
     return lines + [unused(plan, index) for index in plan.unused_rules]
 
 
-def unused(plan: Plan, index: int) -> str:
+def unused(plan: RuleUse, index: int) -> str:
     """Says why a rule decided for no op."""
     said = f"rule {index} (module_path={plan.rules[index].module_path!r}) decided for"
     if earlier := plan.shadowed_by(index):

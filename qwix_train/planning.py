@@ -7,11 +7,12 @@ the table is what happens.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwix_train import ops as op_kinds
 from qwix_train import plan_table, weights
@@ -132,8 +133,88 @@ class ParamPlan:
         return codes + scales * self.dtype.itemsize + zero_points
 
 
+class Decision(NamedTuple):
+    """Which rule decided for an op.
+
+    Attributes:
+      rule_index: the rule; None if none matched.
+      module_path: the path of the op's module.
+      name: the name by which rules know the op.
+      id: its name and its count within the module.
+    """
+
+    rule_index: int | None
+    module_path: str
+    name: str
+    id: str
+
+
+class RuleUse(abc.ABC):
+    """What each of some rules decided for.
+
+    Attributes:
+      rules: the rules.
+    """
+
+    rules: tuple[QuantizationRule, ...]
+
+    @property
+    @abc.abstractmethod
+    def decisions(self) -> tuple[Decision, ...]:
+        """The rule that decided for each op."""
+
+    @property
+    def module_paths(self) -> tuple[str, ...]:
+        """The paths of the modules that run ops."""
+        return tuple(dict.fromkeys(decision.module_path for decision in self.decisions))
+
+    @property
+    def unused_rules(self) -> tuple[int, ...]:
+        """The indices of the rules that decided for no op."""
+        used = {decision.rule_index for decision in self.decisions}
+        return tuple(i for i in range(len(self.rules)) if i not in used)
+
+    def shadowed_by(self, rule_index: int) -> tuple[int, ...]:
+        """The earlier rules that decided for all that an unused rule matches."""
+        rule = self.rules[rule_index]
+        matched = [
+            decision.rule_index
+            for decision in self.decisions
+            if rule.matches(decision.module_path, decision.name, decision.id)
+        ]
+        return tuple(sorted({i for i in matched if i is not None}))
+
+    def unmatched_rules(self) -> dict[int, str]:
+        """The rules that match no op, each with a sentence that says so."""
+        return {
+            index: plan_table.unused(self, index)
+            for index in self.unused_rules
+            if not self.shadowed_by(index)
+        }
+
+    def near_misses(self, rule_index: int) -> list[str]:
+        """Module paths that exist and resemble an unused rule's."""
+        return difflib.get_close_matches(
+            self.rules[rule_index].module_path, self.module_paths, n=3, cutoff=0.4
+        )
+
+
+class RuleUseInCalls(RuleUse):
+    """What each rule decided for in several calls."""
+
+    def __init__(self, plans: Sequence[RuleUse]):
+        """Takes the plans of the calls, which have the same rules."""
+        self.rules = plans[0].rules
+        self._decisions = tuple(d for plan in plans for d in plan.decisions)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The rule that decided for each op."""
+        return self._decisions
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(RuleUse):
     """What rules do to every op and param of a traced call.
 
     Attributes:
@@ -153,6 +234,14 @@ class Plan:
     whole: bool = False
 
     @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The rule that decided for each op."""
+        return tuple(
+            Decision(op.rule_index, op.op.module_path, op.op.name, op.op.id)
+            for op in self.ops
+        )
+
+    @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
         """The ops that read anything quantized."""
         return tuple(op for op in self.ops if op.quantized)
@@ -161,17 +250,6 @@ class Plan:
     def unsupported(self) -> tuple[OpPlan, ...]:
         """The ops that a rule matches and that cannot be quantized."""
         return tuple(op for op in self.ops if op.unsupported)
-
-    @property
-    def module_paths(self) -> tuple[str, ...]:
-        """The paths of the modules that run ops."""
-        return tuple(dict.fromkeys(op.op.module_path for op in self.ops))
-
-    @property
-    def unused_rules(self) -> tuple[int, ...]:
-        """The indices of the rules that decided for no op."""
-        used = {op.rule_index for op in self.ops}
-        return tuple(i for i in range(len(self.rules)) if i not in used)
 
     @property
     def float_bytes(self) -> int:
@@ -189,30 +267,6 @@ class Plan:
             plan_table.record(op, [self.params[path] for path in op.weights])
             for op in self.ops
         ]
-
-    def shadowed_by(self, rule_index: int) -> tuple[int, ...]:
-        """The earlier rules that decided for all that an unused rule matches."""
-        rule = self.rules[rule_index]
-        matched = [
-            op.rule_index
-            for op in self.ops
-            if rule.matches(op.op.module_path, op.op.name, op.op.id)
-        ]
-        return tuple(sorted({i for i in matched if i is not None}))
-
-    def unmatched_rules(self) -> dict[int, str]:
-        """The rules that match no op, each with a sentence that says so."""
-        return {
-            index: plan_table.unused(self, index)
-            for index in self.unused_rules
-            if not self.shadowed_by(index)
-        }
-
-    def near_misses(self, rule_index: int) -> list[str]:
-        """Module paths that exist and resemble an unused rule's."""
-        return difflib.get_close_matches(
-            self.rules[rule_index].module_path, self.module_paths, n=3, cutoff=0.4
-        )
 
     def no_match_message(self) -> str:
         """Says that nothing is quantized, and which module paths exist."""
@@ -283,6 +337,11 @@ class StepPlan:
         return "\n\n".join(texts) or "The step calls no model that is quantized."
 
 
+def is_whole(traced: TracedCall) -> bool:
+    """Whether a call is that of a model as a whole: no part of it, no other method."""
+    return traced.method == "__call__" and not traced.module_path
+
+
 def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     """Decides what happens to every op of a traced call.
 
@@ -302,9 +361,8 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
             )
     planner = _Planner(check_rules(rules), traced)
     ops = [planner.decide(op) for op in traced.ops]
-    whole = traced.method == "__call__" and not traced.module_path
     planned = tuple(map(planner.annotate, ops))
-    return Plan(planner.rules, planned, planner.params, whole=whole)
+    return Plan(planner.rules, planned, planner.params, whole=is_whole(traced))
 
 
 class _Planner:

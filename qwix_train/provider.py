@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from qwix_train import ops, stored
-from qwix_train.planning import Path, Plan, make_plan
+from qwix_train.planning import Path, Plan, RuleUse, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
 
@@ -315,16 +315,24 @@ class QuantizationProvider(abc.ABC):
                 f"{where} matches rule {op.rule_index} but stays in float: it is "
                 f"{op.reason}."
             )
+        self.check_rules_match(plan)
+
+    def check_rules_match(self, plan: Plan) -> None:
+        """Warns, once, of rules that match no op of a model, where others match some.
+
+        Args:
+          plan: what the rules do to a call, which may be only a part of the model's.
+        """
         if plan.whole and not self.allow_unmatched and self.matches(plan):
             self.warn_of_unmatched(plan)
 
-    def warn_of_unmatched(self, plan: Plan) -> None:
-        """Warns, once, of each rule that matches no op, where others match some.
+    def warn_of_unmatched(self, use: RuleUse) -> None:
+        """Warns, once, of each rule that matches no op.
 
         Args:
-          plan: what the rules do to all that they are for.
+          use: what the rules decided for, in all that they are for.
         """
-        for said in plan.unmatched_rules().values():
+        for said in use.unmatched_rules().values():
             self._warn(f"A rule matches nothing: {said}.")
 
     def _warn(self, message: str) -> None:

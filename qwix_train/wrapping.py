@@ -19,7 +19,7 @@ from flax import nnx
 
 from qwix_train import param_trees, step_arguments
 from qwix_train.param_trees import CalledTrees
-from qwix_train.planning import Plan, PlannedCall, StepPlan
+from qwix_train.planning import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.trace import linen as linen_calls
 from qwix_train.trace import nnx as nnx_calls
@@ -208,7 +208,7 @@ class _Wrapped:
         if _collecting.calls is not None:
             annotated = self.provider.annotate(traced, plan)
             _collecting.calls.append(PlannedCall(_collecting.when, annotated))
-        if self.seen.plans is not None and isinstance(plan, Plan):
+        if self.seen.plans is not None and isinstance(plan, RuleUse):
             self.seen.plans.append(plan)
         if self.provider.matches(plan):
             self.seen.quantized = True
@@ -229,7 +229,7 @@ class _Wrapped:
         seen = self.seen
         before = vars(seen).copy()
         trees = CalledTrees(given)
-        plans: list[Plan] | None = [] if checked else None
+        plans: list[RuleUse] | None = [] if checked else None
         vars(seen).update(quantized=False, unmatched=set(), plans=plans, trees=trees)
         try:
             yield trees
@@ -240,8 +240,7 @@ class _Wrapped:
             if plans and not self.quantized:
                 # A rule may be for one of several models, or calls. In later calls
                 # some of them may be compiled already.
-                ops = tuple(op for plan in plans for op in plan.ops)
-                self.provider.warn_of_unmatched(Plan(self.provider.rules, ops, {}))
+                self.provider.warn_of_unmatched(RuleUseInCalls(plans))
             self.quantized = True
             self.tolerated |= unmatched
         elif not checked:
@@ -303,5 +302,5 @@ class _Seen(threading.local):
         self.quantized = False
         self.unmatched: set[str] = set()
         # None while no call is being checked, so that nothing is kept.
-        self.plans: list[Plan] | None = None
+        self.plans: list[RuleUse] | None = None
         self.trees = CalledTrees(())

@@ -8,7 +8,16 @@ from flax import linen as nn
 from flax import nnx
 
 import qwix_train
-from qwix_train import LoraRule, PtqProvider, QtProvider, calib, lora, ptq
+from qwix_train import (
+    LoraRule,
+    PtqProvider,
+    QtProvider,
+    QuantizationRule,
+    calib,
+    lora,
+    odml,
+    ptq,
+)
 from tests import models
 
 X = np.ones((2, 4), np.float32)
@@ -35,7 +44,14 @@ class Nnx(nnx.Module):
 
 DYNAMIC = [RULES[0], models.rule("int8"), RULES[2]]
 ADAPTED = [RULES[0], LoraRule(rank=1, alpha=2.0)]
+LITERT = [
+    QuantizationRule(module_path="Dens_0", weight_qtype="int8"),
+    QuantizationRule(weight_qtype="int8", act_qtype="int8"),
+    QuantizationRule(weight_qtype="int8"),
+]
 LINEN = nn.Dense(3)
+ENDS = {"count": 1, "sum_of_min": -np.ones(1), "sum_of_max": np.ones(1)}
+RANGES = {"dot_general0_lhs": ENDS, "final_output0": ENDS}
 STEP = qwix_train.as_model(forward)
 DOORS = {
     "wrap_train_step": lambda: qwix_train.wrap_train_step(STEP, DYNAMIC)(PARAMS, X),
@@ -51,6 +67,18 @@ DOORS = {
         LINEN, PtqProvider(DYNAMIC)
     ).init(KEY, X),
     "ptq.quantize": lambda: ptq.quantize(forward, PARAMS, DYNAMIC, X),
+    "LiteRT steps": lambda: qwix_train.wrap_train_step(
+        STEP, odml.OdmlQatProvider(LITERT, quant_stats=RANGES)
+    )(PARAMS, X),
+    "LiteRT ranges": lambda: calib.Calibrator(odml.OdmlQatProvider(LITERT)).wrap(STEP)(
+        PARAMS, X
+    ),
+    "LiteRT models": lambda: qwix_train.quantize_model(
+        LINEN, odml.OdmlQatProvider(LITERT)
+    ).init(KEY, X),
+    "LiteRT conversion": lambda: qwix_train.quantize_fn(
+        forward, odml.OdmlConversionProvider(LITERT, PARAMS, RANGES)
+    )(PARAMS, X),
     "lora": lambda: lora.create_train_state(
         forward, PARAMS, optax.sgd(0.1), ADAPTED, KEY, X
     ),

@@ -19,7 +19,7 @@ from qwix_train.odml.fusion import Fusion
 from qwix_train.odml.graph import Graph, Node, Value
 from qwix_train.odml.masks import Mask
 from qwix_train.odml.ops import OpSpec
-from qwix_train.planning import Path
+from qwix_train.planning import Decision, Path, RuleUse
 from qwix_train.rules import QuantizationRule, is_int16
 from qwix_train.text_table import aligned
 
@@ -124,7 +124,7 @@ class NodePlan:
         )
 
 
-class OdmlPlan:
+class OdmlPlan(RuleUse):
     """What happens to every operation and tensor of a traced call.
 
     Attributes:
@@ -132,11 +132,13 @@ class OdmlPlan:
       graph: the operations.
       nodes: what happens to each operation, in order.
       tensors: the tensors with a range of their own, in order.
+      whole: whether the call is that of a model as a whole.
     """
 
-    def __init__(self, graph: Graph, rules: Sequence[QuantizationRule]):
+    def __init__(self, graph: Graph, rules: Sequence[QuantizationRule], whole: bool):
         self.graph = graph
         self.rules = tuple(rules)
+        self.whole = whole
         self.nodes: tuple[NodePlan, ...] = ()
         self.tensors: tuple[TensorPlan, ...] = ()
         self._node: dict[int, NodePlan] = {}
@@ -166,6 +168,13 @@ class OdmlPlan:
     def ops(self) -> tuple[NodePlan, ...]:
         """The operations that a rule may select."""
         return tuple(n for n in self.nodes if n.name not in ops.LAYOUT)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The rule that decided for each operation."""
+        return tuple(
+            Decision(n.rule_index, n.node.module_path, n.name, n.id) for n in self.ops
+        )
 
     @property
     def quantized_ops(self) -> tuple[NodePlan, ...]:

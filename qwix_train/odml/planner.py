@@ -21,6 +21,7 @@ from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.ops import CONV
+from qwix_train.planning import is_whole
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall
 
@@ -44,7 +45,7 @@ def make_odml_plan(
     find_patterns(graph)
     if fixed_range_for_outputs is not None:
         graph.copy_outputs()
-    planner = _Planner(OdmlPlan(graph, rules), traced)
+    planner = _Planner(OdmlPlan(graph, rules, is_whole(traced)), traced)
     planner.inputs, planner.outputs = fixed_range_for_inputs, fixed_range_for_outputs
     planner.plan_nodes()
     planner.plan_tensors()

@@ -134,7 +134,20 @@ class OdmlQatProvider(QuantizationProvider):
         )
 
     def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
+        """See `QuantizationProvider.check`.
+
+        Raises:
+          ValueError: if the provider is strict, and a rule matches what LiteRT cannot
+            run in integers.
+        """
+        self.check_supported(plan)
+        self.check_rules_match(plan)  # type: ignore[arg-type]
+
+    def check_supported(self, plan: OdmlPlan) -> None:
         """Complains of what a rule matches and LiteRT cannot run in integers.
+
+        Args:
+          plan: the plan.
 
         Raises:
           ValueError: if the provider is strict.
@@ -261,7 +274,8 @@ class _Tagging(Tagging):
         return self.provider.plan(traced)
 
     def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
-        self.provider.check(plan)
+        self.provider.check_supported(plan)
+        self.check_rules_match(plan)  # type: ignore[arg-type]
 
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
         return traced.rebuild(run_plan(plan, traced.inputs, _Tagger(self)))
