@@ -19,6 +19,7 @@ from qwix_train import (
     dot_general,
     lora,
     ptq,
+    qat,
     quantize,
     quantize_fn,
     quantize_model,
@@ -177,18 +178,30 @@ def test_adapters(fields):
     check(lambda p, x: state.apply_fn({"params": p}, x), state.params, X, "b, 6")
 
 
-def test_trained_scales():
+@pytest.mark.parametrize("method", ["lsq", "lsq+"])
+def test_trained_scales(method):
+    """LSQ scales gradients by the elements of an example, whose number is a symbol."""
     rules = [
         QuantizationRule(
             weight_qtype="int8",
             weight_calibration_method="lsq",
             act_qtype="int8",
-            act_calibration_method="lsq",
+            act_calibration_method=method,
         )
     ]
     model = quantize_model(Mlp(), QtProvider(rules))
-    variables = model.init(jax.random.key(0), X)
-    check(model.apply, variables, X, "b, 6")
+    x = data(2, 5, 6)
+    params = Mlp().init(jax.random.key(0), x)["params"]
+    params = qat.attach_learned_scales(Mlp(), params, rules, x)
+
+    def loss(params, x):
+        return jnp.square(model.apply({"params": params}, x)).sum()
+
+    def loss_and_gradient(params, x):
+        value, gradient = jax.value_and_grad(loss)(params, x)
+        return jnp.append(value, gradient["Dense_0"]["dot_general0_lhs_scale"])
+
+    check(loss_and_gradient, params, x, "b, t, 6")
 
 
 def test_a_contraction_that_may_be_too_long_for_int32():

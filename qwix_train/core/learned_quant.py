@@ -29,7 +29,7 @@ from qwix_train.core import numerics, scaling, tiling
 from qwix_train.core.calibration import check_quantizable, smallest_scale
 
 
-def gradient_scale(elements: float, levels: int) -> float:
+def gradient_scale(elements: float | jax.Array, levels: int) -> float | jax.Array:
     """The factor of the gradients of a scale, ``1 / sqrt(elements * levels)``.
 
     It makes the updates of a scale as large, in proportion to it, as those of weights
@@ -37,12 +37,14 @@ def gradient_scale(elements: float, levels: int) -> float:
 
     Args:
         elements: The elements that share the scale; of an activation, those of one
-            example.
+            example. An array where a size is a symbol of `jax.export`.
         levels: The highest code, ``Q_P``; with an offset the number of codes less one.
 
     >>> gradient_scale(50, 2)
     0.1
     """
+    if isinstance(elements, jax.Array):
+        return 1 / jnp.sqrt(jnp.maximum(elements, 1) * levels)
     return 1 / math.sqrt(max(elements, 1) * levels)
 
 
@@ -96,7 +98,7 @@ def lsq(
     qtype: numerics.QType,
     scale: jax.Array,
     *,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Rounds an array to codes of a scale that is trained (LSQ).
 
@@ -130,7 +132,7 @@ def lsq_plus(
     scale: jax.Array,
     offset: jax.Array,
     *,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Rounds an array to codes of a scale and an offset that are trained (LSQ+).
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
@@ -120,6 +121,25 @@ def test_all_collections_of_a_linen_model(tmp_path):
     with pytest.raises(ValueError, match="collection 'perturbations'"):
         export(2, state=state)
     assert export.steps() == [1]
+
+
+def test_random_keys_of_a_model_that_draws_while_it_evaluates(tmp_path):
+    """From a stream of its own, which its other collection depends on."""
+
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noise = jax.random.normal(self.make_rng("noise"), x.shape)
+            self.variable("stats", "noise", lambda: noise)
+            return nn.Dense(3)(x + noise)
+
+    rngs = {"noise": jax.random.key(1)}
+    variables = Noisy().init({"params": jax.random.key(0), **rngs}, X)
+    export = hooks.Export(tmp_path, Noisy(), INT8, X, rngs=rngs, on_steps=[1])
+    export(1, state=variables)
+    restored = ptq.restore(export.folder(1))
+    _, expected = ptq.quantize(Noisy(), variables["params"], INT8, X, rngs=rngs)
+    models.assert_same(restored, {"params": expected, "stats": variables["stats"]})
 
 
 @pytest.mark.slow
