@@ -20,6 +20,9 @@ _LARGEST = 0.25
 The reciprocal of a larger one is not a normal number.
 """
 
+_FINER = 128
+"""The codes from here on say by which power of 4 a scale is finer for other codes."""
+
 QTYPES = ("dynamic", "int8")
 """The types of codes: values of the dynamic maps, and the core's integers."""
 
@@ -78,7 +81,9 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
         moment shrinks from step to step. A block without negative values has codes of
         the unsigned dynamic map, and says so by a negative scale. A magnitude beyond
         `_LARGEST`, infinity included, is saturated: the moments of one enormous
-        gradient overflow, and must not make NaN of the block that they lie in.
+        gradient overflow, and must not make NaN of the block that they lie in. Where
+        the largest value of such a block is too far from all others for any of them to
+        have a value of the map, they have a finer scale, see `_finer`.
 
     >>> codes, scale = quantize(jnp.array([[-1., 2.], [3., 0.]]), 'dynamic', 2)
     >>> codes.tolist(), scale.tolist()
@@ -86,13 +91,14 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     """
     counts = scale_shape(x.shape, block_size)
     blocks, within = tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
-    highest = jnp.max(blocks, axis=within).reshape(counts)
+    flat = jnp.max(blocks, axis=within)
+    highest = flat.reshape(counts)
     lowest = jnp.min(blocks, axis=within).reshape(counts)
     # Both keep the reciprocal of the scale finite, also where all is zero. That of
     # float16 is taken in float32; and its moments are that small.
-    info = jnp.finfo(x.dtype)
-    smallest = info.smallest_subnormal if x.dtype == jnp.float16 else info.tiny
-    largest = _LARGEST * float(info.max)  # Of no dtype, which would widen bfloat16.
+    smallest = _smallest(x.dtype)
+    # Of no dtype, which would widen bfloat16.
+    largest = _LARGEST * float(jnp.finfo(x.dtype).max)
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
         absmax = jnp.maximum(highest, -lowest)
@@ -103,7 +109,11 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     end = jnp.asarray(_dynamic_map.SIGNED[0], x.dtype)
     scale = jnp.clip(jnp.maximum(highest, lowest / end), smallest, largest)
     scale = jnp.where(lowest >= 0, -scale, scale)
-    return tiling.elementwise(_encode, x, scale), scale
+    spread = jnp.expand_dims(jnp.abs(scale).reshape(flat.shape), within)
+    others = jnp.max(jnp.where(blocks < spread, blocks, 0), axis=within)
+    finer = _finer(scale, others.reshape(counts))
+    inverse = 1 / _unit(scale, finer)
+    return tiling.elementwise(_encode, x, scale, inverse, finer), scale
 
 
 @functools.partial(jax.jit, static_argnames="qtype")
@@ -111,16 +121,79 @@ def dequantize(codes: jax.Array, scale: jax.Array, qtype: str) -> jax.Array:
     """Returns the values of `quantize`'s codes and scales, in the scales' dtype."""
     if qtype != "dynamic":
         return qarray.dequantize(qarray.QArray(codes, scale, qtype=qtype))
-    return tiling.elementwise(_decode, codes, scale)
+    counts = scale.shape
+    blocks, within = tiling.split_tiled_axes(tiling.pad_to_tiles(codes, counts), counts)
+    top = jnp.max(blocks, axis=within).reshape(counts).astype(jnp.int32)
+    has_finer = _may_be_finer(scale) & (top >= _FINER) & (top < _dynamic_map.ONE)
+    finer = jnp.where(has_finer, top - _FINER, 0)
+    return tiling.elementwise(_decode, codes, scale, _unit(scale, finer), finer)
 
 
-def _encode(x: jax.Array, scale: jax.Array) -> jax.Array:
-    wide = numerics.compute_dtype(x.dtype)
-    scale = scale.astype(wide)
-    return _dynamic_map.encode(x.astype(wide) * (1 / jnp.abs(scale)), scale < 0)
+def _smallest(dtype: jnp.dtype) -> float:
+    """Returns the smallest scale of a dtype."""
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)
 
 
-def _decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    wide = numerics.compute_dtype(scale.dtype)
-    values = _dynamic_map.decode(codes, scale < 0, wide)
-    return (values * jnp.abs(scale).astype(wide)).astype(scale.dtype)
+def _may_be_finer(scale: jax.Array) -> jax.Array:
+    return scale < -_smallest(scale.dtype)
+
+
+def _finer(scale: jax.Array, others: jax.Array) -> jax.Array:
+    """Returns the power of 4 by which a scale is divided for all but the largest value.
+
+    The second moment of one enormous gradient is so much larger than those of its
+    block that each of them would have the code of the smallest value, and stand still
+    until it has decayed: for tens of thousands of steps of Adam. They have codes of
+    the signed map's positive half then, which leaves 128 codes of a byte. The largest
+    value has one of these, which says the power; in any other block it has the last
+    code of all.
+
+    Args:
+        scale: The scale of each block, negative if it has no negative values.
+        others: The largest of the values that are not the largest of their block.
+
+    Returns:
+        The power, int32 from 1 to 126; 0 for blocks that need none.
+    """
+    may, wide = _may_be_finer(scale), numerics.compute_dtype(scale.dtype)
+    scale, others = scale.astype(wide), others.astype(wide)
+    _, of_scale = jnp.frexp(-scale)
+    _, of_others = jnp.frexp(others)
+    power = jnp.clip((of_scale - of_others - 2) // 2, 0, _dynamic_map.ONE - 1 - _FINER)
+    lost = others <= -scale * _dynamic_map.UNSIGNED[1]
+    return jnp.where(may & (others > 0) & lost, power, 0)
+
+
+def _encode(
+    x: jax.Array, scale: jax.Array, inverse: jax.Array, finer: jax.Array
+) -> jax.Array:
+    x = x.astype(inverse.dtype)
+    ratio = x * jnp.abs(inverse)
+    # What is positive stays so, even where the ratio is too small for a float.
+    zero = jnp.where(scale < 0, x == 0, _dynamic_map.rounds_to_zero(ratio))
+    codes = _dynamic_map.encode(ratio, inverse < 0, zero)
+    codes = codes - _shift(finer).astype(jnp.uint8)
+    # In a finer block the code of 1 is `_FINER`, and the largest value alone has it.
+    return codes + jnp.where(codes >= _FINER, finer, 0).astype(jnp.uint8)
+
+
+def _decode(
+    codes: jax.Array, scale: jax.Array, unit: jax.Array, finer: jax.Array
+) -> jax.Array:
+    codes = codes.astype(jnp.int32) + _shift(finer)
+    values = _dynamic_map.decode(codes, unit < 0, unit.dtype)
+    # Codes from that of 1 on stand for the largest value.
+    largest = codes >= _dynamic_map.ONE
+    unit = jnp.abs(jnp.where(largest, scale.astype(unit.dtype), unit))
+    return (values * unit).astype(scale.dtype)
+
+
+def _shift(finer: jax.Array) -> jax.Array:
+    return jnp.where(finer > 0, _dynamic_map.SIGNED_ZERO, 0)
+
+
+def _unit(scale: jax.Array, finer: jax.Array) -> jax.Array:
+    """Returns the value of 1 in each block, negative in the unsigned map, and wide."""
+    wide = scale.astype(numerics.compute_dtype(scale.dtype))
+    return jnp.where(finer > 0, jnp.ldexp(-wide, -2 * finer), wide)

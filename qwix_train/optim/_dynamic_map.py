@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _DECADES = 7
-_SIGNED_ZERO = 127
+
+SIGNED_ZERO = 127
+"""The code of 0 in the signed map."""
+
+ONE = 255
+"""The code of 1 in both maps."""
 
 
 def _values(fractions: int, signs: tuple[int, ...]) -> np.ndarray:
@@ -48,7 +53,9 @@ _SIGNED_STARTS = _decade_starts(SIGNED, 1)
 _UNSIGNED_STARTS = _decade_starts(UNSIGNED, 2)
 
 
-def encode(x: jax.Array, unsigned: jax.Array) -> jax.Array:
+def encode(
+    x: jax.Array, unsigned: jax.Array, zero: jax.Array | None = None
+) -> jax.Array:
     """Returns the code of the nearest value.
 
     In the unsigned map only 0 has the code of 0: what is positive has at least the
@@ -58,8 +65,9 @@ def encode(x: jax.Array, unsigned: jax.Array) -> jax.Array:
 
     Args:
         x: Values from -0.993 to 1, or from 0 to 1 where ``unsigned``; float32 or
-            float64.
+            float64. What is beyond 1 has the code of 1.
         unsigned: Whether the code is one of the unsigned map; broadcasts to ``x``.
+        zero: What has the code of 0; found in ``x`` if None.
 
     Returns:
         Codes in the shape of ``x``; uint8.
@@ -90,10 +98,16 @@ def encode(x: jax.Array, unsigned: jax.Array) -> jax.Array:
     # or 1 + (count - 2) in the unsigned map, whose decades start with two values.
     place = count + fraction - jnp.where(unsigned, 1, 0)
     place = jnp.where(magnitude >= starts[-1], jnp.where(unsigned, 255, 128), place)
-    zero = jnp.where(unsigned, magnitude == 0, magnitude < starts[0])
+    if zero is None:
+        zero = jnp.where(unsigned, magnitude == 0, rounds_to_zero(x))
     place = jnp.where(zero, 0, place)
-    signed = jnp.where(x < 0, -jnp.minimum(place, _SIGNED_ZERO), place) + _SIGNED_ZERO
+    signed = jnp.where(x < 0, -jnp.minimum(place, SIGNED_ZERO), place) + SIGNED_ZERO
     return jnp.where(unsigned, place, signed).astype(jnp.int32).astype(jnp.uint8)
+
+
+def rounds_to_zero(x: jax.Array) -> jax.Array:
+    """Returns whether 0 is the value of the signed map that is nearest."""
+    return jnp.abs(x) < _SIGNED_STARTS[0]
 
 
 def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -107,7 +121,7 @@ def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array
     # Within a decade a value is linear in its code. A lookup in a table would be a
     # gather, which neither fuses with what follows nor takes any sharding.
     place = codes.astype(jnp.int32).astype(dtype)
-    place = jnp.where(unsigned, (place + 1) / 2, place - _SIGNED_ZERO)
+    place = jnp.where(unsigned, (place + 1) / 2, place - SIGNED_ZERO)
     half = jnp.where(unsigned, jnp.asarray(0.25, dtype), jnp.asarray(0.5, dtype))
     magnitude = jnp.abs(place)
     slope, offset = jnp.zeros((), dtype), jnp.zeros((), dtype)

@@ -78,10 +78,16 @@ def quantized_state(
     Orbax saves, and `optax.tree_map_params` sees codes and scales as copies of the
     params.
 
-    A moment that overflows, as Adam's second one does for a gradient of 1e20, becomes
-    the largest number that a scale can hold. In float that one param gets no update
-    any more; here it is the params of one block, all others train on. Clip what may be
-    as large: ``optax.chain(optax.clip_by_global_norm(1.0), quantized_state(...))``.
+    One enormous gradient, up to an infinite one, stops the param that it belongs to, as
+    in float: its second moment takes tens of thousands of steps to decay, or is the
+    largest number that there is. All other params of its block train on. Where that
+    moment is more than five million times each of theirs, they have a scale of their
+    own, with half as many codes. Their first moments are lost meanwhile, and they move
+    at a tenth of their rate until that of the enormous gradient has decayed: after a
+    gradient of 1e20, some 400 steps of Adam; on a quadratic, 500 steps after it, they
+    are 0.006 from the optimum, and 0.004 in float (0.68 before). Two such gradients in
+    a block, of different sizes, stop the whole block. Clip what may be as large:
+    ``optax.chain(optax.clip_by_global_norm(1.0), quantized_state(...))``.
     NaN stays NaN, in the whole block: `optax.apply_if_finite` keeps it out.
 
     Wrap what keeps moments rather than what keeps params or sums (such as
