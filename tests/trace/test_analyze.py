@@ -5,7 +5,8 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from qwix_train.model import plan, trace_function
+from qwix_train.model import trace_function
+from qwix_train.plan_of import plan
 from qwix_train.rules import QuantizationRule
 from qwix_train.trace import analyze, provenance
 

@@ -15,7 +15,8 @@ from jax.extend import core as jex
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwix_train.model import plan, quantize_fn
+from qwix_train.model import quantize_fn
+from qwix_train.plan_of import plan
 from qwix_train.qat import QtProvider
 from qwix_train.rules import QuantizationRule
 
