@@ -55,13 +55,14 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def test_two_params_of_one_name_are_named():
-    def model(pair, x):
-        return x @ pair.params[0] @ pair.params[1]
+    def model(params, x):
+        return x @ params["pair"].params[0] @ params["pair"].params[1] @ params["v"]
 
-    pair = Pair(np.ones((4, 4), np.float32), np.ones((4, 4), np.float32))
-    message = r"1 params .* come out quantized: w \(is float32 of shape \(4, 4\)\)"
+    w = np.ones((4, 4), np.float32)
+    params = {"pair": Pair(w, w), "v": w}
+    message = r"1 params .* come out quantized: pair/w \(is float32 of shape \(4, 4\)\)"
     with pytest.raises(ValueError, match=message):
-        ptq.quantize(model, pair, RULES, X)
+        ptq.quantize(model, params, RULES, X)
 
 
 class Held(nnx.Module):
