@@ -24,7 +24,8 @@ from jax import numpy as jnp
 from jax.extend import core as jex
 
 from qwix_train import ops
-from qwix_train.trace import jax_versions, scopes
+from qwix_train.trace import bodies, jax_versions, scopes
+from qwix_train.trace.bodies import Kind, inside_of
 from qwix_train.trace.evaluate import run_equation
 from qwix_train.trace.function import TracedCall
 
@@ -41,6 +42,7 @@ _REDUCTIONS = frozenset(
 )
 # Functions of JAX with a derivative rule, which says what differentiation finds anyway.
 _JAX_FOLDER = os.path.dirname(jax.__file__)
+_INLINED = (Kind.CALL, Kind.REMAT, Kind.CUSTOM)
 
 
 @dataclasses.dataclass(eq=False)
@@ -331,26 +333,17 @@ class _Builder:
 
     def add(self, eqn, operands, scope, derivative) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        if name in jax_versions.JIT:
-            # The scope that a compiled call would have given to what is in it.
-            inner = f"{scope}/jit({params.get('name', '')})"
-            body = jax_versions.call_body(params)
-            return self.add_body(body, operands, inner, derivative)
-        if name in jax_versions.REMAT:
-            body = jax_versions.call_body(params)
-            return self.add_body(body, operands, scope, derivative)
-        if name == "custom_jvp_call":
-            function = jax_versions.custom_jvp_source(params)
-            known = _JAX_FOLDER in function
-            body = jax_versions.call_body(params)
-            return self.add_body(
-                body, operands, scope, derivative or (None if known else function)
-            )
-        if name == "custom_vjp_call":
-            body = jax_versions.call_body(params)
-            return self.add_body(body, operands, scope, derivative or "a custom_vjp")
-        if name == "scan":
-            return self.add_scan(params, operands, scope, derivative)
+        inside = inside_of(eqn)
+        if inside is not None and inside.kind is Kind.SCAN:
+            return self.add_scan(params, inside, operands, scope, derivative)
+        if inside is not None and inside.kind in _INLINED:
+            if inside.kind is Kind.CALL:
+                scope = f"{scope}/{bodies.call_scope(eqn)}"
+            if inside.kind is Kind.CUSTOM:
+                function = jax_versions.custom_source(eqn)
+                known = _JAX_FOLDER in function
+                derivative = derivative or (None if known else function)
+            return self.add_body(inside.bodies[0].body, operands, scope, derivative)
         kind = ops.by_primitive(name)
         named = name if kind is None else kind.name_in(scope)
         run = functools.partial(run_equation, eqn)
@@ -364,9 +357,10 @@ class _Builder:
         self.nodes[-1].has_effects = bool(eqn.effects)
         return outputs
 
-    def add_scan(self, params, operands, scope, derivative) -> list[Value]:
+    def add_scan(self, params, inside, operands, scope, derivative) -> list[Value]:
         """Adds a loop, one iteration after the other."""
-        num_consts, num_carry = jax_versions.scan_parts(params)
+        start, stop = inside.carry.start, inside.carry.stop
+        num_carry = stop - start
         length = params["length"]
         if length > MAX_UNROLLED:
             where = scopes.module_path_of(scope) or "the model"
@@ -375,9 +369,9 @@ class _Builder:
                 f"has no quantized loops; at most {MAX_UNROLLED} are. Give the model "
                 "shorter inputs, or call one iteration from outside of it."
             )
-        body = jax_versions.body_of(params["jaxpr"])
-        consts, carry = operands[:num_consts], operands[num_consts:][:num_carry]
-        scanned = operands[num_consts + num_carry :]
+        body = inside.bodies[0].body
+        consts, carry = operands[:start], operands[start:stop]
+        scanned = operands[stop:]
         stacked: list[list[Value]] = []
         order = range(length)
         for i in reversed(order) if params["reverse"] else order:

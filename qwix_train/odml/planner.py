@@ -23,6 +23,7 @@ from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtyp
 from qwix_train.ops import CONV
 from qwix_train.planning import is_whole
 from qwix_train.rules import QuantizationRule
+from qwix_train.trace import bodies
 from qwix_train.trace.function import TracedCall
 
 
@@ -386,9 +387,11 @@ def _operand_name(plan: NodePlan, side: int) -> str:
 
 
 def _unsupported_reason(name: str, spec: OpSpec | None) -> str:
-    hints = {
-        "while": "LiteRT has no quantized loops: use scan, which is unrolled",
-        "cond": "LiteRT has no quantized branches: use jnp.where",
+    hints: dict[bodies.Kind | None, str] = {
+        bodies.Kind.WHILE: (
+            "LiteRT has no quantized loops: use scan, which is unrolled"
+        ),
+        bodies.Kind.COND: "LiteRT has no quantized branches: use jnp.where",
     }
-    hint = hints.get(name) or (spec.note if spec is not None else "")
+    hint = hints.get(bodies.kind_of(name)) or (spec.note if spec is not None else "")
     return "LiteRT has no integer form of it" + (f" ({hint})" if hint else "")

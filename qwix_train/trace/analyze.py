@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jax import core
 from jax.extend import core as jex
 
-from qwix_train.trace import jax_versions, provenance
+from qwix_train.trace import bodies, jax_versions, provenance
+from qwix_train.trace.bodies import Key, inside_of
 from qwix_train.trace.constants import Constants, moves_elements
 from qwix_train.trace.provenance import Provenance
 from qwix_train.trace.scopes import is_in_float, module_path_of
-
-# Where an equation is: its index, then (for one inside a body) the number of the
-# body and the index there, and so on inward.
-Key = tuple[int, ...]
 
 
 class Kind(Protocol):
@@ -211,15 +209,17 @@ class _Walker:
         for index, eqn in enumerate(jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            has_body = jax_versions.has_body(eqn.params)
-            if has_body or self.is_found(eqn, operands):
+            inside = inside_of(eqn)
+            if inside or self.is_found(eqn, operands):
                 here = (*key, index)
                 inner_scope = _join(scope, str(eqn.source_info.name_stack))
-                if has_body:
-                    results = self.enter(eqn, operands, here, inner_scope, opaque)
+                if inside:
+                    results = self.enter(
+                        eqn, inside, operands, here, inner_scope, opaque
+                    )
                 else:
                     self.add(eqn, operands, here, inner_scope, opaque)
-            if not has_body:
+            if not inside:
                 results = provenance.propagate(
                     name,
                     eqn.params,
@@ -284,13 +284,13 @@ class _Walker:
         axes = kind.axes(eqn.params, side, value.ndim)
         return moves_elements(value, axes.contracted)
 
-    def enter(self, eqn, operands, key, scope, opaque) -> list[Provenance]:
+    def enter(self, eqn, inside, operands, key, scope, opaque) -> list[Provenance]:
         """Walks the bodies of one equation."""
-        name, params = eqn.primitive.name, eqn.params
-        if name in jax_versions.JIT:
-            body = jax_versions.call_body(params)
+        name = eqn.primitive.name
+        if inside.kind is bodies.Kind.CALL:
             # JAX traces a function once for all modules that compile it with the
             # same shapes (`nn.jit`), and its ops are marked with the first of them.
+            (body, _) = inside.bodies[0]
             first = self.first_operands.setdefault(id(body.jaxpr), operands)
             before = self.renamed, self.outside
             if not self.renamed:
@@ -299,16 +299,16 @@ class _Walker:
             results = self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
             self.renamed, self.outside = before
             return results
-        if name in jax_versions.REMAT:
-            body = jax_versions.call_body(params)
+        if inside.kind is bodies.Kind.REMAT:
+            (body, _) = inside.bodies[0]
             return self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
-        if name in ("custom_jvp_call", "custom_vjp_call"):
+        if inside.kind is bodies.Kind.CUSTOM:
             # Its forward says where values come from, but must not be replaced: the
             # derivative rule would be that of another function.
-            body = jax_versions.call_body(params)
+            (body, _) = inside.bodies[0]
             return self.walk(body, operands, (*key, 0), scope, opaque or name)
-        if name == "shard_map":
-            body = jax_versions.body_of(params["jaxpr"])
+        if inside.kind is bodies.Kind.SHARD_MAP:
+            (body, _) = inside.bodies[0]
             operands = [
                 _shard(operand, _shape(outside), _shape(inside))
                 for operand, outside, inside in zip(
@@ -322,74 +322,59 @@ class _Walker:
                     results, body.jaxpr.outvars, eqn.outvars, strict=True
                 )
             ]
-        if name == "scan":
-            return self.enter_scan(eqn, operands, key, scope, opaque)
-        if name == "while":
-            return self.enter_while(params, operands, key, scope, opaque)
-        if name == "cond":
-            return self.enter_cond(params, operands, key, scope, opaque)
-        # A kernel, a solver: what runs inside cannot be replaced, since more than one
-        # body must stay consistent, or no JAX runs there at all.
-        for number, body in enumerate(jax_versions.bodies(params)):
-            inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
-            self.walk(body, inputs, (*key, number), scope, opaque or name)
-        return provenance.propagate(name, {}, operands, (), [()] * len(eqn.outvars))
+        if inside.kind is bodies.Kind.OPAQUE:
+            # A kernel, a solver: what runs inside cannot be replaced, since more than
+            # one body must stay consistent, or no JAX runs there at all.
+            for number, (body, _) in enumerate(inside.bodies):
+                inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
+                self.walk(body, inputs, (*key, number), scope, opaque or name)
+            return provenance.propagate(name, {}, operands, (), [()] * len(eqn.outvars))
+        if inside.kind is bodies.Kind.COND:
+            branches = [
+                self.walk(body, [operands[i] for i in slots], (*key, n), scope, opaque)
+                for n, (body, slots) in enumerate(inside.bodies)
+            ]
+            return [
+                functools.reduce(provenance.join, each)
+                for each in zip(*branches, strict=True)
+            ]
+        return self.enter_loop(eqn, inside, operands, key, scope, opaque)
 
-    def enter_scan(self, eqn, operands, key, scope, opaque):
-        params = eqn.params
-        num_consts, num_carry = jax_versions.scan_parts(params)
-        body = jax_versions.body_of(params["jaxpr"])
-        consts = operands[:num_consts]
-        for operand in operands[num_consts + num_carry :]:
+    def enter_loop(self, eqn, inside, operands, key, scope, opaque):
+        is_scan = inside.kind is bodies.Kind.SCAN
+        start, stop = inside.carry.start, inside.carry.stop
+        for operand in operands[stop:]:
             for view in operand.views if isinstance(operand, provenance.Weight) else ():
                 axes = {atom.axis for atom in view.dims[0]}
                 self.layer_axes.setdefault(view.path, set()).update(axes)
-        scanned = [
-            provenance.per_iteration(x) for x in operands[num_consts + num_carry :]
-        ]
-        layers = any(isinstance(x, provenance.Weight) for x in scanned)
+        scanned = [provenance.per_iteration(x) for x in operands[stop:]]
         outside = self.scans
-        self.scans = (*outside, params["length"] if layers else 0)
-        carry, outs = self.to_fixpoint(
-            operands[num_consts : num_consts + num_carry],
-            lambda carry: self.walk(
+        if is_scan:
+            layers = any(isinstance(x, provenance.Weight) for x in scanned)
+            self.scans = (*outside, eqn.params["length"] if layers else 0)
+        last = len(inside.bodies) - 1
+        body, slots = inside.bodies[last]
+
+        def run(carry):
+            values = [*operands[:start], *carry, *scanned]
+            return self.walk(
                 body,
-                [*consts, *carry, *scanned],
-                (*key, 0),
+                [values[i] for i in slots],
+                (*key, last),
                 scope,
                 opaque,
-                eqn.invars[:num_consts],
-            ),
-        )
+                eqn.invars[:start] if is_scan else (),
+            )
+
+        carry, outs = self.to_fixpoint(operands[start:stop], run)
+        values = [*operands[:start], *carry]
+        for number, (condition, slots) in enumerate(inside.bodies[:last]):
+            inputs = [values[i] for i in slots]
+            self.walk(condition, inputs, (*key, number), scope, opaque)
         self.scans = outside
-        stacked = provenance.propagate("scan", {}, outs[num_carry:], (), ((),))
-        return [*carry, *(stacked * (len(outs) - num_carry))]
-
-    def enter_while(self, params, operands, key, scope, opaque):
-        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-        condition = jax_versions.body_of(params["cond_jaxpr"])
-        body = jax_versions.body_of(params["body_jaxpr"])
-        cond_consts = operands[:num_cond]
-        consts = operands[num_cond : num_cond + num_body]
-        carry, _ = self.to_fixpoint(
-            operands[num_cond + num_body :],
-            lambda carry: self.walk(body, [*consts, *carry], (*key, 1), scope, opaque),
-        )
-        self.walk(condition, [*cond_consts, *carry], (*key, 0), scope, opaque)
-        return carry
-
-    def enter_cond(self, params, operands, key, scope, opaque):
-        _, *inputs = operands
-        branches = [
-            self.walk(jax_versions.body_of(branch), inputs, (*key, i), scope, opaque)
-            for i, branch in enumerate(params["branches"])
-        ]
-        results = branches[0]
-        for branch in branches[1:]:
-            results = [
-                provenance.join(a, b) for a, b in zip(results, branch, strict=True)
-            ]
-        return results
+        rest = outs[len(carry) :]
+        stacked = provenance.propagate(eqn.primitive.name, {}, rest, (), ((),))
+        return [*carry, *(stacked * len(rest))]
 
     def to_fixpoint(self, carry, run):
         """Walks a loop's body until its carry holds what it held before."""

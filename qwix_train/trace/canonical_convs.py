@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from qwix_train.trace import evaluate, jax_versions
-from qwix_train.trace.analyze import Key
+from qwix_train.trace import bodies, evaluate, jax_versions
 
 
 def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
@@ -29,7 +28,12 @@ def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
       The results. The convolutions of its loops and branches run as they are, which is
       how they run outside, too.
     """
-    ops: Any = dict(_convolutions(body, ()))
+    ops: Any = {
+        key: eqn
+        for key, eqn, _ in bodies.equations(body, _is_inlined)
+        if eqn.primitive is lax.conv_general_dilated_p
+        and not _is_canonical(eqn.params["dimension_numbers"])
+    }
 
     def handler(eqn, operands, run, given):
         del given
@@ -44,16 +48,9 @@ def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
     return evaluate.evaluate(body, inputs, ops, handler)
 
 
-def _convolutions(body: jax_versions.Body, key: Key):
-    """Yields the place and the equation of each convolution outside of loops."""
-    for index, eqn in enumerate(body.jaxpr.eqns):
-        here = (*key, index)
-        name = eqn.primitive.name
-        if eqn.primitive is lax.conv_general_dilated_p:
-            if not _is_canonical(eqn.params["dimension_numbers"]):
-                yield here, eqn
-        elif name in jax_versions.JIT or name in jax_versions.REMAT:
-            yield from _convolutions(jax_versions.call_body(eqn.params), (*here, 0))
+def _is_inlined(eqn: Any, inside: bodies.Inside) -> bool:
+    del eqn
+    return inside.kind in (bodies.Kind.CALL, bodies.Kind.REMAT)
 
 
 def _canonical(x: jax.Array, kernel: jax.Array, params: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qwix_train.trace import jax_versions
+from qwix_train.trace import bodies, jax_versions
 from qwix_train.trace import nnx as nnx_calls
 
 
@@ -134,7 +134,7 @@ def _in_shardings(step: Callable[..., Any], inputs: list[Any]) -> list[Any]:
     shardings = {
         id(atom): sharding
         for eqn in traced.eqns
-        if eqn.primitive.name in jax_versions.JIT
+        if bodies.kind_of(eqn.primitive.name) is bodies.Kind.CALL
         for atom, sharding in zip(eqn.invars, eqn.params["in_shardings"], strict=True)
         if jax_versions.explicit_sharding(sharding)
     }

@@ -19,8 +19,9 @@ from jax import lax
 from jax.extend import core as jex
 
 from qwix_train.core.operands import with_sharding
-from qwix_train.trace import carried, jax_versions
-from qwix_train.trace.analyze import Key, Op
+from qwix_train.trace import bodies, carried, jax_versions
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.bodies import Key, Kind, inside_of
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.passed import sources
 
@@ -117,21 +118,12 @@ class _Evaluator:
         """The results of one equation; None if it is to run as it was traced."""
         if key in self.ops:
             return [self.replace(eqn, operands, key)]
-        name = eqn.primitive.name
-        if name in jax_versions.JIT:
-            return self.rebuild_jit(eqn.params, operands, key)
-        if name in jax_versions.REMAT:
-            return self.rebuild_remat(eqn.params, operands, key)
-        if name == "scan":
-            return self.rebuild_scan(eqn.params, operands, key)
-        if name == "while":
-            return self.rebuild_while(eqn.params, operands, key)
-        if name == "cond":
-            return self.rebuild_cond(eqn.params, operands, key)
-        if name == "shard_map":
-            return self.rebuild_shard_map(eqn.params, operands, key)
+        name, inside = eqn.primitive.name, inside_of(eqn)
+        rebuild = None if inside is None else _REBUILDS.get(inside.kind)
+        if rebuild is not None:
+            return rebuild(self, eqn, inside, operands, key)
         assert key not in self.touched, f"{name} is opaque"
-        if jax_versions.has_body(eqn.params):
+        if inside is not None:
             return None
         carried = next(x for x in operands if _follows(x))
         run = functools.partial(run_equation, eqn)
@@ -147,34 +139,34 @@ class _Evaluator:
 
         return self.handler(self.ops[key], operands, run, self.given.get(key))
 
-    def rebuild_jit(self, params, operands, key):
+    def rebuild_call(self, eqn, inside, operands, key):
         # Evaluated in place: the caller compiles the whole, or runs eagerly, where
         # a new function would be compiled again at every call.
-        body = jax_versions.call_body(params)
-        operands = constrained(operands, params.get("in_shardings"))
+        operands = constrained(operands, eqn.params.get("in_shardings"))
         # The scope that a compiled call would have given to what is in it.
-        with _scope(f"jit({params.get('name', '')})"):
-            outs = self.run(body, operands, (*key, 0))
-        return constrained(outs, params.get("out_shardings"))
+        with _scope(bodies.call_scope(eqn)):
+            outs = self.run(inside.bodies[0].body, operands, (*key, 0))
+        return constrained(outs, eqn.params.get("out_shardings"))
 
-    def rebuild_remat(self, params, operands, key):
-        body = jax_versions.call_body(params)
+    def rebuild_remat(self, eqn, inside, operands, key):
+        body, params = inside.bodies[0].body, eqn.params
         passed = _passed_on(body, operands)
         arrays, restore = carried.unpacked(operands)
 
         def function(*arrays):
             outs = self.run(body, restore(arrays), (*key, 0))
-            return _computed(outs, passed, "checkpoint")
+            return _computed(outs, passed, inside.name)
 
         results = jax.checkpoint(
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
         )(*arrays)
         return _with_passed(results, passed)
 
-    def rebuild_scan(self, params, operands, key):
-        num_consts, num_carry = jax_versions.scan_parts(params)
-        body = jax_versions.body_of(params["jaxpr"])
-        start = num_consts + num_carry
+    def rebuild_scan(self, eqn, inside, operands, key):
+        params, name = eqn.params, inside.name
+        body = inside.bodies[0].body
+        num_consts, start = inside.carry.start, inside.carry.stop
+        num_carry = start - num_consts
         consts = list(map(_loop_constant, operands[:num_consts]))
         carry = list(map(_loop_constant, operands[num_consts:start]))
         scanned = operands[start:]
@@ -206,15 +198,15 @@ class _Evaluator:
             ]
             with self.within_scan(given):
                 outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
-            computed = _computed(outs, passed, "scan")
+            computed = _computed(outs, passed, name)
             return computed[: len(in_carry)], computed[len(in_carry) :]
 
         varying, stacked = lax.scan(
             function,
-            [_read(carry[i], "scan") for i in in_carry],
+            [_read(carry[i], name) for i in in_carry],
             (
                 [
-                    _read(x, "scan") if cut is None else tuple(cut[0])
+                    _read(x, name) if cut is None else tuple(cut[0])
                     for x, cut in zip(scanned, cuts, strict=True)
                 ],
                 list(per_layer.values()),
@@ -236,14 +228,14 @@ class _Evaluator:
         finally:
             self.given, self.depth = before, self.depth - 1
 
-    def rebuild_while(self, params, operands, key):
-        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-        condition = jax_versions.body_of(params["cond_jaxpr"])
-        body = jax_versions.body_of(params["body_jaxpr"])
+    def rebuild_while(self, eqn, inside, operands, key):
+        name = inside.name
+        (condition, _), (body, slots) = inside.bodies
+        num_cond, start = slots[0], inside.carry.start
+        num_body = start - num_cond
         constants = list(map(_loop_constant, operands))
         cond_consts = constants[:num_cond]
-        consts = constants[num_cond : num_cond + num_body]
-        carry = constants[num_cond + num_body :]
+        consts, carry = constants[num_cond:start], constants[start:]
         passed = _passed_on(
             body,
             operands[num_cond:],
@@ -264,16 +256,15 @@ class _Evaluator:
         def function(varying):
             inputs = [*_entering(consts), *whole(varying)]
             outs = self.run(body, inputs, (*key, 1))
-            return _computed(outs, passed, "while")
+            return _computed(outs, passed, name)
 
-        start = [_read(carry[i], "while") for i in in_carry]
+        start = [_read(carry[i], name) for i in in_carry]
         results = lax.while_loop(test, function, start)
         return _with_passed(results, passed)
 
-    def rebuild_cond(self, params, operands, key):
+    def rebuild_cond(self, eqn, inside, operands, key):
         index, *inputs = operands
-        bodies = [jax_versions.body_of(closed) for closed in params["branches"]]
-        each = [_passed_on(body, inputs) for body in bodies]
+        each = [_passed_on(body, inputs) for body, _ in inside.bodies]
         passed = {
             result: value
             for result, value in each[0].items()
@@ -284,16 +275,16 @@ class _Evaluator:
         def branch(number, body):
             def function(*arrays):
                 outs = self.run(body, restore(arrays), (*key, number))
-                return _computed(outs, passed, "cond")
+                return _computed(outs, passed, inside.name)
 
             return function
 
-        branches = [branch(i, body) for i, body in enumerate(bodies)]
+        branches = [branch(i, body) for i, (body, _) in enumerate(inside.bodies)]
         results = lax.switch(_value(index), branches, *arrays)
         return _with_passed(results, passed)
 
-    def rebuild_shard_map(self, params, operands, key):
-        body = jax_versions.body_of(params["jaxpr"])
+    def rebuild_shard_map(self, eqn, inside, operands, key):
+        body, params = inside.bodies[0].body, eqn.params
 
         def function(*arrays):
             return [_value(out) for out in self.run(body, arrays, (*key, 0))]
@@ -306,7 +297,17 @@ class _Evaluator:
             out_specs=list(params["out_specs"]),
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
-        )(*[_read(x, "shard_map") for x in operands])
+        )(*[_read(x, inside.name) for x in operands])
+
+
+_REBUILDS = {
+    Kind.CALL: _Evaluator.rebuild_call,
+    Kind.REMAT: _Evaluator.rebuild_remat,
+    Kind.SCAN: _Evaluator.rebuild_scan,
+    Kind.WHILE: _Evaluator.rebuild_while,
+    Kind.COND: _Evaluator.rebuild_cond,
+    Kind.SHARD_MAP: _Evaluator.rebuild_shard_map,
+}
 
 
 def _scope(name: str):

@@ -10,16 +10,16 @@ goes over the layers of a model, each layer has its own slice of it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from qwix_train.trace import jax_versions
-from qwix_train.trace.analyze import Key
+from qwix_train.trace import bodies, jax_versions
+from qwix_train.trace.bodies import Key, Kind, inside_of
 from qwix_train.trace.evaluate import constrained, last_uses, run_unchanged
 
 _PREFIX = "qwix_train:"
@@ -72,16 +72,13 @@ def names_in(body: jax_versions.Body) -> dict[str, tuple[int, ...]]:
       ValueError: if a value is nowhere computed but where a derivative needs it again.
     """
     found: dict[str, tuple[int, ...]] = {}
-    for (code, name), _, lengths in _find(body, (), ()):
-        sizes = [
-            n for layer, n in zip(code, _last(lengths, code), strict=True) if layer
-        ]
-        found.setdefault(name, tuple(sizes))
-    for (_, name), _, _ in _find(body, (), (), recomputed=True):
-        if name not in found:
+    for _, tag in _tags(body):
+        found.setdefault(tag.name, tuple(tag.layers.values()))
+    for _, tag in _tags(body, recomputed=True):
+        if tag.name not in found:
             raise ValueError(
-                f"{name}: its values cannot be collected, since all that is left of "
-                "them is what jax.checkpoint computes again for a derivative. Take "
+                f"{tag.name}: its values cannot be collected, since all that is left "
+                "of them is what jax.checkpoint computes again for a derivative. Take "
                 "the checkpoint off, or collect in a step without a derivative."
             )
     return found
@@ -108,8 +105,16 @@ def harvest(
     return _Harvester(body, update).run(body, inputs, dict(states), ())
 
 
-def _last(items: Sequence[Any], code: Sequence[Any]) -> Sequence[Any]:
-    return items[len(items) - len(code) :]
+class _Tag(NamedTuple):
+    """A tag: the name of its state, and the scans over layers around it.
+
+    Attributes:
+      name: the name.
+      layers: where each of these scans is, and its length, outermost first.
+    """
+
+    name: str
+    layers: Mapping[Key, int]
 
 
 def _parse(eqn: Any) -> tuple[tuple[bool, ...], str] | None:
@@ -121,27 +126,31 @@ def _parse(eqn: Any) -> tuple[tuple[bool, ...], str] | None:
     return tuple(bit == "1" for bit in code), name
 
 
-def _find(body, key: Key, scans: tuple[tuple[Key, int], ...], recomputed=False):
-    """Yields each tag, the keys of the scans around it, and their lengths.
+def _tags(
+    body: jax_versions.Body, recomputed: bool = False
+) -> Iterator[tuple[Key, _Tag]]:
+    """Yields where each tag is, and the tag.
 
     Those that are computed again for a derivative are left out, unless asked for.
     """
-    for index, eqn in enumerate(body.jaxpr.eqns):
-        here = (*key, index)
+    lengths: dict[Key, int] = {}
+
+    def enters(eqn, inside):
+        return recomputed or not _is_recomputed(eqn, inside)
+
+    for key, eqn, inside in bodies.equations(body, enters):
+        if inside is not None and inside.kind is Kind.SCAN:
+            lengths[key] = eqn.params["length"]
         parsed = _parse(eqn)
         if parsed is not None:
-            yield parsed, tuple(k for k, _ in scans), tuple(n for _, n in scans)
-            continue
-        if not recomputed and _is_recomputed(eqn):
-            continue
-        around = scans
-        if eqn.primitive.name == "scan":
-            around = (*scans, (here, eqn.params["length"]))
-        for number, inner in enumerate(_bodies(eqn)):
-            yield from _find(inner, (*here, number), around, recomputed)
+            code, name = parsed
+            around = [k for n in range(1, len(key), 2) if (k := key[:n]) in lengths]
+            layers = [False] * (len(around) - len(code)) + list(code)
+            scans = dict(zip(around, layers, strict=True))
+            yield key, _Tag(name, {k: lengths[k] for k in around if scans[k]})
 
 
-def _is_recomputed(eqn: Any) -> bool:
+def _is_recomputed(eqn: Any, inside: bodies.Inside) -> bool:
     """Whether an equation computes a forward again, on the way back through it.
 
     What JAX calls differentiated may be the forward, too: that of layers with a
@@ -149,28 +158,15 @@ def _is_recomputed(eqn: Any) -> bool:
     computed for a second time.
     """
     return (
-        eqn.primitive.name in jax_versions.REMAT
+        inside.kind is Kind.REMAT
         and bool(eqn.params.get("differentiated"))
-        and jax_versions.recomputes(jax_versions.call_body(eqn.params))
+        and any(
+            jax_versions.is_recomputed(inner)
+            for _, inner, _ in bodies.equations(
+                inside.bodies[0].body, lambda eqn, inside: True
+            )
+        )
     )
-
-
-def _bodies(eqn: Any) -> list[jax_versions.Body]:
-    name, params = eqn.primitive.name, eqn.params
-    if name in _CALLS:
-        return [jax_versions.call_body(params)]
-    if name == "scan":
-        return [jax_versions.body_of(params["jaxpr"])]
-    if name == "while":
-        return [jax_versions.body_of(params[k]) for k in ("cond_jaxpr", "body_jaxpr")]
-    if name == "cond":
-        return [jax_versions.body_of(branch) for branch in params["branches"]]
-    return jax_versions.bodies(params) if jax_versions.has_body(params) else []
-
-
-# A function with a derivative of its own is a call like any other: it holds tags only
-# in a step that is not differentiated once more, as no model's op in it is rewritten.
-_CALLS = jax_versions.JIT | jax_versions.REMAT | {"custom_jvp_call", "custom_vjp_call"}
 
 
 class _Harvester:
@@ -180,29 +176,11 @@ class _Harvester:
         # of the state for each.
         self.below: dict[Key, dict[str, None]] = collections.defaultdict(dict)
         self.sliced: dict[Key, set[str]] = collections.defaultdict(set)
-        for (code, name), scans, _ in _find(body, (), ()):
-            for key, layer in zip(_last(scans, code), code, strict=True):
-                if layer:
-                    self.sliced[key].add(name)
-        self._index(body, ())
-
-    def _index(self, body, key: Key) -> dict[str, None]:
-        names: dict[str, None] = {}
-        for index, eqn in enumerate(body.jaxpr.eqns):
-            here = (*key, index)
-            parsed = _parse(eqn)
-            if parsed is not None:
-                found = {parsed[1]: None}
-            elif _is_recomputed(eqn):
-                found = {}
-            else:
-                found = {}
-                for number, inner in enumerate(_bodies(eqn)):
-                    found |= self._index(inner, (*here, number))
-            if found:
-                self.below[here] = found
-            names |= found
-        return names
+        for key, tag in _tags(body):
+            for length in range(1, len(key) + 1, 2):
+                self.below[key[:length]][tag.name] = None
+            for scan in tag.layers:
+                self.sliced[scan].add(tag.name)
 
     def run(self, body, inputs, states, key: Key):
         jaxpr = body.jaxpr
@@ -234,30 +212,33 @@ class _Harvester:
         return [read(atom) for atom in jaxpr.outvars], states
 
     def enter(self, eqn, operands, states, key):
-        name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS and name not in jax_versions.REMAT:
-            body = jax_versions.call_body(params)
+        inside, params = inside_of(eqn), eqn.params
+        assert inside is not None
+        # A function with a derivative of its own is a call like any other: it holds
+        # tags only in a step that is not differentiated once more, as no model's op in
+        # it is rewritten.
+        if inside.kind in (Kind.CALL, Kind.CUSTOM):
+            body = inside.bodies[0].body
             operands = constrained(operands, params.get("in_shardings"))
             results, states = self.run(body, operands, states, (*key, 0))
             return constrained(results, params.get("out_shardings")), states
-        inside = {n: states[n] for n in self.below[key]}
-        if name in jax_versions.REMAT:
-            results, inside = self.remat(params, operands, inside, key)
-        elif name == "scan":
-            results, inside = self.scan(params, operands, inside, key)
-        elif name == "while":
-            results, inside = self.loop(params, operands, inside, key)
-        elif name == "cond":
-            results, inside = self.branch(params, operands, inside, key)
-        else:
+        below = {n: states[n] for n in self.below[key]}
+        enter = {
+            Kind.REMAT: self.remat,
+            Kind.SCAN: self.scan,
+            Kind.WHILE: self.loop,
+            Kind.COND: self.branch,
+        }.get(inside.kind)
+        if enter is None:
             raise ValueError(
-                f"Values cannot be collected inside of {name}: use a step that calls "
-                "the model outside of it."
+                f"Values cannot be collected inside of {inside.name}: use a step "
+                " that calls the model outside of it."
             )
-        return results, {**states, **inside}
+        results, below = enter(params, inside, operands, below, key)
+        return results, {**states, **below}
 
-    def remat(self, params, operands, states, key):
-        body = jax_versions.call_body(params)
+    def remat(self, params, inside, operands, states, key):
+        body = inside.bodies[0].body
 
         def function(operands, states):
             return self.run(body, operands, dict(states), (*key, 0))
@@ -266,10 +247,10 @@ class _Harvester:
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
         )(operands, states)
 
-    def scan(self, params, operands, states, key):
-        num_consts, num_carry = jax_versions.scan_parts(params)
-        body = jax_versions.body_of(params["jaxpr"])
-        start = num_consts + num_carry
+    def scan(self, params, inside, operands, states, key):
+        body = inside.bodies[0].body
+        num_consts, start = inside.carry.start, inside.carry.stop
+        num_carry = start - num_consts
         consts = operands[:num_consts]
         sliced = {n: s for n, s in states.items() if n in self.sliced[key]}
         carried = {n: s for n, s in states.items() if n not in sliced}
@@ -294,12 +275,10 @@ class _Harvester:
         )
         return [*carry, *stacked], {**carried, **sliced}
 
-    def loop(self, params, operands, states, key):
-        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-        condition = jax_versions.body_of(params["cond_jaxpr"])
-        body = jax_versions.body_of(params["body_jaxpr"])
-        cond_consts = operands[:num_cond]
-        consts = operands[num_cond : num_cond + num_body]
+    def loop(self, params, inside, operands, states, key):
+        (condition, _), (body, slots) = inside.bodies
+        start = inside.carry.start
+        cond_consts, consts = operands[: slots[0]], operands[slots[0] : start]
 
         def test(carry):
             inputs = [*cond_consts, *carry[0]]
@@ -311,9 +290,9 @@ class _Harvester:
             outs, states = self.run(body, [*consts, *carry], states, (*key, 1))
             return outs, states
 
-        return lax.while_loop(test, function, (operands[num_cond + num_body :], states))
+        return lax.while_loop(test, function, (operands[start:], states))
 
-    def branch(self, params, operands, states, key):
+    def branch(self, params, inside, operands, states, key):
         index, *inputs = operands
 
         def make(number, body):
@@ -322,6 +301,5 @@ class _Harvester:
 
             return function
 
-        bodies = [jax_versions.body_of(branch) for branch in params["branches"]]
-        branches = [make(number, body) for number, body in enumerate(bodies)]
+        branches = [make(n, body) for n, (body, _) in enumerate(inside.bodies)]
         return lax.switch(index, branches, inputs, states)

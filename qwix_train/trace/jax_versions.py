@@ -28,13 +28,6 @@ class ScanParts(NamedTuple):
     num_carry: int
 
 
-class Inner(NamedTuple):
-    """A body inside an equation, and which of its operands the body receives."""
-
-    body: Body
-    operands: Sequence[int]
-
-
 # `remat2` until 0.10, `checkpoint` later; `pjit` was the name of `jit`.
 JIT = frozenset({"jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr"})
 REMAT = frozenset({"remat2", "checkpoint", "remat"})
@@ -64,9 +57,14 @@ def call_body(params: dict[str, Any]) -> Body:
     return body_of(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
 
 
-def custom_jvp_source(params: dict[str, Any]) -> str:
-    """The function of a `custom_jvp_call`: its name and the file it is from."""
-    debug_info = getattr(call_body(params).jaxpr, "debug_info", None)
+def custom_source(equation: Any) -> str:
+    """The function with a derivative rule of its own: its name and the file it is from.
+
+    JAX does not say of a `custom_vjp` which it is.
+    """
+    if equation.primitive.name != "custom_jvp_call":
+        return "a custom_vjp"
+    debug_info = getattr(call_body(equation.params).jaxpr, "debug_info", None)
     return str(getattr(debug_info, "func_src_info", None) or "a function")
 
 
@@ -85,13 +83,9 @@ def bodies(params: dict[str, Any]) -> list[Body]:
     ]
 
 
-def recomputes(body: Body) -> bool:
-    """Whether anything in the body of a checkpoint is computed for a second time."""
-    return any(
-        _RECOMPUTED in str(eqn.source_info.name_stack)
-        or any(map(recomputes, bodies(eqn.params)))
-        for eqn in body.jaxpr.eqns
-    )
+def is_recomputed(equation: Any) -> bool:
+    """Whether an equation in the body of a checkpoint computes a forward again."""
+    return _RECOMPUTED in str(equation.source_info.name_stack)
 
 
 def evaluate_equations(

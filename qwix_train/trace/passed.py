@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions
+from qwix_train.trace.bodies import Inside, Kind, inside_of
 
 _IDENTITY = frozenset({"copy", "copy_p", "sharding_constraint"})
-_CALLS = jax_versions.JIT | jax_versions.REMAT | {"custom_jvp_call", "custom_vjp_call"}
 
 
 class _Moved(NamedTuple):
@@ -55,11 +55,13 @@ def read(body: jax_versions.Body) -> set[int]:
     """
     found: set[int] = set()
     for eqn, operands in _handed_on(body, {}):
-        bodies = _bodies(eqn)
-        if bodies is None:
-            held = operands
+        inside = inside_of(eqn)
+        if inside is not None and inside.kind is not Kind.OPAQUE:
+            held = [operands[slots[i]] for b, slots in inside.bodies for i in read(b)]
+        elif eqn.primitive.name in _IDENTITY or eqn.primitive.name == "transpose":
+            continue
         else:
-            held = [operands[slots[i]] for inner, slots in bodies for i in read(inner)]
+            held = operands
         found |= {moved.place for moved in held if moved is not None}
     return found
 
@@ -98,32 +100,6 @@ def _moved(atom: Any, env: Mapping[Any, _Moved]) -> _Moved | None:
     return None if isinstance(atom, jex.Literal) else env.get(atom)
 
 
-def _bodies(eqn: Any) -> list[tuple[jax_versions.Body, Sequence[int]]] | None:
-    """The bodies of an equation, each with the operand that each of its inputs is.
-
-    An equation that moves its operand has none; None for one that computes.
-    """
-    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
-    if name in _IDENTITY or name == "transpose":
-        return []
-    if name in _CALLS:
-        return [(jax_versions.call_body(params), range(count))]
-    if name in ("scan", "shard_map"):
-        return [(jax_versions.body_of(params["jaxpr"]), range(count))]
-    if name == "cond":
-        slots = range(1, count)
-        return [(jax_versions.body_of(b), slots) for b in params["branches"]]
-    if name == "while":
-        start = params["cond_nconsts"]
-        carry = range(start + params["body_nconsts"], count)
-        test, body = (params[key] for key in ("cond_jaxpr", "body_jaxpr"))
-        return [
-            (jax_versions.body_of(test), [*range(start), *carry]),
-            (jax_versions.body_of(body), range(start, count)),
-        ]
-    return None
-
-
 def _apply(eqn: Any, operands: Sequence[_Moved | None]) -> list[_Moved | None]:
     """What the results of an equation are; fewer where the last ones are new."""
     name, params = eqn.primitive.name, eqn.params
@@ -132,17 +108,25 @@ def _apply(eqn: Any, operands: Sequence[_Moved | None]) -> list[_Moved | None]:
     if name == "transpose":
         (operand,) = operands
         return [operand and operand.transposed(params["permutation"])]
-    if name in _CALLS:
-        return _composed(_results(jax_versions.call_body(params)), operands)
-    if name == "scan":
-        return _scan(params, operands)
-    if name == "while":
-        return _while(params, operands)
-    if name == "cond":
-        return _cond(params, operands)
-    if name == "shard_map":
-        return _shard_map(params, operands)
-    return []
+    inside = inside_of(eqn)
+    if inside is None or inside.kind is Kind.OPAQUE:
+        return []
+    return _through(eqn, inside, operands)
+
+
+def _through(eqn, inside, operands) -> list[_Moved | None]:
+    inner = [_results(body) for body, _ in inside.bodies]
+    if inside.kind is Kind.SCAN:
+        return _composed(_scan(inside, inner[0]), operands)
+    if inside.kind is Kind.WHILE:
+        return _while(inside, inner[1], operands)
+    if inside.kind is Kind.SHARD_MAP:
+        return _composed(_shard_map(eqn.params, inner[0]), operands)
+    same = [
+        moved[0] if all(other == moved[0] for other in moved) else None
+        for moved in zip(*inner, strict=True)
+    ]
+    return _composed(same, [operands[i] for i in inside.bodies[0].operands])
 
 
 def _composed(inner, operands) -> list[_Moved | None]:
@@ -154,51 +138,38 @@ def _composed(inner, operands) -> list[_Moved | None]:
     ]
 
 
-def _scan(params: dict[str, Any], operands) -> list[_Moved | None]:
-    num_consts, num_carry = jax_versions.scan_parts(params)
-    inner = _results(jax_versions.body_of(params["jaxpr"]))
+def _scan(inside: Inside, inner) -> list[_Moved | None]:
+    carry = inside.carry
     results: list[_Moved | None] = []
     for index, moved in enumerate(inner):
         if moved is None:
             results.append(None)
-        elif index < num_carry:
-            kept = moved.place == num_consts + index and _in_order(moved)
+        elif index < len(carry):
+            kept = moved.place == carry[index] and _in_order(moved)
             results.append(moved if kept else None)
-        elif moved.place < num_consts + num_carry:
+        elif moved.place < carry.stop:
             results.append(None)
         else:  # slices along axis 0, put together again
             axes = (0, *(axis + 1 for axis in moved.axes))
             results.append(_Moved(moved.place, axes))
-    return _composed(results, operands)
+    return results
 
 
-def _while(params: dict[str, Any], operands) -> list[_Moved | None]:
-    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-    inner = _results(jax_versions.body_of(params["body_jaxpr"]))
+def _while(inside: Inside, inner, operands) -> list[_Moved | None]:
+    slots = inside.bodies[1].operands
     return [
-        operands[num_cond + num_body + index]
-        if moved is not None and moved.place == num_body + index and _in_order(moved)
+        operands[place]
+        if moved is not None and slots[moved.place] == place and _in_order(moved)
         else None
-        for index, moved in enumerate(inner)
+        for place, moved in zip(inside.carry, inner, strict=True)
     ]
 
 
-def _cond(params: dict[str, Any], operands) -> list[_Moved | None]:
-    branches = [_results(jax_versions.body_of(b)) for b in params["branches"]]
-    same = [
-        moved[0] if all(other == moved[0] for other in moved) else None
-        for moved in zip(*branches, strict=True)
-    ]
-    return _composed(same, operands[1:])
-
-
-def _shard_map(params: dict[str, Any], operands) -> list[_Moved | None]:
-    inner = _results(jax_versions.body_of(params["jaxpr"]))
+def _shard_map(params: dict[str, Any], inner) -> list[_Moved | None]:
     ins, outs = params["in_specs"], params["out_specs"]
-    same = [
+    return [
         moved
         if moved is not None and _in_order(moved) and ins[moved.place] == outs[index]
         else None
         for index, moved in enumerate(inner)
     ]
-    return _composed(same, operands)
