@@ -21,11 +21,10 @@ import jax
 import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
-from jax.extend import core as jex
 
 from qwix_train import ops
 from qwix_train.trace import bodies, jax_versions, scopes
-from qwix_train.trace.bodies import Kind, inside_of
+from qwix_train.trace.bodies import Kind
 from qwix_train.trace.evaluate import run_equation
 from qwix_train.trace.function import TracedCall
 
@@ -42,7 +41,7 @@ _REDUCTIONS = frozenset(
 )
 # Functions of JAX with a derivative rule, which says what differentiation finds anyway.
 _JAX_FOLDER = os.path.dirname(jax.__file__)
-_INLINED = (Kind.CALL, Kind.REMAT, Kind.CUSTOM)
+_TAKEN_APART = (Kind.CALL, Kind.REMAT, Kind.CUSTOM, Kind.SCAN)
 
 
 @dataclasses.dataclass(eq=False)
@@ -280,7 +279,7 @@ def build_graph(traced: TracedCall) -> Graph:
         )
     ]
     builder = _Builder(traced.module_path)
-    outputs = builder.add_body(body, inputs, "", None)
+    outputs = builder.walk(body, inputs)
     # A result may be an input, or twice the same value.
     seen: set[int] = set(map(id, inputs))
     for index, value in enumerate(outputs):
@@ -305,46 +304,24 @@ def graph_of(function: Callable[..., Any], *shapes: Any) -> Graph:
         for index, var in enumerate(body.jaxpr.invars)
     ]
     builder = _Builder("")
-    return Graph(builder.nodes, inputs, builder.add_body(body, inputs, "", None))
+    return Graph(builder.nodes, inputs, builder.walk(body, inputs))
 
 
-class _Builder:
+class _Builder(bodies.Walk[Value]):
     def __init__(self, prefix: str):
         self.prefix = prefix
         self.nodes: list[Node] = []
+        # Of the body that is walked: the scopes around it, and the function with a
+        # derivative rule of its own that it is part of.
+        self.scope = ""
+        self.derivative: str | None = None
 
-    def add_body(self, body, inputs, scope: str, derivative) -> list[Value]:
-        """Adds the equations of a body; gives its results."""
-        env: dict[Any, Value] = dict(zip(body.jaxpr.invars, inputs, strict=True))
-        for var, constant in zip(body.jaxpr.constvars, body.consts, strict=True):
-            env[var] = _constant(constant, var.aval)
+    def constant(self, value, aval):
+        return Value(tuple(aval.shape), aval.dtype, static=True, constant=value)
 
-        def read(atom):
-            if isinstance(atom, jex.Literal):
-                return _constant(atom.val, atom.aval)
-            return env[atom]
-
-        for eqn in body.jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            inner = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
-            results = self.add(eqn, operands, inner, derivative)
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in body.jaxpr.outvars]
-
-    def add(self, eqn, operands, scope, derivative) -> list[Value]:
-        name, params = eqn.primitive.name, eqn.params
-        inside = inside_of(eqn)
-        if inside is not None and inside.kind is Kind.SCAN:
-            return self.add_scan(params, inside, operands, scope, derivative)
-        if inside is not None and inside.kind in _INLINED:
-            if inside.kind is Kind.CALL:
-                scope = f"{scope}/{bodies.call_scope(eqn)}"
-            if inside.kind is Kind.CUSTOM:
-                function = jax_versions.custom_source(eqn)
-                known = _JAX_FOLDER in function
-                derivative = derivative or (None if known else function)
-            return self.add_body(inside.bodies[0].body, operands, scope, derivative)
-        kind = ops.by_primitive(name)
+    def equation(self, eqn, operands, key):
+        scope = self.scope_of(eqn)
+        name, kind = eqn.primitive.name, ops.by_primitive(eqn.primitive.name)
         named = name if kind is None else kind.name_in(scope)
         run = functools.partial(run_equation, eqn)
         shapes = [
@@ -352,15 +329,36 @@ class _Builder:
             for v in eqn.outvars
         ]
         outputs = self.add_synthetic(
-            named, operands, shapes, scope, run, params, derivative
+            named, operands, shapes, scope, run, eqn.params, self.derivative
         )
         self.nodes[-1].has_effects = bool(eqn.effects)
         return outputs
 
-    def add_scan(self, params, inside, operands, scope, derivative) -> list[Value]:
+    def enter(self, eqn, inside, operands, key):
+        if inside.kind not in _TAKEN_APART:
+            return self.equation(eqn, operands, key)
+        before = self.scope, self.derivative
+        self.scope = self.scope_of(eqn)
+        if inside.kind is Kind.CALL:
+            self.scope += f"/{bodies.call_scope(eqn)}"
+        if inside.kind is Kind.CUSTOM:
+            function = jax_versions.custom_source(eqn)
+            known = _JAX_FOLDER in function
+            self.derivative = self.derivative or (None if known else function)
+        if inside.kind is Kind.SCAN:
+            results = self.unroll(eqn, inside, operands)
+        else:
+            results = self.walk(inside.bodies[0].body, operands)
+        self.scope, self.derivative = before
+        return results
+
+    def scope_of(self, eqn) -> str:
+        return "/".join(filter(None, (self.scope, str(eqn.source_info.name_stack))))
+
+    def unroll(self, eqn, inside, operands) -> list[Value]:
         """Adds a loop, one iteration after the other."""
         start, stop = inside.carry.start, inside.carry.stop
-        num_carry = stop - start
+        params, scope, num_carry = eqn.params, self.scope, stop - start
         length = params["length"]
         if length > MAX_UNROLLED:
             where = scopes.module_path_of(scope) or "the model"
@@ -385,7 +383,7 @@ class _Builder:
                 )[0]
                 for x in scanned
             ]
-            outs = self.add_body(body, [*consts, *carry, *slices], scope, derivative)
+            outs = self.walk(body, [*consts, *carry, *slices])
             carry = outs[:num_carry]
             stacked.append(outs[num_carry:])
         if params["reverse"]:
@@ -441,10 +439,6 @@ def _copied(value: Value) -> Callable[[Any], list[Any]]:
         # The converter wants an operation between an input and a result.
         return lambda x: [x + jnp.zeros((), value.dtype)]
     return lambda x: [x]  # Booleans, and random keys
-
-
-def _constant(constant: Any, aval: Any) -> Value:
-    return Value(tuple(aval.shape), aval.dtype, static=True, constant=constant)
 
 
 def known_value(value: Value) -> np.ndarray | None:

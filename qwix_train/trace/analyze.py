@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jax import core
-from jax.extend import core as jex
 
 from qwix_train.trace import bodies, jax_versions, provenance
-from qwix_train.trace.bodies import Key, inside_of
+from qwix_train.trace.bodies import Key
 from qwix_train.trace.constants import Constants, moves_elements
 from qwix_train.trace.provenance import Provenance
 from qwix_train.trace.scopes import is_in_float, module_path_of
@@ -140,8 +138,8 @@ def find_ops(
       prefix: the path of the module whose method was traced, when it is part of a
         larger model.
     """
-    walker = _Walker(prefix)
-    walker.walk(body, inputs, key=(), scope="", opaque=None)
+    walker = _Walker(body, prefix)
+    walker.walk(body, inputs)
     return Found(walker.ops, walker.layer_axes)
 
 
@@ -160,13 +158,13 @@ def find_tagged(
     Returns:
       For each name, one for each place where the function gives it.
     """
-    walker = _TagWalker(name_of)
-    walker.walk(body, inputs, key=(), scope="", opaque=None)
+    walker = _TagWalker(body, name_of)
+    walker.walk(body, inputs)
     return walker.found
 
 
-class _Walker:
-    def __init__(self, prefix: str):
+class _Walker(bodies.Domain[Provenance]):
+    def __init__(self, body: jax_versions.Body, prefix: str):
         self.prefix = prefix
         self.ops: list[Op] = []
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -177,59 +175,30 @@ class _Walker:
         self.renamed: dict[str, str] = {}
         self.outside = 0
         self.scans: tuple[int, ...] = ()
-        # Those of the body that is walked.
-        self.constants: Constants | None = None
+        # Of the body that is walked: the scopes around it, what it is inside of that
+        # cannot be rewritten, and its constants.
+        self.scope = ""
+        self.opaque_name: str | None = None
+        self.constants = Constants(body)
         self.layer_axes: dict[tuple[str, ...], set[int]] = {}
 
-    def walk(
-        self,
-        body: jax_versions.Body,
-        inputs: Sequence[Provenance],
-        key: Key,
-        scope: str,
-        opaque: str | None,
-        atoms: Sequence[Any] = (),
-    ) -> list[Provenance]:
-        """Walks one body; returns the provenance of its results.
+    def constant(self, value, aval):
+        del aval
+        # A tracer belongs to a computation around this one, which may have any inputs.
+        traced = isinstance(value, core.Tracer)
+        return provenance.ACTIVATION if traced else provenance.CONSTANT
 
-        Its first inputs are `atoms` of the body around it.
-        """
-        jaxpr = body.jaxpr
-        outside = self.constants
-        self.constants = Constants(body, outside, atoms)
-        env: dict[Any, Provenance] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update(
-            (var, _closed_over(value))
-            for var, value in zip(jaxpr.constvars, body.consts, strict=True)
+    def equation(self, eqn, operands, key):
+        if self.is_found(eqn, operands):
+            scope = _join(self.scope, str(eqn.source_info.name_stack))
+            self.add(eqn, operands, key, scope, self.opaque_name)
+        return provenance.propagate(
+            eqn.primitive.name,
+            eqn.params,
+            operands,
+            [_shape(atom) for atom in eqn.invars],
+            [_shape(var) for var in eqn.outvars],
         )
-
-        def read(atom):
-            return provenance.CONSTANT if isinstance(atom, jex.Literal) else env[atom]
-
-        for index, eqn in enumerate(jaxpr.eqns):
-            operands = [read(atom) for atom in eqn.invars]
-            name = eqn.primitive.name
-            inside = inside_of(eqn)
-            if inside or self.is_found(eqn, operands):
-                here = (*key, index)
-                inner_scope = _join(scope, str(eqn.source_info.name_stack))
-                if inside:
-                    results = self.enter(
-                        eqn, inside, operands, here, inner_scope, opaque
-                    )
-                else:
-                    self.add(eqn, operands, here, inner_scope, opaque)
-            if not inside:
-                results = provenance.propagate(
-                    name,
-                    eqn.params,
-                    operands,
-                    [_shape(atom) for atom in eqn.invars],
-                    [_shape(var) for var in eqn.outvars],
-                )
-            env.update(zip(eqn.outvars, results, strict=True))
-        self.constants = outside
-        return [read(atom) for atom in jaxpr.outvars]
 
     def is_found(self, eqn, operands) -> bool:
         """Whether `add` is to be called with an equation without bodies."""
@@ -277,124 +246,90 @@ class _Walker:
         if sorted(sides) != [False, True] or not any(others):
             return False
         side = sides.index(True)
-        assert self.constants is not None
         value = self.constants.value(eqn.invars[side])
         if value is None:
             return False
         axes = kind.axes(eqn.params, side, value.ndim)
         return moves_elements(value, axes.contracted)
 
-    def enter(self, eqn, inside, operands, key, scope, opaque) -> list[Provenance]:
-        """Walks the bodies of one equation."""
-        name = eqn.primitive.name
+    def enter(self, eqn, inside, operands, key):
+        before = self.scope, self.opaque_name, self.renamed, self.outside, self.scans
+        self.scope = _join(self.scope, str(eqn.source_info.name_stack))
         if inside.kind is bodies.Kind.CALL:
             # JAX traces a function once for all modules that compile it with the
             # same shapes (`nn.jit`), and its ops are marked with the first of them.
-            (body, _) = inside.bodies[0]
-            first = self.first_operands.setdefault(id(body.jaxpr), operands)
-            before = self.renamed, self.outside
+            traced = id(inside.bodies[0].body.jaxpr)
+            first = self.first_operands.setdefault(traced, operands)
             if not self.renamed:
-                self.renamed = _renamed(first, operands)
-                self.outside = len(scope)
-            results = self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
-            self.renamed, self.outside = before
-            return results
-        if inside.kind is bodies.Kind.REMAT:
-            (body, _) = inside.bodies[0]
-            return self.walk(body, operands, (*key, 0), scope, opaque, eqn.invars)
-        if inside.kind is bodies.Kind.CUSTOM:
-            # Its forward says where values come from, but must not be replaced: the
-            # derivative rule would be that of another function.
-            (body, _) = inside.bodies[0]
-            return self.walk(body, operands, (*key, 0), scope, opaque or name)
-        if inside.kind is bodies.Kind.SHARD_MAP:
-            (body, _) = inside.bodies[0]
-            operands = [
-                _shard(operand, _shape(outside), _shape(inside))
-                for operand, outside, inside in zip(
-                    operands, eqn.invars, body.jaxpr.invars, strict=True
-                )
-            ]
-            results = self.walk(body, operands, (*key, 0), scope, opaque)
-            return [
-                _shard(result, _shape(inside), _shape(outside))
-                for result, inside, outside in zip(
-                    results, body.jaxpr.outvars, eqn.outvars, strict=True
-                )
-            ]
-        if inside.kind is bodies.Kind.OPAQUE:
-            # A kernel, a solver: what runs inside cannot be replaced, since more than
-            # one body must stay consistent, or no JAX runs there at all.
-            for number, (body, _) in enumerate(inside.bodies):
-                inputs = [provenance.ACTIVATION] * len(body.jaxpr.invars)
-                self.walk(body, inputs, (*key, number), scope, opaque or name)
-            return provenance.propagate(name, {}, operands, (), [()] * len(eqn.outvars))
-        if inside.kind is bodies.Kind.COND:
-            branches = [
-                self.walk(body, [operands[i] for i in slots], (*key, n), scope, opaque)
-                for n, (body, slots) in enumerate(inside.bodies)
-            ]
-            return [
-                functools.reduce(provenance.join, each)
-                for each in zip(*branches, strict=True)
-            ]
-        return self.enter_loop(eqn, inside, operands, key, scope, opaque)
-
-    def enter_loop(self, eqn, inside, operands, key, scope, opaque):
-        is_scan = inside.kind is bodies.Kind.SCAN
-        start, stop = inside.carry.start, inside.carry.stop
-        for operand in operands[stop:]:
-            for view in operand.views if isinstance(operand, provenance.Weight) else ():
+                self.renamed, self.outside = _renamed(first, operands), len(self.scope)
+        elif inside.kind in (bodies.Kind.CUSTOM, bodies.Kind.OPAQUE):
+            # The forward of a function with a derivative rule says where values come
+            # from, but must not be replaced: the rule would be that of another one.
+            self.opaque_name = self.opaque_name or inside.name
+        elif inside.kind is bodies.Kind.SCAN:
+            scanned = operands[inside.carry.stop :]
+            weights = [x for x in scanned if isinstance(x, provenance.Weight)]
+            for view in (view for weight in weights for view in weight.views):
                 axes = {atom.axis for atom in view.dims[0]}
                 self.layer_axes.setdefault(view.path, set()).update(axes)
-        scanned = [provenance.per_iteration(x) for x in operands[stop:]]
-        outside = self.scans
-        if is_scan:
-            layers = any(isinstance(x, provenance.Weight) for x in scanned)
-            self.scans = (*outside, eqn.params["length"] if layers else 0)
-        last = len(inside.bodies) - 1
-        body, slots = inside.bodies[last]
+            self.scans = (*self.scans, eqn.params["length"] if weights else 0)
+        results = super().enter(eqn, inside, operands, key)
+        self.scope, self.opaque_name, self.renamed, self.outside, self.scans = before
+        return results
 
-        def run(carry):
-            values = [*operands[:start], *carry, *scanned]
-            return self.walk(
-                body,
-                [values[i] for i in slots],
-                (*key, last),
-                scope,
-                opaque,
-                eqn.invars[:start] if is_scan else (),
-            )
+    def body(self, eqn, inside, number, inputs, key):
+        outside, (body, places) = self.constants, inside.bodies[number]
+        is_sharded = inside.kind is bodies.Kind.SHARD_MAP
+        whole = eqn.invars[: inside.carry.start if inside.is_loop else None]
+        atoms = {
+            var: whole[place]
+            for var, place in zip(body.jaxpr.invars, places, strict=False)
+            if place < len(whole) and not is_sharded
+        }
+        self.constants = Constants(body, outside, atoms)
+        results = super().body(eqn, inside, number, inputs, key)
+        self.constants = outside
+        return results
 
-        carry, outs = self.to_fixpoint(operands[start:stop], run)
-        values = [*operands[:start], *carry]
-        for number, (condition, slots) in enumerate(inside.bodies[:last]):
-            inputs = [values[i] for i in slots]
-            self.walk(condition, inputs, (*key, number), scope, opaque)
-        self.scans = outside
-        rest = outs[len(carry) :]
-        stacked = provenance.propagate(eqn.primitive.name, {}, rest, (), ((),))
-        return [*carry, *(stacked * len(rest))]
+    def opaque(self, eqn, inside, operands, key):
+        # A kernel, a solver: what runs inside cannot be replaced, since more than one
+        # body must stay consistent, or no JAX runs there at all.
+        for number, (body, _) in enumerate(inside.bodies):
+            inputs: list[Provenance] = [provenance.ACTIVATION] * len(body.jaxpr.invars)
+            self.body(eqn, inside, number, inputs, key)
+        return provenance.propagate(
+            inside.name, {}, operands, (), [()] * len(eqn.outvars)
+        )
 
-    def to_fixpoint(self, carry, run):
-        """Walks a loop's body until its carry holds what it held before."""
+    def join(self, a, b):
+        return provenance.join(a, b)
+
+    def slice(self, eqn, value):
+        return provenance.per_iteration(value)
+
+    def stack(self, eqn, values):
+        stacked = provenance.propagate(eqn.primitive.name, {}, values, (), ((),))
+        return stacked * len(values)
+
+    def shard(self, eqn, body, values):
+        return list(map(_shard, values, eqn.invars, body.jaxpr.invars))
+
+    def unshard(self, eqn, body, values):
+        return list(map(_shard, values, body.jaxpr.outvars, eqn.outvars))
+
+    def undo(self):
         ops, counts = len(self.ops), self.counts.copy()
-        while True:
-            outs = run(carry)
-            after = [
-                provenance.join(a, b)
-                for a, b in zip(carry, outs[: len(carry)], strict=True)
-            ]
-            if after == list(carry):
-                return list(carry), outs
-            carry = after
+
+        def undo():
             del self.ops[ops:]
             self.counts = counts.copy()
 
+        return undo
+
 
 class _TagWalker(_Walker):
-    def __init__(self, name_of: Callable[[Any], str | None]):
-        super().__init__("")
+    def __init__(self, body: jax_versions.Body, name_of: Callable[[Any], str | None]):
+        super().__init__(body, "")
         self.name_of = name_of
         self.found: dict[str, set[Provenance]] = collections.defaultdict(set)
 
@@ -427,20 +362,14 @@ def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str
     return renamed
 
 
-def _closed_over(value: Any) -> Provenance:
-    # A tracer belongs to a computation around this one, which may have any inputs.
-    traced = isinstance(value, core.Tracer)
-    return provenance.ACTIVATION if traced else provenance.CONSTANT
-
-
 def _shape(atom: Any) -> tuple[int, ...]:
     return getattr(atom.aval, "shape", ())
 
 
-def _shard(operand: Provenance, shape, local) -> Provenance:
-    if isinstance(operand, provenance.Weight):
-        return provenance.shard(operand, shape, local)
-    return operand
+def _shard(value: Provenance, before: Any, after: Any) -> Provenance:
+    if isinstance(value, provenance.Weight):
+        return provenance.shard(value, _shape(before), _shape(after))
+    return value
 
 
 def _join(*parts: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,18 +19,18 @@ class Constants:
     Args:
       body: the body.
       outside: the constants of the body around it.
-      atoms: what the first of its inputs are there.
+      atoms: what some of its inputs are there.
     """
 
     def __init__(
         self,
         body: jax_versions.Body,
         outside: Constants | None = None,
-        atoms: Sequence[Any] = (),
+        atoms: Mapping[Any, Any] | None = None,
     ):
         self._body = body
         self._outside = outside
-        self._atoms = dict(zip(body.jaxpr.invars, atoms, strict=False))
+        self._atoms = atoms or {}
         self._values = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
 
     def value(self, atom: Any) -> Any:

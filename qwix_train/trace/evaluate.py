@@ -19,11 +19,10 @@ from jax import lax
 from jax.extend import core as jex
 
 from qwix_train.core.operands import with_sharding
-from qwix_train.trace import bodies, carried, jax_versions
+from qwix_train.trace import bodies, carried, jax_versions, passed
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.bodies import Key, Kind, inside_of
 from qwix_train.trace.carried import Carried
-from qwix_train.trace.passed import sources
 
 # handler(op, operands, run, given) -> result. `run(*operands)` is the op itself, and
 # `given` what `evaluate` was given for it.
@@ -53,9 +52,9 @@ def evaluate(
       what it says is `returned`: a model that hands its params on hands on the user's.
     """
     touched = {key[:length] for key in ops for length in range(1, len(key))}
-    passed = _passed_on(body, inputs)
+    kept = _held(inputs, passed.sources(body))
     outs = _Evaluator(ops, touched, handler, given or {}).run(body, inputs, ())
-    outs = [passed.get(index, out) for index, out in enumerate(outs)]
+    outs = [kept.get(index, out) for index, out in enumerate(outs)]
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
 
@@ -150,17 +149,17 @@ class _Evaluator:
 
     def rebuild_remat(self, eqn, inside, operands, key):
         body, params = inside.bodies[0].body, eqn.params
-        passed = _passed_on(body, operands)
+        kept = _passed_on(eqn, inside, operands)
         arrays, restore = carried.unpacked(operands)
 
         def function(*arrays):
             outs = self.run(body, restore(arrays), (*key, 0))
-            return _computed(outs, passed, inside.name)
+            return _computed(outs, kept, inside.name)
 
         results = jax.checkpoint(
             function, policy=params["policy"], prevent_cse=params["prevent_cse"]
         )(*arrays)
-        return _with_passed(results, passed)
+        return _with_kept(results, kept)
 
     def rebuild_scan(self, eqn, inside, operands, key):
         params, name = eqn.params, inside.name
@@ -171,15 +170,8 @@ class _Evaluator:
         carry = list(map(_loop_constant, operands[num_consts:start]))
         scanned = operands[start:]
         cuts = [x.sliced() if isinstance(x, Carried) else None for x in scanned]
-
-        def unchanged(place, result):
-            # What a loop carries through, and every slice of what it iterates over.
-            if result < num_carry:
-                return place == num_consts + result
-            return place >= start
-
-        passed = _passed_on(body, operands, unchanged)
-        in_carry = [i for i in range(num_carry) if i not in passed]
+        kept = _passed_on(eqn, inside, operands)
+        in_carry = [i for i in range(num_carry) if i not in kept]
         per_layer = {
             at: value
             for at, value in self.given.items()
@@ -198,7 +190,7 @@ class _Evaluator:
             ]
             with self.within_scan(given):
                 outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
-            computed = _computed(outs, passed, name)
+            computed = _computed(outs, kept, name)
             return computed[: len(in_carry)], computed[len(in_carry) :]
 
         varying, stacked = lax.scan(
@@ -216,7 +208,7 @@ class _Evaluator:
             unroll=params["unroll"],
             _split_transpose=params.get("_split_transpose", False),
         )
-        return _with_passed([*varying, *stacked], passed)
+        return _with_kept([*varying, *stacked], kept)
 
     @contextlib.contextmanager
     def within_scan(self, given):
@@ -232,16 +224,11 @@ class _Evaluator:
         name = inside.name
         (condition, _), (body, slots) = inside.bodies
         num_cond, start = slots[0], inside.carry.start
-        num_body = start - num_cond
         constants = list(map(_loop_constant, operands))
         cond_consts = constants[:num_cond]
         consts, carry = constants[num_cond:start], constants[start:]
-        passed = _passed_on(
-            body,
-            operands[num_cond:],
-            lambda place, result: place == num_body + result,
-        )
-        in_carry = [i for i in range(len(carry)) if i not in passed]
+        kept = _passed_on(eqn, inside, operands)
+        in_carry = [i for i in range(len(carry)) if i not in kept]
 
         def whole(varying):
             inner = _entering(carry)
@@ -256,32 +243,27 @@ class _Evaluator:
         def function(varying):
             inputs = [*_entering(consts), *whole(varying)]
             outs = self.run(body, inputs, (*key, 1))
-            return _computed(outs, passed, name)
+            return _computed(outs, kept, name)
 
         start = [_read(carry[i], name) for i in in_carry]
         results = lax.while_loop(test, function, start)
-        return _with_passed(results, passed)
+        return _with_kept(results, kept)
 
     def rebuild_cond(self, eqn, inside, operands, key):
         index, *inputs = operands
-        each = [_passed_on(body, inputs) for body, _ in inside.bodies]
-        passed = {
-            result: value
-            for result, value in each[0].items()
-            if all(other.get(result) is value for other in each)
-        }
+        kept = _passed_on(eqn, inside, operands)
         arrays, restore = carried.unpacked(inputs)
 
         def branch(number, body):
             def function(*arrays):
                 outs = self.run(body, restore(arrays), (*key, number))
-                return _computed(outs, passed, inside.name)
+                return _computed(outs, kept, inside.name)
 
             return function
 
         branches = [branch(i, body) for i, (body, _) in enumerate(inside.bodies)]
         results = lax.switch(_value(index), branches, *arrays)
-        return _with_passed(results, passed)
+        return _with_kept(results, kept)
 
     def rebuild_shard_map(self, eqn, inside, operands, key):
         body, params = inside.bodies[0].body, eqn.params
@@ -354,39 +336,40 @@ def constrained(values, shardings):
     ]
 
 
-def _passed_on(body, operands, unchanged=lambda place, result: True):
-    """The carried inputs that a body returns as they came, by the index of the result.
+def _held(operands, places):
+    """Of the results that are operands as they came, those that are `Carried`.
 
     Args:
-      body: the body.
-      operands: what its inputs stand for outside of it.
-      unchanged: whether an input, by its index, is what a result holds outside.
+      operands: the operands.
+      places: for each result the index of the operand that it is, or None.
     """
-    held = [isinstance(operand, Carried) for operand in operands]
-    if not any(held):
+    return {
+        index: operands[place]
+        for index, place in enumerate(places)
+        if place is not None and isinstance(operands[place], Carried)
+    }
+
+
+def _passed_on(eqn, inside, operands):
+    """The `Carried` operands that an equation returns, by the index of the result."""
+    if not any(isinstance(operand, Carried) for operand in operands):
         return {}
-    passed = {}
-    for index, place in enumerate(sources(body)):
-        if place is None or not held[place]:
-            continue
-        if unchanged(place, index):
-            passed[index] = operands[place]
-    return passed
+    return _held(operands, passed.passed_on(eqn, inside))
 
 
-def _computed(outs, passed, primitive):
+def _computed(outs, kept, primitive):
     """The results of a body that it does not just pass on, as arrays."""
     return [
-        _read(out, primitive) for index, out in enumerate(outs) if index not in passed
+        _read(out, primitive) for index, out in enumerate(outs) if index not in kept
     ]
 
 
-def _with_passed(results, passed):
+def _with_kept(results, kept):
     """All results of a body: those that were computed, and those passed on."""
     rest = iter(results)
     return [
-        passed[index] if index in passed else next(rest)
-        for index in range(len(results) + len(passed))
+        kept[index] if index in kept else next(rest)
+        for index in range(len(results) + len(kept))
     ]
 
 

@@ -7,26 +7,34 @@ another, and with its axes moved and moved back.
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
 from qwix_train.trace import jax_versions
-from qwix_train.trace.bodies import Inside, Kind, inside_of
+from qwix_train.trace.bodies import Domain, Inside
 
 _IDENTITY = frozenset({"copy", "copy_p", "sharding_constraint"})
 
 
 class _Moved(NamedTuple):
-    """An input, by its place, with its axes in another order."""
+    """An input, by its place, with its axes in another order.
+
+    Attributes:
+      place: the place.
+      axes: for each axis of the array, the axis of the input that it is.
+      parts: for each `scan` and `shard_map` around that goes over the input, outermost
+        first: its equation, by id, and what it takes off: an axis, or the sharding.
+    """
 
     place: int
     axes: tuple[int, ...]
+    parts: tuple[tuple[int, Any], ...] = ()
 
-    def transposed(self, permutation: Sequence[int]) -> _Moved:
-        return _Moved(self.place, tuple(self.axes[axis] for axis in permutation))
+    def part(self, eqn: Any, taken: Any, axes: tuple[int, ...]) -> _Moved:
+        """What the body of an equation sees of it."""
+        return _Moved(self.place, axes, (*self.parts, (id(eqn), taken)))
 
 
 def sources(body: jax_versions.Body) -> list[int | None]:
@@ -38,10 +46,12 @@ def sources(body: jax_versions.Body) -> list[int | None]:
       >>> sources(jax_versions.body_of(closed))
       [1, None, 0]
     """
-    return [
-        moved.place if moved is not None and _in_order(moved) else None
-        for moved in _results(body)
-    ]
+    return _in_order(_Followed().walk(body, _inputs(body.jaxpr.invars)))
+
+
+def passed_on(eqn: Any, inside: Inside) -> list[int | None]:
+    """For each result of an equation with bodies the operand that it is, or None."""
+    return _in_order(_Followed().enter(eqn, inside, _inputs(eqn.invars), ()))
 
 
 def read(body: jax_versions.Body) -> set[int]:
@@ -53,123 +63,88 @@ def read(body: jax_versions.Body) -> set[int]:
       >>> read(jax_versions.body_of(closed))
       {1}
     """
-    found: set[int] = set()
-    for eqn, operands in _handed_on(body, {}):
-        inside = inside_of(eqn)
-        if inside is not None and inside.kind is not Kind.OPAQUE:
-            held = [operands[slots[i]] for b, slots in inside.bodies for i in read(b)]
-        elif eqn.primitive.name in _IDENTITY or eqn.primitive.name == "transpose":
-            continue
-        else:
-            held = operands
-        found |= {moved.place for moved in held if moved is not None}
-    return found
+    followed = _Followed()
+    followed.walk(body, _inputs(body.jaxpr.invars))
+    return followed.read
 
 
-def _in_order(moved: _Moved) -> bool:
-    return moved.axes == tuple(range(len(moved.axes)))
+def _inputs(atoms: Sequence[Any]) -> list[_Moved | None]:
+    places: dict[Any, int] = {}
+    return [
+        None
+        if isinstance(atom, jex.Literal)
+        else _Moved(
+            places.setdefault(atom, place),
+            tuple(range(len(getattr(atom.aval, "shape", ())))),
+        )
+        for place, atom in enumerate(atoms)
+    ]
 
 
-def _results(body: jax_versions.Body) -> list[_Moved | None]:
-    env: dict[Any, _Moved] = {}
-    collections.deque(_handed_on(body, env), maxlen=0)  # which fills it
-    return [_moved(atom, env) for atom in body.jaxpr.outvars]
+def _in_order(values: Sequence[_Moved | None]) -> list[int | None]:
+    return [
+        x.place if x is not None and x.axes == tuple(range(len(x.axes))) else None
+        for x in values
+    ]
 
 
-def _handed_on(
-    body: jax_versions.Body, env: dict[Any, _Moved]
-) -> Iterator[tuple[Any, list[_Moved | None]]]:
-    """Yields each equation that has inputs as operands, and which those are.
+class _Followed(Domain[_Moved | None]):
+    """Follows inputs that are handed on; any other array is None.
 
-    Args:
-      body: the body.
-      env: is filled with the variables that are inputs.
+    Attributes:
+      read: the places of the inputs that something is computed from.
     """
-    for place, var in enumerate(body.jaxpr.invars):
-        env[var] = _Moved(place, tuple(range(len(getattr(var.aval, "shape", ())))))
-    for eqn in body.jaxpr.eqns:
-        operands = [_moved(atom, env) for atom in eqn.invars]
-        if any(operand is not None for operand in operands):
-            for var, moved in zip(eqn.outvars, _apply(eqn, operands), strict=False):
-                if moved is not None:
-                    env[var] = moved
-            yield eqn, operands
 
+    def __init__(self):
+        self.read: set[int] = set()
 
-def _moved(atom: Any, env: Mapping[Any, _Moved]) -> _Moved | None:
-    return None if isinstance(atom, jex.Literal) else env.get(atom)
+    def constant(self, value, aval):
+        del value, aval
 
+    def equation(self, eqn, operands, key):
+        if eqn.primitive.name in _IDENTITY:
+            return operands[:1]
+        if eqn.primitive.name == "transpose":
+            (x,) = operands
+            order = eqn.params["permutation"]
+            return [x and x._replace(axes=tuple(x.axes[axis] for axis in order))]
+        return self.computed(eqn, operands)
 
-def _apply(eqn: Any, operands: Sequence[_Moved | None]) -> list[_Moved | None]:
-    """What the results of an equation are; fewer where the last ones are new."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in _IDENTITY:
-        return [operands[0]]
-    if name == "transpose":
-        (operand,) = operands
-        return [operand and operand.transposed(params["permutation"])]
-    inside = inside_of(eqn)
-    if inside is None or inside.kind is Kind.OPAQUE:
-        return []
-    return _through(eqn, inside, operands)
+    def computed(self, eqn, operands):
+        self.read.update(x.place for x in operands if x is not None)
+        return [None] * len(eqn.outvars)
 
+    def enter(self, eqn, inside, operands, key):
+        if not any(operands):
+            return self.computed(eqn, operands)
+        return super().enter(eqn, inside, operands, key)
 
-def _through(eqn, inside, operands) -> list[_Moved | None]:
-    inner = [_results(body) for body, _ in inside.bodies]
-    if inside.kind is Kind.SCAN:
-        return _composed(_scan(inside, inner[0]), operands)
-    if inside.kind is Kind.WHILE:
-        return _while(inside, inner[1], operands)
-    if inside.kind is Kind.SHARD_MAP:
-        return _composed(_shard_map(eqn.params, inner[0]), operands)
-    same = [
-        moved[0] if all(other == moved[0] for other in moved) else None
-        for moved in zip(*inner, strict=True)
-    ]
-    return _composed(same, [operands[i] for i in inside.bodies[0].operands])
+    def opaque(self, eqn, inside, operands, key):
+        return self.computed(eqn, operands)
 
+    def join(self, a, b):
+        return a if a == b else None
 
-def _composed(inner, operands) -> list[_Moved | None]:
-    """Results of a body, as inputs of the function around it."""
-    outer = [None if moved is None else operands[moved.place] for moved in inner]
-    return [
-        None if operand is None else operand.transposed(moved.axes)
-        for operand, moved in zip(outer, inner, strict=True)
-    ]
+    def slice(self, eqn, value):
+        return value and value.part(eqn, value.axes[0], value.axes[1:])
 
+    def stack(self, eqn, values):
+        def stacked(x):
+            if x is None or not x.parts or x.parts[-1][0] != id(eqn):
+                return None
+            *parts, (_, axis) = x.parts
+            return _Moved(x.place, (axis, *x.axes), tuple(parts))
 
-def _scan(inside: Inside, inner) -> list[_Moved | None]:
-    carry = inside.carry
-    results: list[_Moved | None] = []
-    for index, moved in enumerate(inner):
-        if moved is None:
-            results.append(None)
-        elif index < len(carry):
-            kept = moved.place == carry[index] and _in_order(moved)
-            results.append(moved if kept else None)
-        elif moved.place < carry.stop:
-            results.append(None)
-        else:  # slices along axis 0, put together again
-            axes = (0, *(axis + 1 for axis in moved.axes))
-            results.append(_Moved(moved.place, axes))
-    return results
+        return list(map(stacked, values))
 
+    def shard(self, eqn, body, values):
+        specs = zip(values, eqn.params["in_specs"], strict=True)
+        return [x and x.part(eqn, (spec, x.axes), x.axes) for x, spec in specs]
 
-def _while(inside: Inside, inner, operands) -> list[_Moved | None]:
-    slots = inside.bodies[1].operands
-    return [
-        operands[place]
-        if moved is not None and slots[moved.place] == place and _in_order(moved)
-        else None
-        for place, moved in zip(inside.carry, inner, strict=True)
-    ]
-
-
-def _shard_map(params: dict[str, Any], inner) -> list[_Moved | None]:
-    ins, outs = params["in_specs"], params["out_specs"]
-    return [
-        moved
-        if moved is not None and _in_order(moved) and ins[moved.place] == outs[index]
-        else None
-        for index, moved in enumerate(inner)
-    ]
+    def unshard(self, eqn, body, values):
+        return [
+            x._replace(parts=x.parts[:-1])
+            if x and x.parts[-1] == (id(eqn), (spec, x.axes))
+            else None
+            for x, spec in zip(values, eqn.params["out_specs"], strict=True)
+        ]

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.model import trace_function
@@ -150,3 +151,24 @@ def test_work_grows_linearly_with_depth(layers, monkeypatch):
         ],
     )
     assert counts[layers] == 2 * before
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda w, one: lax.cond(w[0, 0] > 0, f, f, w, one),
+        lambda f: lambda w, one: lax.while_loop(jnp.any, lambda w: f(w, one), w),
+        lambda f: (
+            lambda w, one: lax.scan(lambda w, _: (f(w, one), None), w, None, 2)[0]
+        ),
+    ],
+    ids=["jit", "remat", "cond", "while", "scan"],
+)
+def test_a_constant_that_moves_elements_is_known_inside_of_any_body(wrapped):
+    def fn(p, x):
+        return wrapped(lambda x, one: one @ x)(x * p["w"], jnp.eye(4)[::-1])
+
+    traced = trace_function(fn, ({"w": jnp.ones((4, 4))}, jnp.ones((4, 4))), {})
+    assert {op.moves for op in traced.ops} == {True}

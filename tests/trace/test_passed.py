@@ -53,6 +53,19 @@ CASES = {
         [0],
     ),
     "reversed within scan": (loop(lambda x, w: (x, w[::-1])), [1, None]),
+    "slices of slices": (
+        lambda w, x: lax.scan(
+            lambda c, a: (c, lax.scan(lambda c, b: (c, b), 0, a)[1]), 0, w
+        )[1],
+        [0],
+    ),
+    "slices that another loop stacks": (
+        lambda w, x: lax.scan(
+            lambda c, a: (c, lax.scan(lambda c, _: (c, a), 0, length=4)[1]), 0, w[0]
+        )[1],
+        [None],
+    ),
+    "the last slice": (lambda w, x: lax.scan(lambda c, a: (a, c), w[0], w)[0], [None]),
     "swapped carry": (
         lambda w, x: lax.scan(lambda c, _: (c[::-1], None), (x, x + 1), length=2)[0],
         [None, None],
