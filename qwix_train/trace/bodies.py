@@ -135,7 +135,7 @@ def inside_of(eqn: Any) -> Inside | None:
 
 
 def call_scope(eqn: Any) -> str:
-    """The scope that a compiled call gives to what is in it."""
+    """The scope that a call gives, where it is compiled, to what is in it."""
     return f"jit({eqn.params.get('name', '')})"
 
 

@@ -9,10 +9,11 @@ traced computation again, so it can be differentiated, batched, sharded and comp
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -51,9 +52,8 @@ def evaluate(
       The results of the body. For an input that the body returns as it came this is
       what it says is `returned`: a model that hands its params on hands on the user's.
     """
-    touched = {key[:length] for key in ops for length in range(1, len(key))}
-    kept = _held(inputs, passed.sources(body))
-    outs = _Evaluator(ops, touched, handler, given or {}).run(body, inputs, ())
+    kept = _kept(inputs, lambda: passed.sources(body))
+    outs = _Replacement(ops, handler, given or {}).run(body, inputs, ())
     outs = [kept.get(index, out) for index, out in enumerate(outs)]
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
@@ -73,15 +73,43 @@ def _follows(value: Any) -> bool:
     return isinstance(value, Carried) and value.follows
 
 
-class _Evaluator:
-    def __init__(self, ops, touched, handler, given):
-        self.ops = ops
-        self.touched = touched
-        self.handler = handler
+class Evaluation(abc.ABC):
+    """Evaluates a body with some of its equations replaced.
+
+    It threads a state: what replaces an equation may read and write its part of it,
+    within loops and branches, too.
+
+    Attributes:
+      replaced: what is known of each equation to replace, by where it is. Its `scans`
+        say which of the `scan`s around it go over layers, and its `name` which part of
+        the state it writes, if there is a state.
+      inside: where those are that are inside of each equation with bodies.
+      given: a tree of arrays for some of them, by where they are.
+      states: the parts of the state, by name, where the evaluation is now.
+      depth: how many scans are around that.
+    """
+
+    def __init__(
+        self,
+        replaced: Mapping[Key, Any],
+        given: Mapping[Key, Any],
+        states: Mapping[str, Any],
+    ):
+        self.replaced = replaced
+        self.inside: dict[Key, list[Key]] = {}
+        for key in replaced:
+            for length in range(1, len(key), 2):
+                self.inside.setdefault(key[:length], []).append(key)
         self.given = given
-        self.depth = 0  # of scans
+        self.states = dict(states)
+        self.depth = 0
+
+    @abc.abstractmethod
+    def replace(self, eqn: Any, operands: Sequence[Any], key: Key) -> Any:
+        """The result of an equation to replace."""
 
     def run(self, body: jax_versions.Body, inputs: Sequence[Any], key: Key):
+        """The results of a body; `key` is where it is."""
         jaxpr = body.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, body.consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
@@ -89,17 +117,17 @@ class _Evaluator:
         def read(atom):
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-        last_use = last_uses(jaxpr)
+        last_use = _last_uses(jaxpr)
         pending: list[Any] = []  # equations to run as they are, in one go
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*key, index)
-            chosen = here in self.ops or here in self.touched
+            chosen = here in self.replaced or here in self.inside
             if not chosen and not _reads_carried(eqn, env):
                 pending.append(eqn)
                 continue
             if not chosen and not _is_needed(eqn, last_use):
                 continue  # so that nothing is made for a result that nobody reads
-            run_unchanged(pending, env, last_use, index)
+            _run_unchanged(pending, env, last_use, index)
             pending = []
             operands = [read(atom) for atom in eqn.invars]
             with _scope(str(eqn.source_info.name_stack)):
@@ -110,162 +138,118 @@ class _Evaluator:
                 pending.append(eqn)
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
-        run_unchanged(pending, env, last_use, len(jaxpr.eqns))
+        _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def results_of(self, eqn, operands, key) -> list[Any] | None:
+    def results_of(self, eqn, operands, key) -> Sequence[Any] | None:
         """The results of one equation; None if it is to run as it was traced."""
-        if key in self.ops:
+        if key in self.replaced:
             return [self.replace(eqn, operands, key)]
-        name, inside = eqn.primitive.name, inside_of(eqn)
-        rebuild = None if inside is None else _REBUILDS.get(inside.kind)
-        if rebuild is not None:
-            return rebuild(self, eqn, inside, operands, key)
-        assert key not in self.touched, f"{name} is opaque"
-        if inside is not None:
+        inside = inside_of(eqn)
+        if inside is None:
+            value = next(x for x in operands if _follows(x))
+            run = functools.partial(run_equation, eqn)
+            return value.apply(eqn.primitive.name, eqn.params, operands, run)
+        if inside.kind in (Kind.CUSTOM, Kind.OPAQUE) and key not in self.inside:
             return None
-        carried = next(x for x in operands if _follows(x))
-        run = functools.partial(run_equation, eqn)
-        return carried.apply(name, eqn.params, operands, run)
+        return self.rebuild(eqn, inside, operands, key)
 
-    def replace(self, eqn, operands, key):
-        operands = [x if _follows(x) else _value(x) for x in operands]
+    def rebuild(self, eqn, inside, operands, key) -> Sequence[Any]:
+        """The results of an equation with bodies, with its options kept."""
+        rebuild = self._rebuilds.get(inside.kind)
+        assert rebuild is not None, f"{inside.name} is opaque"
+        return rebuild(self, eqn, inside, operands, key)
 
-        def run(*values):
-            return run_equation(
-                eqn, *(_read(value, eqn.primitive.name) for value in values)
-            )[0]
-
-        return self.handler(self.ops[key], operands, run, self.given.get(key))
-
-    def rebuild_call(self, eqn, inside, operands, key):
+    def _call(self, eqn, inside, operands, key):
         # Evaluated in place: the caller compiles the whole, or runs eagerly, where
         # a new function would be compiled again at every call.
-        operands = constrained(operands, eqn.params.get("in_shardings"))
-        # The scope that a compiled call would have given to what is in it.
+        operands = _constrained(operands, eqn.params.get("in_shardings"))
         with _scope(bodies.call_scope(eqn)):
             outs = self.run(inside.bodies[0].body, operands, (*key, 0))
-        return constrained(outs, eqn.params.get("out_shardings"))
+        return _constrained(outs, eqn.params.get("out_shardings"))
 
-    def rebuild_remat(self, eqn, inside, operands, key):
-        body, params = inside.bodies[0].body, eqn.params
+    def _once(self, eqn, inside, operands, key):
+        """A checkpoint or a branch: one of the bodies runs, one time."""
         kept = _passed_on(eqn, inside, operands)
-        arrays, restore = carried.unpacked(operands)
+        places = inside.bodies[0].operands
+        arrays, restore = carried.unpacked([operands[place] for place in places])
 
-        def function(*arrays):
-            outs = self.run(body, restore(arrays), (*key, 0))
-            return _computed(outs, kept, inside.name)
-
-        results = jax.checkpoint(
-            function, policy=params["policy"], prevent_cse=params["prevent_cse"]
-        )(*arrays)
-        return _with_kept(results, kept)
-
-    def rebuild_scan(self, eqn, inside, operands, key):
-        params, name = eqn.params, inside.name
-        body = inside.bodies[0].body
-        num_consts, start = inside.carry.start, inside.carry.stop
-        num_carry = start - num_consts
-        consts = list(map(_loop_constant, operands[:num_consts]))
-        carry = list(map(_loop_constant, operands[num_consts:start]))
-        scanned = operands[start:]
-        cuts = [x.sliced() if isinstance(x, Carried) else None for x in scanned]
-        kept = _passed_on(eqn, inside, operands)
-        in_carry = [i for i in range(num_carry) if i not in kept]
-        per_layer = {
-            at: value
-            for at, value in self.given.items()
-            if at[: len(key)] == key and self.ops[at].scans[self.depth]
-        }
-
-        def function(varying, slices):
-            slices, values = slices
-            given = dict(zip(per_layer, values, strict=True))
-            inner = _entering(carry)
-            for place, value in zip(in_carry, varying, strict=True):
-                inner[place] = value
-            inputs = [
-                slice_ if cut is None else cut[1](*slice_)
-                for slice_, cut in zip(slices, cuts, strict=True)
-            ]
-            with self.within_scan(given):
-                outs = self.run(body, [*_entering(consts), *inner, *inputs], (*key, 0))
-            computed = _computed(outs, kept, name)
-            return computed[: len(in_carry)], computed[len(in_carry) :]
-
-        varying, stacked = lax.scan(
-            function,
-            [_read(carry[i], name) for i in in_carry],
-            (
-                [
-                    _read(x, name) if cut is None else tuple(cut[0])
-                    for x, cut in zip(scanned, cuts, strict=True)
-                ],
-                list(per_layer.values()),
-            ),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-            _split_transpose=params.get("_split_transpose", False),
-        )
-        return _with_kept([*varying, *stacked], kept)
-
-    @contextlib.contextmanager
-    def within_scan(self, given):
-        """While the body of a scan is evaluated, with what its ops are given there."""
-        before = self.given
-        self.given, self.depth = {**before, **given}, self.depth + 1
-        try:
-            yield
-        finally:
-            self.given, self.depth = before, self.depth - 1
-
-    def rebuild_while(self, eqn, inside, operands, key):
-        name = inside.name
-        (condition, _), (body, slots) = inside.bodies
-        num_cond, start = slots[0], inside.carry.start
-        constants = list(map(_loop_constant, operands))
-        cond_consts = constants[:num_cond]
-        consts, carry = constants[num_cond:start], constants[start:]
-        kept = _passed_on(eqn, inside, operands)
-        in_carry = [i for i in range(len(carry)) if i not in kept]
-
-        def whole(varying):
-            inner = _entering(carry)
-            for place, value in zip(in_carry, varying, strict=True):
-                inner[place] = value
-            return inner
-
-        def test(varying):
-            inputs = [*_entering(cond_consts), *whole(varying)]
-            return _value(self.run(condition, inputs, (*key, 0))[0])
-
-        def function(varying):
-            inputs = [*_entering(consts), *whole(varying)]
-            outs = self.run(body, inputs, (*key, 1))
-            return _computed(outs, kept, name)
-
-        start = [_read(carry[i], name) for i in in_carry]
-        results = lax.while_loop(test, function, start)
-        return _with_kept(results, kept)
-
-    def rebuild_cond(self, eqn, inside, operands, key):
-        index, *inputs = operands
-        kept = _passed_on(eqn, inside, operands)
-        arrays, restore = carried.unpacked(inputs)
-
-        def branch(number, body):
-            def function(*arrays):
-                outs = self.run(body, restore(arrays), (*key, number))
-                return _computed(outs, kept, inside.name)
+        def function_of(number):
+            def function(arrays, states):
+                inputs = restore(arrays)
+                outs, states = self._traced(inside, number, inputs, key, states)
+                return _computed(outs, kept, inside.name), states
 
             return function
 
-        branches = [branch(i, body) for i, (body, _) in enumerate(inside.bodies)]
-        results = lax.switch(_value(index), branches, *arrays)
-        return _with_kept(results, kept)
+        functions = list(map(function_of, range(len(inside.bodies))))
+        if inside.kind is Kind.COND:
+            run = functools.partial(lax.switch, _value(operands[0]), functions)
+        else:
+            policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+            run = jax.checkpoint(functions[0], policy=policy, prevent_cse=prevent_cse)
+        return self._after(run(arrays, self._states_inside(key)), kept)
 
-    def rebuild_shard_map(self, eqn, inside, operands, key):
+    def _scan(self, eqn, inside, operands, key):
+        first, kept, iterate = self._loop(eqn, inside, operands, key)
+        scanned = operands[inside.carry.stop :]
+        cuts = [x.sliced() if isinstance(x, Carried) else None for x in scanned]
+        arrays = [
+            _read(x, inside.name) if cut is None else tuple(cut[0])
+            for x, cut in zip(scanned, cuts, strict=True)
+        ]
+        # What has something of its own for each layer.
+        each = [
+            at for at in self.inside.get(key, ()) if self.replaced[at].scans[self.depth]
+        ]
+        given = {at: self.given[at] for at in each if at in self.given}
+        states = self._states_inside(key)
+        names = states.keys() & {self.replaced[at].name for at in each}
+        layers = {name: states.pop(name) for name in names}
+
+        def function(carry, slices):
+            (varying, states), (slices, values, layer) = carry, slices
+            slices = [
+                slice_ if cut is None else cut[1](*slice_)
+                for slice_, cut in zip(slices, cuts, strict=True)
+            ]
+            outer = self.given, self.depth
+            self.given = {**self.given, **dict(zip(given, values, strict=True))}
+            self.depth += 1
+            try:
+                outs, after = iterate(0, varying, {**states, **layer}, slices)
+            finally:
+                self.given, self.depth = outer
+            outs = _computed(outs, kept, inside.name)
+            states, layer = ({n: after[n] for n in part} for part in (states, layer))
+            return (outs[: len(first)], states), (outs[len(first) :], layer)
+
+        (varying, states), (stacked, layers) = lax.scan(
+            function,
+            (first, states),
+            (arrays, list(given.values()), layers),
+            length=eqn.params["length"],
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
+            _split_transpose=eqn.params.get("_split_transpose", False),
+        )
+        return self._after(([*varying, *stacked], states | layers), kept)
+
+    def _while_loop(self, eqn, inside, operands, key):
+        first, kept, iterate = self._loop(eqn, inside, operands, key)
+
+        def test(carry):
+            outs, _ = iterate(0, carry[0], {})
+            return _value(outs[0])
+
+        def function(carry):
+            outs, states = iterate(1, *carry)
+            return _computed(outs, kept, inside.name), states
+
+        results = lax.while_loop(test, function, (first, self._states_inside(key)))
+        return self._after(results, kept)
+
+    def _shard_map(self, eqn, inside, operands, key):
         body, params = inside.bodies[0].body, eqn.params
 
         def function(*arrays):
@@ -281,15 +265,78 @@ class _Evaluator:
             check_vma=params["check_vma"],
         )(*[_read(x, inside.name) for x in operands])
 
+    def _loop(self, eqn, inside, operands, key):
+        """What is common to loops.
 
-_REBUILDS = {
-    Kind.CALL: _Evaluator.rebuild_call,
-    Kind.REMAT: _Evaluator.rebuild_remat,
-    Kind.SCAN: _Evaluator.rebuild_scan,
-    Kind.WHILE: _Evaluator.rebuild_while,
-    Kind.COND: _Evaluator.rebuild_cond,
-    Kind.SHARD_MAP: _Evaluator.rebuild_shard_map,
-}
+        Returns:
+          The carry that they start with; what is passed on; and a function that runs
+          one of their bodies, once, from a carry, the states before, and slices.
+        """
+        start, stop = inside.carry.start, inside.carry.stop
+        kept = _passed_on(eqn, inside, operands)
+        constants = list(map(_loop_constant, operands[:stop]))
+        varying = [place for place in inside.carry if place - start not in kept]
+
+        def iterate(number, carry, states, slices=()):
+            values = [*_entering(constants), *slices]
+            for place, value in zip(varying, carry, strict=True):
+                values[place] = value
+            inputs = [values[place] for place in inside.bodies[number].operands]
+            return self._traced(inside, number, inputs, key, states)
+
+        first = [_read(constants[place], inside.name) for place in varying]
+        return first, kept, iterate
+
+    def _traced(self, inside, number, inputs, key, states):
+        """The results of a body in a trace of its own, and the states after it."""
+        outer, self.states = self.states, dict(states)
+        try:
+            outs = self.run(inside.bodies[number].body, inputs, (*key, number))
+            return outs, self.states
+        finally:
+            self.states = outer
+
+    def _states_inside(self, key) -> dict[str, Any]:
+        """The parts of the state that are written inside of an equation."""
+        if not self.states:
+            return {}
+        names = dict.fromkeys(self.replaced[at].name for at in self.inside[key])
+        return {name: self.states[name] for name in names}
+
+    def _after(self, results, kept):
+        """All the results of an equation, from those computed and the states."""
+        outs, states = results
+        self.states |= states
+        rest = iter(outs)
+        return [
+            kept[index] if index in kept else next(rest)
+            for index in range(len(outs) + len(kept))
+        ]
+
+    _rebuilds: ClassVar = {
+        Kind.CALL: _call,
+        Kind.REMAT: _once,
+        Kind.SCAN: _scan,
+        Kind.WHILE: _while_loop,
+        Kind.COND: _once,
+        Kind.SHARD_MAP: _shard_map,
+    }
+
+
+class _Replacement(Evaluation):
+    def __init__(self, ops, handler, given):
+        super().__init__(ops, given, {})
+        self.handler = handler
+
+    def replace(self, eqn, operands, key):
+        operands = [x if _follows(x) else _value(x) for x in operands]
+
+        def run(*values):
+            return run_equation(
+                eqn, *(_read(value, eqn.primitive.name) for value in values)
+            )[0]
+
+        return self.handler(self.replaced[key], operands, run, self.given.get(key))
 
 
 def _scope(name: str):
@@ -322,7 +369,7 @@ def _entering(values: Sequence[Any]) -> list[Any]:
     return [x.inside(x.arrays) if isinstance(x, Carried) else x for x in values]
 
 
-def constrained(values, shardings):
+def _constrained(values, shardings):
     """The operands or results of a `jit`, sharded as it says."""
     return [
         value
@@ -336,40 +383,30 @@ def constrained(values, shardings):
     ]
 
 
-def _held(operands, places):
-    """Of the results that are operands as they came, those that are `Carried`.
+def _kept(operands, find):
+    """What is handed on as it came and is `Carried`, by the index of the result.
 
     Args:
       operands: the operands.
-      places: for each result the index of the operand that it is, or None.
+      find: gives for each result the index of the operand that it is, or None.
     """
+    if not any(isinstance(operand, Carried) for operand in operands):
+        return {}
     return {
         index: operands[place]
-        for index, place in enumerate(places)
+        for index, place in enumerate(find())
         if place is not None and isinstance(operands[place], Carried)
     }
 
 
 def _passed_on(eqn, inside, operands):
-    """The `Carried` operands that an equation returns, by the index of the result."""
-    if not any(isinstance(operand, Carried) for operand in operands):
-        return {}
-    return _held(operands, passed.passed_on(eqn, inside))
+    return _kept(operands, lambda: passed.passed_on(eqn, inside))
 
 
 def _computed(outs, kept, primitive):
     """The results of a body that it does not just pass on, as arrays."""
     return [
         _read(out, primitive) for index, out in enumerate(outs) if index not in kept
-    ]
-
-
-def _with_kept(results, kept):
-    """All results of a body: those that were computed, and those passed on."""
-    rest = iter(results)
-    return [
-        kept[index] if index in kept else next(rest)
-        for index in range(len(results) + len(kept))
     ]
 
 
@@ -382,7 +419,7 @@ def _distinct(atoms):
         yield jex.Var(atom.aval) if repeated else atom
 
 
-def last_uses(jaxpr: Any) -> dict[Any, int]:
+def _last_uses(jaxpr: Any) -> dict[Any, int]:
     """The index of the last equation that reads each variable."""
     last: dict[Any, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
@@ -406,7 +443,7 @@ def run_equation(eqn: Any, *values: Any) -> list[Any]:
     return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
 
 
-def run_unchanged(equations, env, last_use, end) -> None:
+def _run_unchanged(equations, env, last_use, end) -> None:
     """Runs consecutive equations as traced; `end` is the index after the last."""
     if not equations:
         return

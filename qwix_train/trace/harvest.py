@@ -9,18 +9,14 @@ goes over the layers of a model, each layer has its own slice of it.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core as jex
 
 from qwix_train.trace import bodies, jax_versions
-from qwix_train.trace.bodies import Key, Kind, inside_of
-from qwix_train.trace.evaluate import constrained, last_uses, run_unchanged
+from qwix_train.trace.bodies import Key, Kind
+from qwix_train.trace.evaluate import Evaluation
 
 _PREFIX = "qwix_train:"
 
@@ -73,7 +69,7 @@ def names_in(body: jax_versions.Body) -> dict[str, tuple[int, ...]]:
     """
     found: dict[str, tuple[int, ...]] = {}
     for _, tag in _tags(body):
-        found.setdefault(tag.name, tuple(tag.layers.values()))
+        found.setdefault(tag.name, tuple(filter(None, tag.scans)))
     for _, tag in _tags(body, recomputed=True):
         if tag.name not in found:
             raise ValueError(
@@ -102,19 +98,21 @@ def harvest(
     Returns:
       The results of the step, and the updated states.
     """
-    return _Harvester(body, update).run(body, inputs, dict(states), ())
+    run = _Harvest(dict(_tags(body)), states, update)
+    return run.run(body, inputs, ()), run.states
 
 
 class _Tag(NamedTuple):
-    """A tag: the name of its state, and the scans over layers around it.
+    """A tag.
 
     Attributes:
-      name: the name.
-      layers: where each of these scans is, and its length, outermost first.
+      name: the name of its state.
+      scans: the length of each `scan` around it, outermost first, if it goes over the
+        layers of a model; 0 for any other.
     """
 
     name: str
-    layers: Mapping[Key, int]
+    scans: tuple[int, ...]
 
 
 def _parse(eqn: Any) -> tuple[tuple[bool, ...], str] | None:
@@ -144,10 +142,11 @@ def _tags(
         parsed = _parse(eqn)
         if parsed is not None:
             code, name = parsed
-            around = [k for n in range(1, len(key), 2) if (k := key[:n]) in lengths]
-            layers = [False] * (len(around) - len(code)) + list(code)
-            scans = dict(zip(around, layers, strict=True))
-            yield key, _Tag(name, {k: lengths[k] for k in around if scans[k]})
+            around = (lengths.get(key[:n]) for n in range(1, len(key), 2))
+            scans = [length for length in around if length is not None]
+            others = len(scans) - len(code)
+            layers = zip(code, scans[others:], strict=True)
+            yield key, _Tag(name, (0,) * others + tuple(b * n for b, n in layers))
 
 
 def _is_recomputed(eqn: Any, inside: bodies.Inside) -> bool:
@@ -169,137 +168,28 @@ def _is_recomputed(eqn: Any, inside: bodies.Inside) -> bool:
     )
 
 
-class _Harvester:
-    def __init__(self, body: jax_versions.Body, update: Update):
+class _Harvest(Evaluation):
+    def __init__(self, tags, states, update):
+        super().__init__(tags, {}, states)
         self.update = update
-        # The tags below each equation; those below a scan over layers that has a slice
-        # of the state for each.
-        self.below: dict[Key, dict[str, None]] = collections.defaultdict(dict)
-        self.sliced: dict[Key, set[str]] = collections.defaultdict(set)
-        for key, tag in _tags(body):
-            for length in range(1, len(key) + 1, 2):
-                self.below[key[:length]][tag.name] = None
-            for scan in tag.layers:
-                self.sliced[scan].add(tag.name)
 
-    def run(self, body, inputs, states, key: Key):
-        jaxpr = body.jaxpr
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, body.consts, strict=True))
-        env.update(zip(jaxpr.invars, inputs, strict=True))
-
-        def read(atom):
-            return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-        last_use = last_uses(jaxpr)
-        pending: list[Any] = []
-        for index, eqn in enumerate(jaxpr.eqns):
-            here = (*key, index)
-            if here not in self.below:
-                pending.append(eqn)
-                continue
-            run_unchanged(pending, env, last_use, index)
-            pending = []
-            operands = [read(atom) for atom in eqn.invars]
-            parsed = _parse(eqn)
-            if parsed is not None:
-                name = parsed[1]
-                states[name] = self.update(name, operands[0], states[name])
-                results = operands
-            else:
-                results, states = self.enter(eqn, operands, states, here)
-            env.update(zip(eqn.outvars, results, strict=True))
-        run_unchanged(pending, env, last_use, len(jaxpr.eqns))
-        return [read(atom) for atom in jaxpr.outvars], states
-
-    def enter(self, eqn, operands, states, key):
-        inside, params = inside_of(eqn), eqn.params
-        assert inside is not None
-        # A function with a derivative of its own is a call like any other: it holds
-        # tags only in a step that is not differentiated once more, as no model's op in
-        # it is rewritten.
-        if inside.kind in (Kind.CALL, Kind.CUSTOM):
-            body = inside.bodies[0].body
-            operands = constrained(operands, params.get("in_shardings"))
-            results, states = self.run(body, operands, states, (*key, 0))
-            return constrained(results, params.get("out_shardings")), states
-        below = {n: states[n] for n in self.below[key]}
-        enter = {
-            Kind.REMAT: self.remat,
-            Kind.SCAN: self.scan,
-            Kind.WHILE: self.loop,
-            Kind.COND: self.branch,
-        }.get(inside.kind)
-        if enter is None:
+    def replace(self, eqn, operands, key):
+        name, (value,) = self.replaced[key].name, operands
+        if name not in self.states:
             raise ValueError(
-                f"Values cannot be collected inside of {inside.name}: use a step "
-                " that calls the model outside of it."
+                f"{name}: values cannot be collected in the condition of a loop."
             )
-        results, below = enter(params, inside, operands, below, key)
-        return results, {**states, **below}
+        self.states[name] = self.update(name, value, self.states[name])
+        return value
 
-    def remat(self, params, inside, operands, states, key):
-        body = inside.bodies[0].body
-
-        def function(operands, states):
-            return self.run(body, operands, dict(states), (*key, 0))
-
-        return jax.checkpoint(
-            function, policy=params["policy"], prevent_cse=params["prevent_cse"]
-        )(operands, states)
-
-    def scan(self, params, inside, operands, states, key):
-        body = inside.bodies[0].body
-        num_consts, start = inside.carry.start, inside.carry.stop
-        num_carry = start - num_consts
-        consts = operands[:num_consts]
-        sliced = {n: s for n, s in states.items() if n in self.sliced[key]}
-        carried = {n: s for n, s in states.items() if n not in sliced}
-
-        def function(carry, slices):
-            carry, carried = carry
-            slices, sliced = slices
-            outs, after = self.run(
-                body, [*consts, *carry, *slices], {**carried, **sliced}, (*key, 0)
+    def rebuild(self, eqn, inside, operands, key):
+        if inside.kind is Kind.CUSTOM:
+            # A call like any other: it holds tags only in a step that is not
+            # differentiated once more, as no model's op in it is rewritten.
+            return self.run(inside.bodies[0].body, operands, (*key, 0))
+        if inside.kind in (Kind.SHARD_MAP, Kind.OPAQUE):
+            raise ValueError(
+                f"Values cannot be collected inside of {inside.name}: use a step that "
+                "calls the model outside of it."
             )
-            carry = outs[:num_carry], {n: after[n] for n in carried}
-            return carry, (outs[num_carry:], {n: after[n] for n in sliced})
-
-        (carry, carried), (stacked, sliced) = lax.scan(
-            function,
-            (operands[num_consts:start], carried),
-            (operands[start:], sliced),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-            _split_transpose=params.get("_split_transpose", False),
-        )
-        return [*carry, *stacked], {**carried, **sliced}
-
-    def loop(self, params, inside, operands, states, key):
-        (condition, _), (body, slots) = inside.bodies
-        start = inside.carry.start
-        cond_consts, consts = operands[: slots[0]], operands[slots[0] : start]
-
-        def test(carry):
-            inputs = [*cond_consts, *carry[0]]
-            outs, _ = self.run(condition, inputs, {}, (*key, 0))
-            return outs[0]
-
-        def function(carry):
-            carry, states = carry
-            outs, states = self.run(body, [*consts, *carry], states, (*key, 1))
-            return outs, states
-
-        return lax.while_loop(test, function, (operands[start:], states))
-
-    def branch(self, params, inside, operands, states, key):
-        index, *inputs = operands
-
-        def make(number, body):
-            def function(inputs, states):
-                return self.run(body, inputs, dict(states), (*key, number))
-
-            return function
-
-        branches = [make(n, body) for n, (body, _) in enumerate(inside.bodies)]
-        return lax.switch(index, branches, inputs, states)
+        return super().rebuild(eqn, inside, operands, key)

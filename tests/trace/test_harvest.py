@@ -142,3 +142,36 @@ def test_a_shard_is_no_whole():
     body = jax_versions.body_of(jax.make_jaxpr(step)(x))
     with pytest.raises(ValueError, match="inside of shard_map"):
         harvest.harvest(body, [x], {"x": 0.0}, lambda name, value, state: state)
+
+
+def test_scopes_around_values_stay():
+    @jax.jit
+    def inner(x):
+        with jax.named_scope("inside"):
+            return harvest.tag(x * 2, "x")
+
+    def step(x):
+        with jax.named_scope("outside"):
+            return inner(x)
+
+    def again(x):
+        body = jax_versions.body_of(jax.make_jaxpr(step)(x))
+        return harvest.harvest(body, [x], {"x": 0.0}, lambda name, x, s: s + jnp.exp(x))
+
+    stacks = {
+        eqn.primitive.name: str(eqn.source_info.name_stack)
+        for eqn in jax.make_jaxpr(again)(1.0).jaxpr.eqns
+    }
+    assert stacks["mul"] == "outside/jit(inner)/inside"
+    assert stacks["exp"] == "outside/jit(inner)/inside"
+
+
+def test_the_condition_of_a_loop_is_refused():
+    def step(x):
+        return jax.lax.while_loop(
+            lambda x: harvest.tag(x, "x") < 3, lambda x: x + harvest.tag(x, "y"), x
+        )
+
+    body = jax_versions.body_of(jax.make_jaxpr(step)(1.0))
+    with pytest.raises(ValueError, match="x: .* in the condition of a loop"):
+        harvest.harvest(body, [1.0], {"x": 0.0, "y": 0.0}, lambda name, x, s: s + x)
