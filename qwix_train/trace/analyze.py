@@ -164,6 +164,8 @@ def find_tagged(
 
 
 class _Walker(bodies.Domain[Provenance]):
+    unknown = provenance.ACTIVATION
+
     def __init__(self, body: jax_versions.Body, prefix: str):
         self.prefix = prefix
         self.ops: list[Op] = []
@@ -264,7 +266,9 @@ class _Walker(bodies.Domain[Provenance]):
                 self.renamed, self.outside = _renamed(first, operands), len(self.scope)
         elif inside.kind in (bodies.Kind.CUSTOM, bodies.Kind.OPAQUE):
             # The forward of a function with a derivative rule says where values come
-            # from, but must not be replaced: the rule would be that of another one.
+            # from, but must not be replaced: the rule would be that of another one. In
+            # a kernel or a solver more than one body must stay consistent, or no JAX
+            # runs there at all.
             self.opaque_name = self.opaque_name or inside.name
         elif inside.kind is bodies.Kind.SCAN:
             scanned = operands[inside.carry.stop :]
@@ -290,16 +294,6 @@ class _Walker(bodies.Domain[Provenance]):
         results = super().body(eqn, inside, number, inputs, key)
         self.constants = outside
         return results
-
-    def opaque(self, eqn, inside, operands, key):
-        # A kernel, a solver: what runs inside cannot be replaced, since more than one
-        # body must stay consistent, or no JAX runs there at all.
-        for number, (body, _) in enumerate(inside.bodies):
-            inputs: list[Provenance] = [provenance.ACTIVATION] * len(body.jaxpr.invars)
-            self.body(eqn, inside, number, inputs, key)
-        return provenance.propagate(
-            inside.name, {}, operands, (), [()] * len(eqn.outvars)
-        )
 
     def join(self, a, b):
         return provenance.join(a, b)

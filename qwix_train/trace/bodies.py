@@ -169,7 +169,7 @@ class Walk(abc.ABC, Generic[Value]):
 
     @abc.abstractmethod
     def equation(self, eqn: Any, operands: list[Value], key: Key) -> Sequence[Value]:
-        """The values of the results of an equation without bodies."""
+        """The values of the results of an equation that is not entered."""
 
     @abc.abstractmethod
     def enter(
@@ -210,7 +210,12 @@ class Domain(Walk[Value]):
     """A walk through the bodies inside a body, each as often as a loop needs it.
 
     Values have a partial order of finite height, so that loops come to an end.
+
+    Attributes:
+      unknown: the value of what a kernel or a solver computes with inside of it.
     """
+
+    unknown: Value
 
     @abc.abstractmethod
     def join(self, a: Value, b: Value) -> Value:
@@ -232,12 +237,6 @@ class Domain(Walk[Value]):
     def unshard(self, eqn: Any, body: Body, values: list[Value]) -> Sequence[Value]:
         """The arrays that a `shard_map` makes of the results of each device."""
 
-    @abc.abstractmethod
-    def opaque(
-        self, eqn: Any, inside: Inside, operands: list[Value], key: Key
-    ) -> Sequence[Value]:
-        """The results of an equation of which only JAX knows what it does."""
-
     def undo(self) -> Callable[[], None]:
         """What takes back all that the walk finds from now on.
 
@@ -254,7 +253,10 @@ class Domain(Walk[Value]):
     def enter(self, eqn, inside, operands, key):
         """See `Walk.enter`."""
         if inside.kind is Kind.OPAQUE:
-            return self.opaque(eqn, inside, operands, key)
+            for number, (body, _) in enumerate(inside.bodies):
+                inputs = [self.unknown] * len(body.jaxpr.invars)
+                self.body(eqn, inside, number, inputs, key)
+            return self.equation(eqn, operands, key)
         if inside.is_loop:
             return self._loop(eqn, inside, operands, key)
         is_sharded = inside.kind is Kind.SHARD_MAP

@@ -95,6 +95,8 @@ class _Followed(Domain[_Moved | None]):
       read: the places of the inputs that something is computed from.
     """
 
+    unknown = None
+
     def __init__(self):
         self.read: set[int] = set()
 
@@ -108,19 +110,13 @@ class _Followed(Domain[_Moved | None]):
             (x,) = operands
             order = eqn.params["permutation"]
             return [x and x._replace(axes=tuple(x.axes[axis] for axis in order))]
-        return self.computed(eqn, operands)
-
-    def computed(self, eqn, operands):
         self.read.update(x.place for x in operands if x is not None)
         return [None] * len(eqn.outvars)
 
     def enter(self, eqn, inside, operands, key):
         if not any(operands):
-            return self.computed(eqn, operands)
+            return [None] * len(eqn.outvars)
         return super().enter(eqn, inside, operands, key)
-
-    def opaque(self, eqn, inside, operands, key):
-        return self.computed(eqn, operands)
 
     def join(self, a, b):
         return a if a == b else None
