@@ -1,11 +1,8 @@
 """Quantizes a JAX model while it trains, without changing the model or the loop."""
 
+from typing import TYPE_CHECKING
+
 from qwix_train import calib as calib
-from qwix_train import hooks as hooks
-from qwix_train import lora as lora
-from qwix_train import odml as odml
-from qwix_train import optim as optim
-from qwix_train import ptq as ptq
 from qwix_train import qat as qat
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
@@ -16,22 +13,16 @@ from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize
 from qwix_train.core.qarray import quantize as quantize
-from qwix_train.lora import LoraProvider as LoraProvider
-from qwix_train.lora import LoraRule as LoraRule
-from qwix_train.lora import LoraTrainState as LoraTrainState
+from qwix_train.late_names import late_names as _late_names
 from qwix_train.model import apply_lora_to_model as apply_lora_to_model
 from qwix_train.model import quantize_fn as quantize_fn
 from qwix_train.model import quantize_model as quantize_model
-from qwix_train.odml import OdmlConversionProvider as OdmlConversionProvider
-from qwix_train.odml import OdmlQatProvider as OdmlQatProvider
 from qwix_train.ops.ragged_dot import ragged_dot as ragged_dot
 from qwix_train.ops.ragged_dot import ragged_dot_general as ragged_dot_general
 from qwix_train.plan_of import plan as plan
 from qwix_train.planning import Plan as Plan
 from qwix_train.planning import StepPlan as StepPlan
 from qwix_train.provider import QuantizationProvider as QuantizationProvider
-from qwix_train.ptq import PtqProvider as PtqProvider
-from qwix_train.ptq import quantize_params as quantize_params
 from qwix_train.qat import QtProvider as QtProvider
 from qwix_train.qat import QtRule as QtRule
 from qwix_train.qat.quant_stat import QuantStat as QuantStat
@@ -43,3 +34,29 @@ from qwix_train.step import wrap_eval_step as wrap_eval_step
 from qwix_train.step import wrap_train_step as wrap_train_step
 from qwix_train.step_models import as_model as as_model
 from qwix_train.step_models import in_float as in_float
+
+# What not every program uses is imported when it is: see `late_names`.
+if TYPE_CHECKING:
+    from qwix_train import hooks as hooks
+    from qwix_train import lora as lora
+    from qwix_train import odml as odml
+    from qwix_train import optim as optim
+    from qwix_train import ptq as ptq
+    from qwix_train.lora import LoraProvider as LoraProvider
+    from qwix_train.lora import LoraRule as LoraRule
+    from qwix_train.lora import LoraTrainState as LoraTrainState
+    from qwix_train.odml import OdmlConversionProvider as OdmlConversionProvider
+    from qwix_train.odml import OdmlQatProvider as OdmlQatProvider
+    from qwix_train.ptq import PtqProvider as PtqProvider
+    from qwix_train.ptq import quantize_params as quantize_params
+else:
+    __getattr__, __dir__ = _late_names(
+        __name__,
+        {
+            "hooks": (),
+            "lora": ("LoraProvider", "LoraRule", "LoraTrainState"),
+            "odml": ("OdmlConversionProvider", "OdmlQatProvider"),
+            "optim": (),
+            "ptq": ("PtqProvider", "quantize_params"),
+        },
+    )

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import linen as nn
 from flax import nnx
@@ -120,6 +119,9 @@ class Export(PeriodicAction):
 
     def steps(self) -> list[int]:
         """The steps that are exported and complete, in order."""
+        # Late, as the import takes long, and other hooks do not need it.
+        import orbax.checkpoint as ocp
+
         if not self.path.exists():
             return []
         found = []

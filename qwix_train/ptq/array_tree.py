@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Sharding
@@ -134,6 +133,9 @@ def _keys(key: ArrayKey) -> tuple[str, ...]:
 def _read_arrays(
     path: epath.Path, structs: Mapping[ArrayKey, jax.ShapeDtypeStruct]
 ) -> dict[ArrayKey, jax.Array]:
+    # Late, as the import takes long, and models in memory do not need it.
+    import orbax.checkpoint as ocp
+
     item = {_keys(key): struct for key, struct in structs.items()}
     args = {
         where: ocp.ArrayRestoreArgs(sharding=s.sharding, dtype=s.dtype, shape=s.shape)

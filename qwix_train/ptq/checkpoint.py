@@ -15,10 +15,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx, traverse_util
 from flax.core import FrozenDict
@@ -30,6 +29,9 @@ from qwix_train.planning import Plan
 from qwix_train.ptq import array_tree, stored_arrays, trees
 from qwix_train.ptq.manifest import Manifest, Path, StoredParam
 from qwix_train.rules import QuantizationRule, check_rules
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 _MANIFEST = "manifest"
 
@@ -126,6 +128,9 @@ def save_async(
     >>> restore(folder)['bias'].tolist()
     [1.0, 1.0, 1.0]
     """
+    # Late, as the import takes long, and models in memory do not need it.
+    import orbax.checkpoint as ocp
+
     path = writing.followed(epath.Path(path))
     # All processes have to find the same there.
     processes.once(lambda: _check_target(path, overwrite))
@@ -251,6 +256,8 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     >>> list(manifest.rules) == rules, manifest.metadata['step']
     (True, 10)
     """
+    import orbax.checkpoint as ocp  # late, as in `save_async`
+
     path = writing.followed(epath.Path(path))
     writing.finish_folder(path)
     if not path.exists():

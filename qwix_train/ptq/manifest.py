@@ -16,7 +16,6 @@ from typing import Any
 
 import flax
 import jax
-import orbax.checkpoint as ocp
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
@@ -234,6 +233,9 @@ def rule_from_json(
 
 
 def _versions() -> dict[str, str]:
+    # Late, as elsewhere here: only files need it, and the import takes long.
+    import orbax.checkpoint as ocp
+
     from_modules = {
         "jax": jax.__version__,
         "flax": flax.__version__,

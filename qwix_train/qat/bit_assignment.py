@@ -7,7 +7,6 @@ import math
 import numbers
 
 import numpy as np
-from scipy import optimize, sparse
 
 from qwix_train.qat.sensitivity_report import OpSensitivity, Sensitivity
 from qwix_train.rules import QuantizationRule
@@ -113,6 +112,9 @@ def assign_bits(
 
 def _solve(costs: list[list[float]], sizes: list[list[int]], limit: int) -> list[int]:
     """The index of the choice of each group."""
+    # Late, as the import takes as long as that of JAX.
+    from scipy import optimize, sparse
+
     counts = [len(group) for group in costs]
     starts = np.cumsum([0, *counts[:-1]])
     cost = np.concatenate([np.subtract(group, min(group)) for group in costs])
