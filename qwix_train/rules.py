@@ -14,6 +14,9 @@ import numpy as np
 from qwix_train import field_types, ops
 from qwix_train.core import how, numerics
 from qwix_train.leaves import OperandName, Path
+from qwix_train.observers.averaging import parse_averaging
+from qwix_train.observers.named import parse_observer
+from qwix_train.observers.statistics import make_statistics
 from qwix_train.schedule import Schedule
 
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
@@ -125,7 +128,6 @@ class QuantizationRule:
         except re.error as error:
             reason = f"not a regular expression: {error}"
             raise self._error("module_path", reason) from None
-        # `calib`, which knows the names, stands above rules.
         named = [("act_observer", "an Observer"), ("act_averaging", "an Averaging")]
         for field, kind in named:
             value = getattr(self, field)
@@ -267,15 +269,10 @@ class QuantizationRule:
         """Complains of statistics that would not give a range."""
         if self.act_static_scale is False:
             self.check_collects()
-        # Those modules know of rules.
-        from qwix_train.calib import averaging, named_observers, observers
-
         if isinstance(self.act_averaging, str):
-            self._check("act_averaging", averaging.parse_averaging, self.act_averaging)
+            self._check("act_averaging", parse_averaging, self.act_averaging)
         if isinstance(self.act_observer, str):
-            self._check(
-                "act_observer", named_observers.parse_observer, self.act_observer
-            )
+            self._check("act_observer", parse_observer, self.act_observer)
         if not self.act_static_scale or is_int16(self.act_qtype):
             return
         method = how.parse_calibration_method(self.act_method)[0]
@@ -283,7 +280,7 @@ class QuantizationRule:
             return
 
         def check(observer):
-            statistics = observers.make_statistics(
+            statistics = make_statistics(
                 observer,
                 self.act_averaging,
                 how=_how(self.act_qtype, self.act_method),

@@ -52,7 +52,7 @@ def test_packages_leave_orbax_and_litert():
 def test_every_late_name_is_listed_and_imported():
     late = "LoraProvider OdmlQatProvider PtqProvider apply_lora_to_model lora odml ptq"
     assert set(late.split()) <= set(dir(qwix_train))
-    for package in (qwix_train, qwix_train.qat):
+    for package in (qwix_train, qwix_train.calib, qwix_train.qat):
         for name in dir(package):
             assert getattr(package, name) is not None or name == "__spec__"
     assert qwix_train.PtqProvider is qwix_train.ptq.PtqProvider

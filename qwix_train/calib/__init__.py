@@ -1,8 +1,24 @@
 """Calibration: the ranges of activations, collected by loops that do not know of it."""
 
-from qwix_train.calib.calibrator import Calibrator as Calibrator
-from qwix_train.calib.compare import compare as compare
-from qwix_train.calib.comparison_report import Comparison as Comparison
-from qwix_train.calib.merge import merge_stats as merge_stats
+from typing import TYPE_CHECKING
+
 from qwix_train.calib.observe import observe as observe
 from qwix_train.calib.ranges import collected_ranges as collected_ranges
+from qwix_train.late_names import late_names as _late_names
+
+# What not every program uses is imported when it is: see `late_names`.
+if TYPE_CHECKING:
+    from qwix_train.calib.calibrator import Calibrator as Calibrator
+    from qwix_train.calib.comparison import compare as compare
+    from qwix_train.calib.comparison_report import Comparison as Comparison
+    from qwix_train.calib.merge import merge_stats as merge_stats
+else:
+    __getattr__, __dir__ = _late_names(
+        __name__,
+        {
+            "calibrator": ("Calibrator",),
+            "comparison": ("compare",),
+            "comparison_report": ("Comparison",),
+            "merge": ("merge_stats",),
+        },
+    )

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from qwix_train.calib.averaging import Averaging
-from qwix_train.calib.observers import Observer, RangeObserver
 from qwix_train.files.figures import save_figure
+from qwix_train.observers.averaging import Averaging
+from qwix_train.observers.statistics import Observer, RangeObserver
 from qwix_train.rules import QuantizationRule
 
 Record: TypeAlias = dict[str, Any]

@@ -11,8 +11,8 @@ import numpy as np
 from flax import traverse_util
 from jax import numpy as jnp
 
-from qwix_train.calib.observers import Statistics, make_statistics
 from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.observers.statistics import Statistics, make_statistics
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.rules import QuantizationRule

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from qwix_train.calib import clipping, histogram
-from qwix_train.calib.named_observers import HistogramObserver
-from qwix_train.calib.observers import Statistics
 from qwix_train.core import tiling
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.how import HowToQuantize
+from qwix_train.observers import clipping, histogram
+from qwix_train.observers.named import HistogramObserver
+from qwix_train.observers.statistics import Statistics
 
 State: TypeAlias = dict[str, jax.Array]
 

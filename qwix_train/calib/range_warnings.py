@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.calib.observers import Statistics, range_width
+from qwix_train.observers.statistics import Statistics, range_width
 
 # The widest batch, over the range that was found, from which on most of what is large
 # is clipped; that where batches are of a few examples, so that it is no rare batch; and

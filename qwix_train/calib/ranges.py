@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from qwix_train.calib.observers import make_statistics
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.how import HowToQuantize
 from qwix_train.leaves import Path
+from qwix_train.observers.statistics import make_statistics
 from qwix_train.rules import QuantizationRule, rule_of_range
 
 

@@ -14,11 +14,15 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import Tagging
-from qwix_train.calib.observers import Statistics, in_layout_of_qwix, make_statistics
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.observers.statistics import (
+    Statistics,
+    in_layout_of_qwix,
+    make_statistics,
+)
 from qwix_train.odml import integer_grid
 from qwix_train.odml.evaluate import dynamic_axes, run_plan
 from qwix_train.odml.integer_grid import Grid

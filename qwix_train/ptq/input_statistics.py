@@ -16,9 +16,9 @@ from jax import numpy as jnp
 
 from qwix_train import ops
 from qwix_train.calib.observe import Tagged, Tagging
-from qwix_train.calib.observers import Statistics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.leaves import SIDES, OperandName, Path
+from qwix_train.observers.statistics import Statistics
 from qwix_train.ops.vectors import Vectors
 from qwix_train.planning import OpPlan, Plan
 from qwix_train.ptq import pre_quant_scale
@@ -37,7 +37,7 @@ from qwix_train.trace.function import TracedCall
 class InputMoments:
     """Collects the moments of an input, seen as vectors of channels.
 
-    An observer of streams (see `calib.observers`). Its state is, in float32,
+    An observer of streams (see `observers.statistics`). Its state is, in float32,
 
     * ``samples``: the number of vectors,
     * ``absmean``, ``min``, ``max``: of each channel, shape (groups, channels),

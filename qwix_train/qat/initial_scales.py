@@ -12,13 +12,13 @@ from jax import core
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
-from qwix_train.calib.averaging import Calibration
 from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.how import HowToQuantize
 from qwix_train.learned_scale import Leaves
 from qwix_train.leaves import Leaf, Path, scale_path
+from qwix_train.observers.averaging import Calibration
 from qwix_train.planning import OpPlan, Plan
 from qwix_train.rules import QuantizationRule
 from qwix_train.static_range import StaticOperand

@@ -11,8 +11,8 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import RangeTagging
-from qwix_train.calib.observers import in_layout_of_qwix
 from qwix_train.calib.ranges import states_in
+from qwix_train.observers.statistics import in_layout_of_qwix
 from qwix_train.planning import Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized

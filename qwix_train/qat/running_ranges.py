@@ -22,8 +22,8 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import statistics_of
-from qwix_train.calib.observers import RangeObserver, Statistics
 from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.observers.statistics import RangeObserver, Statistics
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized

@@ -11,7 +11,7 @@ from flax import nnx
 
 import qwix_train
 from qwix_train import QuantizationRule, calib, ptq
-from qwix_train.calib import named_observers
+from qwix_train.observers import named
 from tests import models
 from tests.calib.test_calibrator import BATCHES, Linear
 
@@ -122,7 +122,7 @@ def test_layers_under_scan_have_a_row_each():
         f"layers/Dense_0/dot_general0_lhs[{layer}]" for layer in range(3)
     ]
     assert [r.act_observer for r in compared.rules()] == [
-        named_observers.CalibrationMethod("absmax"),
+        named.CalibrationMethod("absmax"),
         None,
     ]
 
@@ -143,7 +143,7 @@ def test_the_report_and_the_rules_it_gives(tmp_path):
         QuantizationRule(weight_qtype="int4", act_qtype="int4"),
     ]
     batches = [case.args(outliers(i)) for i in range(3)]
-    names = ["absmax", "mse", "minmax", named_observers.Entropy()]
+    names = ["absmax", "mse", "minmax", named.Entropy()]
     compared = calib.compare(case.eval_step(), rules, batches, names)
     best = compared.best()
     assert best["Dense_0/dot_general0_lhs"] in ("mse", "Entropy()")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qwix_train.calib import quantization_error
-from qwix_train.calib.observers import make_statistics
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.observers.statistics import make_statistics
 from tests.core.reference import levels_of
 
 N = 40_000

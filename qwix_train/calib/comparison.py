@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.calib.averaging import Averaging
 from qwix_train.calib.comparison_report import Comparison, Method, Record
-from qwix_train.calib.named_observers import parse_observer
 from qwix_train.calib.observe import Observed, RangeTagging
-from qwix_train.calib.observers import (
+from qwix_train.calib.quantization_error import ErrorObserver, measure
+from qwix_train.core.how import HowToQuantize
+from qwix_train.observers.averaging import Averaging
+from qwix_train.observers.named import parse_observer
+from qwix_train.observers.statistics import (
     Observer,
     RangeObserver,
     Statistics,
     make_statistics,
 )
-from qwix_train.calib.quantization_error import ErrorObserver, measure
-from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import OpPlan, Plan, make_plan
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace.compiled import Compiled

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwix_train.calib import clipping, histogram
 from qwix_train.core import numerics
+from qwix_train.observers import clipping, histogram
 from tests.core.reference import levels_of
 
 update = jax.jit(histogram.update)

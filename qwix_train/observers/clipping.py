@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.calib import histogram
 from qwix_train.core import nf4, numerics
 from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.observers import histogram
 
 _COARSE = 2.0 ** (1 - np.arange(417) / 32)
 """Candidates, as multiples of the largest value: from 2 to 2**-12 of it, with 1.

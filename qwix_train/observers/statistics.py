@@ -13,12 +13,12 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from qwix_train.calib.averaging import Averaging, parse_averaging
-from qwix_train.calib.named_observers import parse_observer
 from qwix_train.core import tiling
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_explicitly_sharded
+from qwix_train.observers.averaging import Averaging, parse_averaging
+from qwix_train.observers.named import parse_observer
 
 State: TypeAlias = dict[str, jax.Array]
 """What was collected so far: arrays by name."""
@@ -100,7 +100,7 @@ def make_statistics(
 
     Args:
         observer: What is measured: one of
-            `named_observers.OBSERVERS`, or an object with the methods of
+            `named.OBSERVERS`, or an object with the methods of
             `RangeObserver` or `StreamObserver`.
         averaging: How batches combine: one of `averaging.AVERAGINGS`, or an object
             with the methods of `Averaging`. Observers that collect all data

@@ -7,7 +7,7 @@ import pytest
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwix_train.calib import histogram
+from qwix_train.observers import histogram
 from tests.compare import assert_same
 
 update = jax.jit(histogram.update)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from qwix._src import averaging as qwix_averaging
 
-from qwix_train.calib.averaging import (
+from qwix_train.observers.averaging import (
     AmaxHistory,
     Ema,
     Last,

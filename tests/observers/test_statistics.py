@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qwix._src import averaging as qwix_averaging
 from qwix._src.core import qarray as qwix_qarray
 
-from qwix_train.calib.observers import make_statistics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.observers.statistics import make_statistics
 from tests.compare import assert_close, assert_same
 from tests.core.reference import reference_range
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from qwix_train.calib import clipping, histogram
 from qwix_train.core import calibration as core
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import (
@@ -19,6 +18,7 @@ from qwix_train.core.how import (
     HowToQuantize,
     parse_calibration_method,
 )
+from qwix_train.observers import clipping, histogram
 
 State: TypeAlias = dict[str, jax.Array]
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwix_train.calib.named_observers import (
+from qwix_train.core.how import HowToQuantize
+from qwix_train.observers.named import (
     OBSERVERS,
     CalibrationMethod,
     Entropy,
@@ -12,7 +13,6 @@ from qwix_train.calib.named_observers import (
     Percentile,
     parse_observer,
 )
-from qwix_train.core.how import HowToQuantize
 
 
 @pytest.mark.parametrize(
