@@ -287,7 +287,7 @@ def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, 
     fields: dict[str, Any] = {
         name: _linen_method(cls, name, provider) for name in methods
     }
-    fields |= other_methods.of_linen(cls, provider, methods)
+    fields |= other_methods.of(cls, provider, methods)
     fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
     # Linen would take it for a method of the model, and have its calls intercepted.
     fields[subclasses.WITHIN] = nn.nowrap(
@@ -435,7 +435,7 @@ def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ..
     fields: dict[str, Any] = {
         name: _nnx_method(cls, name, provider) for name in methods
     }
-    fields |= other_methods.of_nnx(cls, provider, methods)
+    fields |= other_methods.of(cls, provider, methods)
     fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
         rewrite
     )

@@ -19,8 +19,8 @@ from flax import linen as nn
 from qwix_train import stored
 from qwix_train.planning import OpPlan, Plan
 from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import function, marks, session
 from qwix_train.trace import linen as linen_calls
+from qwix_train.trace import marks, session
 from qwix_train.trace import nnx as nnx_calls
 
 _QUANTIZED = "qwix_train_quantized_method"
@@ -45,50 +45,36 @@ def marked(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def of_linen(
+def of(
     cls: type, provider: QuantizationProvider, methods: Collection[str]
 ) -> dict[str, Any]:
-    """The methods of a Linen class that are not among those that run quantized.
+    """The methods of a model's class that are not among those that run quantized.
 
     Args:
-      cls: the class.
+      cls: the class, of Linen or NNX modules.
       provider: the mode and the rules.
       methods: the names of those that run quantized.
     """
-
-    def trace(name, module, *args, **kwargs):
-        if linen_calls.can_rewrite(module):
-            return linen_calls.trace_call(module, name, args, kwargs)
-        return None
-
+    is_linen = issubclass(cls, nn.Module)
+    names = _linen_methods(cls) if is_linen else marks.methods_of(cls)
     # Linen would wrap them again, and have their calls intercepted twice.
+    nowrap = nn.nowrap if is_linen else lambda method: method
     return {
-        name: nn.nowrap(_in_float(cls, name, provider, methods, trace))
-        for name in _linen_methods(cls)
+        name: nowrap(_in_float(cls, name, provider, methods))
+        for name in names
         if name not in methods
     }
 
 
-def of_nnx(
-    cls: type, provider: QuantizationProvider, methods: Collection[str]
-) -> dict[str, Any]:
-    """The methods of an NNX class that are not among those that run quantized.
-
-    Args:
-      cls: the class.
-      provider: the mode and the rules.
-      methods: the names of those that run quantized.
-    """
-
-    def trace(name, *args, **kwargs):
+def _traced(cls: type, name: str, args: Any, kwargs: Any) -> Any:
+    """A call of a method of a model; None if the model cannot be traced here."""
+    model, *inputs = args
+    if not isinstance(model, nn.Module):
         with nnx_calls.tracing_call(getattr(cls, name), args, kwargs) as (traced, _):
             return traced
-
-    return {
-        name: _in_float(cls, name, provider, methods, trace)
-        for name in marks.methods_of(cls)
-        if name not in methods
-    }
+    if linen_calls.can_rewrite(model):
+        return linen_calls.trace_call(model, name, inputs, kwargs)
+    return None
 
 
 def resolved(cls: type, method: Any) -> Any:
@@ -142,11 +128,7 @@ def _linen_methods(cls: type) -> list[str]:
 
 
 def _in_float(
-    cls: type,
-    name: str,
-    provider: QuantizationProvider,
-    methods: Collection[str],
-    trace: Callable[..., function.TracedCall | None],
+    cls: type, name: str, provider: QuantizationProvider, methods: Collection[str]
 ) -> Callable[..., Any]:
     """A method that says, before it runs in float, what the rules would do in it."""
     method, where = getattr(cls, name), f"{cls.__name__}.{name}"
@@ -159,7 +141,7 @@ def _in_float(
 
     def tell(args, kwargs):
         try:
-            traced = trace(name, *args, **kwargs)
+            traced = _traced(cls, name, args, kwargs)
         except _BRANCHES_ON_VALUES:
             return
         if traced is None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import core
 from jax import numpy as jnp
 
 from qwix_train import stored
@@ -20,6 +19,7 @@ from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.core.numerics import storage_dtype
+from qwix_train.core.operands import is_concrete
 from qwix_train.core.qarray import (
     QArray,
     WithAux,
@@ -119,7 +119,7 @@ def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Arr
     if "count" not in statistics:
         raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
     count = statistics["count"]
-    if _is_known(count) and not np.all(np.asarray(count) > 0):
+    if is_concrete(count) and not np.all(np.asarray(count) > 0):
         raise ValueError(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
             "ranges were collected."
@@ -254,7 +254,7 @@ def find(
     if scale is None:
         raise missing(path, plan, f"Give quantize_params {_source(plan)}.")
     scale = scale.array if stored.is_quantized(scale) else scale
-    if unknown is None and _is_known(scale) and np.isnan(scale).any():
+    if unknown is None and is_concrete(scale) and np.isnan(scale).any():
         raise ValueError(
             f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
             f"as it is initialized. Give quantize_params {_source(plan)}."
@@ -307,8 +307,3 @@ def _mean(total: jax.Array, count: Any) -> jax.Array:
     # Of stacked layers, each has a count.
     count = jnp.asarray(count, total.dtype)
     return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
-
-
-def _is_known(value: Any) -> bool:
-    # NumPy looks at it: within a trace, JAX would give a tracer of the answer.
-    return not isinstance(value, core.Tracer)

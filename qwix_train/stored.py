@@ -46,6 +46,16 @@ def is_box(leaf: Any) -> bool:
     return isinstance(leaf, meta.AxisMetadata | nnx.Variable)
 
 
+def is_whole(leaf: Any) -> bool:
+    """Whether a node of a tree of params is one param, boxed or quantized."""
+    return is_quantized(leaf) or is_box(leaf)
+
+
+def by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The params of a tree, by path; a quantized one is one."""
+    return function.by_path(tree, is_quantized)
+
+
 def quantize_param(
     param: Any, how: HowToQuantize, scale: Any = None, zero_point: Any = None
 ) -> WithAux:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from qwix_train.calib.comparison_report import Comparison, Method, Record
 from qwix_train.calib.observe import Observed, RangeTagging
-from qwix_train.calib.quantization_error import ErrorObserver, measure
+from qwix_train.calib.quantization_error import ErrorObserver, decibels, measure
 from qwix_train.core.how import HowToQuantize
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.named import parse_observer
@@ -252,7 +251,7 @@ def _records(name: str, operand: _Operand, state: Mapping[str, Any]) -> list[Rec
                     "op": where,
                     "range": name,
                     "method": method[0],
-                    "sqnr_db": _decibels(float(energy), float(found.error)),
+                    "sqnr_db": decibels(float(energy), float(found.error)),
                     "saturated": float(found.outside / elements),
                     **{end: _plain(value) for end, value in found.range.items()},
                     "qtype": str(operand.how.qtype),
@@ -267,13 +266,6 @@ def _records(name: str, operand: _Operand, state: Mapping[str, Any]) -> list[Rec
             for label, note in operand.notes.items()
         ]
     return records
-
-
-def _decibels(energy: float, error: float) -> float:
-    """The ratio in dB; infinite without an error, NaN without a signal."""
-    if not energy:
-        return math.nan
-    return 10 * math.log10(energy / error) if error else math.inf
 
 
 def _plain(value: np.ndarray) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import tiling
-from qwix_train.core.calibration import calibrate
+from qwix_train.core.calibration import calibrate, is_inside, range_ends
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.how import HowToQuantize
 from qwix_train.observers import clipping, histogram
@@ -102,7 +102,7 @@ class ErrorObserver:
         for name, statistics in self._averaged():
             parts[name] = statistics.update(_part(state, name), given)
         error = jnp.square(fake_quant(x, self.dynamic) - x)
-        outside = ~_is_inside(x, calibrate(x, self.dynamic))
+        outside = ~is_inside(x, range_ends(calibrate(x, self.dynamic)))
         sums = {
             "error": _sum(error),
             "outside": _sum(outside.astype(jnp.float32)),
@@ -135,6 +135,16 @@ class ErrorObserver:
             for name, statistics in self.methods
             if not isinstance(statistics.observer, HistogramObserver)
         ]
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Returns the ratio of two energies in dB.
+
+    It is infinite without an error, and NaN without a signal.
+    """
+    if not signal:
+        return math.nan
+    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "how"))
@@ -177,7 +187,7 @@ def _outside(bins: histogram.Bins, found: Mapping[str, jax.Array]) -> jax.Array:
 
     Those of a bin that an end of the range lies in count in proportion.
     """
-    low, high = (end[..., None] for end in _ends(found))
+    low, high = (end[..., None] for end in range_ends(found))
     width = bins.upper - bins.lower
     wide = jnp.where(width > 0, width, 1)
     share = jnp.clip((bins.upper - high) / wide, 0, 1)
@@ -193,19 +203,6 @@ def _tiles(x: jax.Array, how: HowToQuantize) -> tuple[jax.Array, tuple[int, ...]
     """
     counts = how.scale_shape(x.shape)
     return tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
-
-
-def _is_inside(x: jax.Array, found: Mapping[str, Any]) -> jax.Array:
-    low, high = (jnp.asarray(end, x.dtype) for end in _ends(found))
-    return tiling.elementwise(
-        lambda x, low, high: (x >= low) & (x <= high), x, low, high
-    )
-
-
-def _ends(found: Mapping[str, Any]) -> tuple[Any, Any]:
-    if "absmax" in found:
-        return -found["absmax"], found["absmax"]
-    return found["min"], found["max"]
 
 
 def _sum(x: jax.Array) -> jax.Array:

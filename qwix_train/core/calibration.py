@@ -175,6 +175,21 @@ def compute_scale_zero_point(
     return jnp.asarray(scale, dtype), zero_point
 
 
+def range_ends(calibration: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the lowest and the highest value of a range, as `calibrate` gives it."""
+    if "absmax" in calibration:
+        return -calibration["absmax"], calibration["absmax"]
+    return calibration["min"], calibration["max"]
+
+
+def is_inside(array: jax.Array, ends: tuple[Any, Any]) -> jax.Array:
+    """Returns whether each element is within the ends of its range."""
+    low, high = (jnp.asarray(end, array.dtype) for end in ends)
+    return tiling.elementwise(
+        lambda x, low, high: (x >= low) & (x <= high), array, low, high
+    )
+
+
 def _even_on_ties(zero_point: jax.Array, dtype: Any) -> jax.Array:
     """Moves what is halfway between two codes, but for float rounding, onto the tie.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import calibration as calib
-from qwix_train.core import numerics, scaling, tiling
+from qwix_train.core import numerics, scaling
 from qwix_train.core.how import HowToQuantize
 
 
@@ -79,7 +79,7 @@ def fake_quant_with_calibration(
     }
     qtype = numerics.canonical_qtype(qtype)
     scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
-    bounds = _bounds(calibration) if clip_gradient else None
+    bounds = calib.range_ends(calibration) if clip_gradient else None
     return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
@@ -142,28 +142,15 @@ def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
     return _round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
 
 
-def _bounds(calibration: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    if "absmax" in calibration:
-        return -calibration["absmax"], calibration["absmax"]
-    return calibration["min"], calibration["max"]
-
-
-def _is_inside(array: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-    low, high = (jnp.asarray(bound, array.dtype) for bound in bounds)
-    return tiling.elementwise(
-        lambda x, low, high: (x >= low) & (x <= high), array, low, high
-    )
-
-
 def _is_inside_range(array: jax.Array, how: HowToQuantize) -> jax.Array:
-    return _is_inside(array, _bounds(calib.calibrate(array, how)))
+    return calib.is_inside(array, calib.range_ends(calib.calibrate(array, how)))
 
 
 # Inlined, so that nothing remains of a `jit` but its cache of traces: a model that
 # quantizes many arrays of one shape traces the arithmetic once.
 _cached_forward = jax.jit(_forward, static_argnums=1, inline=True)
 _cached_round_trip = jax.jit(_round_trip, static_argnums=(3, 4), inline=True)
-_cached_is_inside = jax.jit(_is_inside, inline=True)
+_cached_is_inside = jax.jit(calib.is_inside, inline=True)
 _cached_is_inside_range = jax.jit(_is_inside_range, static_argnums=1, inline=True)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qwix_train.core import numerics
 from qwix_train.core.qarray import MaybeQArray, QArray, dequantize
@@ -34,6 +35,14 @@ def result_dtype(*operands: MaybeQArray, preferred: Any = None) -> np.dtype:
 def as_float(operand: MaybeQArray) -> jax.Array:
     """Returns the values of an operand as an array."""
     return dequantize(operand) if isinstance(operand, QArray) else operand
+
+
+def is_concrete(array: Any) -> bool:
+    """Whether the values of an array are known: it is not a tracer, nor a shape.
+
+    NumPy looks at them. Within a trace, JAX would give a tracer of what it finds.
+    """
+    return not isinstance(array, Tracer | jax.ShapeDtypeStruct)
 
 
 def codes_of(operand: MaybeQArray) -> jax.Array:

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from qwix_train import stored
 from qwix_train.optim import FreezeOscillationsState
 from qwix_train.planning import Path
-from qwix_train.trace.function import param_path
+from qwix_train.trace.function import by_path
 
 
 class Oscillations(NamedTuple):
@@ -47,7 +47,7 @@ def oscillations_in(state: Any, paths: Collection[Path]) -> dict[Path, Oscillati
     found = {}
     for held in _states(state):
         held = stored.unbox(held)
-        frequency, frozen = _by_path(held.frequency), _by_path(held.frozen)
+        frequency, frozen = by_path(held.frequency), by_path(held.frozen)
         for path, value in frequency.items():
             # What is trained may be the variables of a model, with their collections.
             name = next((p for p in (path, path[1:]) if p in paths), None)
@@ -65,8 +65,3 @@ def _states(tree: Any) -> Iterator[FreezeOscillationsState]:
             yield leaf
         elif isinstance(leaf, nnx.Pytree):
             yield from _states(getattr(leaf, "opt_state", None))
-
-
-def _by_path(tree: Any) -> dict[Path, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {param_path(path): leaf for path, leaf in leaves}

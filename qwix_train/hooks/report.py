@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from qwix_train import processes, static_range, stored
+from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
 from qwix_train.hooks import state as states
 from qwix_train.hooks.oscillations import oscillations_in
@@ -23,7 +24,6 @@ from qwix_train.hooks.weight_measures import (
 )
 from qwix_train.leaves import Leaf, Path
 from qwix_train.planning import Plan
-from qwix_train.trace.function import param_path
 
 _DRIFTS = ("scale_drift", "scale_drift_total")
 
@@ -210,8 +210,10 @@ class QuantReport(PeriodicAction):
         }
 
         def scalars(pick, size):
+            noise = pick(found.noise)
             return {
-                "sqnr_db": _decibels(pick(found.signal), pick(found.noise)),
+                # A weight of zeros is exact, too.
+                "sqnr_db": decibels(pick(found.signal), noise) if noise else math.inf,
                 "saturated": float(pick(found.outside) / max(size, 1)),
                 "at_end_codes": float(pick(found.at_ends) / max(size, 1)),
                 **{
@@ -251,10 +253,7 @@ class QuantReport(PeriodicAction):
 
         These are None where they are not among the params, but computed.
         """
-        leaves, _ = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=stored.is_quantized
-        )
-        given = {param_path(key_path): leaf for key_path, leaf in leaves}
+        given = stored.by_path(tree)
         params = {}
         for path, planned in self._weights.items():
             param = given.get(path)
@@ -313,13 +312,6 @@ class QuantReport(PeriodicAction):
         return [
             ("layer_" + "_".join(map(str, index)), index) for index in np.ndindex(shape)
         ]
-
-
-def _decibels(signal: Any, noise: Any) -> float:
-    if noise == 0:
-        return float("inf")
-    with np.errstate(divide="ignore"):
-        return float(10 * np.log10(np.float64(signal) / np.float64(noise)))
 
 
 def _named(prefix: str, scalars: Mapping[str, float]) -> dict[str, float]:

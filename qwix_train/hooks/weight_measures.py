@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.core import numerics, tiling
-from qwix_train.core.calibration import calibrate
+from qwix_train.core.calibration import calibrate, range_ends
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     QArray,
@@ -58,7 +57,7 @@ def measure(
     """
     if scale is None:
         quantized = quantize_array(x, how)
-        ends = _ends(calibrate(x, how))
+        ends = range_ends(calibrate(x, how))
     else:
         if zero_point is not None:
             zero_point = numerics.round_to_qtype(zero_point, how.qtype)
@@ -110,12 +109,6 @@ def drift(scale: Any, before: Any, layer_axes: tuple[int, ...]) -> tuple[Any, An
     scale, before = np.asarray(scale, np.float64), np.asarray(before, np.float64)
     axes = tuple(axis for axis in range(scale.ndim) if axis not in layer_axes)
     return ((scale - before) ** 2).sum(axes), (before**2).sum(axes)
-
-
-def _ends(calibration: Mapping[str, Any]) -> tuple[Any, Any]:
-    if "absmax" in calibration:
-        return -calibration["absmax"], calibration["absmax"]
-    return calibration["min"], calibration["max"]
 
 
 def _ends_of_scale(quantized: QArray) -> tuple[Any, Any]:

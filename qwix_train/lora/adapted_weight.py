@@ -21,7 +21,7 @@ from qwix_train.core import numerics, structural
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.lora.layout import contract
-from qwix_train.trace.carried import Carried
+from qwix_train.trace.carried import Carried, value_of
 
 # The results of an equation, from arrays for its operands.
 Run = Callable[..., list[Any]]
@@ -208,11 +208,6 @@ def product(
     base = base_product(*bases)
     result = base + term.apply(dropped_out(values[1 - side])).astype(base.dtype)
     return result if term.gain is None else result * term.gain.astype(base.dtype)
-
-
-def value_of(value: Any) -> Any:
-    """The array that a value stands for."""
-    return value.value if isinstance(value, Carried) else value
 
 
 def base_results(

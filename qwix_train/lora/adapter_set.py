@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, checked, is_whole, layouts_of, tree_of
+from qwix_train.lora.parts import Layouts, checked, layouts_of, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import Path
 from qwix_train.trace.function import param_path
@@ -184,7 +184,7 @@ def _alike(adapters: Any, like: Any) -> Any:
                 value = jnp.asarray(jax.device_get(value))
         return stored.box(value, leaf)
 
-    return jax.tree_util.tree_map_with_path(one, like, is_leaf=is_whole)
+    return jax.tree_util.tree_map_with_path(one, like, is_leaf=stored.is_whole)
 
 
 def _fitted(

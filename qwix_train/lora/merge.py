@@ -19,7 +19,6 @@ from qwix_train.lora.parts import (
     Layouts,
     arrays_of,
     checked,
-    is_whole,
     layouts_of,
     provider_of,
     split,
@@ -269,7 +268,7 @@ def _mapped(
             return _like(stored.dequantized(value), leaf)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(new, tree, is_leaf=is_whole)
+    return jax.tree_util.tree_map_with_path(new, tree, is_leaf=stored.is_whole)
 
 
 def _like(value: Any, leaf: Any) -> Any:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
-from qwix_train import plan_table, stored
+from qwix_train import plan_table
 from qwix_train.leaves import adapter_part
 from qwix_train.lora.layout import AdapterLayout, find_layouts
 from qwix_train.lora.provider import LoraProvider
@@ -206,11 +206,6 @@ def checked(adapters: Any, layouts: Layouts) -> dict[Path, Any]:
             f"The adapters do not fit the layouts. {' '.join(problems)}{hint}"
         )
     return {path: parts[path] for path in wanted}
-
-
-def is_whole(leaf: Any) -> bool:
-    """Whether a node of a tree of params is one param, boxed or quantized."""
-    return stored.is_quantized(leaf) or stored.is_box(leaf)
 
 
 def arrays_of(layout: AdapterLayout, parts: Mapping[Path, Any]) -> list[Any]:

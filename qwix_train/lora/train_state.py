@@ -338,11 +338,8 @@ def init(
 
 
 def by_path(tree: Any) -> dict[Path, Any]:
-    """The leaves of a tree of params, by path, unboxed."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        stored.unbox(tree), is_leaf=stored.is_quantized
-    )
-    return {param_path(path): leaf for path, leaf in leaves}
+    """The params of a tree, by path, unboxed."""
+    return stored.by_path(stored.unbox(tree))
 
 
 def _begun(
@@ -393,7 +390,9 @@ def _begun(
     provider.check(plan)
     provider.check_rules_matched(plan)
     _check_ranges(plan, traced)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=stored.is_whole
+    )
     boxes = {param_path(path): leaf for path, leaf in leaves if stored.is_box(leaf)}
     starter = Starter(plan, rng, boxes)
     last = {id(leaf): index for index, (_, leaf) in enumerate(leaves)}
@@ -419,10 +418,6 @@ def _check_ranges(plan: Plan, traced: TracedCall) -> None:
                 "wrap_train_step and with_quant_stats instead."
             )
             raise static_range.missing(static.path, static.op, remedy)
-
-
-def _is_whole(leaf: Any) -> bool:
-    return stored.is_quantized(leaf) or stored.is_box(leaf)
 
 
 def _delete(value: Any, base: Any) -> None:

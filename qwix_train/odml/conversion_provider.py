@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax import core
 
 from qwix_train.odml.conversion import run_annotated
@@ -57,8 +56,7 @@ class OdmlConversionProvider(OdmlQatProvider):
           ValueError: if LiteRT has no such type or range.
         """
         super().__init__(rules, quant_stats=dict(quant_stats or {}), **kwargs)
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-        self._params = {function.param_path(path): leaf for path, leaf in flat}
+        self._params = function.by_path(params)
 
     def transform(self, traced: function.TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
         """The result of a traced call, with its tensors annotated.

@@ -14,13 +14,11 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import Tagging
-from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.observers.statistics import (
     Statistics,
-    in_layout_of_qwix,
     make_statistics,
 )
 from qwix_train.odml import integer_grid
@@ -37,10 +35,9 @@ from qwix_train.odml.planner import make_odml_plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.qat.running_ranges import (
-    RangeUpdates,
     RunningRanges,
-    harvest_call,
-    nested,
+    as_quant_stats,
+    run_with_quant_stats,
 )
 from qwix_train.rules import QuantizationRule, is_int16
 from qwix_train.trace.function import TracedCall
@@ -197,9 +194,9 @@ class OdmlQatProvider(QuantizationProvider):
         states = {}
         for tensor in plan.measured:
             statistics = statistics_of(tensor, self.rules)
-            state = statistics.init(tensor.value.shape, tensor.value.dtype)
-            states[tensor.path] = in_layout_of_qwix(state)
-        return nested(states)
+            value = tensor.value
+            states[tensor.path] = statistics.init(value.shape, value.dtype)
+        return as_quant_stats(states)
 
     def run_with_quant_stats(
         self,
@@ -209,17 +206,7 @@ class OdmlQatProvider(QuantizationProvider):
         update: bool,
     ) -> tuple[Any, Any]:
         """The result of a traced call, and the statistics after it."""
-        states = {
-            path: {"skipped": jnp.zeros_like(state["count"]), **state}
-            for path, state in states_in(quant_stats).items()
-        }
-        ranges = RunningRanges(states, RangeUpdates(update))
-        provider = self.running(ranges)
-        if not update:
-            return provider.transform(traced, plan), quant_stats  # type: ignore[arg-type]
-        out, states = harvest_call(provider, ranges, traced, plan)  # type: ignore[arg-type]
-        states = {path: in_layout_of_qwix(state) for path, state in states.items()}
-        return out, nested(states)
+        return run_with_quant_stats(self, traced, plan, quant_stats, update)  # type: ignore[arg-type]
 
     def tagging(self) -> Tagging:
         """See `QuantizationProvider.tagging`."""

@@ -56,9 +56,7 @@ def extremes(
         return None
     how = dataclasses.replace(how, calibration_method=method)
     found = calibration.calibrate(array, how)
-    if method == "absmax":
-        return -found["absmax"], found["absmax"]
-    return found["min"], found["max"]
+    return calibration.range_ends(found)
 
 
 def levels(array: jax.Array, grid: Grid) -> jax.Array:

@@ -129,8 +129,10 @@ def quantize_tree(
     """
     in_module = isinstance(abstract_quantized_params, nnx.Module)
     frozen, params = isinstance(params, FrozenDict), unfreeze(params)
-    target = _flat(_target(abstract_quantized_params))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    target = stored.by_path(_target(abstract_quantized_params))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=stored.is_whole
+    )
     flat = [(param_path(key_path), param) for key_path, param in leaves]
     for names, param in flat:
         if not _is_static(param, target.get(names)):
@@ -298,7 +300,7 @@ def _check_quantized(planned: Plan, tree: Any) -> None:
       planned: the plan of the model.
       tree: its quantized params.
     """
-    flat = _flat(tree)
+    flat = stored.by_path(tree)
     in_collection = hasattr(tree, "keys") and "params" in tree.keys()
     prefix = ("params",) if in_collection else ()
     left = {
@@ -402,11 +404,6 @@ def _target(quantized: Any) -> Any:
     return trees.to_tree(quantized, nnx.Variable)
 
 
-def _flat(tree: Any) -> dict[Path, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stored.is_quantized)
-    return {param_path(path): leaf for path, leaf in leaves}
-
-
 def _shape(leaf: Any) -> Any:
     return stored.shape_of(leaf) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
@@ -417,10 +414,6 @@ def _updated(tree: Any, other: Any) -> Any:
         return other
     below = {key: _updated(tree.get(key), value) for key, value in other.items()}
     return {**tree, **below}
-
-
-def _is_whole(leaf: Any) -> bool:
-    return stored.is_quantized(leaf) or stored.is_box(leaf)
 
 
 def _is_static(param: Any, target: Any) -> bool:
@@ -484,7 +477,7 @@ def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
 def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any]:
     """The scales and zero points that collected ranges give."""
     groups: dict[Path, dict[str, Any]] = {}
-    for path, value in _flat(stored.unbox(quant_stats or {})).items():
+    for path, value in stored.by_path(stored.unbox(quant_stats or {})).items():
         groups.setdefault(path[:-1], {})[path[-1]] = value
     ranges: dict[Path, Any] = {}
     for path, statistics in groups.items():

@@ -13,7 +13,7 @@ from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.planning import OpPlan, ParamPlan, Plan
 from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.trace.analyze import Key, Op
-from qwix_train.trace.carried import Carried, Deferred
+from qwix_train.trace.carried import Carried, Deferred, value_of
 from qwix_train.trace.function import Param, TracedCall
 
 # What becomes of an activation: of an op, its plan, the side of the operand, the array,
@@ -52,7 +52,7 @@ def run_fake_quantized(
 
         def quantized(side, x):
             how = op_plan.activations[side]
-            x = x.value if isinstance(x, Carried) else x
+            x = value_of(x)
             if how is None:
                 return x
             if op_plan.learned:

@@ -8,14 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import core
 from jax import numpy as jnp
 
 from qwix_train import learned_scale, static_range, stored
 from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
-from qwix_train.core.calibration import calibrate, compute_scale_zero_point
+from qwix_train.core.calibration import (
+    calibrate,
+    compute_scale_zero_point,
+    range_ends,
+)
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.operands import is_concrete
 from qwix_train.learned_scale import Leaves
 from qwix_train.leaves import Leaf, Path, scale_path
 from qwix_train.observers.averaging import Calibration
@@ -156,11 +160,7 @@ def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
     """The leaves of an activation that begin with a range."""
     path, how, method = static.path, static.how, static.op.learned
     _check_range(path, calibration)
-    if "absmax" in calibration:
-        high = calibration["absmax"]
-        low = -high
-    else:
-        low, high = calibration["min"], calibration["max"]
+    low, high = range_ends(calibration)
     if method == "lsq":
         largest = {"absmax": jnp.maximum(-low, high)}
         return Leaves(scale=compute_scale_zero_point(largest, how.qtype)[0])
@@ -168,7 +168,7 @@ def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
     if method == "lsq+":
         whole = {"min": low, "max": high}
         return Leaves(compute_scale_zero_point(whole, how.qtype)[0], offset=low)
-    if "min" in calibration and _is_known(low) and np.any(np.asarray(low) < 0):
+    if "min" in calibration and is_concrete(low) and np.any(np.asarray(low) < 0):
         raise ValueError(
             f"{'/'.join(path)}: act_calibration_method='pact' clips an activation to "
             f"[0, alpha], and this one has elements as low as {np.min(low):.4g}: it is "
@@ -181,13 +181,9 @@ def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
 
 def _check_range(path: Path, calibration: Calibration) -> None:
     for value in calibration.values():
-        if _is_known(value) and not np.isfinite(np.asarray(value)).all():
+        if is_concrete(value) and not np.isfinite(np.asarray(value)).all():
             raise ValueError(
                 f"{'/'.join(path)}: its learned scale begins with the range of a "
                 "batch, and it has none: its op was not reached, or the batch was "
                 "empty or not finite."
             )
-
-
-def _is_known(value: Any) -> bool:
-    return not isinstance(value, core.Tracer | jax.ShapeDtypeStruct)

@@ -14,7 +14,6 @@ from qwix_train.core import numerics
 from qwix_train.leaves import Path
 from qwix_train.nested import inserted
 from qwix_train.rules import QuantizationRule, check_rules, rule_of_range
-from qwix_train.trace.function import param_path
 
 
 def learned_quant_stats(
@@ -57,8 +56,7 @@ def learned_quant_stats(
         params = nnx.to_pure_dict(nnx.state(params, nnx.Param))
     if hasattr(params, "keys") and "params" in params.keys():
         params = params["params"]
-    flat, _ = jax.tree_util.tree_flatten_with_path(stored.unbox(params))
-    named = {param_path(key_path): leaf for key_path, leaf in flat}
+    named = stored.by_path(stored.unbox(params))
     found = dict(quant_stats or {})
     trained = list(filter(None, map(learned_scale.trained_leaf, named)))
     if not trained:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
 from qwix_train.planning import Path
 from qwix_train.provider import QuantizationProvider
@@ -239,7 +240,7 @@ class _Measurement:
                     qtype=qtype,
                     bits=numerics.qtype_bits(qtype),
                     bytes=group.quantized_bytes[at],
-                    sqnr_db=_decibels(signal, self._errors[f"output {index} {1 + at}"]),
+                    sqnr_db=decibels(signal, self._errors[f"output {index} {1 + at}"]),
                     weight_error=sum(errors.values()),
                     loss_increase=increase,
                     omega=omega,
@@ -362,13 +363,6 @@ def _merged(graphdef: Any, structure: Any, arrays: Any) -> Any:
 
 def _is_object(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Pytree)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """The ratio in dB; infinite without an error, NaN without a signal."""
-    if not signal:
-        return math.nan
-    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def _finite(loss: Any, where: str) -> float:

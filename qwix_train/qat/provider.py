@@ -7,25 +7,20 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
-from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import RangeTagging
-from qwix_train.calib.ranges import states_in
-from qwix_train.observers.statistics import in_layout_of_qwix
 from qwix_train.planning import Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.qat.running_ranges import (
-    RangeUpdates,
     RunningRanges,
     RunningRangesProvider,
-    States,
-    harvest_call,
+    as_quant_stats,
     initial_states,
-    nested,
+    run_with_quant_stats,
 )
 from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
@@ -117,22 +112,13 @@ class QtProvider(QuantizationProvider):
 
     def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
         """The statistics that a Linen model holds at first."""
-        return nested(_in_layout_of_qwix(initial_states(plan, self.rules)))
+        return as_quant_stats(initial_states(plan, self.rules))
 
     def run_with_quant_stats(
         self, traced: TracedCall, plan: Plan, quant_stats: Any, update: bool
     ) -> tuple[Any, Any]:
         """The result of a traced call, and the statistics after it."""
-        states = {
-            path: {"skipped": jnp.zeros_like(state["count"]), **state}
-            for path, state in states_in(quant_stats).items()
-        }
-        ranges = RunningRanges(states, RangeUpdates(update))
-        provider = self.running(ranges)
-        if not update:
-            return provider.transform(traced, plan), quant_stats
-        out, states = harvest_call(provider, ranges, traced, plan)
-        return out, nested(_in_layout_of_qwix(states))
+        return run_with_quant_stats(self, traced, plan, quant_stats, update)
 
     def tagging(self) -> RangeTagging:
         """See `QuantizationProvider.tagging`."""
@@ -166,8 +152,3 @@ class QtProvider(QuantizationProvider):
         return RunningRangesProvider(
             self.rules, ranges, allow_unmatched=self.allow_unmatched
         )
-
-
-def _in_layout_of_qwix(states: States) -> dict[Path, Any]:
-    """Statistics in the layout of `qwix`, which counts no batches that it skips."""
-    return {path: in_layout_of_qwix(state) for path, state in states.items()}

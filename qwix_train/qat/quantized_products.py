@@ -29,7 +29,7 @@ from qwix_train.rules import QuantizationRule
 from qwix_train.stored_weight import StoredWeight, product
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
-from qwix_train.trace.carried import Carried, Deferred
+from qwix_train.trace.carried import Carried, Deferred, value_of
 from qwix_train.trace.function import TracedCall
 
 STREAM = "stochastic_rounding"
@@ -120,10 +120,10 @@ class QuantizedProducts:
         values, codes = [], []
         for side, (x, how) in enumerate(zip(operands, plan.activations, strict=True)):
             if how is None:
-                values.append(x.value if isinstance(x, Carried) else x)
+                values.append(value_of(x))
                 codes.append(x.codes if isinstance(x, _Weight) else None)
                 continue
-            x = x.value if isinstance(x, Carried) else x
+            x = value_of(x)
             found = self._range_of(op, plan, side, x, given[side])
             values.append(static_range.fake_quantize_activation(x, how, found))
             codes.append(_codes(*lax.stop_gradient((x, found)), how))
@@ -309,7 +309,7 @@ class _Weight(Carried):
         if results is None:
             return None
         views = [x for x in results if isinstance(x, StoredWeight)]
-        values = run(*(x.value if isinstance(x, Carried) else x for x in operands))
+        values = run(*map(value_of, operands))
         return [self._view(*pair) for pair in zip(values, views, strict=True)]
 
     def constrained(self, sharding: Any) -> _Weight:

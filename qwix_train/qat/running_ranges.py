@@ -22,8 +22,9 @@ from jax import numpy as jnp
 
 from qwix_train import static_range
 from qwix_train.calib.observe import statistics_of
+from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import compute_scale_zero_point
-from qwix_train.observers.statistics import RangeObserver, Statistics
+from qwix_train.observers.statistics import RangeObserver, Statistics, in_layout_of_qwix
 from qwix_train.planning import OpPlan, Path, Plan
 from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.fake_quantized import run_fake_quantized
@@ -204,7 +205,40 @@ class RunningRangesProvider(QuantizationProvider):
         return static_range.Range(*compute_scale_zero_point(calibration, qtype))
 
 
-def harvest_call(
+def run_with_quant_stats(
+    provider: QuantizationProvider,
+    traced: TracedCall,
+    plan: Plan,
+    quant_stats: Any,
+    update: bool,
+) -> tuple[Any, Any]:
+    """The result of a traced call, and the statistics after it.
+
+    Args:
+      provider: the provider, which says how to run with ranges that it may update.
+      traced: the call.
+      plan: what the provider does to it.
+      quant_stats: the statistics, as a Linen model holds them.
+      update: whether they change.
+    """
+    states = {
+        path: {"skipped": jnp.zeros_like(state["count"]), **state}
+        for path, state in states_in(quant_stats).items()
+    }
+    ranges = RunningRanges(states, RangeUpdates(update))
+    running = provider.running(ranges)
+    if not update:
+        return running.transform(traced, plan), quant_stats
+    out, states = _harvest_call(running, ranges, traced, plan)
+    return out, as_quant_stats(states)
+
+
+def as_quant_stats(states: Mapping[Path, Any]) -> dict[str, Any]:
+    """Statistics as a Linen model holds them, in the layout of `qwix`."""
+    return nested({path: in_layout_of_qwix(state) for path, state in states.items()})
+
+
+def _harvest_call(
     provider: QuantizationProvider,
     ranges: RunningRanges,
     traced: TracedCall,

@@ -24,7 +24,7 @@ from qwix_train.provider import QuantizationProvider
 from qwix_train.qat.op_groups import OpGroup, OpName, TypedPlans, op_name
 from qwix_train.trace import harvest, session
 from qwix_train.trace.analyze import Key
-from qwix_train.trace.carried import Carried, Deferred
+from qwix_train.trace.carried import Carried, Deferred, value_of
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.provenance import Weight
 
@@ -152,7 +152,7 @@ class OutputErrorProvider(QuantizationProvider):
             for side, operand in enumerate(operands):
                 how = planned.activations[side]
                 if how is not None:
-                    x = _value(operand)
+                    x = value_of(operand)
                     quantized = static_range.fake_quantize_activation(
                         x, how, given[side]
                     )
@@ -160,7 +160,7 @@ class OutputErrorProvider(QuantizationProvider):
                 elif _is_weight(op, side) and isinstance(operand, _Versions):
                     columns.append(operand.versions)
                 else:
-                    columns.append((_value(operand),) * (1 + len(plans)))
+                    columns.append((value_of(operand),) * (1 + len(plans)))
             exact, *others = (run(*row) for row in zip(*columns, strict=True))
             return _tagged(exact, others, f"output {self._of_op[op_name(planned)]}")
 
@@ -277,7 +277,7 @@ class _Versions(Carried):
             x.versions if isinstance(x, _Versions) else (x,) * len(self.versions)
             for x in operands
         ]
-        results = [run(*map(_value, row)) for row in zip(*columns, strict=True)]
+        results = [run(*map(value_of, row)) for row in zip(*columns, strict=True)]
         return [
             _Versions(versions, _as_they_are) for versions in zip(*results, strict=True)
         ]
@@ -361,7 +361,3 @@ def _tagged(exact: Any, others: Sequence[Any], name: str) -> Any:
 
 def _energy(x: Any) -> jax.Array:
     return jnp.sum(jnp.square(x))
-
-
-def _value(x: Any) -> Any:
-    return x.value if isinstance(x, Carried) else x

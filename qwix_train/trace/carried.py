@@ -89,6 +89,11 @@ class Carried(abc.ABC):
         return with_sharding(self.value, sharding)
 
 
+def value_of(value: Any) -> Any:
+    """The array that a value of an evaluation stands for, which may be that array."""
+    return value.value if isinstance(value, Carried) else value
+
+
 def unpacked(
     values: Sequence[Any],
 ) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:

@@ -308,6 +308,14 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
+def by_path(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree of params, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {param_path(key_path): leaf for key_path, leaf in leaves}
+
+
 def param_path(key_path: Sequence[Any]) -> tuple[str, ...]:
     """The path of a param: the dictionary keys, attributes and indices to it."""
     key_path = list(key_path)

@@ -256,14 +256,8 @@ def _check_reads_params(module: nn.Module, traced: function.TracedCall) -> None:
 
 def _stored_params(module: nn.Module) -> dict[tuple[str, ...], Any]:
     """The params of a bound module that are no arrays but stand for some, by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        module.variables.get("params", {}), is_leaf=function.is_stored
-    )
-    return {
-        function.param_path(path): leaf
-        for path, leaf in leaves
-        if function.is_stored(leaf)
-    }
+    leaves = function.by_path(module.variables.get("params", {}), function.is_stored)
+    return {path: leaf for path, leaf in leaves.items() if function.is_stored(leaf)}
 
 
 def _put_param(module: nn.Module, path: tuple[str, ...], value: Any) -> None:
