@@ -7,6 +7,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from example_trainers import loop
+
 Batch = dict[str, np.ndarray]
 
 VOCABULARY = 256
@@ -67,17 +69,9 @@ def train_iterator(
     text: np.ndarray, *, length: int, batch_size: int, seed: int
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over batches, whose position can be saved."""
-    dataset = (
-        grain.MapDataset.source(_Sequences(text, 2 * length))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(_Shift())
-        .batch(batch_size, drop_remainder=True)
+    return loop.train_iterator(
+        _Sequences(text, 2 * length), _Shift(), batch_size=batch_size, seed=seed
     )
-    # One thread keeps a few batches ready: more would take cores from the training.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options))
 
 
 def eval_batches(

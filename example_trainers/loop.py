@@ -1,4 +1,4 @@
-"""The loop of the language models: phases that resume where they were killed."""
+"""The loop of all examples: phases that resume where they were killed."""
 
 import dataclasses
 import pathlib
@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import optax
 import orbax.checkpoint as ocp
 
 from example_trainers.digits_qat import metrics
@@ -34,6 +35,31 @@ class Phase:
     from_tree: Callable[[Any, Any], Any]
 
 
+def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam with a short warmup and a cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps=steps // 10, decay_steps=steps
+    )
+    return optax.adam(schedule, b2=0.98)
+
+
+def train_iterator(
+    source: Any, transform: grain.transforms.RandomMap, *, batch_size: int, seed: int
+) -> grain.DatasetIterator[Any]:
+    """An endless iterator over shuffled batches, whose position can be saved."""
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(transform)
+        .batch(batch_size, drop_remainder=True)
+    )
+    # One thread keeps a few batches ready: more would take cores from the training.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(dataset.to_iter_dataset(options))
+
+
 def evaluate(
     eval_step: Callable[..., Any], state: Any, batches: Any
 ) -> dict[str, float]:
@@ -47,6 +73,7 @@ def run_phase(
     *,
     batches: grain.DatasetIterator[Any],
     validation: Callable[[], Any],
+    split: str = "validation",
     eval_every: int,
     checkpoint_dir: pathlib.Path,
     hooks: Sequence[Callable[..., Any]] = (),
@@ -61,12 +88,14 @@ def run_phase(
         state: Its train state at the start.
         batches: What to train on.
         validation: Returns the batches to evaluate on.
+        split: What those batches are called in the history.
         eval_every: The steps between two evaluations, each with a checkpoint.
         checkpoint_dir: Where checkpoints are.
         hooks: Called after every step as `hook(step, state=state)`.
 
     Returns:
-        The state, and the history: one record for each evaluation.
+        The state, and the history: one record for each evaluation, with the step and
+        metrics such as `train_loss` and `validation_accuracy`.
     """
     history: list[dict[str, float]] = []
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -100,14 +129,12 @@ def run_phase(
                 continue
             trained = metrics.merge(collected)
             validated = evaluate(phase.eval_step, state, validation())
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": trained["loss"],
-                    "validation_loss": validated["loss"],
-                    "validation_accuracy": validated["accuracy"],
-                }
-            )
+            measured = {
+                f"{name}_{metric}": value
+                for name, found in (("train", trained), (split, validated))
+                for metric, value in found.items()
+            }
+            history.append({"step": step, **measured})
             checkpoints.save(
                 step,
                 args=ocp.args.Composite(
@@ -117,10 +144,9 @@ def run_phase(
                 ),
             )
             rate = (step - first) / (time.perf_counter() - started)
+            shown = [f"{key.replace('_', ' ')} {x:.3f}" for key, x in measured.items()]
             print(
-                f"{phase.name} | step {step:4d}/{phase.steps} "
-                f"| train loss {trained['loss']:.3f} "
-                f"| validation loss {validated['loss']:.3f} "
+                f"{phase.name} | step {step:4d}/{phase.steps} | {' | '.join(shown)} "
                 f"| {rate:4.1f} steps/s",
                 flush=True,
             )

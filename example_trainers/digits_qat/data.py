@@ -6,6 +6,8 @@ import grain
 import numpy as np
 from sklearn import datasets, model_selection
 
+from example_trainers import loop
+
 Batch = dict[str, np.ndarray]
 
 TEST_SIZE = 450
@@ -60,14 +62,6 @@ def train_iterator(
     split: Batch, *, batch_size: int, seed: int
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over batches, whose position can be saved."""
-    dataset = (
-        grain.MapDataset.source(_Records(split))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(_Shift())
-        .batch(batch_size, drop_remainder=True)
+    return loop.train_iterator(
+        _Records(split), _Shift(), batch_size=batch_size, seed=seed
     )
-    # One thread keeps a few batches ready: more would take cores from the training.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options))

@@ -1,25 +1,21 @@
-"""The training loop: phases that resume wherever they were killed."""
+"""Training in float and with QAT, in phases that resume where they were killed."""
 
 import dataclasses
 import json
 import os
 import pathlib
-import time
 from types import ModuleType
 from typing import Any
 
-import grain
-import jax
 import ml_collections
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 import qwix_train
+from example_trainers import loop
 from example_trainers.digits_qat import (
     data,
     export,
-    metrics,
     model_linen,
     model_nnx,
     report,
@@ -30,14 +26,10 @@ FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class Phase(loop.Phase):
     """A training run with one optimizer and one set of rules."""
 
-    name: str
-    steps: int
     tx: optax.GradientTransformation
-    train_step: Any
-    eval_step: Any
 
 
 def make_phase(
@@ -50,7 +42,9 @@ def make_phase(
 ) -> Phase:
     tx = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     train_step, eval_step = framework.compile_steps(rules)
-    return Phase(name, steps, tx, train_step, eval_step)
+    return Phase(
+        name, steps, train_step, eval_step, framework.to_tree, framework.from_tree, tx
+    )
 
 
 def make_rules(
@@ -66,87 +60,32 @@ def make_rules(
 
 
 def evaluate(phase: Phase, state: Any, test: data.Batch) -> dict[str, float]:
-    return metrics.merge([phase.eval_step(state, test)])
+    return loop.evaluate(phase.eval_step, state, [test])
 
 
 def run_phase(
     phase: Phase,
     state: Any,
     *,
-    framework: ModuleType,
     config: ml_collections.ConfigDict,
     train: data.Batch,
     test: data.Batch,
+    seed: int,
     data_seed: int,
-    label: str,
-    checkpoint_dir: pathlib.Path,
+    workdir: pathlib.Path,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Trains to the end of the phase, from its latest checkpoint if there is one.
-
-    A checkpoint holds the train state, the position of the input pipeline and the
-    history, so that a resumed phase cannot be told from an unbroken one.
-
-    Returns:
-        The state, and the history: one record for each evaluation.
-    """
-    batches = data.train_iterator(train, batch_size=config.batch_size, seed=data_seed)
-    history: list[dict[str, float]] = []
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(checkpoint_dir, options=options) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start:
-            tree = framework.to_tree(state)
-            restored = checkpoints.restore(
-                start,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-                    ),
-                    batches=grain.checkpoint.CheckpointRestore(batches),
-                    history=ocp.args.JsonRestore(),
-                ),
-            )
-            state = framework.from_tree(state, restored.state)
-            history = restored.history["evaluations"]
-            done = "done before" if start >= phase.steps else "resuming"
-            print(f"{label} | step {start:4d}/{phase.steps} | {done}", flush=True)
-
-        collected = []
-        started, first = time.perf_counter(), start
-        for step in range(start + 1, phase.steps + 1):
-            state, step_metrics = phase.train_step(state, next(batches))
-            collected.append(step_metrics)
-            if step % config.eval_every and step != phase.steps:
-                continue
-            trained, tested = metrics.merge(collected), evaluate(phase, state, test)
-            history.append(
-                {
-                    "step": step,
-                    "train_loss": trained["loss"],
-                    "train_accuracy": trained["accuracy"],
-                    "test_accuracy": tested["accuracy"],
-                }
-            )
-            checkpoints.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(framework.to_tree(state)),
-                    batches=grain.checkpoint.CheckpointSave(batches),
-                    history=ocp.args.JsonSave({"evaluations": list(history)}),
-                ),
-            )
-            rate = (step - first) / (time.perf_counter() - started)
-            print(
-                f"{label} | step {step:4d}/{phase.steps} "
-                f"| loss {trained['loss']:.3f} "
-                f"| train {trained['accuracy']:6.1%} "
-                f"| test {tested['accuracy']:6.1%} "
-                f"| {rate:4.0f} steps/s",
-                flush=True,
-            )
-            collected.clear()
-            started, first = time.perf_counter(), step
-    return state, history
+    """Trains one seed on the digits, see `loop.run_phase`."""
+    return loop.run_phase(
+        dataclasses.replace(phase, name=f"seed {seed} | {phase.name}"),
+        state,
+        batches=data.train_iterator(
+            train, batch_size=config.batch_size, seed=data_seed
+        ),
+        validation=lambda: [test],
+        split="test",
+        eval_every=config.eval_every,
+        checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
+    )
 
 
 class SettingsError(ValueError):
@@ -244,13 +183,12 @@ def train_and_evaluate(
         state, history = run_phase(
             phase,
             state,
-            framework=framework,
             config=config,
             train=train,
             test=test,
+            seed=seed,
             data_seed=data_seed,
-            label=f"seed {seed} | {phase.name}",
-            checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
+            workdir=workdir,
         )
         method = "qat" if phase in qat_phases else "float"
         accuracy = evaluate(phase, state, test)["accuracy"]

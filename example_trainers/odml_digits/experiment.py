@@ -1,5 +1,6 @@
 """The comparison: what is trained, converted and measured, in order."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -48,12 +49,10 @@ def make_qat_phase(
         model_linen.train_step, provider, quant_stats_warmup=config.warmup_batches
     )
     eval_step = qwix_train.wrap_eval_step(model_linen.eval_step, provider)
-    return digits_train.Phase(
-        phase.name,
-        phase.steps,
-        phase.tx,
-        jax.jit(train_step, donate_argnums=0),
-        jax.jit(eval_step),
+    return dataclasses.replace(
+        phase,
+        train_step=jax.jit(train_step, donate_argnums=0),
+        eval_step=jax.jit(eval_step),
     )
 
 
@@ -145,13 +144,12 @@ def train_and_evaluate(
         return digits_train.run_phase(
             phase,
             state,
-            framework=model_linen,
             config=config,
             train=train,
             test=test,
+            seed=seed,
             data_seed=data_seed,
-            label=f"seed {seed} | {phase.name}",
-            checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
+            workdir=workdir,
         )
 
     def measure(seed, weights, method, state, provider, quant_stats, history):

@@ -20,16 +20,9 @@ import optax
 import qwix_train
 from example_trainers import loop
 from example_trainers.digits_qat.train import SettingsError, claim_workdir
+from example_trainers.loop import make_optimizer
 from example_trainers.qat_recipes import methods, report
 from example_trainers.qat_recipes.tasks import Task, make_task
-
-
-def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with a warm-up and a cosine: in float, and inside of all recipes."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps=steps // 10, decay_steps=steps
-    )
-    return optax.adam(schedule, b2=0.98)
 
 
 class Exporter:

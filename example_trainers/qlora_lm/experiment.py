@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import optax
 
 from example_trainers import byte_text, loop
 from example_trainers.digits_qat import metrics
 from example_trainers.digits_qat.train import claim_workdir
+from example_trainers.loop import make_optimizer
 from example_trainers.qlora_lm import (
     data,
     generate,
@@ -37,14 +37,6 @@ def make_phase(framework: ModuleType, name: str, *, steps: int) -> loop.Phase:
     return loop.Phase(
         name, steps, train_step, eval_step, framework.to_tree, framework.from_tree
     )
-
-
-def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with a short warmup and a cosine decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps=steps // 10, decay_steps=steps
-    )
-    return optax.adam(schedule, b2=0.98)
 
 
 def train_and_evaluate(
