@@ -68,12 +68,11 @@ def of(
 
 def _traced(cls: type, name: str, args: Any, kwargs: Any) -> Any:
     """A call of a method of a model; None if the model cannot be traced here."""
-    model, *inputs = args
-    if not isinstance(model, nn.Module):
+    if not isinstance(args[0], nn.Module):
         with nnx_calls.tracing_call(getattr(cls, name), args, kwargs) as (traced, _):
             return traced
-    if linen_calls.can_rewrite(model):
-        return linen_calls.trace_call(model, name, inputs, kwargs)
+    if linen_calls.can_rewrite(args[0]):
+        return linen_calls.trace_call(args[0], name, args[1:], kwargs)
     return None
 
 

@@ -22,8 +22,9 @@ from qwix_train.core.how import (
     needs_zero_point,
     parse_calibration_method,
 )
+from qwix_train.core.numerics import is_int16
 from qwix_train.leaves import SIDES, OperandName, Path
-from qwix_train.rules import QuantizationRule, check_rules, is_int16
+from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall

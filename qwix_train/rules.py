@@ -13,6 +13,7 @@ import numpy as np
 
 from qwix_train import field_types, ops
 from qwix_train.core import how, numerics
+from qwix_train.core.numerics import is_int16
 from qwix_train.leaves import OperandName, Path
 from qwix_train.observers.averaging import parse_averaging
 from qwix_train.observers.named import parse_observer
@@ -386,11 +387,6 @@ _RANGES_OF_LEARNED = {"lsq": "lsq", "lsq+": "minmax", "pact": "minmax"}
 
 def _method_name(method: Any) -> str:
     return method.partition(",")[0].strip().lower() if isinstance(method, str) else ""
-
-
-def is_int16(qtype: Any) -> bool:
-    """Whether a type is int16, which only activations of LiteRT have."""
-    return isinstance(qtype, str | type | np.dtype) and qtype in ("int16", np.int16)
 
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,9 @@ from qwix_train.core import tiling
 from qwix_train.core.calibration import calibrate, is_inside, range_ends
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.how import HowToQuantize
-from qwix_train.observers import clipping, histogram
+from qwix_train.observers import State, clipping, histogram
 from qwix_train.observers.named import HistogramObserver
 from qwix_train.observers.statistics import Statistics
-
-State: TypeAlias = dict[str, jax.Array]
 
 MANTISSA_BITS = 11
 """With these, the widest bins in a range are 1/16 of a step of int8."""

@@ -149,6 +149,11 @@ def storage_dtype(qtype: QType) -> np.dtype:
     return jnp.dtype(name)
 
 
+def is_int16(qtype: Any) -> bool:
+    """Whether a type is int16, which only activations of LiteRT have."""
+    return isinstance(qtype, str | type | np.dtype) and qtype in ("int16", np.int16)
+
+
 def code_range(qtype: QType) -> tuple[int, int]:
     """Returns the lowest and highest code of an integer type.
 

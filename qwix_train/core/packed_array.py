@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qwix_train.core import numerics, tiling
+from qwix_train.core import numerics, packing, tiling
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     NoArray,
@@ -306,9 +306,7 @@ def _packed(
     """Packs codes, and quantizes the scales; those that matter, in earnest."""
     axis, codes = array.ndim + layout.axis, array.qvalue
     zero_point = array.zero_point
-    # A signed type of 8 bits first: uint8 takes no negative int4.
-    signed = jnp.uint8 if array.qtype == "nf4" else jnp.int8
-    bits = codes.astype(signed).astype(jnp.uint8) & 15
+    bits = packing.bits_of(codes, array.qtype)
     pad = [(0, 0)] * codes.ndim
     pad[axis] = (0, -codes.shape[axis] % layout.tile)
     bits = jnp.pad(bits, pad) if pad[axis][1] else bits

@@ -151,6 +151,17 @@ def group_size(qtype: numerics.QType) -> int:
     return _group(qtype)[0]
 
 
+def bits_of(codes: jax.Array, qtype: numerics.QType) -> jax.Array:
+    """Returns the bits of codes of fewer than 8 bits, each in a byte of its own."""
+    if numerics.qtype_name(qtype) == "int1":
+        codes = codes.astype(jnp.int8) > 0
+    # A signed type of 8 bits first: uint8 takes no negative int4.
+    signed = jnp.uint8 if codes.dtype in (jnp.bool, jnp.uint4) else jnp.int8
+    return codes.astype(signed).astype(jnp.uint8) & (
+        2 ** numerics.qtype_bits(qtype) - 1
+    )
+
+
 def _group(qtype: numerics.QType) -> tuple[int, int]:
     """The codes of a group, and its bytes."""
     bits = numerics.qtype_bits(qtype)
@@ -183,11 +194,7 @@ def _sharded(function: Callable, args: tuple, mesh: Any, spec: PartitionSpec):
 def _pack(codes: jax.Array, name: str, axis: int) -> jax.Array:
     bits = numerics.qtype_bits(name)
     count, width = _group(name)
-    if name == "int1":
-        codes = codes.astype(jnp.int8) > 0
-    # A signed type of 8 bits first: uint8 takes no negative int4.
-    signed = jnp.uint8 if codes.dtype in (jnp.bool, jnp.uint4) else jnp.int8
-    fields = codes.astype(signed).astype(jnp.uint8) & (2**bits - 1)
+    fields = bits_of(codes, name)
     pad = [(0, 0)] * codes.ndim
     pad[axis] = (0, -codes.shape[axis] % count)
     fields = _split(jnp.pad(fields, pad), axis, count)

@@ -2,3 +2,10 @@
 
 They know arrays and types, and neither rules nor models: rules name them.
 """
+
+from typing import TypeAlias
+
+import jax
+
+State: TypeAlias = dict[str, jax.Array]
+"""What an observer or an averaging has collected so far: arrays by name."""

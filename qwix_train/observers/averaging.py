@@ -27,8 +27,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-State: TypeAlias = dict[str, jax.Array]
-"""What was collected so far: arrays by name."""
+from qwix_train.observers import State
 
 Calibration: TypeAlias = Mapping[str, Any]
 """``{'absmax': ...}``, or ``{'min': ..., 'max': ...}`` with ``min <= 0 <= max``."""

@@ -45,10 +45,12 @@ bin count as 0.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from qwix_train.observers import State
 
 _OCTAVES = 16
 _WORD_BITS = 31
@@ -60,8 +62,6 @@ MANTISSA_BITS = 7
 
 BINS = _OCTAVES * 2**MANTISSA_BITS
 """Bins for each sign, unless more are asked for."""
-
-State: TypeAlias = dict[str, jax.Array]
 
 
 class Bins(NamedTuple):

@@ -6,7 +6,7 @@ one has collected.
 """
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from qwix_train.core.how import (
     HowToQuantize,
     parse_calibration_method,
 )
-from qwix_train.observers import clipping, histogram
-
-State: TypeAlias = dict[str, jax.Array]
+from qwix_train.observers import State, clipping, histogram
 
 OBSERVERS = {
     **CALIBRATION_METHODS,

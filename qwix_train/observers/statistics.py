@@ -17,11 +17,9 @@ from qwix_train.core import tiling
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_explicitly_sharded
+from qwix_train.observers import State
 from qwix_train.observers.averaging import Averaging, parse_averaging
 from qwix_train.observers.named import parse_observer
-
-State: TypeAlias = dict[str, jax.Array]
-"""What was collected so far: arrays by name."""
 
 LARGEST = 2.0**63
 """From this magnitude on a value counts as not finite.

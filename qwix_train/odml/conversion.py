@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.core.grid import Grid
 from qwix_train.odml import integer_grid, lowering, ops
 from qwix_train.odml.converter import annotate, uneven
 from qwix_train.odml.evaluate import (
@@ -20,7 +21,6 @@ from qwix_train.odml.evaluate import (
     weight_axes,
 )
 from qwix_train.odml.graph import Node, Value
-from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.ops import MASKED, Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
 from qwix_train.odml.provider import (

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwix_train.core.grid import Grid
 from qwix_train.odml.edit import in_order, read_codes
 from qwix_train.odml.flatbuffer import ops_in
-from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.sixteen_bits import completed
 
 _TYPES = {"int4": "i4", "int8": "i8", "int16": "i16"}

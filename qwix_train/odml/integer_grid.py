@@ -18,42 +18,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
+from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.numerics import code_range, qtype_name
-from qwix_train.rules import is_int16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
-    """The values that the codes of a tensor stand for: `(code - zero_point) * scale`.
-
-    Attributes:
-      scale: the scale, in a shape that broadcasts to the tensor.
-      zero_point: the zero point, in that shape.
-      qtype: the name of the type: `int8`, `int4` for a weight, or `int16` for an
-        activation.
-      narrow: whether the lowest code is not used.
-    """
-
-    scale: Any
-    zero_point: Any
-    qtype: str = "int8"
-    narrow: bool = False
-
-    @property
-    def codes(self) -> tuple[int, int]:
-        """The lowest and the highest code."""
-        low, high = (
-            (-(2**15), 2**15 - 1) if is_int16(self.qtype) else code_range(self.qtype)
-        )
-        return low + self.narrow, high
-
-    @property
-    def ends(self) -> tuple[Any, Any]:
-        """The values of the lowest and the highest code."""
-        low, high = self.codes
-        zero = jnp.asarray(self.zero_point, self.scale.dtype)
-        return (low - zero) * self.scale, (high - zero) * self.scale
+from qwix_train.core.numerics import code_range, is_int16, qtype_name
 
 
 def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.core.grid import Grid
 from qwix_train.odml.converter import annotate, uneven
 from qwix_train.odml.graph import Node
-from qwix_train.odml.integer_grid import Grid
 
 # What follows a product in the same operator, and marks its result as quantized.
 Finish = Callable[[jax.Array], jax.Array]

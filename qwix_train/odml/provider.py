@@ -16,14 +16,15 @@ from qwix_train import static_range
 from qwix_train.calib.observe import Tagging
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
+from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.core.numerics import is_int16
 from qwix_train.observers.statistics import (
     Statistics,
     make_statistics,
 )
 from qwix_train.odml import integer_grid
 from qwix_train.odml.evaluate import dynamic_axes, run_plan
-from qwix_train.odml.integer_grid import Grid
 from qwix_train.odml.plan import (
     NodePlan,
     OdmlPlan,
@@ -39,7 +40,7 @@ from qwix_train.qat.running_ranges import (
     as_quant_stats,
     run_with_quant_stats,
 )
-from qwix_train.rules import QuantizationRule, is_int16
+from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall
 
 _WEIGHT_TYPES = ("int8", "int4")

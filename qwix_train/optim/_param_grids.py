@@ -7,12 +7,13 @@ less the zero point.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qwix_train.core import calibration, numerics, scaling, tiling
+from qwix_train.core.grid import Grid
 from qwix_train.core.how import (
     HowToQuantize,
     is_learned,
@@ -22,25 +23,11 @@ from qwix_train.optim import _paths
 from qwix_train.planning import Plan
 
 
-class Grid(NamedTuple):
-    """The grid of one param, in its present range.
-
-    Attributes:
-        qtype: The type of the codes.
-        scale: The distance of two levels; in a layout for the param.
-        zero_point: The code of level 0, in the shape of the scale; None where it is 0.
-    """
-
-    qtype: Any
-    scale: jax.Array
-    zero_point: jax.Array | None
-
-
 def grid(array: jax.Array, how: HowToQuantize) -> Grid:
     """Returns the grid that ``how`` rounds an array to."""
     found = calibration.calibrate(array, how)
     scale, zero_point = calibration.compute_scale_zero_point(found, how.qtype)
-    return Grid(how.qtype, scale, zero_point)
+    return Grid(scale, zero_point, how.qtype)
 
 
 def extremes(
@@ -68,7 +55,7 @@ def levels(array: jax.Array, grid: Grid) -> jax.Array:
 
 def clipped_scaled_values(array: jax.Array, grid: Grid) -> jax.Array:
     """Returns each element in units of the scale, cut to the codes; see `levels`."""
-    low, high = _codes(grid.qtype)
+    low, high = grid.codes
     return jnp.clip(
         scaling.scaled_values(array, grid.scale, grid.zero_point), low, high
     )
@@ -85,23 +72,6 @@ def nearest_levels(x: jax.Array, grid: Grid) -> jax.Array:
 def values(levels: jax.Array, grid: Grid) -> jax.Array:
     """Returns what levels stand for, in the dtype of the scale."""
     return scaling.rescaled_values(levels, grid.scale, None)
-
-
-def ends(grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Returns the lowest and the highest value of the grid, in a layout."""
-    codes = _codes(grid.qtype)
-    zero = 0 if grid.zero_point is None else grid.zero_point.astype(jnp.int32)
-    low, high = (
-        ((code - zero) * grid.scale).astype(grid.scale.dtype) for code in codes
-    )
-    return low, high
-
-
-def _codes(qtype: Any) -> tuple[float, float]:
-    if numerics.is_integer_qtype(qtype):
-        return numerics.code_range(qtype)
-    bound = numerics.symmetric_bound(qtype)
-    return -bound, bound
 
 
 def spread(tiled: jax.Array, array: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from qwix_train.core import numerics
+from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.optim import _arguments, _param_grids, _paths
 from qwix_train.planning import Plan
@@ -232,14 +233,14 @@ def _update(
         scale, zero = _found(is_due, param, how, scale, zero)
         z = before + update.astype(wide)
     has_zero = not isinstance(zero, optax.MaskedNode)
-    grid = _param_grids.Grid(how.qtype, scale, zero if has_zero else None)
+    grid = Grid(scale, zero if has_zero else None, how.qtype)
 
     level = _param_grids.levels(z, grid)
     nearest = _param_grids.values(level, grid).astype(wide)
     share = strength.astype(wide)
     threshold = _param_grids.spread(scale.astype(wide) * (_step(how) / 2 * share), z)
     if has_latent:
-        ends = (_param_grids.spread(end, z) for end in _param_grids.ends(grid))
+        ends = (_param_grids.spread(end, z) for end in grid.ends)
         distance = jnp.clip(z, *ends) - nearest
         beyond = distance - jnp.clip(distance, -threshold, threshold)
         drawn = nearest + beyond / jnp.maximum(1 - share, jnp.finfo(wide).eps)
@@ -263,7 +264,7 @@ def _found(
 
 
 def _on_grid(
-    level: jax.Array, param: jax.Array, how: HowToQuantize, grid: _param_grids.Grid
+    level: jax.Array, param: jax.Array, how: HowToQuantize, grid: Grid
 ) -> jax.Array:
     """Returns the value of a level, or of one on the way that is reached exactly.
 

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from qwix_train import plan_table
 from qwix_train.ptq import stored_arrays
 from qwix_train.ptq.checksum import checksum
-from qwix_train.ptq.manifest import Path, StoredParam, path_name
+from qwix_train.ptq.manifest import StoredParam, TreePath, path_name
 
 ITEM = "arrays"
 """The name of the tree among the items of a checkpoint."""
@@ -23,7 +23,7 @@ ITEM = "arrays"
 _LONGEST = 50_000
 """How long a path may be; TensorStore takes keys of less than 2**16 bytes."""
 
-ArrayKey = tuple[Path, str]
+ArrayKey = tuple[TreePath, str]
 """The path of a param, and the name of one of its arrays."""
 
 
@@ -76,7 +76,7 @@ def encode(
 def read(
     path: epath.Path,
     params: Sequence[StoredParam],
-    targets: Mapping[Path, Mapping[str, Sharding]],
+    targets: Mapping[TreePath, Mapping[str, Sharding]],
 ) -> dict[ArrayKey, jax.Array]:
     """Reads the arrays of params and verifies their checksums.
 

@@ -27,7 +27,7 @@ from qwix_train import plan_table, processes, stored
 from qwix_train.files import writing
 from qwix_train.planning import Plan
 from qwix_train.ptq import array_tree, stored_arrays, trees
-from qwix_train.ptq.manifest import Manifest, Path, StoredParam
+from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath
 from qwix_train.rules import QuantizationRule, check_rules
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def _finish(
         writing.replace_folder(path)
 
 
-def _at(tree: Any, path: Path) -> Any:
+def _at(tree: Any, path: TreePath) -> Any:
     """What a tree of shardings has for a param; it may end above it."""
     for key in path:
         if not isinstance(tree, dict | FrozenDict):
@@ -350,7 +350,7 @@ def _at(tree: Any, path: Path) -> Any:
 
 
 def _check_shardings(
-    path: epath.Path, tree: Any, params: Sequence[StoredParam], at: Path = ()
+    path: epath.Path, tree: Any, params: Sequence[StoredParam], at: TreePath = ()
 ) -> None:
     """Complains of shardings that would be passed over."""
     if isinstance(tree, dict | FrozenDict):
@@ -374,7 +374,7 @@ def _check_shardings(
             )
 
 
-def _joined(path: Path) -> str:
+def _joined(path: TreePath) -> str:
     return "/".join(map(str, path))
 
 

@@ -27,7 +27,8 @@ from qwix_train.rules import QuantizationRule
 FORMAT = "qwix_train quantized params"
 VERSION = 1
 
-Path = tuple[str | int, ...]
+TreePath = tuple[str | int, ...]
+"""The path of a param in a tree of `to_tree`, whose lists have integers for keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StoredParam:
         of a `PackedQArray`.
     """
 
-    path: Path
+    path: TreePath
     arrays: Mapping[str, StoredArray]
     qtype: str | None = None
     how: HowToQuantize | None = None
@@ -194,7 +195,7 @@ def readable(versions: Any) -> Iterator[None]:
         ) from error
 
 
-def path_name(path: Path) -> str:
+def path_name(path: TreePath) -> str:
     """The path of a param as text.
 
     Example:

@@ -20,7 +20,7 @@ from qwix_train.core import numerics, packing
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout, PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.ptq.manifest import Path, StoredArray, StoredParam, path_name
+from qwix_train.ptq.manifest import StoredArray, StoredParam, TreePath, path_name
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
 _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
@@ -41,7 +41,7 @@ class Leaf:
         layout: The ``layout`` of its `PackedQArray`, or None.
     """
 
-    path: Path
+    path: TreePath
     arrays: Mapping[str, Any]
     qtype: str | None = None
     how: HowToQuantize | None = None
@@ -89,7 +89,7 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(content, tree, is_leaf=lambda x: isinstance(x, AxisMetadata))
 
 
-def _leaf(path: Path, value: Any) -> Leaf:
+def _leaf(path: TreePath, value: Any) -> Leaf:
     how, qtype, layout = None, None, None
     if isinstance(value, WithAux):
         value, how = value.array, value.how

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from qwix_train.core.grid import Grid
 from qwix_train.odml import LiteRTModel
 from qwix_train.odml.converter import annotate, to_flatbuffer
-from qwix_train.odml.integer_grid import Grid
 from tests.odml.small import normal
 
 UNIT = Grid(np.float32(0.25), np.int64(-3))

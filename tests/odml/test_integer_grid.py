@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import numpy as jnp
 
+from qwix_train.core.grid import Grid
 from qwix_train.odml import integer_grid
-from qwix_train.odml.integer_grid import Grid
 
 ROUND = {
     "even": np.round,
