@@ -101,13 +101,13 @@ def dampen_oscillations(
         del extra_args
         _arguments.check_params("dampen_oscillations", params)
         factor = coefficient(state.count) if callable(coefficient) else coefficient
-        leaves, structure = jax.tree.flatten(updates)
-        triples = zip(leaves, jax.tree.leaves(params), grids.of(params), strict=True)
-        leaves = [
-            u if how is None else _dampened(u, p, factor, how) for u, p, how in triples
-        ]
+
+        def change(update, param, how, fields):
+            return _dampened(update, param, factor, how), fields
+
+        updates, _ = grids.update(updates, params, (), change)
         count = optax.safe_increment(state.count)
-        return structure.unflatten(leaves), DampenOscillationsState(count)
+        return updates, DampenOscillationsState(count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

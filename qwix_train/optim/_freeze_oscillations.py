@@ -138,37 +138,19 @@ def freeze_oscillations(
     _check(grids, threshold, momentum)
 
     def init_fn(params: Any) -> FreezeOscillationsState:
-        leaves, structure = jax.tree.flatten(params)
-        masked = (optax.MaskedNode(),) * 3
-        pairs = zip(leaves, grids.of(params), strict=True)
-        columns = [masked if how is None else _initial(p, how) for p, how in pairs]
-        return _state(jnp.zeros((), jnp.int32), structure, columns)
+        count = jnp.zeros((), jnp.int32)
+        return FreezeOscillationsState(count, *grids.initial(params, _initial, 3))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _arguments.check_params("freeze_oscillations", params)
         highest = threshold(state.count) if callable(threshold) else threshold
-        leaves, structure = jax.tree.flatten(updates)
-        hows = grids.of(params)
-        columns = zip(*map(structure.flatten_up_to, state[1:]), strict=True)
-        new_leaves, new_columns = [], []
-        for u, p, how, column in zip(
-            leaves, jax.tree.leaves(params), hows, columns, strict=True
-        ):
-            if how is not None:
-                u, column = _update(u, p, how, column, highest, momentum)
-            new_leaves.append(u)
-            new_columns.append(column)
+        change = functools.partial(_update, threshold=highest, momentum=momentum)
+        updates, held = grids.update(updates, params, state[1:], change)
         count = optax.safe_increment(state.count)
-        return structure.unflatten(new_leaves), _state(count, structure, new_columns)
+        return updates, FreezeOscillationsState(count, *held)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state(count: Any, structure: Any, columns: Any) -> FreezeOscillationsState:
-    """Returns the state of what is there for each param: the fields of its column."""
-    fields = zip(*columns, strict=True) if columns else ((),) * 3
-    return FreezeOscillationsState(count, *map(structure.unflatten, fields))
 
 
 def _packed(level: jax.Array, direction: jax.Array, frozen: jax.Array) -> jax.Array:

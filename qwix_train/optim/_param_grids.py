@@ -6,11 +6,12 @@ less the zero point.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from qwix_train.core import calibration, numerics, scaling, tiling
 from qwix_train.core.grid import Grid
@@ -141,6 +142,47 @@ class ParamGrids:
             )
         return hows
 
+    def initial(
+        self, params: Any, of_param: Callable[..., Any], fields: int
+    ) -> list[Any]:
+        """Returns what a state holds at first: for each field a tree like the params.
+
+        Args:
+            params: The params.
+            of_param: ``of_param(param, how)`` gives the fields of a quantized param.
+                Others have none.
+            fields: The number of fields.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        masked = (optax.MaskedNode(),) * fields
+        pairs = zip(leaves, self.of(params), strict=True)
+        columns = [masked if how is None else of_param(p, how) for p, how in pairs]
+        return _trees(structure, columns, fields)
+
+    def update(
+        self, updates: Any, params: Any, held: Sequence[Any], of_param: Callable
+    ) -> tuple[Any, list[Any]]:
+        """Returns the updates and what the state holds, changed where it is quantized.
+
+        Args:
+            updates: The updates.
+            params: The params.
+            held: For each field of the state a tree, as `initial` gives them.
+            of_param: ``of_param(update, param, how, fields)`` gives the new update of
+                a quantized param, and its new fields.
+        """
+        leaves, structure = jax.tree.flatten(updates)
+        trees = [structure.flatten_up_to(tree) for tree in held]
+        new = [
+            (u, column) if how is None else of_param(u, p, how, column)
+            for u, p, how, *column in zip(
+                leaves, jax.tree.leaves(params), self.of(params), *trees, strict=True
+            )
+        ]
+        columns = [column for _, column in new]
+        updates = structure.unflatten([u for u, _ in new])
+        return updates, _trees(structure, columns, len(trees))
+
     def _find(self, name: str) -> tuple[HowToQuantize | None, str]:
         if not self.patterns:
             return self.hows.get(name), name
@@ -172,6 +214,12 @@ class ParamGrids:
             how.scale_shape(shape)
         except ValueError as error:
             raise ValueError(f"{self.transform}: the param {name!r}: {error}") from None
+
+
+def _trees(structure: Any, columns: Sequence[Any], fields: int) -> list[Any]:
+    """Returns a tree for each field, of what each param has of it."""
+    rows = zip(*columns, strict=True) if columns else ((),) * fields
+    return [structure.unflatten(row) for row in rows]
 
 
 def _checked_patterns(transform: str, plan: Any) -> dict[str, HowToQuantize]:

@@ -151,16 +151,10 @@ def proximal(
     _check(grids, schedule, method, calibration_period)
 
     def init_fn(params: Any) -> ProximalState:
-        leaves, structure = jax.tree.flatten(params)
-        hows = grids.of(params)
-        _check_levels(params, hows)
-        masked = (optax.MaskedNode(),) * 3
-        columns = [
-            masked if how is None else _initial(p, how, method)
-            for p, how in zip(leaves, hows, strict=True)
-        ]
-        zero = jnp.zeros((), jnp.float32)
-        return _state(jnp.zeros((), jnp.int32), zero, structure, columns)
+        _check_levels(params, grids.of(params))
+        start = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        held = grids.initial(params, functools.partial(_initial, method=method), 3)
+        return ProximalState(*start, *held)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -173,27 +167,14 @@ def proximal(
             is_due = (strength == 0) | ((strength < 1) & periodic)
         else:
             is_due = (strength > 0) & ~is_started
-        leaves, structure = jax.tree.flatten(updates)
-        columns = zip(*map(structure.flatten_up_to, state[2:]), strict=True)
-        new_leaves, new_columns = [], []
-        for u, p, how, column in zip(
-            leaves, jax.tree.leaves(params), grids.of(params), columns, strict=True
-        ):
-            if how is not None:
-                u, column = _update(u, p, how, column, strength, is_started, is_due)
-            new_leaves.append(u)
-            new_columns.append(column)
+        change = functools.partial(
+            _update, strength=strength, is_started=is_started, is_due=is_due
+        )
+        updates, held = grids.update(updates, params, state[2:], change)
         count = optax.safe_increment(state.count)
-        new_state = _state(count, strength, structure, new_columns)
-        return structure.unflatten(new_leaves), new_state
+        return updates, ProximalState(count, strength, *held)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state(count: Any, strength: Any, structure: Any, columns: Any) -> ProximalState:
-    """Returns the state of what is there for each param: the fields of its column."""
-    fields = zip(*columns, strict=True) if columns else ((),) * 3
-    return ProximalState(count, strength, *map(structure.unflatten, fields))
 
 
 # Compiled as a whole: eager calls would else compile each operation for each shape.
