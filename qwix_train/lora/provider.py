@@ -21,6 +21,7 @@ from qwix_train.lora.layout import (
 from qwix_train.lora.rules import LoraRule
 from qwix_train.lora.start import Starter
 from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.provider import QuantizationProvider
 from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
 from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.rules import QuantizationRule
@@ -195,13 +196,9 @@ class LoraProvider(PtqProvider):
 
     def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
         """See `QuantizationProvider.rewrite`."""
-        plan = self.plan(traced) if plan is None else plan
-        self.check(plan)
-        if not self.matches(plan):
-            if not self.allow_unmatched:
-                raise ValueError(self.no_match_message(plan))
-            return session.UNCHANGED
-        return self.transform(traced, plan)
+        # Not as a `PtqProvider` does: rules without adapters are an error, also of a
+        # model whose params are quantized already.
+        return QuantizationProvider.rewrite(self, traced, plan)
 
     def within(self, rewrite: session.Rewrite) -> session.Rewrite:
         """See `QuantizationProvider.within`: another mode runs the base."""
