@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from qwix_train import plan_table
 from qwix_train.files.figures import save_figure
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.statistics import Observer, RangeObserver
@@ -197,7 +199,8 @@ class Comparison:
                 total = record["batches"] + record["skipped"]
                 note = f"{record['skipped']} of {total} batches, empty or not finite"
                 notes[f"skipped: {note}"].append(record["op"])
-        return lines + [f"{note} ({_some(ops)})" for note, ops in notes.items()]
+        some = functools.partial(plan_table.some, most=1)
+        return lines + [f"{note} ({some(ops)})" for note, ops in notes.items()]
 
 
 def _ratio(record: Record) -> float:
@@ -209,7 +212,3 @@ def _cell(record: Record, best: bool) -> str:
     if "sqnr_db" not in record or math.isnan(record["sqnr_db"]):
         return "- "
     return f"{record['sqnr_db']:.1f}{'*' if best else ' '}"
-
-
-def _some(ops: Sequence[str]) -> str:
-    return ops[0] if len(ops) == 1 else f"{ops[0]} and {len(ops) - 1} more"

@@ -235,11 +235,5 @@ def _checked_patterns(transform: str, plan: Any) -> dict[str, HowToQuantize]:
                 f"{transform}(plan=...): a mapping is from patterns, strings, to "
                 f"HowToQuantize; got {pattern!r}: {how!r}."
             )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{transform}(plan=...): {pattern!r} is not a regular expression: "
-                f"{error}."
-            ) from None
+        _paths.check_pattern(f"{transform}(plan=...)", pattern)
     return dict(plan)

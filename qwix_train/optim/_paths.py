@@ -1,5 +1,6 @@
 """The paths of params in trees of Flax, Linen or NNX."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,3 +43,12 @@ def listed(paths: Iterable[str]) -> str:
 
 def _is_param(node: Any) -> bool:
     return isinstance(node, nnx.Variable | QArray | WithAux)
+
+
+def check_pattern(where: str, pattern: str) -> None:
+    """Raises a ValueError if a pattern is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        message = f"{where}: {pattern!r} is not a regular expression: {error}."
+        raise ValueError(message) from None

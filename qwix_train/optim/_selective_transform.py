@@ -100,11 +100,5 @@ def _checked_patterns(argument: str, patterns: Any) -> tuple[str, ...]:
                 f"selective_transform({argument}=...): a pattern is a string, not "
                 f"{pattern!r}."
             )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"selective_transform({argument}=...): {pattern!r} is not a regular "
-                f"expression: {error}."
-            ) from None
+        _paths.check_pattern(f"selective_transform({argument}=...)", pattern)
     return patterns
