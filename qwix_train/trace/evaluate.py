@@ -23,7 +23,7 @@ from qwix_train.core.operands import with_sharding
 from qwix_train.trace import bodies, carried, jax_versions, passed
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.bodies import Key, Kind, inside_of
-from qwix_train.trace.carried import Carried
+from qwix_train.trace.carried import Carried, value_of
 
 # handler(op, operands, run, given) -> result. `run(*operands)` is the op itself, and
 # `given` what `evaluate` was given for it.
@@ -58,15 +58,11 @@ def evaluate(
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
 
-def _value(value: Any) -> Any:
-    return value.value if isinstance(value, Carried) else value
-
-
 def _read(value: Any, primitive: str) -> Any:
     """The array that a value stands for, read for an equation of a primitive."""
     if isinstance(value, Carried):
         value.read_by(primitive)
-    return _value(value)
+    return value_of(value)
 
 
 def _follows(value: Any) -> bool:
@@ -184,7 +180,7 @@ class Evaluation(abc.ABC):
 
         functions = list(map(function_of, range(len(inside.bodies))))
         if inside.kind is Kind.COND:
-            run = functools.partial(lax.switch, _value(operands[0]), functions)
+            run = functools.partial(lax.switch, value_of(operands[0]), functions)
         else:
             policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
             run = jax.checkpoint(functions[0], policy=policy, prevent_cse=prevent_cse)
@@ -240,7 +236,7 @@ class Evaluation(abc.ABC):
 
         def test(carry):
             outs, _ = iterate(0, carry[0], {})
-            return _value(outs[0])
+            return value_of(outs[0])
 
         def function(carry):
             outs, states = iterate(1, *carry)
@@ -253,7 +249,7 @@ class Evaluation(abc.ABC):
         body, params = inside.bodies[0].body, eqn.params
 
         def function(*arrays):
-            return [_value(out) for out in self.run(body, arrays, (*key, 0))]
+            return [value_of(out) for out in self.run(body, arrays, (*key, 0))]
 
         # Whole arrays are transformed, not shards: a shard has a range of its own.
         return jax.shard_map(
@@ -329,7 +325,7 @@ class _Replacement(Evaluation):
         self.handler = handler
 
     def replace(self, eqn, operands, key):
-        operands = [x if _follows(x) else _value(x) for x in operands]
+        operands = [x if _follows(x) else value_of(x) for x in operands]
 
         def run(*values):
             return run_equation(
@@ -357,7 +353,7 @@ def _is_needed(eqn, last_use) -> bool:
 
 def _loop_constant(value: Any) -> Any:
     """What a loop reads as a whole in each iteration: transformed once, before it."""
-    return value if _follows(value) else _value(value)
+    return value if _follows(value) else value_of(value)
 
 
 def _entering(values: Sequence[Any]) -> list[Any]:
@@ -456,6 +452,6 @@ def _run_unchanged(equations, env, last_use, end) -> None:
         made.update(dict.fromkeys(eqn.outvars))
     outputs = [var for var in made if last_use.get(var, -1) >= end]
     values = jax_versions.evaluate_equations(
-        equations, list(inputs), outputs, [_value(env[var]) for var in inputs]
+        equations, list(inputs), outputs, [value_of(env[var]) for var in inputs]
     )
     env.update(zip(outputs, values, strict=True))
