@@ -9,31 +9,31 @@ from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general
 from qwix_train.core.einsum import einsum as einsum
 from qwix_train.core.how import HowToQuantize as HowToQuantize
+from qwix_train.core.late_names import late_names as _late_names
 from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize
 from qwix_train.core.qarray import quantize as quantize
-from qwix_train.late_names import late_names as _late_names
-from qwix_train.model import apply_lora_to_model as apply_lora_to_model
-from qwix_train.model import quantize_fn as quantize_fn
-from qwix_train.model import quantize_model as quantize_model
+from qwix_train.frontends.model import apply_lora_to_model as apply_lora_to_model
+from qwix_train.frontends.model import quantize_fn as quantize_fn
+from qwix_train.frontends.model import quantize_model as quantize_model
+from qwix_train.frontends.plan_of import plan as plan
+from qwix_train.frontends.step_models import as_model as as_model
+from qwix_train.frontends.step_models import in_float as in_float
 from qwix_train.ops.ragged_dot import ragged_dot as ragged_dot
 from qwix_train.ops.ragged_dot import ragged_dot_general as ragged_dot_general
-from qwix_train.plan_of import plan as plan
-from qwix_train.planning import Plan as Plan
-from qwix_train.planning import StepPlan as StepPlan
-from qwix_train.provider import QuantizationProvider as QuantizationProvider
+from qwix_train.planning.plan import Plan as Plan
+from qwix_train.planning.plan import StepPlan as StepPlan
+from qwix_train.planning.provider import QuantizationProvider as QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule as QuantizationRule
+from qwix_train.planning.schedule import Schedule as Schedule
 from qwix_train.qat import QtProvider as QtProvider
 from qwix_train.qat import QtRule as QtRule
 from qwix_train.qat.quant_stat import QuantStat as QuantStat
-from qwix_train.rules import QuantizationRule as QuantizationRule
-from qwix_train.schedule import Schedule as Schedule
-from qwix_train.state import QuantTrainState as QuantTrainState
-from qwix_train.state import with_quant_stats as with_quant_stats
+from qwix_train.qat.state import QuantTrainState as QuantTrainState
+from qwix_train.qat.state import with_quant_stats as with_quant_stats
 from qwix_train.step import wrap_eval_step as wrap_eval_step
 from qwix_train.step import wrap_train_step as wrap_train_step
-from qwix_train.step_models import as_model as as_model
-from qwix_train.step_models import in_float as in_float
 
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.trace import attributes
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import attributes
+from qwix_train.frontends import nnx as nnx_calls
 
 Step = Callable[..., Any]
 

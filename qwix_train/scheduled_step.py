@@ -18,13 +18,13 @@ import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
 
-from qwix_train.provider import QuantizationProvider
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.wrapping import calls_when, is_planning
+from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.blending import BlendingProvider
 from qwix_train.qat.stages import Stage
 from qwix_train.trace import jax_versions
 from qwix_train.trace.canonical_convs import run_as_at_top
-from qwix_train.trace.whole_step import tracing_step
-from qwix_train.wrapping import calls_when, is_planning
 
 Step = Callable[..., Any]
 

@@ -12,17 +12,17 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train import batch_stats, scheduled_step
-from qwix_train import state as state_lib
-from qwix_train.provider import QuantizationProvider
+from qwix_train.frontends.compiled import Compiled
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.wrapping import check_step, mark_wrapped, wrap
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.schedule import Schedule
 from qwix_train.qat import QtProvider
+from qwix_train.qat import state as state_lib
 from qwix_train.qat.running_ranges import RangeUpdates, RunningRanges
 from qwix_train.qat.stages import stages_of
-from qwix_train.rules import QuantizationRule
-from qwix_train.schedule import Schedule
 from qwix_train.trace import harvest
-from qwix_train.trace.compiled import Compiled
-from qwix_train.trace.whole_step import tracing_step
-from qwix_train.wrapping import check_step, mark_wrapped, wrap
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 

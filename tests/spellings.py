@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule
 
 
 def data(*shape: int, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwix_train.leaves import Leaf, OperandName, adapter_part, range_of
+from qwix_train.planning.leaves import Leaf, OperandName, adapter_part, range_of
 
 # As qwix 0.1.8 and its files have them.
 OF_PARAMS = ["scale", "zero_point", "lora_a", "lora_b", "lora_magnitude"]

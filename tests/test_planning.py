@@ -10,10 +10,10 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qwix_train import as_model, wrap_eval_step
-from qwix_train.model import quantize_fn
-from qwix_train.plan_of import plan
+from qwix_train.frontends.model import quantize_fn
+from qwix_train.frontends.plan_of import plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat import QtProvider
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace.scopes import module_scope
 
 NO_RULE = "no rule matches"

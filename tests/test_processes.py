@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from qwix_train import hooks, lora, processes, ptq
+from qwix_train import hooks, lora, ptq
 from qwix_train.core.qarray import dequantize
+from qwix_train.files import processes
 
 
 class Hook(hooks.PeriodicAction):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qwix_train import LoraProvider, LoraRule, lora, plan, ptq, quantize_model
-from qwix_train.random_keys import checked
+from qwix_train.frontends.random_keys import checked
 from tests import models
 
 X = np.ones((2, 4), np.float32)

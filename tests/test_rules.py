@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from qwix_train.odml import OdmlQatProvider
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import PtqProvider
 from qwix_train.qat import QtProvider
-from qwix_train.rules import QuantizationRule, check_rules
 
 LEARNED_ACT = {
     "weight_qtype": "int8",

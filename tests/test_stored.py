@@ -7,9 +7,9 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import stored
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import WithAux
+from qwix_train.values import stored
 
 HOW = HowToQuantize(qtype="int8", channelwise_axes=(1,))
 TILED = HowToQuantize(qtype="int8", channelwise_axes=(1,), tiled_axes={0: 4})

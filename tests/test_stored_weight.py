@@ -22,7 +22,7 @@ from qwix_train import (
     quantize_fn,
 )
 from qwix_train.core.qarray import QArray
-from qwix_train.stored_weight import StoredWeight
+from qwix_train.values.stored_weight import StoredWeight
 from tests.spellings import data
 
 RULES = [QuantizationRule(weight_qtype="int8")]

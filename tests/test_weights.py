@@ -2,9 +2,9 @@
 
 import pytest
 
+from qwix_train.planning.weights import Axes, absolute_tile, stored_axes
 from qwix_train.trace.factors import Atom
 from qwix_train.trace.provenance import View
-from qwix_train.weights import Axes, absolute_tile, stored_axes
 
 
 def view(shape, *dims):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from qwix_train.calib.observe import observe as observe
 from qwix_train.calib.ranges import collected_ranges as collected_ranges
-from qwix_train.late_names import late_names as _late_names
+from qwix_train.core.late_names import late_names as _late_names
 
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 
 from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed, quant_stats_of, tagging
-from qwix_train.provider import QuantizationProvider
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule, check_rules
 
 
 class Calibrator(Collector):

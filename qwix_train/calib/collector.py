@@ -11,7 +11,7 @@ import jax
 from jax import core
 
 from qwix_train.calib.observe import Observed, Stats
-from qwix_train.trace.compiled import Compiled
+from qwix_train.frontends.compiled import Compiled
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 

@@ -14,6 +14,7 @@ from qwix_train.calib.comparison_report import Comparison, Method, Record
 from qwix_train.calib.observe import Observed, RangeTagging
 from qwix_train.calib.quantization_error import ErrorObserver, decibels, measure
 from qwix_train.core.how import HowToQuantize
+from qwix_train.frontends.compiled import Compiled
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.named import parse_observer
 from qwix_train.observers.statistics import (
@@ -22,9 +23,8 @@ from qwix_train.observers.statistics import (
     Statistics,
     make_statistics,
 )
-from qwix_train.planning import OpPlan, Plan, make_plan
-from qwix_train.rules import QuantizationRule, check_rules
-from qwix_train.trace.compiled import Compiled
+from qwix_train.planning.plan import OpPlan, Plan, make_plan
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 
 OBSERVERS = (

@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from qwix_train import plan_table
 from qwix_train.files.figures import save_figure
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.statistics import Observer, RangeObserver
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.rules import QuantizationRule
 
 Record: TypeAlias = dict[str, Any]
 

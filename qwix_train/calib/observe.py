@@ -12,15 +12,15 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.wrapping import wrap
 from qwix_train.observers.statistics import Statistics, make_statistics
-from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.provider import QuantizationProvider
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.jax_versions import Body
-from qwix_train.trace.whole_step import tracing_step
-from qwix_train.wrapping import wrap
 
 # The state of each range, by its path: "Dense_0/dot_general0_lhs".
 Stats = Mapping[str, Any]

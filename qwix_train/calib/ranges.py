@@ -11,9 +11,9 @@ from flax import traverse_util
 
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.how import HowToQuantize
-from qwix_train.leaves import Path
 from qwix_train.observers.statistics import make_statistics
-from qwix_train.rules import QuantizationRule, rule_of_range
+from qwix_train.planning.leaves import Path
+from qwix_train.planning.rules import QuantizationRule, rule_of_range
 
 
 def collected_ranges(

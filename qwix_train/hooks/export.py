@@ -12,11 +12,11 @@ from flax import linen as nn
 from flax import nnx
 
 from qwix_train import ptq
+from qwix_train.frontends.linen import abstract_variables
 from qwix_train.hooks import state as states
 from qwix_train.hooks.periodic import PeriodicAction
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq.checkpoint import PendingSave
-from qwix_train.rules import QuantizationRule, check_rules
-from qwix_train.trace.linen import abstract_variables
 
 _DELETED = ".qwix_train-deleted"
 

@@ -9,10 +9,10 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import stored
 from qwix_train.optim import FreezeOscillationsState
-from qwix_train.planning import Path
+from qwix_train.planning.plan import Path
 from qwix_train.trace.function import by_path
+from qwix_train.values import stored
 
 
 class Oscillations(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qwix_train import processes
+from qwix_train.files import processes
 
 
 class PeriodicAction(abc.ABC):

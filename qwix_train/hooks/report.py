@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
-from qwix_train import processes, static_range, stored
 from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
+from qwix_train.files import processes
 from qwix_train.hooks import state as states
 from qwix_train.hooks.oscillations import oscillations_in
 from qwix_train.hooks.periodic import PeriodicAction
@@ -22,8 +22,10 @@ from qwix_train.hooks.weight_measures import (
     layer_axes,
     measure,
 )
-from qwix_train.leaves import Leaf, Path
-from qwix_train.planning import Plan
+from qwix_train.planning import static_range
+from qwix_train.planning.leaves import Leaf, Path
+from qwix_train.planning.plan import Plan
+from qwix_train.values import stored
 
 _DRIFTS = ("scale_drift", "scale_drift_total")
 

@@ -9,8 +9,8 @@ from flax import nnx, traverse_util
 
 from qwix_train import ptq
 from qwix_train.calib.ranges import collected_ranges
-from qwix_train.rules import QuantizationRule
-from qwix_train.state import states_of
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.qat.state import states_of
 
 Source: TypeAlias = nnx.Pytree | Callable[[], Any] | None
 """An NNX module, or a function that returns the state of the loop as it is now."""

@@ -17,7 +17,7 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
-from qwix_train.planning import ParamPlan
+from qwix_train.planning.plan import ParamPlan
 from qwix_train.trace.provenance import Weight
 
 

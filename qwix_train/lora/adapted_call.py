@@ -16,7 +16,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import ops, stored
+from qwix_train import ops
 from qwix_train.lora.adapted_weight import (
     AdaptedWeight,
     base_results,
@@ -24,12 +24,13 @@ from qwix_train.lora.adapted_weight import (
     value_of,
 )
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.planning import ParamPlan, Path
+from qwix_train.planning.plan import ParamPlan, Path
 from qwix_train.qat.fake_quantized import fake_quantized_param
-from qwix_train.stored_weight import stored_weight
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall
+from qwix_train.values import stored
+from qwix_train.values.stored_weight import stored_weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,13 @@ import jax
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import plan_table, stored
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.parts import Layouts, checked, layouts_of, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
-from qwix_train.planning import Path
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.plan import Path
 from qwix_train.trace.function import param_path
+from qwix_train.values import stored
 
 
 class AdapterSet(Mapping[str, Any]):

@@ -13,14 +13,14 @@ from typing import Any
 
 from etils import epath
 
-from qwix_train import plan_table
 from qwix_train.files import writing
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.manifest import AdapterManifest
 from qwix_train.lora.parts import Layouts, check_path, layouts_of, of_state, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import checkpoint
-from qwix_train.rules import QuantizationRule, check_rules
 
 _KEY = "lora"
 

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train import ops, weights
+from qwix_train import ops
 from qwix_train.core import numerics
-from qwix_train.leaves import AdapterPart, adapter_path
 from qwix_train.lora.rules import LoraRule
-from qwix_train.planning import OpPlan, Path, Plan
+from qwix_train.planning import weights
+from qwix_train.planning.leaves import AdapterPart, adapter_path
+from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.provenance import View
 

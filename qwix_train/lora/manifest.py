@@ -10,9 +10,9 @@ from jax import numpy as jnp
 
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.rules import LoraRule
-from qwix_train.planning import Path
+from qwix_train.planning.plan import Path
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.manifest import readable, rule_from_json, rule_to_json
-from qwix_train.rules import QuantizationRule
 
 VERSION = 1
 

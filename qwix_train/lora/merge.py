@@ -10,8 +10,10 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from qwix_train import stored
 from qwix_train.core import numerics
+from qwix_train.frontends import marks
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import quantize_model
 from qwix_train.lora import merge_report
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.merge_report import MergeReport
@@ -25,12 +27,11 @@ from qwix_train.lora.parts import (
 )
 from qwix_train.lora.provider import DROPOUT
 from qwix_train.lora.train_state import LoraTrainState, by_path
-from qwix_train.model import quantize_model
-from qwix_train.planning import Path
+from qwix_train.planning.plan import Path
 from qwix_train.ptq.provider import PtqProvider
-from qwix_train.trace import marks, subclasses
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
+from qwix_train.values import stored
 
 
 class Merged(NamedTuple):

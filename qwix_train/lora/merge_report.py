@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train import stored, text_table
 from qwix_train.core import nf4, numerics
 from qwix_train.core.qarray import QArray, dequantize
+from qwix_train.files import text_table
 from qwix_train.lora.layout import AdapterLayout
+from qwix_train.values import stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
-from qwix_train import plan_table
-from qwix_train.leaves import adapter_part
+from qwix_train.frontends.plan_of import plan_model
 from qwix_train.lora.layout import AdapterLayout, find_layouts
 from qwix_train.lora.provider import LoraProvider
 from qwix_train.lora.train_state import LoraTrainState, by_path
-from qwix_train.plan_of import plan_model
-from qwix_train.planning import Path
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.leaves import adapter_part
+from qwix_train.planning.plan import Path
 from qwix_train.ptq.trees import to_tree
 from qwix_train.trace import subclasses
 

@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train import plan_table, processes, stored
-from qwix_train.files import json_text, writing
+from qwix_train.files import json_text, processes, writing
 from qwix_train.lora import peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
 from qwix_train.lora.layout import AdapterLayout
@@ -42,8 +41,10 @@ from qwix_train.lora.parts import (
     tree_of,
 )
 from qwix_train.lora.train_state import LoraTrainState, by_path
-from qwix_train.planning import Path
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.plan import Path
 from qwix_train.ptq import safetensors_files
+from qwix_train.values import stored
 
 Names = Callable[[str], str] | Mapping[str, str]
 """The name of the module of a param, from its path, such as ``"head/kernel"``."""

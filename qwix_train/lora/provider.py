@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qwix_train import ops, static_range, stored, weights
-from qwix_train.leaves import adapter_part
+from qwix_train import ops
 from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
 from qwix_train.lora.layout import (
     AdapterLayout,
@@ -20,14 +19,17 @@ from qwix_train.lora.layout import (
 )
 from qwix_train.lora.rules import LoraRule
 from qwix_train.lora.start import Starter
-from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range, weights
+from qwix_train.planning.leaves import adapter_part
+from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
 from qwix_train.qat.qt_rule import refuse_backward
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.analyze import Key
 from qwix_train.trace.function import TracedCall
+from qwix_train.values import stored
 
 # The attribute of an NNX model that says whether adapters drop out, and with what key.
 DROPOUT = "lora_dropout"

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.nn import initializers
 
 from qwix_train.core import numerics
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule
 
 INITIALIZATIONS = ("pissa", "loftq", "loftq,STEPS")
 """How adapters may start, other than from their initializers."""

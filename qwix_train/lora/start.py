@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from qwix_train import stored
 from qwix_train.core.how import HowToQuantize
-from qwix_train.leaves import ADAPTER_PARTS
 from qwix_train.lora import initialization
 from qwix_train.lora.layout import AdapterLayout, find_layouts
 from qwix_train.lora.placement import placed
 from qwix_train.lora.rules import LoraRule
-from qwix_train.planning import Path, Plan
+from qwix_train.planning.leaves import ADAPTER_PARTS
+from qwix_train.planning.plan import Path, Plan
+from qwix_train.values import stored
 
 
 class Starter:

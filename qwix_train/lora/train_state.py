@@ -15,16 +15,18 @@ from flax.training import train_state
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import random_keys, static_range, stored
-from qwix_train.leaves import Leaf, Path
+from qwix_train.frontends import random_keys
+from qwix_train.frontends.model import trace_function
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.provider import LoraProvider
 from qwix_train.lora.start import Starter
-from qwix_train.model import trace_function
-from qwix_train.planning import Plan
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning import static_range
+from qwix_train.planning.leaves import Leaf, Path
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.function import TracedCall, param_path
+from qwix_train.values import stored
 
 
 @dataclasses.dataclass(frozen=True)

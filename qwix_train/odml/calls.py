@@ -14,9 +14,9 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.model import trace_function
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import trace_function
 from qwix_train.trace import function, subclasses
-from qwix_train.trace import nnx as nnx_calls
 
 
 class ModelCall:

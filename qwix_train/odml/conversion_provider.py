@@ -10,7 +10,7 @@ from jax import core
 from qwix_train.odml.conversion import run_annotated
 from qwix_train.odml.plan import OdmlPlan
 from qwix_train.odml.provider import OdmlQatProvider
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import function
 
 

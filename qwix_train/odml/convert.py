@@ -22,9 +22,9 @@ from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, LiteRTModel, Signature
 from qwix_train.odml.plan import OdmlPlan, TensorPlan
 from qwix_train.odml.provider import OdmlQatProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quant_stat import quant_stats_in
 from qwix_train.qat.running_ranges import nested
-from qwix_train.rules import QuantizationRule
 
 
 def convert(

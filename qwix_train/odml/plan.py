@@ -14,14 +14,14 @@ from typing import Any
 
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import is_int16, qtype_name
+from qwix_train.files.text_table import aligned
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion
 from qwix_train.odml.graph import Graph, Node, Value
 from qwix_train.odml.masks import Mask
 from qwix_train.odml.ops import OpSpec
-from qwix_train.planning import Decision, Path, RuleUse
-from qwix_train.rules import QuantizationRule
-from qwix_train.text_table import aligned
+from qwix_train.planning.plan import Decision, Path, RuleUse
+from qwix_train.planning.rules import QuantizationRule
 
 
 @dataclasses.dataclass(eq=False)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from qwix_train.core.how import HowToQuantize
-from qwix_train.leaves import SIDES, OperandName, Path
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import find_fusions, weight_channels
 from qwix_train.odml.graph import (
@@ -21,8 +20,9 @@ from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.ops import CONV
-from qwix_train.planning import is_whole
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.leaves import SIDES, OperandName, Path
+from qwix_train.planning.plan import is_whole
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import bodies
 from qwix_train.trace.function import TracedCall
 

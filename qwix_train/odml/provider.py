@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import static_range
 from qwix_train.calib.observe import Tagging
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
@@ -33,14 +32,15 @@ from qwix_train.odml.plan import (
     unsupported_message,
 )
 from qwix_train.odml.planner import make_odml_plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.qat.running_ranges import (
     RunningRanges,
     as_quant_stats,
     run_with_quant_stats,
 )
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace.function import TracedCall
 
 _WEIGHT_TYPES = ("int8", "int4")

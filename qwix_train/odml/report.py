@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qwix_train.files.text_table import aligned
 from qwix_train.odml.flatbuffer import OpInfo, TensorInfo
-from qwix_train.text_table import aligned
 
 
 class OpTable(tuple[OpInfo, ...]):

@@ -12,7 +12,7 @@ import optax
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.optim import _arguments, _param_grids
-from qwix_train.planning import Plan
+from qwix_train.planning.plan import Plan
 
 
 class DampenOscillationsState(NamedTuple):

@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 from flax.core import unfreeze
 
-from qwix_train.leaves import Leaf, Part, Path
 from qwix_train.optim._proximal import ProximalState
+from qwix_train.planning.leaves import Leaf, Part, Path
 
 
 def with_grid_scales(params: Any, opt_state: Any) -> Any:

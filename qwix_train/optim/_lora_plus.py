@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from qwix_train.leaves import adapter_part
 from qwix_train.optim import _arguments, _paths
+from qwix_train.planning.leaves import adapter_part
 
 
 def lora_plus(

@@ -21,7 +21,7 @@ from qwix_train.core.how import (
     parse_calibration_method,
 )
 from qwix_train.optim import _paths
-from qwix_train.planning import Plan
+from qwix_train.planning.plan import Plan
 
 
 def grid(array: jax.Array, how: HowToQuantize) -> Grid:

@@ -12,7 +12,7 @@ from qwix_train.core import numerics
 from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.optim import _arguments, _param_grids, _paths
-from qwix_train.planning import Plan
+from qwix_train.planning.plan import Plan
 
 METHODS = ("proxquant", "parq")
 

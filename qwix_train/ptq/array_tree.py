@@ -12,7 +12,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Sharding
 
-from qwix_train import plan_table
+from qwix_train.planning import table as plan_table
 from qwix_train.ptq import stored_arrays
 from qwix_train.ptq.checksum import checksum
 from qwix_train.ptq.manifest import StoredParam, TreePath, path_name

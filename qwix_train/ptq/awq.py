@@ -18,10 +18,10 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.calibrated_weight import Weight, squared_outputs
 from qwix_train.ptq.input_scaling import ChannelScale, InputScaling, scaled_weight
 from qwix_train.ptq.weight_matrices import MatrixView, row_tile
-from qwix_train.rules import QuantizationRule
 
 
 class Awq(InputScaling):

@@ -23,12 +23,13 @@ from flax import nnx, traverse_util
 from flax.core import FrozenDict
 from jax.core import Tracer
 
-from qwix_train import plan_table, processes, stored
-from qwix_train.files import writing
-from qwix_train.planning import Plan
+from qwix_train.files import processes, writing
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import array_tree, stored_arrays, trees
 from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.values import stored
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

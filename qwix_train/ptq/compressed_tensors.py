@@ -27,14 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from qwix_train import processes, stored
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.files import json_text, writing
-from qwix_train.leaves import Leaf, OperandName, Part, Path, range_of
+from qwix_train.files import json_text, processes, writing
+from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.trees import to_tree
+from qwix_train.values import stored
 
 # Where a file says which params its tensors are, so that a tree comes back as it was.
 _PARAMS = "qwix_train.params"

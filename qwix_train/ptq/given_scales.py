@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 
-from qwix_train import learned_scale, static_range, stored
 from qwix_train.core.calibration import check_quantizable
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
 from qwix_train.core.qarray import WithAux
-from qwix_train.leaves import Path, range_of, scale_path, zero_point_path
-from qwix_train.planning import Plan
+from qwix_train.planning import learned_scale, static_range
+from qwix_train.planning.leaves import Path, range_of, scale_path, zero_point_path
+from qwix_train.planning.plan import Plan
 from qwix_train.trace.function import TracedCall
+from qwix_train.values import stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,10 @@ from qwix_train.core.qarray import (
     dequantize,
     quantize_with_scale_zero_point,
 )
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.calibrated_weight import QuantizedWeight, Weight
 from qwix_train.ptq.weight_matrices import MatrixView, row_tile
 from qwix_train.ptq.weight_method import WeightMethod
-from qwix_train.rules import QuantizationRule
 
 
 class Gptq(WeightMethod):

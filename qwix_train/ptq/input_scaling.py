@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train import stored
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.qarray import QArray
@@ -19,6 +18,7 @@ from qwix_train.ptq.calibrated_weight import QuantizedWeight, Scale, Weight
 from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_matrices import MatrixView
 from qwix_train.ptq.weight_method import WeightMethod
+from qwix_train.values import stored
 
 
 @dataclasses.dataclass(frozen=True)

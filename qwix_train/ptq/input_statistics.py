@@ -17,10 +17,11 @@ from jax import numpy as jnp
 from qwix_train import ops
 from qwix_train.calib.observe import Tagged, Tagging
 from qwix_train.core.how import HowToQuantize
-from qwix_train.leaves import SIDES, OperandName, Path
 from qwix_train.observers.statistics import Statistics
 from qwix_train.ops.vectors import Vectors
-from qwix_train.planning import OpPlan, Plan
+from qwix_train.planning.leaves import SIDES, OperandName, Path
+from qwix_train.planning.plan import OpPlan, Plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import pre_quant_scale
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.ptq.weight_matrices import (
@@ -28,7 +29,6 @@ from qwix_train.ptq.weight_matrices import (
     input_vectors,
     matrix_view,
 )
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest, provenance
 from qwix_train.trace.function import TracedCall
 

@@ -22,7 +22,7 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout
 from qwix_train.core.records import how_of_record, to_record
 from qwix_train.files import json_text
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule
 
 FORMAT = "qwix_train quantized params"
 VERSION = 1

@@ -15,21 +15,24 @@ from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train import plan_table, random_keys, static_range, stored
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.leaves import Path, range_of, scale_path
-from qwix_train.model import quantize_fn, quantize_model, trace_function
-from qwix_train.nested import WithLeaves, inserted
-from qwix_train.other_methods import check_no_product_in_float, resolved
-from qwix_train.plan_of import plan_model
-from qwix_train.planning import Plan
+from qwix_train.frontends import random_keys
+from qwix_train.frontends.model import quantize_fn, quantize_model, trace_function
+from qwix_train.frontends.nested import WithLeaves, inserted
+from qwix_train.frontends.other_methods import check_no_product_in_float, resolved
+from qwix_train.frontends.plan_of import plan_model
+from qwix_train.planning import static_range
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.leaves import Path, range_of, scale_path
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
+from qwix_train.values import stored
 
 
 def quantize_params(

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train import ops, weights
-from qwix_train.leaves import Leaf, Path, pre_quant_scale_path
-from qwix_train.planning import OpPlan, Plan
+from qwix_train import ops
+from qwix_train.planning import weights
+from qwix_train.planning.leaves import Leaf, Path, pre_quant_scale_path
+from qwix_train.planning.plan import OpPlan, Plan
 from qwix_train.trace.analyze import Op
 
 

@@ -8,16 +8,23 @@ from typing import Any
 
 import jax
 
-from qwix_train import ops, static_range, stored
+from qwix_train import ops
 from qwix_train.core.how import HowToQuantize
-from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range
+from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, pre_quant_scale
-from qwix_train.rules import QuantizationRule
-from qwix_train.stored_weight import Listener, StoredWeight, product, stored_weight
 from qwix_train.trace import carried
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall
+from qwix_train.values import stored
+from qwix_train.values.stored_weight import (
+    Listener,
+    StoredWeight,
+    product,
+    stored_weight,
+)
 
 
 class PtqProvider(QuantizationProvider):

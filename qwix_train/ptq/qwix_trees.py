@@ -20,11 +20,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qwix_train import stored
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq.trees import plain, to_tree
+from qwix_train.values import stored
 
 
 def to_qwix(params: Any, like: Any = None) -> Any:

@@ -19,8 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train import plan_table
 from qwix_train.files import json_text
+from qwix_train.planning import table as plan_table
 
 FILE, CONFIG = "model.safetensors", "config.json"
 INDEX = "model.safetensors.index.json"

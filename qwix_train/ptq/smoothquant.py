@@ -19,6 +19,7 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.calibrated_weight import Weight
 from qwix_train.ptq.input_scaling import (
     ChannelScale,
@@ -28,7 +29,6 @@ from qwix_train.ptq.input_scaling import (
 )
 from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_matrices import MatrixView
-from qwix_train.rules import QuantizationRule
 
 
 class SmoothQuant(InputScaling):

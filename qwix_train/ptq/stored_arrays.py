@@ -15,12 +15,12 @@ from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from qwix_train import stored
 from qwix_train.core import numerics, packing
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout, PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.ptq.manifest import StoredArray, StoredParam, TreePath, path_name
+from qwix_train.values import stored
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
 _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from qwix_train import stored
 from qwix_train.core.qarray import WithAux
 from qwix_train.trace.function import param_path
+from qwix_train.values import stored
 
 # What a model computes with: everything but its streams of random numbers.
 _STATE = nnx.All(nnx.Variable, nnx.Not(nnx.RngState))

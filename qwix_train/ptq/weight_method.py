@@ -15,12 +15,13 @@ from flax import nnx, traverse_util
 from jax import core
 from jax import numpy as jnp
 
-from qwix_train import static_range, stored
 from qwix_train.calib.collector import Collector, Step
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import WithAux
-from qwix_train.leaves import SIDES, OperandName, Path, pre_quant_scale_path
+from qwix_train.planning import static_range
+from qwix_train.planning.leaves import SIDES, OperandName, Path, pre_quant_scale_path
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq.calibrated_weight import (
     QuantizedWeight,
     Weight,
@@ -34,7 +35,7 @@ from qwix_train.ptq.input_statistics import (
 from qwix_train.ptq.params import quantize_tree, quantized_leaf
 from qwix_train.ptq.provider import PtqProvider
 from qwix_train.ptq.weight_report import WeightRecord, WeightReport
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.values import stored
 
 State = Mapping[str, Any]
 """What was collected for each input, by its path: ``Dense_0/dot_general0_lhs``."""

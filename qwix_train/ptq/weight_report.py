@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qwix_train import text_table
+from qwix_train.files import text_table
 
 
 @dataclasses.dataclass(frozen=True)

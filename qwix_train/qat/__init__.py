@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from qwix_train.late_names import late_names as _late_names
+from qwix_train.core.late_names import late_names as _late_names
+from qwix_train.planning.schedule import Schedule as Schedule
 from qwix_train.qat.provider import QtProvider as QtProvider
 from qwix_train.qat.qt_rule import QtRule as QtRule
-from qwix_train.schedule import Schedule as Schedule
 
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:

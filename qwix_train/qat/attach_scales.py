@@ -13,17 +13,18 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 from jax import numpy as jnp
 
-from qwix_train import learned_scale, stored
-from qwix_train.leaves import Path
-from qwix_train.model import trace_function
-from qwix_train.nested import inserted
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import trace_function
+from qwix_train.frontends.nested import inserted
+from qwix_train.planning import learned_scale
+from qwix_train.planning.leaves import Path
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.qat.provider import QtProvider
 from qwix_train.qat.train_state import collections_of
-from qwix_train.rules import QuantizationRule
-from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace import subclasses
 from qwix_train.trace.function import TracedCall, param_path
+from qwix_train.values import stored
 
 
 def attach_learned_scales(

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train import ops, stored, weights
+from qwix_train import ops
 from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
@@ -26,10 +26,12 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
     with_nan,
 )
+from qwix_train.planning import weights
 from qwix_train.qat.qt_rule import QtRule
-from qwix_train.stored_weight import product
 from qwix_train.trace import function, provenance
 from qwix_train.trace.analyze import Op
+from qwix_train.values import stored
+from qwix_train.values.stored_weight import product
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numbers
 
 import numpy as np
 
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.sensitivity_report import OpSensitivity, Sensitivity
-from qwix_train.rules import QuantizationRule
 
 
 def assign_bits(

@@ -11,8 +11,8 @@ import jax
 from jax import numpy as jnp
 
 from qwix_train.core import numerics
-from qwix_train.planning import Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.stages import OFF, WHOLE, Amounts
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried, Deferred

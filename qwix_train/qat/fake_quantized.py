@@ -8,13 +8,14 @@ from typing import Any
 
 from jax import lax
 
-from qwix_train import learned_scale, stored
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
-from qwix_train.planning import OpPlan, ParamPlan, Plan
+from qwix_train.planning import learned_scale
+from qwix_train.planning.plan import OpPlan, ParamPlan, Plan
 from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried, Deferred, value_of
 from qwix_train.trace.function import Param, TracedCall
+from qwix_train.values import stored
 
 # What becomes of an activation: of an op, its plan, the side of the operand, the array,
 # and what is given for that side.

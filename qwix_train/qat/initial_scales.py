@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train import learned_scale, static_range, stored
 from qwix_train.calib.observe import RangeTagging, empty_states, updated_states
 from qwix_train.core import numerics
 from qwix_train.core.calibration import (
@@ -20,14 +19,16 @@ from qwix_train.core.calibration import (
 )
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_concrete
-from qwix_train.learned_scale import Leaves
-from qwix_train.leaves import Leaf, Path, scale_path
 from qwix_train.observers.averaging import Calibration
-from qwix_train.planning import OpPlan, Plan
-from qwix_train.rules import QuantizationRule
-from qwix_train.static_range import StaticOperand
+from qwix_train.planning import learned_scale, static_range
+from qwix_train.planning.learned_scale import Leaves
+from qwix_train.planning.leaves import Leaf, Path, scale_path
+from qwix_train.planning.plan import OpPlan, Plan
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.static_range import StaticOperand
 from qwix_train.trace import function
 from qwix_train.trace.function import TracedCall
+from qwix_train.values import stored
 
 
 def initial_leaves(

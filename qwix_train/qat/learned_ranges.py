@@ -9,11 +9,12 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import learned_scale, stored
 from qwix_train.core import numerics
-from qwix_train.leaves import Path
-from qwix_train.nested import inserted
-from qwix_train.rules import QuantizationRule, check_rules, rule_of_range
+from qwix_train.frontends.nested import inserted
+from qwix_train.planning import learned_scale
+from qwix_train.planning.leaves import Path
+from qwix_train.planning.rules import QuantizationRule, check_rules, rule_of_range
+from qwix_train.values import stored
 
 
 def learned_quant_stats(

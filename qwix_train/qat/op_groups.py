@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwix_train.core import numerics
-from qwix_train.planning import OpPlan, ParamPlan, Path, Plan, make_plan
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.planning.plan import OpPlan, ParamPlan, Path, Plan, make_plan
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 
 # An op of any call of the model, as rules know it: its module's path, and its id.

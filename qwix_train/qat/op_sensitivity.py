@@ -14,8 +14,12 @@ from jax import numpy as jnp
 
 from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
-from qwix_train.planning import Path
-from qwix_train.provider import QuantizationProvider
+from qwix_train.frontends.compiled import Compiled
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.wrapping import check_step, wrap
+from qwix_train.planning.plan import Path
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.op_groups import OpGroup, TypedPlans
 from qwix_train.qat.sensitivity_passes import (
     DiscoveryProvider,
@@ -25,11 +29,7 @@ from qwix_train.qat.sensitivity_passes import (
     weight_tags,
 )
 from qwix_train.qat.sensitivity_report import OpSensitivity, Sensitivity
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import harvest
-from qwix_train.trace.compiled import Compiled
-from qwix_train.trace.whole_step import tracing_step
-from qwix_train.wrapping import check_step, wrap
 
 QTYPES = ("int2", "int3", "int4", "int8")
 """The types that are tried if no others are asked for."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from flax import nnx
 
-from qwix_train import static_range
 from qwix_train.calib.observe import RangeTagging
-from qwix_train.planning import Path, Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range
+from qwix_train.planning.plan import Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.qat.quantized_products import QuantizedProducts
@@ -22,7 +23,6 @@ from qwix_train.qat.running_ranges import (
     initial_states,
     run_with_quant_stats,
 )
-from qwix_train.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 
 

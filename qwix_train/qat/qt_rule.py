@@ -9,7 +9,7 @@ from typing import Any
 
 from qwix_train.core import how, numerics
 from qwix_train.core.stochastic_rounding import NOISE_NAMES
-from qwix_train.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qwix_train.planning import Path
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning.plan import Path
 from qwix_train.trace.function import param_path
 
 

@@ -17,20 +17,21 @@ from typing import Any
 import jax
 from jax import lax
 
-from qwix_train import ops, static_range
+from qwix_train import ops
 from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
-from qwix_train.planning import OpPlan, ParamPlan, Path, Plan
+from qwix_train.planning import static_range
+from qwix_train.planning.plan import OpPlan, ParamPlan, Path, Plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.backward_product import BackwardProduct
 from qwix_train.qat.qt_rule import QtRule
-from qwix_train.rules import QuantizationRule
-from qwix_train.stored_weight import StoredWeight, product
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.carried import Carried, Deferred, value_of
 from qwix_train.trace.function import TracedCall
+from qwix_train.values.stored_weight import StoredWeight, product
 
 STREAM = "stochastic_rounding"
 """The stream of random keys of a model that stochastic rounding draws from."""

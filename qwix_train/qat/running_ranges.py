@@ -20,16 +20,16 @@ from flax import traverse_util
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import static_range
 from qwix_train.calib.observe import statistics_of
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.observers.statistics import RangeObserver, Statistics, in_layout_of_qwix
-from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range
+from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.fake_quantized import run_fake_quantized
 from qwix_train.qat.quantized_products import QuantizedProducts
-from qwix_train.rules import QuantizationRule
 from qwix_train.trace import function, harvest
 from qwix_train.trace.function import TracedCall
 

@@ -17,10 +17,10 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import static_range, weights
 from qwix_train.core.fake_quant import fake_quant
-from qwix_train.planning import OpPlan, Path, Plan
-from qwix_train.provider import QuantizationProvider
+from qwix_train.planning import static_range, weights
+from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.op_groups import OpGroup, OpName, TypedPlans, op_name
 from qwix_train.trace import harvest, session
 from qwix_train.trace.analyze import Key

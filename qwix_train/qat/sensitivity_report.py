@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from qwix_train import plan_table
 from qwix_train.files.figures import save_figure
-from qwix_train.rules import QuantizationRule
-from qwix_train.text_table import aligned
+from qwix_train.files.text_table import aligned
+from qwix_train.planning import table as plan_table
+from qwix_train.planning.rules import QuantizationRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

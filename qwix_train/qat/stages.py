@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from jax import numpy as jnp
 
-from qwix_train.rules import QuantizationRule
-from qwix_train.schedule import Schedule
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.schedule import Schedule
 
 OFF, WHOLE = 0, 1
 """The amounts of an operand that stays in float, and of one that is quantized."""

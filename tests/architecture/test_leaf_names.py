@@ -15,7 +15,7 @@ from typing import get_args
 
 import pytest
 
-from qwix_train import leaves, rules
+from qwix_train.planning import leaves, rules
 from tests.architecture import source
 
 PARTS = {*get_args(leaves.ParamPart), *get_args(leaves.OperandPart)}
@@ -122,7 +122,7 @@ def test_one_module_makes_and_reads_the_names_of_leaves():
     found = {
         file: names
         for file, tree in files.items()
-        if file != "leaves.py"
+        if file != "planning/leaves.py"
         and (names := set(names_of_leaves(tree)) - OTHERS.get(file, set()))
     }
     assert not found
@@ -134,5 +134,5 @@ def test_each_exception_is_needed():
 
 
 def test_the_grammar_knows_no_other_module():
-    names = list(source.imports(source.library()["leaves.py"]))
+    names = list(source.imports(source.library()["planning/leaves.py"]))
     assert names and not any(name.startswith("qwix_train") for name in names)

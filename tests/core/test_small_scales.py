@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from qwix_train import QtProvider, QuantizationRule, ptq, quantize_model, stored
+from qwix_train import QtProvider, QuantizationRule, ptq, quantize_model
 from qwix_train.core import learned_quant, numerics
 from qwix_train.core.calibration import smallest_scale
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_calibration
@@ -18,6 +18,7 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import unpack
 from qwix_train.core.qarray import dequantize, quantize, quantize_array
 from qwix_train.optim import _blocks
+from qwix_train.values import stored
 from tests.core.reference import reference_dequantized
 from tests.models import assert_same
 from tests.ptq.gptq_reference import run

@@ -429,7 +429,9 @@ def test_refuses_what_is_not_the_planned_model():
         report.scalars({"kernel": X.T})
     with pytest.raises(ValueError, match="was given no state"):
         report.scalars()
-    _, quantized = ptq.quantize(nn.Dense(4, use_bias=False), {"kernel": X}, INT4, jnp.ones((1, 8)))
+    _, quantized = ptq.quantize(
+        nn.Dense(4, use_bias=False), {"kernel": X}, INT4, jnp.ones((1, 8))
+    )
     with pytest.raises(ValueError, match="'kernel' is quantized already"):
         report.scalars(quantized)
 

@@ -6,9 +6,9 @@ import pytest
 from jax import numpy as jnp
 
 from qwix_train import lora
+from qwix_train.frontends.model import trace_function
 from qwix_train.lora.layout import find_layouts
-from qwix_train.model import trace_function
-from qwix_train.planning import make_plan
+from qwix_train.planning.plan import make_plan
 from qwix_train.trace.function import param_path
 from tests.spellings import CASES
 

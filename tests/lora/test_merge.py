@@ -10,7 +10,8 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qwix_train
-from qwix_train import QuantizationRule, lora, ptq, stored
+from qwix_train import QuantizationRule, lora, ptq
+from qwix_train.values import stored
 from tests.lora.test_adapted_weight import reference_weight
 from tests.models import Layers, Mlp
 

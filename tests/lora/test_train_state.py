@@ -86,7 +86,7 @@ def test_a_step_trains_adapters_alone(base):
 def test_outputs_and_gradients_are_those_of_the_merged_weights(base):
     state = state_of(**BASES[base])
     dense = {
-        path[0]: qwix_train.stored.dequantized(state.frozen[path[0]]["kernel"])
+        path[0]: qwix_train.values.stored.dequantized(state.frozen[path[0]]["kernel"])
         if base != "float"
         else state.frozen[path[0]]["kernel"]
         for path in state.layouts
@@ -114,7 +114,7 @@ def test_outputs_and_gradients_are_those_of_the_merged_weights(base):
 def test_gradients_pass_straight_through_quantized_activations():
     state = state_of(weight_qtype="int8", act_qtype="int8")
     dense = {
-        path[0]: qwix_train.stored.dequantized(state.frozen[path[0]]["kernel"])
+        path[0]: qwix_train.values.stored.dequantized(state.frozen[path[0]]["kernel"])
         for path in state.layouts
     }
 

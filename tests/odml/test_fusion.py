@@ -8,7 +8,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 from qwix_train.odml.evaluate import fold, scaled_weight
 from qwix_train.odml.fusion import find_fusions, varying_axes, weight_channels
 from qwix_train.odml.graph import build_graph, graph_of

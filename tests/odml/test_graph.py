@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 from qwix_train.odml.graph import MAX_UNROLLED, build_graph, graph_of
 from tests.compare import assert_close
 

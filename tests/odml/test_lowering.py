@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 from qwix_train.odml import lowering
 from qwix_train.odml.graph import build_graph
 from qwix_train.odml.patterns import find_patterns

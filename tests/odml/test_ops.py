@@ -7,7 +7,7 @@ import pytest
 from qwix_train import QuantizationRule, odml
 from qwix_train import ops as kinds
 from qwix_train.odml import ops
-from qwix_train.rules import LITERT_OP_NAMES
+from qwix_train.planning.rules import LITERT_OP_NAMES
 
 
 def test_rules_know_the_names_of_the_table():

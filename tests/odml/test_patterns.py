@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, odml, quantize_fn
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 from qwix_train.odml.graph import build_graph, graph_of
 from qwix_train.odml.patterns import find_patterns
 

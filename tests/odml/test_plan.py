@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import QuantizationRule, odml, quantize_model
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 from qwix_train.odml.plan import TensorPlan
 from qwix_train.odml.planner import make_odml_plan
 from tests import reference_process

@@ -24,7 +24,7 @@ from qwix_train import (
     wrap_eval_step,
     wrap_train_step,
 )
-from qwix_train.model import trace_function
+from qwix_train.frontends.model import trace_function
 
 RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 X = jax.random.normal(jax.random.key(0), (16, 4))

@@ -9,9 +9,10 @@ from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train import PtqProvider, QuantizationRule, ptq, quantize_fn, stored
+from qwix_train import PtqProvider, QuantizationRule, ptq, quantize_fn
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedQArray, unpack
+from qwix_train.values import stored
 from tests.spellings import data
 
 RULES = [QuantizationRule(weight_qtype="nf4", tile_size=16)]

@@ -8,8 +8,9 @@ from flax import nnx
 from flax.core import FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 
-from qwix_train import PtqProvider, QtProvider, ptq, quantize_model, stored
+from qwix_train import PtqProvider, QtProvider, ptq, quantize_model
 from qwix_train.ptq import quantize_params
+from qwix_train.values import stored
 from tests import models
 
 X = jax.random.normal(jax.random.key(0), (6, 4))

@@ -16,8 +16,8 @@ from qwix_train import (
     ptq,
     quantize_fn,
     quantize_model,
-    stored,
 )
+from qwix_train.values import stored
 from tests import models
 
 AUTO = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)

@@ -6,9 +6,9 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.model import trace_function
-from qwix_train.plan_of import plan
-from qwix_train.rules import QuantizationRule
+from qwix_train.frontends.model import trace_function
+from qwix_train.frontends.plan_of import plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import analyze, provenance
 
 RULES = [QuantizationRule(weight_qtype="int8")]

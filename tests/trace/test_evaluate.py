@@ -15,10 +15,10 @@ from jax.extend import core as jex
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwix_train.model import quantize_fn
-from qwix_train.plan_of import plan
+from qwix_train.frontends.model import quantize_fn
+from qwix_train.frontends.plan_of import plan
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat import QtProvider
-from qwix_train.rules import QuantizationRule
 
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
 WEIGHTS = QuantizationRule(weight_qtype="int8")

@@ -7,7 +7,8 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.trace import carried, function, linen
+from qwix_train.frontends import linen
+from qwix_train.trace import carried, function
 from tests import models
 
 X = jnp.ones((2, 3))

@@ -5,7 +5,8 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from qwix_train.trace import linen, session
+from qwix_train.frontends import linen
+from qwix_train.trace import session
 
 X = jnp.ones((2, 3))
 

@@ -11,8 +11,9 @@ from jax import numpy as jnp
 
 from qwix_train import WithAux, plan, ptq, wrap_eval_step
 from qwix_train.core.how import HowToQuantize
-from qwix_train.trace import marks, session
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import marks
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.trace import session
 from tests import models
 
 X = jnp.ones((2, 4))

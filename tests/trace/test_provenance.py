@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from qwix_train.model import quantize_fn
-from qwix_train.plan_of import plan
+from qwix_train.frontends.model import quantize_fn
+from qwix_train.frontends.plan_of import plan
 from qwix_train.qat import QtProvider
 from qwix_train.trace import provenance
 from qwix_train.trace.factors import Atom

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.planning import Path
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.planning.plan import Path
 from qwix_train.trace import analyze, function, harvest, provenance, session
-from qwix_train.trace import nnx as nnx_calls
 from qwix_train.trace.function import TracedCall
-from qwix_train.trace.whole_step import tracing_step
 
 # What calls of one model have in common: its place, and the paths and shapes of params.
 Model = tuple[str, tuple[tuple[Path, tuple[int, ...]], ...]]

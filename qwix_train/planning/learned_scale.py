@@ -20,14 +20,20 @@ import numpy as np
 from jax import core
 from jax import numpy as jnp
 
-from qwix_train import stored
 from qwix_train.core import learned_quant, numerics
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
-from qwix_train.leaves import Leaf, OperandPart, Path, scale_path, zero_point_path
-from qwix_train.planning import OpPlan, ParamPlan, Plan
-from qwix_train.static_range import Range
+from qwix_train.planning.leaves import (
+    Leaf,
+    OperandPart,
+    Path,
+    scale_path,
+    zero_point_path,
+)
+from qwix_train.planning.plan import OpPlan, ParamPlan, Plan
+from qwix_train.planning.static_range import Range
 from qwix_train.trace.analyze import Key
 from qwix_train.trace.function import TracedCall
+from qwix_train.values import stored
 
 # The leaves of an activation, by the method that trains them.
 PARTS: dict[str, tuple[OperandPart, ...]] = {

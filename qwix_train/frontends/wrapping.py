@@ -17,14 +17,14 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train import param_trees, step_arguments
-from qwix_train.param_trees import CalledTrees
-from qwix_train.planning import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
-from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import param_trees, step_arguments
+from qwix_train.frontends.param_trees import CalledTrees
+from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.planning.plan import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
+from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.trace import session
-from qwix_train.trace.whole_step import tracing_step
 
 
 def wrap(

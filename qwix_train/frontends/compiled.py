@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.trace import bodies, jax_versions
-from qwix_train.trace import nnx as nnx_calls
 
 
 class Compiled:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
-    from qwix_train.planning import OpPlan, ParamPlan, Plan, RuleUse
+    from qwix_train.planning.plan import OpPlan, ParamPlan, Plan, RuleUse
 
 _NOTE_WIDTH = 80
 """Longer notes stand below the table, so that its rows keep their width."""

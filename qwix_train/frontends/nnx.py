@@ -24,7 +24,8 @@ from flax.nnx import graphlib
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train.trace import function, marks, session, subclasses
+from qwix_train.frontends import marks
+from qwix_train.trace import function, session, subclasses
 
 _CLASS = "_qwix_train_class"
 _PATH = "_qwix_train_path"

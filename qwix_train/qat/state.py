@@ -13,14 +13,14 @@ from flax.training import train_state
 
 from qwix_train import calib
 from qwix_train.calib.ranges import states_in
-from qwix_train.planning import Path
-from qwix_train.provider import QuantizationProvider
+from qwix_train.frontends import attributes
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning.plan import Path
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
 from qwix_train.qat.running_ranges import States, nested
 from qwix_train.qat.train_state import collections_of
-from qwix_train.rules import QuantizationRule
-from qwix_train.trace import attributes
-from qwix_train.trace import nnx as nnx_calls
 
 
 class QuantTrainState(train_state.TrainState):

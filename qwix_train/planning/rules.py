@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train import field_types, ops
+from qwix_train import ops
 from qwix_train.core import how, numerics
 from qwix_train.core.numerics import is_int16
-from qwix_train.leaves import OperandName, Path
 from qwix_train.observers.averaging import parse_averaging
 from qwix_train.observers.named import parse_observer
 from qwix_train.observers.statistics import make_statistics
-from qwix_train.schedule import Schedule
+from qwix_train.planning import field_types
+from qwix_train.planning.leaves import OperandName, Path
+from qwix_train.planning.schedule import Schedule
 
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(

@@ -9,10 +9,11 @@ from typing import Any
 
 from flax import nnx
 
-from qwix_train import ops, stored
-from qwix_train.planning import Path, Plan, RuleUse, make_plan
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train import ops
+from qwix_train.planning.plan import Path, Plan, RuleUse, make_plan
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import function, session
+from qwix_train.values import stored
 
 # The methods by which providers of `qwix` take the place of operations, of params, and
 # of what goes in and comes out of a model.

@@ -9,14 +9,14 @@ from typing import Any, overload
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.model import takes_rngs, trace_function
-from qwix_train.planning import Plan, StepPlan, make_plan
-from qwix_train.provider import QuantizationProvider
-from qwix_train.rules import QuantizationRule
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import takes_rngs, trace_function
+from qwix_train.frontends.wrapping import plan_step, wrapped_step
+from qwix_train.planning.plan import Plan, StepPlan, make_plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import subclasses
-from qwix_train.wrapping import plan_step, wrapped_step
 
 
 @overload

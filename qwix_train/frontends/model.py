@@ -13,13 +13,14 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import nested, other_methods, random_keys, stored
 from qwix_train.core.qarray import WithAux
-from qwix_train.planning import Plan
-from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import call_mode, function, marks, session, subclasses
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import call_mode, marks, nested, other_methods, random_keys
+from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.trace import function, session, subclasses
+from qwix_train.values import stored
 
 Model = TypeVar("Model", bound=nn.Module | nnx.Module)
 

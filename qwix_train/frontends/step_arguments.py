@@ -16,9 +16,10 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.model import rewrite_function
-from qwix_train.trace import attributes, session
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import attributes
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import rewrite_function
+from qwix_train.trace import session
 
 _APPLY = "apply_fn"
 # Longer lists hold data.

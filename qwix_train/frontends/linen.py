@@ -13,15 +13,8 @@ import jax
 from flax import core
 from flax import linen as nn
 
-from qwix_train import random_keys
-from qwix_train.trace import (
-    call_mode,
-    function,
-    marks,
-    passed,
-    session,
-    subclasses,
-)
+from qwix_train.frontends import call_mode, marks, random_keys
+from qwix_train.trace import function, passed, session, subclasses
 
 Module = TypeVar("Module", bound=nn.Module)
 

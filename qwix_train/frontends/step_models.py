@@ -9,10 +9,10 @@ from typing import Any, TypeVar, cast
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.model import rewrite_function
-from qwix_train.step_arguments import RewrittenApply
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends.model import rewrite_function
+from qwix_train.frontends.step_arguments import RewrittenApply
 from qwix_train.trace import session, subclasses
 
 Model = TypeVar("Model")

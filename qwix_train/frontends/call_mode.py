@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qwix_train.trace import attributes
+from qwix_train.frontends import attributes
 
 # The names that Flax models give the switch, and what it says if it is true.
 _SWITCHES = {

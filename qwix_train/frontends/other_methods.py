@@ -16,12 +16,13 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from qwix_train import stored
-from qwix_train.planning import OpPlan, Plan
-from qwix_train.provider import QuantizationProvider
-from qwix_train.trace import linen as linen_calls
-from qwix_train.trace import marks, session
-from qwix_train.trace import nnx as nnx_calls
+from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import marks
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning.plan import OpPlan, Plan
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.trace import session
+from qwix_train.values import stored
 
 _QUANTIZED = "qwix_train_quantized_method"
 # A method that branches on values cannot be traced. Whether it reads what is quantized

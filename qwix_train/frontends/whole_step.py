@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.trace import function
-from qwix_train.trace import nnx as nnx_calls
 
 
 @contextlib.contextmanager

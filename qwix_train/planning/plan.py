@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwix_train import ops as op_kinds
-from qwix_train import plan_table, weights
 from qwix_train.core import numerics
 from qwix_train.core.how import (
     HowToQuantize,
@@ -23,8 +22,10 @@ from qwix_train.core.how import (
     parse_calibration_method,
 )
 from qwix_train.core.numerics import is_int16
-from qwix_train.leaves import SIDES, OperandName, Path
-from qwix_train.rules import QuantizationRule, check_rules
+from qwix_train.planning import table as plan_table
+from qwix_train.planning import weights
+from qwix_train.planning.leaves import SIDES, OperandName, Path
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train import stored
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize, needs_zero_point
@@ -26,9 +25,10 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
-from qwix_train.leaves import Leaf, Path, scale_path, zero_point_path
-from qwix_train.planning import OpPlan, Plan
+from qwix_train.planning.leaves import Leaf, Path, scale_path, zero_point_path
+from qwix_train.planning.plan import OpPlan, Plan
 from qwix_train.trace.analyze import Operand
+from qwix_train.values import stored
 
 
 class Range(NamedTuple):

@@ -1,0 +1,1 @@
+"""What travels through a traced function in the place of an array."""
