@@ -1,4 +1,4 @@
-"""The helper that chooses cases of a grid: what it leaves out has no pair of its own."""
+"""The helper that chooses cases of a grid leaves out none with a pair of its own."""
 
 import itertools
 
