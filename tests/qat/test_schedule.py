@@ -390,11 +390,13 @@ def test_a_provider_takes_a_start_alone():
     models.assert_same(step(state, BATCH), wrapped(state, BATCH))
     with pytest.raises(TypeError, match="OdmlQatProvider follows no schedule but"):
         wrap_train_step(train_step, provider, schedule=START)
-    by_provider = wrap_train_step(train_step, QtProvider(RULES), schedule=START)
-    by_rules = wrap_train_step(train_step, RULES, schedule=START)
-    for count in (0, 3, 4):
-        state = new_state(step=count)
-        models.assert_same(by_provider(state, BATCH), by_rules(state, BATCH))
+    by_provider, by_rules = (
+        str(
+            jax.make_jaxpr(wrap_train_step(train_step, x, schedule=START))(state, BATCH)
+        )
+        for x in (QtProvider(RULES), RULES)
+    )
+    assert by_provider == by_rules
 
 
 @pytest.mark.parametrize(
