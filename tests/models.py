@@ -75,12 +75,13 @@ def params_of(model, *inputs, seed=0, **kwargs):
     )["params"]
     rng = np.random.default_rng(seed)
 
-    def draw(leaf):
+    def draw(path, leaf):
         # Of the size that initializers give, and no two channels alike.
         std = max(1, leaf.size // leaf.shape[-1]) ** -0.5 if leaf.ndim > 1 else 0.1
-        return jnp.asarray(rng.normal(0, std, leaf.shape), leaf.dtype)
+        mean = float(path[-1] == jax.tree_util.DictKey("scale"))
+        return jnp.asarray(rng.normal(mean, std, leaf.shape), leaf.dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 class Mlp(nn.Module):

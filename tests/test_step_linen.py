@@ -14,12 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwix_train import wrap_eval_step, wrap_train_step
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
+X = models.normal(16, 4, seed=0)
 BATCH = {"x": X, "y": models.classes(X)}
-IMAGES = jax.random.normal(jax.random.key(3), (16, 5, 5))
+IMAGES = models.normal(16, 5, 5, seed=3)
 IMAGE_BATCH = {"x": IMAGES, "y": models.classes(IMAGES)}
 MLP = models.Mlp()
-PARAMS = MLP.init(jax.random.key(1), X)["params"]
+PARAMS = models.params_of(MLP, X, seed=1)
 
 
 TX = optax.sgd(0.1)
