@@ -57,8 +57,8 @@ def test_nnx_layers_of_a_linen_model_are_quantized():
 
 def test_init_of_a_linen_model_with_nnx_layers():
     model = qwix_train.quantize_model(Linen(), PtqProvider(models.INT8))
-    out, variables = model.init_with_output(KEY, X)
-    models.assert_close(out, model.apply(variables, X))
+    out, variables = jax.jit(model.init_with_output)(KEY, X)
+    models.assert_close(out, jax.jit(model.apply)(variables, X))
     array = variables["params"]["named"]["kernel"].array
     assert array.qvalue.metadata["out_sharding"] == ("model", None)
     assert array.scale.metadata["out_sharding"] == (None, None)
