@@ -78,7 +78,7 @@ def reference_weight(layout, weight, adapters):
 REFUSED = ("contracted outer part", "contracted inner part")
 
 
-# Magnitudes go along with every second case, and with each kind of weight.
+# Magnitudes go along with every second case.
 @pytest.mark.parametrize(
     ("name", "dora"), [(name, i % 2 == 1) for i, name in enumerate(CASES)]
 )

@@ -18,6 +18,7 @@ from sklearn import datasets
 from qwix_train import QuantizationRule, calib, ptq, quantize_model
 from tests.ptq.gptq_reference import abstract, collect
 
+# What the tests say was measured over three.
 SEEDS = range(2)
 NORMS = {"LayerNorm_0": "Dense_2", "LayerNorm_1": "Dense_4", "LayerNorm_2": "Dense_5"}
 
@@ -123,7 +124,7 @@ def outliers_of(seed):
 def test_int3_weights():
     """The paper's order: GPTQ, then AWQ, then rounding to nearest.
 
-    Measured: 0.030, 0.041 and 0.108 of loss added over three seeds; these are two.
+    Measured: 0.030, 0.041 and 0.108 of loss added over three seeds.
     """
     rules = [QuantizationRule(weight_qtype="int3")]
     plain, gptq, awq = totals([list, ptq.Gptq, ptq.Awq], trained, rules)
@@ -143,7 +144,7 @@ def test_weights_of_inputs_with_outliers(qtype):
 
 @pytest.mark.slow
 def test_int8_activations_with_outliers():
-    """Measured: 0.019 of loss added over three seeds; these are two, and less than 0.001."""
+    """Measured: 0.019 of loss added over three seeds, and less than 0.001."""
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
     plain, smooth = totals([list, ptq.SmoothQuant], outliers_of, rules)
     assert plain > 0.01
@@ -152,7 +153,7 @@ def test_int8_activations_with_outliers():
 
 @pytest.mark.slow
 def test_static_int8_activations_with_outliers():
-    """Measured: 0.048 of loss added over three seeds; these are two, and less than 0.001."""
+    """Measured: 0.048 of loss added over three seeds, and less than 0.001."""
     rules = [
         QuantizationRule(
             weight_qtype="int8",
