@@ -1,6 +1,7 @@
 """Small models, in Linen and in NNX, and an independent fake quantization of them."""
 
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
@@ -59,6 +60,28 @@ def dense(params, x, weight_bits=8, act_bits=8):
     if act_bits:
         x = fake_quant(x, act_bits, -1)
     return x @ kernel + params["bias"]
+
+
+def normal(*shape, seed=0, dtype="float32"):
+    """Normal numbers, without a program that JAX compiles for each shape."""
+    values = np.random.default_rng([seed, *shape]).normal(size=shape)
+    return jnp.asarray(values, dtype)
+
+
+def params_of(model, *inputs, seed=0, **kwargs):
+    """Params of a Linen model by NumPy: `init` is traced, and compiles nothing."""
+    shapes = jax.eval_shape(
+        lambda *inputs: model.init(jax.random.key(0), *inputs, **kwargs), *inputs
+    )["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        # Of the size that initializers give, and no two channels alike.
+        std = max(1, leaf.size // leaf.shape[-1]) ** -0.5 if leaf.ndim > 1 else 0.1
+        mean = float(path[-1] == jax.tree_util.DictKey("scale"))
+        return jnp.asarray(rng.normal(mean, std, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 class Mlp(nn.Module):

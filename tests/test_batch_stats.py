@@ -15,7 +15,7 @@ from qwix_train.qat import Schedule
 from tests import models
 
 RULES = [models.rule("int4", "int8")]
-X = jax.random.normal(jax.random.key(0), (16, 4))
+X = models.normal(16, 4, seed=0)
 BATCH = {"x": X, "y": models.classes(X)}
 
 

@@ -223,14 +223,15 @@ def test_a_contraction_that_may_be_too_long_for_int32():
     np.testing.assert_allclose(exported.call(codes), [[length]], 1e-2)
 
 
-ARRAY = quantize(jnp.asarray(data(4, 8)), "nf4", channelwise_axes=(1,))
+ARRAY = jax.jit(lambda x: quantize(x, "nf4", channelwise_axes=(1,)))(data(4, 8))
+FLOAT8 = jax.jit(lambda x: quantize(x, "float8_e5m2"))(X)
 HOW = HowToQuantize(qtype="int4", channelwise_axes=(1,), tiled_axes={0: 0.5, 2: 4})
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "value",
-    [ARRAY, pack(ARRAY), WithAux(ARRAY, HOW), quantize(jnp.asarray(X), "float8_e5m2")],
+    [ARRAY, jax.jit(pack)(ARRAY), WithAux(ARRAY, HOW), FLOAT8],
     ids=lambda value: type(value).__name__,
 )
 def test_files_keep_quantized_arrays(value):

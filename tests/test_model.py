@@ -20,7 +20,7 @@ from qwix_train import (
 )
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (6, 4))
+X = models.normal(6, 4, seed=0)
 PROVIDER = QtProvider(models.INT8)
 
 

@@ -16,7 +16,7 @@ from qwix_train import quantize_fn, wrap_eval_step, wrap_train_step
 from qwix_train.qat import QtProvider
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
+X = models.normal(16, 4, seed=0)
 Y = models.classes(X)
 RULES = [
     models.rule("int8", "int8", module_path="l1"),

@@ -49,7 +49,7 @@ class NnxMlp(nnx.Module):
 
 def new_state(cls=train_state.TrainState, **kwargs) -> Any:
     model = Mlp()
-    params = model.init(KEY, BATCHES[0])["params"]
+    params = models.params_of(model, BATCHES[0])
     return cls.create(apply_fn=model.apply, params=params, tx=optax.sgd(RATE), **kwargs)
 
 

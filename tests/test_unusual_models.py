@@ -28,7 +28,7 @@ PARAMS = {
         "bias": jnp.asarray(RNG.normal(size=3), jnp.float32),
     }
 }
-WANT = models.dense(PARAMS["Dense_0"], X)
+WANT = jax.jit(models.dense)(PARAMS["Dense_0"], X)
 STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 
 

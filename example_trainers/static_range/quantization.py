@@ -111,7 +111,7 @@ class Quantizer:
         provider = ptq.PtqProvider(rules)
         abstract = self._abstract(provider)
         quantized = qwix_train.quantize_params(params, abstract, quant_stats)
-        return self._measure(name, quantized, provider)
+        return self._measure(name, quantized, provider, abstract)
 
     def with_method(
         self, name: str, params: Any, method: Any, quant_stats: Any = None
@@ -121,7 +121,7 @@ class Quantizer:
         train.evaluate(eval_step, self._state(params), self.validation())
         abstract = self._abstract(method.provider)
         quantized = method.quantize_params(params, abstract, quant_stats)
-        return self._measure(name, quantized, method.provider)
+        return self._measure(name, quantized, method.provider, abstract)
 
     def measure_float(self, params: Any) -> dict[str, float]:
         """The same of the float model."""
@@ -129,11 +129,13 @@ class Quantizer:
         measured = train.evaluate(step, self._state(params), self.test())
         return {**measured, "bytes": metrics.nbytes(params)}
 
-    def _measure(self, name: str, quantized: Any, provider: Any) -> dict[str, float]:
+    def _measure(
+        self, name: str, quantized: Any, provider: Any, abstract: Any
+    ) -> dict[str, float]:
         """Saves quantized params, restores them, and evaluates the PTQ model."""
         path = self.folder / name
         ptq.save(path, quantized, overwrite=True)
-        restored = ptq.restore(path, self._abstract(provider))
+        restored = ptq.restore(path, abstract)
         state = self._state(restored, self._model(provider))
         measured = train.evaluate(jax.jit(model_lib.eval_step), state, self.test())
         return {**measured, "bytes": metrics.nbytes(restored)}

@@ -1,6 +1,5 @@
 """The ranges that statistics in a train state give, against those of a calibration."""
 
-import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -14,7 +13,7 @@ MODEL = nn.Dense(3)
 BATCHES = [
     np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32) for i in range(3)
 ]
-PARAMS = MODEL.init(jax.random.key(0), BATCHES[0])
+PARAMS = {"params": models.params_of(MODEL, BATCHES[0])}
 
 
 def observed(rule, batches):

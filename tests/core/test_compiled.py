@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, quantize_array
+from tests.pairwise import pairwise
 from tests.spellings import data
 
 pytestmark = pytest.mark.optimized
@@ -22,20 +23,22 @@ def same(a: QArray, b: QArray) -> None:
 
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"qtype": "int8"},
-        {"qtype": "int4"},
-        {"qtype": "int4", "calibration_method": "minmax"},
-        {"qtype": "int3", "tiled_axes": {0: 4}},
-        {"qtype": "int1"},
-        {"qtype": "nf4"},
-        {"qtype": "float8_e4m3fn"},
-    ],
+    ("options", "dtype", "shape"),
+    pairwise(
+        [
+            {"qtype": "int8"},
+            {"qtype": "int4"},
+            {"qtype": "int4", "calibration_method": "minmax"},
+            {"qtype": "int3", "tiled_axes": {0: 4}},
+            {"qtype": "int1"},
+            {"qtype": "nf4"},
+            {"qtype": "float8_e4m3fn"},
+        ],
+        ["float32", "bfloat16"],
+        [(8, 5), (8,)],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(8, 5), (8,)])
 def test_the_same_bits(options, dtype, shape):
     how = HowToQuantize(channelwise_axes=tuple(range(1, len(shape))), **options)
     x = jnp.asarray(data(*shape, seed=1), dtype)

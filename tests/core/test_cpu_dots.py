@@ -9,6 +9,7 @@ import pytest
 
 from qwix_train.core import cpu_dots
 from qwix_train.core.qarray import dequantize, quantize
+from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.optimized
 
@@ -30,13 +31,10 @@ def operands(layout, qtype, tile, method, rows=2):
     rng = np.random.default_rng(0)
     tiled = {contracting[1][-1]: tile} if tile else {}
     kept = [a for a in range(len(shape)) if a not in contracting[1]]
-    weight = quantize(
-        jnp.asarray(rng.normal(0.2, 1, shape), jnp.float32),
-        qtype,
-        channelwise_axes=kept,
-        tiled_axes=tiled,
-        calibration_method=method,
-    )
+    options = {"channelwise_axes": kept, "tiled_axes": tiled}
+    weight = jax.jit(
+        lambda w: quantize(w, qtype, calibration_method=method, **options)
+    )(np.float32(rng.normal(0.2, 1, shape)))
     x_shape = [rows] + [0] * len(contracting[0])
     for a, b in zip(*contracting, strict=True):
         x_shape[a] = shape[b]
@@ -66,22 +64,24 @@ TYPES = [
     ("int4", 16, "minmax"),
     ("nf4", 8, "absmax"),
 ]
-# Tiles must divide the last contracted axis.
-CASES = [
-    (layout, *case)
-    for layout, (shape, contracting, _) in LAYOUTS.items()
-    for case in TYPES
-    if shape[contracting[1][-1]] % (case[1] or 1) == 0
-]
 
 
-@pytest.mark.thinned(23)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout, qtype, tile, method", CASES)
-def test_weights(form, layout, qtype, tile, method):
-    x, weight, contracting, subscripts = operands(layout, qtype, tile, method)
+def divides(layout, case, form):
+    """Tiles must divide the last contracted axis."""
+    shape, contracting, _ = LAYOUTS[layout]
+    return shape[contracting[1][-1]] % (case[1] or 1) == 0
+
+
+@pytest.mark.thinned(11)
+@pytest.mark.parametrize(
+    ("layout", "case", "form"),
+    pairwise(LAYOUTS, TYPES, FORMS, allowed=divides),
+    ids=str,
+)
+def test_weights(layout, case, form):
+    x, weight, contracting, subscripts = operands(layout, *case)
     got = jax.jit(lambda x, w: run(x, w, contracting, form))(x, weight)
-    want = np.einsum(subscripts, np.float64(x), np.float64(dequantize(weight)))
+    want = np.einsum(subscripts, np.float64(x), np.float64(jax.jit(dequantize)(weight)))
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 

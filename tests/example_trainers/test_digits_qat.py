@@ -1,79 +1,51 @@
 """The digits example, end to end and across interruptions."""
 
-import dataclasses
-import itertools
 import json
 import math
-import pathlib
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from example_trainers.digits_qat import config as config_lib
 from example_trainers.digits_qat import data, export, report, train
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.example_trainers.killed import run_and_kill
 
 
 def _tiny_config(framework="linen"):
-    config = config_lib.get_config()
+    """A run of seconds, as settings and as flags."""
+    config = config_lib.get_quick_config()
     config.framework = framework
-    config.seeds = (0,)
-    config.features = (8, 16)
     config.weight_qtypes = ("int2",)
     config.float_steps = 40
     config.float_learning_rate = 2e-2
     config.qat_steps = 20
     config.eval_every = 10
-    return config
+    changed = {"weight_qtypes": "int2"} | {
+        name: config[name]
+        for name in (
+            *("framework", "float_steps", "float_learning_rate"),
+            *("qat_steps", "eval_every"),
+        )
+    }
+    return config, ["--quick", *(f"--{k}={v}" for k, v in changed.items())]
 
 
-class _InterruptError(Exception):
-    pass
-
-
-def _interrupt_before(monkeypatch, step):
-    """Makes a run fail before the training step of this number, over all phases."""
-    numbers = itertools.count(1)
-    make_phase = train.make_phase
-
-    def make_interrupted_phase(*args, **kwargs):
-        phase = make_phase(*args, **kwargs)
-
-        def train_step(state, batch):
-            if next(numbers) == step:
-                raise _InterruptError
-            return phase.train_step(state, batch)
-
-        return dataclasses.replace(phase, train_step=train_step)
-
-    monkeypatch.setattr(train, "make_phase", make_interrupted_phase)
-
-
-# Fails between two checkpoints: while fine-tuning, and in the float phase.
+# Killed between two checkpoints: while fine-tuning, and in the float phase.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("framework", "failing_step", "checkpoint"),
-    [("linen", 56, "int2/10"), ("nnx", 16, "float/10")],
+    ("framework", "line", "checkpoint"),
+    [
+        ("linen", "int2 | step   10/20", "int2"),
+        ("nnx", "float | step   20/40", "float"),
+    ],
 )
-def test_run_and_resume(
-    framework, failing_step, checkpoint, tmp_path, capsys, monkeypatch
+def test_a_run_and_one_that_was_killed(
+    framework, line, checkpoint, tmp_path, capsys, monkeypatch
 ):
-    config = _tiny_config(framework)
+    config, flags = _tiny_config(framework)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # The three runs below share their compiled steps, which take most of the time.
-    phases = {}
-    make_phase = train.make_phase
-
-    def make_phase_once(framework, name, **kwargs):
-        if name not in phases:
-            phases[name] = make_phase(framework, name, **kwargs)
-        return phases[name]
-
-    monkeypatch.setattr(train, "make_phase", make_phase_once)
+    # The two runs in this process share their compiled steps.
+    monkeypatch.setattr(train, "make_phase", _phases_made_once(train.make_phase))
 
     results = train.train_and_evaluate(config, whole)
 
@@ -106,56 +78,29 @@ def test_run_and_resume(
     assert served[1]["param_bytes"] < served[0]["param_bytes"] / 6
     assert export.format_table(served) in printed
 
-    with monkeypatch.context() as patch:
-        _interrupt_before(patch, failing_step)
-        with pytest.raises(_InterruptError):
-            train.train_and_evaluate(config, broken)
+    run_and_kill(
+        "example_trainers.digits_qat", *flags, f"--workdir={broken}", after=line
+    )
     assert (broken / "checkpoints" / "seed_0" / checkpoint).is_dir()
-    assert train.train_and_evaluate(config, broken) == results
-    assert "resuming" in capsys.readouterr().out
-
-
-# The checkpoint of a step is written in the background while its line is printed, so
-# that the kill hits an unfinished one.
-@pytest.mark.slow
-def test_resumes_after_sigkill(tmp_path):
-    command = [
-        *(sys.executable, "-m", "example_trainers.digits_qat", "--quick"),
-        "--weight_qtypes=int3",
-    ]
-
-    def start(workdir):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    with start(whole) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-
-    with start(broken) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "float | step   40/60" in line:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.read()
-    assert process.returncode == -signal.SIGKILL, "".join(lines)
     assert not (broken / "results.json").exists()
-    with start(broken) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "resuming" in output or "done before" in output
-
+    # The models are the same, so they are not served again.
+    monkeypatch.setattr(export, "export_and_serve", lambda *args: None)
+    assert train.train_and_evaluate(config, broken) == results
+    printed = capsys.readouterr().out
+    assert "resuming" in printed or "done before" in printed
     for name in ("config.json", "results.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _phases_made_once(make_phase):
+    phases = {}
+
+    def make(framework, name, **kwargs):
+        if name not in phases:
+            phases[name] = make_phase(framework, name, **kwargs)
+        return phases[name]
+
+    return make
 
 
 def test_split_is_fixed():
@@ -186,7 +131,7 @@ def test_iterator_continues_where_it_was():
 
 
 def test_refuses_a_workdir_with_other_settings(tmp_path):
-    config = _tiny_config()
+    config, _ = _tiny_config()
     train.claim_workdir(config, tmp_path)
     train.claim_workdir(config, tmp_path)
     config.batch_size = 7

@@ -1,13 +1,9 @@
 """The fine-tuning example, end to end and across an interruption."""
 
-import dataclasses
 import functools
 import json
 import math
-import pathlib
-import signal
-import subprocess
-import sys
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from example_trainers import byte_text
+from example_trainers import byte_text, loop
 from example_trainers.digits_qat.train import SettingsError
 from example_trainers.qlora_lm import (
     attention,
@@ -28,8 +24,7 @@ from example_trainers.qlora_lm import (
     report,
 )
 from example_trainers.qlora_lm import config as config_lib
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.example_trainers.killed import run_and_kill
 
 
 def _tiny_config(framework="linen"):
@@ -158,65 +153,13 @@ def test_table():
     assert line.split() == expected.split()
 
 
-class _InterruptError(Exception):
-    pass
-
-
-def _finetune(config, folder, monkeypatch=None, failing_step=None):
-    """Runs one method from untrained weights; returns its row and its last state."""
-    framework = experiment.FRAMEWORKS[config.framework]
-    make_phase = experiment.make_phase
-
-    def make_failing_phase(*args, **kwargs):
-        phase = make_phase(*args, **kwargs)
-        taken = iter(range(1, 100))
-
-        def train_step(state, batch):
-            if next(taken) == failing_step:
-                raise _InterruptError
-            return phase.train_step(state, batch)
-
-        return dataclasses.replace(phase, train_step=train_step)
-
-    text = data.load_code()
-    run = experiment.Experiment(config, framework, folder, text, text)
-    tx = experiment.make_optimizer(1e-3, config.finetune_steps)
-    trained = framework.create_train_state(config, tx, 0)
-    method = methods.make_method(config, "qlora_nf4")
-    if monkeypatch is None:
-        row, (_, state), _ = run.finetune(trained, method)
-        return row, state
-    with monkeypatch.context() as patch, pytest.raises(_InterruptError):
-        patch.setattr(experiment, "make_phase", make_failing_phase)
-        run.finetune(trained, method)
-    return None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_fine_tuning_resumes_with_adapters_alone(framework, tmp_path, monkeypatch):
-    config = _tiny_config(framework)
-    config.finetune_steps, config.finetune_eval_every = 6, 2
-    row, state = _finetune(config, tmp_path / "whole")
-    assert [record["step"] for record in row["histories"][0]] == [2, 4, 6]
-
-    _finetune(config, tmp_path / "broken", monkeypatch, failing_step=5)
-    folder = tmp_path / "broken" / "checkpoints" / "qlora_nf4_seed_0"
-    assert (folder / "4").is_dir()
-    same_row, same_state = _finetune(config, tmp_path / "broken")
-    assert same_row == row
-    arrays = [experiment.FRAMEWORKS[framework].arrays(s) for s in (state, same_state)]
-    jax.tree.map(np.testing.assert_array_equal, *arrays)
-    # The checkpoint is smaller than the base in float.
-    stored = sum(p.stat().st_size for p in (folder / "6" / "state").rglob("*"))
-    assert stored < 4 * config.features * 4 * config.features * 4 * 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_quick_run(framework, tmp_path, capsys):
     config = config_lib.get_quick_config()
     config.framework = framework
+    if framework == "nnx":
+        config.methods = ("full", "lora", "qlora_nf4")
 
     results = experiment.train_and_evaluate(config, tmp_path)
 
@@ -246,48 +189,62 @@ def test_quick_run(framework, tmp_path, capsys):
         experiment.train_and_evaluate(config, tmp_path)
 
 
-# The checkpoint of a step is written in the background while its line is printed, so
-# that the kill hits an unfinished one.
+class _InterruptError(Exception):
+    pass
+
+
+def _interrupt(config, folder, monkeypatch):
+    """Runs an experiment to the 25th step of fine-tuning."""
+
+    def fail(step, state):
+        del state
+        if step == 25:
+            raise _InterruptError
+
+    with monkeypatch.context() as patch, pytest.raises(_InterruptError):
+        run_phase = functools.partial(loop.run_phase, hooks=[fail])
+        patch.setattr(loop, "run_phase", run_phase)
+        experiment.train_and_evaluate(config, folder)
+
+
+# Stopped while it fine-tunes: the weights it started from are those of a phase that was
+# done before, and its checkpoint has adapters alone.
 @pytest.mark.slow
-def test_resumes_after_sigkill(tmp_path):
-    command = [*(sys.executable, "-m", "example_trainers.qlora_lm", "--quick")]
-    command += ["--methods=qlora_nf4"]
-
-    def start(workdir):
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_resumes_as_if_unbroken(framework, tmp_path, capsys, monkeypatch):
+    config = config_lib.get_quick_config()
+    config.framework = framework
+    config.methods = ("qlora_nf4",)
+    config.pretrain_steps, config.finetune_steps = 20, 30
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    with start(whole) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-    for line_before_kill in ("pre-training | step   30/60", "seed 0 | step   10/20"):
-        with start(broken) as process:
-            assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if line_before_kill in line:
-                    process.send_signal(signal.SIGKILL)
-                    break
-            process.stdout.read()
-        assert process.returncode == -signal.SIGKILL, "".join(lines)
-        assert not (broken / "results.json").exists()
-    with start(broken) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "resuming" in output or "done before" in output
+    # The runs in this process share their compiled steps.
+    make_phase = functools.cache(experiment.make_phase)
+    monkeypatch.setattr(experiment, "make_phase", make_phase)
 
     def measured(workdir):
-        results = json.loads((workdir / "results.json").read_text())
+        results = experiment.train_and_evaluate(config, workdir)
         del results["seconds"]
         for row in results["rows"]:
             del row["step_seconds"]
         return results
 
-    assert measured(broken) == measured(whole)
+    expected = measured(whole)
+    (history,) = expected["rows"][0]["histories"]
+    assert [record["step"] for record in history] == [10, 20, 30]
+    if framework == "linen":
+        flags = ["--quick", "--methods=qlora_nf4", f"--workdir={broken}"]
+        flags += ["--pretrain_steps=20", "--finetune_steps=30"]
+        line = "seed 0 | step   20/30"
+        run_and_kill("example_trainers.qlora_lm", *flags, after=line)
+    else:
+        _interrupt(config, broken, monkeypatch)
+    assert not (broken / "results.json").exists()
+    capsys.readouterr()
+    assert measured(broken) == expected
+    printed = capsys.readouterr().out
+    assert "pre-training | step   20/20 | done before" in printed
+    assert re.search(r"seed 0 \| step   [12]0/30 \| resuming", printed)
+    folder = broken / "checkpoints" / "qlora_nf4_seed_0" / "30" / "state"
+    # The checkpoint is smaller than the base in float.
+    stored = sum(path.stat().st_size for path in folder.rglob("*"))
+    assert stored < 4 * 12 * config.features**2

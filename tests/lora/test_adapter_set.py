@@ -9,10 +9,11 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix_train import lora
+from tests import models
 from tests.lora.test_merge import random_like
 from tests.models import Layers, Mlp
 
-X = jax.random.normal(jax.random.key(1), (5, 6))
+X = models.normal(5, 6, seed=1)
 
 
 class Heads(nn.Module):

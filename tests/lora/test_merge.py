@@ -12,10 +12,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qwix_train
 from qwix_train import QuantizationRule, lora, ptq
 from qwix_train.values import stored
+from tests import models
 from tests.lora.test_adapted_weight import reference_weight
 from tests.models import Layers, Mlp
 
-X = jax.random.normal(jax.random.key(1), (5, 6))
+X = models.normal(5, 6, seed=1)
 RULE = dict(rank=2, alpha=3.0)
 INT4 = dict(weight_qtype="int4", tile_size=2)
 

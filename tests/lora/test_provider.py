@@ -369,9 +369,8 @@ class Transformer(nnx.Module):
         return self.embedder.attend(x)
 
 
-@pytest.mark.parametrize("base", [{"weight_qtype": "nf4", "tile_size": 4}, {}])
 @pytest.mark.slow
-def test_the_way_of_tunix(base):
+def test_the_way_of_tunix():
     tokens = jnp.arange(20).reshape(4, 5) % 11
     float_model = Transformer(nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(float_model)))
@@ -379,13 +378,12 @@ def test_the_way_of_tunix(base):
         module_path=".*q_einsum|.*kv_einsum|.*gate_proj|.*down_proj",
         rank=2,
         alpha=4.0,
-        **base,
+        weight_qtype="nf4",
+        tile_size=4,
     )
     inputs = {"tokens": tokens, "positions": None, "rngs": nnx.Rngs(1)}
     model = qwix_train.apply_lora_to_model(float_model, provider, **inputs)
     models.assert_same(nnx.to_pure_dict(nnx.state(float_model)), before)
-    if not base:
-        models.assert_close(model(tokens), float_model(tokens))
 
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())

@@ -21,7 +21,7 @@ from tests import models, trace_count
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32)
 MODEL = models.Mlp(width=32)
-PARAMS = MODEL.init(jax.random.key(0), X)["params"]
+PARAMS = models.params_of(MODEL, X, seed=0)
 BASES = {
     "float": {},
     "int8": {"weight_qtype": "int8"},

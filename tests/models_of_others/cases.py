@@ -1,6 +1,7 @@
 """The models, what they take, and the weights that a rule for all of it quantizes."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,12 +40,23 @@ class Case:
     def is_linen(self) -> bool:
         return isinstance(self.model, nn.Module)
 
-    def params(self) -> Any:
-        """The params of a Linen model, or a new NNX model."""
+    @functools.cached_property
+    def _start(self) -> Any:
         if self.is_linen:
             init = jax.jit(lambda *inputs: self.model.init(jax.random.key(1), *inputs))
             return init(*self.inputs)["params"]
         return self.model(nnx.Rngs(0))
+
+    def params(self) -> Any:
+        """The params of a Linen model, or an NNX model, of one initialization."""
+        if self.is_linen:
+            return jax.tree.map(lambda leaf: leaf, self._start)
+        return nnx.clone(self._start)
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """`call`, compiled once for all tests."""
+        return (jax.jit if self.is_linen else nnx.jit)(self.call)
 
     def call(self, params: Any) -> Any:
         """The user's code: the model, or one with these params, and its inputs."""

@@ -4,6 +4,7 @@
 since `qwix` patches JAX.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -89,14 +90,15 @@ def collect(library: Any, name: str) -> dict[str, np.ndarray]:
     """The ranges of a model after one batch, by their path, and the output."""
     model, shape = CASES[name]
     x = jax.random.normal(jax.random.key(5), shape)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rules = [library.QuantizationRule(**RULE)]
     quantized = library.quantize_model(model, provider(library, rules))
     if library.__name__ != "qwix":  # which makes them on the way
         stats = jax.eval_shape(quantized.init, jax.random.key(0), x)["quant_stats"]
         stats = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
         variables = {**variables, "quant_stats": stats}
-    out, updated = quantized.apply(variables, x, mutable=["quant_stats"])
+    apply = jax.jit(functools.partial(quantized.apply, mutable=["quant_stats"]))
+    out, updated = apply(variables, x)
     flat = traverse_util.flatten_dict(updated["quant_stats"], sep="/")
     leaves = {f"out/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(out))}
     return {k: np.asarray(v, np.float32) for k, v in (flat | leaves).items()}

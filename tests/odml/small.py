@@ -71,10 +71,7 @@ def converted(
     """A Linen model, calibrated on its inputs, and converted."""
     provider = provider or odml.OdmlQatProvider(INT8)
 
-    def run(variables, *inputs):
-        return model.apply(variables, *inputs)
-
-    stats = stats_of(provider, run, variables, *inputs)
+    stats = stats_of(provider, jax.jit(model.apply), variables, *inputs)
     return odml.convert(
         model, variables, provider, *inputs, quant_stats=stats, **options
     )

@@ -14,10 +14,11 @@ from qwix_train.odml.fusion import find_fusions, varying_axes, weight_channels
 from qwix_train.odml.graph import build_graph, graph_of
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.planner import make_odml_plan
+from tests import models
 
 RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
-X = jax.random.normal(jax.random.key(0), (2, 4))
-IMAGE = jax.random.normal(jax.random.key(1), (2, 5, 5, 3))
+X = models.normal(2, 4, seed=0)
+IMAGE = models.normal(2, 5, 5, 3, seed=1)
 P = {
     "w": jax.random.normal(jax.random.key(2), (4, 6)),
     "k": jax.random.normal(jax.random.key(3), (3, 3, 3, 6)),

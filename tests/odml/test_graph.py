@@ -11,9 +11,10 @@ from jax import numpy as jnp
 
 from qwix_train.frontends.model import trace_function
 from qwix_train.odml.graph import MAX_UNROLLED, build_graph, graph_of
+from tests import models
 from tests.compare import assert_close
 
-X = jax.random.normal(jax.random.key(0), (3, 4))
+X = models.normal(3, 4, seed=0)
 W = {"w": jax.random.normal(jax.random.key(1), (4, 4)), "b": jnp.arange(4.0)}
 
 

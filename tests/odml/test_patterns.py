@@ -13,11 +13,12 @@ from qwix_train import QuantizationRule, odml, quantize_fn
 from qwix_train.frontends.model import trace_function
 from qwix_train.odml.graph import build_graph, graph_of
 from qwix_train.odml.patterns import find_patterns
+from tests import models
 
-X = 2 * jax.random.normal(jax.random.key(0), (3, 4))
-SQUARE = 2 * jax.random.normal(jax.random.key(1), (4, 4))
-CUBE = 2 * jax.random.normal(jax.random.key(2), (4, 4, 4))
-IMAGE = jax.random.normal(jax.random.key(3), (2, 6, 6, 3))
+X = 2 * models.normal(3, 4, seed=0)
+SQUARE = 2 * models.normal(4, 4, seed=1)
+CUBE = 2 * models.normal(4, 4, 4, seed=2)
+IMAGE = models.normal(2, 6, 6, 3, seed=3)
 # What only moves elements.
 MOVES = ("broadcast_in_dim", "reshape", "convert_element_type", "copy", "squeeze")
 

@@ -13,12 +13,12 @@ from qwix_train import QuantizationRule, odml, quantize_model
 from qwix_train.frontends.model import trace_function
 from qwix_train.odml.plan import TensorPlan
 from qwix_train.odml.planner import make_odml_plan
-from tests import reference_process
+from tests import models, reference_process
 from tests.odml import parity
 
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
-X = jax.random.normal(jax.random.key(0), (2, 6))
-IMAGE = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+X = models.normal(2, 6, seed=0)
+IMAGE = models.normal(2, 4, 4, 3, seed=1)
 
 
 def module(call):

@@ -25,9 +25,10 @@ from qwix_train import (
     wrap_train_step,
 )
 from qwix_train.frontends.model import trace_function
+from tests import models
 
 RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
-X = jax.random.normal(jax.random.key(0), (16, 4))
+X = models.normal(16, 4, seed=0)
 
 
 class Model(nn.Module):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from qwix_train import optim
 
-SEEDS, STEPS, BATCH = 6, 600, 64
+SEEDS, STEPS, BATCH = 4, 600, 64
 SIZES = (64, 128, 128, 10)
 OPTIMIZERS = {
     "adam": optax.adam(optax.cosine_decay_schedule(2e-3, STEPS)),
@@ -57,6 +57,8 @@ def trained(tx):
     return np.stack(jax.jit(jax.vmap(run))(jnp.arange(SEEDS)), -1).astype(np.float64)
 
 
+# Thousands of steps: here it pays to compile well.
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_final_loss_is_within_noise_of_float(name):

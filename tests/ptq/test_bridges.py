@@ -45,20 +45,20 @@ def mesh():
 
 
 def test_nnx_layers_of_a_linen_model_are_quantized():
-    params = nn.unbox(Linen().init(KEY, X)["params"])
+    params = nn.unbox(jax.jit(Linen().init)(KEY, X)["params"])
     model, quantized = ptq.quantize(Linen(), params, models.INT8, X)
     kernels = [quantized[name]["kernel"] for name in quantized]
     assert all(isinstance(kernel, qwix_train.WithAux) for kernel in kernels)
-    out = model.apply({"params": quantized}, X)
-    models.assert_close(out, expected(params, X))
+    out = jax.jit(model.apply)({"params": quantized}, X)
+    models.assert_close(out, jax.jit(expected)(params, X))
     qat = qwix_train.quantize_model(Linen(), QtProvider(models.INT8))
-    models.assert_close(out, qat.apply({"params": params}, X))
+    models.assert_close(out, jax.jit(qat.apply)({"params": params}, X))
 
 
 def test_init_of_a_linen_model_with_nnx_layers():
     model = qwix_train.quantize_model(Linen(), PtqProvider(models.INT8))
-    out, variables = model.init_with_output(KEY, X)
-    models.assert_close(out, model.apply(variables, X))
+    out, variables = jax.jit(model.init_with_output)(KEY, X)
+    models.assert_close(out, jax.jit(model.apply)(variables, X))
     array = variables["params"]["named"]["kernel"].array
     assert array.qvalue.metadata["out_sharding"] == ("model", None)
     assert array.scale.metadata["out_sharding"] == (None, None)
@@ -69,7 +69,7 @@ def test_linen_layers_of_an_nnx_model_are_quantized():
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     quantized, _ = ptq.quantize(model, None, models.INT8, X)
     assert isinstance(quantized.Dense_0["kernel"], qwix_train.WithAux)
-    models.assert_close(quantized(X), models.mlp(params, X))
+    models.assert_close(quantized(X), jax.jit(models.mlp)(params, X))
 
 
 def test_a_param_that_init_writes_anew_is_refused_and_quantize_finds_it():

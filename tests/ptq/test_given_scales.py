@@ -11,7 +11,7 @@ import qwix_train
 from qwix_train import QuantizationRule, ptq
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (4, 8))
+X = models.normal(4, 8, seed=0)
 INT4 = [QuantizationRule(weight_qtype="int4")]
 SCALE = jnp.float32([[0.1, 0.02, 0.3]])
 

@@ -20,8 +20,8 @@ from qwix_train import PtqProvider, QtProvider, WithAux, ptq, quantize_model
 from tests import compare, models, reference_process
 from tests.qat.parity import ACT, MARGIN, NnxMlp
 
-X = jax.random.normal(jax.random.key(1), (6, 8))
-X3 = jax.random.normal(jax.random.key(2), (2, 4, 8))
+X = models.normal(6, 8, seed=1)
+X3 = models.normal(2, 4, 8, seed=2)
 TOKENS = jnp.array([[1, 2], [3, 15]])
 TYPES = ("int8", "int4", "int3", "int2", "int1", "nf4", "float8_e4m3fn", "float8_e5m2")
 

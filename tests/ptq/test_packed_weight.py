@@ -27,7 +27,7 @@ def param(*shape, tiled, layers=(), seed=0):
         tiled_axes={tiled: 16},
     )
     w = jnp.asarray(data(*shape, seed=seed) - 0.5)
-    return stored.quantize_param_packed(w, how, layers)
+    return jax.jit(lambda w: stored.quantize_param_packed(w, how, layers))(w)
 
 
 PARAMS = {"w": param(32, 16, tiled=0), "v": param(16, 32, tiled=0, seed=1)}

@@ -13,9 +13,9 @@ from qwix_train.ptq import quantize_params
 from qwix_train.values import stored
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (6, 4))
+X = models.normal(6, 4, seed=0)
 MODEL = models.Mlp()
-PARAMS = MODEL.init(jax.random.key(1), X)["params"]
+PARAMS = models.params_of(MODEL, X, seed=1)
 STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 
 

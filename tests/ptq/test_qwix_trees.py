@@ -38,7 +38,7 @@ def leaf(shape=(8, 6), qtype="int8", **layout):
     layout = layout or {"channelwise_axes": (1,)}
     how = HowToQuantize(qtype=qtype, **layout)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    return WithAux(qwix_train.core.quantize_array(x, how), how)
+    return WithAux(jax.jit(lambda x: qwix_train.core.quantize_array(x, how))(x), how)
 
 
 @pytest.mark.parametrize("name", reference_process.cases(CASES, BY_DEFAULT))
@@ -106,7 +106,7 @@ def test_our_models_compute_the_same_from_their_params(reference, name):
     rules = [qwix_train.QuantizationRule(**case.rule)]
     model = qwix_train.quantize_model(case.model, qwix_train.PtqProvider(rules))
     params = jax.tree.map(jnp.asarray, results["back"])
-    out = model.apply({"params": params}, qwix_reference.inputs(case))
+    out = jax.jit(model.apply)({"params": params}, qwix_reference.inputs(case))
     expected = results["outputs"]["theirs"]
     np.testing.assert_allclose(out, expected, 1e-5, 1e-5 * np.abs(expected).max())
 

@@ -22,8 +22,8 @@ from tests import models
 
 AUTO = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
-X = jax.random.normal(jax.random.key(0), (16, 8))
-W = jax.random.normal(jax.random.key(1), (64, 32))
+X = models.normal(16, 8, seed=0)
+W = models.normal(64, 32, seed=1)
 
 
 def put(array, *names, mesh=AUTO):
@@ -193,9 +193,9 @@ def test_flax_models_with_tiles_that_a_mesh_does_not_divide(flax):
     assert is_sharded(array.scale, None, None)
 
 
-A = jax.random.normal(jax.random.key(2), (8, 16))
-B = jax.random.normal(jax.random.key(3), (16, 4))
-STACK = jax.random.normal(jax.random.key(4), (3, 8, 8))
+A = models.normal(8, 16, seed=2)
+B = models.normal(16, 4, seed=3)
+STACK = models.normal(3, 8, 8, seed=4)
 
 # On a mesh whose shardings are part of the types.
 FUNCTIONS = {

@@ -154,7 +154,7 @@ def run(library: Any, case: Case) -> dict[str, np.ndarray]:
     provider = library.QtProvider([rule])
 
     if isinstance(case.model, nn.Module):
-        params = case.model.init(jax.random.key(0), x)["params"]
+        params = jax.jit(case.model.init)(jax.random.key(0), x)["params"]
         params = jax.tree.map(lambda p: p.astype(case.dtype), params)
         quantized = library.quantize_model(case.model, provider)
 

@@ -18,7 +18,7 @@ import qwix_train
 from qwix_train import QtProvider, QuantizationRule, calib, ptq, qat, quantize_model
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (32, 6))
+X = models.normal(32, 6, seed=0)
 Y = jnp.tanh(X @ jax.random.normal(jax.random.key(1), (6, 3)))
 
 
@@ -78,7 +78,7 @@ class Net(nn.Module):
         return table.attend(models.Layers(remat=True)(x))
 
 
-IMAGE = jax.random.normal(jax.random.key(3), (4, 5, 5, 2))
+IMAGE = models.normal(4, 5, 5, 2, seed=3)
 EVERY_OP = {"op_names": ("dot_general", "einsum", "conv_general_dilated", "gather")}
 
 

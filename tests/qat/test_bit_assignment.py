@@ -16,7 +16,7 @@ from qwix_train import QuantizationRule, as_model, plan, ptq, qat
 from qwix_train.core.qarray import QArray
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (4, 8))
+X = models.normal(4, 8, seed=0)
 RULES = [
     QuantizationRule(module_path="Dense_2"),
     QuantizationRule(weight_qtype="int8", act_qtype="int8", tile_size=4),

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 from qwix_train import QtProvider, quantize_fn, quantize_model
 from tests import models
 
-X = jax.random.normal(jax.random.key(0), (6, 4))
-W = jax.random.normal(jax.random.key(1), (4, 3))
+X = models.normal(6, 4, seed=0)
+W = models.normal(4, 3, seed=1)
 PROVIDER = QtProvider(models.INT4)
 fq_x = functools.partial(models.fake_quant, bits=8, shared=-1)
 fq_w = functools.partial(models.fake_quant, bits=4, shared=0)

@@ -39,7 +39,7 @@ STOCHASTIC = [
         channelwise_noise_axes=(0, 1),
     )
 ]
-X = jax.random.normal(jax.random.key(0), (6, 8))
+X = models.normal(6, 8, seed=0)
 
 
 def gradients_of(model, rules, params, x=X, **kwargs):

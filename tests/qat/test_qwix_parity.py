@@ -62,7 +62,7 @@ def test_gradients_with_tiles_are_those_of_the_forward(name):
     case = parity.CASES[name]
     bits = 4 if "int4" in name else 8
     x = jax.random.normal(jax.random.key(5), case.shape)
-    params = case.model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(case.model.init)(jax.random.key(0), x)["params"]
 
     def layer(params, x):
         if "act_qtype" in case.rule:

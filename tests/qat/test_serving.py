@@ -7,7 +7,6 @@ PTQ model of the same rules computes from the quantized params.
 """
 
 import itertools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ from flax import linen as nn
 import qwix_train
 from qwix_train import ptq
 from qwix_train.core import quantize_array
+from tests import models
+from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.optimized
 
@@ -71,22 +72,20 @@ def serve(model, x, weight, act):
     )
 
 
-@pytest.mark.thinned(47)
+LAYERS = [
+    *itertools.product([Dense(), Einsum()], [None, 16]),
+    *itertools.product([Conv(), Conv(4)], [None]),
+]
+
+
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize(
-    ("model", "tile_size"),
-    [
-        *itertools.product([Dense(), Einsum()], [None, 16]),
-        *itertools.product([Conv(), Conv(4)], [None]),
-    ],
+    ("layer", "weight_qtype", "act_qtype"),
+    pairwise(LAYERS, TYPES, [None, "int8", "float8_e4m3fn"]),
     ids=repr,
 )
-@pytest.mark.parametrize("weight_qtype", TYPES)
-@pytest.mark.parametrize(
-    "act_qtype", [None, "int8", "float8_e4m3fn"], ids=["weight-only", "int8", "fp8"]
-)
-def test_qat_forward_equals_quantized_compute(
-    model, tile_size, weight_qtype, act_qtype
-):
+def test_qat_forward_equals_quantized_compute(layer, weight_qtype, act_qtype):
+    model, tile_size = layer
     method = "rms,1.5" if weight_qtype == "int1" else "absmax"
     rule = qwix_train.QuantizationRule(
         weight_qtype=weight_qtype,
@@ -97,10 +96,16 @@ def test_qat_forward_equals_quantized_compute(
     check(model, rule, jnp.float32, tolerance=2e-6)
 
 
-@pytest.mark.thinned(14)
-@pytest.mark.parametrize("model", [Dense(), Einsum(), Conv()], ids=repr)
-@pytest.mark.parametrize("act_method", ["minmax", "fixed,-3,3", "fixed,-1,4"])
-@pytest.mark.parametrize("weight_method", ["minmax", "rms,3", "absmax,0.8"])
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize(
+    ("model", "act_method", "weight_method"),
+    pairwise(
+        [Dense(), Einsum(), Conv()],
+        ["minmax", "fixed,-3,3", "fixed,-1,4"],
+        ["minmax", "rms,3", "absmax,0.8"],
+    ),
+    ids=str,
+)
 def test_other_ranges(model, act_method, weight_method):
     rule = qwix_train.QuantizationRule(
         weight_qtype="int8",
@@ -119,26 +124,30 @@ def test_bfloat16(model):
 
 
 def check(model, rule, dtype, tolerance):
-    x = jax.random.normal(jax.random.key(1), (16, 64), dtype)
-    variables = model.init(jax.random.key(0), x)
+    x = models.normal(16, 64, seed=1, dtype=dtype)
+    params = models.params_of(model, x)
+    variables = {"params": params}
     plan = qwix_train.plan(model, [rule], x, variables=variables)
     (op,) = plan.quantized_ops
     how = plan.params["kernel",].how
     assert how is not None
-    weight = quantize_array(variables["params"]["kernel"], how).astype(dtype)
     side = [i for i, h in enumerate(op.activations) if h is not None]
-    act = x.reshape(op.op.operands[0].shape) if isinstance(model, Conv) else x
-    if side:
-        act_how = op.activations[side[0]]
-        assert act_how is not None
-        # An einsum may put either operand on the left of its product.
-        act = quantize_array(act, act_how)
-    expected = serve(model, x, weight, act)
+
+    @jax.jit
+    def served(params, x):
+        weight = quantize_array(params["kernel"], how).astype(dtype)
+        act = x.reshape(op.op.operands[0].shape) if isinstance(model, Conv) else x
+        if side:
+            act_how = op.activations[side[0]]
+            assert act_how is not None
+            # An einsum may put either operand on the left of its product.
+            act = quantize_array(act, act_how)
+        return serve(model, x, weight, act)
 
     quantized = qwix_train.quantize_model(model, qwix_train.QtProvider([rule]))
-    actual = quantized.apply(variables, x)
+    actual = jax.jit(quantized.apply)(variables, x)
     assert actual.dtype == dtype
-    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+    actual, expected = (np.asarray(a, np.float64) for a in (actual, served(params, x)))
     # float8_e5m2 and large ranges: relative to the size of the result.
     size = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
@@ -171,37 +180,22 @@ CONVOLUTIONS = {
     "input dilated": conv(input_dilation=2, padding=1),
     "transposed": nn.ConvTranspose(8, (3, 3), strides=(2, 2), use_bias=False),
 }
-ALL_TYPES = [f"int{bits}" for bits in range(8, 0, -1)] + TYPES[-3:]
+STORED = ["int8", "int5", "int4", "int2", "int1", *TYPES[-3:]]
 ACTS = [None, "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
-TILES_AND_DTYPES = list(itertools.product([None, 16], ["float32", "bfloat16"]))
 
 
-def pairwise(*choices):
-    """A third of all combinations, in which any two values of two choices meet."""
-    for indices in itertools.product(*(range(len(choice)) for choice in choices)):
-        if sum(indices) % 3 == 0:
-            yield tuple(map(operator.getitem, choices, indices))
-
-
-# Tiles and dtypes take turns.
-COMBINATIONS = [
-    (*case, *options[i % len(options)])
-    for layers, options in (
-        (list(PRODUCTS), TILES_AND_DTYPES),
-        (list(CONVOLUTIONS), TILES_AND_DTYPES[:2]),
-    )
-    for i, case in enumerate(pairwise(layers, ALL_TYPES, ACTS))
-]
-# A step that visits all of each.
-SOME = set(COMBINATIONS[::23])
-
-
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize(
-    "name, weight_qtype, act_qtype, tile_size, dtype",
-    [
-        case if case in SOME else pytest.param(*case, marks=pytest.mark.slow)
-        for case in COMBINATIONS
-    ],
+    ("name", "weight_qtype", "act_qtype", "tile_size", "dtype"),
+    pairwise(
+        [*PRODUCTS, *CONVOLUTIONS],
+        STORED,
+        ACTS,
+        [None, 16],
+        ["float32", "bfloat16"],
+        # Convolutions have no tiles.
+        allowed=lambda name, _w, _a, tile_size, _d: name in PRODUCTS or not tile_size,
+    ),
 )
 def test_qat_forward_equals_ptq_model(name, weight_qtype, act_qtype, tile_size, dtype):
     model = PRODUCTS.get(name) or CONVOLUTIONS[name]
@@ -212,9 +206,9 @@ def test_qat_forward_equals_ptq_model(name, weight_qtype, act_qtype, tile_size, 
     )
     if hasattr(model, "dtype"):
         model = model.clone(dtype=dtype)
-    x = jax.random.normal(jax.random.key(1), (16, 64), dtype)
-    x = x.reshape(16, 4, 4, 4) if name in CONVOLUTIONS else x
-    params = model.init(jax.random.key(0), x)["params"]
+    shape = (16, 4, 4, 4) if name in CONVOLUTIONS else (16, 64)
+    x = models.normal(*shape, seed=1, dtype=dtype)
+    params = models.params_of(model, x)
     qat = qwix_train.quantize_model(model, qwix_train.QtProvider([rule]))
     quantized, stored = ptq.quantize(model, params, [rule], x)
     (kernel,) = stored.values()
