@@ -104,6 +104,13 @@ def _scan_raw_layers(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
 
+def _scan_hands_layers_back(p, x):
+    x, (layers, _) = lax.scan(
+        lambda x, w: (jnp.tanh(x @ w), (w, jnp.sum(x))), x, p["w"]
+    )
+    return x @ layers[1]
+
+
 def _scan_reference(p, x):
     for w in p["w"]:
         x = np.tanh(fq(x, (0,)) @ fq(w, (1,)))
@@ -486,6 +493,15 @@ CASES = {
         {"w": data(3, 4, 4)},
         _scan_reference,
         [("dot_general0", ("w",), "channel 0,2")],
+    ),
+    "layers that a scan hands back": Case(
+        _scan_hands_layers_back,
+        {"w": data(3, 4, 4)},
+        lambda p, x: fq(_scan_reference(p, x), (0,)) @ fq(p["w"][1], (1,)),
+        [
+            ("dot_general0", ("w",), "channel 0,2"),
+            ("dot_general1", ("w",), "channel 0,2"),
+        ],
     ),
     "raw layers under vmap": Case(
         lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]),

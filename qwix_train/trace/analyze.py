@@ -302,8 +302,8 @@ class _Walker(bodies.Domain[Provenance]):
         return provenance.per_iteration(value)
 
     def stack(self, eqn, values):
-        stacked = provenance.propagate(eqn.primitive.name, {}, values, (), ((),))
-        return stacked * len(values)
+        name = eqn.primitive.name
+        return [provenance.propagate(name, {}, [x], (), ((),))[0] for x in values]
 
     def shard(self, eqn, body, values):
         return list(map(_shard, values, eqn.invars, body.jaxpr.invars))

@@ -172,3 +172,16 @@ def test_a_constant_that_moves_elements_is_known_inside_of_any_body(wrapped):
 
     traced = trace_function(fn, ({"w": jnp.ones((4, 4))}, jnp.ones((4, 4))), {})
     assert {op.moves for op in traced.ops} == {True}
+
+
+def test_each_result_of_a_scan_has_a_source_of_its_own():
+    def model(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w), (jnp.exp(w), x.sum())
+
+        x, (derived, _) = lax.scan(layer, x, params["w"])
+        return x @ derived[0]
+
+    params = {"w": jnp.ones((3, 4, 4))}
+    op = plan(model, [QuantizationRule(weight_qtype="int8")], params, X[:, :4]).ops[1]
+    assert not op.quantized and "computed from w by" in op.reason
