@@ -9,8 +9,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.frontends import attributes
-from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import attributes, nnx_objects
 
 Step = Callable[..., Any]
 
@@ -74,7 +73,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    return nnx_calls.is_node(value) or _is_state(value)
+    return nnx_objects.is_node(value) or _is_state(value)
 
 
 def _states_in(tree: Any) -> list[Any]:
@@ -84,8 +83,8 @@ def _states_in(tree: Any) -> list[Any]:
 def _variables_in(tree: Any) -> list[nnx.BatchStat]:
     """The variables, each once."""
     found = {}
-    for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
-        if nnx_calls.is_node(leaf):
+    for leaf in jax.tree.leaves(tree, is_leaf=nnx_objects.is_node):
+        if nnx_objects.is_node(leaf):
             for _, node in nnx.iter_graph(leaf):
                 if isinstance(node, nnx.BatchStat):
                     found[id(node)] = node

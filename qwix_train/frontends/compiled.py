@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.trace import bodies, jax_versions
 
 
@@ -44,13 +44,15 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function, compiled."""
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=nnx_calls.is_node)
+        leaves, structure = jax.tree.flatten(
+            (args, kwargs), is_leaf=nnx_objects.is_node
+        )
         is_input = self._inputs(leaves, structure)
         statics = tuple(
             None if given else leaf
             for leaf, given in zip(leaves, is_input, strict=True)
         )
-        has_nodes = any(map(nnx_calls.is_node, leaves))
+        has_nodes = any(map(nnx_objects.is_node, leaves))
         key = (structure, tuple(is_input), statics, has_nodes)
         inputs = [leaf for leaf, given in zip(leaves, is_input, strict=True) if given]
         if key not in self._compiled:
@@ -121,7 +123,7 @@ class Compiled:
         def function(inputs):
             args, kwargs = arguments(inputs)
             out = self._function(*args, **kwargs)
-            outs, out_structure = jax.tree.flatten(out, is_leaf=nnx_calls.is_node)
+            outs, out_structure = jax.tree.flatten(out, is_leaf=nnx_objects.is_node)
             layout[:] = out_structure, [None if _is_input(x) else (x,) for x in outs]
             return [x for x in outs if _is_input(x)]
 
@@ -149,4 +151,4 @@ class _Unhashable:
 
 
 def _is_input(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) or nnx_calls.is_node(leaf)
+    return isinstance(leaf, jax.Array | np.ndarray) or nnx_objects.is_node(leaf)

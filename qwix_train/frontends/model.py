@@ -14,7 +14,14 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.core.qarray import WithAux
-from qwix_train.frontends import call_mode, marks, nested, other_methods, random_keys
+from qwix_train.frontends import (
+    call_mode,
+    marks,
+    nested,
+    nnx_objects,
+    other_methods,
+    random_keys,
+)
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.planning.plan import Plan
@@ -107,13 +114,13 @@ def quantize_model(
         ) as (traced, _):
             plan = _checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
-            traced = dataclasses.replace(traced, boxes=nnx_calls.variables_of(model))
+            traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
             if rngs is not None:
                 make_rng = functools.partial(_drawn, rngs)
                 traced = dataclasses.replace(traced, make_rng=make_rng)
             params = provider.store_params(traced, plan)
-            nnx_calls.replace_params(quantized, params, stored.box, provider.variable)
-            nnx_calls.remove_params(quantized, provider.used_up(traced, plan))
+            nnx_objects.replace_params(quantized, params, stored.box, provider.variable)
+            nnx_objects.remove_params(quantized, provider.used_up(traced, plan))
             provider.prepare_nnx(quantized, rngs)
     return quantized
 

@@ -14,17 +14,14 @@ import dataclasses
 import functools
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
-from jax import numpy as jnp
-from jax.core import Tracer
 
-from qwix_train.frontends import marks
+from qwix_train.frontends import marks, nnx_objects
 from qwix_train.trace import function, session, subclasses
 
 _CLASS = "_qwix_train_class"
@@ -38,55 +35,6 @@ _lock = threading.Lock()
 _holders: dict[int, int] = {}
 
 
-def is_node(value: Any) -> bool:
-    """Whether a leaf of the arguments is an NNX object, not an array."""
-    return _may_be_node(type(value)) and isinstance(value, nnx.Pytree | nnx.Variable)
-
-
-@functools.cache
-def _may_be_node(cls: type) -> bool:
-    # NNX's instance checks look into tracers, which is slow for each leaf of a state.
-    return issubclass(cls, nnx.Pytree | nnx.Variable | Tracer)
-
-
-def modules_in(tree: Any) -> list[tuple[str, nnx.Module]]:
-    """The NNX modules in a tree, each once, with their paths.
-
-    The path of a module is that within the outermost module which holds it: the
-    layers of `nnx.ModelAndOptimizer(model, tx)` have the paths that they have in
-    `model`.
-    """
-    found: dict[int, tuple[str, nnx.Module]] = {}
-    for leaf in jax.tree.leaves(tree, is_leaf=is_node):
-        if not isinstance(leaf, nnx.Pytree):
-            continue
-        modules = list(nnx.iter_modules(leaf))  # type: ignore[arg-type]
-        paths = {path for path, _ in modules}
-        for path, module in modules:
-            outermost = next(i for i in range(len(path) + 1) if path[:i] in paths)
-            name = "/".join(map(str, path[outermost:]))
-            found.setdefault(id(module), (name, module))
-    return list(found.values())
-
-
-def _is_param(leaf: Any) -> bool:
-    """Whether a leaf of an NNX object is a param.
-
-    That is an `nnx.Param`, or an array of floats that the object holds as it is.
-    """
-    if isinstance(leaf, nnx.Variable):
-        return isinstance(leaf, nnx.Param)
-    is_array = function.is_array(leaf) or isinstance(leaf, np.ndarray)
-    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def arrays_in(node: Any) -> list[Any]:
-    """The arrays that an NNX object holds."""
-    with nnx.split_context() as split:
-        _, flat = split.flatten(node)
-    return jax.tree.leaves(list(flat.leaves))
-
-
 @contextlib.contextmanager
 def intercepted(tree: Any) -> Iterator[None]:
     """Within this context, calls of the modules in a tree are rewritten.
@@ -98,7 +46,7 @@ def intercepted(tree: Any) -> Iterator[None]:
     held = []
     try:
         with _lock:
-            for path, module in modules_in(tree):
+            for path, module in nnx_objects.modules_in(tree):
                 # The class that another rewrite gave it serves this one, too.
                 if id(module) not in _holders:
                     _intercept(module, path)
@@ -116,7 +64,7 @@ def intercepted(tree: Any) -> Iterator[None]:
 
 def release_all(tree: Any) -> None:
     """Gives all modules in a tree of results their original classes back."""
-    for _, module in modules_in(tree):
+    for _, module in nnx_objects.modules_in(tree):
         with _lock:
             if id(module) not in _holders:
                 _release(module)
@@ -288,13 +236,13 @@ def tracing_call(
       The traced call, and a function that takes its result, updates the NNX objects
       among the arguments, and returns what the method does.
     """
-    leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=is_node)
-    slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+    leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=nnx_objects.is_node)
+    slots = [i for i, leaf in enumerate(leaves) if nnx_objects.is_node(leaf)]
     nodes = [leaves[i] for i in slots]
-    static = [None if is_node(leaf) else leaf for leaf in leaves]
+    static = [None if nnx_objects.is_node(leaf) else leaf for leaf in leaves]
     result = _Result(whole)
     prefix = tuple(filter(None, path.split("/")))
-    found = stored_params(nodes) if mark else []
+    found = nnx_objects.stored_params(nodes) if mark else []
     # The first key is the index of the object among the arguments.
     names = [(*prefix, *slot.path[1:]) for slot, _ in found]
     with nnx.update_context(_UPDATE):
@@ -302,7 +250,7 @@ def tracing_call(
             graphdef, flat = split.flatten(nodes)
         # Without a tree around them: in that of an `nnx.List`, keys may be of several
         # types, which JAX cannot sort.
-        is_param = [_is_param(leaf) for leaf in flat.leaves]
+        is_param = [nnx_objects.is_param(leaf) for leaf in flat.leaves]
         params, rest = _divided(is_param, flat.leaves)
         param_paths, _ = _divided(is_param, flat.paths)
 
@@ -312,10 +260,10 @@ def tracing_call(
             given = [jax.tree.leaves(variable) for variable in variables]
             with nnx.merge_context(_UPDATE, True) as merge:
                 nodes = merge.unflatten(graphdef, variables)
-            stored_copies = stored_params(nodes) if mark else []
+            stored_copies = nnx_objects.stored_params(nodes) if mark else []
             for (slot, _), stand_in in zip(stored_copies, stand_ins, strict=True):
                 slot.fill(stand_in)
-            copies = list(modules_in(nodes))
+            copies = list(nnx_objects.modules_in(nodes))
             classes = [type(module) for _, module in copies]
             for module_path, module in nnx.iter_modules(nodes[0]) if mark else ():
                 names = [path, *map(str, module_path)]
@@ -326,7 +274,7 @@ def tracing_call(
             new_args, new_kwargs = jax.tree.unflatten(tree, filled)
             with marks.of_nnx(nodes[0], path):
                 out = method(*new_args, **new_kwargs)
-            finals = [_raw(stand_in) for stand_in in stand_ins]
+            finals = [nnx_objects.raw(stand_in) for stand_in in stand_ins]
             for slot, value in stored_copies:
                 slot.fill(value)
             # The caller's objects have these classes.
@@ -371,170 +319,6 @@ def tracing_call(
         yield traced, finish
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """A place in an object graph: within an attribute of one of its nodes.
-
-    Attributes:
-      owner: the node.
-      path: the path to the place; that of the node, the attribute, and keys within.
-      keys: the keys within the attribute, if that is a plain container.
-    """
-
-    owner: Any
-    path: tuple[str, ...]
-    attribute: str
-    keys: tuple[Any, ...]
-
-    def fill(self, value: Any) -> None:
-        """Puts a value there."""
-        if not self.keys:
-            setattr(self.owner, self.attribute, value)
-            return
-        held = getattr(self.owner, self.attribute)
-        flat, tree = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
-        leaves = [value if key == self.keys else leaf for key, leaf in flat]
-        setattr(self.owner, self.attribute, jax.tree.unflatten(tree, leaves))
-
-
-def _is_whole(value: Any) -> bool:
-    return function.is_stored(value) or is_node(value)
-
-
-def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
-    """The places of a graph that hold variables, params or stored params."""
-    for path, node in nnx.iter_graph(root):
-        if not isinstance(node, nnx.Pytree):
-            continue
-        # Sorted, since a copy of a node has its attributes in another order.
-        for attribute, held in sorted(vars(node).items()):
-            if attribute.startswith("_pytree__"):
-                continue
-            flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
-            for keys, value in flat:
-                if (
-                    function.is_stored(value)
-                    or isinstance(value, nnx.Variable)
-                    or _is_param(value)
-                ):
-                    names = (*path, attribute, *function.param_path(keys))
-                    yield _Slot(node, tuple(map(str, names)), attribute, keys), value
-
-
-def variables_of(root: Any) -> dict[tuple[str, ...], nnx.Variable]:
-    """The variables of a graph, by path."""
-    return {
-        slot.path: value
-        for slot, value in _slots(root)
-        if isinstance(value, nnx.Variable)
-    }
-
-
-def stored_params(root: Any) -> list[tuple[_Slot, Any]]:
-    """The places of a graph that hold stored params, and these."""
-    return [(slot, value) for slot, value in _slots(root) if function.is_stored(value)]
-
-
-def replace_params(
-    module: nnx.Module,
-    values: Mapping[tuple[str, ...], Any],
-    box: Callable[[Any, Any], Any],
-    new_variable: Callable[[tuple[str, ...], Any], Any],
-) -> None:
-    """Puts stored params in the place of variables, wherever a module holds them.
-
-    Args:
-      module: the module, which is changed.
-      values: the stored params, by path. A path that does not exist becomes a new
-        attribute.
-      box: puts the metadata of a variable around the value that takes its place.
-      new_variable: gives what a new attribute holds, from its path and value.
-
-    Raises:
-      ValueError: if the module holds one of them in no variable.
-    """
-    check_in_variables(module, values)
-    slots = list(_slots(module))
-    new = {
-        id(variable): box(values[slot.path], variable)
-        for slot, variable in slots
-        if slot.path in values
-    }
-    for slot, variable in slots:
-        if id(variable) in new:
-            slot.fill(new[id(variable)])
-    for path in set(values) - {slot.path for slot, _ in slots}:
-        put(module, path, new_variable(path, values[path]))
-
-
-def check_in_variables(module: nnx.Module, paths: Collection[tuple[str, ...]]) -> None:
-    """Complains of params that cannot be stored quantized.
-
-    Args:
-      module: the module.
-      paths: the paths of the params that are to be.
-
-    Raises:
-      ValueError: if the module holds one of them in no variable.
-    """
-    for slot, held in _slots(module):
-        if slot.path in paths and _is_param(held) and not is_node(held):
-            raise ValueError(
-                f"{'/'.join(slot.path)!r} is an array that a "
-                f"{type(slot.owner).__name__} holds as it is. Such a param can train "
-                "quantized, but not be stored so: hold it in an nnx.Param(...)."
-            )
-
-
-def put(module: nnx.Module, path: tuple[str, ...], value: Any) -> None:
-    """Puts a value at a path of a module.
-
-    That is an attribute of one of its nodes; or, as in `nnx.bridge.ToNNX`, an entry of
-    nested dictionaries that an attribute holds, which are made where they are missing.
-    """
-    owner, rest = _owner(module, path[:-1])
-    name, *below = (*rest, path[-1])
-    if isinstance(value, nnx.Variable):
-        # `ToNNX` gives its variables to Linen by the names of their types.
-        nnx.variable_name_from_type(type(value), allow_register=True)
-    for key in reversed(below):
-        value = {key: value}
-    if isinstance(owner, dict):
-        owner[name] = value
-    else:
-        setattr(owner, name, nnx.data(value) if below else value)
-
-
-def remove_params(module: nnx.Module, paths: Collection[tuple[str, ...]]) -> None:
-    """Takes what holds variables from a module, by path."""
-    for path in paths:
-        owner, _ = _owner(module, path[:-1])
-        if isinstance(owner, dict):
-            del owner[path[-1]]
-        else:
-            delattr(owner, path[-1])
-
-
-def _owner(node: Any, path: Sequence[str]) -> tuple[Any, Sequence[str]]:
-    """The last node or container on a path that exists, and what comes after it."""
-    for index, name in enumerate(path):
-        if isinstance(node, Mapping):
-            child = node.get(name)
-        elif isinstance(node, Sequence) or name.isdigit():
-            child = node[int(name)]
-        else:
-            child = vars(node).get(name)
-        if child is None:
-            return node, path[index:]
-        node = child
-    return node, ()
-
-
-def _raw(variable: Any) -> Any:
-    raw = variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
-    return raw
-
-
 class _Result:
     """What a traced method returned and changed, on its way out of the trace."""
 
@@ -543,11 +327,11 @@ class _Result:
 
     def split(self, context, nodes, out, given, graphdef):
         """Within the trace: the arrays of the result and of what changed."""
-        leaves, self.tree = jax.tree.flatten(out, is_leaf=is_node)
-        self.slots = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+        leaves, self.tree = jax.tree.flatten(out, is_leaf=nnx_objects.is_node)
+        self.slots = [i for i, leaf in enumerate(leaves) if nnx_objects.is_node(leaf)]
         out_nodes = [leaves[i] for i in self.slots]
         self.graphdef, flat = context.flatten([nodes, out_nodes])
-        others = [None if is_node(leaf) else leaf for leaf in leaves]
+        others = [None if nnx_objects.is_node(leaf) else leaf for leaf in leaves]
         # If only the values of variables changed, only those are written. That
         # matters where others cannot be: a teacher model that a loss closes over
         # belongs to an outer trace.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.whole_step import tracing_step
 from qwix_train.planning.plan import Path
 from qwix_train.trace import analyze, function, harvest, provenance, session
@@ -90,9 +90,9 @@ class CalledTrees:
 
 
 def _arrays_in(tree: Any) -> Iterator[Any]:
-    for leaf in jax.tree.leaves(tree, is_leaf=nnx_calls.is_node):
-        if nnx_calls.is_node(leaf):
-            yield from nnx_calls.arrays_in(leaf)
+    for leaf in jax.tree.leaves(tree, is_leaf=nnx_objects.is_node):
+        if nnx_objects.is_node(leaf):
+            yield from nnx_objects.arrays_in(leaf)
         else:
             yield leaf
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
 from qwix_train.planning.plan import Plan, StepPlan, make_plan
@@ -117,7 +118,7 @@ def plan_model(
             found = planned(traced)
         if isinstance(rules, QuantizationProvider) and rules.stores_params:
             held = [path for path, param in found.params.items() if param.how]
-            nnx_calls.check_in_variables(model, held)
+            nnx_objects.check_in_variables(model, held)
         return found
     if isinstance(model, nn.Module):
         if variables is None:

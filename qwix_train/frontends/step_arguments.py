@@ -16,7 +16,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from qwix_train.frontends import attributes
+from qwix_train.frontends import attributes, nnx_objects
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends.model import rewrite_function
 from qwix_train.trace import session
@@ -98,7 +98,7 @@ def _map_models(tree, change_apply, change_graphdef):
     def change(value):
         if isinstance(value, nnx.GraphDef):
             return change_graphdef(value)
-        if nnx_calls.is_node(value) or not _is_state(value):
+        if nnx_objects.is_node(value) or not _is_state(value):
             return value
         changes = {}
         for name in _fields_of(value):
@@ -119,7 +119,7 @@ def _map_models(tree, change_apply, change_graphdef):
 
 
 def _is_whole(value: Any) -> bool:
-    is_model = nnx_calls.is_node(value) or isinstance(value, nnx.GraphDef)
+    is_model = nnx_objects.is_node(value) or isinstance(value, nnx.GraphDef)
     return is_model or _is_state(value)
 
 
@@ -175,7 +175,7 @@ def _held(value: Any, module: dict[str, Any], seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(value))
     inner: Iterable[Any] = ()
-    if nnx_calls.is_node(value):
+    if nnx_objects.is_node(value):
         yield value
     elif isinstance(value, functools.partial):
         inner = (value.func, value.args, value.keywords)

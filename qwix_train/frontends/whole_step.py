@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.trace import function
 
 
@@ -32,8 +33,8 @@ def tracing_step(
       The traced call, and a function that takes its result, updates the NNX objects
       among the arguments, and returns what the step does.
     """
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_calls.is_node)
-    if any(map(nnx_calls.is_node, leaves)):
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_objects.is_node)
+    if any(map(nnx_objects.is_node, leaves)):
         with nnx_calls.tracing_call(
             step, args, dict(kwargs), mark=False, whole=whole
         ) as traced_and_finish:

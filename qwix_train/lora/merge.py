@@ -11,8 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from qwix_train.core import numerics
-from qwix_train.frontends import marks
-from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import marks, nnx_objects
 from qwix_train.frontends.model import quantize_model
 from qwix_train.lora import merge_report
 from qwix_train.lora.layout import AdapterLayout
@@ -234,9 +233,9 @@ def _merged_model(
     values = by_path(_merged(base, (adapters, layouts), to_float, records, {}))
     merged = nnx.clone(model)
     marks.set_class(merged, subclasses.original(type(model)))
-    nnx_calls.replace_params(merged, values, _like, lambda path, value: value)
+    nnx_objects.replace_params(merged, values, _like, lambda path, value: value)
     for layout in layouts.values():
-        nnx_calls.remove_params(merged, layout.shapes)
+        nnx_objects.remove_params(merged, layout.shapes)
     if hasattr(merged, DROPOUT):
         delattr(merged, DROPOUT)
     if to_float or not any(map(stored.is_quantized, values.values())):

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import trace_function
 from qwix_train.trace import function, subclasses
 
@@ -67,7 +68,7 @@ class ModelCall:
                     "it, such as train=False or deterministic=True."
                 )
         leaves, self._tree = jax.tree.flatten(
-            (tuple(inputs), dict(kwargs)), is_leaf=nnx_calls.is_node
+            (tuple(inputs), dict(kwargs)), is_leaf=nnx_objects.is_node
         )
         self._leaves = [_as_array(leaf) for leaf in leaves]
         self._places = [i for i, x in enumerate(self._leaves) if function.is_array(x)]

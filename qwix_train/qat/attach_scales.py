@@ -14,6 +14,7 @@ from flax.core import FrozenDict, freeze
 from jax import numpy as jnp
 
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import trace_function
 from qwix_train.frontends.nested import inserted
 from qwix_train.planning import learned_scale
@@ -113,9 +114,9 @@ def attach_learned_scales(
         method = subclasses.original(type(model)).__call__
         call = (method, (model, *inputs), kwargs)
         with nnx_calls.tracing_call(*call) as (traced, _):
-            boxes = nnx_calls.variables_of(model)
+            boxes = nnx_objects.variables_of(model)
             found = leaves(dataclasses.replace(traced, boxes=boxes))
-        nnx_calls.replace_params(model, found, stored.box, provider.variable)
+        nnx_objects.replace_params(model, found, stored.box, provider.variable)
         return model
     if isinstance(model, nn.Module):
         others = dict(variables or {})

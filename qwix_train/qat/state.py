@@ -13,8 +13,7 @@ from flax.training import train_state
 
 from qwix_train import calib
 from qwix_train.calib.ranges import states_in
-from qwix_train.frontends import attributes
-from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import attributes, nnx_objects
 from qwix_train.planning.plan import Path
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
@@ -110,7 +109,7 @@ def with_quant_stats(
         )
     if isinstance(state, nnx.Module):
         for path, value in states.items():
-            nnx_calls.put(state, path, QuantStat(value))
+            nnx_objects.put(state, path, QuantStat(value))
         return state
     return _replaced(state, states)
 
@@ -154,7 +153,7 @@ def put_states(args: Any, out: Any, states: States) -> Any:
         return value.replace(quant_stats=nested(updated))
 
     out = jax.tree.map(
-        put, out, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
+        put, out, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
     )
     for path, stat in quant_stats_in((args, out)):
         stat.set_value(dict(states[path]))
@@ -177,9 +176,9 @@ def step_count(tree: Any) -> Any:
     counts = []
     seen: set[int] = set()
     for leaf in jax.tree.leaves(
-        tree, is_leaf=lambda x: _counts_steps(x) or nnx_calls.is_node(x)
+        tree, is_leaf=lambda x: _counts_steps(x) or nnx_objects.is_node(x)
     ):
-        if nnx_calls.is_node(leaf):
+        if nnx_objects.is_node(leaf):
             for _, node in nnx.iter_graph(leaf):
                 if isinstance(node, nnx.Optimizer) and id(node) not in seen:
                     seen.add(id(node))
@@ -257,7 +256,7 @@ def _is_train_state(value: Any) -> bool:
 
 def _train_states(tree: Any) -> Iterator[Any]:
     leaves = jax.tree.leaves(
-        tree, is_leaf=lambda x: _is_train_state(x) or nnx_calls.is_node(x)
+        tree, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
     )
     return filter(_is_train_state, leaves)
 

@@ -22,7 +22,7 @@ from qwix_train.trace.provenance import Provenance
 from qwix_train.trace.scopes import is_in_float, module_path_of
 
 
-class Kind(Protocol):
+class Findable(Protocol):
     """What has to be known of a kind of operation to find it."""
 
     @property
@@ -50,10 +50,10 @@ class Kind(Protocol):
         ...
 
 
-_kinds: dict[str, Kind] = {}
+_kinds: dict[str, Findable] = {}
 
 
-def register_kind(kind: Kind) -> None:
+def register_kind(kind: Findable) -> None:
     """Has operations of a kind found in traced functions."""
     _kinds[kind.primitive] = kind
 

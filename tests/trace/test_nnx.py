@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from qwix_train import WithAux, plan, ptq, wrap_eval_step
 from qwix_train.core.how import HowToQuantize
-from qwix_train.frontends import marks
+from qwix_train.frontends import marks, nnx_objects
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.trace import session
 from tests import models
@@ -23,9 +23,9 @@ def test_paths_start_at_the_outermost_module():
     model = models.NnxMlp(nnx.Rngs(0))
     both = nnx.ModelAndOptimizer(model, optax.sgd(0.1))
     for tree in (model, both, (both, model), {"a": [model]}, (model.l1, model)):
-        paths = {path for path, _ in nnx_calls.modules_in(tree)}
+        paths = {path for path, _ in nnx_objects.modules_in(tree)}
         assert {"", "bn", "dropout", "l2"} <= paths and len(paths) <= 5
-    assert nnx_calls.modules_in((X, None, "text", nnx.Rngs(0))) == []
+    assert nnx_objects.modules_in((X, None, "text", nnx.Rngs(0))) == []
 
 
 def test_classes_come_back_also_from_other_holders():
@@ -128,7 +128,7 @@ def test_stored_params_are_found_in_one_order():
     for name in ("z", "a"):
         setattr(model, name, WithAux(nnx.Param(jnp.ones(2)), how))
     for root in (model, nnx.clone(model)):
-        paths = [slot.path for slot, _ in nnx_calls.stored_params(root)]
+        paths = [slot.path for slot, _ in nnx_objects.stored_params(root)]
         assert paths == [("a",), ("z",)]
 
 
