@@ -155,7 +155,7 @@ def quantize_tree(
             raise ValueError(_unknown(names, target))
         if donate and last[id(param)] == index:
             _delete(param, quantized)
-    if not any(map(stored.is_quantized, target.values())):
+    if _is_float(target, flat):
         warnings.warn(
             "abstract_quantized_params holds no quantized param, so the params stay in "
             "float. Those of a model that is quantized are meant: "
@@ -461,6 +461,12 @@ def _pruned(tree: Any) -> Any:
     kept = {key: _pruned(value) for key, value in tree.items()}
     left = {key: value for key, value in kept.items() if value is not _LEFT_OUT}
     return left if left or not tree else _LEFT_OUT
+
+
+def _is_float(target: Mapping[Path, Any], flat: Sequence[tuple[Path, Any]]) -> bool:
+    """Whether a target is the float model itself, without even adapters beside it."""
+    is_quantized = any(map(stored.is_quantized, target.values()))
+    return not is_quantized and target.keys() <= {path for path, _ in flat}
 
 
 def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
