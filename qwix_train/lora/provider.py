@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,6 +107,8 @@ class LoraProvider(PtqProvider):
                 "act_calibration_method, such as 'absmax'."
             )
         self.deterministic = deterministic
+        # The random key of one call of an NNX model, and whether it has no dropout.
+        self._drawn: tuple[Any, bool] | None = None
 
     def __eq__(self, other: object) -> bool:
         # So that two states with the same rules are trees of the same structure, and a
@@ -194,7 +198,11 @@ class LoraProvider(PtqProvider):
     def of_nnx(self, model: nnx.Module) -> LoraProvider:
         """See `QuantizationProvider.of_nnx`: draws the key of the dropout."""
         dropout = getattr(model, DROPOUT, None)
-        return self if dropout is None else _Drawn(self, dropout)
+        if dropout is None:
+            return self
+        drawn, off = copy.copy(self), bool(dropout.deterministic)
+        drawn._drawn = None if off else dropout.key(), off
+        return drawn
 
     def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
         """See `QuantizationProvider.rewrite`."""
@@ -253,6 +261,10 @@ class LoraProvider(PtqProvider):
           plan: what the rules do to it.
           adapters: the adapters, by path, where they are not among the params.
         """
+        if self._drawn is not None:
+            key, off = self._drawn
+            make_rng = functools.partial(_same, key)
+            traced = dataclasses.replace(traced, make_rng=make_rng, deterministic=off)
         named = traced.named if adapters is None else adapters
         found = find_layouts(plan)
         parts = {
@@ -333,20 +345,10 @@ class LoraDropout(nnx.Module):
         return self.rngs()
 
 
-class _Drawn(LoraProvider):
-    """A provider for one call of an NNX model, with the key of that call."""
-
-    def __init__(self, provider: LoraProvider, dropout: LoraDropout):
-        vars(self).update(vars(provider))
-        self._off = bool(dropout.deterministic)
-        self._key = None if self._off else dropout.key()
-
-    def adapt(self, traced, plan, adapters=None):
-        """See `LoraProvider.adapt`."""
-        drawn = dataclasses.replace(
-            traced, make_rng=lambda name: self._key, deterministic=self._off
-        )
-        return super().adapt(drawn, plan, adapters)
+def _same(key: Any, name: str) -> Any:
+    """The key of a call, whatever stream it is asked for."""
+    del name
+    return key
 
 
 def _parts(

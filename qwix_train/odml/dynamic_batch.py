@@ -7,6 +7,7 @@ constants that say shapes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -174,8 +175,7 @@ class _Pair:
     def replace(self, place: int, data: Any, shape: Any = None) -> None:
         """Gives the operation another constant; others may read the one it had."""
         old, _ = self.tensors(place)
-        new = type(old)()
-        vars(new).update(vars(old))
+        new = copy.copy(old)
         new.buffer = add_buffer(self.model, np.ascontiguousarray(data).tobytes())
         if shape is not None:
             new.shape = shape

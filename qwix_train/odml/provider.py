@@ -125,6 +125,8 @@ class OdmlQatProvider(QuantizationProvider):
         self.strict = strict
         self.quant_stats = quant_stats
         self.keeps_quant_stats = quant_stats is None and any(map(_static, self.rules))
+        # Those that a call may update, of the provider that runs it.
+        self._ranges: RunningRanges | None = None
 
     def plan(self, traced: TracedCall) -> OdmlPlan:  # type: ignore[override]
         """What happens to every operation and tensor of a traced call."""
@@ -173,8 +175,18 @@ class OdmlQatProvider(QuantizationProvider):
           plan: the plan.
           values: an array for each input of the traced call.
         """
-        calibrations = calibrations_in(plan, self.quant_stats or {})
-        return self.run(plan, values, lambda tensor, _: calibrations[tensor.name])
+        ranges = self._ranges
+        if ranges is None:
+            known = calibrations_in(plan, self.quant_stats or {})
+            return self.run(plan, values, lambda tensor, _: known[tensor.name])
+        states = {t.name: ranges.state(t.path) for t in plan.measured}
+
+        def calibration_of(tensor, observed):
+            statistics = statistics_of(tensor, self.rules)
+            state = states[tensor.name]
+            return ranges.calibration(tensor.path, statistics, observed, state)
+
+        return self.run(plan, values, calibration_of)
 
     def run(
         self, plan: OdmlPlan, values: Sequence[Any], calibration_of: Any
@@ -226,31 +238,9 @@ class OdmlQatProvider(QuantizationProvider):
 
     def running(self, ranges: RunningRanges) -> OdmlQatProvider:
         """See `QuantizationProvider.running`."""
-        running: Any = copy.copy(self)
-        running.__class__ = _Running
-        running.ranges = ranges
-        running.keeps_quant_stats = False
+        running = copy.copy(self)
+        running.keeps_quant_stats, running._ranges = False, ranges
         return running
-
-
-class _Running(OdmlQatProvider):
-    """The mode for one call, with ranges that it may update."""
-
-    ranges: RunningRanges
-
-    def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
-        _check_derivatives(plan)
-        states = {t.name: self.ranges.state(t.path) for t in plan.measured}
-
-        def calibration_of(tensor, observed):
-            return self.ranges.calibration(
-                tensor.path,
-                statistics_of(tensor, self.rules),
-                observed,
-                states[tensor.name],
-            )
-
-        return traced.rebuild(self.run(plan, traced.inputs, calibration_of))
 
 
 class _Tagging(Tagging):
