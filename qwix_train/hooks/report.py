@@ -131,8 +131,8 @@ class QuantReport(PeriodicAction):
           on_steps: see `PeriodicAction`.
 
         Raises:
-          TypeError: if the writer or the plan is none, or `opt_state` is neither an
-            NNX object nor a function.
+          TypeError: if the writer is not a writer, the plan is not a `Plan`, or
+            `opt_state` is neither an NNX object nor a function.
           ValueError: if the plan quantizes no weight.
         """
         super().__init__(

@@ -232,7 +232,7 @@ def base_results(
 
 
 class _CannotChange(Exception):
-    """An equation makes of a factor what is none."""
+    """An equation does not turn a factor into a factor."""
 
 
 def _changed(primitive, params, shape, factor, others) -> list[jax.Array]:

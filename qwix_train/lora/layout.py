@@ -103,7 +103,8 @@ class AdapterLayout:
         """For each axis of a part the axis of the param that it is, or starts with.
 
         Args:
-          part: `a`, `b` or `magnitude`. The axis of the rank is none.
+          part: `a`, `b` or `magnitude`. The axis of the rank is not an axis
+            of the param, and is None.
         """
         kept = [axis for axis in self.b_axes if axis not in self._batch]
         rows = list(self.a_axes)

@@ -76,7 +76,7 @@ def merge(base: Any, *args: Any, to_float: bool = False, **kwargs: Any) -> Any:
       `PtqProvider`; there those of rules with `qat=True` are quantized, too.
 
     Raises:
-      TypeError: if the arguments are none of the three.
+      TypeError: if the arguments do not fit any of the three.
       ValueError: if adapters do not fit the layouts, or the layouts the base; the
         message names the params.
 

@@ -91,7 +91,7 @@ def provider_of(model: Any) -> LoraProvider:
     """The provider of a model with adapters.
 
     Raises:
-      TypeError: if it is none.
+      TypeError: if it is not a Flax module.
     """
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(f"Expected a Flax module, got {type(model).__name__}.")

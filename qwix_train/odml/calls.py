@@ -46,7 +46,7 @@ class ModelCall:
           kwargs: the keyword arguments.
 
         Raises:
-          TypeError: if the model is none.
+          TypeError: if the model is not a Flax module or a function.
           ValueError: if there are no arrays among the arguments, or they are for
             training.
         """

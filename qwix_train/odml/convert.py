@@ -74,7 +74,8 @@ def convert(
 
     Raises:
       ImportError: if the packages of the extra `odml` are not installed.
-      TypeError: if the model is none, or metadata is neither text nor bytes.
+      TypeError: if the model is not a Flax module or a function, or metadata is
+        neither text nor bytes.
       ValueError: if LiteRT has no integer form of an operation, or its converter leaves
         floats where training has integers (with a strict provider), a range is missing,
         no rule matches (unless the provider says `allow_unmatched`), the model trains

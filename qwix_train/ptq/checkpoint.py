@@ -66,7 +66,7 @@ def save(
         FileExistsError: A checkpoint is at the path, and ``overwrite`` is not set; or
             something else is.
         TypeError: A leaf, or ``metadata``, cannot be stored.
-        ValueError: Codes that are none of their type, scales that are not finite or
+        ValueError: Codes that their type does not have, scales that are not finite or
             are negative, or paths that are one when their keys are written as text;
             the message names the params. Or ``metadata`` is nested too deeply.
 
@@ -191,7 +191,7 @@ def restore(
         ValueError: What is there is no such checkpoint, or incomplete, or was
             changed, or is for another model, or a sharding does not divide a param,
             or is for none. The message names the path and the params.
-        TypeError: What stands among the shardings is none, such as a `PartitionSpec`.
+        TypeError: One of the shardings is not a sharding, but a `PartitionSpec` or so.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp

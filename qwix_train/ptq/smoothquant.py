@@ -115,7 +115,9 @@ class SmoothQuant(InputScaling):
             per_row=_has_rows(found),
             layers=math.prod(found.layers),
         )
-        best = jnp.argmin(errors, 0)  # The first, which is none, where all are equal.
+        best = jnp.argmin(
+            errors, 0
+        )  # Where all are equal the first, which is no smoothing.
         if self.alpha is not None:
             best = jnp.ones_like(best)
         factors = jnp.take_along_axis(candidates, best[None, :, None], 0)[0]

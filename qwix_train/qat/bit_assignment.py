@@ -44,7 +44,8 @@ def assign_bits(
         behind them the rules that the sensitivity was measured with, for all else.
 
     Raises:
-        TypeError: ``sensitivity`` is none, or there are both budgets, or neither.
+        TypeError: ``sensitivity`` is not a sensitivity, or there are both budgets, or
+            neither.
         ValueError: No choice meets the budget; the message says what the smallest one
             takes. Or the budget is not a finite number, or a loss in the table is not.
 

@@ -100,7 +100,7 @@ def stages_of(
       The stages, in order; the first begins at step 0. One, if there is no schedule.
 
     Raises:
-      TypeError: if the schedule is none.
+      TypeError: if the schedule is not a `Schedule`.
       ValueError: if the types of a schedule do not end with that of a rule, or no rule
         has what they are for.
     """

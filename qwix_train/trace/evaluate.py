@@ -44,9 +44,9 @@ def evaluate(
       inputs: a value for each of its inputs: an array, or a `Carried` one.
       ops: the ops to replace, by where they are.
       handler: called with each of them.
-      given: a tree of arrays for an op, by where it is, that its handler needs. Of an
-        op within scans over layers, an axis of layers for each of these stands in
-        front, and the handler gets the slice of the layer.
+      given: a tree of arrays for an op, by where it is, that its handler needs. Inside
+        of a scan over layers the arrays have one leading axis for each such scan, and
+        the handler gets the slice of its layer.
 
     Returns:
       The results of the body. For an input that the body returns as it came this is
