@@ -110,8 +110,8 @@ def wrap_train_step(
     Raises:
       TypeError: if a provider stores params quantized, such as a `PtqProvider` or a
         `LoraProvider`; if it takes no `quant_stats`, and there are some; if it cannot
-        follow the schedule; if `schedule` is not a `Schedule`, or `schedule_step` is not
-        a function; by the step when called, if that does not return an int scalar.
+        follow the schedule; if `schedule` is not a `Schedule`, or `schedule_step` not a
+        function; by the step when called, if that does not return an int scalar.
       ValueError: if a schedule does not fit a rule; by the step when called, if no
         model call was reached, or no rule matches any op; if a rule asks for static
         ranges, and there are neither `quant_stats` nor statistics in the state; if a

@@ -174,7 +174,8 @@ def _uncut(found: Mapping[str, Any], qtype: Any) -> dict[str, Any]:
     """A range whose ends are codes.
 
     Those of a range centered at zero lie half a step beyond. Rounded to nearest they
-    get the outermost code; at random, half of them would get the code behind it, which does not exist.
+    get the outermost code; at random, half of them would get the code behind it, which
+    does not exist.
     """
     if "absmax" not in found or not numerics.is_integer_qtype(qtype):
         return dict(found)
