@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwix_train.lora import LoraRule
 from qwix_train.odml import OdmlQatProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import PtqProvider
@@ -174,3 +175,17 @@ def test_learned_scales():
     assert not QuantizationRule(weight_qtype="int8").learns_scales
     in_float = {"weight_calibration_method": "lsq", "act_calibration_method": "lsq"}
     assert not QuantizationRule(**in_float).learns_scales
+
+
+def test_a_rule_shows_the_fields_that_were_set():
+    rule = QuantizationRule(module_path="a", weight_qtype="int4", act_act=False)
+    assert repr(rule) == (
+        "QuantizationRule(module_path='a', weight_qtype='int4', act_act=False)"
+    )
+    assert repr(QuantizationRule()) == "QuantizationRule()"
+    assert repr(LoraRule(rank=2, alpha=4.0)) == "LoraRule(rank=2, alpha=4.0)"
+
+
+def test_what_is_no_rules_is_not_printed_whole():
+    with pytest.raises(TypeError, match="Expected a list of rules, got a dict"):
+        check_rules({"kernel": np.ones((8, 8))})

@@ -36,6 +36,7 @@ import numpy as np
 
 from qwix_train.core import initial_range, numerics, tiling
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.core.shortened import shortened
 
 
 def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
@@ -223,7 +224,8 @@ def check_quantizable(array: jax.Array) -> None:
     """
     if not hasattr(array, "dtype"):
         raise TypeError(
-            f"Expected an array, got {array!r}. Make one of it: jnp.asarray(...)."
+            f"Expected an array, got {shortened(array)}. Make one of it: "
+            "jnp.asarray(...)."
         )
     if not numerics.is_quantizable(array.dtype):
         raise ValueError(

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.core.qarray import WithAux
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
     call_mode,
     marks,
@@ -183,7 +184,7 @@ def quantize_fn(
     """
     _check_provider(provider)
     if not callable(fn):
-        raise TypeError(f"Expected a function, got {fn!r}.")
+        raise TypeError(f"Expected a function, got {shortened(fn)}.")
 
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
@@ -195,7 +196,8 @@ def quantize_fn(
 def _check_provider(provider: Any) -> None:
     if not isinstance(provider, QuantizationProvider):
         raise TypeError(
-            f"Expected a provider, such as QtProvider(rules), got {provider!r}."
+            "Expected a provider, such as QtProvider(rules), got "
+            f"{shortened(provider)}."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from flax import linen as nn
 from flax import nnx
 
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends.model import rewrite_function
@@ -53,7 +54,7 @@ def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
       Array([[3.]], dtype=float32)
     """
     if not callable(fn):
-        raise TypeError(f"Expected a function, got {fn!r}: as_model(forward).")
+        raise TypeError(f"Expected a function, got {shortened(fn)}: as_model(forward).")
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
@@ -142,7 +143,7 @@ def _in_float(model: Any) -> Any:
         return nnx_calls.graphdef_in_float(model)
     if not callable(model) or isinstance(model, type):
         raise TypeError(
-            f"Expected a Flax module or a function, got {model!r}: "
+            f"Expected a Flax module or a function, got {shortened(model)}: "
             "in_float(model).apply(teacher_params, x), or in_float(teacher)(x)."
         )
 

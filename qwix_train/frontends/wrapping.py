@@ -17,6 +17,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import param_trees, step_arguments
@@ -179,7 +180,8 @@ def check_step(step: Any) -> None:
         )
     if not callable(step):
         raise TypeError(
-            f"Expected a step function, got {step!r}: wrap_train_step(step, rules)."
+            f"Expected a step function, got {shortened(step)}: "
+            "wrap_train_step(step, rules)."
         )
 
 

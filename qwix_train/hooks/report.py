@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 
 from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
+from qwix_train.core.shortened import shortened
 from qwix_train.files import processes
 from qwix_train.hooks import state as states
 from qwix_train.hooks.oscillations import oscillations_in
@@ -145,7 +146,7 @@ class QuantReport(PeriodicAction):
         if not isinstance(plan, Plan):
             raise TypeError(
                 "Expected the plan of a model, qwix_train.plan(model, rules, "
-                f"*inputs), got {plan!r}."
+                f"*inputs), got {shortened(plan)}."
             )
         if not isinstance(opt_state, nnx.Pytree | Callable | None):
             raise TypeError(

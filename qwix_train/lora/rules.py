@@ -20,7 +20,7 @@ INITIALIZATIONS = ("pissa", "loftq", "loftq,STEPS")
 _LOFTQ_STEPS = 5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LoraRule(QuantizationRule):
     r"""Selects ops whose weights get low-rank adapters.
 

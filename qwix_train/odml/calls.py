@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import trace_function
@@ -53,7 +54,9 @@ class ModelCall:
         self._model, self._variables = model, variables
         is_module = isinstance(model, nn.Module | nnx.Module)
         if not is_module and not callable(model):
-            raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
+            raise TypeError(
+                f"Expected a Flax module or a function, got {shortened(model)}."
+            )
         if not isinstance(inputs, Sequence):
             raise TypeError(
                 "A signature is a method and a sequence of inputs, such as "

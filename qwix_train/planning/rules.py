@@ -14,6 +14,7 @@ import numpy as np
 from qwix_train import ops
 from qwix_train.core import how, numerics
 from qwix_train.core.numerics import is_int16
+from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
 from qwix_train.observers.named import parse_observer
 from qwix_train.observers.statistics import make_statistics
@@ -31,7 +32,7 @@ LITERT_OP_NAMES = tuple(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class QuantizationRule:
     """Selects ops by module path and name, and says how to quantize them.
 
@@ -119,6 +120,15 @@ class QuantizationRule:
     pad_tiles: bool = False
     disable_channelwise_axes: bool = False
     schedule: Schedule | None = None
+
+    def __repr__(self) -> str:
+        # Of many fields most are left as they are, and say nothing.
+        fields = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -426,10 +436,10 @@ def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ..
     """
     if isinstance(rules, QuantizationRule):
         raise TypeError(f"Expected a list of rules, got one rule: pass [{rules}].")
-    if not isinstance(rules, Iterable):
-        raise TypeError(f"Expected a list of rules, got {rules!r}.")
+    if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
+        raise TypeError(f"Expected a list of rules, got {shortened(rules)}.")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, QuantizationRule):
-            raise TypeError(f"Expected a QuantizationRule, got {rule!r}.")
+            raise TypeError(f"Expected a QuantizationRule, got {shortened(rule)}.")
     return rules

@@ -12,7 +12,7 @@ from qwix_train.core.stochastic_rounding import NOISE_NAMES
 from qwix_train.planning.rules import QuantizationRule
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class QtRule(QuantizationRule):
     r"""Selects ops, and says how they are computed in quantized training.
 

@@ -13,6 +13,7 @@ from flax.training import train_state
 
 from qwix_train import calib
 from qwix_train.calib.ranges import states_in
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import attributes, nnx_objects
 from qwix_train.planning.plan import Path
 from qwix_train.planning.provider import QuantizationProvider
@@ -60,7 +61,8 @@ def with_quant_stats(
     Returns:
       The NNX model, with a `QuantStat` in the module of each op; or the state, with a
       field `quant_stats`. If the class of the state has no such field, it is of a
-      subclass that does.
+      subclass that does. `state.quant_stats`, or of an NNX model
+      `nnx.to_pure_dict(nnx.state(model, QuantStat))`, is what `ptq.quantize` takes.
 
     Raises:
       ValueError: if no rule sets `act_static_scale=True`, or none matches an op.
@@ -220,7 +222,8 @@ def _call_of(state: Any) -> Callable[..., Any]:
 def _replaced(state: Any, states: States) -> Any:
     if not dataclasses.is_dataclass(state) or not hasattr(state, "replace"):
         raise TypeError(
-            f"Expected a TrainState, or another flax.struct.dataclass, got {state!r}."
+            f"Expected a TrainState, or another flax.struct.dataclass, got "
+            f"{shortened(state)}."
         )
     if not hasattr(state, "quant_stats"):
         fields = {
