@@ -55,7 +55,8 @@ def follow(
     def call(*args, **kwargs):
         if is_planning():
             for step, stage in zip(steps, stages, strict=True):
-                with calls_when(f"from step {stage.begins_at}"):
+                blended = " (blended in)" if stage.amounts.ramps else ""
+                with calls_when(f"from step {stage.begins_at}{blended}"):
                     out = step(*args, **kwargs)
             return out
         count = count_of(args, kwargs)

@@ -439,3 +439,24 @@ def test_an_eager_step_with_a_data_loaders_tokens_is_the_jitted_one():
     got, want = step(LANGUAGE, TOKENS), jax.jit(step)(LANGUAGE, TOKENS)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert np.abs(got - attend(LANGUAGE, TOKENS)).max() > 1e-3
+
+
+def test_scales_beside_params_are_not_listed_as_matrices():
+    rules = [
+        rule(
+            weight_qtype="int4",
+            weight_calibration_method="lsq",
+            act_qtype="int8",
+            act_calibration_method="lsq",
+        )
+    ]
+    params = {
+        "w": data(4, 2),
+        "w_scale": jnp.ones((1, 2)),
+        "dot_general0_lhs_scale": jnp.ones((1, 1)),
+        "other": data(2, 2),
+    }
+    found = str(
+        plan(lambda p, x: x @ p["w"] + p["other"][0], rules, params, data(3, 4))
+    )
+    assert "params of two axes or more that stay in float: other\n" in found + "\n"

@@ -131,3 +131,17 @@ def test_a_model_needs_rules():
     with pytest.raises(TypeError, match=r"plan\(model, rules, \*inputs\) takes rules"):
         plan(MODEL)
     assert qwix_train.StepPlan(()).records() == []
+
+
+@pytest.mark.parametrize("wrong", [new_state, lambda: {"params": {}}, lambda: None])
+def test_a_step_that_is_not_wrapped_says_so(wrong):
+    with pytest.raises(TypeError, match=r"got .*plan\(wrap_train_step\(step, rules\)"):
+        plan(train_step, wrong(), X)
+
+
+def test_the_calls_of_each_stage_are_counted_by_themselves():
+    schedule = Schedule(start_step=3, ramp_steps=4)
+    step = wrap_train_step(train_step, INT8, schedule=schedule)
+    text = str(plan(step, new_state(), X))
+    assert text.startswith("from step 3 (blended in), call 1 of 1:\n")
+    assert "\nfrom step 7, call 1 of 1:\n" in text

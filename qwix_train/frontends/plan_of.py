@@ -9,6 +9,7 @@ from typing import Any, overload
 from flax import linen as nn
 from flax import nnx
 
+from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects
@@ -16,7 +17,7 @@ from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
 from qwix_train.planning.plan import Plan, StepPlan, make_plan
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import subclasses
 
 
@@ -68,6 +69,8 @@ def plan(
       The plan. `print(plan)` shows it as a table, `plan.records()` as dictionaries.
 
     Raises:
+      TypeError: if `model` is no model, or `rules` are no rules: a step has to be
+        wrapped first.
       ValueError: if a rule asks for what does not fit an op; if a provider stores
         params quantized, and an NNX module holds one as an array, in no `nnx.Param`.
 
@@ -82,12 +85,15 @@ def plan(
         named = {} if rngs is None else {"rngs": rngs}
         args = () if rules is None and not inputs else (rules, *inputs)
         return plan_step(step, args, {**named, **kwargs})
-    if rules is None:
-        raise TypeError(
-            "plan(model, rules, *inputs) takes rules, unless its first argument is a "
-            "step that wrap_train_step or wrap_eval_step gave."
-        )
-
+    if not isinstance(rules, QuantizationProvider):
+        try:
+            rules = check_rules(rules)
+        except TypeError as error:
+            raise TypeError(
+                f"{error} plan(model, rules, *inputs) takes rules or a provider after "
+                "the model. Only the plan of a step goes without, once it is wrapped: "
+                "plan(wrap_train_step(step, rules), *args)."
+            ) from None
     return plan_model(
         model, rules, *inputs, variables=variables, method=method, rngs=rngs, **kwargs
     )
@@ -133,5 +139,7 @@ def plan_model(
         given = {} if rngs is None else {"rngs": rngs}
         traced = trace_function(model, inputs, {**given, **kwargs})
     else:
-        raise TypeError(f"Expected a Flax module or a function, got {model!r}.")
+        raise TypeError(
+            f"Expected a Flax module or a function, got {shortened(model)}."
+        )
     return planned(traced)

@@ -8,6 +8,7 @@ the table is what happens.
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import difflib
 import math
@@ -301,8 +302,8 @@ class PlannedCall:
     """A call of a model in a step, and what happens in it.
 
     Attributes:
-      when: the steps of a schedule that it is of, such as `"from step 100"`; empty
-        without a schedule.
+      when: the steps of a schedule that it is of, such as `"from step 100"`, or
+        `"from step 100 (blended in)"` during a ramp; empty without a schedule.
       plan: what happens in the call.
     """
 
@@ -329,13 +330,15 @@ class StepPlan:
         ]
 
     def __str__(self) -> str:
-        count = len(self.calls)
-        texts = [
-            f"call {number} of {count}"
-            + (f", {call.when}" if call.when else "")
-            + f":\n\n{call.plan}"
-            for number, call in enumerate(self.calls, 1)
-        ]
+        # The calls of each stage of a schedule are counted by themselves.
+        counts = collections.Counter(call.when for call in self.calls)
+        seen: collections.Counter[str] = collections.Counter()
+        texts = []
+        for call in self.calls:
+            seen[call.when] += 1
+            title = f"call {seen[call.when]} of {counts[call.when]}"
+            when = f"{call.when}, " if call.when else ""
+            texts.append(f"{when}{title}:\n\n{call.plan}")
         return "\n\n".join(texts) or "The step calls no model that is quantized."
 
 

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwix_train.planning.leaves import Leaf
+
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
     from qwix_train.planning.plan import OpPlan, ParamPlan, Plan, RuleUse
@@ -98,11 +100,14 @@ def _summary(plan: Plan) -> list[str]:
     ]
     # Biases and norm scales are expected to stay in float; matrices are not, and a
     # matrix that reaches its product as no weight (masked by an input, say) shows
-    # in no row of the table.
+    # in no row of the table. Leaves beside params, such as learned scales, are not the
+    # model's.
     matrices = [
         "/".join(param.path)
         for param in plan.params.values()
-        if param.how is None and param.is_matrix
+        if param.how is None
+        and param.is_matrix
+        and Leaf.parse(param.path, plan.params) is None
     ]
     if matrices:
         lines.append(f"params of two axes or more that stay in float: {some(matrices)}")
