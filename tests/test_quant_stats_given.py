@@ -19,6 +19,12 @@ DYNAMIC = QuantizationRule(weight_qtype="int8", act_qtype="int8")
 STATS = {"dot_general0_lhs": {"count": 1, "sum_of_absmax": np.ones((1, 1), np.float32)}}
 
 
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="a")(x)
+
+
 def step(params, x):
     return nn.Dense(2).apply({"params": params}, x)
 
@@ -71,3 +77,16 @@ def test_a_warm_up_is_a_number_of_batches():
             wrap(step, [STATIC], quant_stats_warmup=-1)
         with pytest.raises(TypeError, match="quant_stats_warmup=2.5: a number of"):
             wrap(step, [STATIC], quant_stats_warmup=2.5)
+
+
+def test_statistics_in_the_place_of_ranges_are_told_apart():
+    rules = [STATIC]
+    x = np.ones((1, 4), np.float32)
+    params = {"kernel": np.ones((4, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    observed = calib.observe(lambda p, x: Outer().apply({"params": {"a": p}}, x), rules)
+    stats, _ = observed({}, params, x)
+    with pytest.raises(ValueError, match=r"observed\.quant_stats\(stats\)"):
+        ptq.quantize(Outer(), {"a": params}, rules, x, quant_stats=stats)
+    ranges = observed.quant_stats(stats)
+    assert ranges["a"]["dot_general0_lhs"]["sum_of_absmax"].item() == 1.0
+    ptq.quantize(Outer(), {"a": params}, rules, x, quant_stats=ranges)

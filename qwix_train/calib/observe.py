@@ -118,12 +118,29 @@ def observe(
 
     Returns:
       A function `observed(stats, *args) -> (stats, outputs)`. It starts from
-      `observed.init(*args)`, or from an empty dictionary.
+      `observed.init(*args)`, or from an empty dictionary. `observed.quant_stats(stats)`
+      are the ranges, for `ptq.quantize` and all others that take `quant_stats`.
 
     Raises:
       TypeError: if a provider collects no ranges, such as a `PtqProvider`.
       ValueError: if no rule sets `act_static_scale=True`; by the function, if nothing
         in the step has a static range.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> rules = [
+      ...     QuantizationRule(
+      ...         weight_qtype="int8", act_qtype="int8", act_static_scale=True
+      ...     )
+      ... ]
+      >>> model = nn.Dense(2)
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> observed = observe(model.apply, rules)
+      >>> stats, step = {}, jax.jit(observed)
+      >>> for scale in (1.0, 3.0):
+      ...     stats, out = step(stats, params, scale * jnp.ones((8, 4)))
+      >>> observed.quant_stats(stats)["dot_general0_lhs"]["sum_of_absmax"]
+      Array([[4.]], dtype=float32)
     """
     return Observed(step, tagging(rules))
 

@@ -25,6 +25,7 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
+from qwix_train.core.shortened import shortened
 from qwix_train.planning.leaves import Leaf, Path, scale_path, zero_point_path
 from qwix_train.planning.plan import OpPlan, Plan
 from qwix_train.trace.analyze import Operand
@@ -163,13 +164,24 @@ def check_quant_stats(quant_stats: Any) -> None:
 
     Raises:
       TypeError: if it is not a nested dictionary.
+      ValueError: if it is what a collector keeps, whose keys are whole paths.
     """
-    if quant_stats is not None and not isinstance(quant_stats, Mapping):
+    if quant_stats is None:
+        return
+    if not isinstance(quant_stats, Mapping):
         raise TypeError(
-            f"quant_stats={quant_stats!r}: expected the ranges of activations in a "
-            "nested dictionary, such as calibrator.quant_stats, not a "
+            f"quant_stats={shortened(quant_stats)}: expected the ranges of activations "
+            "in a nested dictionary, such as calibrator.quant_stats, not a "
             f"{type(quant_stats).__name__}."
         )
+    for key, value in quant_stats.items():
+        if "/" in str(key) and isinstance(value, Mapping) and "count" in value:
+            raise ValueError(
+                f"The quant_stats have the key {key!r}, the whole path of a range: "
+                "these are the statistics that a Calibrator or calib.observe keeps. "
+                "The ranges that they give are calibrator.quant_stats, or "
+                "observed.quant_stats(stats)."
+            )
 
 
 def ends_in(statistics: Mapping[str, Any]) -> dict[tuple[str, str], Any]:

@@ -61,7 +61,12 @@ def quantize_params(
         The params of a function may be any tree, such as a module of Equinox.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`:
         at the path of each module, for each operand such as `dot_general0_lhs`, the
-        `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
+        `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`. They
+        are the `quant_stats` of a `calib.Calibrator`, of a train state
+        (`with_quant_stats`), or of a Linen model's variables; of an NNX model
+        `nnx.to_pure_dict(nnx.state(model, QuantStat))`. Where the observer is
+        `percentile`, `mse` or `entropy`, what a state holds goes through
+        `calib.collected_ranges(quant_stats, rules)` first.
       allow_extra_params: whether params that the quantized model does not have are
         left out. An error otherwise.
       donate: whether each float array is deleted once it is quantized, so that the
