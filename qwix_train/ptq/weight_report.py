@@ -71,4 +71,7 @@ class WeightReport:
 
 
 def _percent(error: float | None) -> str:
-    return "" if error is None else f"{100 * error:.2f}%"
+    if error is None:
+        return ""
+    # Of 8 bits, say, two decimals would show nothing but zeros.
+    return f"{100 * error:.2f}%" if error >= 0.001 else f"{100 * error:.2g}%"
