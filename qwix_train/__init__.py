@@ -1,4 +1,23 @@
-"""Quantizes a JAX model while it trains, without changing the model or the loop."""
+"""Quantizes a JAX model while it trains, without changing the model or the loop.
+
+Rules: `QuantizationRule`, or `QtRule` with quantized backward products, `LoraRule` with
+adapters. `Schedule` says when they begin. `plan` shows what they do (a `Plan`, or a
+`StepPlan` of a wrapped step).
+
+Steps: `wrap_train_step`, `wrap_eval_step`; `as_model` and `in_float` mark functions and
+teachers in them. `with_quant_stats` keeps static ranges in a state (`QuantTrainState`)
+or an NNX model (`QuantStat`).
+
+Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
+`QuantizationProvider`: `QtProvider`, `PtqProvider`, `LoraProvider`, `OdmlQatProvider`,
+`OdmlConversionProvider`. `quantize_params` quantizes params for a `PtqProvider`.
+`LoraTrainState` holds adapters.
+
+Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
+`dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`.
+
+Packages: `qat`, `calib`, `ptq`, `lora`, `odml`, `optim`, `hooks`.
+"""
 
 from typing import TYPE_CHECKING
 

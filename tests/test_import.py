@@ -1,9 +1,12 @@
 """What `import qwix_train` imports, and what it leaves for its first use."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +76,21 @@ def test_unknown_name():
         _ = qwix_train.Ptq  # type: ignore[attr-defined]
     with pytest.raises(ImportError, match="cannot import name 'Ptq'"):
         exec("from qwix_train import Ptq")
+
+
+@pytest.mark.parametrize(
+    "package", ["", *"calib hooks lora odml optim ptq qat".split()]
+)
+def test_the_docstring_of_a_package_has_its_public_names(package):
+    """`help` of a package does not show what it has from its modules."""
+    file = Path(qwix_train.__file__).parent / package / "__init__.py"
+    tree = ast.parse(file.read_text())
+    public = {
+        name.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if name.asname == name.name and not name.name.endswith("State")
+    }
+    text = ast.get_docstring(tree) or ""
+    assert not {name for name in public if not re.search(rf"\b{name}\b", text)}

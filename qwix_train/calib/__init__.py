@@ -1,4 +1,9 @@
-"""Calibration: the ranges of activations, collected by loops that do not know of it."""
+"""Calibration: the ranges of activations, collected by loops that do not know of it.
+
+`Calibrator` keeps the statistics; `observe` is its pure form, and `merge_stats`
+combines those of several processes. `collected_ranges` gives the ranges of statistics
+that a train state holds. `compare` measures the observers, as a `Comparison`.
+"""
 
 from typing import TYPE_CHECKING
 

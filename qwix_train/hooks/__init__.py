@@ -1,4 +1,6 @@
-"""Periodic actions for training loops: calibrate, report, export.
+"""Periodic actions for training loops: `Calibrate`, `QuantReport`, `Export`.
+
+`PeriodicAction` is the base of your own.
 
 They are called as those of `clu.periodic_actions`, after every step, and need neither
 `clu` nor TensorFlow.

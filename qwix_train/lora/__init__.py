@@ -1,4 +1,14 @@
-"""Adapters: LoRA, QLoRA and their variants, in loops that stay as they were."""
+"""Adapters: LoRA, QLoRA and their variants, in loops that stay as they were.
+
+`LoraRule` says what gets them. `create_train_state` makes a `LoraTrainState`;
+`LoraProvider` is for `apply_lora_to_model`; `init` and `split` give adapters, the base
+and the layouts (`AdapterLayout`) as plain trees. `merge`, `merge_with_report` and
+`unmerge` put them into the base and take them out (`Merged`, `MergeReport`,
+`MergeRecord`).
+
+Files: `save`, `restore`, `read_manifest` (an `AdapterManifest`); `save_peft`,
+`load_peft`. `AdapterSet` holds several adapters of one base.
+"""
 
 from qwix_train.lora.adapter_set import AdapterSet as AdapterSet
 from qwix_train.lora.checkpoint import read_manifest as read_manifest

@@ -1,4 +1,9 @@
-"""Full-integer models for LiteRT: trained with fake quantization, converted, run."""
+"""Full-integer models for LiteRT: trained with fake quantization, converted, run.
+
+`OdmlQatProvider` stands in the place of rules while training, `convert` makes a
+`LiteRTModel`, and `table` lists what becomes of each operation.
+`OdmlConversionProvider` is for tools that export themselves.
+"""
 
 from qwix_train.odml.conversion_provider import (
     OdmlConversionProvider as OdmlConversionProvider,

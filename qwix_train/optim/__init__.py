@@ -4,6 +4,10 @@ Each goes wherever one of Optax goes: under `jax.jit` and into `optax.chain`,
 `optax.partition`, `optax.masked`, `optax.MultiSteps`, `optax.inject_hyperparams` and
 `flax.nnx.Optimizer`. Some wrap a transformation; `dampen_oscillations` stands before
 the optimizer in a chain, `freeze_oscillations` and `proximal` last.
+
+Optimizers: `quantized_state`, `stochastic_rounding`, `lora_plus`,
+`selective_transform`. For quantization-aware training: `proximal` with
+`with_grid_scales`, `dampen_oscillations`, `freeze_oscillations`.
 """
 
 from qwix_train.optim._dampen_oscillations import (

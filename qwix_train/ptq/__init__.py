@@ -1,4 +1,12 @@
-"""Post-training quantization: quantized params, a model that runs on them, files."""
+"""Post-training quantization: quantized params, a model that runs on them, files.
+
+`quantize` does all in one call. In steps: `PtqProvider` for `quantize_model`, the
+shapes of quantized params (`abstract_params` for functions), and `quantize_params`;
+`to_tree` gives those of an NNX model. `Gptq`, `Awq` and `SmoothQuant` look at data.
+
+Files: `save`, `save_async`, `restore`, `read_manifest`; `save_compressed_tensors`,
+`load_compressed_tensors`. Trees of `qwix`: `to_qwix`, `from_qwix`.
+"""
 
 from qwix_train.ptq.awq import Awq as Awq
 from qwix_train.ptq.checkpoint import read_manifest as read_manifest

@@ -1,4 +1,12 @@
-"""Quantization-aware training."""
+"""Quantization-aware training.
+
+`QtProvider` is the mode of `wrap_train_step` and `quantize_model`, `QtRule` quantizes
+the backward products, `Schedule` says when quantization begins.
+
+Scales that are trained: `with_learned_scales` for a train state,
+`attach_learned_scales` for params, `learned_scale_mask`, `learned_quant_stats`.
+Bits by op: `sensitivity` (a `Sensitivity` of `OpSensitivity` rows) and `assign_bits`.
+"""
 
 from typing import TYPE_CHECKING
 
