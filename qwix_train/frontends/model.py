@@ -68,7 +68,7 @@ def quantize_model(
 
     Example:
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QtProvider
+      >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
       >>> model = quantize_model(nn.Dense(4), provider)
       >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
@@ -176,7 +176,7 @@ def quantize_fn(
 
     Example:
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QtProvider
+      >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int4")])
       >>> layer = quantize_fn(lambda params, x: x @ params["w"], provider)
       >>> layer({"w": jnp.array([[0.4, 7.5]])}, jnp.ones((1, 1))).shape

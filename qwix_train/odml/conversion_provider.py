@@ -23,6 +23,7 @@ class OdmlConversionProvider(OdmlQatProvider):
     composites `quant.fake_quant` that the converter reads.
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule, quantize_model
