@@ -160,7 +160,8 @@ def of_state(value: Any, given: Sequence[Any], call: str) -> tuple[Any, Layouts]
     elif len(given) != 1:
         raise TypeError(
             f"Expected a LoraTrainState, or adapters and their layouts: {call}(state) "
-            f"or {call}(adapters, layouts)."
+            f"or {call}(adapters, layouts). Those of an NNX model, and its base, come "
+            "from lora.split(model, *inputs)."
         )
     else:
         layouts = layouts_of(given[0])

@@ -77,7 +77,7 @@ def save_peft(
       adapters: a `LoraTrainState`; or adapters, with their layouts after them.
       *layouts: the layout of each adapter, unless there is a state.
       names: the name of the PyTorch module of each param, by its path, or as a function
-        of it. The default is described at the top of this module.
+        of it. By default `a/kernel` is of the module `a`; see `qwix_train.lora.peft`.
       config: more entries for `adapter_config.json`, such as `task_type`,
         `lora_dropout` or `base_model_name_or_path`.
       overwrite: whether to replace the adapters that are there.

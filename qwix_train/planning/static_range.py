@@ -269,7 +269,8 @@ def find(
     if unknown is None and is_concrete(scale) and np.isnan(scale).any():
         raise ValueError(
             f"The static range of {'/'.join(path)!r} is not known: its scale is NaN, "
-            f"as it is initialized. Give quantize_params {_source(plan)}."
+            "as it is initialized. Give quantize_params, or ptq.quantize, "
+            f"{_source(plan)}."
         )
     layers, ndim = plan.op.layers, len(plan.op.operands[side].shape)
     if layers and scale.ndim == ndim:  # one range for all layers

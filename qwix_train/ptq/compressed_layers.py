@@ -81,7 +81,8 @@ def encode_layer(
     if array.ndim != 2:
         raise ValueError(
             f"it has shape {tuple(array.shape)}, and only matrices can be written. "
-            "Reshape it to one (QArray.reshape)"
+            "Give each layer of a stack a param of its own, and make one axis of the "
+            "heads of attention (QArray.reshape)"
         )
     scale = np.asarray(array.scale)
     check_scale(scale)

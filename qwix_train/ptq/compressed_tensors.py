@@ -71,8 +71,8 @@ def save_compressed_tensors(
             range of a layer's input (``dot_general0_lhs_scale``) becomes its
             ``input_scale``.
         rename: Maps the path of a param, such as ``"layers_0/mlp/kernel"``, to the name
-            of its tensor, such as ``"model.layers.0.mlp.weight"``; the default is
-            described at the top of this module.
+            of its tensor, such as ``"model.layers.0.mlp.weight"``; by default
+            ``a/kernel`` is ``a.weight``; see `qwix_train.ptq.compressed_tensors`.
         act_qtype: The type that readers shall quantize activations to at run time, per
             token; static ranges come first. None for weight-only.
         int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
@@ -85,9 +85,9 @@ def save_compressed_tensors(
         ImportError: `safetensors` is not installed.
         OSError: The files cannot be written; those that were there stay.
         ValueError: The format cannot hold a param (a type or layout that it lacks, an
-            array that is no matrix, codes outside of their type, scales that are no
-            positive numbers), or two have one name; the message has its path. Or no
-            param is quantized.
+            array that is not a matrix, such as a stack of layers, codes outside of
+            their type, scales that are not positive numbers), or two have one name; the
+            message has its path. Or no param is quantized.
 
     >>> import tempfile
     >>> from qwix_train.core.qarray import quantize_array
@@ -290,12 +290,12 @@ class _Writer:
     def _encode(self, name: str, array: Any) -> dict[str, Any]:
         if not isinstance(array, QArray):
             raise ValueError("it is the scale of an activation other than a layer's")
+        format = compressed_layers.layer_format(array.qtype, self._int8_format)
+        tensors, args = compressed_layers.encode_layer(array, format)
         if name.rpartition(".")[2] != "weight":
             raise ValueError(
                 f"quantized params are named 'weight', not {name!r}; pass `rename`"
             )
-        format = compressed_layers.layer_format(array.qtype, self._int8_format)
-        tensors, args = compressed_layers.encode_layer(array, format)
         prefix = name.removesuffix("weight")
         self.tensors.update({prefix + part: x for part, x in tensors.items()})
         activations = self._activations

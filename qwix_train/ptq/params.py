@@ -556,8 +556,9 @@ def _check_ranges(
     if missing:
         raise ValueError(
             f"{len(missing)} activations have a static range that is not known, among "
-            f"them {missing[0]!r}. Give their quant_stats, or with them params that "
-            "have learned scales."
+            f"them {missing[0]!r}. Pass the ranges as quant_stats: those of a "
+            "Calibrator, of a train state, or of the QuantStat variables of an NNX "
+            "model. Learned scales come with the params that have them."
         )
 
 

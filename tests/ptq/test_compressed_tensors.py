@@ -497,6 +497,12 @@ def test_two_tensors_for_one_param(tmp_path):
             {"rename": lambda path: "w.weight"},
             r"shape \(8, 2, 4\), and only matrices",
         ),
+        # Another name is of no help there.
+        (
+            {"w": {"kernel": weight("int8", (3, 8, 4), channelwise_axes=(0, 2))}},
+            {},
+            r"only matrices can be written. Give each layer of a stack a param",
+        ),
         (
             {"w": {"query": weight("int8", (8, 4))}},
             {},

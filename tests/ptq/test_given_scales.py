@@ -175,7 +175,7 @@ def test_scales_that_do_not_fit_are_named():
         )
     ]
     abstract = ptq.abstract_params(layer, floats(), acts, X)
-    with pytest.raises(ValueError, match="with them params that have learned scales"):
+    with pytest.raises(ValueError, match="Learned scales come with the params"):
         ptq.quantize_params(floats(), abstract)
     one = {"dot_general0_lhs_scale": jnp.ones((1, 1))}
     with pytest.raises(ValueError, match="learned leaves of 'lsq', and its rule"):
