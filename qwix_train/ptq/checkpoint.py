@@ -25,6 +25,7 @@ from jax.core import Tracer
 
 from qwix_train.files import processes, writing
 from qwix_train.planning import table as plan_table
+from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import array_tree, stored_arrays, trees
@@ -400,6 +401,13 @@ def _check_same_model(
         )
         if names
     ]
+    names = [tuple(map(str, p.path)) for p in have if p.path not in model]
+    found = [leaf.part for name in names if (leaf := Leaf.parse(name)) is not None]
+    if "pre_quant_scale" in found:
+        problems.append(
+            "Awq and SmoothQuant give scales of input channels, for which a model of "
+            "PtqProvider(rules, pre_quant_scale=True) has a place."
+        )
     if problems:
         raise ValueError(
             f"The checkpoint at {path} is for another model. {' '.join(problems)}"

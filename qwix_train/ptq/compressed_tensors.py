@@ -86,8 +86,9 @@ def save_compressed_tensors(
         OSError: The files cannot be written; those that were there stay.
         ValueError: The format cannot hold a param (a type or layout that it lacks, an
             array that is not a matrix, such as a stack of layers, codes outside of
-            their type, scales that are not positive numbers), or two have one name; the
-            message has its path. Or no param is quantized.
+            their type, scales that are not positive numbers, scales of input channels
+            as of `Awq` and `SmoothQuant`), or two have one name; the message has its
+            path. Or no param is quantized.
 
     >>> import tempfile
     >>> from qwix_train.core.qarray import quantize_array
@@ -267,6 +268,16 @@ class _Writer:
                 f"{where} is a {type(leaf).__name__} that does not say how it was "
                 "quantized. Pass it as WithAux(array, how)."
             )
+        known = Leaf.parse(path)
+        if known is not None and known.part == "pre_quant_scale":
+            if not (np.asarray(leaf) == 1).all():
+                raise ValueError(
+                    f"{where} cannot be written: the format has no scales of input "
+                    "channels, and readers would run the layer without. Divide what "
+                    "comes before the layer by them, such as a norm's scale, or use "
+                    "ptq.save."
+                )
+            return
         name = rename(where) if rename else _default_name(path, leaf.ndim)
         if name in self.recorded:
             other = self.recorded[name][0]

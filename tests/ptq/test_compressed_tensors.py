@@ -497,6 +497,16 @@ def test_two_tensors_for_one_param(tmp_path):
             {"rename": lambda path: "w.weight"},
             r"shape \(8, 2, 4\), and only matrices",
         ),
+        (
+            {
+                "w": {
+                    "kernel": weight("int8", (8, 4)),
+                    "dot_general0_lhs_pre_quant_scale": np.full((1, 8), 0.5),
+                }
+            },
+            {},
+            "pre_quant_scale cannot be written: the format has no scales of input",
+        ),
         # Another name is of no help there.
         (
             {"w": {"kernel": weight("int8", (3, 8, 4), channelwise_axes=(0, 2))}},

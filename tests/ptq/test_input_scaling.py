@@ -218,3 +218,17 @@ def test_a_scale_of_another_model():
     whole = quantize_model(model, method.provider)
     with pytest.raises(ValueError, match=r"has shape \(1, 7\), and .* shape \(1, 6\)"):
         whole.apply({"params": quantized}, BATCHES[0])
+
+
+def test_a_checkpoint_with_scales_of_inputs_says_which_model_has_them(tmp_path):
+    model, params, method = models.Mlp(), mlp_params(), ptq.Awq([WEIGHTS])
+    ptq.save(tmp_path / "awq", run(method, model, params, *BATCHES))
+
+    def shapes(provider):
+        whole = quantize_model(model, provider)
+        return jax.eval_shape(whole.init, jax.random.key(0), BATCHES[0])["params"]
+
+    with pytest.raises(ValueError, match=r"PtqProvider\(rules, pre_quant_scale=True\)"):
+        ptq.restore(tmp_path / "awq", shapes(PtqProvider([WEIGHTS])))
+    fresh = shapes(PtqProvider([WEIGHTS], pre_quant_scale=True))
+    ptq.restore(tmp_path / "awq", fresh)
