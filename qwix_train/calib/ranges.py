@@ -76,4 +76,5 @@ def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, Mapping[str, Any]]:
         dict(quant_stats),
         is_leaf=lambda path, x: not isinstance(x.get("count", {}), Mapping),
     )
-    return flat
+    # The layers of a list are numbers in the tree of an NNX model.
+    return {tuple(map(str, path)): state for path, state in flat.items()}

@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import QuantizationRule, calib
+from qwix_train import (
+    QuantizationRule,
+    QuantStat,
+    calib,
+    ptq,
+    with_quant_stats,
+    wrap_train_step,
+)
 from tests import models
 
 STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
@@ -79,3 +87,16 @@ def test_errors():
         calib.collected_ranges(empty, [rule])
     with pytest.raises(ValueError, match="no rule gives that a static range"):
         calib.collected_ranges(empty, [QuantizationRule(module_path="other", **STATIC)])
+
+
+def test_the_statistics_of_an_nnx_model_with_a_list_of_layers():
+    rules = [QuantizationRule(**STATIC, act_observer="percentile,99")]
+    model = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    with_quant_stats(model, rules, BATCHES[0])
+    wrap_train_step(lambda model, x: model(x), rules)(model, BATCHES[0])
+    stats = nnx.to_pure_dict(nnx.state(model, QuantStat))
+    ranges = calib.collected_ranges(stats, rules)
+    found = ranges["layers"]["0"]["dot_general0_lhs"]["sum_of_absmax"].item()
+    expected = np.percentile(np.abs(BATCHES[0]), 99)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+    ptq.quantize(model, None, rules, BATCHES[0], quant_stats=ranges)
