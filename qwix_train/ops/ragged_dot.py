@@ -219,7 +219,7 @@ class RaggedDot(OpKind):
             b = stacked(outer, -1, rank).swapaxes(1, 2).astype(half.dtype)
             b = jnp.broadcast_to(b, (*b.shape[:2], math.prod(sizes)))
             whole = lax.ragged_dot(half, b, group_sizes, precision=precision)
-            return whole.reshape(len(whole), *sizes)
+            return whole.reshape(x.shape[numbers.ragged[0]], *sizes)
 
         gain = None
         if weight.gain is not None:
@@ -238,7 +238,7 @@ class RaggedDot(OpKind):
         if side != 0 or not numbers.is_plain(jnp.ndim(x)):
             return operands[side]
         rows = jnp.moveaxis(x, numbers.contracted[0][0], -1)
-        group_of = numbers.group_of_rows(group_sizes, len(rows))
+        group_of = numbers.group_of_rows(group_sizes, rows.shape[0])
         groups = jnp.arange(group_sizes.shape[0])
         return jnp.where((group_of == groups[:, None])[..., None], rows, 0)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -277,6 +277,22 @@ def test_each_expert_has_an_adapter(qtype):
     assert_close(model.apply({"params": params}, X), forward(want, X), 2e-5)
 
 
+def test_experts_with_adapters_can_be_exported_for_any_number_of_rows():
+    rules = [LoraRule(op_names=("ragged_dot",), rank=2, alpha=4, weight_qtype="int8")]
+    model = quantize_model(LinenExperts(), LoraProvider(rules))
+    params = dict(model.init(jax.random.key(0), X)["params"])
+    params["up_lora_b"] = RNG.normal(size=(3, 2, 5)).astype(np.float32)
+
+    def function(params, x):
+        return model.apply({"params": params}, x)
+
+    shapes = jax.eval_shape(lambda: params)
+    rows = jax.ShapeDtypeStruct(export.symbolic_shape("rows, 8"), X.dtype)
+    exported = export.export(jax.jit(function))(shapes, rows)
+    x = np.concatenate([X, X])
+    assert_close(exported.call(params, x), function(params, x), 1e-5)
+
+
 def test_static_ranges_are_collected_and_used():
     rules = [rule(act_qtype="int8", act_static_scale=True)]
     calibrator = calib.Calibrator(rules)
@@ -312,6 +328,23 @@ def test_gptq_has_a_hessian_for_each_expert_and_names_those_without_tokens():
         assert np.mean(codes[expert] != want.T) < 0.05
     assert_same(codes[1], np.asarray(rounded_params["w"].array.qvalue, int)[1])
     assert "no input reached 1 of its 3 matrices (1)" in str(method.report)
+
+
+def test_gptq_says_why_it_leaves_all_weights_as_they_are():
+    rules = [rule(weight_qtype="int4")]
+    weights = {"w": np.stack([W, -W])}
+    x, sizes = np.stack([X, X]), np.stack([SIZES, SIZES])
+
+    @as_model
+    def model(params, x):
+        return jax.vmap(lax.ragged_dot)(x, params["w"], sizes)
+
+    method = ptq.Gptq(rules)
+    method.wrap(lambda p, x: model(p, x))(weights, x)
+    _, rounded_params = ptq.quantize(model, weights, rules, x)
+    params = method.quantize_params(weights, rounded_params)
+    assert_same(params, rounded_params)
+    assert "not the matrices that rows are multiplied by" in str(method.report)
 
 
 def test_awq_says_that_the_channels_of_experts_have_no_scale():
