@@ -422,4 +422,5 @@ def _entries(operand: MaybeQArray, axis: int) -> int:
 def _cut(codes: jax.Array, axis: int, count: int) -> jax.Array:
     """Codes with an axis split into tiles and the elements of a tile."""
     shape = codes.shape
-    return codes.reshape(*shape[:axis], count, -1, *shape[axis + 1 :])
+    sizes = count, shape[axis] // count
+    return codes.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])

@@ -1,5 +1,6 @@
 """Ragged products, in every mode, against NumPy in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,7 @@ from qwix_train import (
     qat,
     quantize_model,
 )
+from qwix_train.core.packed_array import unpack
 from tests.compare import assert_close, assert_same
 from tests.ptq.gptq_reference import reference as gptq_reference
 
@@ -99,6 +101,13 @@ def test_codes_are_multiplied_as_integers():
     text = str(jax.make_jaxpr(qwix_train.ragged_dot)(a, b, SIZES))
     assert "preferred_element_type=int32" in text
     assert "preferred_element_type=float32" not in text
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_rows_of_no_group(rows):
+    a, b = quantized(X, "int8", (0,)), quantized(W, "int4", (0, 2), {1: 4})
+    a = dataclasses.replace(a, qvalue=a.qvalue[:rows], scale=a.scale[:rows])
+    assert_same(qwix_train.ragged_dot(a, b, 0 * SIZES), np.zeros((rows, 5), np.float32))
 
 
 def test_the_gradient_of_the_matrices_is_a_product_of_codes():
@@ -423,3 +432,91 @@ def test_experts_within_transformations(around):
             as_model(lambda p, x: x @ p["w"]), QtProvider(rules)
         )
         assert_close(got, np.stack([dense({"w": w}, X) for w in W]), 1e-5)
+
+
+def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
+    """The sizes are values that the step computes, as those of a router are."""
+    square = 0.4 * RNG.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    sizes = jnp.stack([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+
+    def layers(weights, x, sizes):
+        def layer(x, layer):
+            return jnp.tanh(lax.ragged_dot(x, *layer)), None
+
+        return lax.scan(layer, x, (weights, sizes))[0]
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x, sizes):
+            w = self.param("w", lambda _: jnp.asarray(square))
+            return layers(w, x, sizes)
+
+    rules = [
+        LoraRule(
+            op_names=("ragged_dot",),
+            rank=2,
+            alpha=4,
+            weight_qtype="nf4",
+            tile_size=4,
+            double_quant=True,
+        )
+    ]
+    model = quantize_model(Layers(), LoraProvider(rules))
+    params = model.init(jax.random.key(0), X, sizes)["params"]
+    held = qwix_train.dequantize(unpack(params["w"].array))
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x, sizes: jnp.sum(function(x, sizes) ** 2)))
+
+    got = gradient(lambda x, sizes: model.apply({"params": params}, x, sizes))
+    want = gradient(lambda x, sizes: layers(held, x, sizes))
+    assert_close(got(X, sizes), want(X, sizes), 1e-5)
+
+
+def test_quantized_training_of_experts_on_each_device():
+    """The same as that of the experts of each device alone."""
+    rules = [
+        QtRule(
+            op_names=("ragged_dot",),
+            weight_qtype="int8",
+            act_qtype="int8",
+            bwd_qtype="int8",
+        )
+    ]
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = jnp.asarray(np.concatenate([W, -W]))
+    x = jnp.asarray(np.concatenate([X, 2 * X]))
+    sizes = jnp.concatenate([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+
+    @as_model
+    def one(params, x, sizes):
+        return lax.ragged_dot(x, params["w"], sizes)
+
+    @as_model
+    def sharded(params, x, sizes):
+        return jax.shard_map(
+            lambda w, x, sizes: lax.ragged_dot(x, w, sizes),
+            mesh=mesh,
+            in_specs=P("expert"),
+            out_specs=P("expert"),
+        )(params["w"], x, sizes)
+
+    def gradients(model):
+        def step(w, x, sizes):
+            def loss(w, x):
+                return jnp.sum(model({"w": w}, x, sizes) ** 2)
+
+            return jax.grad(loss, (0, 1))(w, x)
+
+        return jax.jit(qwix_train.wrap_train_step(step, rules))
+
+    halves = [
+        gradients(one)(weights[i : i + 3], x[j : j + 7], sizes[i : i + 3])
+        for i, j in ((0, 0), (3, 7))
+    ]
+    of_weights, of_x = gradients(sharded)(weights, x, sizes)
+    want, of_rows = map(np.concatenate, zip(*halves, strict=True))
+    assert_close(of_weights, want, 1e-5, of_largest=True)
+    # A device has values of its weights, so that the codes of the gradient have no
+    # part in the scale of these.
+    assert_close(of_x, of_rows, 0.02, of_largest=True)
