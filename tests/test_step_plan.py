@@ -127,6 +127,31 @@ def test_a_rule_that_matches_nothing_shows_in_the_table():
     assert "no rule matches" in str(found)
 
 
+def test_a_step_may_name_its_arguments_as_those_of_a_model_are_named():
+    given = {}
+
+    def step(state, x, *, variables=None, method="mean", rngs=None):
+        given.update(variables=variables, method=method, rngs=rngs)
+        return state.apply_fn({"params": state.params}, x)
+
+    step = wrap_eval_step(step, INT8)
+    plan(step, new_state(), X)
+    assert given == {"variables": None, "method": "mean", "rngs": None}
+    plan(step, new_state(), X, variables=[], method="sum", rngs=())
+    assert given == {"variables": [], "method": "sum", "rngs": ()}
+
+
+def test_a_model_may_be_an_object_without_a_hash():
+    class Product:
+        __hash__ = None  # as that of a dataclass
+
+        def __call__(self, params, x):
+            return x @ params["w"]
+
+    found = plan(Product(), INT8, {"w": np.ones((4, 2), np.float32)}, X)
+    assert found.ops[0].weights == (("w",),)
+
+
 def test_a_model_needs_rules():
     with pytest.raises(TypeError, match=r"plan\(model, rules, \*inputs\) takes rules"):
         plan(MODEL)

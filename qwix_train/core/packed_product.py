@@ -16,10 +16,11 @@ from qwix_train.core.packed_array import PackedQArray
 
 
 def packed_product(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
+    product: Callable[..., jax.Array],
     weight_of: Callable[[PackedQArray], jax.Array],
     x: jax.Array,
     packed: PackedQArray,
+    *others: jax.Array,
 ) -> jax.Array:
     """A function that is linear in an array, and reads a packed weight.
 
@@ -27,13 +28,14 @@ def packed_product(
     refused, as of any function with its own rule for the way back.
 
     Args:
-        product: Called as ``product(x, weight)``; linear in ``x``.
+        product: Called as ``product(x, weight, *others)``; linear in ``x``.
         weight_of: Gives the weight, of the packed array.
         x: The array, of a float dtype.
         packed: The packed array.
+        *others: Arrays without a derivative, such as the sizes of groups.
 
     Returns:
-        ``product(x, weight_of(packed))``.
+        ``product(x, weight_of(packed), *others)``.
 
     >>> from qwix_train.core import packed_array
     >>> from qwix_train.core.qarray import dequantize, quantize
@@ -47,19 +49,20 @@ def packed_product(
     aval = jax.typeof(x)
 
     @jax.custom_vjp
-    def of(x: jax.Array, packed: PackedQArray) -> jax.Array:
-        return product(x, weight_of(_after(packed, x)))
+    def of(x: jax.Array, packed: PackedQArray, *others: jax.Array) -> jax.Array:
+        return product(x, weight_of(_after(packed, x)), *others)
 
-    def forward(x, packed):
-        return of(x, packed), packed
+    def forward(x, packed, *others):
+        return of(x, packed, *others), (packed, others)
 
-    def backward(packed, cotangent):
+    def backward(kept, cotangent):
+        packed, others = kept
         weight = weight_of(_after(packed, cotangent))
-        transpose = jax.linear_transpose(lambda x: product(x, weight), aval)
-        return (*transpose(cotangent), None)
+        transpose = jax.linear_transpose(lambda x: product(x, weight, *others), aval)
+        return (*transpose(cotangent), None, *(None for _ in others))
 
     of.defvjp(forward, backward)
-    return of(x, packed)
+    return of(x, packed, *others)
 
 
 def _after(packed: PackedQArray, x: jax.Array) -> PackedQArray:

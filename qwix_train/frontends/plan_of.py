@@ -20,6 +20,8 @@ from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import subclasses
 
+_UNSAID = {"variables": None, "method": "__call__", "rngs": None}
+
 
 @overload
 def plan(
@@ -82,9 +84,11 @@ def plan(
     """
     step = wrapped_step(model)
     if step is not None:
-        named = {} if rngs is None else {"rngs": rngs}
+        # Arguments of a step may have the names of those of a model.
+        named = {"variables": variables, "method": method, "rngs": rngs}
+        kwargs |= {name: x for name, x in named.items() if x is not _UNSAID[name]}
         args = () if rules is None and not inputs else (rules, *inputs)
-        return plan_step(step, args, {**named, **kwargs})
+        return plan_step(step, args, kwargs)
     if not isinstance(rules, QuantizationProvider):
         try:
             rules = check_rules(rules)

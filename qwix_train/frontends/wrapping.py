@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,7 +113,8 @@ def wrapped_step(step: Any) -> Callable[..., Any] | None:
       step: any object.
     """
     while callable(step) and not isinstance(step, nn.Module | nnx.Module | type):
-        if step in _wrapped_steps:
+        # Other objects need not have a hash.
+        if isinstance(step, types.FunctionType) and step in _wrapped_steps:
             return step
         step = getattr(step, "__wrapped__", None)
     return None

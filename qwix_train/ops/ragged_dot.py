@@ -219,7 +219,7 @@ class RaggedDot(OpKind):
             b = stacked(outer, -1, rank).swapaxes(1, 2).astype(half.dtype)
             b = jnp.broadcast_to(b, (*b.shape[:2], math.prod(sizes)))
             whole = lax.ragged_dot(half, b, group_sizes, precision=precision)
-            return whole.reshape(len(whole), *sizes)
+            return whole.reshape(x.shape[numbers.ragged[0]], *sizes)
 
         gain = None
         if weight.gain is not None:
@@ -238,7 +238,7 @@ class RaggedDot(OpKind):
         if side != 0 or not numbers.is_plain(jnp.ndim(x)):
             return operands[side]
         rows = jnp.moveaxis(x, numbers.contracted[0][0], -1)
-        group_of = numbers.group_of_rows(group_sizes, len(rows))
+        group_of = numbers.group_of_rows(group_sizes, rows.shape[0])
         groups = jnp.arange(group_sizes.shape[0])
         return jnp.where((group_of == groups[:, None])[..., None], rows, 0)
 
@@ -347,6 +347,9 @@ class _Numbers:
     ) -> jax.Array:
         """A scale on the axes of the result.
 
+        Scales of rows behind the last group are 0, since what these hold, which may be
+        NaN, is not a part of the product.
+
         Args:
           part: has the axes of the operand, each of its size or 1; contracted ones 1.
           side: the operand.
@@ -359,6 +362,9 @@ class _Numbers:
         part = part.transpose(order)
         part = part.reshape(part.shape[: part.ndim - len(self.contracted[side])])
         of_rows = [1] * len(free[0])
+        if side == 0 and self.of_rows:
+            axis = count + free[0].index(self.ragged[0])
+            part = self._of_groups(part, axis, group_sizes)
         if groups:
             part = self._of_each_row(part, count, group_sizes, shapes[0])
             of_rows[free[0].index(self.ragged[0])] = part.shape[count]
@@ -374,6 +380,16 @@ class _Numbers:
         used = {*self.batch[side], *self.contracted[side]}
         used |= {*self.groups} if side == 1 else set()
         return [axis for axis in range(ndim) if axis not in used]
+
+    def _of_groups(self, part, axis, group_sizes):
+        """What belongs to each row along an axis; 0 behind the last group."""
+        if part.shape[axis] == 1:
+            return part
+        ends = jnp.sum(group_sizes, -1, keepdims=True)
+        inside = jnp.arange(part.shape[axis]) < ends
+        shape = [*inside.shape[:-1], *(1,) * (part.ndim - inside.ndim + 1)]
+        shape[axis] = part.shape[axis]
+        return jnp.where(inside.reshape(shape), part, 0)
 
     def _of_each_row(self, part, axis, group_sizes, lhs_shape):
         """What belongs to each row, from what belongs to each group along an axis."""
@@ -422,4 +438,5 @@ def _entries(operand: MaybeQArray, axis: int) -> int:
 def _cut(codes: jax.Array, axis: int, count: int) -> jax.Array:
     """Codes with an axis split into tiles and the elements of a tile."""
     shape = codes.shape
-    return codes.reshape(*shape[:axis], count, -1, *shape[axis + 1 :])
+    sizes = count, shape[axis] // count
+    return codes.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])

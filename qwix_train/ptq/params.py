@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import random_keys
 from qwix_train.frontends.model import quantize_fn, quantize_model, trace_function
 from qwix_train.frontends.nested import WithLeaves, inserted
@@ -24,7 +25,7 @@ from qwix_train.frontends.other_methods import check_no_product_in_float, resolv
 from qwix_train.frontends.plan_of import plan_model
 from qwix_train.planning import static_range
 from qwix_train.planning import table as plan_table
-from qwix_train.planning.leaves import Path, range_of, scale_path
+from qwix_train.planning.leaves import Leaf, Path, range_of, scale_path
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, trees
@@ -282,15 +283,27 @@ def quantize(
         method = resolved(subclasses.original(type(model)), kwargs.get("method"))
         methods = {"__call__", method if isinstance(method, str) else "__call__"}
         quantized = quantize_model(model, provider, methods=methods)
+        if variables is None:
+            made = linen_calls.abstract_variables(model, inputs, kwargs, rngs)
+            _check_known(params, made.get("params", {}))
         others = {} if variables is None else variables
-        # Without the other variables the call makes them, as `init` does.
+        # Without the other variables the call makes them, if it is one that does.
         mutable = DenyList("params") if variables is None else list(others)
         keys = random_keys.checked(rngs) if rngs is not None else {}
         keys = keys if isinstance(keys, Mapping) else {"params": keys}
         keys = {"params": jax.random.key(0), **keys}
         call = functools.partial(quantized.apply, mutable=mutable, rngs=keys)
         first = {**others, "params": params}
-        shapes, planned = _abstract(call, first, rules, inputs, kwargs)
+        try:
+            shapes, planned = _abstract(call, first, rules, inputs, kwargs)
+        except Exception as error:
+            if variables is None and len(made) > 1:
+                names = sorted(name for name in made if name != "params")
+                error.add_note(
+                    f"The model has variables other than params ({', '.join(names)}). "
+                    "ptq.quantize called it without them: give them as variables=."
+                )
+            raise
         check_no_product_in_float(type(model).__name__, planned)
         shapes = shapes["params"]
     else:
@@ -299,6 +312,27 @@ def quantize(
     tree = quantize_params(params, shapes, **options)
     _check_quantized(planned, tree)
     return quantized, tree
+
+
+def _check_known(params: Any, abstract: Any) -> None:
+    """Complains of params that a model does not have.
+
+    Args:
+      params: the params that are given.
+      abstract: those that the model makes.
+    """
+    known = stored.by_path(abstract)
+    unknown = [
+        path
+        for path in stored.by_path(params)
+        if path not in known and Leaf.parse(path, known) is None
+    ]
+    if unknown:
+        has = plan_table.some(["/".join(path) for path in known]) or "no params"
+        raise ValueError(
+            f"Param {'/'.join(unknown[0])!r} is not one of the model, which has {has}. "
+            "Give the params of this model alone."
+        )
 
 
 def _check_quantized(planned: Plan, tree: Any) -> None:

@@ -180,12 +180,14 @@ class WeightMethod(Collector, abc.ABC):
         return ""
 
     def _check_collected(self) -> None:
-        if not self._tagging.reads or not self.state:
+        tagging = self._tagging
+        # Where no weight has an input of use, there is none, and the report says why.
+        if not tagging.reads or (tagging.ranges and not self.state):
             raise ValueError(
                 "No inputs were collected: run the wrapped step first. For a state "
                 "that was put back, trace the step: method.observe(step).init(*args)."
             )
-        for name in self._tagging.ranges:
+        for name in tagging.ranges:
             counts = self.state[name]["count"] if name in self.state else 0
             if not isinstance(counts, core.Tracer) and not np.all(np.asarray(counts)):
                 raise ValueError(

@@ -91,7 +91,8 @@ class BackwardProduct:
                 factors[at] = dequantize(codes)
             return product(op.primitive, op.params, factors)
 
-        arrays = [other.qvalue if isinstance(other, QArray) else other, g]
+        factor = other.qvalue if isinstance(other, QArray) else other
+        arrays = [factor, g, *operands[2:]]
         return traced.with_inputs(arrays).run(traced.ops, handler, lambda _: None)
 
     def _with_scale(
@@ -119,16 +120,16 @@ class BackwardProduct:
         )
         params = {**self.params, "preferred_element_type": g.dtype}
 
-        def gradient(other, g):
+        def gradient(other, g, *rest):
             def forward(x):
                 factors = (x, other) if self.side == 0 else (other, x)
-                return product(self.name, params, [*factors, *operands[2:]])
+                return product(self.name, params, [*factors, *rest])
 
             return jax.linear_transpose(forward, ours)(g)[0]
 
-        of_g = stored.shape_of(g)
+        given = map(stored.shape_of, (g, *operands[2:]))
         # The other operand is a param to the trace, to be told from the gradient.
-        return function.trace(gradient, (others, of_g), lambda path: ("other",))
+        return function.trace(gradient, (others, *given), lambda path: ("other",))
 
     def _quantized(self, op: Op, at: int, g: jax.Array, key: Any) -> QArray:
         """The codes of the gradient, as an operand of the backward product."""

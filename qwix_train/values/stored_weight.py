@@ -253,11 +253,12 @@ class PackedWeight(StoredWeight):
             weight = self._unpacked(packed).next_to_floats
             return dequantize(weight) if isinstance(weight, QArray) else weight
 
-        def of_arrays(x, weight):
+        def of_arrays(x, weight, *others):
             factors = [weight, x] if side == 0 else [x, weight]
-            return product(name, params, [*factors, *operands[2:]])
+            return product(name, params, [*factors, *others])
 
-        return packed_product(of_arrays, weight_of, operands[1 - side], self.packed)
+        x, others = operands[1 - side], operands[2:]
+        return packed_product(of_arrays, weight_of, x, self.packed, *others)
 
     def _unpacked(self, packed: PackedQArray) -> StoredWeight:
         for primitive, params in self.view:

@@ -1,5 +1,6 @@
 """Ragged products, in every mode, against NumPy in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +25,7 @@ from qwix_train import (
     qat,
     quantize_model,
 )
+from qwix_train.core.packed_array import unpack
 from tests.compare import assert_close, assert_same
 from tests.ptq.gptq_reference import reference as gptq_reference
 
@@ -101,6 +103,13 @@ def test_codes_are_multiplied_as_integers():
     assert "preferred_element_type=float32" not in text
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_rows_of_no_group(rows):
+    a, b = quantized(X, "int8", (0,)), quantized(W, "int4", (0, 2), {1: 4})
+    a = dataclasses.replace(a, qvalue=a.qvalue[:rows], scale=a.scale[:rows])
+    assert_same(qwix_train.ragged_dot(a, b, 0 * SIZES), np.zeros((rows, 5), np.float32))
+
+
 def test_the_gradient_of_the_matrices_is_a_product_of_codes():
     g = RNG.normal(size=(7, 5)).astype(np.float32)
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -109,6 +118,19 @@ def test_the_gradient_of_the_matrices_is_a_product_of_codes():
     x, g = (np.asarray(values(v), np.float64) for v in (a, b))
     want = [x[:2].T @ g[:2], np.zeros((8, 5)), x[2:6].T @ g[2:6]]
     assert_close(got, np.stack(want), 1e-6)
+
+
+@pytest.mark.parametrize("rows", ["int8", "int8 tiles"])
+def test_what_stands_in_rows_of_no_group_does_not_matter(rows):
+    """`jnp.take` fills rows for tokens that do not exist with NaN."""
+    x = np.where(np.arange(7)[:, None] < 6, X, np.nan)
+    tiles = {1: 4} if rows.endswith("tiles") else None
+    b = quantized(W, "int8", (0, 2), tiles)
+    got, want = (
+        qwix_train.ragged_dot(quantized(x, "int8", (0,), tiles), b, SIZES)
+        for x in (x, X)
+    )
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, np.stack([SIZES, [1, 1, 5]])])
@@ -233,7 +255,8 @@ def test_both_backward_products_are_of_codes():
     dw, dx = wrapped(*args)
     x, w = rounded(X, 8, 1), rounded(W, 8, 1)
     # Towards the input each row of the gradient, with the scales of the weight's
-    # outputs in it, has a scale; towards the weight each output has one.
+    # outputs in it, has a scale; towards the weight each output has one, for the rows
+    # that belong to a group.
     groups = np.repeat(np.arange(3), SIZES)
     scale = 1.01 * np.abs(W.astype(np.float64)).max(1) / 127.5
     scaled = g[:6] * scale[groups]
@@ -241,7 +264,7 @@ def test_both_backward_products_are_of_codes():
     want = [r @ (w[e] / scale[e]).T for r, e in zip(rows, groups, strict=True)]
     assert_close(dx[:6], np.stack(want), 1e-5)
     x_scale = 1.01 * np.abs(X.astype(np.float64)).max(1, keepdims=True) / 127.5
-    outputs = rounded(g * x_scale, 8, 0)
+    outputs = rounded((g * x_scale)[:6], 8, 0)
     want = [(x / x_scale)[:2].T @ outputs[:2], (x / x_scale)[2:6].T @ outputs[2:6]]
     assert_close(np.asarray(dw["w"])[[0, 2]], np.stack(want), 1e-5, of_largest=True)
     assert not np.any(np.asarray(dw["w"])[1])
@@ -275,6 +298,22 @@ def test_each_expert_has_an_adapter(qtype):
         gain = np.asarray(params[f"{name}_lora_magnitude"]).reshape(norm.shape) / norm
         want[name] = whole * gain[:, None]
     assert_close(model.apply({"params": params}, X), forward(want, X), 2e-5)
+
+
+def test_experts_with_adapters_can_be_exported_for_any_number_of_rows():
+    rules = [LoraRule(op_names=("ragged_dot",), rank=2, alpha=4, weight_qtype="int8")]
+    model = quantize_model(LinenExperts(), LoraProvider(rules))
+    params = dict(model.init(jax.random.key(0), X)["params"])
+    params["up_lora_b"] = RNG.normal(size=(3, 2, 5)).astype(np.float32)
+
+    def function(params, x):
+        return model.apply({"params": params}, x)
+
+    shapes = jax.eval_shape(lambda: params)
+    rows = jax.ShapeDtypeStruct(export.symbolic_shape("rows, 8"), X.dtype)
+    exported = export.export(jax.jit(function))(shapes, rows)
+    x = np.concatenate([X, X])
+    assert_close(exported.call(params, x), function(params, x), 1e-5)
 
 
 def test_static_ranges_are_collected_and_used():
@@ -312,6 +351,23 @@ def test_gptq_has_a_hessian_for_each_expert_and_names_those_without_tokens():
         assert np.mean(codes[expert] != want.T) < 0.05
     assert_same(codes[1], np.asarray(rounded_params["w"].array.qvalue, int)[1])
     assert "no input reached 1 of its 3 matrices (1)" in str(method.report)
+
+
+def test_gptq_says_why_it_leaves_all_weights_as_they_are():
+    rules = [rule(weight_qtype="int4")]
+    weights = {"w": np.stack([W, -W])}
+    x, sizes = np.stack([X, X]), np.stack([SIZES, SIZES])
+
+    @as_model
+    def model(params, x):
+        return jax.vmap(lax.ragged_dot)(x, params["w"], sizes)
+
+    method = ptq.Gptq(rules)
+    method.wrap(lambda p, x: model(p, x))(weights, x)
+    _, rounded_params = ptq.quantize(model, weights, rules, x)
+    params = method.quantize_params(weights, rounded_params)
+    assert_same(params, rounded_params)
+    assert "not the matrices that rows are multiplied by" in str(method.report)
 
 
 def test_awq_says_that_the_channels_of_experts_have_no_scale():
@@ -390,3 +446,91 @@ def test_experts_within_transformations(around):
             as_model(lambda p, x: x @ p["w"]), QtProvider(rules)
         )
         assert_close(got, np.stack([dense({"w": w}, X) for w in W]), 1e-5)
+
+
+def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
+    """The sizes are values that the step computes, as those of a router are."""
+    square = 0.4 * RNG.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    sizes = jnp.stack([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+
+    def layers(weights, x, sizes):
+        def layer(x, layer):
+            return jnp.tanh(lax.ragged_dot(x, *layer)), None
+
+        return lax.scan(layer, x, (weights, sizes))[0]
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x, sizes):
+            w = self.param("w", lambda _: jnp.asarray(square))
+            return layers(w, x, sizes)
+
+    rules = [
+        LoraRule(
+            op_names=("ragged_dot",),
+            rank=2,
+            alpha=4,
+            weight_qtype="nf4",
+            tile_size=4,
+            double_quant=True,
+        )
+    ]
+    model = quantize_model(Layers(), LoraProvider(rules))
+    params = model.init(jax.random.key(0), X, sizes)["params"]
+    held = qwix_train.dequantize(unpack(params["w"].array))
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda x, sizes: jnp.sum(function(x, sizes) ** 2)))
+
+    got = gradient(lambda x, sizes: model.apply({"params": params}, x, sizes))
+    want = gradient(lambda x, sizes: layers(held, x, sizes))
+    assert_close(got(X, sizes), want(X, sizes), 1e-5)
+
+
+def test_quantized_training_of_experts_on_each_device():
+    """The same as that of the experts of each device alone."""
+    rules = [
+        QtRule(
+            op_names=("ragged_dot",),
+            weight_qtype="int8",
+            act_qtype="int8",
+            bwd_qtype="int8",
+        )
+    ]
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = jnp.asarray(np.concatenate([W, -W]))
+    x = jnp.asarray(np.concatenate([X, 2 * X]))
+    sizes = jnp.concatenate([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+
+    @as_model
+    def one(params, x, sizes):
+        return lax.ragged_dot(x, params["w"], sizes)
+
+    @as_model
+    def sharded(params, x, sizes):
+        return jax.shard_map(
+            lambda w, x, sizes: lax.ragged_dot(x, w, sizes),
+            mesh=mesh,
+            in_specs=P("expert"),
+            out_specs=P("expert"),
+        )(params["w"], x, sizes)
+
+    def gradients(model):
+        def step(w, x, sizes):
+            def loss(w, x):
+                return jnp.sum(model({"w": w}, x, sizes) ** 2)
+
+            return jax.grad(loss, (0, 1))(w, x)
+
+        return jax.jit(qwix_train.wrap_train_step(step, rules))
+
+    halves = [
+        gradients(one)(weights[i : i + 3], x[j : j + 7], sizes[i : i + 3])
+        for i, j in ((0, 0), (3, 7))
+    ]
+    of_weights, of_x = gradients(sharded)(weights, x, sizes)
+    want, of_rows = map(np.concatenate, zip(*halves, strict=True))
+    assert_close(of_weights, want, 1e-5, of_largest=True)
+    # A device has values of its weights, so that the codes of the gradient have no
+    # part in the scale of these.
+    assert_close(of_x, of_rows, 0.02, of_largest=True)

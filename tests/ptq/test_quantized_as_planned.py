@@ -86,3 +86,34 @@ class Held(nnx.Module):
 def test_an_array_that_an_nnx_module_holds_cannot_be_stored_quantized(stores):
     with pytest.raises(ValueError, match=r"'w' is an array .* hold it in an nnx.Param"):
         stores()
+
+
+class Counting(nn.Module):
+    """A model that makes a variable where it is initialized, and only there."""
+
+    @nn.compact
+    def __call__(self, x):
+        if self.is_initializing():
+            self.variable("counts", "seen", np.zeros, (1,))
+        return nn.Dense(3)(x) + self.get_variable("counts", "seen")
+
+
+def test_variables_that_only_init_makes():
+    x = np.ones((2, 4), np.float32)
+    params = {"Dense_0": {"kernel": np.eye(4, 3, dtype=np.float32), "bias": np.ones(3)}}
+    rules = [QuantizationRule(weight_qtype="int8")]
+    with pytest.raises(Exception) as raised:
+        ptq.quantize(Counting(), params, rules, x)
+    assert "give them as variables=" in "".join(raised.value.__notes__)
+    counts = {"counts": {"seen": np.zeros(1, np.float32)}}
+    model, quantized = ptq.quantize(Counting(), params, rules, x, variables=counts)
+    variables = {"params": quantized, **counts}
+    np.testing.assert_allclose(model.apply(variables, x)[:, 0], 1.996, atol=1e-3)
+
+
+def test_params_that_the_model_does_not_have():
+    x = np.ones((2, 4), np.float32)
+    params = {"kernel": np.ones((4, 3)), "bias": np.ones(3), "other": np.ones(2)}
+    rules = [QuantizationRule(weight_qtype="int8")]
+    with pytest.raises(ValueError, match="Param 'other' is not one of the model"):
+        ptq.quantize(nn.Dense(3), params, rules, x)
