@@ -64,8 +64,9 @@ def test_statistics_and_logits_are_those_of_qwix(tmp_path):
 @pytest.mark.slow
 def test_a_training_loop_that_threads_the_collection():
     model: Any = qwix_train.quantize_model(Mlp(), QtProvider(RULES))
-    variables: Any = model.init(KEY, BATCHES[0])
-    params, stats = variables["params"], variables["quant_stats"]
+    stats = model.init(KEY, BATCHES[0])["quant_stats"]
+    expected = test_step_ranges.Threaded()
+    params = expected.params
 
     @jax.jit
     def step(params, stats, x):
@@ -78,7 +79,6 @@ def test_a_training_loop_that_threads_the_collection():
         params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
         return params, updates["quant_stats"], loss
 
-    expected = test_step_ranges.Threaded()
     for x in BATCHES:
         params, stats, loss = step(params, stats, x)
         np.testing.assert_allclose(loss, expected.step(x), 1e-5)
