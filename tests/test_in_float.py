@@ -131,7 +131,7 @@ TEACHERS = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", TEACHERS)
 def test_two_trees_of_one_model_are_quantized_with_one_warning(name):
     def step(params, student, teacher_params, teacher):

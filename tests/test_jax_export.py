@@ -102,7 +102,7 @@ def check(function, params, x, symbols):
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize(("model", "form"), CASES)
 @pytest.mark.parametrize("mode", ["QAT", "PTQ"])
 def test_models(model, form, mode):

@@ -65,6 +65,7 @@ def first_layer_quantized(params, x):
     return hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("door", ["linen", "nnx", "function", "step"])
 def test_a_plan_of_its_own_is_what_every_door_carries_out(door):
     provider, x = FirstOp(models.INT8), BATCHES[0]

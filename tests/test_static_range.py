@@ -235,6 +235,7 @@ def test_a_contracted_axis_cannot_keep_ranges():
             QuantizationRule(weight_qtype="int8", act_qtype="int8", **{field: (0,)})
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_qwix(tmp_path):
     path = tmp_path / "logits.npz"
     reference_process.run("tests.test_static_range", path)

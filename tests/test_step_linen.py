@@ -592,7 +592,7 @@ class Product(nn.Module):
         return PRODUCTS[self.spelling](x, w)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("spelling", PRODUCTS)
 @pytest.mark.parametrize(
     "order", ["float first", pytest.param("quantized first", marks=pytest.mark.slow)]

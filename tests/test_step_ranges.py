@@ -124,6 +124,7 @@ class Threaded:
                 np.testing.assert_allclose(stats[name], [[sum(history)]], 1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "how",
     ["jit", "jitted before", pytest.param("eager", marks=pytest.mark.slow)],

@@ -151,7 +151,7 @@ def dequantized_for(function, params):
     return set(found.get("w", ())) | {x for k in found if k != "w" for x in found[k]}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("name", READ)
 def test_what_reads_its_elements(name):
     read, primitives = READ[name]
@@ -217,7 +217,7 @@ STACKS = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("name", [*PRODUCTS, *(f"stacked {name}" for name in STACKS)])
 def test_products_of_codes(name):
     stacked = name.startswith("stacked ")

@@ -160,7 +160,7 @@ PATHS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("config", [name for name in CONFIGS if name != "nans"])
 def test_a_path_can_be_traced(config, name):

@@ -115,7 +115,7 @@ def decorated(decorator):
     return Decorated()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("decorator", DECORATORS.values(), ids=DECORATORS)
 def test_a_model_whose_top_method_is_decorated(decorator):
     model = decorated(decorator)

@@ -32,7 +32,7 @@ def by_method(comparison, op):
     return {r["method"]: r for r in comparison.records if r["op"] == op}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("framework", ["linen", "state", "nnx"])
 @pytest.mark.parametrize("jitted", [True, False])
 def test_the_numbers_of_an_eval_loop(framework, jitted):

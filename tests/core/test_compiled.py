@@ -21,7 +21,7 @@ def same(a: QArray, b: QArray) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize(
     ("options", "dtype", "shape"),
     pairwise(

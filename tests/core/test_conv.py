@@ -63,7 +63,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("lhs_type, rhs_type", PAIRS)
 def test_every_pair_of_types(lhs_type, rhs_type):
     integers = lhs_type.startswith("int") and rhs_type.startswith("int")
@@ -81,7 +81,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("methods", [("absmax", "absmax"), ("minmax", "minmax")])
 def test_every_kind_of_convolution(setting, methods):

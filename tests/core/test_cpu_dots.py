@@ -72,7 +72,7 @@ def divides(layout, case, form):
     return shape[contracting[1][-1]] % (case[1] or 1) == 0
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(33)
 @pytest.mark.parametrize(
     ("layout", "case", "form"),
     pairwise(LAYOUTS, TYPES, FORMS, allowed=divides),

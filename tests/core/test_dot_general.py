@@ -68,7 +68,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(33)
 @pytest.mark.parametrize("lhs_type, rhs_type", PAIRS)
 def test_every_pair_of_types_compiled(lhs_type, rhs_type):
     lhs, rhs = operand(LHS, "lhs", lhs_type), operand(RHS, "rhs", rhs_type)
@@ -87,7 +87,7 @@ def test_mixed_types_eager(lhs_type, rhs_type):
     check(dot_general(lhs, rhs, NUMBERS), lhs, rhs)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("tiles", [(None, None), (128, None), (128, 128), (None, 128)])
 @pytest.mark.parametrize(
     "methods", list(itertools.product(["absmax", "minmax"], repeat=2)), ids=str

@@ -24,7 +24,7 @@ def bits(x):
 
 
 @pytest.mark.optimized
-@pytest.mark.thinned(17)
+@pytest.mark.thinned(34)
 @pytest.mark.parametrize(
     ("qtype", "method", "dtype"),
     pairwise(

@@ -13,7 +13,7 @@ def codes(*shape, dtype=jnp.int8, seed=0):
     return jnp.asarray(values, jnp.int8).astype(dtype)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4])
 def test_it_is_the_dot_in_integers(rows, dtype):

@@ -29,7 +29,7 @@ def rows(dtype=jnp.float32):
     return jnp.asarray(x * RNG.uniform(0.5, 2, (3000, 1)).astype(np.float32), dtype)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("qtype", INTEGERS)
 def test_a_negative_extreme_has_the_lowest_code(qtype, dtype):

@@ -117,7 +117,7 @@ METHODS = {
 
 
 @pytest.mark.optimized
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_forward_is_that_of_stored_codes_bit_for_bit(method, dtype):
@@ -140,6 +140,7 @@ def test_the_forward_is_that_of_stored_codes_bit_for_bit(method, dtype):
     assert np.asarray(again).tobytes() == want
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_differentiation(method):
     function = METHODS[method]

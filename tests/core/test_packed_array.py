@@ -47,7 +47,7 @@ LAYOUTS = {  # shape, the tiled axis, the tile, layer axes: the packed axis, its
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("qtype", ["nf4", "int4"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_codes_are_kept(name, qtype):

@@ -40,7 +40,7 @@ def hows():
                 yield qtype, method
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("qtype, method", list(hows()))
 def test_nearest_values_against_a_reference(qtype, method):
     x = np.random.default_rng(0).normal(0.3, 1, (12, 6)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_quantizing_again_with_the_same_scale_changes_nothing(x, qtype, method):
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 def test_special_arrays(qtype):
     zero = quantize(jnp.zeros((2, 3)), qtype)

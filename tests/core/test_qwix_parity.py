@@ -89,6 +89,7 @@ def compare(dtype, layout, qtypes):
 
 
 # All layouts in both dtypes: the next test.
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("dtype", "layout"), [(DTYPES[0], LAYOUTS[0]), (DTYPES[1], LAYOUTS[1])], ids=str
 )

@@ -81,7 +81,7 @@ def check(method, layout, qtype, dtype):
 
 
 # Each case compiles five programs.
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(18)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_codes_everywhere(case):
     check(*case)

@@ -33,7 +33,7 @@ def same(q, want):
     np.testing.assert_array_equal(dequantize(q), want)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_reshape_is_exact_or_an_error(layout):
     q = make((4, 6, 6), **layout)
@@ -49,7 +49,7 @@ def test_reshape_is_exact_or_an_error(layout):
     assert done >= 3
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "shape, layout, new, scale_shape",
     [
@@ -106,7 +106,7 @@ INDICES = [
 ]
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(21)
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_any_index_where_nothing_is_tiled(axes, index):

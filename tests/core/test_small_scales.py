@@ -41,7 +41,7 @@ def least_error(x, how):
     return error(x, reference_dequantized(x, how))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("size", [2e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_no_float16_channel_is_lost(size, layout):

@@ -55,7 +55,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("qtype", WEIGHTS)
 def test_value_and_gradient(qtype, rows):

@@ -391,7 +391,7 @@ def oscillated(kind, tx):
     return state, model, given, name, getattr(holder, "opt_state", holder)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", ["train_state", "variables", "optimizer", "separate"])
 def test_counts_oscillations(kind):
     how = HowToQuantize(qtype="int4", calibration_method="fixed,-1,1")

@@ -126,7 +126,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "dora"), [(name, i % 2 == 1) for i, name in enumerate(CASES)]
 )
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(27)
 def test_values_and_gradients(name, dora):
     case = CASES[name]
     weight = data(*case.shape)

@@ -219,6 +219,7 @@ BFLOAT16 = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kwargs", BFLOAT16.values(), ids=BFLOAT16)
 def test_adapters_of_a_bfloat16_weight_are_float32(kwargs):
     w, x = jnp.asarray(W, jnp.bfloat16), X.astype(jnp.bfloat16)

@@ -65,6 +65,7 @@ def in_float():
     return sum(traffic().values())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "kwargs, most",
     [

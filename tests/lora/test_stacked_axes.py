@@ -86,7 +86,7 @@ def merged(params, axis):
     return {"layers": result}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_adapters_of_a_model_are_those_that_its_layers_have_alone(axis):
     model = qwix_train.apply_lora_to_model(Stack(axis), lora.LoraProvider([RULE]))

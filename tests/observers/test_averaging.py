@@ -61,6 +61,7 @@ def test_average_of_all_ranges_at_once(name, count):
         np.testing.assert_allclose(value, want, rtol=3e-6)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NAMES)
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(cuts=st.lists(st.integers(0, 6), max_size=3), right=st.booleans())

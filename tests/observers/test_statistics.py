@@ -83,7 +83,7 @@ def test_mean_has_the_states_of_qwix(layout, observer, dtype):
     assert_same(statistics.calibration(state), average.get_calibration(want))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, "empty"])
 @pytest.mark.parametrize("averaging", ["mean", "ema,0.5"])
@@ -154,7 +154,7 @@ def test_a_mean_of_equal_batches_is_the_plain_sum():
     assert collect(statistics, batches)["sum_of_absmax"] == total
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("axes", [None, (0,)])
 @pytest.mark.parametrize("observer", [*RANGES[:5], *STREAMS[:3]])
 def test_what_is_not_finite_is_left_out(observer, axes):

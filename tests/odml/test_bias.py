@@ -32,6 +32,7 @@ def large_bias(self, x):
     return nn.Conv(4, (3, 3), kernel_init=kernel, bias_init=constant([50, 9, 5, -7]))(x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("call", "shape", "provider"),
     [

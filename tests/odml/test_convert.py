@@ -476,7 +476,7 @@ def moved_heads(self, x):
     return jnp.einsum("btnh,nhd->btd", x.reshape(2, 5, 4, 2), w)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("call", "shape"),
     [
@@ -541,7 +541,7 @@ def test_the_scales_of_outputs_are_checked(monkeypatch):
         converted(module(call), {}, normal(4, 8))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "call",
     [

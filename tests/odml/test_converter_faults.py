@@ -40,7 +40,7 @@ def input_and_its_activation(self, x):
     return x, nn.relu(x)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "call",
     [

@@ -94,6 +94,7 @@ def test_the_default_run_has_cases_that_there_are():
 
 
 # Two batches of a third power have ranges that differ much.
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore:1 static ranges are of batches that differ much")
 @pytest.mark.parametrize("name", list(_cases()))
 def test_full_integer_and_equal(name):

@@ -49,6 +49,7 @@ MODELS = {
 SLOW = ("recurrent", "cnn", "attention")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "name",
     [

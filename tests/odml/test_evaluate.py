@@ -114,7 +114,7 @@ def by_hand(variables, x, stats_ranges, per_channel, batch_statistics=False):
     return fq(np.maximum(y, 0), out_low, out_high)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("x", [X, IMAGE], ids=["dense", "conv"])

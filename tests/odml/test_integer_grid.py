@@ -90,6 +90,7 @@ def test_the_grid_of_a_symmetric_range_has_no_zero_point():
     np.testing.assert_allclose(grid.scale, 2 / 127.5, 1e-6)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("rounding", ROUND)
 def test_gradients_pass_within_the_range_alone(rounding):
     grid = Grid(np.float32(0.5), np.int32(10))
@@ -113,6 +114,7 @@ def test_the_scale_gets_no_gradient():
     assert jax.grad(total)(jnp.float32(0.1)) == 0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype, high", [("int8", 127), ("int4", 7)])
 @pytest.mark.parametrize("channels", [(), (1,), (0, 2)])
 def test_weights_are_symmetric_without_the_lowest_code(qtype, high, channels):

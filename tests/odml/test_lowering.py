@@ -58,7 +58,7 @@ DOTS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("name", DOTS)
 @pytest.mark.parametrize("bias", [None, "channel", "axis"])
@@ -140,7 +140,7 @@ CONVS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_conv(name, bias):

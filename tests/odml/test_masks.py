@@ -68,7 +68,7 @@ def test_a_mask_that_holds_other_numbers_too():
     assert error(attention(lambda mask: mask), normal(2, 6, 8), mask) < 0.03
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mask_of", [bert, chosen])
 @pytest.mark.parametrize("seen", [PADDED, np.ones_like(PADDED)], ids=["padded", "full"])
 def test_a_mask_that_is_computed(mask_of, seen):

@@ -87,7 +87,7 @@ FOUND = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name):
     fn, expected = FOUND[name]
@@ -265,7 +265,7 @@ def test_a_mask_that_is_an_input_is_no_dropout():
 # Variances.
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("axes", [(0,), (1,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_a_variance_does_not_subtract_large_numbers(axes, keepdims):
@@ -322,7 +322,7 @@ NORMS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("mean", [0, 5])
 def test_normalization_layers(name, mean):

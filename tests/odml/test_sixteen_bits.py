@@ -31,7 +31,7 @@ def conv(features, **kwargs):
     return nn.Conv(features, (3, 3), bias_init=nn.initializers.normal(0.5), **kwargs)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(
     "call",
     [

@@ -72,6 +72,7 @@ def quantized(x, qtype, channelwise, tiled=None):
     )
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("lhs", [None, "int8", "int8 whole", "float8_e4m3fn", "tiles"])
 @pytest.mark.parametrize("rhs", [None, "int8", "int4 tiles", "int8 shared", "nf4"])
 def test_the_product_of_arrays_and_quantized_arrays(lhs, rhs):
@@ -205,6 +206,7 @@ def test_a_plan_names_the_op_and_the_scales_of_experts():
     assert qwix_train.plan(experts, unnamed, PARAMS, X).ops[0].quantized
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "options",
     [

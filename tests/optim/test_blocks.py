@@ -42,7 +42,7 @@ def whole_blocks(scale, shape):
     return scale
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @QTYPES
 @pytest.mark.parametrize("shape", [(64,), (6, 40), (37,), (4, 3, 5), (53, 7)])
 @pytest.mark.parametrize("squared", [False, True])

@@ -119,7 +119,7 @@ CASES = [(name, jnp.float32) for name in HOWS]
 CASES += [(name, jnp.bfloat16) for name in HOWS if "int8" not in name]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_params_end_on_the_grid_that_is_stored(name, dtype, method):
@@ -151,7 +151,7 @@ def test_params_end_on_the_grid_that_is_stored(name, dtype, method):
     assert len(np.unique(codes)) > 1
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "calibration_method", [f"absmax,{7.5 / 7}", "minmax", "fixed,-2,2"]

@@ -11,7 +11,7 @@ from qwix_train import dequantize, optim
 from tests import models
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("method", ["proxquant", "parq"])
 @pytest.mark.parametrize("calibration_method", ["absmax", "minmax", "rms,2.5"])
 def test_what_is_stored_is_what_was_trained(calibration_method, method):

@@ -65,7 +65,7 @@ def disk_size(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("how", HOWS, **ID)
 def test_what_is_restored_is_what_was_saved(tmp_path, how):
     params = tree(**how)
@@ -171,6 +171,7 @@ def test_noise_functions_are_left_out_and_taken_from_the_model(tmp_path):
 SOME = [HOWS[i] for i in (0, 2, 3, 5, 7, 10, 13)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("how", SOME, **ID)
 def test_plain_orbax_takes_the_tree(tmp_path, how):
     """But not nf4: TensorStore has no type for its codes, which are uint4."""
@@ -187,7 +188,7 @@ class TestShards:
     def mesh(kind=AxisType.Auto):
         return jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
 
-    @pytest.mark.thinned(3)
+    @pytest.mark.thinned(9)
     @pytest.mark.parametrize(
         "kind, how",
         [(AxisType.Auto, how) for how in [*SOME, HOWS[-1]]]

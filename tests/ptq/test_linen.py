@@ -420,7 +420,7 @@ def test_vmap_over_inputs_and_over_models():
         np.testing.assert_allclose(outs[i], expected, 2e-6, 2e-6)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("act_qtype", [None, "int8"])
 @pytest.mark.parametrize("weight_qtype", ["int8", "nf4"])
 def test_gradients_are_those_of_qat(weight_qtype, act_qtype):

@@ -83,7 +83,7 @@ def test_what_a_model_holds():
     )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("qtype", TYPES)
 def test_types(qtype):
     for act in (None, "int8"):
@@ -208,7 +208,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name):
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))

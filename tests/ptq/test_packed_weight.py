@@ -72,7 +72,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_as_the_array_that_it_stands_for(name):
     params, function = FUNCTIONS[name]

@@ -100,6 +100,7 @@ def test_the_params_that_go_there_are_those_of_quantize_params(reference, name):
                 np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", reference_process.cases(BACK, BY_DEFAULT))
 def test_our_models_compute_the_same_from_their_params(reference, name):
     case, results = CASES[name], reference[name]

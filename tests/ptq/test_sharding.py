@@ -42,7 +42,7 @@ RULES = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(
     "names", [("data", "model"), ("data", None), (None, "model"), (("data", "model"),)]
@@ -142,7 +142,7 @@ UNEVEN_RULES = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", UNEVEN_RULES)
 def test_tiles_that_an_explicit_axis_does_not_divide(name, eager):

@@ -45,7 +45,7 @@ def check_mlp(layers, quantized):
         x = np.maximum(x @ np.asarray(kernel) + np.asarray(bias), 0)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("framework", ["state", "eager", "nnx"])
 def test_an_eval_loop(framework):
     method = ptq.Gptq(RULES)
@@ -143,7 +143,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("make", [ptq.SmoothQuant, ptq.Awq])
 def test_weights_that_a_method_does_not_apply_to(name, make):

@@ -131,7 +131,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_exact_codes_give_the_float_gradients(name):
     """Integers are their own codes, of scales that are powers of two."""

@@ -112,7 +112,7 @@ RULES = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", RULES)
 def test_a_batch_with_nan_is_skipped(name):
     rules = [RULES[name]]

@@ -78,7 +78,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.thinned(13)
+@pytest.mark.thinned(39)
 @pytest.mark.parametrize(
     ("layer", "weight_qtype", "act_qtype"),
     pairwise(LAYERS, TYPES, [None, "int8", "float8_e4m3fn"]),
@@ -96,7 +96,7 @@ def test_qat_forward_equals_quantized_compute(layer, weight_qtype, act_qtype):
     check(model, rule, jnp.float32, tolerance=2e-6)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize(
     ("model", "act_method", "weight_method"),
     pairwise(
@@ -184,7 +184,7 @@ STORED = ["int8", "int5", "int4", "int2", "int1", *TYPES[-3:]]
 ACTS = [None, "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(33)
 @pytest.mark.parametrize(
     ("name", "weight_qtype", "act_qtype", "tile_size", "dtype"),
     pairwise(

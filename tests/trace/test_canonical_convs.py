@@ -35,6 +35,7 @@ def integers(shape):
     return jnp.asarray(RNG.integers(-3, 4, shape), jnp.float32)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients_are_the_same(name):
     images, kernel, numbers, options = CASES[name]

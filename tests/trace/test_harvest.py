@@ -81,7 +81,7 @@ def largest(xs):
     return found, np.abs(xs).max()
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize(
     ("step", "batches", "times"),
