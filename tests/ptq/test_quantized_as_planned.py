@@ -100,7 +100,9 @@ class Counting(nn.Module):
 
 def test_variables_that_only_init_makes():
     x = np.ones((2, 4), np.float32)
-    params = {"Dense_0": {"kernel": np.eye(4, 3, dtype=np.float32), "bias": np.ones(3)}}
+    params = {
+        "Dense_0": {"kernel": np.eye(4, 3, dtype=np.float32), "bias": np.ones(3, "f")}
+    }
     rules = [QuantizationRule(weight_qtype="int8")]
     with pytest.raises(Exception) as raised:
         ptq.quantize(Counting(), params, rules, x)
@@ -113,7 +115,7 @@ def test_variables_that_only_init_makes():
 
 def test_params_that_the_model_does_not_have():
     x = np.ones((2, 4), np.float32)
-    params = {"kernel": np.ones((4, 3)), "bias": np.ones(3), "other": np.ones(2)}
+    params = {name: np.ones(3, "f") for name in ("kernel", "bias", "other")}
     rules = [QuantizationRule(weight_qtype="int8")]
     with pytest.raises(ValueError, match="Param 'other' is not one of the model"):
         ptq.quantize(nn.Dense(3), params, rules, x)
