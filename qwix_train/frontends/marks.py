@@ -93,7 +93,8 @@ def _make_room(made: nnx.Module, variables: Mapping[str, Any]) -> None:
     """Gives an NNX module attributes for variables that only its Linen module has.
 
     Those are scales, adapters and statistics that stand next to params. The bridge
-    copies each variable to the attribute of its name, and warns if there is none.
+    copies each variable to the attribute of its name, and warns where the module has
+    no such attribute.
     """
     nodes = {tuple(map(str, path)): node for path, node in nnx.iter_modules(made)}
 

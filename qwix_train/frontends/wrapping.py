@@ -107,7 +107,7 @@ def mark_wrapped(step: Callable[..., Any]) -> None:
 
 
 def wrapped_step(step: Any) -> Callable[..., Any] | None:
-    """The wrapped step that a function is, or was compiled from; None if there is none.
+    """The wrapped step that a function is, or that it was compiled from; or None.
 
     Args:
       step: any object.

@@ -182,7 +182,7 @@ def product(
     base_product: Callable[..., Any],
     dropped_out: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
-    """A product of which an operand has an adapter.
+    """A product with an operand that has an adapter.
 
     Args:
       name: the name of its primitive.
@@ -191,8 +191,7 @@ def product(
       base_product: the product of operands without adapters.
       dropped_out: applied to what is multiplied by the adapter.
     """
-    kind = ops.by_primitive(name)
-    assert kind is not None
+    kind = ops.product_of(name)
     # Of a weight times a weight, the first is an input like any other.
     adapted = [isinstance(x, AdaptedWeight) for x in operands]
     side = max(i for i, is_adapted in enumerate(adapted) if is_adapted)

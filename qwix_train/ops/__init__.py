@@ -45,8 +45,13 @@ def kind_of(op: Op) -> OpKind:
 
 
 def by_primitive(name: str) -> OpKind | None:
-    """The kind of an equation, by the name of its primitive; None if it has none."""
+    """The kind of an equation, by the name of its primitive, or None."""
     return _by_primitive.get(name)
+
+
+def product_of(primitive: str) -> OpKind:
+    """The kind of the products of a primitive, for which `is_product` holds."""
+    return _by_primitive[primitive]
 
 
 def is_product(primitive: str) -> bool:
@@ -56,7 +61,7 @@ def is_product(primitive: str) -> bool:
 
 
 def by_name(name: str) -> OpKind | None:
-    """The kind that rules know by a name; None if there is none."""
+    """The kind that rules know by a name, or None."""
     return next((k for k in _by_primitive.values() if name in k.names), None)
 
 

@@ -151,7 +151,7 @@ def given_parts(path: Path, traced: TracedCall) -> tuple[Any, Any] | None:
       traced: the call that takes it.
 
     Returns:
-      None if there is no scale; the zero point is None if there is none.
+      The scale, and the zero point or None; None if there is no scale.
     """
     named = traced.named
     if not path or scale_path(path) not in named or scale_path(path) in traced.read:

@@ -100,8 +100,7 @@ class BackwardProduct:
     ) -> tuple[jax.Array, MaybeQArray]:
         """Moves the scale of an operand to the gradient, where that has its axes."""
         if other.zero_point is None and other.qtype != "nf4":
-            kind = ops.by_primitive(self.name)
-            assert kind is not None
+            kind = ops.product_of(self.name)
             scale = other.scale.astype(g.dtype)
             scale = kind.on_result(self.params, 1 - self.side, scale, operands)
             if scale is not None:

@@ -311,8 +311,7 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
       operands: the factors, arrays, `QArray`s or `StoredWeight`s; and what else the
         equation reads.
     """
-    kind = ops.by_primitive(name)
-    assert kind is not None
+    kind = ops.product_of(name)
     left, right = operands[: kind.sides]
     for x, other in ((left, right), (right, left)):
         if isinstance(x, PackedWeight) and _is_float_array(other):
