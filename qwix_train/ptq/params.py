@@ -234,7 +234,7 @@ def quantize(
       rules: the rules.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the other collections of a Linen model, such as `batch_stats`. If
-        None, the model makes them, as in `init`.
+        None, the call makes them. Give those that only `init` makes.
       quant_stats: see `quantize_params`.
       donate: see `quantize_params`; without `params` it is the float arrays of the NNX
         module that are deleted.
