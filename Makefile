@@ -44,8 +44,13 @@ TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
   JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
+# pytest rewrites every module of the tests, which takes seconds: what it wrote is kept
+# for the runs that follow, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A file's tests stay in one worker, which compiles what they share once.
-PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile \
+  $(if $(ONLY),--doctest-modules)
 
 # The tests that ONLY names, such as lora; all of them by default.
 ONLY_PATHS = $(if $(ONLY),$(or $(wildcard tests/$(ONLY) tests/test_$(ONLY)*.py \
@@ -138,7 +143,8 @@ test-slow: $(VENV)/.stamp-test
 
 .PHONY: test-docs
 test-docs: $(VENV)/.stamp-test
-	$(call PYTEST,$(VENV)) -m "not slow" $(PYTEST_ARGS) tests/test_readme.py qwix_train
+	$(call PYTEST,$(VENV)) --doctest-modules -m "not slow" $(PYTEST_ARGS) \
+	  tests/test_readme.py qwix_train
 
 .PHONY: test-fast
 test-fast: $(VENV)/.stamp-test

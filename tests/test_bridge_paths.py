@@ -139,6 +139,7 @@ def test_adapters_stand_below_both_bridges():
     models.assert_close(lora.merge(model, X)(X), OfLinen()(X))
 
 
+@pytest.mark.slow
 def test_ranges_of_a_linen_part_are_kept_in_the_nnx_model():
     model = qwix_train.with_quant_stats(OfLinen(), STATIC, X)
     step = qwix_train.wrap_train_step(lambda model, x: model(x), STATIC)
@@ -149,6 +150,7 @@ def test_ranges_of_a_linen_part_are_kept_in_the_nnx_model():
     assert statistics["sum_of_absmax"] == 4
 
 
+@pytest.mark.slow
 def test_ranges_next_to_the_params_of_an_nnx_part_are_known_to_it():
     """Flax warns of variables that it does not know; tests fail at each warning."""
     params = OfNnx().init(KEY, X)["params"]

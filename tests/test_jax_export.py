@@ -178,6 +178,7 @@ def test_adapters(fields):
     check(lambda p, x: state.apply_fn({"params": p}, x), state.params, X, "b, 6")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lsq", "lsq+"])
 def test_trained_scales(method):
     """LSQ scales gradients by the elements of an example, whose number is a symbol."""

@@ -80,6 +80,7 @@ def test_several_methods():
     models.assert_same(decoded, Both().apply(variables, hidden, method="decode"))
 
 
+@pytest.mark.slow
 def test_a_quantized_model_inside_another_module():
     class Outer(nn.Module):
         inner: nn.Module

@@ -15,6 +15,7 @@ from qwix_train.frontends.plan_of import plan
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat import QtProvider
 from qwix_train.trace.scopes import module_scope
+from tests import models
 
 NO_RULE = "no rule matches"
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
@@ -25,7 +26,7 @@ def rule(**fields):
 
 
 def data(*shape):
-    return jax.random.normal(jax.random.key(0), shape)
+    return models.normal(*shape)
 
 
 def two_layers(p, x):

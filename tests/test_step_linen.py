@@ -403,6 +403,7 @@ def test_gradients_of_perturbations():
     models.assert_close(got[same_gate], want[same_gate], 0.05)
 
 
+@pytest.mark.slow
 def test_any_signature():
     def wide(scale, state, *batches, flag, name="x", **others):
         assert isinstance(flag, bool) and isinstance(name, str)

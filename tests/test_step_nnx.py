@@ -95,6 +95,7 @@ def test_a_step_updates_the_very_objects(name):
     assert optimizer.step[...] == 1
 
 
+@pytest.mark.slow
 def test_jax_jit_around_with_modules_as_pytrees():
     @jax.jit
     def functional(model, optimizer, x, y):
@@ -139,8 +140,8 @@ def test_an_eval_step_leaves_the_params_as_they_are():
         models.assert_differ(out, run(before, X))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("compile_step", [nnx.jit, lambda f: f])
 def test_what_no_rule_matches_is_bit_identical(compile_step):
     (model, optimizer), (plain, plain_optimizer) = make(0.5), make(0.5)

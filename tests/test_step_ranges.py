@@ -267,7 +267,7 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     assert abs(third - not_own) > 1e-5 * abs(not_own)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["nested", False, True])
 def test_scanned_layers_remat_and_micro_batches_at_once(remat):
     model = models.Layers(bool(remat))

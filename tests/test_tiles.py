@@ -147,6 +147,7 @@ def test_the_scales_and_numbers_of_qwix():
         np.testing.assert_allclose(actual, expected, 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_operands_whose_last_axes_are_not_the_same():
     """Each has its tiles along its own last axis; the product cuts both."""
     x = data(3, SIZE, HEADS, seed=1)

@@ -27,7 +27,7 @@ BATCHES = [
     for i in range(3)
 ]
 PARAMS = {
-    name: jax.random.normal(jax.random.key(i), shape)
+    name: models.normal(*shape, seed=i)
     for i, (name, shape) in enumerate({"first": (6, 7), "second": (7, 3)}.items())
 }
 
@@ -74,6 +74,7 @@ def test_ranges_are_collected_and_quantize_the_function(jitted):
     assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_qat_with_ranges_in_the_state():
     def step(state, x):
         def loss(params):

@@ -4,7 +4,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from sklearn import datasets, model_selection
 
 from example_trainers import loop
 
@@ -17,6 +16,9 @@ SPLIT_SEED = 0
 
 def load_split() -> tuple[Batch, Batch]:
     """Returns 1,347 training images and 450 test images, 8x8x1 in [0, 1]."""
+    # It takes a second to import, and most of what imports this module loads nothing.
+    from sklearn import datasets, model_selection
+
     digits: Any = datasets.load_digits()
     images = (digits.images / 16.0).astype(np.float32)[..., np.newaxis]
     labels = digits.target.astype(np.int32)

@@ -144,7 +144,7 @@ def test_layers_and_batches_that_were_skipped():
     assert state["count"].tolist() == [2] * 3 and state["skipped"].tolist() == [1] * 3
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("observer", ["absmax", "mse"])
 def test_orbax_saves_them_with_a_train_state(tmp_path, framework, observer):

@@ -216,7 +216,7 @@ def test_merged_states_are_those_of_all_batches():
     statistics = make_statistics(
         quantization_error.ErrorObserver(methods, how), how=how
     )
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 8)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 8)).astype(np.float32))
     x *= jnp.exp(jnp.arange(4.0))[:, None, None]
     whole = collect(statistics, (64, 8), x)
     a, b = (collect(statistics, (64, 8), part) for part in (x[:1], x[1:]))

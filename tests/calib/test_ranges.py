@@ -89,6 +89,7 @@ def test_errors():
         calib.collected_ranges(empty, [QuantizationRule(module_path="other", **STATIC)])
 
 
+@pytest.mark.slow
 def test_the_statistics_of_an_nnx_model_with_a_list_of_layers():
     rules = [QuantizationRule(**STATIC, act_observer="percentile,99")]
     model = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))

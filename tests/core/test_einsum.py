@@ -13,7 +13,7 @@ def operands(subscripts, kinds):
     rng = np.random.default_rng(0)
     for subs, kind in zip(subscripts.split("->")[0].split(","), kinds, strict=True):
         shape = [SIZES[c] for c in subs.replace("...", "bn")]
-        x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        x = jnp.asarray(rng.normal(size=shape).astype(np.float32))
         yield quantize(x, kind, calibration_method="absmax") if kind else x
 
 

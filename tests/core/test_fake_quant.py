@@ -16,7 +16,7 @@ from tests.pairwise import pairwise
 
 
 def sample(shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(0.2, 1, shape), dtype)
+    return jnp.asarray(np.random.default_rng(0).normal(0.2, 1, shape).astype(dtype))
 
 
 def bits(x):
@@ -139,6 +139,7 @@ def test_nothing_is_kept_for_the_backward_pass():
         assert sum(sizes) <= kept
 
 
+@pytest.mark.slow
 def test_a_given_range():
     x = jnp.array([0.4, -3.2, 9.0, -9.0])
     calibration = {"min": jnp.array([-4.0]), "max": jnp.array([3.5])}

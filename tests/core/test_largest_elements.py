@@ -61,7 +61,7 @@ def test_a_negative_extreme_of_a_whole_array_and_of_tiles():
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_a_range_centered_at_zero_has_the_zero_point_zero(dtype):
-    ends = jnp.asarray(RNG.uniform(0.1, 9, (5000, 1)), dtype)
+    ends = jnp.asarray(RNG.uniform(0.1, 9, (5000, 1)).astype(dtype))
     calibration = {"min": -ends, "max": ends}
     for qtype in ("int8", "int4"):
         _, zero_point = compute_scale_zero_point(calibration, qtype)

@@ -22,7 +22,7 @@ assert_close = functools.partial(compare.assert_close, tolerance=1e-5, of_larges
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def weight_of(packed):
@@ -58,7 +58,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_derivative(name):
     assert_close(TRANSFORMS[name](X), exact(X, PACKED)[1])
@@ -76,6 +76,7 @@ def test_bfloat16():
     assert_close(dx, np.ones(out.shape) @ w.T, tolerance=1e-2)
 
 
+@pytest.mark.slow
 def test_scan_over_layers():
     w = array(3, 128, 128, seed=2) / 12
     packed = quantize_packed(w, STACKED, 1)

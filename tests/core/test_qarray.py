@@ -82,6 +82,7 @@ def test_round_trip_error_is_half_a_step_inside_the_range(x, how):
     assert (error <= slack * step * (1 + 1e-5) + 1e-30)[inside].all()
 
 
+@pytest.mark.slow
 @hypothesis.given(arrays, integer_hows, st.integers(-8, 8))
 @hypothesis.settings(max_examples=40)
 def test_codes_do_not_depend_on_the_unit(x, how, exponent):
@@ -96,6 +97,7 @@ def test_codes_do_not_depend_on_the_unit(x, how, exponent):
     )
 
 
+@pytest.mark.slow
 @hypothesis.given(
     arrays,
     st.sampled_from(numerics.QTYPE_NAMES),

@@ -59,7 +59,7 @@ def ties(x, q):
 
 
 def compare(dtype, layout, qtypes):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), dtype)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)).astype(dtype))
     codes = on_ties = 0
     for qtype, method in itertools.product(qtypes, METHODS):
         if not supported(qtype, method):
@@ -75,7 +75,7 @@ def compare(dtype, layout, qtypes):
         parts.append(("value", dequantize(got), qwix.dequantize(want)))
         tied = ties(x, got) if qtype.startswith("int") else np.zeros(x.shape, bool)
         for name, a, b in parts:
-            a, b = (np.asarray(v.astype(jnp.float32)) for v in (a, b))
+            a, b = (np.asarray(v.astype(np.float32)) for v in (a, b))
             if name in ("code", "value"):
                 a, b = np.where(tied, 0, a), np.where(tied, 0, b)
             np.testing.assert_array_equal(a, b, f"{name} of {context}")
@@ -112,7 +112,7 @@ def test_quantize_and_dequantize_every_type(dtype, layout, record_property):
 
 @pytest.mark.slow
 def test_compiled_reference_differs_on_ties_only():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32))
     for method in ("absmax", "minmax", "rms,3"):
         for axes in ((), (0,), (0, 1)):
             kwargs = dict(channelwise_axes=axes, calibration_method=method)
@@ -124,7 +124,7 @@ def test_compiled_reference_differs_on_ties_only():
 
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_dequantizing_what_the_reference_stored(qtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)).astype(jnp.bfloat16))
     stored = theirs(x, qtype, tiled_axes={0: 8})
     ours = QArray(stored.qvalue, stored.scale, stored.zero_point, stored.qtype)
     np.testing.assert_array_equal(

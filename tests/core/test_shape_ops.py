@@ -33,7 +33,7 @@ def same(q, want):
     np.testing.assert_array_equal(dequantize(q), want)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_reshape_is_exact_or_an_error(layout):
     q = make((4, 6, 6), **layout)

@@ -96,6 +96,7 @@ def test_large_float16_values_keep_a_finite_range():
         np.testing.assert_allclose(got, x.astype(jnp.float32), rtol=0.3)
 
 
+@pytest.mark.slow
 def test_codes_are_the_same_compiled():
     x = normal(1e-3)
     for method in ("absmax", "minmax", "rms,3"):
@@ -146,6 +147,7 @@ class Layer(nn.Module):
         return nn.Dense(8, use_bias=False, dtype=jnp.float16)(x)
 
 
+@pytest.mark.slow
 def test_a_row_of_small_activations_is_not_lost():
     model, x = Layer(), normal(1e-3, shape=(4, 32)).at[0].mul(1e3)
     variables = {"params": {"Dense_0": {"kernel": normal(0.1, shape=(32, 8), seed=1)}}}
@@ -166,7 +168,7 @@ class Half(nn.Module):
         return nn.Dense(8, use_bias=False, param_dtype=jnp.float16)(x)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ptq.Gptq, ptq.Awq])
 @pytest.mark.parametrize("tile", [None, 8])
 def test_methods_that_look_at_data_keep_small_float16_weights(method, tile):

@@ -41,8 +41,8 @@ def arrays(draw, shape=None, qtype=None):
     zero_point = None
     if qtype.startswith("int") and draw(st.booleans()):
         low, high = numerics.code_range(qtype)
-        zero_point = jnp.asarray(rng.integers(low, high + 1, counts), dtype)
-    scale = jnp.asarray(rng.uniform(0.5, 1, counts), jnp.float32)
+        zero_point = jnp.asarray(rng.integers(low, high + 1, counts).astype(dtype))
+    scale = jnp.asarray(rng.uniform(0.5, 1, counts).astype(np.float32))
     return QArray(jnp.asarray(codes.astype(dtype)), scale, zero_point, qtype)
 
 
@@ -132,6 +132,7 @@ def test_reversals(array, data):
     )
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_slices(array, data):
@@ -155,6 +156,7 @@ def test_slices(array, data):
     )
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_splits(array, data):
@@ -225,6 +227,7 @@ def prime_factors(n):
             n //= factor
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data(), st.sampled_from(["fill", "clip", "promise_in_bounds"]))
 def test_lookups(array, data, mode):
@@ -252,6 +255,7 @@ def test_lookups(array, data, mode):
     check(function, array, expected, indices, always=not is_tiled(array, axis))
 
 
+@pytest.mark.slow
 @few
 @given(st.data(), st.sampled_from(TYPES), st.integers(1, 3), st.integers(0, 1))
 def test_joins(data, qtype, count, axis):

@@ -231,7 +231,7 @@ def test_ranges_once_they_are_there():
     }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("observer", ["absmax", "percentile,100"])
 def test_ranges_that_the_state_of_qat_holds(observer):
     rules = [

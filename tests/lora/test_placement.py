@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import qwix_train
 from qwix_train import lora
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
 NAMES = ("data", "model")
 PROVIDER = lora.LoraProvider(rank=2, alpha=1.0)
 

@@ -99,7 +99,7 @@ def test_adapters_of_a_model_are_those_that_its_layers_have_alone(axis):
     assert np.abs(want - X).max() > 0.1
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"dora": True}, {"init": "pissa"}], ids=str)
 def test_adapters_of_a_state(tmp_path, kwargs):
     model = Stack(1)

@@ -83,7 +83,7 @@ def test_the_quantized_model_computes_with_rounded_weights(case):
     assert_close(got, case.run(by_hand(case, case.params())), 1e-4)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @every_case
 def test_ranges_of_an_eval_loop_quantize_activations(case):
     params = case.params()

@@ -38,7 +38,7 @@ def widest_bin_between(x, low, high):
     return max(width, np.abs(x).max() * 2.0**-14)
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", distributions())
 @pytest.mark.parametrize("percentile", [51, 90, 99.9, 99.99, 100])
 @pytest.mark.parametrize("n", [20_000, 700, 1])

@@ -229,7 +229,7 @@ def test_sharded_batches_have_the_same_state(observer, kind):
             assert_close(state, collect(statistics, [x]), rtol, atol=0)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 def test_jit_vmap_scan_and_cond(observer):
     statistics, batches = make(observer), jnp.asarray(data(3))

@@ -71,7 +71,7 @@ def weight_on_grid(w, bits):
     return on_grid(w, np.abs(w).max(0) / high, low=-high, high=high)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_alone(mlp, bits):
     """Float operations on weights that the file holds as integers."""
@@ -334,6 +334,7 @@ def test_no_rule_matches(mlp):
     np.testing.assert_allclose(litert(x), Mlp().apply(variables, x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_island_of_floats():
     """Of what LiteRT has no integer form of, unless the provider is strict."""
     x = normal(*SHAPE)
@@ -476,7 +477,7 @@ def moved_heads(self, x):
     return jnp.einsum("btnh,nhd->btd", x.reshape(2, 5, 4, 2), w)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "shape"),
     [
@@ -541,7 +542,7 @@ def test_the_scales_of_outputs_are_checked(monkeypatch):
         converted(module(call), {}, normal(4, 8))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

@@ -20,10 +20,10 @@ RULES = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 X = models.normal(2, 4, seed=0)
 IMAGE = models.normal(2, 5, 5, 3, seed=1)
 P = {
-    "w": jax.random.normal(jax.random.key(2), (4, 6)),
-    "k": jax.random.normal(jax.random.key(3), (3, 3, 3, 6)),
-    "b": jnp.arange(6.0) + 1,
-    "s": jnp.linspace(-2, 3, 6),
+    "w": models.normal(4, 6, seed=2),
+    "k": models.normal(3, 3, 3, 6, seed=3),
+    "b": np.arange(6, dtype=np.float32) + 1,
+    "s": np.linspace(-2, 3, 6, dtype=np.float32),
 }
 
 

@@ -15,7 +15,7 @@ from tests import models
 from tests.compare import assert_close
 
 X = models.normal(3, 4, seed=0)
-W = {"w": jax.random.normal(jax.random.key(1), (4, 4)), "b": jnp.arange(4.0)}
+W = {"w": models.normal(4, 4, seed=1), "b": np.arange(4, dtype=np.float32)}
 
 
 def graph(fn, params=W, *inputs, **kwargs):

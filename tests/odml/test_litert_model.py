@@ -142,6 +142,7 @@ def test_integers_that_are_no_codes(of_codes, dtype):
         of_codes(np.zeros(SHAPE, dtype))
 
 
+@pytest.mark.slow
 def test_inputs_by_name_and_in_dictionaries(two_inputs):
     names = ("batch_ids", "batch_image", "scale")
     assert two_inputs.signatures["serving_default"].inputs == names

@@ -47,7 +47,7 @@ def error(model, *inputs, calibrated_on=None, provider=None):
     return np.abs(out - model.apply(variables, *inputs)).max()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "scaled_last"), [(-1e4, True), (-1e9, False), (-np.inf, True)]
 )

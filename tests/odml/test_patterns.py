@@ -131,7 +131,7 @@ def test_softmax_in_fewer_bits_sums_up_in_float32(dtype):
 
 def test_a_softmax_in_float32_of_a_model_in_bfloat16():
     def fn(x):
-        e = jnp.exp(x.astype(jnp.float32)).astype(jnp.bfloat16)
+        e = jnp.exp(x.astype(np.float32)).astype(jnp.bfloat16)
         return e / e.sum(1, keepdims=True)
 
     graph = graph_of(fn, X.astype(jnp.bfloat16))
@@ -501,7 +501,7 @@ def test_a_custom_jvp_names_the_function():
 
 
 def test_a_choice_that_is_known_is_none():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))
     graph = graph_of(lambda x: jnp.var(x, axis=-1), x)
     find_patterns(graph)
     assert "select_n" not in {node.name for node in graph.nodes}

@@ -134,6 +134,7 @@ def test_what_stands_in_rows_of_no_group_does_not_matter(rows):
     assert_same(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, np.stack([SIZES, [1, 1, 5]])])
 def test_a_batch_of_ragged_products(sizes):
     numbers = lax.RaggedDotDimensionNumbers((((2,), (2,)), ((0,), (1,))), [1], [0])
@@ -302,6 +303,7 @@ def test_each_expert_has_an_adapter(qtype):
     assert_close(model.apply({"params": params}, X), forward(want, X), 2e-5)
 
 
+@pytest.mark.slow
 def test_experts_with_adapters_can_be_exported_for_any_number_of_rows():
     rules = [LoraRule(op_names=("ragged_dot",), rank=2, alpha=4, weight_qtype="int8")]
     model = quantize_model(LinenExperts(), LoraProvider(rules))
@@ -372,6 +374,7 @@ def test_gptq_says_why_it_leaves_all_weights_as_they_are():
     assert "not the matrices that rows are multiplied by" in str(method.report)
 
 
+@pytest.mark.slow
 def test_awq_says_that_the_channels_of_experts_have_no_scale():
     rules = [rule(weight_qtype="int4")]
     method = ptq.Awq(rules)

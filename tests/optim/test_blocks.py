@@ -99,13 +99,13 @@ def test_what_is_not_finite_stays_in_its_block(qtype, bad):
 
 @QTYPES
 def test_bfloat16(qtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(jnp.bfloat16))
     codes, scale = _blocks.quantize(x, qtype, 16)
     assert scale.dtype == jnp.bfloat16
     values = _blocks.dequantize(codes, scale, qtype)
     assert values.dtype == jnp.bfloat16
-    largest = np.abs(x.astype(jnp.float32)).max(1, keepdims=True)
-    error = np.abs(values.astype(jnp.float32) - x.astype(jnp.float32))
+    largest = np.abs(x.astype(np.float32)).max(1, keepdims=True)
+    error = np.abs(values.astype(jnp.float32) - x.astype(np.float32))
     assert (error <= largest * (HALF_STEP[qtype] + 2**-7)).all()
 
 

@@ -66,7 +66,9 @@ SPECS = {
 
 def tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    leaves = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in SHAPES.items()}
+    leaves = {
+        k: jnp.asarray(rng.normal(size=s).astype(dtype)) for k, s in SHAPES.items()
+    }
     # Something to round stochastically: in bfloat16, and exact whatever the noise is.
     return {"layer": leaves | {"low": jnp.zeros(SHAPES["low"], jnp.bfloat16)}}
 
@@ -124,6 +126,7 @@ def test_jit(make):
     assert not jax.tree.all(jax.tree.map(jnp.array_equal, params, PARAMS))
 
 
+@pytest.mark.slow
 @MAKE
 def test_donation(make):
     tx = make(adam())
@@ -143,6 +146,7 @@ def test_extra_args(make):
     models.assert_close(once, run(make(optax.sgd(0.1)), steps=1)[0])
 
 
+@pytest.mark.slow
 @MAKE
 def test_chain(make):
     last = any(make is TRANSFORMS[name] for name in LAST)
@@ -153,6 +157,7 @@ def test_chain(make):
     models.assert_close(chained, alone)
 
 
+@pytest.mark.slow
 @MAKE
 def test_multi_transform(make):
     both = {"ours": PARAMS, "theirs": tree(2)}
@@ -165,6 +170,7 @@ def test_multi_transform(make):
     models.assert_close(params["ours"], run(ours, both, grads)[0]["ours"])
 
 
+@pytest.mark.slow
 @MAKE
 def test_masked(make):
     mask = {"layer": {name: name != "bias" for name in SHAPES}}
@@ -176,12 +182,14 @@ def test_masked(make):
     models.assert_close(params, alone)
 
 
+@pytest.mark.slow
 @MAKE
 def test_multi_steps(make):
     params, _ = run(optax.MultiSteps(make(adam()), 2), steps=6)
     models.assert_close(params, run(make(adam()), steps=3)[0])
 
 
+@pytest.mark.slow
 @MAKE
 def test_inject_hyperparams(make):
     tx = optax.inject_hyperparams(lambda learning_rate: make(adam(learning_rate)))
@@ -194,6 +202,7 @@ def test_inject_hyperparams(make):
     models.assert_close(second, jax.tree.map(lambda u: 2 * u, first))
 
 
+@pytest.mark.slow
 @MAKE
 def test_sharded(make):
     tx = make(adam())

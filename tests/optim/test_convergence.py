@@ -5,7 +5,6 @@ import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
-from sklearn.datasets import load_digits
 
 from qwix_train import optim
 
@@ -26,7 +25,9 @@ def forward(params, x):
 
 def trained(tx):
     """Final losses on the 1400 images of the training data and on the 397 others."""
-    digits = load_digits()
+    from sklearn import datasets  # which takes a second to import
+
+    digits = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = jnp.asarray(digits.data[order] / 16, jnp.float32)
     labels = jnp.asarray(digits.target[order])

@@ -29,6 +29,7 @@ def reference(signed):
     return np.sort(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_values(unsigned):
     codes = jnp.arange(256, dtype=jnp.uint8)

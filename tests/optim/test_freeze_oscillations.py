@@ -116,7 +116,7 @@ def test_the_largest_magnitude_stays():
 @pytest.mark.slow
 def test_frozen_levels_are_what_ptq_stores():
     rules = [models.rule("int4")]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
     model = models.Mlp()
     params = model.init(jax.random.key(0), x)["params"]
     plan = qwix_train.plan(model, rules, x)
@@ -150,7 +150,9 @@ def test_frozen_levels_are_what_ptq_stores():
 
 
 def test_params_in_bfloat16():
-    params = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.bfloat16)
+    params = jnp.asarray(
+        np.random.default_rng(0).normal(size=(8, 8)).astype(jnp.bfloat16)
+    )
     rounding = optim.stochastic_rounding(optax.sgd(0.1))
     freeze = optim.freeze_oscillations({"": oscillating.HOWS["fixed"]}, 0.1)
     tx = optax.chain(rounding, freeze)

@@ -18,9 +18,9 @@ HOW = HowToQuantize(qtype="int4", channelwise_axes=[1])
 ZERO = HowToQuantize(qtype="int4", calibration_method="minmax")
 GRIDS = {".*kernel": HOW, "embedding": ZERO}
 PARAMS = {
-    "embedding": jnp.arange(8.0).reshape(4, 2),
-    "a": {"kernel": jnp.eye(3) * 7.5, "bias": jnp.ones(3)},
-    "b": {"kernel": jnp.ones((2, 2)) * 15},
+    "embedding": np.arange(8, dtype=np.float32).reshape(4, 2),
+    "a": {"kernel": np.eye(3, dtype=np.float32) * 7.5, "bias": np.ones(3, np.float32)},
+    "b": {"kernel": np.full((2, 2), 15, np.float32)},
 }
 EXPECTED = {
     "embedding": (4, 2),
@@ -77,7 +77,7 @@ def test_frozen_dicts_and_lists():
 
 def test_a_trained_nnx_model():
     rules = [models.rule("int4")]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
     model = nnx.Sequential(
         nnx.Linear(12, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(1))
     )

@@ -20,7 +20,7 @@ def test_what_is_stored_is_what_was_trained(calibration_method, method):
             weight_qtype="int4", weight_calibration_method=calibration_method
         )
     ]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 12)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32))
     y = jnp.tanh(x[:, :3])
     model = models.Mlp()
     params = model.init(jax.random.key(0), x)["params"]

@@ -105,6 +105,7 @@ def test_what_is_small_is_as_it_was():
     assert state.inner_state.hyperparams["learning_rate"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_moments_keep_their_dtype():
     params = jnp.ones((64, 64), jnp.bfloat16)
     tx = optim.quantized_state(optax.adam(0.1, mu_dtype=jnp.float32))

@@ -95,8 +95,8 @@ def test_small_steps_are_not_lost():
 
 def test_moments_are_float32():
     rng = np.random.default_rng(0)
-    params = jnp.asarray(rng.normal(size=64), jnp.bfloat16)
-    grads = jnp.asarray(rng.normal(size=64), jnp.bfloat16)
+    params = jnp.asarray(rng.normal(size=64).astype(jnp.bfloat16))
+    grads = jnp.asarray(rng.normal(size=64).astype(jnp.bfloat16))
     tx = optim.stochastic_rounding(optax.adam(0.1))
     _, state = tx.update(grads, tx.init(params), params)
     wide = grads.astype(jnp.float32)

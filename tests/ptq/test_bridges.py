@@ -44,6 +44,7 @@ def mesh():
         yield
 
 
+@pytest.mark.slow
 def test_nnx_layers_of_a_linen_model_are_quantized():
     params = nn.unbox(jax.jit(Linen().init)(KEY, X)["params"])
     model, quantized = ptq.quantize(Linen(), params, models.INT8, X)

@@ -41,9 +41,9 @@ def weight(qtype, shape=(64, 12), dtype=jnp.float32, **layout):
             codes = rng.integers(low, high, shape, endpoint=True)
         else:
             codes = rng.uniform(0, 15, shape)
-        return jnp.asarray(codes.astype(stored))
+        return codes.astype(stored)
 
-    scale = jnp.asarray(rng.uniform(0.1, 1, scale_shape), dtype)
+    scale = rng.uniform(0.1, 1, scale_shape).astype(dtype)
     symmetric = not needs_zero_point(how.calibration_method)
     zero = None if symmetric else random_codes(scale_shape)
     return WithAux(QArray(random_codes(shape), scale, zero, qtype), how)
@@ -51,7 +51,7 @@ def weight(qtype, shape=(64, 12), dtype=jnp.float32, **layout):
 
 def static_scale(value, rank=2):
     how = HowToQuantize(qtype="int8")
-    return WithAux(jnp.full((1,) * rank, value, jnp.float32), how)
+    return WithAux(np.full((1,) * rank, value, np.float32), how)
 
 
 def run_library(verb, folder):
@@ -220,7 +220,7 @@ def test_the_library_reads_what_we_write(read_by_library, name, index):
     got = np.load(read_by_library / f"{name} {index}" / "reference.npz")
     assert set(got.files) == set(expected)
     for key, leaf in expected.items():
-        values = np.asarray(dequantize(leaf.array).astype(jnp.float32))
+        values = np.asarray(dequantize(leaf.array).astype(np.float32))
         values = values if "embed" in key else values.T
         np.testing.assert_array_equal(got[key], values)
 

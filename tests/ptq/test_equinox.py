@@ -28,6 +28,7 @@ def expected(model, x):
     return x
 
 
+@pytest.mark.slow
 def test_a_module_is_quantized():
     function, quantized = ptq.quantize(forward, mlp(), models.INT8, X)
     assert isinstance(quantized, eqx.nn.MLP)

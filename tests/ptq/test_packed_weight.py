@@ -1,5 +1,7 @@
 """Models that run on packed params, which behave as the arrays that they stand for."""
 
+import functools
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -30,11 +32,15 @@ def param(*shape, tiled, layers=(), seed=0):
     return jax.jit(lambda w: stored.quantize_param_packed(w, how, layers))(w)
 
 
-PARAMS = {"w": param(32, 16, tiled=0), "v": param(16, 32, tiled=0, seed=1)}
-STACKED = {"w": param(3, 32, 32, tiled=1, layers=(0,), seed=2)}
-SHARED_SCALES = {
-    "w": stored.packed(stored.WithAux(unpack(STACKED["w"].array), STACKED["w"].how))
-}
+@functools.cache
+def params_of(name):
+    """Params by name, which are compiled when the first test asks for them."""
+    if name == "layers":
+        return {"w": param(3, 32, 32, tiled=1, layers=(0,), seed=2)}
+    if name == "layers with shared scales":
+        array, how = params_of("layers")["w"].array, params_of("layers")["w"].how
+        return {"w": stored.packed(stored.WithAux(unpack(array), how))}
+    return {"w": param(32, 16, tiled=0), "v": param(16, 32, tiled=0, seed=1)}
 
 
 def in_float(params):
@@ -53,29 +59,30 @@ def convolution(p, x):
 
 
 FUNCTIONS = {
-    "two products": (PARAMS, lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]),
-    "transposed": (PARAMS, lambda p, x: x @ p["v"].T),
-    "on the left": (PARAMS, lambda p, x: p["w"].T @ x.T),
-    "cast": (PARAMS, lambda p, x: x @ p["w"].astype(jnp.bfloat16)),
-    "convolution": (PARAMS, convolution),
-    "read otherwise": (PARAMS, lambda p, x: x @ p["w"] + p["w"].sum()),
-    "a slice": (PARAMS, lambda p, x: x @ p["w"][:, ::2]),
-    "remat": (PARAMS, lambda p, x: jax.checkpoint(lambda p, x: x @ p["w"])(p, x)),
-    "scan": (STACKED, layers),
+    "two products": ("plain", lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]),
+    "transposed": ("plain", lambda p, x: x @ p["v"].T),
+    "on the left": ("plain", lambda p, x: p["w"].T @ x.T),
+    "cast": ("plain", lambda p, x: x @ p["w"].astype(jnp.bfloat16)),
+    "convolution": ("plain", convolution),
+    "read otherwise": ("plain", lambda p, x: x @ p["w"] + p["w"].sum()),
+    "a slice": ("plain", lambda p, x: x @ p["w"][:, ::2]),
+    "remat": ("plain", lambda p, x: jax.checkpoint(lambda p, x: x @ p["w"])(p, x)),
+    "scan": ("layers", layers),
     "remat in a scan": (
-        STACKED,
+        "layers",
         lambda p, x: lax.scan(
             jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, p["w"]
         )[0],
     ),
-    "scan, packed across layers": (SHARED_SCALES, layers),
+    "scan, packed across layers": ("layers with shared scales", layers),
 }
 
 
 @pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_as_the_array_that_it_stands_for(name):
-    params, function = FUNCTIONS[name]
+    which, function = FUNCTIONS[name]
+    params = params_of(which)
     rules = [CONVOLUTIONS, *RULES]
     run = quantize_fn(function, PtqProvider(rules, allow_unmatched=True))
 
@@ -113,8 +120,8 @@ def test_returned_as_it_came():
     run = quantize_fn(
         lambda p, x: (p, x @ p["w"]), PtqProvider(RULES, allow_unmatched=True)
     )
-    returned, _ = run(PARAMS, X)
-    is_same(returned, PARAMS)
+    returned, _ = run(params_of("plain"), X)
+    is_same(returned, params_of("plain"))
 
 
 def is_same(got, want):
@@ -123,7 +130,7 @@ def is_same(got, want):
 
 
 def test_checkpoints(tmp_path):
-    params = {**PARAMS, "layers": STACKED, "bias": jnp.ones(3)}
+    params = {**params_of("plain"), "layers": params_of("layers"), "bias": jnp.ones(3)}
     ptq.save(tmp_path / "own", params, rules=RULES)
     is_same(ptq.restore(tmp_path / "own"), params)
     is_same(ptq.restore(tmp_path / "own", jax.eval_shape(lambda: params)), params)
@@ -131,7 +138,7 @@ def test_checkpoints(tmp_path):
         checkpointer.save(tmp_path / "orbax", params)
         checkpointer.wait_until_finished()
         is_same(checkpointer.restore(tmp_path / "orbax", params), params)
-    other = {**params, "w": PARAMS["v"]}
+    other = {**params, "w": params_of("plain")["v"]}
     with pytest.raises(ValueError, match="Different: w"):
         ptq.restore(tmp_path / "own", other)
 
@@ -141,11 +148,11 @@ def test_restored_on_a_mesh(tmp_path):
         (2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
     sharding = jax.NamedSharding(mesh, jax.P("a", "b"))
-    ptq.save(tmp_path / "own", PARAMS)
+    ptq.save(tmp_path / "own", params_of("plain"))
     got = ptq.restore(tmp_path / "own", shardings={"w": sharding})
     assert got["w"].array.packed.sharding.is_equivalent_to(sharding, 2)
     assert got["w"].array.scale_codes.sharding.is_equivalent_to(sharding, 2)
-    is_same(got, PARAMS)
+    is_same(got, params_of("plain"))
 
 
 @pytest.mark.slow
@@ -173,18 +180,18 @@ def test_linen_boxes_and_nnx():
 
     params = Layer().init(jax.random.key(0), X)["params"]
     boxed = params["Dense_0"]["kernel"]
-    quantized = stored.box(PARAMS["w"], boxed)
+    quantized = stored.box(params_of("plain")["w"], boxed)
     assert quantized.array.packed.names == ("in", "out")
     assert quantized.array.scale_steps.names == (None,)
     assert quantized.array.scale_mean.names == ()
     specs = nn.get_partition_spec(quantized).array
     assert specs.packed == specs.scale_codes == jax.P("in", "out")
-    is_same(stored.unbox(quantized), PARAMS["w"])
+    is_same(stored.unbox(quantized), params_of("plain")["w"])
 
     layer = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
-    layer.kernel = stored.box(PARAMS["w"], layer.kernel)
+    layer.kernel = stored.box(params_of("plain")["w"], layer.kernel)
     tree = ptq.to_tree(layer)
     assert isinstance(tree["kernel"].array, PackedQArray)
-    is_same(tree["kernel"], PARAMS["w"])
+    is_same(tree["kernel"], params_of("plain")["w"])
     other = nnx.clone(layer)
     is_same(ptq.to_tree(ptq.trees.with_tree(other, tree)), tree)

@@ -37,7 +37,7 @@ def reference(request, tmp_path_factory):
 def leaf(shape=(8, 6), qtype="int8", **layout):
     layout = layout or {"channelwise_axes": (1,)}
     how = HowToQuantize(qtype=qtype, **layout)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     return WithAux(jax.jit(lambda x: qwix_train.core.quantize_array(x, how))(x), how)
 
 

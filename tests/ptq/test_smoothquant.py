@@ -79,6 +79,7 @@ def product_error(params, kernel, x, per_row=True):
     return np.square(out - exact).sum() / np.square(exact).sum()
 
 
+@pytest.mark.slow
 def test_the_strength_is_the_one_with_the_smallest_error():
     x, kernel, model = case()
     kernel[3] /= 50
@@ -119,6 +120,7 @@ def test_a_weight_that_smoothing_does_not_help_is_left_as_it_is():
     assert "it makes the outputs worse" in str(forced.report)
 
 
+@pytest.mark.slow
 def test_each_of_stacked_matrices_is_smoothed_or_not():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 2, 16)).astype(np.float32)

@@ -14,7 +14,7 @@ from tests import models
 X = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_size", [8, 4, 0.5])
 def test_a_pair_of_products_along_both_axes(tile_size):
     def tied(params, x):

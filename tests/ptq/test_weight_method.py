@@ -143,7 +143,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("make", [ptq.SmoothQuant, ptq.Awq])
 def test_weights_that_a_method_does_not_apply_to(name, make):

@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import numpy as jnp
-from sklearn import datasets
 
 from qwix_train import QuantizationRule, calib, ptq, quantize_model
 from tests.ptq.gptq_reference import abstract, collect
@@ -38,6 +37,8 @@ def losses(logits, labels):
 
 @functools.cache
 def data():
+    from sklearn import datasets  # which takes a second to import
+
     digits = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
     images = digits.data[order].astype(np.float32) / 16

@@ -256,6 +256,7 @@ def test_every_way_to_an_nnx_model_that_serves():
     models.assert_close(run(served, x), want)
 
 
+@pytest.mark.slow
 def test_init_makes_them_and_statistics_beside():
     rules = [
         rule("lsq+", "lsq+", module_path="Dense_0"),

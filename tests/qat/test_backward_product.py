@@ -131,7 +131,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_exact_codes_give_the_float_gradients(name):
     """Integers are their own codes, of scales that are powers of two."""
@@ -201,6 +201,7 @@ def test_a_tile_that_does_not_fit_names_the_op():
         quantized(data(3, 3, 4, 6), data(2, 6, 6, 4))
 
 
+@pytest.mark.slow
 def test_codes_are_all_that_is_kept_and_multiplied():
     x, w = jnp.asarray(data(64, 128)), jnp.asarray(data(128, 256, seed=1))
     quantized = quantize_fn(lambda w, x: x @ w, QtProvider([INT8]))

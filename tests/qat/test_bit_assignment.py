@@ -150,7 +150,7 @@ def make(kind):
     rng = np.random.default_rng(0)
     params = {
         f"Dense_{i}": {
-            "kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
+            "kernel": jnp.asarray(rng.normal(size=shape).astype(np.float32)),
             "bias": jnp.zeros(shape[1]),
         }
         for i, shape in enumerate([(8, 16), (16, 8), (8, 3)])

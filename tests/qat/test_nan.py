@@ -129,7 +129,7 @@ def test_a_batch_with_nan_is_skipped(name):
     jax.tree.map(np.testing.assert_array_equal, bad.params, state.params)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("act_qtype", ["int8", "int16"])
 def test_litert_training(act_qtype):
     rules = [QuantizationRule(weight_qtype="int8", act_qtype=act_qtype)]

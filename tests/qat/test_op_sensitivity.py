@@ -306,7 +306,7 @@ def test_a_model_does_not_change():
     assert row.loss_increase == pytest.approx(np.mean(losses) - found.loss, rel=1e-3)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["params", "nnx"])
 def test_curvature_against_the_hessian(kind):
     loss, state, layers, _ = make(kind)

@@ -224,6 +224,7 @@ def test_a_step_trains_resumes_and_is_served(fields, tmp_path):
     models.assert_close(served.apply({"params": params}, x), trained, 1e-4)
 
 
+@pytest.mark.slow
 def test_an_nnx_step_under_accumulation():
     model = models.NnxMlp(nnx.Rngs(0), rate=0.0)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)

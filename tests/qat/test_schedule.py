@@ -182,8 +182,8 @@ class Convolutional(nn.Module):
 @pytest.mark.parametrize(
     "model,x",
     [
-        (models.Layers(remat=True), jax.random.normal(jax.random.key(2), (8, 6))),
-        (Convolutional(), jax.random.normal(jax.random.key(3), (8, 6, 6, 2))),
+        (models.Layers(remat=True), models.normal(8, 6, seed=2)),
+        (Convolutional(), models.normal(8, 6, 6, 2, seed=3)),
     ],
     ids=["scan and remat", "convolutions"],
 )
@@ -256,6 +256,7 @@ def test_nnx_models(how):
     models.assert_same(run(step, 4, 2), run(wrapped, 4, 2))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_a_ramp(tmp_path):
     schedule = Schedule(start_step=1, ramp_steps=4)
     step = jax.jit(wrap_train_step(train_step, RULES, schedule=schedule))

@@ -32,7 +32,7 @@ CASES = {
 
 def integers(shape):
     """Small integers, whose sums are exact in any order."""
-    return jnp.asarray(RNG.integers(-3, 4, shape), jnp.float32)
+    return jnp.asarray(RNG.integers(-3, 4, shape).astype(np.float32))
 
 
 @pytest.mark.thinned(3)

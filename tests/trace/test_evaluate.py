@@ -19,13 +19,14 @@ from qwix_train.frontends.model import quantize_fn
 from qwix_train.frontends.plan_of import plan
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat import QtProvider
+from tests import models
 
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8")
 WEIGHTS = QuantizationRule(weight_qtype="int8")
 
 
 def data(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return models.normal(*shape, seed=seed)
 
 
 def quantize(fn, *rules, **kwargs):
