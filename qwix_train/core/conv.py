@@ -159,26 +159,20 @@ def _stays_quantized(
     """Whether the codes are convolved, rather than dequantized values."""
     if not (ops.multiplies_codes(lhs) and ops.multiplies_codes(rhs)):
         return False
-    integers = ops.is_integer(lhs) and ops.is_integer(rhs)
+    most = ops.max_terms(lhs, rhs)
     for operand, kept in ((lhs, numbers.lhs_spec[0]), (rhs, numbers.rhs_spec[0])):
         if not isinstance(operand, QArray):
             continue
-        if operand.zero_point is not None and not integers:
+        if operand.zero_point is not None and most is None:
             return False
-        for part in (operand.scale, operand.zero_point):
-            if part is None:
-                continue
-            if any(n != 1 for axis, n in enumerate(part.shape) if axis != kept):
+        grouped = operand is lhs and batch_group_count > 1
+        counts = (1,) if grouped else (1, operand.shape[kept])
+        for part in jax.tree.leaves((operand.scale, operand.zero_point)):
+            if part.size != part.shape[kept] or part.size not in counts:
                 return False
-            if part.shape[kept] not in (1, operand.shape[kept]):
-                return False
-            if operand is lhs and batch_group_count > 1 and part.shape[kept] != 1:
-                return False
-    if not integers:
-        return True
     # Each output adds one product for every element of an output feature's kernel.
     terms = ops.size_of(rhs.shape, numbers.rhs_spec[1:])
-    return terms <= ops.max_terms(lhs, rhs)
+    return most is None or terms <= most
 
 
 def _ones(codes: jax.Array, axis: int, count: int) -> jax.Array:

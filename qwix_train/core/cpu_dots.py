@@ -85,6 +85,8 @@ _EXACT_TERMS = 2**10
 Up to there float32 holds every integer, so that no order of addition rounds.
 """
 
+_LAST_AXES = (((1,), (1,)), ((), ()))
+"""The dimension numbers of a product over the second axis of both operands."""
 
 Form: TypeAlias = Literal["rows", "blocks", "whole", "integer"]
 """A form; ``integer`` is a dot of int8 operands, which is not one of this module."""
@@ -142,6 +144,11 @@ class _Plane(NamedTuple):
             return out
         a, c, b = self.zero_point.shape
         return out - self.zero_point.reshape(a, c, *(1,) * (out.ndim - 3), b)
+
+    def scaled_values(self, stored: jax.Array) -> jax.Array:
+        """Returns values, of bytes of shape (A, C, K, B)."""
+        out = self.values(stored)
+        return out if self.scale is None else out * self.scale[:, :, None]
 
 
 class _Product(NamedTuple):
@@ -229,9 +236,8 @@ def integer_dot(
         swapped = integer_dot(right, left, flipped, form=form)
         if swapped is None:
             return None
-        kept = right.ndim - len(contracting[1])
-        axes = range(swapped.ndim)
-        return swapped.transpose(*axes[kept:], *axes[:kept])
+        kept = range(right.ndim - len(contracting[1]))
+        return jnp.moveaxis(swapped, kept, range(-len(kept), 0))
     weight = Operand(right, None, None, right.dtype)
     merged = _merged(left.astype(jnp.float32), weight, contracting)
     if merged is None:
@@ -270,8 +276,11 @@ def _merged(
     if 0 in (*x.shape, *shape):
         return None
     first, end = axes[0], axes[-1] + 1
-    sizes = [math.prod(shape[:first]), math.prod(shape[first:end])]
-    sizes.append(math.prod(shape[end:]))
+
+    def merged(array: jax.Array) -> jax.Array:
+        counts = array.shape
+        groups = counts[:first], counts[first:end], counts[end:]
+        return array.reshape([math.prod(group) for group in groups])
 
     def part(array: jax.Array) -> jax.Array:
         # Kept axes get one entry for all, or one for each index. So do contracted
@@ -283,21 +292,18 @@ def _merged(
             kept = not first <= axis < end
             if (kept and max(group) > 1) or (first <= axis < last):
                 array = jnp.repeat(array, n // count, axis)
-        counts = array.shape
-        groups = counts[:first], counts[first:end], counts[end:]
-        return array.reshape([math.prod(group) for group in groups])
+        return merged(array)
 
     parts = (weight.scale, weight.zero_point)
-    for entries in (p.shape for p in parts if p is not None):
+    for entries in (p.shape for p in jax.tree.leaves(parts)):
         if any(n % count for n, count in zip(shape, entries, strict=True)):
             return None
-    scale, zero_point = (p if p is None else part(p) for p in parts)
-    merged = weight._replace(
-        codes=weight.codes.reshape(sizes), scale=scale, zero_point=zero_point
-    )
+    scale, zero_point = jax.tree.map(part, parts)
+    codes = merged(weight.codes)
     free = [axis for axis in range(x.ndim) if axis not in x_axes]
     kept = tuple(x.shape[axis] for axis in free) + shape[:first] + shape[end:]
-    return x.transpose(*free, *x_axes).reshape(-1, sizes[1]), merged, kept
+    x = x.transpose(*free, *x_axes).reshape(-1, codes.shape[1])
+    return x, Operand(codes, scale, zero_point, weight.qtype), kept
 
 
 def _product(
@@ -305,7 +311,7 @@ def _product(
 ) -> _Product | None:
     """Cuts the contraction into chunks, and the weight into planes of bytes."""
     codes, scale, zero = weight.codes, weight.scale, weight.zero_point
-    tiles = {p.shape[1] for p in (scale, zero) if p is not None} - {1}
+    tiles = {p.shape[1] for p in jax.tree.leaves((scale, zero))} - {1}
     if len(tiles) > 1:
         return None
     a, k, b = codes.shape
@@ -327,10 +333,10 @@ def _product(
     planes = []
     for i, read in enumerate(readers):
         columns = slice(None) if along_k else slice(i, None, len(readers))
-        own = [
-            p if p is None or p.shape[2] == 1 else p[:, :, columns]
-            for p in (scale, zero)
-        ]
+        own_scale, own_zero = jax.tree.map(
+            lambda p, of=columns: (p if p.shape[2] == 1 else p[:, :, of]).astype(wide),
+            (scale, zero),
+        )
 
         def read_values(stored, read=read):
             return plain(read(stored)).astype(wide)
@@ -339,8 +345,8 @@ def _product(
             _Plane(
                 x[:, i :: len(readers)] if along_k else x,
                 read_values,
-                own[0].astype(wide) if own[0] is not None and per_chunk else None,
-                None if own[1] is None else own[1].astype(wide),
+                own_scale if per_chunk else None,
+                own_zero,
             )
         )
 
@@ -439,23 +445,17 @@ def _column_blocks(
         stored = stored.reshape(-1, product.chunks, k // product.chunks, 1)
         outs = []
         for plane in product.planes:
-            plane = plane._replace(zero_point=cut(plane.zero_point, i))
-            values = plane.values(stored)
-            scale = cut(plane.scale, i)
-            if scale is not None:
-                values = values * scale[:, :, None]
-            values = values.reshape(-1, k)
-            numbers = (((1,), (1,)), ((), ()))
-            sums = []
-            for start in range(0, k, longest):
-                piece_of_k = slice(start, start + longest)
-                out = jax.lax.dot_general(
-                    plane.x[:, piece_of_k],
-                    values[:, piece_of_k],
-                    numbers,
-                    precision=precision,
-                )
-                sums.append(out.astype(accumulator))
+            plane = plane._replace(
+                scale=cut(plane.scale, i), zero_point=cut(plane.zero_point, i)
+            )
+            values = plane.scaled_values(stored).reshape(-1, k)
+            pieces = [slice(start, start + longest) for start in range(0, k, longest)]
+            sums = [
+                jax.lax.dot_general(
+                    plane.x[:, piece], values[:, piece], _LAST_AXES, precision=precision
+                ).astype(accumulator)
+                for piece in pieces
+            ]
             outs.append(functools.reduce(jnp.add, sums))
         return product.join(outs).reshape(-1, chunks, piece)
 
@@ -501,16 +501,13 @@ def _blocks(
         piece = jax.lax.dynamic_index_in_dim(stored, i, 2, keepdims=False)
         outs: list[jax.Array] = []
         for plane, x in zip(product.planes, xs, strict=True):
-            values = plane.values(piece)
-            if plane.scale is not None:
-                values = values * plane.scale[:, :, None]
             # A plain matrix product where it is one; XLA would find out less well.
-            x, values = x.reshape(x.shape[0], -1), values.reshape(a, -1, b)
+            x = x.reshape(x.shape[0], -1)
+            values = plane.scaled_values(piece).reshape(a, -1, b)
             if a == 1:
                 out = jnp.matmul(x, values[0], precision=precision)[:, None]
             else:
-                numbers = (((1,), (1,)), ((), ()))
-                out = jax.lax.dot_general(x, values, numbers, precision=precision)
+                out = jax.lax.dot_general(x, values, _LAST_AXES, precision=precision)
             outs.append(out.astype(accumulator))
         return outs
 
@@ -526,9 +523,7 @@ def _blocks(
     # there, while one outside would be converted, into memory of its own, at any time.
     zeros = [
         jax.lax.dot_general(
-            x[0, :, 0, :0],
-            stored[:, 0, 0, :0].astype(x.dtype),
-            (((1,), (1,)), ((), ())),
+            x[0, :, 0, :0], stored[:, 0, 0, :0].astype(x.dtype), _LAST_AXES
         ).astype(accumulator)
         for x in xs
     ]

@@ -101,30 +101,27 @@ def dot_general(
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
         return _dequantized_product(lhs, rhs, numbers, result, kwargs)
 
-    (lhs_contracting, rhs_contracting), _ = numbers
-    lhs_counts = _counts(lhs_contracting, tiles)
-    rhs_counts = _counts(rhs_contracting, tiles)
-    split = _split_numbers(numbers, tiles)
-    left, right = ops.codes_of(lhs), ops.codes_of(rhs)
+    batch = len(numbers[1][0])
+    lhs, rhs = (
+        _cut(operand, {axes[position]: count for position, count in tiles.items()})
+        for operand, axes in zip((lhs, rhs), numbers[0], strict=True)
+    )
+    numbers = _split_numbers(numbers, tiles)
     sums = _sum_products(
-        _cut(left, lhs_counts),
-        _cut(right, rhs_counts),
-        _cut_part(ops.zero_point_of(lhs), lhs_counts),
-        _cut_part(ops.zero_point_of(rhs), rhs_counts),
-        split,
+        ops.codes_of(lhs),
+        ops.codes_of(rhs),
+        (ops.zero_point_of(lhs), ops.zero_point_of(rhs)),
+        numbers,
         accumulator=ops.accumulator_dtype(lhs, rhs, result),
-        max_terms=_max_terms(lhs, rhs),
+        max_terms=ops.max_terms(lhs, rhs),
         kwargs=kwargs,
     )
     wide = ops.scale_dtype(lhs, rhs, result=result)
     out = sums.astype(wide)
-    for operand, counts, side in ((lhs, lhs_counts, 0), (rhs, rhs_counts, 1)):
+    for side, operand in enumerate((lhs, rhs)):
         if isinstance(operand, QArray):
-            scale = _cut_part(operand.scale, counts)
-            assert scale is not None
-            ndims = (lhs.ndim + len(tiles), rhs.ndim + len(tiles))
-            out = out * aligned(scale.astype(wide), split, ndims, side)
-    batch = len(numbers[1][0])
+            scale = operand.scale.astype(wide)
+            out = out * aligned(scale, numbers, (lhs.ndim, rhs.ndim), side)
     if tiles:
         out = jnp.sum(out, axis=tuple(range(batch, batch + len(tiles))))
     return out.astype(result)
@@ -239,13 +236,10 @@ def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> b
         terms = ops.size_of(operand.shape, contracting)
         if tiles > 1 and not surely(tiles * MIN_TILE_SIZE, terms):
             return False
-        for axis in range(operand.ndim):
-            # Kept axes are scaled index by index.
-            if axis not in contracting and _entries(operand, axis) not in (
-                1,
-                operand.shape[axis],
-            ):
-                return False
+        # Kept axes are scaled index by index.
+        kept = [axis for axis in range(operand.ndim) if axis not in contracting]
+        if any(_entries(operand, a) not in (1, operand.shape[a]) for a in kept):
+            return False
     return True
 
 
@@ -292,28 +286,17 @@ def _contracted_tiles(
     return {position: count for position, count in counts.items() if count > 1}
 
 
-def _counts(contracting: tuple[int, ...], tiles: dict[int, int]) -> dict[int, int]:
-    """Returns the tile count of each tiled axis of an operand."""
-    return {contracting[position]: count for position, count in tiles.items()}
-
-
-def _cut(array: jax.Array, counts: dict[int, int]) -> jax.Array:
+def _cut(operand: MaybeQArray, counts: dict[int, int]) -> MaybeQArray:
     """Splits tiled axes in two: the tiles, and the elements of a tile."""
-    shape: list[int] = []
-    for axis, size in enumerate(array.shape):
-        count = counts.get(axis)
-        shape += [size] if count is None else [count, size // count]
-    return array.reshape(shape)
 
+    def cut(part: jax.Array) -> jax.Array:
+        shape: list[int] = []
+        for axis, size in enumerate(part.shape):
+            count = 1 if size == 1 else counts.get(axis, 1)
+            shape += [count, size // count] if axis in counts else [size]
+        return part.reshape(shape)
 
-def _cut_part(part: jax.Array | None, counts: dict[int, int]) -> jax.Array | None:
-    """Splits the axes of a scale or zero point as `_cut` does those of the codes."""
-    if part is None:
-        return None
-    shape: list[int] = []
-    for axis, size in enumerate(part.shape):
-        shape += [size, 1] if axis in counts else [size]
-    return part.reshape(shape)
+    return jax.tree.map(cut, operand)
 
 
 def _split_numbers(numbers: _Numbers, tiles: dict[int, int]) -> _Numbers:
@@ -330,18 +313,10 @@ def _split_numbers(numbers: _Numbers, tiles: dict[int, int]) -> _Numbers:
     return (contracting[0], contracting[1]), (batch[0], batch[1])
 
 
-def _max_terms(lhs: MaybeQArray, rhs: MaybeQArray) -> int | None:
-    """Returns how many products may be added at once; None for any number."""
-    if ops.is_integer(lhs) and ops.is_integer(rhs):
-        return ops.max_terms(lhs, rhs)
-    return None
-
-
 def _sum_products(
     left: jax.Array,
     right: jax.Array,
-    left_zero: jax.Array | None,
-    right_zero: jax.Array | None,
+    zeros: tuple[jax.Array | None, jax.Array | None],
     numbers: _Numbers,
     *,
     accumulator: Any,
@@ -367,8 +342,7 @@ def _sum_products(
             part = _sum_products(
                 jax.lax.slice_in_dim(left, start, stop, axis=axes[0]),
                 jax.lax.slice_in_dim(right, start, stop, axis=axes[1]),
-                left_zero,
-                right_zero,
+                zeros,
                 numbers,
                 accumulator=accumulator,
                 max_terms=max_terms,
@@ -392,16 +366,12 @@ def _sum_products(
             **kwargs,
         )
     ndims = (left.ndim, right.ndim)
-    left_zero = None if left_zero is None else left_zero.astype(accumulator)
-    right_zero = None if right_zero is None else right_zero.astype(accumulator)
-    if left_zero is not None:
-        sums = jnp.sum(right, rhs_contracting, dtype=accumulator, keepdims=True)
-        left_zero = aligned(left_zero, numbers, ndims, 0)
-        out = out - left_zero * aligned(sums, numbers, ndims, 1)
-    if right_zero is not None:
-        sums = jnp.sum(left, lhs_contracting, dtype=accumulator, keepdims=True)
-        right_zero = aligned(right_zero, numbers, ndims, 1)
-        out = out - right_zero * aligned(sums, numbers, ndims, 0)
-    if left_zero is not None and right_zero is not None:
-        out = out + terms * (left_zero * right_zero)
-    return out
+    both: Any = 1
+    for side, (zero, other) in enumerate(zip(zeros, (right, left), strict=True)):
+        if zero is not None:
+            axes = numbers[0][1 - side]
+            sums = jnp.sum(other, axes, dtype=accumulator, keepdims=True)
+            zero = aligned(zero.astype(accumulator), numbers, ndims, side)
+            out = out - zero * aligned(sums, numbers, ndims, 1 - side)
+            both = both * zero
+    return out if any(zero is None for zero in zeros) else out + terms * both

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import calibration as calib
-from qwix_train.core import numerics, scaling
+from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.scaling import round_trip
 
 
 def fake_quant(array: jax.Array, how: HowToQuantize) -> jax.Array:
@@ -124,22 +125,10 @@ def fake_quant_with_scale(
     return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
-def _round_trip(
-    array: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
-    qtype: numerics.QType,
-    noise_fn: numerics.NoiseFn | None,
-) -> jax.Array:
-    y = scaling.scaled_values(array, scale, zero_point)
-    levels = numerics.round_to_level(y, qtype, array.dtype, noise_fn)
-    return scaling.rescaled_values(levels, scale, zero_point)
-
-
 def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
     calibration = calib.calibrate(array, how)
     scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
-    return _round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
+    return round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
 
 
 def _is_inside_range(array: jax.Array, how: HowToQuantize) -> jax.Array:
@@ -149,7 +138,7 @@ def _is_inside_range(array: jax.Array, how: HowToQuantize) -> jax.Array:
 # Inlined, so that nothing remains of a `jit` but its cache of traces: a model that
 # quantizes many arrays of one shape traces the arithmetic once.
 _cached_forward = jax.jit(_forward, static_argnums=1, inline=True)
-_cached_round_trip = jax.jit(_round_trip, static_argnums=(3, 4), inline=True)
+_cached_round_trip = jax.jit(round_trip, static_argnums=(3, 4), inline=True)
 _cached_is_inside = jax.jit(calib.is_inside, inline=True)
 _cached_is_inside_range = jax.jit(_is_inside_range, static_argnums=1, inline=True)
 
@@ -181,8 +170,8 @@ def _fake_quant_scaled(
     bounds: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     del bounds
-    round_trip = _cached_round_trip if static[1] is None else _round_trip
-    return round_trip(array, scale, zero_point, *static)
+    trip = _cached_round_trip if static[1] is None else round_trip
+    return trip(array, scale, zero_point, *static)
 
 
 @_fake_quant_scaled.defjvp

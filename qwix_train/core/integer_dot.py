@@ -30,41 +30,31 @@ def integer_dot(
     >>> integer_dot(ones, ones, (((1,), (1,)), ((), ()))).tolist()
     [[3, 3], [3, 3]]
     """
-    return _folding(dimension_numbers, precision)(left, right)
-
-
-def _folding(numbers: tuple[_Axes, _Axes], precision: Any) -> Any:
-    """Returns the product, with a batch of one operand taken as an axis to keep.
-
-    A batch of rows is a matrix; the form to take is that for a matrix.
-    """
 
     @custom_vmap
     def product(left, right):
-        return _lowered(left, right, numbers=numbers, precision=precision)
+        return _lowered(left, right, numbers=dimension_numbers, precision=precision)
 
     @product.def_vmap
     def _(axis_size, in_batched, left, right):
+        # A batch of rows is a matrix, and the form to take is that for a matrix.
         del axis_size
-        moved = [
-            tuple(tuple(a + batched for a in axes) for axes in sides)
-            for sides, batched in zip(
-                zip(*numbers, strict=True), in_batched, strict=True
-            )
-        ]
-        (lc, lb), (rc, rb) = moved
+        sides = zip(*dimension_numbers, strict=True)
+        (lc, lb), (rc, rb) = (
+            tuple(tuple(a + batched for a in axes) for axes in side)
+            for side, batched in zip(sides, in_batched, strict=True)
+        )
         if all(in_batched):
-            lb, rb = (0, *lb), (0, *rb)
+            numbers = ((lc, rc), ((0, *lb), (0, *rb)))
+            return integer_dot(left, right, numbers, precision), True
         out = integer_dot(left, right, ((lc, rc), (lb, rb)), precision)
-        if in_batched[0] and in_batched[1]:
-            return out, True
         # Where the new axis is in the result: first among the kept ones of its side.
         position = (
             len(lb) if in_batched[0] else out.ndim - (right.ndim - len(rc) - len(rb))
         )
         return jnp.moveaxis(out, position, 0), True
 
-    return product
+    return product(left, right)
 
 
 @functools.partial(jax.jit, static_argnames=("numbers", "precision"))
@@ -90,12 +80,13 @@ def _lowered(
         return general(left, right)
 
     types = {left.dtype, right.dtype}
-    if batch or not types <= {jnp.dtype(jnp.int8), jnp.dtype(jnp.int4)}:
+    if (
+        batch
+        or not types <= {jnp.dtype(jnp.int8), jnp.dtype(jnp.int4)}
+        or any(map(ops.is_explicitly_sharded, (left, right)))
+        or is_symbolic(left, right)  # The other forms are for a few rows.
+    ):
         return general(left, right)
-    if any(map(ops.is_explicitly_sharded, (left, right))):
-        return general(left, right)
-    if is_symbolic(left, right):
-        return general(left, right)  # The other forms are for a few rows.
     return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=general)
 
 

@@ -120,10 +120,8 @@ def lsq(
     >>> jax.grad(lambda s: lsq(x, 'int4', s).sum())(jnp.array([1.])).tolist()
     [6.5]
     """
-    check_quantizable(array)
-    _check_integer(qtype)
-    static = (numerics.canonical_qtype(qtype), gradient_scale)
-    return _lsq(static, array, positive_scale(scale, array.dtype))
+    static = (_checked(array, qtype), gradient_scale)
+    return _lsq(static, array, positive_scale(scale, array.dtype), None)
 
 
 def lsq_plus(
@@ -160,10 +158,8 @@ def lsq_plus(
     >>> lsq_plus(x, 'int4', s, jnp.array([-2.])).tolist()
     [-2.0, 0.0, 13.0]
     """
-    check_quantizable(array)
-    _check_integer(qtype)
-    static = (numerics.canonical_qtype(qtype), gradient_scale)
-    return _lsq_plus(static, array, positive_scale(scale, array.dtype), offset)
+    static = (_checked(array, qtype), gradient_scale)
+    return _lsq(static, array, positive_scale(scale, array.dtype), offset)
 
 
 def pact(array: jax.Array, qtype: numerics.QType, alpha: jax.Array) -> jax.Array:
@@ -188,10 +184,7 @@ def pact(array: jax.Array, qtype: numerics.QType, alpha: jax.Array) -> jax.Array
     >>> jax.grad(lambda a: pact(x, 'int4', a).sum())(jnp.array([15.])).tolist()
     [2.0]
     """
-    check_quantizable(array)
-    _check_integer(qtype)
-    qtype = numerics.canonical_qtype(qtype)
-    return _pact(qtype, array, positive_scale(alpha, array.dtype))
+    return _pact(_checked(array, qtype), array, positive_scale(alpha, array.dtype))
 
 
 def pact_scale(alpha: jax.Array, qtype: numerics.QType) -> jax.Array:
@@ -205,29 +198,14 @@ def pact_scale(alpha: jax.Array, qtype: numerics.QType) -> jax.Array:
     return alpha * (np.float32(1) / np.float32(high - low)).astype(alpha.dtype)
 
 
-def _check_integer(qtype: numerics.QType) -> None:
+def _checked(array: jax.Array, qtype: numerics.QType) -> Any:
+    """The type in its one form, if scales of it can be learned for an array."""
+    check_quantizable(array)
     if not numerics.is_integer_qtype(qtype):
         raise ValueError(
             f"A learned scale needs an integer type, not {numerics.qtype_name(qtype)}."
         )
-
-
-def _codes(
-    array: jax.Array, scale: jax.Array, zero_point: jax.Array | None, qtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The scaled values, and the codes that they are rounded to, as floats."""
-    y = scaling.scaled_values(array, scale, zero_point)
-    return y, numerics.round_to_level(y, qtype, array.dtype)
-
-
-def _round_trip(array: jax.Array, scale: jax.Array, zero_point: Any, qtype: Any):
-    _, codes = _codes(array, scale, zero_point, qtype)
-    return scaling.rescaled_values(codes, scale, zero_point)
-
-
-def _inside(y: jax.Array, qtype: Any) -> jax.Array:
-    low, high = numerics.code_range(qtype)
-    return (y > low) & (y < high)
+    return numerics.canonical_qtype(qtype)
 
 
 def _weighted(weights: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -237,53 +215,41 @@ def _weighted(weights: jax.Array, tangent: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _lsq(static: tuple[Any, float], array: jax.Array, scale: jax.Array) -> jax.Array:
+def _lsq_grid(array: jax.Array, scale: jax.Array, offset: Any, qtype: Any):
     scale = numerics.scale_in_dtype(scale, array.dtype)
-    return _round_trip(array, scale, None, static[0])
+    return scale, None if offset is None else offset_zero_point(scale, offset, qtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _lsq(
+    static: tuple[Any, Any], array: jax.Array, scale: jax.Array, offset: Any
+) -> jax.Array:
+    """LSQ+, or with the offset None LSQ."""
+    grid = _lsq_grid(array, scale, offset, static[0])
+    return scaling.round_trip(array, *grid, static[0])
 
 
 @_lsq.defjvp
 def _lsq_jvp(static: Any, primals: Any, tangents: Any) -> Any:
-    (array, scale), (array_dot, scale_dot) = primals, tangents
-    qtype, factor = static
-    y, codes = _codes(array, numerics.scale_in_dtype(scale, array.dtype), None, qtype)
-    inside = _inside(y, qtype)
-    by_scale = jnp.where(inside, codes - y, codes) * factor
-    tangent = jnp.where(inside, array_dot, 0)
-    tangent += _weighted(by_scale, scale_dot).astype(array.dtype)
-    return _lsq(static, array, scale), tangent
-
-
-def _offset_grid(array: jax.Array, scale: jax.Array, offset: jax.Array, qtype: Any):
-    scale = numerics.scale_in_dtype(scale, array.dtype)
-    return scale, offset_zero_point(scale, offset, qtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _lsq_plus(
-    static: tuple[Any, float], array: jax.Array, scale: jax.Array, offset: jax.Array
-) -> jax.Array:
-    return _round_trip(array, *_offset_grid(array, scale, offset, static[0]), static[0])
-
-
-@_lsq_plus.defjvp
-def _lsq_plus_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     (array, scale, offset), (array_dot, scale_dot, offset_dot) = primals, tangents
     qtype, factor = static
-    y, codes = _codes(array, *_offset_grid(array, scale, offset, qtype), qtype)
-    inside, (low, _) = _inside(y, qtype), numerics.code_range(qtype)
-    by_scale = jnp.where(inside, codes - y, codes - low) * factor
-    tangent = jnp.where(inside, array_dot, 0)
-    # A selection, not a product with zeros and ones: XLA on a CPU is slow with those.
-    learned = _weighted(by_scale, scale_dot) + tiling.elementwise(
-        lambda inside, t: jnp.where(inside, 0, t),
-        inside,
-        offset_dot.astype(y.dtype) * factor,
-    )
-    return _lsq_plus(static, array, scale, offset), tangent + learned.astype(
-        tangent.dtype
-    )
+    y = scaling.scaled_values(array, *_lsq_grid(array, scale, offset, qtype))
+    codes = numerics.round_to_level(y, qtype, array.dtype)
+    low, high = numerics.code_range(qtype)
+    inside = (y > low) & (y < high)
+    outside = codes if offset is None else codes - low
+    by_scale = jnp.where(inside, codes - y, outside) * factor
+    learned = _weighted(by_scale, scale_dot)
+    if offset is not None:
+        # A selection, not a product with zeros and ones: XLA on a CPU is slow with
+        # those.
+        learned += tiling.elementwise(
+            lambda inside, t: jnp.where(inside, 0, t),
+            inside,
+            offset_dot.astype(y.dtype) * factor,
+        )
+    tangent = jnp.where(inside, array_dot, 0) + learned.astype(array.dtype)
+    return _lsq(static, array, scale, offset), tangent
 
 
 def _pact_grid(array: jax.Array, alpha: jax.Array, qtype: Any):
@@ -294,7 +260,7 @@ def _pact_grid(array: jax.Array, alpha: jax.Array, qtype: Any):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pact(qtype: Any, array: jax.Array, alpha: jax.Array) -> jax.Array:
-    return _round_trip(array, *_pact_grid(array, alpha, qtype), qtype)
+    return scaling.round_trip(array, *_pact_grid(array, alpha, qtype), qtype)
 
 
 @_pact.defjvp

@@ -35,7 +35,7 @@ quantization (`round_to_level`) keeps NaN in every type.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,33 @@ nearer one more often. `stochastic_rounding` makes such noise.
 QType: TypeAlias = Any
 """Anything `canonical_qtype` accepts: ``'int4'``, ``jnp.int8``, ``'nf4'``, ..."""
 
-_INTEGERS = tuple(f"int{bits}" for bits in range(1, 9))
-_FLOATS = ("float8_e4m3fn", "float8_e5m2")
-QTYPE_NAMES = (*_INTEGERS, *_FLOATS, "nf4")
+
+class _Type(NamedTuple):
+    """What the library knows of a type; see the table above."""
+
+    bits: int
+    storage: np.dtype
+    bound: float
+    codes: tuple[int, int] | None = None  # The lowest and the highest, of integers.
+
+
+def _integer(bits: int) -> _Type:
+    high = 2 ** (bits - 1) - 1
+    bound, codes = (high + 0.5, (-high - 1, high)) if bits > 1 else (2.0, (-1, 1))
+    return _Type(bits, jnp.dtype(jnp.int4 if bits <= 4 else jnp.int8), bound, codes)
+
+
+def _float8(dtype: Any) -> _Type:
+    return _Type(8, jnp.dtype(dtype), float(jnp.finfo(dtype).max))
+
+
+_TYPES = {
+    **{f"int{bits}": _integer(bits) for bits in range(1, 9)},
+    "float8_e4m3fn": _float8(jnp.float8_e4m3fn),
+    "float8_e5m2": _float8(jnp.float8_e5m2),
+    "nf4": _Type(4, jnp.dtype(jnp.uint4), 1.0),
+}
+QTYPE_NAMES = tuple(_TYPES)
 """The names of all supported types."""
 
 
@@ -118,7 +142,7 @@ def qtype_name(qtype: QType) -> str:
 
 def is_integer_qtype(qtype: QType) -> bool:
     """Whether the codes of a type are integers on an even grid."""
-    return qtype_name(qtype) in _INTEGERS
+    return _TYPES[qtype_name(qtype)].codes is not None
 
 
 def qtype_bits(qtype: QType) -> int:
@@ -127,10 +151,7 @@ def qtype_bits(qtype: QType) -> int:
     >>> qtype_bits('int3'), qtype_bits('nf4'), qtype_bits('float8_e5m2')
     (3, 4, 8)
     """
-    name = qtype_name(qtype)
-    if name == "nf4":
-        return 4
-    return int(name[3:]) if name in _INTEGERS else 8
+    return _TYPES[qtype_name(qtype)].bits
 
 
 def storage_dtype(qtype: QType) -> np.dtype:
@@ -141,12 +162,7 @@ def storage_dtype(qtype: QType) -> np.dtype:
     >>> storage_dtype('int3'), storage_dtype('int6'), storage_dtype('nf4')
     (dtype(int4), dtype('int8'), dtype(uint4))
     """
-    name = qtype_name(qtype)
-    if name == "nf4":
-        return jnp.dtype(jnp.uint4)
-    if name in _INTEGERS:
-        return jnp.dtype(jnp.int4 if qtype_bits(name) <= 4 else jnp.int8)
-    return jnp.dtype(name)
+    return _TYPES[qtype_name(qtype)].storage
 
 
 def is_int16(qtype: Any) -> bool:
@@ -160,10 +176,10 @@ def code_range(qtype: QType) -> tuple[int, int]:
     Raises:
         ValueError: The type is not an integer type.
     """
-    if not is_integer_qtype(qtype):
+    codes = _TYPES[qtype_name(qtype)].codes
+    if codes is None:
         raise ValueError(f"{qtype_name(qtype)} has no integer codes.")
-    bits = qtype_bits(qtype)
-    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes
 
 
 def symmetric_bound(qtype: QType) -> float:
@@ -172,14 +188,7 @@ def symmetric_bound(qtype: QType) -> float:
     >>> symmetric_bound('int8'), symmetric_bound('int1'), symmetric_bound('nf4')
     (127.5, 2.0, 1.0)
     """
-    name = qtype_name(qtype)
-    if name == "nf4":
-        return 1.0
-    if name == "int1":
-        return 2.0
-    if name in _INTEGERS:
-        return code_range(name)[1] + 0.5
-    return float(jnp.finfo(name).max)
+    return _TYPES[qtype_name(qtype)].bound
 
 
 def asymmetric_bound(qtype: QType) -> tuple[float, float]:
@@ -192,9 +201,10 @@ def asymmetric_bound(qtype: QType) -> tuple[float, float]:
     (-8.0, 7.0)
     """
     if not is_integer_qtype(qtype):
+        integers = ", ".join(filter(is_integer_qtype, QTYPE_NAMES))
         raise ValueError(
             f"{qtype_name(qtype)} has no zero points; ranges such as 'minmax' need "
-            f"one of {', '.join(_INTEGERS)}."
+            f"one of {integers}."
         )
     low, high = code_range(qtype)
     return float(low), float(high)
@@ -295,7 +305,7 @@ def round_to_qtype(
     [0, 2, 7]
     """
     name = qtype_name(qtype)
-    if name in _INTEGERS:
+    if is_integer_qtype(name):
         codes = _round_to_integer(x, name, noise_fn, dtype or x.dtype)
         return codes.astype(storage_dtype(name))
     if name == "nf4":
@@ -322,7 +332,7 @@ def round_to_level(
     [nan, 1.0]
     """
     name = qtype_name(qtype)
-    if name in _INTEGERS:
+    if is_integer_qtype(name):
         level = _round_to_integer(x, name, noise_fn, dtype).astype(x.dtype)
         level = jnp.where(level == 0, 0, level)  # Integers know no negative zero.
     else:

@@ -83,8 +83,13 @@ def magnitude(operand: MaybeQArray) -> int:
     return max(-low, high) if operand.zero_point is None else high - low
 
 
-def max_terms(lhs: MaybeQArray, rhs: MaybeQArray) -> int:
-    """Returns how many products of codes surely fit in an int32 sum."""
+def max_terms(lhs: MaybeQArray, rhs: MaybeQArray) -> int | None:
+    """Returns how many products of codes can surely be added, as integers in int32.
+
+    None for any number, where codes are floats.
+    """
+    if not (is_integer(lhs) and is_integer(rhs)):
+        return None
     return INT32_MAX // (magnitude(lhs) * magnitude(rhs))
 
 

@@ -30,6 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwix_train.core import numerics, packing, tiling
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.operands import is_explicitly_sharded
 from qwix_train.core.qarray import (
     NoArray,
     QArray,
@@ -208,7 +209,7 @@ def unpack(array: PackedQArray) -> QArray:
     layout, zero_point = array.layout, array.zero_point
     if zero_point is not None:
         zero_point = zero_point.astype(numerics.storage_dtype(layout.qtype))
-    qvalue = _from_bits(_codes(array.packed, layout), layout.qtype)
+    qvalue = packing.from_bits(_codes(array.packed, layout), layout.qtype)
     return QArray(qvalue, _unpacked_scale(array), zero_point, layout.qtype)
 
 
@@ -338,14 +339,6 @@ def _codes(packed: jax.Array, layout: PackedLayout) -> jax.Array:
     return jax.lax.slice_in_dim(codes, 0, layout.length, axis=axis)
 
 
-def _from_bits(bits: jax.Array, qtype: Any) -> jax.Array:
-    dtype = numerics.storage_dtype(qtype)
-    if qtype == "nf4":
-        return bits.astype(dtype)
-    # Flipping the sign bit and taking its weight away extends it to the upper bits.
-    return ((bits.astype(jnp.int8) ^ 8) - 8).astype(dtype)
-
-
 def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
     """A scale or the like with an entry for each layer."""
     return jnp.broadcast_to(part, (*layers, *part.shape[len(layers) :]))
@@ -353,7 +346,7 @@ def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
 
 def _has_values(array: QArray) -> jax.Array:
     """Of each scale, whether a code that it scales stands for anything but 0."""
-    zero, counts = 7 if array.qtype == "nf4" else 0, array.scale.shape
+    zero = 7 if array.qtype == "nf4" else 0
 
     def is_value(code, zero_point):
         return code != (
@@ -361,10 +354,7 @@ def _has_values(array: QArray) -> jax.Array:
         )
 
     values = tiling.elementwise(is_value, array.qvalue, array.zero_point)
-    # Padded with False, which is no value.
-    values = tiling.pad_to_tiles(values, counts)
-    split, within = tiling.split_tiled_axes(values, counts)
-    return jnp.any(split, within).reshape(counts)
+    return tiling.reduced(jnp.any, values, array.scale.shape)
 
 
 def _quantized_scale(
@@ -372,8 +362,9 @@ def _quantized_scale(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The codes of scales, the steps of their blocks, and the mean of each layer."""
     shape, layers = scale.shape, scale.shape[:layer_axes]
-    sharding = _explicit_sharding(scale)
-    if sharding is not None:
+    sharding = jax.typeof(scale).sharding
+    is_explicit = is_explicitly_sharded(scale)
+    if is_explicit:
         # Blocks run across shards.
         whole = PartitionSpec(*sharding.spec[:layer_axes])
         scale, matters = (jax.sharding.reshard(x, whole) for x in (scale, matters))
@@ -389,7 +380,7 @@ def _quantized_scale(
     inverse = jnp.where(steps > 0, 1 / steps, 0)
     codes = jnp.clip(jnp.round(blocks * inverse[..., None]), -_STEPS, _STEPS)
     codes = codes.astype(jnp.int8).reshape(*layers, -1)[..., :size].reshape(shape)
-    if sharding is not None:
+    if is_explicit:
         codes = jax.sharding.reshard(codes, sharding.spec)
     return codes, steps, mean
 
@@ -399,16 +390,9 @@ def _unpacked_scale(array: PackedQArray) -> jax.Array:
     layers = codes.shape[: array.layer_axes]
     steps = jnp.repeat(array.scale_steps, SCALE_BLOCK, axis=-1)
     steps = steps[..., : math.prod(codes.shape[len(layers) :])].reshape(codes.shape)
-    sharding = _explicit_sharding(codes)
-    if sharding is not None:
-        steps = jax.sharding.reshard(steps, sharding.spec)
+    if is_explicitly_sharded(codes):
+        steps = jax.sharding.reshard(steps, jax.typeof(codes).sharding.spec)
     mean = array.scale_mean.reshape(*layers, *(1,) * (codes.ndim - len(layers)))
     # Half a step may take a small scale below 0, where none was.
     scale = jnp.maximum(mean + codes.astype(jnp.float32) * steps, 0)
     return scale.astype(array.dtype)
-
-
-def _explicit_sharding(array: jax.Array) -> Any:
-    """The sharding of an array if it is part of its type."""
-    sharding = jax.typeof(array).sharding
-    return sharding if any(axis is not None for axis in sharding.spec) else None

@@ -162,6 +162,19 @@ def bits_of(codes: jax.Array, qtype: numerics.QType) -> jax.Array:
     )
 
 
+def from_bits(bits: jax.Array, qtype: numerics.QType) -> jax.Array:
+    """Returns the codes that `bits_of` gave the bits of."""
+    dtype, count = numerics.storage_dtype(qtype), numerics.qtype_bits(qtype)
+    if qtype == "nf4":
+        return bits.astype(dtype)
+    signed = bits.astype(jnp.int8)
+    if count == 1:
+        return (2 * signed - 1).astype(dtype)
+    # Flipping the sign bit and taking its weight away extends it to the upper bits.
+    sign = 2 ** (count - 1)
+    return ((signed ^ sign) - sign).astype(dtype)
+
+
 def _group(qtype: numerics.QType) -> tuple[int, int]:
     """The codes of a group, and its bytes."""
     bits = numerics.qtype_bits(qtype)
@@ -208,15 +221,7 @@ def _unpack(packed: jax.Array, name: str, length: int, axis: int) -> jax.Array:
     parts = _split(packed, axis, width)
     fields = _merge([_gather(parts, bits, 8, code) for code in range(count)], axis)
     fields = jax.lax.slice_in_dim(fields, 0, length, axis=axis) & (2**bits - 1)
-    dtype = numerics.storage_dtype(name)
-    if name == "nf4":
-        return fields.astype(dtype)
-    signed = fields.astype(jnp.int8)
-    if name == "int1":
-        return (2 * signed - 1).astype(dtype)
-    # Flipping the sign bit and taking its weight away extends it to the upper bits.
-    sign = 2 ** (bits - 1)
-    return ((signed ^ sign) - sign).astype(dtype)
+    return from_bits(fields, name)
 
 
 def _gather(

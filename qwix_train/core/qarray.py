@@ -59,13 +59,7 @@ class NoArray:
         """
         raise TypeError(f"{type(self).__name__} is not an array. {self._instead}")
 
-    def __jax_array__(self) -> Any:
-        """Says what this is.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"{type(self).__name__} is not an array. {self._instead}")
+    __jax_array__ = __array__
 
 
 @flax.struct.dataclass
@@ -322,9 +316,7 @@ def with_nan(quantized: QArray, array: jax.Array) -> QArray:
     >>> dequantize(with_nan(q, x)).round(1).tolist()
     [[nan, nan], [2.0, 3.0]]
     """
-    counts = quantized.scale.shape
-    tiles, axes = tiling.split_tiled_axes(tiling.pad_to_tiles(array, counts), counts)
-    found = jnp.any(jnp.isnan(tiles), axis=axes).reshape(counts)
+    found = tiling.reduced(jnp.any, jnp.isnan(array), quantized.scale.shape)
     scale = jnp.where(found, jnp.nan, quantized.scale)
     return quantized.replace(scale=scale)  # pyright: ignore
 
@@ -378,14 +370,12 @@ def quantize(
         tiled_axes=tiled_axes or {},
         calibration_method=calibration_method,
     )
-    if scale_dtype is None:
-        return quantize_array(array, how)
     scale, zero_point = compute_scale_zero_point(calibrate(array, how), qtype)
-    if scale_dtype == jnp.float16:
+    if scale_dtype is not None and scale_dtype == jnp.float16:
         # It may change a scale by a large part. Codes are to fit the one that is kept.
         scale = numerics.scale_in_dtype(scale, scale_dtype)
     qarray = quantize_with_scale_zero_point(array, qtype, scale, zero_point)
-    return qarray.astype(scale_dtype)
+    return qarray if scale_dtype is None else qarray.astype(scale_dtype)
 
 
 def dequantize(array: QArray) -> jax.Array:

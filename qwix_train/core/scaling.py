@@ -53,3 +53,16 @@ def rescaled_values(
         return numerics.round_to_dtype(x * scale.astype(wide), dtype).astype(dtype)
 
     return tiling.elementwise(rescaled, levels, scale, zero_point)
+
+
+def round_trip(
+    array: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    qtype: numerics.QType,
+    noise_fn: numerics.NoiseFn | None = None,
+) -> jax.Array:
+    """Returns what codes of the array stand for, without making codes; NaN stays."""
+    y = scaled_values(array, scale, zero_point)
+    levels = numerics.round_to_level(y, qtype, array.dtype, noise_fn)
+    return rescaled_values(levels, scale, zero_point)

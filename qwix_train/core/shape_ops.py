@@ -5,7 +5,9 @@ as `tiling` describes; anything else raises a ValueError, which says to dequanti
 first.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +17,16 @@ from qwix_train.core.symbolic import is_smaller
 
 if TYPE_CHECKING:
     from qwix_train.core.qarray import QArray
+
+
+def with_parts(
+    array: "QArray", qvalue: Any, change: Callable[[jax.Array], jax.Array]
+) -> "QArray":
+    """Returns an array of other codes, with its scale and zero point changed alike."""
+    zero = None if array.zero_point is None else change(array.zero_point)
+    return array.replace(  # pyright: ignore
+        qvalue=qvalue, scale=change(array.scale), zero_point=zero
+    )
 
 
 def reshape(array: "QArray", *shape: Any) -> "QArray":
@@ -48,10 +60,7 @@ def reshape(array: "QArray", *shape: Any) -> "QArray":
             target += new_counts
         return part.reshape(target)
 
-    qvalue = array.qvalue.reshape(new_shape)
-    scale = reshape_part(array.scale)
-    zero = None if array.zero_point is None else reshape_part(array.zero_point)
-    return array.replace(qvalue=qvalue, scale=scale, zero_point=zero)  # pyright: ignore
+    return with_parts(array, array.qvalue.reshape(new_shape), reshape_part)
 
 
 def _resolve(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,11 +152,9 @@ def take(array: "QArray", index: Any) -> "QArray":
         IndexError: There are too many indices, or one is out of range.
     """
     entries = _expand(index, array.ndim)
-    parts = (array.scale, array.zero_point)
-    scale, zero = (_take_part(array.shape, part, entries) for part in parts)
-    return array.replace(  # pyright: ignore
-        qvalue=array.qvalue[tuple(entries)], scale=scale, zero_point=zero
-    )
+    qvalue = array.qvalue[tuple(entries)]
+    taken = functools.partial(_take_part, array.shape, entries)
+    return with_parts(array, qvalue, taken)
 
 
 def _expand(index: Any, ndim: int) -> list[Any]:
@@ -173,19 +180,17 @@ def _is_boolean(entry: Any) -> bool:
 
 
 def _take_part(
-    shape: tuple[int, ...], part: jax.Array | None, entries: list[Any]
-) -> jax.Array | None:
-    if part is None:
-        return None
-    part_index: list[Any] = []
-    axis = 0
-    for entry in entries:
+    shape: tuple[int, ...], entries: list[Any], part: jax.Array
+) -> jax.Array:
+    axes = iter(enumerate(zip(shape, part.shape, strict=True)))
+
+    def in_part(entry: Any) -> Any:
         if entry is None:
-            part_index.append(None)
-            continue
-        part_index.append(_part_entry(shape[axis], part.shape[axis], entry, axis))
-        axis += 1
-    return part[tuple(part_index)]
+            return None
+        axis, (size, count) = next(axes)
+        return _part_entry(size, count, entry, axis)
+
+    return part[tuple(map(in_part, entries))]
 
 
 def _part_entry(size: int, count: int, entry: Any, axis: int) -> Any:

@@ -8,6 +8,7 @@ there are none, as when a reshape would separate elements from their scale.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +18,10 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwix_train.core import tiling
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
+from qwix_train.core.shape_ops import with_parts
 
 Params = Mapping[str, Any]
 Change = Callable[[Params, QArray, Sequence[Any]], list[QArray] | None]
@@ -29,15 +32,14 @@ def spread(array: QArray, axis: int) -> QArray:
     size = array.shape[axis]
 
     def change(part):
-        if part is None or part.shape[axis] == size:
+        if part.shape[axis] == size:
             return part
         if part.shape[axis] != 1:
-            repeated = jnp.repeat(part, -(-size // part.shape[axis]), axis)
-            return lax.slice_in_dim(repeated, 0, size, axis=axis)
+            return tiling.repeated(part, axis, size)
         shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
         return jnp.broadcast_to(part, shape)
 
-    return _with_parts(array, array.qvalue, change)
+    return with_parts(array, array.qvalue, change)
 
 
 def constrained(array: QArray, sharding: Any) -> QArray:
@@ -74,10 +76,6 @@ def constrained_part(part: jax.Array, sharding: Any) -> jax.Array:
     return with_sharding(part, where)
 
 
-def _with_parts(array: QArray, qvalue: Any, change) -> QArray:
-    return QArray(qvalue, change(array.scale), change(array.zero_point), array.qtype)
-
-
 def _every_part(change) -> Change:
     """A change that is the same for codes and scales."""
 
@@ -106,8 +104,6 @@ def _broadcast(params, array, others):
     operand_axis = {place: axis for axis, place in enumerate(places)}
 
     def change(part):
-        if part is None:
-            return None
         # Along a new axis, and along one that grows, all share what is there.
         sizes = [
             part.shape[operand_axis[axis]] if axis in operand_axis else 1
@@ -116,48 +112,41 @@ def _broadcast(params, array, others):
         return lax.broadcast_in_dim(part, sizes, places)
 
     qvalue = lax.broadcast_in_dim(array.qvalue, shape, places)
-    return [_with_parts(array, qvalue, change)]
+    return [with_parts(array, qvalue, change)]
 
 
 def _reshape(params, array, others):
     if others or params["dimensions"] is not None:
         return None
-    return _attempt(lambda: array.reshape(params["new_sizes"]))
+    return _attempt(lambda: [array.reshape(params["new_sizes"])])
 
 
 def _slice(params, array, others):
     strides = params["strides"] or (1,) * array.ndim
     bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    return _attempt(lambda: array[tuple(slice(*bound) for bound in bounds)])
+    return _attempt(lambda: [array[tuple(slice(*bound) for bound in bounds)]])
 
 
-def _attempt(change: Callable[[], QArray]) -> list[QArray] | None:
+def _attempt(change: Callable[[], list[QArray]]) -> list[QArray] | None:
     """A change by a method of the array, which raises where there is none."""
     try:
-        return [change()]
+        return change()
     except ValueError:
         return None
 
 
 def _rev(params, array, others):
     axes = params["dimensions"]
-    parts = [part for part in (array.scale, array.zero_point) if part is not None]
+    parts = jax.tree.leaves((array.scale, array.zero_point))
     if any(array.shape[axis] % part.shape[axis] for part in parts for axis in axes):
         return None  # the last tile is shorter
     return [jax.tree.map(lambda part: lax.rev(part, axes), array)]
 
 
 def _split(params, array, others):
-    axis, start, results = params["axis"], 0, []
-    for size in params["sizes"]:
-        index = [slice(None)] * array.ndim
-        index[axis] = slice(start, start + size)
-        start += size
-        part = _attempt(lambda index=index: array[tuple(index)])
-        if part is None:
-            return None
-        results += part
-    return results
+    before = (slice(None),) * params["axis"]
+    bounds = itertools.pairwise(itertools.accumulate(params["sizes"], initial=0))
+    return _attempt(lambda: [array[(*before, slice(*bound))] for bound in bounds])
 
 
 def _unstack(params, array, others):
@@ -173,8 +162,6 @@ def _dynamic_slice(params, array, others):
         return None
 
     def change(part):
-        if part is None:
-            return None
         whole = [axis not in cut or part.shape[axis] == 1 for axis in range(part.ndim)]
         indices = [
             jnp.zeros_like(index) if whole[axis] else index
@@ -188,7 +175,7 @@ def _dynamic_slice(params, array, others):
             part, indices, part_sizes, allow_negative_indices=False
         )
 
-    return [_with_parts(array, change(array.qvalue), change)]
+    return [with_parts(array, change(array.qvalue), change)]
 
 
 def _gather(params, array, others):
@@ -282,11 +269,8 @@ def _aligned(sizes, values, axis):
 
 
 def _is_tiled(array: QArray, axis: int) -> bool:
-    parts = (array.scale, array.zero_point)
-    return any(
-        part is not None and part.shape[axis] not in (1, array.shape[axis])
-        for part in parts
-    )
+    parts = jax.tree.leaves((array.scale, array.zero_point))
+    return any(part.shape[axis] not in (1, array.shape[axis]) for part in parts)
 
 
 def _negate(params, array, others):

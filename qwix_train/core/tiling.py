@@ -121,8 +121,7 @@ def split_tiled_axes(
     not see through a reshape that splits them, and copies the array. An axis whose
     shards cut tiles is gathered where its sharding belongs to its type.
     """
-    for axis in _cut_by_shards(array, counts):
-        array = _resharded(array, axis, None)
+    array = _whole_tiles(array, counts)
     shape: list[int] = []
     within: list[int] = []
     for size, count in zip(array.shape, counts, strict=True):
@@ -140,11 +139,32 @@ def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
     """Appends zeros along each axis until ``counts[i]`` tiles are full."""
     if not padded_axes(array.shape, counts):
         return array
-    for axis in _cut_by_shards(array, counts):
-        array = _resharded(array, axis, None)
+    array = _whole_tiles(array, counts)
     tiles = tile_sizes(array.shape, counts)
     sizes = zip(array.shape, counts, tiles, strict=True)
     return jnp.pad(array, [(0, c * t - n) for n, c, t in sizes])
+
+
+def reduced(
+    reduce: Callable[..., jax.Array], array: jax.Array, counts: Sequence[int]
+) -> jax.Array:
+    """Reduces each tile to one entry; the last tile is filled up with zeros.
+
+    >>> reduced(jnp.max, jnp.arange(5), (2,)).tolist()
+    [2, 4]
+    """
+    tiles, within = split_tiled_axes(pad_to_tiles(array, counts), counts)
+    return reduce(tiles, axis=within).reshape(counts)
+
+
+def repeated(tiled: jax.Array, axis: int, size: int) -> jax.Array:
+    """Repeats the entry of each tile for all of the ``size`` indices of an axis.
+
+    >>> repeated(jnp.array([7, 8]), 0, 5).tolist()
+    [7, 7, 7, 8, 8]
+    """
+    tiled = jnp.repeat(tiled, -(-size // tiled.shape[axis]), axis)
+    return jax.lax.slice_in_dim(tiled, 0, size, axis=axis)
 
 
 def elementwise(
@@ -188,11 +208,16 @@ def _spread(tiled: jax.Array, array: jax.Array) -> jax.Array:
     """Repeats entries along axes that cannot be split: padded, or cut by shards."""
     shape, counts = array.shape, tiled.shape
     for axis in {*padded_axes(shape, counts), *_cut_by_shards(array, counts)}:
-        size = -(-shape[axis] // counts[axis])
-        tiled = jnp.repeat(_resharded(tiled, axis, None), size, axis)
-        tiled = jax.lax.slice_in_dim(tiled, 0, shape[axis], axis=axis)
+        tiled = repeated(_resharded(tiled, axis, None), axis, shape[axis])
         tiled = _resharded(tiled, axis, jax.typeof(array).sharding.spec[axis])
     return tiled
+
+
+def _whole_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
+    """The array, gathered along the axes whose shards do not hold whole tiles."""
+    for axis in _cut_by_shards(array, counts):
+        array = _resharded(array, axis, None)
+    return array
 
 
 def _cut_by_shards(array: jax.Array, counts: Sequence[int]) -> list[int]:

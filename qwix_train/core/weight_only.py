@@ -16,7 +16,7 @@ Differentiation keeps the codes alone. The weight is converted again on the way 
 
 import dataclasses
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,6 @@ from jax.custom_derivatives import SymbolicZero
 from qwix_train.core import cpu_dots, numerics
 from qwix_train.core import operands as ops
 from qwix_train.core.qarray import QArray, dequantize
-
-_Parts: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +124,8 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
 
     def on_cpu(x, codes, scale, zero_point):
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
-        out = cpu_dots.weight_dot(
-            x,
-            weight,
-            spec.contracting,
-            spec.result,
-            spec.precision,
-            transposable=linear,
-        )
+        static = spec.contracting, spec.result, spec.precision
+        out = cpu_dots.weight_dot(x, weight, *static, transposable=linear)
         return general(x, codes, scale, zero_point) if out is None else out
 
     def choose(*parts):
@@ -151,7 +143,6 @@ def _general(
 ) -> jax.Array:
     """The form for XLA to fuse."""
     contracted = spec.contracting[1]
-    numbers = (spec.contracting, ((), ()))
     kept = [axis for axis in range(codes.ndim) if axis not in contracted]
     scaled_after = (
         zero_point is None
@@ -159,24 +150,17 @@ def _general(
         and all(scale.shape[axis] == 1 for axis in contracted)
         and all(scale.shape[axis] in (1, codes.shape[axis]) for axis in kept)
     )
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(spec.contracting, ((), ())),
+        precision=spec.precision,
+    )
     if not scaled_after:
         weight = dequantize(QArray(codes, scale, zero_point, spec.qtype))
-        return jax.lax.dot_general(
-            x,
-            weight,
-            numbers,
-            precision=spec.precision,
-            preferred_element_type=spec.result,
-        )
+        return dot(x, weight, preferred_element_type=spec.result)
     # Every code is exact in every float dtype of 16 bits or more.
     wide = numerics.promote_types(spec.result, scale.dtype, jnp.float32)
-    out = jax.lax.dot_general(
-        x,
-        codes.astype(x.dtype),
-        numbers,
-        precision=spec.precision,
-        preferred_element_type=wide,
-    )
+    out = dot(x, codes.astype(x.dtype), preferred_element_type=wide)
     kept_before = (1,) * (out.ndim - len(kept))
     scale = scale.reshape((*kept_before, *(scale.shape[axis] for axis in kept)))
     return (out * scale.astype(wide)).astype(spec.result)

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import Layouts, checked, layouts_of, tree_of
+from qwix_train.lora.parts import Layouts, checked, layouts_of, tree_of, without
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.plan import Path
@@ -157,8 +157,7 @@ def fitted(adapters: Any, layouts: Layouts, target: Layouts) -> Any:
       ValueError: see `AdapterSet.add`.
     """
     parts = checked(adapters, layouts)
-    missing = ["/".join(path) for path in target if path not in layouts]
-    unknown = ["/".join(path) for path in layouts if path not in target]
+    missing, unknown = without(target, layouts), without(layouts, target)
     if missing or unknown:
         said = [f"None for {plan_table.some(missing, 3)}."] if missing else []
         if unknown:

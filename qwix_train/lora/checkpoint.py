@@ -14,9 +14,9 @@ from typing import Any
 from etils import epath
 
 from qwix_train.files import writing
+from qwix_train.lora import parts
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.manifest import AdapterManifest
-from qwix_train.lora.parts import Layouts, check_path, layouts_of, of_state, tree_of
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.rules import QuantizationRule, check_rules
@@ -28,7 +28,7 @@ _KEY = "lora"
 def save(
     path: epath.PathLike,
     adapters: Any,
-    *layouts: Layouts,
+    *layouts: parts.Layouts,
     rules: Sequence[QuantizationRule] | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -68,11 +68,11 @@ def save(
       >>> read_manifest(folder).metadata
       {'step': 100}
     """
-    check_path(path, "lora.save(path, state)")
+    parts.check_path(path, "lora.save(path, state)")
     if rules is None:
         is_state = isinstance(adapters, LoraTrainState)
         rules = adapters.provider.rules if is_state else ()
-    adapters, known = of_state(adapters, layouts, "lora.save")
+    adapters, known = parts.of_state(adapters, layouts, "lora.save")
     target = writing.followed(epath.Path(path))
     writing.check_target(
         target,
@@ -106,12 +106,12 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
       ValueError: if what is there is no checkpoint of adapters, or damaged, or of
         adapters of another model, rank or scaling. The message names the params.
     """
-    check_path(path, "lora.restore(path, state)")
+    parts.check_path(path, "lora.restore(path, state)")
     manifest = read_manifest(path)
     if target is None:
         return checkpoint.restore(path, shardings=shardings)
     is_state = isinstance(target, LoraTrainState)
-    layouts = layouts_of(target)
+    layouts = parts.layouts_of(target)
     _check_same(epath.Path(path), manifest.layouts, layouts)
     if not is_state:
         return checkpoint.restore(path, shardings=shardings)
@@ -119,7 +119,7 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
         shardings = _shardings(target.params)
     found = by_path(checkpoint.restore(path, shardings=shardings))
     wanted = [key for layout in layouts.values() for key in layout.shapes]
-    return target.replace(params=tree_of({key: found[key] for key in wanted}))
+    return target.replace(params=parts.tree_of({key: found[key] for key in wanted}))
 
 
 def read_manifest(path: epath.PathLike) -> AdapterManifest:
@@ -132,7 +132,7 @@ def read_manifest(path: epath.PathLike) -> AdapterManifest:
       FileNotFoundError: if nothing is at the path.
       ValueError: if there is no manifest of adapters, or it was changed.
     """
-    check_path(path, "lora.read_manifest(path)")
+    parts.check_path(path, "lora.read_manifest(path)")
     whole = checkpoint.read_manifest(path)
     record = (whole.metadata or {}).get(_KEY)
     if record is None:
@@ -160,37 +160,31 @@ def _shardings(tree: Any) -> Any:
     return getattr(tree, "sharding", None)
 
 
-def _check_same(path: epath.Path, have: Layouts, want: Layouts) -> None:
+def _check_same(path: epath.Path, have: parts.Layouts, want: parts.Layouts) -> None:
     """Complains of layouts in a checkpoint that are not the model's."""
-    missing = ["/".join(param) for param in want if param not in have]
-    unexpected = ["/".join(param) for param in have if param not in want]
-    other_shape = [
-        f"{'/'.join(param)} {have[param].shape}, and {want[param].shape} in the model"
-        for param in want
-        if param in have and have[param].shape != want[param].shape
-    ]
-    other_adapter = [
-        f"{'/'.join(param)}: {_different(have[param], want[param])}"
-        for param in want
-        if param in have
-        and have[param].shape == want[param].shape
-        and _comparable(have[param]) != _comparable(want[param])
-    ]
-    if missing or unexpected or other_shape:
-        problems = {
-            "Without adapter in the checkpoint": missing,
-            "Without adapter in the model": unexpected,
-            "Of other shapes": other_shape,
-        }
-        said = [f"{k}: {plan_table.some(v, 3)}." for k, v in problems.items() if v]
+    problems = {
+        "Without adapter in the checkpoint": parts.without(want, have),
+        "Without adapter in the model": parts.without(have, want),
+        "Of other shapes": [
+            f"{'/'.join(param)} {have[param].shape}, and {layout.shape} in the model"
+            for param, layout in want.items()
+            if param in have and have[param].shape != layout.shape
+        ],
+    }
+    if said := parts.listed(problems):
         raise ValueError(
             f"The adapters at {path} are for another model, or were made by rules that "
-            f"match other weights. {' '.join(said)}"
+            f"match other weights. {said}"
         )
-    if other_adapter:
+    different = [
+        f"{'/'.join(param)}: {_different(have[param], layout)}"
+        for param, layout in want.items()
+        if _comparable(have[param]) != _comparable(layout)
+    ]
+    if different:
         raise ValueError(
             f"The adapters at {path} are of another kind than the model's: "
-            f"{plan_table.some(other_adapter, 3)}. Make the model with the rules that "
+            f"{plan_table.some(different, 3)}. Make the model with the rules that "
             "they were made by, lora.read_manifest(path).rules; or restore them "
             "without a target, and fit them to a larger rank with lora.AdapterSet."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,8 +64,8 @@ def initial(
             initializer = _stacked(initializer, size)
         return layout.layers_in_place(initializer(key, shape, dtype))
 
-    a = drawn(rule.lora_a_initializer, a_key, layout.one_a_shape)
-    b = drawn(rule.lora_b_initializer, b_key, layout.one_b_shape)
+    a = drawn(rule.lora_a_initializer, a_key, layout.one_shape("a"))
+    b = drawn(rule.lora_b_initializer, b_key, layout.one_shape("b"))
     magnitude = None
     if layout.dora:
         magnitude = layout.norm(weight.astype(dtype) + layout.delta(a, b))
@@ -131,23 +130,22 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
 
     A matrix that has no such rank is approximated exactly, and the rest is zero.
     """
-    shape, rank = layout.shape, layout.rank
+    rank = layout.rank
     columns = [a for a in layout.b_axes if a not in layout.a_axes]
     batch = [a for a in layout.a_axes if a not in layout.contracted]
     rows = [a for a in layout.a_axes if a in layout.contracted]
     if batch and not layout.flat:
         name = "/".join(layout.path)
         raise ValueError(
-            f"Param {name!r} of shape {shape} is multiplied in groups along the axes "
-            f"{tuple(batch)}, and its groups share one B: it has no adapter that holds "
-            "its principal part. Give it a rule without init."
+            f"Param {name!r} of shape {layout.shape} is multiplied in groups along the "
+            f"axes {tuple(batch)}, and its groups share one B: it has no adapter that "
+            "holds its principal part. Give it a rule without init."
         )
-    order = [*layout.layers, *batch, *rows, *columns]
-    lead = [shape[a] for a in (*layout.layers, *batch)]
+    lead = [*layout.layers, *batch]
     wide = weight.astype(numerics.compute_dtype(weight.dtype))
-    matrices = wide.transpose(order).reshape(
-        *lead, math.prod(shape[a] for a in rows), math.prod(shape[a] for a in columns)
-    )
+    matrices = layout.gathered(wide[..., None], [*lead, *rows, *columns])
+    sizes = [*map(layout.size, lead), layout.size(*rows), layout.size(*columns)]
+    matrices = matrices.reshape(sizes)
     left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
     roots = jnp.sqrt(values[..., :rank] / layout.scaling)
     a = left[..., :rank] * roots[..., None, :]
@@ -155,9 +153,9 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
     rest = [(0, rank - roots.shape[-1])]
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + rest)
     b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + rest + [(0, 0)])
-    a = a.reshape(*layout.lead, *layout.one_a_shape)
-    b = b.reshape(*layout.lead, *layout.one_b_shape)
-    return layout.layers_in_place(a), layout.layers_in_place(b)
+    a = layout.spread(a, [*lead, *rows, layout.rank_axis])
+    b = layout.spread(b, [*lead, layout.rank_axis, *columns])
+    return layout.as_part("a", a), layout.as_part("b", b)
 
 
 def _stacked(initializer: Callable[..., jax.Array], size: int) -> Any:

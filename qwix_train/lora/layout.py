@@ -8,8 +8,8 @@ decided by the first op that a rule matches: it contracts the axes of ``A``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,71 +70,87 @@ class AdapterLayout:
     @property
     def a_shape(self) -> tuple[int, ...]:
         """The shape of ``A``; its last axis, but for those of layers, is the rank."""
-        return self._in_place(self.one_a_shape, self.lead)
+        return self._in_place(self.one_shape("a"), self.lead)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """The shape of ``B``, with the rank before the axes of `b_axes`."""
-        return self._in_place(self.one_b_shape, self.lead)
+        return self._in_place(self.one_shape("b"), self.lead)
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
         """The shape of the magnitude: the axes that are not contracted."""
-        return self._in_place(self._full(self._channels), self.lead)
+        return self._in_place(self.one_shape("magnitude"), self.lead)
 
     @property
     def lead(self) -> tuple[int, ...]:
         """The sizes of the axes of layers."""
-        return self._full(self.layers)
+        return tuple(map(self.size, self.layers))
 
     @property
-    def one_a_shape(self) -> tuple[int, ...]:
-        """The shape of ``A`` of one layer."""
-        return (*self._sizes(self.a_axes), self.rank)
+    def rank_axis(self) -> int:
+        """The number of the axis of the rank: the one behind those of the param."""
+        return len(self.shape)
 
-    @property
-    def one_b_shape(self) -> tuple[int, ...]:
-        """The shape of ``B`` of one layer."""
-        batch = self._sizes(self._batch, flat=False)
-        kept = [axis for axis in self.b_axes if axis not in self._batch]
-        return (*batch, self.rank, *self._sizes(kept))
+    def one_shape(self, part: AdapterPart) -> tuple[int, ...]:
+        """The shape of a part of one layer."""
+        return tuple(self.size(*axes) for axes in self._grouped(part))
 
-    def axes_of(self, part: str) -> list[int | None]:
+    def size(self, *axes: int) -> int:
+        """The number of elements along axes of the param, or that of the rank."""
+        return math.prod((*self.shape, self.rank)[axis] for axis in axes)
+
+    def axes_of(self, part: AdapterPart) -> list[int | None]:
         """For each axis of a part the axis of the param that it is, or starts with.
 
         Args:
           part: `a`, `b` or `magnitude`. The axis of the rank is not an axis
             of the param, and is None.
         """
-        kept = [axis for axis in self.b_axes if axis not in self._batch]
-        rows = list(self.a_axes)
-        if self.flat:
-            rows = [*self._batch, *[a for a in rows if a not in self._batch][:1]]
-            kept = kept[:1]
-        if part == "a":
-            missing = len(self.one_a_shape) - len(rows) - 1
-            own = [*rows, *[None] * missing, None]
-        elif part == "b":
-            own = [*self._batch, None, *kept]
-            own += [None] * (len(self.one_b_shape) - len(own))
-        else:
-            own = self._channels
+        firsts = [axes[0] if axes else None for axes in self._grouped(part)]
+        own = [None if axis == self.rank_axis else axis for axis in firsts]
         return list(self._in_place(own, self.layers))
-
-    def layers_first(self, part: jax.Array) -> jax.Array:
-        """A part of an adapter with its axes of layers in front."""
-        return jnp.moveaxis(part, self._places(part.ndim), range(len(self.layers)))
 
     def layers_in_place(self, part: jax.Array) -> jax.Array:
         """A part of an adapter, from one with its axes of layers in front."""
         return jnp.moveaxis(part, range(len(self.layers)), self._places(part.ndim))
 
+    def spread(self, array: Any, axes: Sequence[int]) -> Any:
+        """An array on the axes of the param, and the rank behind them.
+
+        Args:
+          array: an array with some of these axes, of which neighbors may be merged.
+          axes: the axes that it has, in its order.
+
+        Returns:
+          The array with one entry along each axis that it does not have.
+        """
+        array = array.reshape(tuple(map(self.size, axes)))
+        missing = [axis for axis in range(self.rank_axis + 1) if axis not in axes]
+        return jnp.expand_dims(array.transpose(np.argsort(axes).tolist()), missing)
+
+    def gathered(self, whole: Any, axes: Sequence[int]) -> Any:
+        """The inverse of `spread`: an array with some axes, in their order."""
+        missing = [axis for axis in range(self.rank_axis + 1) if axis not in axes]
+        held = sorted(axes)
+        return whole.squeeze(tuple(missing)).transpose([held.index(a) for a in axes])
+
+    def on_param(self, part: AdapterPart, array: jax.Array) -> jax.Array:
+        """A part of an adapter as `spread` gives it."""
+        first = jnp.moveaxis(array, self._places(array.ndim), range(len(self.layers)))
+        return self.spread(first, self._axes(part))
+
+    def as_part(self, part: AdapterPart, whole: jax.Array) -> jax.Array:
+        """The inverse of `on_param`."""
+        gathered = self.gathered(whole, self._axes(part))
+        shape = (*self.lead, *self.one_shape(part))
+        return self.layers_in_place(gathered.reshape(shape))
+
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The rows and columns of one of the matrices that ``A @ B`` has."""
-        rows = math.prod(self.shape[axis] for axis in self.contracted)
         columns = [a for a in self.b_axes if a not in self.a_axes]
-        return rows, math.prod(self.shape[axis] for axis in columns)
+        return self.size(*self.contracted), self.size(*columns)
 
     def name(self, part: AdapterPart) -> Path:
         """The path of a part of the adapter: `a`, `b` or `magnitude`."""
@@ -159,14 +175,7 @@ class AdapterLayout:
           Two arrays, each with one entry along an axis that it does not have; the sum
           over the last axis of their product is ``A @ B`` in the shape of the param.
         """
-        a, b = self.layers_first(a), self.layers_first(b)
-        a = a.reshape(*self.lead, *self._full(self.a_axes), self.rank)
-        batch = self._full(self._batch)
-        kept = tuple(axis for axis in self.b_axes if axis not in self._batch)
-        b = b.reshape(*self.lead, *batch, self.rank, *self._full(kept))
-        b = jnp.moveaxis(b, len(self.lead) + len(batch), -1)
-        b_axes = (*self._batch, *kept)
-        return self._spread(a, self.a_axes), self._spread(b, b_axes)
+        return self.on_param("a", a), self.on_param("b", b)
 
     def delta(self, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
         """``scaling * A @ B`` in the shape of the param.
@@ -185,28 +194,8 @@ class AdapterLayout:
           weight: an array of the shape of the param.
         """
         squares = jnp.square(weight.astype(jnp.float32))
-        norm = jnp.sqrt(jnp.sum(squares, axis=self.contracted))
-        return self.as_magnitude(norm).astype(weight.dtype)
-
-    def as_magnitude(self, norm: jax.Array) -> jax.Array:
-        """A number for each channel in the shape of a magnitude.
-
-        Args:
-          norm: an array with the axes of the param that are not contracted.
-        """
-        held = [a for a in range(len(self.shape)) if a not in self.contracted]
-        order = [held.index(axis) for axis in (*self.layers, *self._channels)]
-        return self.layers_in_place(norm.transpose(order))
-
-    def on_param(self, magnitude: jax.Array) -> jax.Array:
-        """A magnitude on the axes of the param, of size 1 where they are contracted.
-
-        Args:
-          magnitude: shape `magnitude_shape`.
-        """
-        held = [*self.layers, *self._channels]
-        whole = self.layers_first(magnitude).transpose(np.argsort(held).tolist())
-        return jnp.expand_dims(whole, self.contracted)
+        norm = jnp.sqrt(jnp.sum(squares, axis=self.contracted, keepdims=True))
+        return self.as_part("magnitude", norm[..., None]).astype(weight.dtype)
 
     def gain(self, magnitude: jax.Array, norm: jax.Array) -> jax.Array:
         """What the adapted weight is multiplied by, on the axes of the param.
@@ -215,7 +204,7 @@ class AdapterLayout:
           magnitude: shape `magnitude_shape`.
           norm: the same.
         """
-        return self.on_param(magnitude / norm)
+        return self.on_param("magnitude", magnitude / norm)[..., 0]
 
     def merged(
         self,
@@ -239,11 +228,22 @@ class AdapterLayout:
             weight *= self.gain(magnitude.astype(wide), self.norm(weight))
         return weight.astype(base.dtype)
 
-    @property
-    def _channels(self) -> list[int]:
-        """The axes of the param that are neither contracted nor of layers."""
-        others = {*self.contracted, *self.layers}
-        return [axis for axis in range(len(self.shape)) if axis not in others]
+    def _grouped(self, part: AdapterPart) -> list[tuple[int, ...]]:
+        """For each axis of a part of one layer, the axes that are merged in it."""
+        if part == "magnitude":
+            others = {*self.contracted, *self.layers}
+            return [(axis,) for axis in range(len(self.shape)) if axis not in others]
+        batch = [axis for axis in self.b_axes if axis in self.a_axes]
+        own = self.a_axes if part == "a" else self.b_axes
+        own = tuple(axis for axis in own if axis not in batch)
+        merged = [own] if self.flat else [(axis,) for axis in own]
+        rank = [(self.rank_axis,)]
+        ends = [*merged, *rank] if part == "a" else [*rank, *merged]
+        return [*((axis,) for axis in batch), *ends]
+
+    def _axes(self, part: AdapterPart) -> list[int]:
+        """The axes of a part, those of layers first."""
+        return [*self.layers, *itertools.chain(*self._grouped(part))]
 
     def _in_place(self, own: Sequence[Any], layers: Sequence[Any]) -> tuple[Any, ...]:
         """What is said of each axis of a part, from that of one layer and of layers."""
@@ -258,27 +258,6 @@ class AdapterLayout:
         whole = self._in_place(own, self.layers)
         return [whole.index(axis) for axis in self.layers]
 
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return tuple(axis for axis in self.b_axes if axis in self.a_axes)
-
-    def _full(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in axes)
-
-    def _sizes(self, axes: Sequence[int], flat: bool | None = None) -> tuple[int, ...]:
-        sizes = self._full(axes)
-        if not (self.flat if flat is None else flat):
-            return sizes
-        batch = [self.shape[axis] for axis in axes if axis in self._batch]
-        return (*batch, math.prod(sizes) // math.prod(batch))
-
-    def _spread(self, factor: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """A factor with axes `layers`, then `axes`, then the rank, on those of W."""
-        held = [*self.layers, *axes]
-        order = [*np.argsort(held).tolist(), len(held)]
-        missing = [axis for axis in range(len(self.shape)) if axis not in held]
-        return jnp.expand_dims(factor.transpose(order), missing)
-
 
 def contract(
     a: jax.Array, b: jax.Array, shape: Sequence[int], precision: Any = None
@@ -291,17 +270,15 @@ def contract(
       shape: the shape of the result.
       precision: as in `jax.lax.dot_general`.
     """
-    letters = string.ascii_lowercase[: len(shape)]
-    names, parts = [], []
+    summed = len(shape)
+    terms: list[Any] = []
     for factor in (a, b):
-        dropped = [axis for axis in range(len(shape)) if factor.shape[axis] == 1]
-        kept = [axis for axis in range(len(shape)) if axis not in dropped]
-        parts.append(factor.squeeze(dropped))
-        names.append("".join(letters[axis] for axis in kept) + "Z")
-    out = [axis for axis in range(len(shape)) if letters[axis] in names[0] + names[1]]
-    subscripts = f"{names[0]},{names[1]}->{''.join(letters[axis] for axis in out)}"
-    product = jnp.einsum(subscripts, *parts, precision=precision)
-    missing = [axis for axis in range(len(shape)) if axis not in out]
+        ones = [axis for axis in range(summed) if factor.shape[axis] == 1]
+        held = [axis for axis in range(summed + 1) if axis not in ones]
+        terms += [factor.squeeze(ones), held]
+    out = sorted({*terms[1], *terms[3]} - {summed})
+    product = jnp.einsum(*terms, out, precision=precision)
+    missing = [axis for axis in range(summed) if axis not in out]
     return jnp.broadcast_to(jnp.expand_dims(product, missing), shape)
 
 

@@ -177,7 +177,7 @@ def unmerge(params: Any, adapters: Any, layouts: Layouts) -> Any:
                 "by its norm, which is known no more. Keep the base (state.frozen)."
             )
         a, b = arrays_of(layout, parts)
-        return _placed(_minus(layout, param, a, b), param)
+        return _placed(_plus(layout, param, -a, b), param)
 
     return _mapped(params, layouts, taken_out)
 
@@ -286,11 +286,6 @@ def _like(value: Any, leaf: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _plus(layout: AdapterLayout, weight: Any, *parts: Any) -> jax.Array:
     return layout.merged(weight, *parts)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _minus(layout: AdapterLayout, weight: Any, a: Any, b: Any) -> jax.Array:
-    return layout.merged(weight, -a, b)
 
 
 def _placed(value: jax.Array, like: Any) -> jax.Array:

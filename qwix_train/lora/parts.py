@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -186,27 +186,34 @@ def checked(adapters: Any, layouts: Layouts) -> dict[Path, Any]:
         for layout in layouts.values()
         for path, shape in layout.shapes.items()
     }
-    problems = []
-    if missing := ["/".join(path) for path in wanted if path not in parts]:
-        problems.append(f"Missing: {plan_table.some(missing, 3)}.")
-    if unknown := ["/".join(path) for path in parts if path not in wanted]:
-        problems.append(f"Of no layout: {plan_table.some(unknown, 3)}.")
-    different = [
-        f"{'/'.join(path)} has shape {tuple(parts[path].shape)}, and the adapter of "
-        f"rank {layout.rank} of {'/'.join(layout.path)} {layout.shape} has {shape}"
-        for path, (layout, shape) in wanted.items()
-        if path in parts and tuple(parts[path].shape) != shape
-    ]
-    if different:
-        problems.append(f"Of other shapes: {plan_table.some(different, 3)}.")
-    if problems:
+    problems = {
+        "Missing": without(wanted, parts),
+        "Of no layout": without(parts, wanted),
+        "Of other shapes": [
+            f"{'/'.join(path)} has shape {tuple(parts[path].shape)}, and the adapter "
+            f"of rank {layout.rank} of {'/'.join(layout.path)} {layout.shape} has "
+            f"{shape}"
+            for path, (layout, shape) in wanted.items()
+            if path in parts and tuple(parts[path].shape) != shape
+        ],
+    }
+    if said := listed(problems):
         hint = " Layouts and adapters come from one state, lora.init or lora.split."
         if any(not adapter_part(path) for path in parts if path not in wanted):
             hint = " Give adapters alone; lora.split takes them out of other params."
-        raise ValueError(
-            f"The adapters do not fit the layouts. {' '.join(problems)}{hint}"
-        )
+        raise ValueError(f"The adapters do not fit the layouts. {said}{hint}")
     return {path: parts[path] for path in wanted}
+
+
+def without(paths: Iterable[Path], others: Collection[Path]) -> list[str]:
+    """The paths that are not among others, as text."""
+    return ["/".join(path) for path in paths if path not in others]
+
+
+def listed(problems: Mapping[str, list[str]]) -> str:
+    """Those problems that there are, each with some of the params that have it."""
+    found = {what: names for what, names in problems.items() if names}
+    return " ".join(f"{what}: {plan_table.some(v, 3)}." for what, v in found.items())
 
 
 def arrays_of(layout: AdapterLayout, parts: Mapping[Path, Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -311,7 +312,7 @@ def _take(
     problems: list[str],
 ) -> dict[str, np.ndarray]:
     """Takes the tensors of a module out of those of a file."""
-    plain = peft_tensors.names_of(dataclasses.replace(layout, dora=False))
+    plain = peft_tensors.names_of(layout)[:2]
     missing = [name for name in plain if f"{module}.{name}" not in tensors]
     if missing:
         problems.append(
@@ -378,7 +379,7 @@ def _own_layout(
     config: Mapping[str, Any],
 ) -> AdapterLayout:
     """The layout that an adapter in a file has."""
-    first, _ = peft_tensors.names_of(dataclasses.replace(layout, dora=False))
+    first, *_ = peft_tensors.names_of(layout)
     settings = {
         (len(x[first]), peft_config.alpha_of(config, module), len(x) > 2)
         for module, x in zip(modules, entries, strict=True)
@@ -413,16 +414,15 @@ def _of_other_shapes(
 
 
 def _check_same(directory: pathlib.Path, own: Layouts, layouts: Layouts) -> None:
-    def settings(layout):
-        return f"rank {layout.rank}, scaling {layout.scaling:g}" + (
-            ", DoRA" if layout.dora else ""
-        )
+    def said(layout):
+        dora = ", DoRA" if layout.dora else ""
+        return f"rank {layout.rank}, scaling {layout.scaling:g}{dora}"
 
+    settings = operator.attrgetter("rank", "scaling", "dora")
     different = [
-        f"{'/'.join(path)}: {settings(own[path])}, and {settings(layout)} in the model"
+        f"{'/'.join(path)}: {said(own[path])}, and {said(layout)} in the model"
         for path, layout in layouts.items()
-        if (own[path].rank, own[path].scaling, own[path].dora)
-        != (layout.rank, layout.scaling, layout.dora)
+        if settings(own[path]) != settings(layout)
     ]
     if different:
         raise ValueError(

@@ -11,7 +11,7 @@ kept, are one there, in their order in the param.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax import numpy as jnp
 
 from qwix_train import ops
 from qwix_train.lora.layout import AdapterLayout
+from qwix_train.planning.leaves import AdapterPart
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -82,25 +83,12 @@ def encode(layout: AdapterLayout, arrays: list[Any]) -> list[dict[str, np.ndarra
       layout: its layout.
       arrays: ``A``, ``B`` and perhaps the magnitude.
     """
-    a, b, *magnitude = arrays
-    inputs, kept, lead = _inputs(layout), _kept(layout), len(layout.layers)
-    a, b = layout.factors(jnp.asarray(a), jnp.asarray(b))
-    end = len(layout.shape)
-    a = a.transpose(*layout.layers, end, *inputs, *kept)
-    b = b.transpose(*layout.layers, *kept, end, *inputs)
-    sizes = _sizes(layout, layout.layers)
-    conv = _kind(layout) is ops.CONV
-    in_sizes = _sizes(layout, inputs) if conv else (-1,)
-    a = a.reshape(*sizes, layout.rank, *in_sizes)
-    b = b.reshape(*sizes, -1, layout.rank, *_spatial_ones(layout))
-    tensors = [a, b]
-    if magnitude:
-        whole = layout.on_param(jnp.asarray(magnitude[0]))
-        whole = whole.transpose(*layout.layers, *kept, *layout.contracted)
-        before = (1,) if conv else ()
-        tensors.append(whole.reshape(*sizes, *before, -1, *_spatial_ones(layout)))
+    tensors = []
+    for array, tensor in zip(arrays, _tensors(layout).values(), strict=True):
+        whole = layout.on_param(tensor.part, jnp.asarray(array))
+        whole = layout.gathered(whole, [*layout.layers, *tensor.axes])
+        tensors.append(whole.reshape(*layout.lead, *tensor.shape))
     host = [np.asarray(x) for x in jax.device_get(tensors)]
-    assert all(x.ndim >= lead for x in host)
     return [
         dict(zip(names_of(layout), (x[index] for x in host), strict=True))
         for index in indices(layout)
@@ -114,17 +102,16 @@ def weights(layout: AdapterLayout, param: Any) -> list[np.ndarray]:
       layout: the layout of its adapter.
       param: a float array, shape `layout.shape`.
     """
-    inputs, kept = _inputs(layout), _kept(layout)
-    sizes = [[-1], [int(np.prod(_sizes(layout, kept)))]]
-    if _kind(layout) is ops.CONV:
-        sizes[0] = list(_sizes(layout, inputs))
-    order, parts = [*inputs, *kept], [*sizes[0], *sizes[1]]
-    if (
-        _kind(layout) is not ops.GATHER
-    ):  # But for tables, PyTorch has the outputs first.
-        order, parts = [*kept, *inputs], [*sizes[1], *sizes[0]]
-    whole = np.asarray(jax.device_get(param)).transpose(*layout.layers, *order)
-    whole = whole.reshape(*_sizes(layout, layout.layers), *parts)
+    of_a, of_b, *_ = _tensors(layout).values()
+    inputs, outputs = of_a.axes[1:], of_b.axes[:-1]
+    in_sizes, out = of_a.shape[1:], of_b.shape[0]
+    # PyTorch has the outputs first, but for tables.
+    order, shape = [*outputs, *inputs], (out, *in_sizes)
+    if _kind(layout) is ops.GATHER:
+        order, shape = [*inputs, *outputs], (*in_sizes, out)
+    whole = np.asarray(jax.device_get(param))[..., None]
+    whole = layout.gathered(whole, [*layout.layers, *order])
+    whole = whole.reshape(*layout.lead, *shape)
     return [whole[index] for index in indices(layout)]
 
 
@@ -137,51 +124,42 @@ def decode(
       layout: its layout.
       tensors: its tensors, by name, for each of its stacked layers.
     """
-    lead = _sizes(layout, layout.layers)
-    a, b, *magnitude = (
-        jnp.stack([x[name] for x in tensors]).reshape(*lead, *tensors[0][name].shape)
-        for name in names_of(layout)
-    )
-    inputs, kept, count = _inputs(layout), _kept(layout), len(lead)
-    a = a.reshape(*lead, layout.rank, *_sizes(layout, inputs))
-    order = [count + 1 + inputs.index(axis) for axis in layout.a_axes]
-    a = a.transpose(*range(count), *order, count)
-    a = layout.layers_in_place(a.reshape(*lead, *layout.one_a_shape))
-    b = b.reshape(*lead, *_sizes(layout, kept), layout.rank)
-    order = [count + kept.index(axis) for axis in layout.b_axes]
-    b = b.transpose(*range(count), b.ndim - 1, *order)
-    b = layout.layers_in_place(b.reshape(*lead, *layout.one_b_shape))
-    arrays = [a, b]
-    if magnitude:
-        free = [a for a in range(len(layout.shape)) if a not in layout.contracted]
-        held = [*layout.layers, *kept]
-        whole = magnitude[0].reshape(_sizes(layout, held))
-        whole = whole.transpose([held.index(axis) for axis in free])
-        arrays.append(layout.as_magnitude(whole))
+    arrays = []
+    for name, tensor in _tensors(layout).items():
+        stacked = jnp.stack([entry[name] for entry in tensors])
+        whole = layout.spread(stacked, [*layout.layers, *tensor.axes])
+        arrays.append(layout.as_part(tensor.part, whole))
     return arrays
 
 
 def shapes_of(layout: AdapterLayout) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of one layer, by name."""
-    ones = _spatial_ones(layout)
-    in_sizes, out = _sizes(layout, _inputs(layout)), _sizes(layout, _kept(layout))
-    if _kind(layout) is not ops.CONV:
-        in_sizes = (int(np.prod(in_sizes)),)
-    out = int(np.prod(out))
-    a, b = (layout.rank, *in_sizes), (out, layout.rank, *ones)
-    magnitude = (1, out, *ones) if ones else (out,)
-    return dict(zip(names_of(layout), (a, b, magnitude), strict=False))
+    return {name: tensor.shape for name, tensor in _tensors(layout).items()}
 
 
-def _inputs(layout: AdapterLayout) -> list[int]:
-    """The contracted axes of a param, in PyTorch's order."""
-    if _kind(layout) is ops.CONV:
-        return _conv_inputs(layout)
-    return sorted(layout.a_axes)
+class _Tensor(NamedTuple):
+    """A part of the adapter of one layer, as PEFT has it."""
+
+    part: AdapterPart
+    axes: list[int]  # Of the param and the rank, in the order of the tensor.
+    shape: tuple[int, ...]
 
 
-def _kept(layout: AdapterLayout) -> list[int]:
-    return sorted(layout.b_axes)
+def _tensors(layout: AdapterLayout) -> dict[str, _Tensor]:
+    is_conv, rank = _kind(layout) is ops.CONV, layout.rank_axis
+    inputs = _conv_inputs(layout) if is_conv else sorted(layout.a_axes)
+    kept = sorted(layout.b_axes)
+    out, in_sizes = layout.size(*kept), [layout.size(*inputs)]
+    before, ones = (), ()
+    if is_conv:
+        in_sizes = [*map(layout.size, inputs)]
+        before, ones = (1,), (1,) * (len(inputs) - 1)
+    tensors = (
+        _Tensor("a", [rank, *inputs], (layout.rank, *in_sizes)),
+        _Tensor("b", [*kept, rank], (out, layout.rank, *ones)),
+        _Tensor("magnitude", kept, (*before, out, *ones)),
+    )
+    return dict(zip(names_of(layout), tensors, strict=False))
 
 
 def _conv_inputs(layout: AdapterLayout) -> list[int]:
@@ -198,13 +176,3 @@ def _conv_inputs(layout: AdapterLayout) -> list[int]:
         "known. PEFT's layout is for kernels (spatial axes, in, out) or (out, in, "
         "spatial axes) of more than one output channel."
     )
-
-
-def _spatial_ones(layout: AdapterLayout) -> tuple[int, ...]:
-    if _kind(layout) is not ops.CONV:
-        return ()
-    return (1,) * (len(layout.a_axes) - 1)
-
-
-def _sizes(layout: AdapterLayout, axes: Any) -> tuple[int, ...]:
-    return tuple(layout.shape[axis] for axis in axes)

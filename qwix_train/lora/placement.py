@@ -13,9 +13,12 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix_train.lora.layout import AdapterLayout
+from qwix_train.planning.leaves import AdapterPart
 
 
-def placed(value: Any, layout: AdapterLayout, part: str, param: Any, box: Any) -> Any:
+def placed(
+    value: Any, layout: AdapterLayout, part: AdapterPart, param: Any, box: Any
+) -> Any:
     """A part of an adapter, placed and boxed as the param that it belongs to.
 
     Args:

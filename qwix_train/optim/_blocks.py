@@ -111,7 +111,7 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     scale = jnp.where(lowest >= 0, -scale, scale)
     spread = jnp.expand_dims(jnp.abs(scale).reshape(flat.shape), within)
     others = jnp.max(jnp.where(blocks < spread, blocks, 0), axis=within)
-    finer = _finer(scale, others.reshape(counts))
+    finer = _once(_finer(scale, others.reshape(counts)).astype(jnp.float32))
     inverse = 1 / _unit(scale, finer)
     return tiling.elementwise(_encode, x, scale, inverse, finer), scale
 
@@ -126,7 +126,7 @@ def dequantize(codes: jax.Array, scale: jax.Array, qtype: str) -> jax.Array:
     top = jnp.max(blocks, axis=within).reshape(counts).astype(jnp.int32)
     has_finer = _may_be_finer(scale) & (top >= _FINER) & (top < _dynamic_map.ONE)
     finer = jnp.where(has_finer, top - _FINER, 0)
-    return tiling.elementwise(_decode, codes, scale, _unit(scale, finer), finer)
+    return tiling.elementwise(_decode, codes, scale, _unit(scale, finer))
 
 
 def _smallest(dtype: jnp.dtype) -> float:
@@ -172,28 +172,37 @@ def _encode(
     ratio = x * jnp.abs(inverse)
     # What is positive stays so, even where the ratio is too small for a float.
     zero = jnp.where(scale < 0, x == 0, _dynamic_map.rounds_to_zero(ratio))
-    codes = _dynamic_map.encode(ratio, inverse < 0, zero)
-    codes = codes - _shift(finer).astype(jnp.uint8)
+    signed_zero = _signed_zero(scale, inverse)
+    codes = _dynamic_map.encode(ratio, inverse < 0, zero, signed_zero)
     # In a finer block the code of 1 is `_FINER`, and the largest value alone has it.
     return codes + jnp.where(codes >= _FINER, finer, 0).astype(jnp.uint8)
 
 
-def _decode(
-    codes: jax.Array, scale: jax.Array, unit: jax.Array, finer: jax.Array
-) -> jax.Array:
-    codes = codes.astype(jnp.int32) + _shift(finer)
-    values = _dynamic_map.decode(codes, unit < 0, unit.dtype)
+def _decode(codes: jax.Array, scale: jax.Array, unit: jax.Array) -> jax.Array:
+    signed_zero = _signed_zero(scale, unit)
+    values = _dynamic_map.decode(codes, unit < 0, unit.dtype, signed_zero)
     # Codes from that of 1 on stand for the largest value.
-    largest = codes >= _dynamic_map.ONE
-    unit = jnp.abs(jnp.where(largest, scale.astype(unit.dtype), unit))
-    return (values * unit).astype(scale.dtype)
+    largest = jnp.abs(scale).astype(unit.dtype)
+    return jnp.where(values == 1, largest, values * jnp.abs(unit)).astype(scale.dtype)
 
 
-def _shift(finer: jax.Array) -> jax.Array:
-    return jnp.where(finer > 0, _dynamic_map.SIGNED_ZERO, 0)
+def _signed_zero(scale: jax.Array, unit: jax.Array) -> jax.Array:
+    """Returns the code of 0 in the signed map: the lowest where a block is finer."""
+    is_finer = (scale < 0) & (unit > 0)
+    return jnp.where(is_finer, 0, _dynamic_map.SIGNED_ZERO)
+
+
+def _once(x: jax.Array) -> jax.Array:
+    """Returns the same, found once for each block, and not for each of its elements.
+
+    XLA finds cheap things again wherever they are used. A division it counts as dear,
+    and it cannot know that this one is by 1.
+    """
+    return x / jnp.where(jnp.isnan(x), 2, 1)
 
 
 def _unit(scale: jax.Array, finer: jax.Array) -> jax.Array:
     """Returns the value of 1 in each block, negative in the unsigned map, and wide."""
     wide = scale.astype(numerics.compute_dtype(scale.dtype))
-    return jnp.where(finer > 0, jnp.ldexp(-wide, -2 * finer), wide)
+    power = -2 * finer.astype(jnp.int32)
+    return _once(jnp.where(finer > 0, jnp.ldexp(-wide, power), wide))

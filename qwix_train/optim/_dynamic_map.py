@@ -54,7 +54,10 @@ _UNSIGNED_STARTS = _decade_starts(UNSIGNED, 2)
 
 
 def encode(
-    x: jax.Array, unsigned: jax.Array, zero: jax.Array | None = None
+    x: jax.Array,
+    unsigned: jax.Array,
+    zero: jax.Array | None = None,
+    signed_zero: jax.Array | int = SIGNED_ZERO,
 ) -> jax.Array:
     """Returns the code of the nearest value.
 
@@ -68,6 +71,8 @@ def encode(
             float64. What is beyond 1 has the code of 1.
         unsigned: Whether the code is one of the unsigned map; broadcasts to ``x``.
         zero: What has the code of 0; found in ``x`` if None.
+        signed_zero: The code of 0 in the signed map. Where it is 0, there are codes for
+            the half of the map that is not negative alone.
 
     Returns:
         Codes in the shape of ``x``; uint8.
@@ -101,8 +106,9 @@ def encode(
     if zero is None:
         zero = jnp.where(unsigned, magnitude == 0, rounds_to_zero(x))
     place = jnp.where(zero, 0, place)
-    signed = jnp.where(x < 0, -jnp.minimum(place, SIGNED_ZERO), place) + SIGNED_ZERO
-    return jnp.where(unsigned, place, signed).astype(jnp.int32).astype(jnp.uint8)
+    place = jnp.where(x < 0, -jnp.minimum(place, SIGNED_ZERO), place)
+    code = place + jnp.where(unsigned, 0, signed_zero).astype(x.dtype)
+    return code.astype(jnp.int32).astype(jnp.uint8)
 
 
 def rounds_to_zero(x: jax.Array) -> jax.Array:
@@ -110,8 +116,13 @@ def rounds_to_zero(x: jax.Array) -> jax.Array:
     return jnp.abs(x) < _SIGNED_STARTS[0]
 
 
-def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the values of codes, in the dtype that is given.
+def decode(
+    codes: jax.Array,
+    unsigned: jax.Array,
+    dtype: jnp.dtype,
+    signed_zero: jax.Array | int = SIGNED_ZERO,
+) -> jax.Array:
+    """Returns the values of codes, in the dtype that is given; see `encode`.
 
     >>> codes = jnp.array([0, 127, 255], jnp.uint8)
     >>> values = jax.jit(decode, static_argnums=2)(codes, jnp.array(False), jnp.float32)
@@ -120,9 +131,10 @@ def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array
     """
     # Within a decade a value is linear in its code. A lookup in a table would be a
     # gather, which neither fuses with what follows nor takes any sharding.
-    place = codes.astype(jnp.int32).astype(dtype)
-    place = jnp.where(unsigned, (place + 1) / 2, place - SIGNED_ZERO)
-    half = jnp.where(unsigned, jnp.asarray(0.25, dtype), jnp.asarray(0.5, dtype))
+    # What depends on the map is one number for each block.
+    step = jnp.where(unsigned, jnp.asarray(0.5, dtype), 1)
+    first = jnp.where(unsigned, 0.5, -signed_zero).astype(dtype)
+    place = codes.astype(jnp.int32).astype(dtype) * step + first
     magnitude = jnp.abs(place)
     slope, offset = jnp.zeros((), dtype), jnp.zeros((), dtype)
     for i in range(_DECADES):
@@ -130,6 +142,6 @@ def decode(codes: jax.Array, unsigned: jax.Array, dtype: jnp.dtype) -> jax.Array
         decade = 10.0 ** (i - _DECADES + 1)
         slope = jnp.where(reached, 0.9 * decade / 2.0**i, slope)
         offset = jnp.where(reached, 0.8 * decade, offset)
-    values = (magnitude + half) * slope - offset
+    values = (magnitude + step / 2) * slope - offset
     values = jnp.where(magnitude >= 2.0**_DECADES, 1, values)
     return jnp.where(place < 0, -values, values)

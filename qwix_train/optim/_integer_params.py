@@ -1,5 +1,6 @@
 """Params that are kept in integer codes and scales, and are rounded stochastically."""
 
+import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -72,7 +73,11 @@ def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray
     exact = param.qvalue.astype(wide) + update.astype(wide) / _param_grids.spread(
         scale, update
     )
-    excess = _largest(exact / high, exact / low, scale.shape)
+    excess = tiling.reduced(
+        functools.partial(jnp.max, initial=0),
+        jnp.maximum(exact / high, exact / low),
+        scale.shape,
+    )
     # Rounded up. A scale that does not grow stays as it is, and so do its codes.
     grown = scale * excess * (1 + jnp.finfo(dtype).eps)
     growth = jnp.where(excess <= 1, 0, grown - scale).astype(dtype)
@@ -84,11 +89,3 @@ def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray
     codes = (below + (noise < exact - below)).astype(jnp.int8)
     change = (codes - param.qvalue.astype(jnp.int8)).astype(param.qvalue.dtype)
     return QArray(change, growth, None, param.qtype)
-
-
-def _largest(x: jax.Array, y: jax.Array, counts: tuple[int, ...]) -> jax.Array:
-    """Returns the largest of all elements of two arrays in each tile."""
-    tiles, within = tiling.split_tiled_axes(
-        tiling.pad_to_tiles(jnp.maximum(x, y), counts), counts
-    )
-    return jnp.max(tiles, axis=within, initial=0).reshape(counts)
