@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 from jax import core
 from jax import numpy as jnp
 
-from qwix_train.calib.collector import Collector, Step
+from qwix_train.calib.calibrator import Collector, Step, merge_stats
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import WithAux
@@ -114,14 +114,7 @@ class WeightMethod(Collector, abc.ABC):
           a: a state; those of an input that only one has are kept.
           b: another one.
         """
-        merged = {**a, **b}
-        for name in a.keys() & b.keys():
-            found = self._tagging.ranges[name]
-            merge = found.statistics.merge
-            for _ in found.layers:
-                merge = jax.vmap(merge)
-            merged[name] = merge(a[name], b[name])
-        return merged
+        return merge_stats(self._tagging, a, b)
 
     def quantize_params(
         self,
