@@ -54,15 +54,14 @@ def collected_ranges(
     return quant_stats_of({range_.name: range_ for range_ in found}, named)
 
 
-def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, Mapping[str, Any]]:
+def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
     """The statistics in a nested dictionary, by the path of their range.
 
     Args:
-      quant_stats: the nested dictionary; at each path, a dictionary with a `count`.
+      quant_stats: the nested dictionary; at each path, a dictionary of arrays.
     """
-    flat: Any = traverse_util.flatten_dict(
-        dict(quant_stats),
-        is_leaf=lambda path, x: not isinstance(x.get("count", {}), Mapping),
-    )
-    # The layers of a list are numbers in the tree of an NNX model.
-    return {tuple(map(str, path)): state for path, state in flat.items()}
+    states: dict[Path, dict[str, Any]] = {}
+    for path, value in traverse_util.flatten_dict(dict(quant_stats)).items():
+        # The layers of a list are numbers in the tree of an NNX model.
+        states.setdefault(tuple(map(str, path[:-1])), {})[path[-1]] = value
+    return states

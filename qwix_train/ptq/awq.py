@@ -19,9 +19,9 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.calibrated_weight import Weight, squared_outputs
-from qwix_train.ptq.input_scaling import ChannelScale, InputScaling, scaled_weight
+from qwix_train.ptq.input_scaling import InputScaling, scaled_weight
 from qwix_train.ptq.weight_matrices import MatrixView, row_tile
+from qwix_train.ptq.weight_method import Finding, Weight, squared_outputs
 
 
 class Awq(InputScaling):
@@ -87,7 +87,7 @@ class Awq(InputScaling):
         self.grid_size = grid_size
         self.clip = clip
 
-    def channel_scale(self, weight: Weight) -> ChannelScale:
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
         """See `InputScaling.channel_scale`."""
         factors = _search(
             weight.param,
@@ -98,7 +98,7 @@ class Awq(InputScaling):
             grid_size=self.grid_size,
         )
         unclipped = self.clip and row_tile(weight.view, weight.how) is None
-        return ChannelScale(factors, "ranges are not narrowed" if unclipped else "")
+        return factors, Finding("ranges are not narrowed" if unclipped else "")
 
     def rounded(self, scaled: jax.Array, weight: Weight, scale: jax.Array) -> QArray:
         """See `InputScaling.rounded`."""

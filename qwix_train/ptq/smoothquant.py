@@ -20,15 +20,10 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.calibrated_weight import Weight
-from qwix_train.ptq.input_scaling import (
-    ChannelScale,
-    InputScaling,
-    input_scale,
-    scaled_weight,
-)
+from qwix_train.ptq.input_scaling import InputScaling, input_scale, scaled_weight
 from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_matrices import MatrixView
+from qwix_train.ptq.weight_method import Finding, Weight
 
 
 class SmoothQuant(InputScaling):
@@ -91,7 +86,7 @@ class SmoothQuant(InputScaling):
             raise ValueError(f"alpha={alpha} must be from 0 to 1.")
         self.alpha = alpha
 
-    def channel_scale(self, weight: Weight) -> ChannelScale:
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
         """See `InputScaling.channel_scale`."""
         (found,) = weight.inputs
         moments = weight.moments
@@ -99,12 +94,8 @@ class SmoothQuant(InputScaling):
         matrices = weight.view.to_matrices(weight.param).astype(jnp.float32)
         largest = jnp.max(jnp.abs(matrices), 1)
         alphas = _ALPHAS if self.alpha is None else (self.alpha,)
-        candidates = jnp.stack(
-            [
-                jnp.ones_like(inputs),
-                *(smoothing(inputs, largest, alpha) for alpha in alphas),
-            ]
-        )
+        smoothed = [smoothing(inputs, largest, alpha) for alpha in alphas]
+        candidates = jnp.stack([jnp.ones_like(inputs), *smoothed])
         errors, total = _errors(
             weight.param,
             jax.vmap(lambda factors: input_scale(factors, found))(candidates),
@@ -115,33 +106,32 @@ class SmoothQuant(InputScaling):
             per_row=_has_rows(found),
             layers=math.prod(found.layers),
         )
-        best = jnp.argmin(
-            errors, 0
-        )  # Where all are equal the first, which is no smoothing.
+        # Where all are equal the first, which is no smoothing.
+        best = jnp.argmin(errors, 0)
         if self.alpha is not None:
             best = jnp.ones_like(best)
         factors = jnp.take_along_axis(candidates, best[None, :, None], 0)[0]
         after = jnp.take_along_axis(errors, best[None], 0)[0].sum()
         total = jnp.where(total.sum() > 0, total.sum(), 1)
         before, after = errors[0].sum() / total, after / total
-        note, reason = self._said(best, alphas, before, after)
-        return ChannelScale(factors, note, (before, after), reason)
+        return factors, self._said(best, alphas, (before, after))
 
-    def _said(self, best, alphas, before, after) -> tuple[str, str]:
-        """The note and the reason of the report."""
+    def _said(self, best, alphas, errors) -> Finding:
+        """What the report says."""
         if isinstance(best, core.Tracer):
-            return "", ""
+            return Finding(errors=errors)
         best = np.asarray(best)
         if not best.any():
-            return "", "no smoothing makes its outputs better"
+            reason = "no smoothing makes its outputs better"
+            return Finding(errors=errors, reason=reason)
         chosen = [alphas[i - 1] for i in best if i]
         low, high = f"{min(chosen):.2g}", f"{max(chosen):.2g}"
         note = f"alpha={low}" + (f" to {high}" if high != low else "")
         if (left := int((best == 0).sum())) > 0:
             note += f"; {left} of {best.size} matrices are left as they are"
-        if after > before:
+        if errors[1] > errors[0]:
             note += "; it makes the outputs worse"
-        return note, ""
+        return Finding(note, errors)
 
 
 _ALPHAS = tuple(i / 10 for i in range(1, 10))
