@@ -28,9 +28,12 @@ ArrayKey = tuple[TreePath, str]
 
 
 def encode(
-    leaves: Sequence[stored_arrays.Leaf],
+    params: Sequence[StoredParam],
 ) -> tuple[dict[str, Any], tuple[StoredParam, ...]]:
     """Packs params.
+
+    Args:
+        params: The params, with their arrays.
 
     Returns:
         The arrays to store, as nested dicts, and the records of the params.
@@ -38,18 +41,18 @@ def encode(
     Raises:
         ValueError: A param cannot be stored; the message names it.
     """
-    for leaf in leaves:
-        if any(0 in array.shape for array in leaf.arrays.values()):
+    for param in params:
+        if any(0 in array.shape for array in param.arrays.values()):
             raise ValueError(
-                f"Param {path_name(leaf.path)!r} has no elements, which Orbax does not "
+                f"Param {param.name!r} has no elements, which Orbax does not "
                 "store. Leave it out."
             )
-        if len("".join(_keys((leaf.path, "")))) > _LONGEST:
+        if len("".join(_keys((param.path, "")))) > _LONGEST:
             raise ValueError(
-                f"Param {path_name(leaf.path)[:40]!r}... has a path of more than "
+                f"Param {param.name[:40]!r}... has a path of more than "
                 f"{_LONGEST} characters, which Orbax does not store."
             )
-    encoded = [stored_arrays.encode(leaf) for leaf in leaves]
+    encoded = [stored_arrays.encode(param) for param in params]
     sums = [{k: checksum(a) for k, a in arrays.items()} for arrays, _, _ in encoded]
     # One transfer for all, so that devices do not wait for the host in between.
     sums, sound = jax.device_get((sums, [ok for _, _, ok in encoded]))
@@ -58,18 +61,18 @@ def encode(
         "Scales are not finite, or negative,": [scales for _, scales in sound],
     }
     for fault, each in faults.items():
-        bad = [leaf for leaf, ok in zip(leaves, each, strict=True) if not ok]
+        bad = [param for param, ok in zip(params, each, strict=True) if not ok]
         if bad:
-            names = [f"{path_name(leaf.path)} ({leaf.qtype})" for leaf in bad]
+            names = [f"{param.name} ({param.qtype})" for param in bad]
             raise ValueError(f"{fault} in: {plan_table.some(names, 3)}.")
     tree, records = {}, []
-    for leaf, (arrays, parts, _), own in zip(leaves, encoded, sums, strict=True):
-        tree |= {_keys((leaf.path, name)): array for name, array in arrays.items()}
+    for (arrays, record, _), own in zip(encoded, sums, strict=True):
+        tree |= {_keys((record.path, name)): array for name, array in arrays.items()}
         parts = {
             name: dataclasses.replace(part, checksum=_text(own[name]))
-            for name, part in parts.items()
+            for name, part in record.arrays.items()
         }
-        records.append(dataclasses.replace(leaf.describe(), arrays=parts))
+        records.append(dataclasses.replace(record, arrays=parts))
     return traverse_util.unflatten_dict(tree), tuple(records)
 
 

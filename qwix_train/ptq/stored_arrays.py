@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 from flax.core import FrozenDict
-from flax.core.meta import AxisMetadata
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from qwix_train.core import numerics, packing
-from qwix_train.core.how import HowToQuantize
-from qwix_train.core.packed_array import PackedLayout, PackedQArray
+from qwix_train.core.packed_array import PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.ptq.manifest import StoredArray, StoredParam, TreePath, path_name
 from qwix_train.values import stored
@@ -28,36 +24,8 @@ _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
 _SCALES = ("scale", "scale_steps", "scale_mean")
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A param: an array, or the parts of a quantized one.
-
-    Attributes:
-        path: Its path.
-        arrays: ``qvalue``, ``scale`` and perhaps ``zero_point``; those of a
-            `PackedQArray`; or ``value``. Concrete or abstract.
-        qtype: The name of the type of the codes, or None.
-        how: The ``how`` of its `WithAux`, or None.
-        layout: The ``layout`` of its `PackedQArray`, or None.
-    """
-
-    path: TreePath
-    arrays: Mapping[str, Any]
-    qtype: str | None = None
-    how: HowToQuantize | None = None
-    layout: PackedLayout | None = None
-
-    def describe(self) -> StoredParam:
-        """What a manifest says of it, but for packing and checksums."""
-        arrays = {
-            name: StoredArray(tuple(array.shape), jnp.dtype(array.dtype).name)
-            for name, array in self.arrays.items()
-        }
-        return StoredParam(self.path, arrays, self.qtype, self.how, self.layout)
-
-
-def leaves(tree: Any) -> list[Leaf]:
-    """The params of a tree.
+def params_of(tree: Any) -> list[StoredParam]:
+    """The params of a tree, with their arrays.
 
     Args:
         tree: Nested dicts of arrays, concrete or abstract, `QArray` and `WithAux`;
@@ -67,44 +35,29 @@ def leaves(tree: Any) -> list[Leaf]:
         TypeError: It is no such tree; the message names the param.
 
     >>> q = QArray(jnp.ones((4, 2), jnp.int8), jnp.ones((1, 2)))
-    >>> [(leaf.path, list(leaf.arrays)) for leaf in leaves({'a': {'kernel': q}})]
+    >>> [(p.path, list(p.arrays)) for p in params_of({'a': {'kernel': q}})]
     [(('a', 'kernel'), ['qvalue', 'scale'])]
     """
     if not isinstance(tree, dict | FrozenDict):
         raise TypeError(f"Expected a dict of params, got {type(tree).__name__}.")
-    return [
-        _leaf(path, x) for path, x in traverse_util.flatten_dict(unbox(tree)).items()
-    ]
+    flat = traverse_util.flatten_dict(stored.unbox(tree))
+    return [_param(path, value) for path, value in flat.items()]
 
 
-def unbox(tree: Any) -> Any:
-    """The tree without its metadata boxes, and arrays sharded as they are."""
-
-    def content(x: Any) -> Any:
-        if isinstance(x, nn.Partitioned):
-            # Under a mesh it would put the array where the names of axes say.
-            return unbox(x.unbox(apply_constraint=False))
-        return unbox(x.unbox()) if isinstance(x, AxisMetadata) else x
-
-    return jax.tree.map(content, tree, is_leaf=lambda x: isinstance(x, AxisMetadata))
-
-
-def _leaf(path: TreePath, value: Any) -> Leaf:
+def _param(path: TreePath, value: Any) -> StoredParam:
     how, qtype, layout = None, None, None
     if isinstance(value, WithAux):
         value, how = value.array, value.how
+    arrays = {"value": value}
     if isinstance(value, stored.QUANTIZED_ARRAYS):
-        arrays = stored.parts(value)
-        qtype = numerics.qtype_name(value.qtype)
+        arrays, qtype = stored.parts(value), numerics.qtype_name(value.qtype)
         layout = value.layout if isinstance(value, PackedQArray) else None
-    else:
-        arrays = {"value": value}
     for name, array in arrays.items():
         where = f"Param {path_name(path)!r}, {name}"
         if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(f"{where}: expected an array, got {type(array).__name__}.")
         _check_dtype(where, array.dtype)
-    return Leaf(path, arrays, qtype, how, layout)
+    return StoredParam(path, arrays, qtype, how, layout)
 
 
 def _check_dtype(where: str, dtype: Any) -> None:
@@ -113,12 +66,13 @@ def _check_dtype(where: str, dtype: Any) -> None:
             f"{where}: arrays of dtype {dtype} cannot be stored, but their "
             "jax.random.key_data can."
         )
-    if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool):
-        raise TypeError(f"{where}: arrays of dtype {dtype} cannot be stored.")
-    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
-    narrow = dtype != jnp.bool and info(dtype).bits < 8
-    complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
-    if complex_ or (narrow and jnp.dtype(dtype).name not in _PACKED_AS):
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    if whole or jnp.issubdtype(dtype, jnp.floating):
+        bits = (jnp.iinfo if whole else jnp.finfo)(dtype).bits
+        known = bits >= 8 or jnp.dtype(dtype).name in _PACKED_AS
+    else:
+        known = dtype == jnp.bool
+    if not known:
         raise TypeError(f"{where}: arrays of dtype {dtype} cannot be stored.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(
@@ -127,33 +81,43 @@ def _check_dtype(where: str, dtype: Any) -> None:
         )
 
 
-def rebuild(leaf: Leaf, like_arrays: Mapping[str, jax.Array]) -> Any:
-    """The value of a param in a tree, of arrays that were restored."""
-    if leaf.qtype is None:
-        value = like_arrays["value"]
-    elif leaf.layout is not None:
-        arrays = {"zero_point": None, **like_arrays}
-        value = PackedQArray(**arrays, layout=leaf.layout)
+def described(param: StoredParam) -> StoredParam:
+    """What a manifest says of a param, but for packing and checksums."""
+    arrays = {
+        name: StoredArray(tuple(array.shape), jnp.dtype(array.dtype).name)
+        for name, array in param.arrays.items()
+    }
+    return dataclasses.replace(param, arrays=arrays)
+
+
+def value_of(param: StoredParam) -> Any:
+    """The value of a param in a tree."""
+    if param.qtype is None:
+        value = param.arrays["value"]
+    elif param.layout is not None:
+        value = PackedQArray(
+            **{"zero_point": None, **param.arrays}, layout=param.layout
+        )
     else:
-        value = QArray(**like_arrays, qtype=leaf.qtype)
-    return value if leaf.how is None else WithAux(value, leaf.how)
+        value = QArray(**param.arrays, qtype=param.qtype)
+    return value if param.how is None else WithAux(value, param.how)
 
 
-def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
+def encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
     """Packs the arrays of a param.
 
     Returns:
-        The arrays to store; what the manifest says of them, without checksums; and
+        The arrays to store; what the manifest says of the param, without checksums; and
         whether the codes are those of their type, and whether the scales are finite
         and not negative, each as an array of one boolean.
     """
     encoded, records = {}, {}
     codes_sound, scales_sound = np.True_, np.True_
-    for name, record in leaf.describe().arrays.items():
-        array = leaf.arrays[name]
+    for name, record in described(param).arrays.items():
+        array = param.arrays[name]
         packed_as = _PACKED_AS.get(record.dtype)
-        if name == "qvalue" and numerics.qtype_bits(leaf.qtype) < 8:
-            packed_as = leaf.qtype
+        if name == "qvalue" and numerics.qtype_bits(param.qtype) < 8:
+            packed_as = param.qtype
         if packed_as is not None:
             array, axis = _packable(array, packed_as)
             packed = packing.pack(array, packed_as, axis)
@@ -163,10 +127,11 @@ def encode(leaf: Leaf) -> tuple[dict[str, Any], dict[str, StoredArray], Any]:
                 codes_sound = jnp.all(back.astype(array.dtype) == array)
             array = packed
             record = dataclasses.replace(record, packed_as=packed_as, axis=axis)
-        elif leaf.qtype is not None and name in _SCALES:
+        elif param.qtype is not None and name in _SCALES:
             scales_sound = scales_sound & _are_scales(array)
         encoded[name], records[name] = array, record
-    return encoded, records, (codes_sound, scales_sound)
+    record = dataclasses.replace(param, arrays=records)
+    return encoded, record, (codes_sound, scales_sound)
 
 
 @jax.jit
@@ -212,8 +177,7 @@ def decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array
     shape, axis = record.shape or (1,), record.axis
     assert axis is not None
     codes = packing.unpack(array, record.packed_as, shape[axis], axis)
-    codes = codes.reshape(record.shape) if not record.shape else codes
-    return jax.device_put(codes.astype(record.dtype), target)
+    return jax.device_put(codes.reshape(record.shape).astype(record.dtype), target)
 
 
 def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
@@ -229,7 +193,7 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
     Raises:
         ValueError: The sharding does not divide the param; the message names both.
     """
-    given = unbox(given)
+    given = stored.unbox(given)
     given = given.array if isinstance(given, WithAux) else given
     if isinstance(given, QArray | PackedQArray):
         own = {name: _concrete(getattr(given, name)) for name in param.arrays}
