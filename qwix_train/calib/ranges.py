@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax import traverse_util
-
 from qwix_train.calib.observe import Tagged, quant_stats_of
 from qwix_train.core.how import HowToQuantize
 from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.rules import QuantizationRule, rule_of_range
+from qwix_train.trace.function import by_path
 
 
 def collected_ranges(
@@ -61,7 +60,6 @@ def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
       quant_stats: the nested dictionary; at each path, a dictionary of arrays.
     """
     states: dict[Path, dict[str, Any]] = {}
-    for path, value in traverse_util.flatten_dict(dict(quant_stats)).items():
-        # The layers of a list are numbers in the tree of an NNX model.
-        states.setdefault(tuple(map(str, path[:-1])), {})[path[-1]] = value
+    for path, value in by_path(quant_stats).items():
+        states.setdefault(path[:-1], {})[path[-1]] = value
     return states

@@ -348,7 +348,7 @@ def _check_types(
             if planned is not None and planned.how is not None:
                 types = {numerics.qtype_name(planned.how.qtype)}
         if param.qtype is not None and param.qtype not in types:
-            says = " or ".join(sorted(types)) or "float"
+            says = " or ".join(sorted(map(str, types))) or "float"
             wrong.append(f"{param.name} has codes of {param.qtype}, not {says}")
     if wrong:
         raise ValueError(
