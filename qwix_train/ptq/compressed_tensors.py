@@ -20,7 +20,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from qwix_train.files import json_text, processes, writing
 from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.trees import to_tree
+from qwix_train.trace.function import by_path
 from qwix_train.values import stored
 
 # Where a file says which params its tensors are, so that a tree comes back as it was.
@@ -111,7 +112,15 @@ def save_compressed_tensors(
         activations = compressed_config.dynamic_activations(act_qtype)
     writer = _Writer(rename, activations, int8_format)
     static = {}
-    for path, leaf in _flatten(to_tree(params)):
+    leaves = (WithAux, *stored.QUANTIZED_ARRAYS)
+    flat = by_path(to_tree(params), lambda value: isinstance(value, leaves))
+    for path, leaf in flat.items():
+        if path[-1] == "qvalue":
+            raise ValueError(
+                f"{'/'.join(path[:-1])} is a quantized param as a pure dict, which "
+                "does not say its type. Pass the NNX model, or a tree with WithAux "
+                "leaves."
+            )
         leaf = processes.whole(leaf)
         if path[-1] in _STATIC:
             static[path] = leaf
@@ -421,22 +430,6 @@ def _static_ranges(
     if zero is not None and asymmetric:
         result["zero_point"] = (zero.astype(numerics.storage_dtype(qtype)), None)
     return result
-
-
-def _flatten(
-    tree: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        where = (*path, str(key))
-        if not isinstance(value, Mapping):
-            yield where, value
-        elif "qvalue" in value:
-            raise ValueError(
-                f"{'/'.join(path)} is a quantized param as a pure dict, which does not "
-                "say its type. Pass the NNX model, or a tree with WithAux leaves."
-            )
-        else:
-            yield from _flatten(value, where)
 
 
 def _is_transposed(path: tuple[str, ...], ndim: int) -> bool:
