@@ -15,7 +15,6 @@ from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.qarray import QArray
 from qwix_train.ops.vectors import Channels
 from qwix_train.ptq.input_statistics import WeightInput
-from qwix_train.ptq.weight_matrices import MatrixView
 from qwix_train.ptq.weight_method import (
     Finding,
     QuantizedWeight,
@@ -78,12 +77,12 @@ class InputScaling(WeightMethod):
         (found,) = weight.inputs
         factors, said = self.channel_scale(weight)
         scale = input_scale(factors, found)
-        scaled = scaled_weight(weight.param, scale, weight.view)
         ranges = None
         if found.static is not None:
             ranges = scaled_range(found, weight, scale)
         kept = Scale(scale, stored_scale(found, scale), ranges)
-        return QuantizedWeight(self.rounded(scaled, weight, scale), said, kept)
+        array = self.rounded(weight.divided(scale), weight, scale)
+        return QuantizedWeight(array, said, kept)
 
 
 def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
@@ -92,18 +91,6 @@ def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
     Rounded as the model will read it; only then it is taken out of the weight.
     """
     return (1 / factors).astype(found.dtype)
-
-
-def scaled_weight(param: jax.Array, scale: jax.Array, view: MatrixView) -> jax.Array:
-    """A stored weight, divided by the scale of its input.
-
-    Args:
-      param: the param.
-      scale: the scale, shape (matrices, channels).
-      view: how the param is read as matrices.
-    """
-    each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], view.shape)
-    return (param / view.from_matrices(each)).astype(param.dtype)
 
 
 def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:

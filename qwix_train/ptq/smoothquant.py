@@ -20,9 +20,8 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.input_scaling import InputScaling, input_scale, scaled_weight
+from qwix_train.ptq.input_scaling import InputScaling, input_scale
 from qwix_train.ptq.input_statistics import WeightInput
-from qwix_train.ptq.weight_matrices import MatrixView
 from qwix_train.ptq.weight_method import Finding, Weight
 
 
@@ -91,17 +90,13 @@ class SmoothQuant(InputScaling):
         (found,) = weight.inputs
         moments = weight.moments
         inputs = jnp.maximum(jnp.abs(moments["min"]), jnp.abs(moments["max"]))
-        matrices = weight.view.to_matrices(weight.param).astype(jnp.float32)
-        largest = jnp.max(jnp.abs(matrices), 1)
+        largest = jnp.max(jnp.abs(weight.matrices()), 1)
         alphas = _ALPHAS if self.alpha is None else (self.alpha,)
         smoothed = [smoothing(inputs, largest, alpha) for alpha in alphas]
         candidates = jnp.stack([jnp.ones_like(inputs), *smoothed])
         errors, total = _errors(
-            weight.param,
+            weight,
             jax.vmap(lambda factors: input_scale(factors, found))(candidates),
-            {name: moments[name] for name in ("rows", "priority", "min", "max")},
-            view=weight.view,
-            how=weight.how,
             activation=found.activation,
             per_row=_has_rows(found),
             layers=math.prod(found.layers),
@@ -143,16 +138,10 @@ def _has_rows(found: WeightInput) -> bool:
     return how is not None and found.static is None and bool(how.channelwise_axes)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("view", "how", "activation", "per_row", "layers")
-)
+@functools.partial(jax.jit, static_argnames=("activation", "per_row", "layers"))
 def _errors(
-    param: jax.Array,
+    weight: Weight,
     scales: jax.Array,
-    moments: dict[str, jax.Array],
-    *,
-    view: MatrixView,
-    how: HowToQuantize,
     activation: HowToQuantize | None,
     per_row: bool,
     layers: int,
@@ -160,11 +149,8 @@ def _errors(
     """The squared errors of outputs, quantized with each of some scales of the input.
 
     Args:
-      param: the param.
+      weight: the weight.
       scales: what the input is multiplied by, shape (candidates, matrices, channels).
-      moments: what was collected: vectors, their priorities, and the extremes.
-      view: how the param is read as matrices.
-      how: how it is quantized.
       activation: how the input is, or None.
       per_row: whether each vector has a scale of its own.
       layers: the number of layers, each of which has an input of its own.
@@ -172,8 +158,8 @@ def _errors(
     Returns:
       The errors, shape (candidates, matrices); and the squares of the outputs.
     """
+    moments = weight.moments
     rows = moments["rows"] * (moments["priority"] >= 0)[..., None]
-    matrices = view.to_matrices(param).astype(jnp.float32)
 
     def outputs(rows, matrices):
         return jnp.einsum(
@@ -203,13 +189,13 @@ def _errors(
         scales = spread(compute_scale_zero_point(found, whole.qtype))
         return dequantize(quantize_with_scale_zero_point(x, whole.qtype, *scales))
 
-    exact = outputs(rows, matrices)
+    exact = outputs(rows, weight.matrices())
 
     def error(scale):
         scale = scale.astype(jnp.float32)
-        array = quantize_array(scaled_weight(param, scale, view), how)
-        weight = view.to_matrices(dequantize(array)).astype(jnp.float32)
-        return jnp.square(outputs(rounded_rows(scale), weight) - exact).sum((1, 2))
+        array = quantize_array(weight.divided(scale), weight.how)
+        found = outputs(rounded_rows(scale), weight.matrices(array))
+        return jnp.square(found - exact).sum((1, 2))
 
     return lax.map(error, scales), jnp.square(exact).sum((1, 2))
 

@@ -18,8 +18,8 @@ from qwix_train.calib.calibrator import Collector, Step, merge_stats
 from qwix_train.calib.observe import Observed
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.operands import is_concrete
-from qwix_train.core.qarray import QArray, WithAux, dequantize
+from qwix_train.core.operands import as_float, is_concrete
+from qwix_train.core.qarray import MaybeQArray, QArray, WithAux
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import SIDES, OperandName, Path, pre_quant_scale_path
 from qwix_train.planning.rules import QuantizationRule, check_rules
@@ -32,30 +32,48 @@ from qwix_train.ptq.weight_report import WeightRecord, WeightReport
 from qwix_train.values import stored
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("param", "moments"),
+    meta_fields=("how", "view"),
+    drop_fields=("inputs",),  # Weights that differ in their names are compiled once.
+)
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A weight, with all that a method may look at.
+
+    Compiled functions take it as an argument, in which it has no `inputs`.
 
     Attributes:
       param: the stored param, a float array.
       how: how it is to be quantized.
       view: how it is read as matrices, of shape (matrices, rows, channels).
-      inputs: the inputs of the products that read it.
       moments: the statistics of all that enters them: ``absmean``, ``min`` and
         ``max``, shape (matrices, channels), and ``second_moment``, shape (matrices,
         channels, channels), if the method collects that.
+      inputs: the inputs of the products that read it.
     """
 
     param: jax.Array
     how: HowToQuantize
     view: MatrixView
-    inputs: tuple[WeightInput, ...]
     moments: Mapping[str, jax.Array]
+    inputs: tuple[WeightInput, ...] = ()
 
     @property
     def name(self) -> str:
         """The ops that read it."""
         return ", ".join(found.name for found in self.inputs)
+
+    def matrices(self, array: MaybeQArray | None = None) -> jax.Array:
+        """The param, or an array in its place, as matrices, in float32."""
+        array = as_float(self.param if array is None else array)
+        return self.view.to_matrices(array).astype(jnp.float32)
+
+    def divided(self, scale: jax.Array) -> jax.Array:
+        """The param, divided by a scale of its input, shape (matrices, channels)."""
+        each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], self.view.shape)
+        return (self.param / self.view.from_matrices(each)).astype(self.param.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +134,7 @@ def output_error(
       array: what it was quantized to.
       scale: what its input is multiplied by, shape (matrices, channels), or None.
     """
-    matrices = weight.view.to_matrices(weight.param).astype(jnp.float32)
-    approximate = weight.view.to_matrices(dequantize(array)).astype(jnp.float32)
+    matrices, approximate = weight.matrices(), weight.matrices(array)
     if scale is not None:
         approximate *= scale.astype(jnp.float32)[:, None]
     moment = weight.moments["second_moment"]
@@ -386,7 +403,7 @@ class _Job:
             for state in _per_matrix(found, self.method.state[found.name])
         ]
         merge = inputs[0].statistics.merge
-        return Weight(param, how, view, inputs, functools.reduce(merge, all_states))
+        return Weight(param, how, view, functools.reduce(merge, all_states), inputs)
 
 
 def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, Any]]:
