@@ -117,7 +117,7 @@ def save_compressed_tensors(
     for path, leaf in flat.items():
         if path[-1] == "qvalue":
             raise ValueError(
-                f"{'/'.join(path[:-1])} is a quantized param as a pure dict, which "
+                f"{'/'.join(path[:-2])} is a quantized param as a pure dict, which "
                 "does not say its type. Pass the NNX model, or a tree with WithAux "
                 "leaves."
             )
