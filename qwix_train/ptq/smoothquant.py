@@ -21,7 +21,6 @@ from qwix_train.core.qarray import (
 )
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.input_scaling import InputScaling, input_scale
-from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_method import Finding, Weight
 
 
@@ -94,11 +93,13 @@ class SmoothQuant(InputScaling):
         alphas = _ALPHAS if self.alpha is None else (self.alpha,)
         smoothed = [smoothing(inputs, largest, alpha) for alpha in alphas]
         candidates = jnp.stack([jnp.ones_like(inputs), *smoothed])
+        how = found.activation
+        each = how is not None and found.static is None and bool(how.channelwise_axes)
         errors, total = _errors(
             weight,
             jax.vmap(lambda factors: input_scale(factors, found))(candidates),
-            activation=found.activation,
-            per_row=_has_rows(found),
+            activation=how,
+            per_row=each,
             layers=math.prod(found.layers),
         )
         # Where all are equal the first, which is no smoothing.
@@ -130,12 +131,6 @@ class SmoothQuant(InputScaling):
 
 
 _ALPHAS = tuple(i / 10 for i in range(1, 10))
-
-
-def _has_rows(found: WeightInput) -> bool:
-    """Whether each vector of an input has a scale of its own."""
-    how = found.activation
-    return how is not None and found.static is None and bool(how.channelwise_axes)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "per_row", "layers"))
