@@ -30,7 +30,7 @@ from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.ptq import array_tree, stored_arrays, trees
+from qwix_train.ptq import stored_arrays, trees
 from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath, path_name
 from qwix_train.values import stored
 
@@ -143,7 +143,7 @@ def save_async(
     held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
     _check_values(held)
     _check_types(held, rules, plan)
-    arrays, records = array_tree.encode(held)
+    arrays, records = stored_arrays.to_arrays(held)
     manifest = Manifest(
         params=records,
         rules=rules,
@@ -159,7 +159,7 @@ def save_async(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     items = {
-        array_tree.ITEM: ocp.args.PyTreeSave(arrays),
+        stored_arrays.ITEM: ocp.args.PyTreeSave(arrays),
         _MANIFEST: ocp.args.JsonSave(record),
     }
     checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
@@ -228,18 +228,10 @@ def restore(
         if given is None and param.path in wanted:
             given = stored_arrays.value_of(wanted[param.path])
         targets[param.path] = stored_arrays.shardings_of(param, given)
-    arrays = array_tree.read(path, manifest.params, targets)
-    values = {}
-    for param in manifest.params:
-        decoded = {
-            name: stored_arrays.decode(
-                arrays.pop((param.path, name)), record, targets[param.path][name]
-            )
-            for name, record in param.arrays.items()
-        }
-        param = dataclasses.replace(param, arrays=decoded)
-        values[param.path] = stored_arrays.value_of(param)
-    tree = traverse_util.unflatten_dict(values)
+    params = stored_arrays.read(path, manifest.params, targets)
+    tree = traverse_util.unflatten_dict(
+        {param.path: stored_arrays.value_of(param) for param in params}
+    )
     if abstract is None:
         return tree
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(tree))
@@ -310,7 +302,7 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
 
     def is_one() -> bool:
         names = {file.name for file in path.iterdir()} if path.is_dir() else {""}
-        return not names or {array_tree.ITEM, _MANIFEST} <= names
+        return not names or {stored_arrays.ITEM, _MANIFEST} <= names
 
     writing.check_target(
         path,

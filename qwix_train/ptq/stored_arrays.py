@@ -1,13 +1,24 @@
-"""Params of a quantized tree as the arrays that a checkpoint stores, and back."""
+"""Params of a quantized tree as the arrays that a checkpoint stores, and back.
+
+Codes are packed, and Orbax writes and reads the arrays as one tree. Each has a checksum
+that does not depend on how the array is sharded: each 32-bit word is mixed with its
+position, and the results are summed up modulo 2**32. So every device sums over what it
+has, and a change of one word always changes the sum: the mix is a permutation of the
+words. It is the finalizer of MurmurHash3 (Austin Appleby, public domain). The sum tells
+of damage, not of an attack.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from flax.core import FrozenDict
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
@@ -15,8 +26,18 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 from qwix_train.core import numerics, packing
 from qwix_train.core.packed_array import PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.planning import table as plan_table
 from qwix_train.ptq.manifest import StoredArray, StoredParam, TreePath, path_name
 from qwix_train.values import stored
+
+ITEM = "arrays"
+"""The name of the tree among the items of a checkpoint."""
+
+_LONGEST = 50_000
+"""How long a path may be; TensorStore takes keys of less than 2**16 bytes."""
+
+ArrayKey = tuple[TreePath, str]
+"""The path of a param, and the name of one of its arrays."""
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
 _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
@@ -103,7 +124,7 @@ def value_of(param: StoredParam) -> Any:
     return value if param.how is None else WithAux(value, param.how)
 
 
-def encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
+def _encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
     """Packs the arrays of a param.
 
     Returns:
@@ -153,7 +174,7 @@ def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
     return array, axis
 
 
-def stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruct:
+def _stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruct:
     """The array as it is stored, sharded as the target says where packing allows it."""
     if record.packed_as is None:
         return jax.ShapeDtypeStruct(record.shape, record.dtype, sharding=target)
@@ -170,7 +191,7 @@ def stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(packed, jnp.uint8, sharding=target)
 
 
-def decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array:
+def _decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array:
     """The array that is stored in such a form, sharded as the target says."""
     if record.packed_as is None:
         return array
@@ -253,3 +274,184 @@ def _alike(
 
 def _with_spec(base: NamedSharding, spec: list[Any]) -> NamedSharding:
     return NamedSharding(base.mesh, PartitionSpec(*spec), memory_kind=base.memory_kind)
+
+
+def to_arrays(
+    params: Sequence[StoredParam],
+) -> tuple[dict[str, Any], tuple[StoredParam, ...]]:
+    """Packs params.
+
+    Args:
+        params: The params, with their arrays.
+
+    Returns:
+        The arrays to store, as nested dicts, and the records of the params.
+
+    Raises:
+        ValueError: A param cannot be stored; the message names it.
+    """
+    for param in params:
+        if any(0 in array.shape for array in param.arrays.values()):
+            raise ValueError(
+                f"Param {param.name!r} has no elements, which Orbax does not "
+                "store. Leave it out."
+            )
+        if len("".join(_keys((param.path, "")))) > _LONGEST:
+            raise ValueError(
+                f"Param {param.name[:40]!r}... has a path of more than "
+                f"{_LONGEST} characters, which Orbax does not store."
+            )
+    encoded = [_encode(param) for param in params]
+    sums = [{k: checksum(a) for k, a in arrays.items()} for arrays, _, _ in encoded]
+    # One transfer for all, so that devices do not wait for the host in between.
+    sums, sound = jax.device_get((sums, [ok for _, _, ok in encoded]))
+    faults = {
+        "Codes are outside of the range of their type": [codes for codes, _ in sound],
+        "Scales are not finite, or negative,": [scales for _, scales in sound],
+    }
+    for fault, each in faults.items():
+        bad = [param for param, ok in zip(params, each, strict=True) if not ok]
+        if bad:
+            names = [f"{param.name} ({param.qtype})" for param in bad]
+            raise ValueError(f"{fault} in: {plan_table.some(names, 3)}.")
+    tree, records = {}, []
+    for (arrays, record, _), own in zip(encoded, sums, strict=True):
+        tree |= {_keys((record.path, name)): array for name, array in arrays.items()}
+        parts = {
+            name: dataclasses.replace(part, checksum=_text(own[name]))
+            for name, part in record.arrays.items()
+        }
+        records.append(dataclasses.replace(record, arrays=parts))
+    return traverse_util.unflatten_dict(tree), tuple(records)
+
+
+def read(
+    path: epath.Path,
+    params: Sequence[StoredParam],
+    targets: Mapping[TreePath, Mapping[str, Sharding]],
+) -> list[StoredParam]:
+    """Reads params, with their arrays, and verifies the checksums of these.
+
+    Args:
+        path: The folder of the checkpoint.
+        params: The records of the params.
+        targets: How each array is to be sharded.
+
+    Raises:
+        ValueError: The message names the params that are damaged.
+    """
+    structs = {
+        (param.path, name): _stored_struct(record, targets[param.path][name])
+        for param in params
+        for name, record in param.arrays.items()
+    }
+    try:
+        arrays = _read_arrays(path, structs)
+    except Exception as error:
+        # Orbax does not say which arrays it could not read.
+        bad = [path_name(w[0]) for w in structs if not _reads(path, w, structs[w])]
+        raise ValueError(_damaged(path, bad, "cannot be read")) from error
+    sums = jax.device_get({where: checksum(array) for where, array in arrays.items()})
+    bad = [
+        param.name
+        for param in params
+        for name, record in param.arrays.items()
+        if _text(sums[param.path, name]) != record.checksum
+    ]
+    if bad:
+        raise ValueError(_damaged(path, bad, "have another checksum"))
+    read_params = []
+    for param in params:
+        decoded = {
+            name: _decode(
+                arrays.pop((param.path, name)), record, targets[param.path][name]
+            )
+            for name, record in param.arrays.items()
+        }
+        read_params.append(dataclasses.replace(param, arrays=decoded))
+    return read_params
+
+
+def _text(checksum_value: Any) -> str:
+    return f"{int(checksum_value):08x}"
+
+
+def _keys(key: ArrayKey) -> tuple[str, ...]:
+    """The keys of an array in the tree.
+
+    Orbax joins them by dots, and they become parts of file names.
+    """
+    path, name = key
+    quoted = (urllib.parse.quote(str(k), safe="").replace(".", "%2E") for k in path)
+    return (*quoted, name)
+
+
+def _read_arrays(
+    path: epath.Path, structs: Mapping[ArrayKey, jax.ShapeDtypeStruct]
+) -> dict[ArrayKey, jax.Array]:
+    # Late, as the import takes long, and models in memory do not need it.
+    import orbax.checkpoint as ocp
+
+    item = {_keys(key): struct for key, struct in structs.items()}
+    args = {
+        where: ocp.ArrayRestoreArgs(sharding=s.sharding, dtype=s.dtype, shape=s.shape)
+        for where, s in item.items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(
+            path / ITEM,
+            args=ocp.args.PyTreeRestore(
+                item=traverse_util.unflatten_dict(item),
+                restore_args=traverse_util.unflatten_dict(args),
+                partial_restore=True,
+            ),
+        )
+    flat: Any = traverse_util.flatten_dict(tree)
+    arrays = {where: flat[_keys(where)] for where in structs}
+    # In place of an array that the checkpoint lacks Orbax leaves what was asked for.
+    if not all(isinstance(array, jax.Array) for array in arrays.values()):
+        raise ValueError("they are missing")
+    return arrays
+
+
+def _reads(path: epath.Path, where: ArrayKey, struct: Any) -> bool:
+    try:
+        _read_arrays(path, {where: struct})
+    except Exception:
+        return False
+    return True
+
+
+def _damaged(path: epath.Path, bad: Sequence[str], reason: str) -> str:
+    names = plan_table.some(list(dict.fromkeys(bad)), 3) or "(one of them)"
+    return f"The checkpoint at {path} is damaged: the arrays of {names} {reason}."
+
+
+@jax.jit
+def checksum(array: jax.Array) -> jax.Array:
+    """Returns the checksum of an array of numbers or booleans.
+
+    Args:
+        array: Any shape, sharded in any way. Elements of fewer than 32 bits are
+            words of their own, in the lower bits; those of 64 bits are two words.
+
+    Returns:
+        A uint32 scalar, the same on every device.
+
+    >>> x = jnp.arange(6.0)
+    >>> (checksum(x) == checksum(x)).item(), (checksum(x) == checksum(-x)).item()
+    (True, False)
+    """
+    if array.dtype == jnp.bool:
+        array = array.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)
+    position, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position += index * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    mixed = words ^ (position * np.uint32(0x9E3779B1))  # 2**32 / golden ratio, odd
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
