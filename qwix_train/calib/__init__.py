@@ -14,16 +14,15 @@ from qwix_train.core.late_names import late_names as _late_names
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:
     from qwix_train.calib.calibrator import Calibrator as Calibrator
+    from qwix_train.calib.calibrator import merge_stats as merge_stats
     from qwix_train.calib.comparison import compare as compare
     from qwix_train.calib.comparison_report import Comparison as Comparison
-    from qwix_train.calib.merge import merge_stats as merge_stats
 else:
     __getattr__, __dir__ = _late_names(
         __name__,
         {
-            "calibrator": ("Calibrator",),
+            "calibrator": ("Calibrator", "merge_stats"),
             "comparison": ("compare",),
             "comparison_report": ("Comparison",),
-            "merge": ("merge_stats",),
         },
     )

@@ -2,13 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
-from qwix_train.calib.collector import Collector, Step
-from qwix_train.calib.observe import Observed, quant_stats_of, tagging
+import jax
+import numpy as np
+from jax import core
+
+from qwix_train.calib.observe import Observed, Stats, Tagging, quant_stats_of, tagging
+from qwix_train.frontends.compiled import Compiled
+from qwix_train.observers.statistics import per_layer
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+class Collector:
+    """Keeps the statistics that steps collect.
+
+    Attributes:
+      state: the statistics as they are, by name: a tree of arrays, to be saved with a
+        checkpoint and put back.
+    """
+
+    def __init__(self) -> None:
+        """Starts without statistics."""
+        self.state: Stats = {}
+        self._lock = threading.Lock()
+        self._running = threading.local()
+
+    def collecting(self, step: Step, observed: Observed, pure_form: str) -> Step:
+        """A step that updates the statistics at every call.
+
+        Args:
+          step: the step. If it is jitted, it runs compiled, with the statistics.
+          observed: the step as a function of statistics.
+          pure_form: how a user writes that.
+
+        Raises:
+          ValueError: by the step, when it is called within a transformation.
+        """
+        run = Compiled(observed, step, 1) if hasattr(step, "lower") else observed
+        name = type(self).__name__
+
+        def check_not_traced(tree):
+            leaves = jax.tree.leaves(tree)
+            if any(isinstance(leaf, core.Tracer) for leaf in leaves):
+                raise ValueError(
+                    f"A step that a {name} wraps keeps statistics between calls and "
+                    "cannot run inside of jit, grad, vmap or scan. Jit the step "
+                    f"first, wrap(jax.jit(step)), or use the pure form, {pure_form}."
+                )
+
+        @functools.wraps(step)
+        def wrapped(*args, **kwargs):
+            if getattr(self._running, "step", False):
+                # A step within a step, which collects for both.
+                return step(*args, **kwargs)
+            check_not_traced((args, kwargs))
+            with self._lock:
+                self._running.step = True
+                try:
+                    # Compiled once: with statistics from the start.
+                    state = self.state or observed.init(*args, **kwargs)
+                    state, out = run(state, *args, **kwargs)
+                finally:
+                    self._running.step = False
+                # Where all that is traced is what the step closes over, or nothing.
+                check_not_traced(state)
+                self.state = state
+            return out
+
+        return cast(Step, wrapped)
 
 
 class Calibrator(Collector):
@@ -105,3 +173,68 @@ class Calibrator(Collector):
         if not self.state:
             raise ValueError("No range was collected: run the wrapped step first.")
         return quant_stats_of(self.ranges, self.state)
+
+
+def merge_stats(
+    observed: Observed | Calibrator | Tagging, a: Stats, b: Stats
+) -> dict[str, Any]:
+    """Returns the statistics of the batches of both, as if one host had seen them all.
+
+    Histograms (percentile, mse, entropy) and ranges with the averaging `minmax` are
+    exactly those that the data would give in one pass, cut into batches in whatever
+    way. With `mean`, each batch counts by its values, and with `ema` and `last`, those
+    of ``b`` come after those of ``a``; there, the halves of a batch are two batches.
+
+    Statistics are trees of arrays: they may come out of a checkpoint, or from other
+    processes by `jax.experimental.multihost_utils.process_allgather`. A batch that is
+    one sharded array needs no merging.
+
+    Args:
+        observed: What collected them, after it has seen its step: a function made by
+            `observe`, called or initialized before, or a `Calibrator` whose step ran.
+        a: Statistics: those of `observe`, or `Calibrator.state`.
+        b: The others. A range that only one of the two has is taken as it is.
+
+    Raises:
+        ValueError: There are statistics of a range that the step does not have, or of
+            another shape.
+
+    >>> from flax import linen as nn
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import QuantizationRule
+    >>> from qwix_train.calib import observe
+    >>> rule = QuantizationRule(
+    ...     weight_qtype='int8', act_qtype='int8', act_static_scale=True,
+    ...     act_averaging='minmax',
+    ... )
+    >>> model, x = nn.Dense(2), jnp.arange(12.).reshape(3, 4)
+    >>> params = model.init(jax.random.key(0), x)
+    >>> observed = observe(model.apply, [rule])
+    >>> one, _ = observed({}, params, x[:2])
+    >>> other, _ = observed({}, params, x[2:])
+    >>> merged = merge_stats(observed, one, other)
+    >>> merged['dot_general0_lhs']['extreme_of_absmax'].item()
+    11.0
+    """
+    ranges = observed.ranges
+    merged = {}
+    for name in {**a, **b}:
+        if name not in ranges:
+            known = ", ".join(map(repr, ranges)) or "none; has the step been traced?"
+            raise ValueError(
+                f"There are statistics of {name!r}, a range that the step does not "
+                f"have. Those it has: {known}"
+            )
+        if name not in a or name not in b:
+            merged[name] = a[name] if name in a else b[name]
+            continue
+        shapes = [jax.tree.map(np.shape, dict(stats[name])) for stats in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"The statistics of {name!r} do not fit together: they are of the "
+                f"shapes {shapes[0]} and {shapes[1]}. Were they collected by the same "
+                "rules?"
+            )
+        merge = per_layer(ranges[name].statistics.merge, a[name])
+        merged[name] = merge(a[name], b[name])
+    return merged

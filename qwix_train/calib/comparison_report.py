@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from qwix_train.files.figures import save_figure
+from qwix_train.files.text_table import aligned
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.statistics import Observer, RangeObserver
 from qwix_train.planning import table as plan_table
@@ -120,18 +121,9 @@ class Comparison:
         for op in dict.fromkeys(r["op"] for r in self.records):
             row = [_cell(cells[op, m], best.get(op) == m) for m in methods]
             rows.append([op, cells[op, DYNAMIC]["qtype"], *row])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            texts = zip(row[:2], widths[:2], strict=True)
-            numbers = zip(row[2:], widths[2:], strict=True)
-            parts = [t.ljust(w) for t, w in texts] + [t.rjust(w) for t, w in numbers]
-            lines.append("  ".join(parts).rstrip())
         title = "Signal to quantization noise, in dB (*: the best observer)"
-        rule = "-" * max(map(len, lines))
-        return "\n".join(
-            [title, rule, lines[0], rule, *lines[1:], rule, *self._notes()]
-        )
+        head, rule, *lines = aligned(rows, texts=2).splitlines()
+        return "\n".join([title, rule, head, rule, *lines, rule, *self._notes()])
 
     def plot(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
         """Writes a plot of the ratios, a row for each activation.

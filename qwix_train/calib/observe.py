@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.frontends.whole_step import tracing_step
 from qwix_train.frontends.wrapping import wrap
-from qwix_train.observers.statistics import Statistics, make_statistics
+from qwix_train.observers.statistics import Statistics, make_statistics, per_layer
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
@@ -33,14 +33,14 @@ class Tagged:
     Attributes:
       path: the path of its range: the module, the op, and the side of the operand.
       statistics: what is measured, and how batches combine.
-      shape: the shape of the array, in one layer.
+      shape: the shape of the array, in one layer; None if it is not known.
       dtype: its dtype.
       learned: whether training only begins with its range.
     """
 
     path: Path
     statistics: Statistics
-    shape: tuple[int, ...]
+    shape: Any
     dtype: Any
     learned: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -226,10 +226,7 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
                 "every batch was empty or not finite. Elements that are not, such as "
                 "those of padding, are left out by act_finite_only=True."
             )
-        quant_stats = found.statistics.quant_stats
-        for _ in range(np.ndim(state["count"])):  # layers
-            quant_stats = jax.vmap(quant_stats)
-        flat[found.path] = quant_stats(state)
+        flat[found.path] = per_layer(found.statistics.quant_stats, state)(state)
     return traverse_util.unflatten_dict(flat)
 
 

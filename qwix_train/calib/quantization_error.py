@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from qwix_train.core import tiling
 from qwix_train.core.calibration import calibrate, is_inside, range_ends
@@ -27,6 +28,9 @@ MANTISSA_BITS = 11
 """With these, the widest bins in a range are 1/16 of a step of int8."""
 
 _SUMS = ("elements", "error", "outside")
+
+# Names of methods are text of the user's.
+_SEPARATOR = "\0"
 
 _SHARED_BITS = 3
 """From this many bits of groups on, each has fewer bins: memory is bounded."""
@@ -74,7 +78,7 @@ class ErrorObserver:
         for name, statistics in self._averaged():
             parts[name] = statistics.init(shape, jnp.float32)
         parts["dynamic"] = {key: jnp.zeros((), jnp.float32) for key in _SUMS}
-        return _join(parts)
+        return _flat(parts)
 
     def update(
         self,
@@ -91,14 +95,13 @@ class ErrorObserver:
             how: How the activation is quantized with a range that was collected.
             counts: Which elements count, the others being 0; None for all.
         """
-        x = x.astype(jnp.float32)
+        x, old = x.astype(jnp.float32), _parts(state)
         which = None if counts is None else _tiles(counts, how)[0]
-        bins = histogram.update(_part(state, "bins"), _tiles(x, how)[0], which)
-        parts = {"bins": bins}
+        parts = {"bins": histogram.update(old["bins"], _tiles(x, how)[0], which)}
         # Each method leaves out of its range what is not finite, as it does in use.
         given = x if counts is None else jnp.where(counts, x, jnp.nan)
         for name, statistics in self._averaged():
-            parts[name] = statistics.update(_part(state, name), given)
+            parts[name] = statistics.update(old[name], given)
         error = jnp.square(fake_quant(x, self.dynamic) - x)
         outside = ~is_inside(x, range_ends(calibrate(x, self.dynamic)))
         sums = {
@@ -108,23 +111,23 @@ class ErrorObserver:
             if counts is None
             else _sum(counts.astype(jnp.float32)),
         }
-        dynamic = _part(state, "dynamic")
-        parts["dynamic"] = {key: dynamic[key] + sums[key] for key in _SUMS}
-        return _join(parts)
+        parts["dynamic"] = {key: old["dynamic"][key] + sums[key] for key in _SUMS}
+        return _flat(parts)
 
     def merge(self, a: State, b: State) -> State:
         """Returns the state of the batches of both."""
-        parts = {"bins": histogram.merge(_part(a, "bins"), _part(b, "bins"))}
+        first, second = _parts(a), _parts(b)
+        parts = {"bins": histogram.merge(first["bins"], second["bins"])}
         for name, statistics in self._averaged():
-            parts[name] = statistics.merge(_part(a, name), _part(b, name))
-        pairs = _part(a, "dynamic"), _part(b, "dynamic")
+            parts[name] = statistics.merge(first[name], second[name])
+        pairs = first["dynamic"], second["dynamic"]
         parts["dynamic"] = jax.tree.map(jnp.add, *pairs)
-        return _join(parts)
+        return _flat(parts)
 
     def calibration(self, state: State, how: HowToQuantize) -> dict[str, jax.Array]:
         """Returns the range that holds all data."""
         del how
-        return {"absmax": histogram.absmax(_part(state, "bins"))}
+        return {"absmax": histogram.absmax(_parts(state)["bins"])}
 
     def _averaged(self) -> list[tuple[str, Statistics]]:
         """Those methods that keep something besides the histogram, which is shared."""
@@ -160,8 +163,9 @@ def measure(
         The number of elements, the sum of their squares, and what was measured, by the
         name of the method; ``'dynamic'`` are ranges that each batch has of its own.
     """
-    bins = histogram.signed_bins(_part(state, "bins"))
-    usual = histogram.coarse(_part(state, "bins"))
+    parts = _parts(state)
+    bins = histogram.signed_bins(parts["bins"])
+    usual = histogram.coarse(parts["bins"])
     low, high = bins.lower, bins.upper
     squares = (low * low + low * high + high * high) / 3
     squares = jnp.where(bins.masses > 0, squares, 0)
@@ -171,11 +175,11 @@ def measure(
         if isinstance(statistics.observer, HistogramObserver):
             found: Any = observer.calibration(usual, how)
         else:
-            found = statistics.calibration(_part(state, name))
+            found = statistics.calibration(parts[name])
         by_group = {k: v.reshape(bins.masses.shape[:-1]) for k, v in found.items()}
         error = clipping.squared_error(bins, by_group, how.qtype)
         measured[name] = Measured(_sum(error), _sum(_outside(bins, by_group)), found)
-    dynamic = _part(state, "dynamic")
+    dynamic = parts["dynamic"]
     measured["dynamic"] = Measured(dynamic["error"], dynamic["outside"], {})
     return dynamic["elements"], _sum(bins.masses * squares), measured
 
@@ -210,17 +214,12 @@ def _sum(x: jax.Array) -> jax.Array:
     return x
 
 
-def _join(parts: Mapping[str, Mapping[str, jax.Array]]) -> State:
-    """Returns one flat dict: what statistics keep."""
-    return {
-        f"{name}/{key}": v for name, part in parts.items() for key, v in part.items()
-    }
+def _flat(parts: Mapping[str, Mapping[str, jax.Array]]) -> State:
+    """One flat dictionary, which is what statistics keep."""
+    flat: Any = traverse_util.flatten_dict(dict(parts), sep=_SEPARATOR)
+    return flat
 
 
-def _part(state: Mapping[str, jax.Array], name: str) -> State:
-    prefix = f"{name}/"
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }
+def _parts(state: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """What `_flat` was given."""
+    return traverse_util.unflatten_dict(dict(state), sep=_SEPARATOR)

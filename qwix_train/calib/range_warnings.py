@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from qwix_train.observers.statistics import Statistics, range_width
+from qwix_train.observers.statistics import Statistics, per_layer, range_width
+from qwix_train.planning import table as plan_table
 
 # The widest batch, over the range that was found, from which on most of what is large
 # is clipped; that where batches are of a few examples, so that it is no rare batch; and
@@ -37,10 +37,8 @@ def warn_of_ranges(
         if "widest" not in state:
             continue
         widest, narrowest = (np.asarray(state[k]) for k in ("widest", "narrowest"))
-        calibration = statistics.calibration
-        for _ in range(np.ndim(state["count"])):  # layers
-            calibration = jax.vmap(calibration)
-        width = np.asarray(range_width(calibration(state)))
+        calibration = per_layer(statistics.calibration, state)(state)
+        width = np.asarray(range_width(calibration))
         # That of the largest values: channels that hold next to nothing do not matter.
         at = np.unravel_index(np.argmax(widest), widest.shape)
         if not widest[at] > 0:
@@ -57,14 +55,15 @@ def warn_of_ranges(
         small = " The batches are of a few examples only, so that this is no rare one."
         messages.append(
             f"{len(clipped)} static ranges are far below what was seen, and clip it: "
-            f"{_listed(clipped)}.{small if few else ''} Take act_averaging='minmax' "
-            "for ranges that hold every batch, act_observer='mse', or larger batches."
+            f"{plan_table.some(clipped, _SHOWN)}.{small if few else ''} Take "
+            "act_averaging='minmax' for ranges that hold every batch, "
+            "act_observer='mse', or larger batches."
         )
     if spread:
         messages.append(
             f"{len(spread)} static ranges are of batches that differ much: "
-            f"{_listed(spread)}. One range leaves few codes to most of them; dynamic "
-            "ranges (act_static_scale=False) follow each batch."
+            f"{plan_table.some(spread, _SHOWN)}. One range leaves few codes to most of "
+            "them; dynamic ranges (act_static_scale=False) follow each batch."
         )
     if messages:
         messages.append("See docs/static_ranges.md.")
@@ -79,8 +78,3 @@ def _examples(state: Mapping[str, Any], shape: tuple[int, ...]) -> float:
     layers = np.ndim(state["count"])
     in_batch = sizes.reshape(*sizes.shape[:layers], -1).sum(-1).max()
     return float(in_batch) / max(np.prod(shape[1:]), 1)
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

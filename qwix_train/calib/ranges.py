@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-from flax import traverse_util
-
-from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.calib.observe import Tagged, quant_stats_of
 from qwix_train.core.how import HowToQuantize
 from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.rules import QuantizationRule, rule_of_range
+from qwix_train.trace.function import by_path
 
 
 def collected_ranges(
@@ -39,42 +36,30 @@ def collected_ranges(
     Warns:
       UserWarning: if ranges are far below what was seen, or batches differ much.
     """
-    ranges, collected = {}, []
-    for path, state in states_in(quant_stats).items():
-        name = "/".join(path)
+    found, states = [], states_in(quant_stats)
+    for path in states:
         rule = rule_of_range(rules, path)
         if rule is None or not rule.static_act_ranges:
             raise ValueError(
-                f"There are quant_stats for {name!r}, and no rule gives that a static "
-                "range. Pass the rules that the statistics were made with."
-            )
-        if not np.all(np.asarray(state["count"]) > 0):
-            raise ValueError(
-                f"No range was collected for {name!r}: its op was not reached, or "
-                "every batch was empty or not finite."
+                f"There are quant_stats for {'/'.join(path)!r}, and no rule gives that "
+                "a static range. Pass the rules that the statistics were made with."
             )
         how = HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method)
         statistics = make_statistics(
             rule.range_observer or rule.act_method, rule.act_averaging, how=how
         )
-        collected.append((name, statistics, state, None))
-        quant_stats_of = statistics.quant_stats
-        for _ in range(np.ndim(state["count"])):  # layers
-            quant_stats_of = jax.vmap(quant_stats_of)
-        ranges[path] = quant_stats_of(state)
-    warn_of_ranges(collected)
-    return traverse_util.unflatten_dict(ranges)
+        found.append(Tagged(path, statistics, None, None))
+    named = {"/".join(path): state for path, state in states.items()}
+    return quant_stats_of({range_.name: range_ for range_ in found}, named)
 
 
-def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, Mapping[str, Any]]:
+def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
     """The statistics in a nested dictionary, by the path of their range.
 
     Args:
-      quant_stats: the nested dictionary; at each path, a dictionary with a `count`.
+      quant_stats: the nested dictionary; at each path, a dictionary of arrays.
     """
-    flat: Any = traverse_util.flatten_dict(
-        dict(quant_stats),
-        is_leaf=lambda path, x: not isinstance(x.get("count", {}), Mapping),
-    )
-    # The layers of a list are numbers in the tree of an NNX model.
-    return {tuple(map(str, path)): state for path, state in flat.items()}
+    states: dict[Path, dict[str, Any]] = {}
+    for path, value in by_path(quant_stats).items():
+        states.setdefault(path[:-1], {})[path[-1]] = value
+    return states

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 
 from qwix_train.calib.quantization_error import decibels
+from qwix_train.calib.ranges import states_in
 from qwix_train.core import numerics
 from qwix_train.core.shortened import shortened
 from qwix_train.files import processes
@@ -290,13 +291,10 @@ class QuantReport(PeriodicAction):
 
     def _range_scalars(self, state: Any) -> dict[str, float]:
         quant_stats = states.quant_stats_of(self._quant_stats, state, self._rules)
-        groups: dict[Path, dict[str, Any]] = {}
-        flat = traverse_util.flatten_dict(stored.unbox(quant_stats or {}))
-        flat = processes.whole(flat)
-        for path, value in flat.items():
-            groups.setdefault(path[:-1], {})[path[-1]] = np.asarray(value, np.float32)
+        found = processes.whole(states_in(stored.unbox(quant_stats or {})))
         scalars: dict[str, float] = {}
-        for path, statistics in groups.items():
+        for path, state in found.items():
+            statistics = {k: np.asarray(v, np.float32) for k, v in state.items()}
             name, count = "/".join(path), statistics["count"]
             for (kind, end), value in static_range.ends_in(statistics).items():
                 if kind == "sum":

@@ -7,11 +7,12 @@ the data of all batches, and finds one range for them in the end.
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwix_train.core import tiling
 from qwix_train.core.calibration import check_quantizable
@@ -396,6 +397,15 @@ class Statistics:
                 f"{x.shape}."
             )
         return tuple(sorted({axis % x.ndim for axis in self.batch_axes}))
+
+
+def per_layer(
+    function: Callable[..., Any], state: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """A function of a state, for one in which the states of layers are stacked."""
+    for _ in range(np.ndim(state["count"])):
+        function = jax.vmap(function)
+    return function
 
 
 def in_layout_of_qwix(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qwix_train.core import operands as core_operands
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.ops.kind import OperandAxes, OpKind
 from qwix_train.ops.low_rank import LowRankTerm, in_order, varies
-from qwix_train.ops.vectors import Channels
+from qwix_train.ops.vectors import Vectors
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
@@ -232,28 +232,47 @@ class RaggedDot(OpKind):
         return True
 
     def seen(self, params, side, operands):
-        """See `OpKind.seen`: all rows for each group, zeros for those of others."""
+        """See `OpKind.seen`: the rows, and for each group which of them it has."""
         numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
         x, _, group_sizes = operands
         if side != 0 or not numbers.is_plain(jnp.ndim(x)):
             return operands[side]
         rows = jnp.moveaxis(x, numbers.contracted[0][0], -1)
         group_of = numbers.group_of_rows(group_sizes, rows.shape[0])
-        groups = jnp.arange(group_sizes.shape[0])
-        return jnp.where((group_of == groups[:, None])[..., None], rows, 0)
+        member = group_of[:, None] == jnp.arange(group_sizes.shape[0])
+        rows = jnp.where(member.any(1, keepdims=True), rows, 0)
+        return jnp.concatenate([rows, member.astype(rows.dtype)], 1)
 
     def vectors(self, op, side, order, own_batch):
         """See `OpKind.vectors`: those of each group."""
         numbers = _Numbers.of(op.params["ragged_dot_dimension_numbers"])
         if side != 1 or not numbers.is_plain(len(op.operands[0].shape)):
             raise ValueError("it is not the matrices that rows are multiplied by")
-        return GroupedRows((2,), (0,) if own_batch[0] else ())
+        (groups,) = op.operands[2].shape
+        return GroupedRows(groups, own_matrices=own_batch[0])
 
 
-class GroupedRows(Channels):
-    """The rows of each group, as vectors."""
+@dataclasses.dataclass(frozen=True)
+class GroupedRows(Vectors):
+    """The rows of each group, as vectors, from what `RaggedDot.seen` gives.
+
+    Attributes:
+      groups: the number of groups.
+      own_matrices: whether each group meets a matrix of its own.
+    """
 
     unscaled = "all of its groups have one input"
+
+    groups: int
+    own_matrices: bool
+
+    def samples(self, x: jax.Array) -> jax.Array:
+        """See `Vectors.samples`; all rows are in one group."""
+        return x[None, :, : -self.groups]
+
+    def members(self, x: jax.Array) -> jax.Array | None:
+        """See `Vectors.members`."""
+        return x[:, -self.groups :].T > 0 if self.own_matrices else None
 
 
 @dataclasses.dataclass(frozen=True)

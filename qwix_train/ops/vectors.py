@@ -26,6 +26,15 @@ class Vectors(abc.ABC):
     def samples(self, x: jax.Array) -> jax.Array:
         """The vectors, shape (groups, samples, channels)."""
 
+    def members(self, x: jax.Array) -> jax.Array | None:
+        """Which vectors belong to which group, shape (groups, samples), booleans.
+
+        None if each group has vectors of its own. Otherwise `samples` gives a single
+        group, and the others, for which a vector counts as zeros, share its vectors.
+        """
+        del x
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Channels(Vectors):

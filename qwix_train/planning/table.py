@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwix_train.files.text_table import aligned
 from qwix_train.planning.leaves import Leaf
 
 if TYPE_CHECKING:
@@ -69,16 +70,8 @@ def table(plan: Plan) -> str:
                 _cited(entry["reason"], notes),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    widths.append(0)
-    lines = [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    width = max(len(line) for line in lines)
-    lines.insert(1, "-" * width)
+    lines = aligned(rows).splitlines()
+    width = len(lines[1])
     for note, number in notes.items():
         lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
     return "\n".join([*lines, "", *_summary(plan)])

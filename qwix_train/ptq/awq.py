@@ -9,19 +9,17 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
     QArray,
     calibrate,
     compute_scale_zero_point,
-    dequantize,
     quantize_array,
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.calibrated_weight import Weight, squared_outputs
-from qwix_train.ptq.input_scaling import ChannelScale, InputScaling, scaled_weight
-from qwix_train.ptq.weight_matrices import MatrixView, row_tile
+from qwix_train.ptq.input_scaling import InputScaling
+from qwix_train.ptq.weight_matrices import row_tile
+from qwix_train.ptq.weight_method import Finding, Weight, squared_outputs
 
 
 class Awq(InputScaling):
@@ -87,32 +85,18 @@ class Awq(InputScaling):
         self.grid_size = grid_size
         self.clip = clip
 
-    def channel_scale(self, weight: Weight) -> ChannelScale:
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
         """See `InputScaling.channel_scale`."""
-        factors = _search(
-            weight.param,
-            weight.moments["absmean"],
-            weight.moments["second_moment"],
-            view=weight.view,
-            how=weight.how,
-            grid_size=self.grid_size,
-        )
+        factors = _search(weight, self.grid_size)
         unclipped = self.clip and row_tile(weight.view, weight.how) is None
-        return ChannelScale(factors, "ranges are not narrowed" if unclipped else "")
+        return factors, Finding("ranges are not narrowed" if unclipped else "")
 
     def rounded(self, scaled: jax.Array, weight: Weight, scale: jax.Array) -> QArray:
         """See `InputScaling.rounded`."""
         tile = row_tile(weight.view, weight.how) if self.clip else None
         if tile is None:
             return super().rounded(scaled, weight, scale)
-        return _clipped(
-            scaled,
-            scale,
-            weight.moments["second_moment"],
-            view=weight.view,
-            how=weight.how,
-            tile=tile,
-        )
+        return _clipped(scaled, weight, scale, tile)
 
 
 def candidate(absmean: jax.Array, exponent: jax.Array | float) -> jax.Array:
@@ -137,49 +121,34 @@ def candidate(absmean: jax.Array, exponent: jax.Array | float) -> jax.Array:
     return factors / jnp.sqrt(extremes)
 
 
-@functools.partial(jax.jit, static_argnames=("view", "how", "grid_size"))
-def _search(
-    param: jax.Array,
-    absmean: jax.Array,
-    second_moment: jax.Array,
-    *,
-    view: MatrixView,
-    how: HowToQuantize,
-    grid_size: int,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="grid_size")
+def _search(weight: Weight, grid_size: int) -> jax.Array:
     """The best factors for each matrix, shape (matrices, channels)."""
-    matrices = view.to_matrices(param).astype(jnp.float32)
+    matrices, absmean = weight.matrices(), weight.moments["absmean"]
 
     def error(exponent):
         factors = candidate(absmean, exponent)
-        rounded = quantize_array(scaled_weight(param, 1 / factors, view), how)
-        rounded = view.to_matrices(dequantize(rounded)).astype(jnp.float32)
-        return squared_outputs(rounded / factors[:, None] - matrices, second_moment)
+        rounded = quantize_array(weight.divided(1 / factors), weight.how)
+        rounded = weight.matrices(rounded) / factors[:, None]
+        return squared_outputs(rounded - matrices, weight.moments["second_moment"])
 
     exponents = jnp.linspace(0, 1, grid_size)
     best = jnp.argmin(lax.map(error, exponents), 0)
     return jax.vmap(candidate)(absmean, exponents[best])
 
 
-@functools.partial(jax.jit, static_argnames=("view", "how", "tile"))
-def _clipped(
-    scaled: jax.Array,
-    scale: jax.Array,
-    second_moment: jax.Array,
-    *,
-    view: MatrixView,
-    how: HowToQuantize,
-    tile: int,
-) -> QArray:
+@functools.partial(jax.jit, static_argnames="tile")
+def _clipped(scaled: jax.Array, weight: Weight, scale: jax.Array, tile: int) -> QArray:
     """The codes of a scaled weight, each tile with the best of some narrower ranges."""
+    how, view = weight.how, weight.view
     widest, zero_point = compute_scale_zero_point(calibrate(scaled, how), how.qtype)
     count, rows, channels = view.shape
     tiles = channels // tile
     # The second moment of the channels of each tile: the blocks on the diagonal.
-    blocks = second_moment.reshape(count, tiles, tile, tiles, tile)
+    blocks = weight.moments["second_moment"].reshape(count, tiles, tile, tiles, tile)
     blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=1, axis2=3), -1, 1)
     back = scale.astype(jnp.float32)[:, None]
-    exact = view.to_matrices(scaled).astype(jnp.float32) * back
+    exact = weight.matrices(scaled) * back
 
     def narrowed(share):
         return quantize_with_scale_zero_point(
@@ -187,8 +156,8 @@ def _clipped(
         )
 
     def error(share):
-        found = view.to_matrices(dequantize(narrowed(share))).astype(jnp.float32)
-        parts = (found * back - exact).reshape(count, rows, tiles, tile)
+        parts = weight.matrices(narrowed(share)) * back - exact
+        parts = parts.reshape(count, rows, tiles, tile)
         return jnp.einsum(
             "mrti,mtij,mrtj->mrt", parts, blocks, parts, precision=lax.Precision.HIGHEST
         )

@@ -23,13 +23,15 @@ from flax import nnx, traverse_util
 from flax.core import FrozenDict
 from jax.core import Tracer
 
+from qwix_train.core import numerics
+from qwix_train.core.records import to_record
 from qwix_train.files import processes, writing
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.ptq import array_tree, stored_arrays, trees
-from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath
+from qwix_train.ptq import stored_arrays, trees
+from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath, path_name
 from qwix_train.values import stored
 
 if TYPE_CHECKING:
@@ -67,9 +69,10 @@ def save(
         FileExistsError: A checkpoint is at the path, and ``overwrite`` is not set; or
             something else is.
         TypeError: A leaf, or ``metadata``, cannot be stored.
-        ValueError: Codes that their type does not have, scales that are not finite or
-            are negative, or paths that are one when their keys are written as text;
-            the message names the params. Or ``metadata`` is nested too deeply.
+        ValueError: Codes that their type does not have, or of a type that neither the
+            rules nor the plan ask for; scales that are not finite or are negative; or
+            paths that are one when their keys are written as text; the message names
+            the params. Or ``metadata`` is nested too deeply.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -137,12 +140,13 @@ def save_async(
     # All processes have to find the same there.
     processes.once(lambda: _check_target(path, overwrite))
     exists = processes.agreed(path.exists())
-    leaves = stored_arrays.leaves(trees.to_tree(params))
-    _check_values(leaves)
-    arrays, records = array_tree.encode(leaves)
+    held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
+    _check_values(held)
+    _check_types(held, rules, plan)
+    arrays, records = stored_arrays.to_arrays(held)
     manifest = Manifest(
         params=records,
-        rules=check_rules(rules),
+        rules=rules,
         plan=None if plan is None else plan.records(),
         metadata=metadata,
     )
@@ -155,7 +159,7 @@ def save_async(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     items = {
-        array_tree.ITEM: ocp.args.PyTreeSave(arrays),
+        stored_arrays.ITEM: ocp.args.PyTreeSave(arrays),
         _MANIFEST: ocp.args.JsonSave(record),
     }
     checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
@@ -212,31 +216,22 @@ def restore(
         return trees.with_tree(abstract, tree)
     path = writing.followed(epath.Path(path))
     manifest = read_manifest(path)
-    model = None if abstract is None else stored_arrays.leaves(abstract)
-    if model is not None:
-        _check_same_model(path, manifest.params, [leaf.describe() for leaf in model])
+    wanted = {}
+    if abstract is not None:
+        wanted = {p.path: p for p in stored_arrays.params_of(abstract)}
+        model = [stored_arrays.described(param) for param in wanted.values()]
+        _check_same_model(path, manifest.params, model)
     _check_shardings(path, shardings, manifest.params)
     targets = {}
-    wanted = {} if model is None else {leaf.path: leaf for leaf in model}
     for param in manifest.params:
         given = _at(shardings, param.path)
         if given is None and param.path in wanted:
-            given = stored_arrays.rebuild(wanted[param.path], wanted[param.path].arrays)
+            given = stored_arrays.value_of(wanted[param.path])
         targets[param.path] = stored_arrays.shardings_of(param, given)
-    arrays = array_tree.read(path, manifest.params, targets)
-    values = {}
-    for param in manifest.params:
-        decoded = {
-            name: stored_arrays.decode(arrays.pop((param.path, name)), record, target)
-            for (name, record), target in zip(
-                param.arrays.items(), targets[param.path].values(), strict=True
-            )
-        }
-        leaf = stored_arrays.Leaf(
-            param.path, decoded, param.qtype, param.how, param.layout
-        )
-        values[param.path] = stored_arrays.rebuild(leaf, decoded)
-    tree = traverse_util.unflatten_dict(values)
+    params = stored_arrays.read(path, manifest.params, targets)
+    tree = traverse_util.unflatten_dict(
+        {param.path: stored_arrays.value_of(param) for param in params}
+    )
     if abstract is None:
         return tree
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(tree))
@@ -307,7 +302,7 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
 
     def is_one() -> bool:
         names = {file.name for file in path.iterdir()} if path.is_dir() else {""}
-        return not names or {array_tree.ITEM, _MANIFEST} <= names
+        return not names or {stored_arrays.ITEM, _MANIFEST} <= names
 
     writing.check_target(
         path,
@@ -317,18 +312,42 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
     )
 
 
-def _check_values(leaves: Sequence[stored_arrays.Leaf]) -> None:
+def _check_values(params: Sequence[StoredParam]) -> None:
     """Complains of params that there is nothing to write of, before a file is made."""
-    if not leaves:
+    if not params:
         raise ValueError("There is no param to save: the tree is empty.")
-    for leaf in leaves:
-        for array in leaf.arrays.values():
+    for param in params:
+        for array in param.arrays.values():
             if isinstance(array, jax.ShapeDtypeStruct | Tracer):
                 raise TypeError(
-                    f"Param {'/'.join(map(str, leaf.path))!r} has no values, but is a "
+                    f"Param {param.name!r} has no values, but is a "
                     f"{type(array).__name__}: save params outside of jit, and not "
                     "their shapes."
                 )
+
+
+def _check_types(
+    params: Sequence[StoredParam], rules: Sequence[QuantizationRule], plan: Plan | None
+) -> None:
+    """Complains of codes that the rules or the plan of a manifest did not make."""
+    asked = {rule.weight_qtype for rule in rules} - {None}
+    by_rules = set(map(numerics.qtype_name, asked))
+    wrong = []
+    for param in params:
+        types = by_rules if rules else {param.qtype}
+        path = tuple(map(str, param.path))
+        for planned in () if plan is None else map(plan.params.get, (path, path[1:])):
+            if planned is not None and planned.how is not None:
+                types = {numerics.qtype_name(planned.how.qtype)}
+        if param.qtype is not None and param.qtype not in types:
+            says = " or ".join(sorted(map(str, types))) or "float"
+            wrong.append(f"{param.name} has codes of {param.qtype}, not {says}")
+    if wrong:
+        raise ValueError(
+            "The params were not quantized by the rules or the plan that they would be "
+            f"saved with: {plan_table.some(wrong, 3)}. Give those that they were "
+            "quantized by, or none."
+        )
 
 
 def _finish(
@@ -361,8 +380,8 @@ def _check_shardings(
             if all(param.path[: len(here)] != here for param in params):
                 names = plan_table.some([param.name for param in params], 3)
                 raise ValueError(
-                    f"There is a sharding for {_joined(here)!r}, where the checkpoint "
-                    f"at {path} has no param. It has {names}."
+                    f"There is a sharding for {path_name(here)!r}, where the "
+                    f"checkpoint at {path} has no param. It has {names}."
                 )
             _check_shardings(path, below, params, here)
         return
@@ -371,13 +390,9 @@ def _check_shardings(
             leaf, "sharding"
         ):
             raise TypeError(
-                f"The sharding of {_joined(at) or 'all params'} is {leaf!r}. Expected "
-                "a jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
+                f"The sharding of {path_name(at) or 'all params'} is {leaf!r}. "
+                "Expected a jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
             )
-
-
-def _joined(path: TreePath) -> str:
-    return "/".join(map(str, path))
 
 
 def _check_same_model(
@@ -388,9 +403,9 @@ def _check_same_model(
     missing = [p.name for p in want if p.path not in checkpoint]
     unexpected = [p.name for p in have if p.path not in model]
     different = [
-        f"{p.name} ({text}, but in the model {_text(model[p.path])})"
+        f"{p.name} ({text}, but in the model {other})"
         for p in have
-        if p.path in model and (text := _text(p)) != _text(model[p.path])
+        if (q := model.get(p.path)) and (text := _text(p, q)) != (other := _text(q, p))
     ]
     problems = [
         f"{title}: {plan_table.some(names, 3)}."
@@ -414,10 +429,13 @@ def _check_same_model(
         )
 
 
-def _text(param: StoredParam) -> str:
-    """All of a param that has to agree, as text."""
+def _text(param: StoredParam, other: StoredParam) -> str:
+    """All of a param that has to agree; of how it was quantized only what does not."""
     arrays = [f"{k} {a.dtype}{list(a.shape)}" for k, a in param.arrays.items()]
-    how = param.how and dataclasses.replace(param.how, noise_fn=None)
+    how = ["no how"]
+    if param.how is not None:
+        others = {} if other.how is None else to_record(other.how)
+        fields = to_record(param.how).items()
+        how = [f"{k}={v!r}" for k, v in fields if k not in others or others[k] != v]
     layout = [] if param.layout is None else [str(param.layout)]
-    qtype = param.qtype or "not quantized"
-    return ", ".join([qtype, *arrays, str(how or "no how"), *layout])
+    return ", ".join([param.qtype or "not quantized", *arrays, *how, *layout])

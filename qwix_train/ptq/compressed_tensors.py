@@ -16,11 +16,10 @@ implementation of it has, which is what makes a file load there.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from qwix_train.files import json_text, processes, writing
 from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.trees import to_tree
+from qwix_train.trace.function import by_path
 from qwix_train.values import stored
 
 # Where a file says which params its tensors are, so that a tree comes back as it was.
@@ -111,7 +111,15 @@ def save_compressed_tensors(
         activations = compressed_config.dynamic_activations(act_qtype)
     writer = _Writer(rename, activations, int8_format)
     static = {}
-    for path, leaf in _flatten(to_tree(params)):
+    leaves = (WithAux, *stored.QUANTIZED_ARRAYS)
+    flat = by_path(to_tree(params), lambda value: isinstance(value, leaves))
+    for path, leaf in flat.items():
+        if path[-1] == "qvalue":
+            raise ValueError(
+                f"{'/'.join(path[:-2])} is a quantized param as a pure dict, which "
+                "does not say its type. Pass the NNX model, or a tree with WithAux "
+                "leaves."
+            )
         leaf = processes.whole(leaf)
         if path[-1] in _STATIC:
             static[path] = leaf
@@ -133,7 +141,6 @@ def _write(folder: pathlib.Path, writer: _Writer, overwrite: bool) -> None:
     writing.finish(folder)
     _check_folder(folder, overwrite)
     config_file = folder / safetensors_files.CONFIG
-    config = json_text.read(config_file) if config_file.exists() else {}
     entry = {_ENTRY: compressed_config.make_config(writer.layers)}
     metadata = {
         # What readers of the hub look for; it says nothing on layout.
@@ -141,7 +148,8 @@ def _write(folder: pathlib.Path, writer: _Writer, overwrite: bool) -> None:
         _PARAMS: json.dumps(writer.recorded),
         **safetensors_files.config_metadata(entry),
     }
-    text = json_text.dump({**config, **entry}, str(config_file), indent=2) + "\n"
+    config = {**_config(config_file), **entry}
+    text = json_text.dump(config, str(config_file), indent=2) + "\n"
     writing.write_together(
         folder,
         {
@@ -166,18 +174,24 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
                 f"{folder} holds {other.name}, which readers would take for the "
                 "checkpoint, or for part of it. Remove it, or pass another folder."
             )
-    is_one = functools.partial(_is_checkpoint, file, config_file)
-    what = "of a compressed-tensors checkpoint"
-    writing.check_target(file, what=what, is_one=is_one, overwrite=overwrite)
-    if config_file.exists() and _ENTRY in json_text.read(config_file):
-        writing.check_target(config_file, what=what, is_one=is_one, overwrite=overwrite)
+
+    def is_one() -> bool:
+        entry = _config(config_file).get(_ENTRY)
+        is_ours = _PARAMS in safetensors_files.read_metadata(file)
+        is_any = isinstance(entry, dict) and entry.get("quant_method") == _METHOD
+        return is_ours or is_any
+
+    for target in [file, config_file] if _ENTRY in _config(config_file) else [file]:
+        writing.check_target(
+            target,
+            what="of a compressed-tensors checkpoint",
+            is_one=is_one,
+            overwrite=overwrite,
+        )
 
 
-def _is_checkpoint(file: pathlib.Path, config_file: pathlib.Path) -> bool:
-    if _PARAMS in safetensors_files.read_metadata(file):
-        return True
-    entry = json_text.read(config_file).get(_ENTRY) if config_file.exists() else None
-    return isinstance(entry, dict) and entry.get("quant_method") == _METHOD
+def _config(file: pathlib.Path) -> dict[str, Any]:
+    return json_text.read(file) if file.exists() else {}
 
 
 def load_compressed_tensors(
@@ -212,7 +226,7 @@ def load_compressed_tensors(
     path = pathlib.Path(path)
     writing.finish(path if path.is_dir() else path.parent)
     tensors, metadata, config_file = safetensors_files.read_checkpoint(path)
-    whole = json_text.read(config_file) if config_file.exists() else {}
+    whole = _config(config_file)
     safetensors_files.check_config(metadata, whole, config_file)
     config = whole.get(_ENTRY)
     if config is not None:
@@ -238,31 +252,30 @@ def load_compressed_tensors(
     return reader.tree()
 
 
+@dataclasses.dataclass
 class _Writer:
     """Collects the tensors of a checkpoint.
 
     Attributes:
+        rename: As in `save_compressed_tensors`.
+        activations: How activations are quantized where they have no static range.
+        int8_format: As in `save_compressed_tensors`.
         tensors: The tensors, by name.
         layers: The scheme of each quantized layer, by name.
         recorded: The path and rank of each param, by the name of its tensor.
+        layers_of: The names of the quantized layers of each module, by its path.
     """
 
-    def __init__(
-        self,
-        rename: Callable[[str], str] | None,
-        activations: dict[str, Any] | None,
-        int8_format: str,
-    ):
-        self._rename, self._activations = rename, activations
-        self._int8_format = int8_format
-        self._modules: dict[str, list[str]] = {}
-        self.tensors: dict[str, np.ndarray] = {}
-        self.layers: dict[str, dict[str, Any]] = {}
-        self.recorded: dict[str, tuple[str, int]] = {}
+    rename: Callable[[str], str] | None
+    activations: dict[str, Any] | None
+    int8_format: str
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    recorded: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    layers_of: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def add(self, path: tuple[str, ...], leaf: Any) -> None:
         where = "/".join(path)
-        rename = self._rename
         if isinstance(leaf, stored.QUANTIZED_ARRAYS):
             raise ValueError(
                 f"{where} is a {type(leaf).__name__} that does not say how it was "
@@ -278,7 +291,9 @@ class _Writer:
                     "ptq.save."
                 )
             return
-        name = rename(where) if rename else _default_name(path, leaf.ndim)
+        name = _default_name(path, leaf.ndim)
+        if self.rename is not None:
+            name = self.rename(where)
         if name in self.recorded:
             other = self.recorded[name][0]
             raise ValueError(
@@ -296,12 +311,12 @@ class _Writer:
             raise ValueError(f"{where} cannot be written: {error}.") from error
         layer = name.removesuffix("weight").removesuffix(".")
         self.layers[layer] = scheme
-        self._modules.setdefault("/".join(path[:-1]), []).append(layer)
+        self.layers_of.setdefault("/".join(path[:-1]), []).append(layer)
 
     def _encode(self, name: str, array: Any) -> dict[str, Any]:
         if not isinstance(array, QArray):
             raise ValueError("it is the scale of an activation other than a layer's")
-        format = compressed_layers.layer_format(array.qtype, self._int8_format)
+        format = compressed_layers.layer_format(array.qtype, self.int8_format)
         tensors, args = compressed_layers.encode_layer(array, format)
         if name.rpartition(".")[2] != "weight":
             raise ValueError(
@@ -309,13 +324,12 @@ class _Writer:
             )
         prefix = name.removesuffix("weight")
         self.tensors.update({prefix + part: x for part, x in tensors.items()})
-        activations = self._activations
-        return {"format": format, "weights": args, "input_activations": activations}
+        return dict(format=format, weights=args, input_activations=self.activations)
 
     def add_static(self, path: Path, leaf: Any, symmetric: bool) -> None:
         """Adds the static scale, or zero point, of the input of a layer."""
         where, kind = "/".join(path), _STATIC[path[-1]]
-        layers = self._modules.get("/".join(path[:-1]), [])
+        layers = self.layers_of.get("/".join(path[:-1]), [])
         value = leaf.array if isinstance(leaf, WithAux) else leaf
         if len(layers) != 1 or value.size != 1:
             raise ValueError(
@@ -334,17 +348,21 @@ class _Writer:
         self.tensors[name] = value if kind == "scale" else value.astype(np.int8)
 
 
+@dataclasses.dataclass
 class _Reader:
-    """Collects the params of a checkpoint, by path."""
+    """Collects the params of a checkpoint.
 
-    def __init__(
-        self,
-        rename: Callable[[str], str] | None,
-        recorded: Mapping[str, tuple[str, int]],
-    ):
-        self._rename, self._recorded = rename, recorded
-        self.params: dict[tuple[str, ...], Any] = {}
-        self._names: dict[tuple[str, ...], str] = {}
+    Attributes:
+        rename: As in `load_compressed_tensors`.
+        recorded: The path and rank of params, by the names of their tensors.
+        params: The params, by path.
+        names: The names of the tensors that they come from, by path.
+    """
+
+    rename: Callable[[str], str] | None
+    recorded: Mapping[str, tuple[str, int]]
+    params: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
+    names: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """The params as nested dicts.
@@ -352,27 +370,27 @@ class _Reader:
         Raises:
             ValueError: A tensor would be a param, and a module that holds others.
         """
-        for path, name in self._names.items():
+        for path, name in self.names.items():
             for end in range(1, len(path)):
-                if path[:end] in self._names:
+                if path[:end] in self.names:
                     raise ValueError(
-                        f"{self._names[path[:end]]} would become the param "
+                        f"{self.names[path[:end]]} would become the param "
                         f"{'/'.join(path[:end])}, and {name} a param within it. Pass "
                         "`rename`."
                     )
         return traverse_util.unflatten_dict(self.params)
 
     def add(self, name: str, leaf: Any) -> tuple[str, ...]:
-        if self._rename is not None:
-            where = self._rename(name)
-        elif name in self._recorded:
-            where = self._recorded[name][0]
+        if self.rename is not None:
+            where = self.rename(name)
+        elif name in self.recorded:
+            where = self.recorded[name][0]
         else:
             where = _default_path(name, leaf.ndim)
         path = tuple(where.split("/"))
         if path in self.params:
             raise ValueError(f"{name} and another tensor would both become {where}.")
-        self._names[path] = name
+        self.names[path] = name
         transposed = _is_transposed(path, leaf.ndim)
         self.params[path] = _transpose(leaf) if transposed else leaf
         return path
@@ -390,7 +408,7 @@ class _Reader:
         path = self.add(f"{prefix}weight", weight)
         for kind, (value, how) in ranges.items():
             (name,) = Leaf(_INPUTS[0], kind).path
-            where, ndim = self._recorded.get(f"{prefix}input_{kind}", (name, 2))
+            where, ndim = self.recorded.get(f"{prefix}input_{kind}", (name, 2))
             value = jnp.asarray(value).reshape((1,) * ndim)
             leaf = value if how is None else WithAux(value, how)
             self.params[(*path[:-1], where.rpartition("/")[2])] = leaf
@@ -421,22 +439,6 @@ def _static_ranges(
     if zero is not None and asymmetric:
         result["zero_point"] = (zero.astype(numerics.storage_dtype(qtype)), None)
     return result
-
-
-def _flatten(
-    tree: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        where = (*path, str(key))
-        if not isinstance(value, Mapping):
-            yield where, value
-        elif "qvalue" in value:
-            raise ValueError(
-                f"{'/'.join(path)} is a quantized param as a pure dict, which does not "
-                "say its type. Pass the NNX model, or a tree with WithAux leaves."
-            )
-        else:
-            yield from _flatten(value, where)
 
 
 def _is_transposed(path: tuple[str, ...], ndim: int) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import core, lax
+from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.operands import is_concrete
 from qwix_train.core.qarray import (
     QArray,
     calibrate,
@@ -22,9 +23,13 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.calibrated_weight import QuantizedWeight, Weight
-from qwix_train.ptq.weight_matrices import MatrixView, row_tile
-from qwix_train.ptq.weight_method import WeightMethod
+from qwix_train.ptq.weight_matrices import row_tile
+from qwix_train.ptq.weight_method import (
+    Finding,
+    QuantizedWeight,
+    Weight,
+    WeightMethod,
+)
 
 
 class Gptq(WeightMethod):
@@ -116,24 +121,18 @@ class Gptq(WeightMethod):
         how, size, note = weight.how, None, ""
         if how.tiled_axes and not self.static_groups:
             size = row_tile(weight.view, how)
-        if how.tiled_axes and not self.static_groups and size is None:
-            note = (
-                "tiles are not in the order of channels: scales from the float weight"
-            )
-        array, ok = _quantize(
-            weight.param,
-            2 * weight.moments["second_moment"],
-            view=weight.view,
-            how=how,
-            options=Options(self.damping, self.block_size, self.act_order, size),
-        )
-        if not isinstance(ok, core.Tracer) and not np.all(np.asarray(ok)):
+            if size is None:
+                note = "tiles are not in the order of channels: "
+                note += "scales from the float weight"
+        options = Options(self.damping, self.block_size, self.act_order, size)
+        array, ok = _quantize(weight, options)
+        if is_concrete(ok) and not np.all(np.asarray(ok)):
             raise ValueError(
                 f"The Hessian of {weight.name} is not positive definite with "
                 f"damping={self.damping}: too few inputs were collected for its "
                 f"{weight.view.channels} channels. Collect more, or raise damping."
             )
-        return QuantizedWeight(array, note=note)
+        return QuantizedWeight(array, Finding(note))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,16 +305,10 @@ def tile_scale(
     return numerics.scale_in_dtype(scale, dtype), zero_point
 
 
-@functools.partial(jax.jit, static_argnames=("view", "how", "options"))
-def _quantize(
-    param: jax.Array,
-    hessian: jax.Array,
-    *,
-    view: MatrixView,
-    how: HowToQuantize,
-    options: Options,
-) -> tuple[QArray, jax.Array]:
+@functools.partial(jax.jit, static_argnames="options")
+def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
     """The codes of a stored param, and which Hessians were positive definite."""
+    param, how, view = weight.param, weight.how, weight.view
     scale, zero_point = compute_scale_zero_point(calibrate(param, how), how.qtype)
 
     def one(parts):
@@ -325,8 +318,8 @@ def _quantize(
     matrices, scales, zeros, ok = lax.map(
         one,
         (
-            view.to_matrices(param).astype(jnp.float32),
-            hessian,
+            weight.matrices(),
+            2 * weight.moments["second_moment"],
             *spread((scale, zero_point)),
         ),
     )

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.qarray import QArray
 from qwix_train.ops.vectors import Channels
-from qwix_train.ptq.calibrated_weight import QuantizedWeight, Scale, Weight
 from qwix_train.ptq.input_statistics import WeightInput
-from qwix_train.ptq.weight_matrices import MatrixView
-from qwix_train.ptq.weight_method import WeightMethod
+from qwix_train.ptq.weight_method import (
+    Finding,
+    QuantizedWeight,
+    Scale,
+    Weight,
+    WeightMethod,
+)
 from qwix_train.values import stored
-
-
-@dataclasses.dataclass(frozen=True)
-class ChannelScale:
-    """What a weight is multiplied by.
-
-    Attributes:
-      factors: a positive number for each channel, shape (matrices, channels), float32.
-      note: what the report says of it.
-      errors: see `QuantizedWeight`.
-      reason: see `QuantizedWeight`.
-    """
-
-    factors: jax.Array
-    note: str = ""
-    errors: tuple[jax.Array, jax.Array] | None = None
-    reason: str = ""
 
 
 class InputScaling(WeightMethod):
@@ -59,8 +46,13 @@ class InputScaling(WeightMethod):
         return ""
 
     @abc.abstractmethod
-    def channel_scale(self, weight: Weight) -> ChannelScale:
-        """What the weight is multiplied by."""
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
+        """What the weight is multiplied by, and what the report says of it.
+
+        Returns:
+          A positive number for each channel, shape (matrices, channels), float32; and
+          the finding.
+        """
 
     def rounded(self, scaled: jax.Array, weight: Weight, scale: jax.Array) -> QArray:
         """The codes of a scaled weight.
@@ -83,21 +75,14 @@ class InputScaling(WeightMethod):
             collected.
         """
         (found,) = weight.inputs
-        chosen = self.channel_scale(weight)
-        scale = input_scale(chosen.factors, found)
-        values = stored_scale(found, scale)
-        scaled = scaled_weight(weight.param, scale, weight.view)
-        array = self.rounded(scaled, weight, scale)
+        factors, said = self.channel_scale(weight)
+        scale = input_scale(factors, found)
         ranges = None
         if found.static is not None:
             ranges = scaled_range(found, weight, scale)
-        return QuantizedWeight(
-            array,
-            Scale(scale, values, ranges),
-            chosen.note,
-            chosen.errors,
-            chosen.reason,
-        )
+        kept = Scale(scale, stored_scale(found, scale), ranges)
+        array = self.rounded(weight.divided(scale), weight, scale)
+        return QuantizedWeight(array, said, kept)
 
 
 def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
@@ -106,18 +91,6 @@ def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
     Rounded as the model will read it; only then it is taken out of the weight.
     """
     return (1 / factors).astype(found.dtype)
-
-
-def scaled_weight(param: jax.Array, scale: jax.Array, view: MatrixView) -> jax.Array:
-    """A stored weight, divided by the scale of its input.
-
-    Args:
-      param: the param.
-      scale: the scale, shape (matrices, channels).
-      view: how the param is read as matrices.
-    """
-    each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], view.shape)
-    return (param / view.from_matrices(each)).astype(param.dtype)
 
 
 def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
@@ -132,13 +105,12 @@ def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
       same for every entry.
     """
     assert isinstance(found.channels, Channels)
-    axes = (*found.channels.groups, *found.channels.contracting)
-    depth = len(found.layers)
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    scale = scale.reshape(*found.layers, *(found.shape[axis] for axis in axes))
-    scale = scale.transpose((*range(depth), *(depth + i for i in order)))
-    own = [n if axis in axes else 1 for axis, n in enumerate(found.shape)]
-    scale = scale.reshape(*found.layers, *own)
+    axes = *found.channels.groups, *found.channels.contracting
+    rest = [axis for axis in range(len(found.shape)) if axis not in axes]
+    sizes = *(found.shape[axis] for axis in axes), *(1 for _ in rest)
+    scale = scale.reshape(*found.layers, *sizes)
+    order = np.argsort((*axes, *rest)) + len(found.layers)
+    scale = scale.transpose((*range(len(found.layers)), *order))
     return jnp.broadcast_to(scale, (*found.layers, *found.scaled_shape))
 
 

@@ -73,6 +73,8 @@ class InputMoments:
         del how
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         groups, _, channels = jax.eval_shape(self.channels.samples, x).shape
+        if (members := jax.eval_shape(self.channels.members, x)) is not None:
+            groups = members.shape[0]
         one = jnp.zeros((groups, channels), jnp.float32)
         state = {"absmean": one, "min": one, "max": one}
         if self.second_moment:
@@ -103,6 +105,7 @@ class InputMoments:
             where the model is called in `jax.vmap`.
         """
         del how
+        members = self.channels.members(x)
         x = self.channels.samples(x.astype(jnp.float32))
         kept = jnp.ones(x.shape[1], bool)
         if counts is not None:
@@ -112,25 +115,31 @@ class InputMoments:
             x = jnp.where(kept[:, None], x, 0)
         count = kept.sum(dtype=jnp.float32)
         some = jnp.maximum(count, 1)
-        batch = {
-            "samples": count,
-            "absmean": jnp.sum(jnp.abs(x), 1) / some,
-            "min": jnp.min(x, 1, where=kept[:, None], initial=jnp.inf),
-            "max": jnp.max(x, 1, where=kept[:, None], initial=-jnp.inf),
-        }
-        if self.second_moment:
-            batch["second_moment"] = (
-                jnp.einsum("gni,gnj->gij", x, x, precision=jax.lax.Precision.HIGHEST)
-                / some
+        # By the number of vectors before, so that each batch has draws of its own.
+        key = jax.random.fold_in(jax.random.key(0), state["samples"].astype(jnp.uint32))
+        drawn = jnp.where(kept, jax.random.uniform(key, kept.shape), -1)
+        priority, first = lax.top_k(drawn, min(self.rows, len(kept)))
+
+        def of_group(x):
+            found = {
+                "absmean": jnp.sum(jnp.abs(x), 0) / some,
+                "min": jnp.min(x, 0, where=kept[:, None], initial=jnp.inf),
+                "max": jnp.max(x, 0, where=kept[:, None], initial=-jnp.inf),
+            }
+            if self.second_moment:
+                product = jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST)
+                found["second_moment"] = product / some
+            if self.rows:
+                found |= {"rows": x[first], "priority": priority}
+            return found
+
+        if members is None:
+            batch = jax.vmap(of_group)(x)
+        else:  # one after the other, since each has as many vectors as all together
+            batch = lax.map(
+                lambda own: of_group(jnp.where(own[:, None], x[0], 0)), members
             )
-        if self.rows:
-            # By the number of vectors before, so that each batch has draws of its own.
-            seen = state["samples"].astype(jnp.uint32)
-            key = jax.random.fold_in(jax.random.key(0), seen)
-            drawn = jax.random.uniform(key, x.shape[1:2])
-            priority = jnp.where(kept, drawn, -1)
-            batch["rows"] = x
-            batch["priority"] = jnp.broadcast_to(priority, x.shape[:2])
+        batch["samples"] = count
         merged = self.merge(state, batch)
         # Of no vector at all, nothing is the least.
         return {k: jnp.where(count > 0, v, state[k]) for k, v in merged.items()}

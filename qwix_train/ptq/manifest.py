@@ -57,7 +57,8 @@ class StoredParam:
     Attributes:
       path: its path in the tree.
       arrays: its arrays by name: `qvalue`, `scale` and perhaps `zero_point` if it is
-        quantized, else `value`.
+        quantized, else `value`. In a manifest each is a `StoredArray`; elsewhere it is
+        the array itself, concrete or abstract.
       qtype: the type of the codes, or None if it is not quantized.
       how: how it was quantized, without any noise function; None if the tree holds
         the array without its `WithAux`.
@@ -66,7 +67,7 @@ class StoredParam:
     """
 
     path: TreePath
-    arrays: Mapping[str, StoredArray]
+    arrays: Mapping[str, Any]
     qtype: str | None = None
     how: HowToQuantize | None = None
     layout: PackedLayout | None = None
@@ -263,11 +264,11 @@ def _param_to_json(param: StoredParam) -> dict[str, Any]:
 
 def _param_from_json(record: Mapping[str, Any]) -> StoredParam:
     how = record["how"] and how_of_record(record["how"])
+    layout = record["layout"] and PackedLayout(**record["layout"])
     arrays = {
         name: StoredArray(**{**fields, "shape": tuple(fields["shape"])})
         for name, fields in record["arrays"].items()
     }
-    layout = record["layout"] and PackedLayout(**record["layout"])
     return StoredParam(tuple(record["path"]), arrays, record["qtype"], how, layout)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, traverse_util
 from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer
 
+from qwix_train.calib.ranges import collected_ranges, states_in
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.frontends import linen as linen_calls
@@ -27,10 +28,11 @@ from qwix_train.planning import static_range
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf, Path, range_of, scale_path
 from qwix_train.planning.plan import Plan
-from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule, rule_of_range
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
+from qwix_train.qat.quant_stat import quant_stats_in
 from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
 from qwix_train.values import stored
@@ -169,15 +171,10 @@ def quantize_tree(
             "or ptq.abstract_params(fn, params, rules, *inputs).",
             stacklevel=3,
         )
-    tree = jax.tree.unflatten(structure, quantized)
-    if any(value is _LEFT_OUT for value in quantized):
-        tree = _pruned(tree)
-        tree = {} if tree is _LEFT_OUT else tree
     quant_stats, added = finish(target)
     ranges = {**_static_ranges(quant_stats, target), **given.ranges}
     _check_ranges({names for names, _ in flat}, ranges, target)
-    for path, value in {**ranges, **added}.items():
-        tree = inserted(tree, path, value)
+    tree = _rebuilt(structure, quantized, {**ranges, **added})
     if in_module:
         return trees.plain(tree)
     return freeze(tree) if frozen else tree
@@ -235,7 +232,8 @@ def quantize(
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
       variables: the other collections of a Linen model, such as `batch_stats`. If
         None, the call makes them. Give those that only `init` makes.
-      quant_stats: see `quantize_params`.
+      quant_stats: see `quantize_params`. If None, an NNX model has its own: what its
+        `QuantStat`s have collected.
       donate: see `quantize_params`; without `params` it is the float arrays of the NNX
         module that are deleted.
       rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
@@ -267,6 +265,8 @@ def quantize(
     if rngs is not None and not isinstance(model, nn.Module):
         kwargs["rngs"] = rngs
     if isinstance(model, nnx.Module):
+        if quant_stats is None:
+            options["quant_stats"] = _own_ranges(model, rules)
         graphdef, held, rest = nnx.split(model, nnx.Param, ...)
         floats = nnx.to_pure_dict(held)
         if params is not None:
@@ -314,6 +314,16 @@ def quantize(
     return quantized, tree
 
 
+def _own_ranges(model: nnx.Module, rules: Sequence[QuantizationRule]) -> dict[str, Any]:
+    """The ranges that an NNX model has collected and that rules ask for."""
+    states = {}
+    for path, stat in quant_stats_in(model):
+        rule = rule_of_range(rules, path)
+        if rule is not None and rule.static_act_ranges:
+            states[path] = stat.get_value()
+    return collected_ranges(traverse_util.unflatten_dict(states), rules)
+
+
 def _check_known(params: Any, abstract: Any) -> None:
     """Complains of params that a model does not have.
 
@@ -342,32 +352,23 @@ def _check_quantized(planned: Plan, tree: Any) -> None:
       planned: the plan of the model.
       tree: its quantized params.
     """
-    flat = stored.by_path(tree)
-    in_collection = hasattr(tree, "keys") and "params" in tree.keys()
-    prefix = ("params",) if in_collection else ()
-    left = {
-        path: flat.get((*prefix, *path))
-        for path, param in planned.params.items()
-        if param.how is not None and not stored.is_quantized(flat.get((*prefix, *path)))
-    }
-    if not left:
-        return
-    named = [
-        f"{'/'.join(path)} ({'is missing' if leaf is None else f'is {_kind(leaf)}'})"
-        for path, leaf in left.items()
-    ]
-    raise ValueError(
-        f"{len(left)} params that the rules quantize did not come out quantized: "
-        f"{plan_table.some(named)}. Give the float params as the model takes them, "
-        "each under a path of its own. To leave one in float, put a rule without "
-        "weight_qtype for its module before the others."
-    )
-
-
-def _kind(leaf: Any) -> str:
-    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-        return f"{leaf.dtype} of shape {tuple(leaf.shape)}"
-    return f"a {type(leaf).__name__}"
+    flat, prefix = stored.by_path(tree), _collection(tree)
+    left = []
+    for path, param in planned.params.items():
+        leaf = flat.get((*prefix, *path))
+        if param.how is None or stored.is_quantized(leaf):
+            continue
+        said = "missing" if leaf is None else f"a {type(leaf).__name__}"
+        if leaf is not None and hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+            said = f"{leaf.dtype} of shape {tuple(leaf.shape)}"
+        left.append(f"{'/'.join(path)} (is {said})")
+    if left:
+        raise ValueError(
+            f"{len(left)} params that the rules quantize did not come out quantized: "
+            f"{plan_table.some(left)}. Give the float params as the model takes them, "
+            "each under a path of its own. To leave one in float, put a rule without "
+            "weight_qtype for its module before the others."
+        )
 
 
 def abstract_params(
@@ -408,23 +409,18 @@ def _abstract(
     provider.check(planned)
     if not planned.quantized_ops:
         raise ValueError(planned.no_match_message())
-    values = provider.store_params(traced, planned)
-    gone = provider.used_up(traced, planned)
-    in_collection = hasattr(params, "keys") and "params" in params.keys()
-    values = {("params", *p) if in_collection else p: x for p, x in values.items()}
+    values = dict.fromkeys(provider.used_up(traced, planned), _LEFT_OUT)
+    values |= provider.store_params(traced, planned)
+    values = {(*_collection(params), *path): x for path, x in values.items()}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    if in_collection:
-        gone = {("params", *path) for path in gone}
-    paths = [param_path(path) for path, _ in leaves]
-    quantized = [
-        values.pop(path, _LEFT_OUT if path in gone else leaf)
-        for path, (_, leaf) in zip(paths, leaves, strict=True)
-    ]
-    tree = jax.tree.unflatten(structure, quantized)
-    tree = _pruned(tree) if gone else tree
-    for path, value in values.items():  # static ranges
-        tree = inserted(tree, path, value)
-    return tree, planned
+    quantized = [values.pop(param_path(path), leaf) for path, leaf in leaves]
+    # What is left is static ranges.
+    return _rebuilt(structure, quantized, values), planned
+
+
+def _collection(params: Any) -> Path:
+    """Where the paths of params begin in a tree: in a collection, or at its root."""
+    return ("params",) if hasattr(params, "keys") and "params" in params.keys() else ()
 
 
 def _target(quantized: Any) -> Any:
@@ -490,6 +486,17 @@ def _delete(param: Any, quantized: Sequence[Any]) -> None:
 _LEFT_OUT = object()
 
 
+def _rebuilt(structure: Any, leaves: Sequence[Any], added: Mapping[Path, Any]) -> Any:
+    """A tree of params from its leaves, without those left out, and with others."""
+    tree = jax.tree.unflatten(structure, leaves)
+    if any(leaf is _LEFT_OUT for leaf in leaves):
+        tree = _pruned(tree)
+        tree = {} if tree is _LEFT_OUT else tree
+    for path, value in added.items():
+        tree = inserted(tree, path, value)
+    return tree
+
+
 def _pruned(tree: Any) -> Any:
     """A nested dictionary without what is left out, or would be empty."""
     if isinstance(tree, WithLeaves):
@@ -524,11 +531,8 @@ def _unknown(names: Path, flat: Mapping[Path, Any]) -> str:
 
 def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any]:
     """The scales and zero points that collected ranges give."""
-    groups: dict[Path, dict[str, Any]] = {}
-    for path, value in stored.by_path(stored.unbox(quant_stats or {})).items():
-        groups.setdefault(path[:-1], {})[path[-1]] = value
     ranges: dict[Path, Any] = {}
-    for path, statistics in groups.items():
+    for path, statistics in states_in(stored.unbox(quant_stats or {})).items():
         # Params may stand in a collection, and the statistics in one of their own.
         places = [path, ("params", *path)]
         path = next((p for p in places if scale_path(p) in flat), path)
@@ -546,9 +550,8 @@ def _range(
     path: Path, statistics: Mapping[str, Any], scale: WithAux
 ) -> dict[Path, Any]:
     """The scale and zero point of one range."""
-    wanted = ["absmax"]
-    if needs_zero_point(scale.how.calibration_method):
-        wanted = ["max", "min"]
+    method = scale.how.calibration_method
+    wanted = ["max", "min"] if needs_zero_point(method) else ["absmax"]
     given = sorted(end for _, end in static_range.ends_in(statistics))
     if not given and len(statistics) > 1:
         raise ValueError(
@@ -559,7 +562,7 @@ def _range(
     if given != wanted:
         raise ValueError(
             f"The quant_stats of {'/'.join(path)!r} have the range {given}, and the "
-            f"calibration method {scale.how.calibration_method!r} takes {wanted}."
+            f"calibration method {method!r} takes {wanted}."
         )
     params = static_range.from_statistics(path, statistics, scale.how)
     shape = params[scale_path(path)].shape

@@ -84,16 +84,14 @@ def to_qwix(params: Any, like: Any = None) -> Any:
             array = _reshape(where, array, target)
             if pure:
                 return plain(WithAux(array, leaf.how))
-            qtype = numerics.qtype_name(array.qtype)
-            array = classes["QArray"](
-                array.qvalue,
-                array.scale,
-                array.zero_point,
-                "int2" if qtype == "int1" else qtype,
-            )
+            parts = array.qvalue, array.scale, array.zero_point
+            array = classes["QArray"](*parts, _qtype_to_qwix(array.qtype))
         elif pure:
             return plain(leaf)
-        how = _how_to_qwix(leaf.how, classes) if target is None else target.how
+        if target is not None:
+            return classes["WithAux"](array, target.how)
+        qtype = _qtype_to_qwix(leaf.how.qtype)
+        how = _converted(leaf.how, classes["HowToQuantize"], qtype)
         return classes["WithAux"](array, how)
 
     return _map_leaves(convert, to_tree(params), like, "the qwix model")
@@ -262,26 +260,25 @@ def _check_tiles(where: str, array: QArray) -> None:
             )
 
 
-def _how_to_qwix(how: HowToQuantize, classes: Mapping[str, Any]) -> Any:
-    qtype = numerics.qtype_name(how.qtype)
-    return classes["HowToQuantize"](
-        qtype="int2" if qtype == "int1" else qtype,
-        channelwise_axes=how.channelwise_axes,
+def _converted(how: Any, cls: Any, qtype: Any) -> Any:
+    """How a param is quantized, as the other library says it."""
+    return cls(
+        qtype=qtype,
+        channelwise_axes=tuple(how.channelwise_axes),
         tiled_axes=dict(how.tiled_axes),
         calibration_method=how.calibration_method,
         noise_fn=how.noise_fn,
     )
 
 
+def _qtype_to_qwix(qtype: Any) -> str:
+    name = numerics.qtype_name(qtype)
+    return "int2" if name == "int1" else name
+
+
 def _how_from_qwix(where: str, how: Any) -> HowToQuantize:
     try:
-        converted = HowToQuantize(
-            qtype=how.qtype,
-            channelwise_axes=tuple(how.channelwise_axes),
-            tiled_axes=dict(how.tiled_axes),
-            calibration_method=how.calibration_method,
-            noise_fn=how.noise_fn,
-        )
+        converted = _converted(how, HowToQuantize, how.qtype)
     except ValueError as error:
         raise ValueError(f"{where} cannot be converted: {error}") from error
     if numerics.qtype_name(converted.qtype) == "int1":

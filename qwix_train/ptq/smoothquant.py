@@ -20,15 +20,8 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.calibrated_weight import Weight
-from qwix_train.ptq.input_scaling import (
-    ChannelScale,
-    InputScaling,
-    input_scale,
-    scaled_weight,
-)
-from qwix_train.ptq.input_statistics import WeightInput
-from qwix_train.ptq.weight_matrices import MatrixView
+from qwix_train.ptq.input_scaling import InputScaling, input_scale
+from qwix_train.ptq.weight_method import Finding, Weight
 
 
 class SmoothQuant(InputScaling):
@@ -91,78 +84,59 @@ class SmoothQuant(InputScaling):
             raise ValueError(f"alpha={alpha} must be from 0 to 1.")
         self.alpha = alpha
 
-    def channel_scale(self, weight: Weight) -> ChannelScale:
+    def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
         """See `InputScaling.channel_scale`."""
         (found,) = weight.inputs
         moments = weight.moments
         inputs = jnp.maximum(jnp.abs(moments["min"]), jnp.abs(moments["max"]))
-        matrices = weight.view.to_matrices(weight.param).astype(jnp.float32)
-        largest = jnp.max(jnp.abs(matrices), 1)
+        largest = jnp.max(jnp.abs(weight.matrices()), 1)
         alphas = _ALPHAS if self.alpha is None else (self.alpha,)
-        candidates = jnp.stack(
-            [
-                jnp.ones_like(inputs),
-                *(smoothing(inputs, largest, alpha) for alpha in alphas),
-            ]
-        )
+        smoothed = [smoothing(inputs, largest, alpha) for alpha in alphas]
+        candidates = jnp.stack([jnp.ones_like(inputs), *smoothed])
+        how = found.activation
+        each = how is not None and found.static is None and bool(how.channelwise_axes)
         errors, total = _errors(
-            weight.param,
+            weight,
             jax.vmap(lambda factors: input_scale(factors, found))(candidates),
-            {name: moments[name] for name in ("rows", "priority", "min", "max")},
-            view=weight.view,
-            how=weight.how,
-            activation=found.activation,
-            per_row=_has_rows(found),
+            activation=how,
+            per_row=each,
             layers=math.prod(found.layers),
         )
-        best = jnp.argmin(
-            errors, 0
-        )  # Where all are equal the first, which is no smoothing.
+        # Where all are equal the first, which is no smoothing.
+        best = jnp.argmin(errors, 0)
         if self.alpha is not None:
             best = jnp.ones_like(best)
         factors = jnp.take_along_axis(candidates, best[None, :, None], 0)[0]
         after = jnp.take_along_axis(errors, best[None], 0)[0].sum()
         total = jnp.where(total.sum() > 0, total.sum(), 1)
         before, after = errors[0].sum() / total, after / total
-        note, reason = self._said(best, alphas, before, after)
-        return ChannelScale(factors, note, (before, after), reason)
+        return factors, self._said(best, alphas, (before, after))
 
-    def _said(self, best, alphas, before, after) -> tuple[str, str]:
-        """The note and the reason of the report."""
+    def _said(self, best, alphas, errors) -> Finding:
+        """What the report says."""
         if isinstance(best, core.Tracer):
-            return "", ""
+            return Finding(errors=errors)
         best = np.asarray(best)
         if not best.any():
-            return "", "no smoothing makes its outputs better"
+            reason = "no smoothing makes its outputs better"
+            return Finding(errors=errors, reason=reason)
         chosen = [alphas[i - 1] for i in best if i]
         low, high = f"{min(chosen):.2g}", f"{max(chosen):.2g}"
         note = f"alpha={low}" + (f" to {high}" if high != low else "")
         if (left := int((best == 0).sum())) > 0:
             note += f"; {left} of {best.size} matrices are left as they are"
-        if after > before:
+        if errors[1] > errors[0]:
             note += "; it makes the outputs worse"
-        return note, ""
+        return Finding(note, errors)
 
 
 _ALPHAS = tuple(i / 10 for i in range(1, 10))
 
 
-def _has_rows(found: WeightInput) -> bool:
-    """Whether each vector of an input has a scale of its own."""
-    how = found.activation
-    return how is not None and found.static is None and bool(how.channelwise_axes)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("view", "how", "activation", "per_row", "layers")
-)
+@functools.partial(jax.jit, static_argnames=("activation", "per_row", "layers"))
 def _errors(
-    param: jax.Array,
+    weight: Weight,
     scales: jax.Array,
-    moments: dict[str, jax.Array],
-    *,
-    view: MatrixView,
-    how: HowToQuantize,
     activation: HowToQuantize | None,
     per_row: bool,
     layers: int,
@@ -170,11 +144,8 @@ def _errors(
     """The squared errors of outputs, quantized with each of some scales of the input.
 
     Args:
-      param: the param.
+      weight: the weight.
       scales: what the input is multiplied by, shape (candidates, matrices, channels).
-      moments: what was collected: vectors, their priorities, and the extremes.
-      view: how the param is read as matrices.
-      how: how it is quantized.
       activation: how the input is, or None.
       per_row: whether each vector has a scale of its own.
       layers: the number of layers, each of which has an input of its own.
@@ -182,8 +153,8 @@ def _errors(
     Returns:
       The errors, shape (candidates, matrices); and the squares of the outputs.
     """
+    moments = weight.moments
     rows = moments["rows"] * (moments["priority"] >= 0)[..., None]
-    matrices = view.to_matrices(param).astype(jnp.float32)
 
     def outputs(rows, matrices):
         return jnp.einsum(
@@ -213,13 +184,13 @@ def _errors(
         scales = spread(compute_scale_zero_point(found, whole.qtype))
         return dequantize(quantize_with_scale_zero_point(x, whole.qtype, *scales))
 
-    exact = outputs(rows, matrices)
+    exact = outputs(rows, weight.matrices())
 
     def error(scale):
         scale = scale.astype(jnp.float32)
-        array = quantize_array(scaled_weight(param, scale, view), how)
-        weight = view.to_matrices(dequantize(array)).astype(jnp.float32)
-        return jnp.square(outputs(rounded_rows(scale), weight) - exact).sum((1, 2))
+        array = quantize_array(weight.divided(scale), weight.how)
+        found = outputs(rounded_rows(scale), weight.matrices(array))
+        return jnp.square(found - exact).sum((1, 2))
 
     return lax.map(error, scales), jnp.square(exact).sum((1, 2))
 

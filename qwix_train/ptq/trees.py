@@ -45,7 +45,7 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
         for path, _ in nnx.to_flat_state(nnx.state(model, kind))
         for length in range(1, len(path) + 1)
     }
-    flat: dict[tuple[str | int, ...], Any] = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Pytree):
             continue
@@ -54,12 +54,20 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
             for name, value in vars(node).items()
             if not name.startswith("_pytree__")
         }
-        leaves, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            held, is_leaf=lambda x: isinstance(x, WithAux | nnx.Variable | nnx.Pytree)
+        )
         for keys, value in leaves:
             names = (*map(str, path), *param_path(keys))
             if isinstance(value, WithAux | nnx.Variable) and names in listed:
-                flat[tuple(map(_as_index, names))] = stored.unbox(value)
-    return traverse_util.unflatten_dict(dict(sorted(flat.items(), key=_order)))
+                flat[names] = stored.unbox(value)
+    # The attributes of an `nnx.List` are the digits of its indices.
+    return traverse_util.unflatten_dict(
+        {
+            tuple(int(name) if name.isdigit() else name for name in names): value
+            for names, value in sorted(flat.items(), key=lambda item: item[0])
+        }
+    )
 
 
 def plain(tree: Any) -> Any:
@@ -88,16 +96,3 @@ def with_tree(model: nnx.Module, tree: Any) -> Any:
     graphdef, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, plain(tree))
     return nnx.merge(graphdef, state)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, WithAux | nnx.Variable | nnx.Pytree)
-
-
-def _as_index(name: str) -> str | int:
-    # The attributes of an `nnx.List` are the digits of its indices.
-    return int(name) if name.isdigit() else name
-
-
-def _order(entry: tuple[tuple[str | int, ...], Any]) -> list[str]:
-    return [str(name) for name in entry[0]]

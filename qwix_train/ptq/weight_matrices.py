@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import ops
+from qwix_train.core import tiling
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.ops.vectors import Vectors
 from qwix_train.trace.analyze import Op
@@ -73,20 +73,16 @@ class MatrixView:
 
     def spread(self, tiled: jax.Array) -> jax.Array:
         """The entry of each element, shape `shape`, of a scale of the stored param."""
-        for axis, (size, count) in enumerate(
-            zip(self.stored, tiled.shape, strict=True)
-        ):
-            if count not in (1, size):
-                tiled = jnp.repeat(tiled, -(-size // count), axis)
-                tiled = lax.slice_in_dim(tiled, 0, size, axis=axis)
-        return self.to_matrices(jnp.broadcast_to(tiled, self.stored))
+        whole = jnp.zeros(self.stored, tiled.dtype)
+        spread = tiling.elementwise(
+            lambda x, entry: jnp.broadcast_to(entry, x.shape), whole, tiled
+        )
+        return self.to_matrices(spread)
 
     def gathered(self, matrices: jax.Array, shape: Sequence[int]) -> jax.Array:
         """What `spread` was given, for entries that are the same within each tile."""
         stored = self.from_matrices(matrices)
-        steps = [
-            -(-size // count) for size, count in zip(self.stored, shape, strict=True)
-        ]
+        steps = tiling.tile_sizes(self.stored, shape)
         return stored[tuple(slice(None, None, step) for step in steps)]
 
 

@@ -7,35 +7,152 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx, traverse_util
-from jax import core
 from jax import numpy as jnp
 
-from qwix_train.calib.collector import Collector, Step
+from qwix_train.calib.calibrator import Collector, Step, merge_stats
 from qwix_train.calib.observe import Observed
+from qwix_train.calib.ranges import states_in
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.qarray import WithAux
+from qwix_train.core.operands import as_float, is_concrete
+from qwix_train.core.qarray import MaybeQArray, QArray, WithAux
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import SIDES, OperandName, Path, pre_quant_scale_path
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.ptq.calibrated_weight import (
-    QuantizedWeight,
-    Weight,
-    output_error,
-)
 from qwix_train.ptq.given_scales import GivenScales
-from qwix_train.ptq.input_statistics import (
-    InputTagging,
-    WeightInput,
-)
+from qwix_train.ptq.input_statistics import InputTagging, WeightInput
 from qwix_train.ptq.params import quantize_tree, quantized_leaf
 from qwix_train.ptq.provider import PtqProvider
+from qwix_train.ptq.weight_matrices import MatrixView
 from qwix_train.ptq.weight_report import WeightRecord, WeightReport
 from qwix_train.values import stored
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("param", "moments"),
+    meta_fields=("how", "view"),
+    drop_fields=("inputs",),  # Weights that differ in their names are compiled once.
+)
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight, with all that a method may look at.
+
+    Compiled functions take it as an argument, in which it has no `inputs`.
+
+    Attributes:
+      param: the stored param, a float array.
+      how: how it is to be quantized.
+      view: how it is read as matrices, of shape (matrices, rows, channels).
+      moments: the statistics of all that enters them: ``absmean``, ``min`` and
+        ``max``, shape (matrices, channels), and ``second_moment``, shape (matrices,
+        channels, channels), if the method collects that.
+      inputs: the inputs of the products that read it.
+    """
+
+    param: jax.Array
+    how: HowToQuantize
+    view: MatrixView
+    moments: Mapping[str, jax.Array]
+    inputs: tuple[WeightInput, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The ops that read it."""
+        return ", ".join(found.name for found in self.inputs)
+
+    def matrices(self, array: MaybeQArray | None = None) -> jax.Array:
+        """The param, or an array in its place, as matrices, in float32."""
+        array = as_float(self.param if array is None else array)
+        return self.view.to_matrices(array).astype(jnp.float32)
+
+    def divided(self, scale: jax.Array) -> jax.Array:
+        """The param, divided by a scale of its input, shape (matrices, channels)."""
+        each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], self.view.shape)
+        return (self.param / self.view.from_matrices(each)).astype(self.param.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the input of a weight is multiplied by.
+
+    Attributes:
+      channels: the scale, shape (matrices, channels).
+      stored: the same, as it is kept among the params (see `pre_quant_scale`).
+      range: the statistics of the range of the scaled input, if that is static.
+    """
+
+    channels: jax.Array
+    stored: jax.Array
+    range: dict[str, jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What the report says of a weight.
+
+    Attributes:
+      note: a note.
+      errors: the errors of the outputs, as a share of their square, of rounding to
+        nearest and of this; None for those of the weight alone.
+      reason: why the weight was left as it is; empty if it was not.
+    """
+
+    note: str = ""
+    errors: tuple[jax.Array, jax.Array] | None = None
+    reason: str = ""
+
+
+class QuantizedWeight(NamedTuple):
+    """What a method makes of a weight.
+
+    Attributes:
+      array: its codes and scales.
+      found: what the report says of it.
+      scale: what its input is multiplied by, if it is.
+    """
+
+    array: QArray
+    found: Finding
+    scale: Scale | None = None
+
+
+def output_error(
+    weight: Weight, array: QArray, scale: jax.Array | None = None
+) -> jax.Array:
+    """The squared error of the outputs, as a share of their square.
+
+    With the error ``E`` of the weight and the second moment ``M`` of the input, summed
+    over matrices, ``trace(E M E^T) / trace(W M W^T)``.
+
+    Args:
+      weight: the weight.
+      array: what it was quantized to.
+      scale: what its input is multiplied by, shape (matrices, channels), or None.
+    """
+    matrices, approximate = weight.matrices(), weight.matrices(array)
+    if scale is not None:
+        approximate *= scale.astype(jnp.float32)[:, None]
+    moment = weight.moments["second_moment"]
+    total = squared_outputs(matrices, moment).sum()
+    return squared_outputs(matrices - approximate, moment).sum() / total
+
+
+@jax.jit
+def squared_outputs(matrices: jax.Array, second_moment: jax.Array) -> jax.Array:
+    """The mean square of the outputs, ``trace(W M W^T)``, of each matrix.
+
+    Args:
+      matrices: ``W``, shape (matrices, rows, channels).
+      second_moment: ``M``, shape (matrices, channels, channels).
+    """
+    product = jnp.matmul(matrices, second_moment, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(product * matrices, (1, 2))
+
 
 State = Mapping[str, Any]
 """What was collected for each input, by its path: ``Dense_0/dot_general0_lhs``."""
@@ -114,14 +231,7 @@ class WeightMethod(Collector, abc.ABC):
           a: a state; those of an input that only one has are kept.
           b: another one.
         """
-        merged = {**a, **b}
-        for name in a.keys() & b.keys():
-            found = self._tagging.ranges[name]
-            merge = found.statistics.merge
-            for _ in found.layers:
-                merge = jax.vmap(merge)
-            merged[name] = merge(a[name], b[name])
-        return merged
+        return merge_stats(self._tagging, a, b)
 
     def quantize_params(
         self,
@@ -157,8 +267,7 @@ class WeightMethod(Collector, abc.ABC):
         """
         static_range.check_quant_stats(quant_stats)
         self._check_collected()
-        is_module = isinstance(abstract_quantized_params, nnx.Module)
-        job = _Job(self, in_module=is_module)
+        job = _Job(self, isinstance(abstract_quantized_params, nnx.Module))
         tree = quantize_tree(
             params,
             abstract_quantized_params,
@@ -189,7 +298,7 @@ class WeightMethod(Collector, abc.ABC):
             )
         for name in tagging.ranges:
             counts = self.state[name]["count"] if name in self.state else 0
-            if not isinstance(counts, core.Tracer) and not np.all(np.asarray(counts)):
+            if is_concrete(counts) and not np.all(np.asarray(counts)):
                 raise ValueError(
                     f"No input was collected for {name!r}: its op was not reached, or "
                     "every batch was empty or not finite."
@@ -199,7 +308,7 @@ class WeightMethod(Collector, abc.ABC):
 class _Job:
     """One call of `quantize_params`."""
 
-    def __init__(self, method: WeightMethod, *, in_module: bool):
+    def __init__(self, method: WeightMethod, in_module: bool):
         self.method = method
         self.in_module = in_module
         self.tagging = method._tagging
@@ -233,35 +342,27 @@ class _Job:
         reason = weight if isinstance(weight, str) else self.method.obstacle(weight)
         if names in given.weights:
             reason = "its scale stands next to it among the params"
-        record = WeightRecord("/".join(path), tuple(reads), not reason, reason)
+        record = functools.partial(WeightRecord, "/".join(path), tuple(reads))
         if reason or isinstance(weight, str):
-            self.records.append(record)
+            self.records.append(record(False, reason))
             self.unscaled += [(*prefix, *name.split("/")) for name in reads]
             return rounded
-        result = self.method.quantize_weight(weight)
-        if (scale := result.scale) is not None:
+        array, said, scale = self.method.quantize_weight(weight)
+        if scale is not None:
             (found,) = weight.inputs
-            path = (*prefix, *pre_quant_scale_path(found.path))
-            self.scales[path] = scale.stored
+            place = (*prefix, *pre_quant_scale_path(found.path))
+            self.scales[place] = scale.stored
             if scale.range is not None:
-                ranges = self.own_ranges if result.reason else self.ranges
+                ranges = self.own_ranges if said.reason else self.ranges
                 ranges[found.path] = scale.range
-        if result.errors is not None:
-            before, after = map(_known, result.errors)
-            record = dataclasses.replace(record, rounding_error=before, error=after)
-        elif "second_moment" in weight.moments:
-            record = dataclasses.replace(
-                record,
-                rounding_error=_known(output_error(weight, rounded.array)),
-                error=_known(
-                    output_error(weight, result.array, scale and scale.channels)
-                ),
-            )
-        if result.reason:
-            record = dataclasses.replace(record, applied=False, reason=result.reason)
-        notes = [note for note in (result.note, _without_input(weight)) if note]
-        self.records.append(dataclasses.replace(record, note="; ".join(notes)))
-        return WithAux(result.array, rounded.how)
+        errors = said.errors
+        if errors is None and "second_moment" in weight.moments:
+            before = output_error(weight, rounded.array)
+            errors = before, output_error(weight, array, scale and scale.channels)
+        before, after = map(_known, errors or (None, None))
+        note = "; ".join(filter(None, (said.note, _without_input(weight))))
+        self.records.append(record(not said.reason, said.reason, before, after, note))
+        return WithAux(array, rounded.how)
 
     def finish(self, quant_stats: Any, target: Mapping[Path, Any]) -> Any:
         """The ranges, with those of scaled inputs, and the scales."""
@@ -278,23 +379,14 @@ class _Job:
                 if place in target:
                     shape = stored.shape_of(target[place])
                     self.scales[place] = jnp.ones(shape.shape, shape.dtype)
-        given = traverse_util.flatten_dict(stored.unbox(quant_stats or {}))
-        kept = {
-            path: value
-            for path, value in given.items()
-            if tuple(map(str, path[:-1])) not in self.ranges
-        }
-        paths = {tuple(map(str, path[:-1])) for path in kept}
-        own = {k: v for k, v in self.own_ranges.items() if k not in paths}
-        for path, statistics in (own | self.ranges).items():
-            kept |= {(*path, name): value for name, value in statistics.items()}
-        return traverse_util.unflatten_dict(kept), self.scales
+        given = states_in(stored.unbox(quant_stats or {}))
+        ranges = {**self.own_ranges, **given, **self.ranges}
+        return traverse_util.unflatten_dict(ranges), self.scales
 
     def _weight(self, path: Path, param: jax.Array, how: HowToQuantize) -> Weight | str:
         """The weight at a path; why the method does not apply, if that is so."""
         reads = self.tagging.reads[path].values()
-        reasons = [found for found in reads if isinstance(found, str)]
-        if reasons:
+        if reasons := [found for found in reads if isinstance(found, str)]:
             return "; ".join(dict.fromkeys(reasons))
         inputs = tuple(found for found in reads if isinstance(found, WeightInput))
         view = inputs[0].view
@@ -311,7 +403,7 @@ class _Job:
             for state in _per_matrix(found, self.method.state[found.name])
         ]
         merge = inputs[0].statistics.merge
-        return Weight(param, how, view, inputs, functools.reduce(merge, all_states))
+        return Weight(param, how, view, functools.reduce(merge, all_states), inputs)
 
 
 def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -323,7 +415,7 @@ def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, 
     count = math.prod(found.layers)
 
     def stacked(value: Any) -> jax.Array:
-        if not isinstance(value, core.Tracer):
+        if is_concrete(value):
             value = np.asarray(value)  # off the mesh of the step, which may be another
         return jnp.asarray(value).reshape(count, *value.shape[depth:])
 
@@ -339,7 +431,7 @@ def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, 
 def _without_input(weight: Weight) -> str:
     """Says which matrices of a weight, such as those of experts, saw no input."""
     seen = weight.moments["absmean"]
-    if isinstance(seen, core.Tracer):
+    if not is_concrete(seen):
         return ""
     unseen = np.flatnonzero(~np.any(np.asarray(seen) != 0, axis=-1)).tolist()
     if not unseen:
@@ -351,5 +443,5 @@ def _without_input(weight: Weight) -> str:
     )
 
 
-def _known(value: jax.Array) -> float | None:
-    return None if isinstance(value, core.Tracer) else float(value)
+def _known(value: jax.Array | None) -> float | None:
+    return float(value) if value is not None and is_concrete(value) else None

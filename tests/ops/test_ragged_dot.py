@@ -25,7 +25,9 @@ from qwix_train import (
     qat,
     quantize_model,
 )
+from qwix_train.calib.observe import Observed
 from qwix_train.core.packed_array import unpack
+from qwix_train.ptq.input_statistics import InputTagging
 from tests.compare import assert_close, assert_same
 from tests.ptq.gptq_reference import reference as gptq_reference
 
@@ -355,6 +357,22 @@ def test_gptq_has_a_hessian_for_each_expert_and_names_those_without_tokens():
         assert np.mean(codes[expert] != want.T) < 0.05
     assert_same(codes[1], np.asarray(rounded_params["w"].array.qvalue, int)[1])
     assert "no input reached 1 of its 3 matrices (1)" in str(method.report)
+
+
+def test_the_rows_of_experts_are_not_copied_for_each_expert():
+    groups, rows, channels = 32, 64, 8
+    tagging = InputTagging([rule(weight_qtype="int4")], second_moment=True, rows=4)
+    model = as_model(lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes))
+    observed = Observed(lambda *args: model(*args), tagging)
+    w, x = np.ones((groups, channels, 2)), np.ones((rows, channels))
+    observed.init({"w": w}, x, np.full(groups, 2))
+    (found,) = tagging.ranges.values()
+    update = jax.jit(found.statistics.update)
+    state = found.statistics.init(found.shape, found.dtype)
+    seen = jax.ShapeDtypeStruct(found.shape, found.dtype)
+    memory = update.lower(state, seen).compile().memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    assert needed < 4 * groups * rows * channels
 
 
 def test_gptq_says_why_it_leaves_all_weights_as_they_are():

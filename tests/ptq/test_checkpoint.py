@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qwix_train
+from qwix_train import QuantizationRule, as_model
 from qwix_train.core.qarray import QArray, WithAux, quantize_array
 from qwix_train.ptq import checkpoint
 from tests.compare import assert_same
@@ -340,6 +341,33 @@ class TestRefusals:
             assert "Different: Dense_0/kernel (int4, qvalue int4[32, 24]" in text
         text = refused(put("kernel", jax.ShapeDtypeStruct((32, 24), jnp.float32)))
         assert "in the model not quantized" in text
+
+    def test_only_what_differs_in_how_a_param_was_quantized_is_printed(self, tmp_path):
+        checkpoint.save(tmp_path / "a", tree(qtype="int4", channelwise_axes=(1,)))
+        other = tree(qtype="int4", channelwise_axes=(1,), calibration_method="rms,3")
+        with pytest.raises(ValueError, match="is for another model") as error:
+            checkpoint.restore(tmp_path / "a", other)
+        assert ", calibration_method='absmax', but" in str(error.value)
+        assert ", calibration_method='rms,3')" in str(error.value)
+        assert "channelwise_axes" not in str(error.value)
+
+    def test_params_are_not_saved_with_rules_of_another_type(self, tmp_path):
+        params = tree(qtype="int8", channelwise_axes=(1,))
+        rules = [QuantizationRule(weight_qtype="int4")]
+        with pytest.raises(ValueError, match="kernel has codes of int8, not int4"):
+            checkpoint.save(tmp_path / "a", params, rules=rules)
+        rules.append(QuantizationRule(weight_qtype="int8"))
+        checkpoint.save(tmp_path / "a", params, rules=rules)
+
+    def test_params_are_not_saved_with_a_plan_of_another_type(self, tmp_path):
+        x = jax.ShapeDtypeStruct((1, 32), jnp.float32)
+        params = {"Dense_0": tree(qtype="int8", channelwise_axes=(1,))["Dense_0"]}
+        function = as_model(lambda p, x: x @ p["Dense_0"]["kernel"])
+        rules = [QuantizationRule(weight_qtype="int4")]
+        floats = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((32, 24), jnp.float32)}}
+        planned = qwix_train.plan(function, rules, floats, x)
+        with pytest.raises(ValueError, match="kernel has codes of int8, not int4"):
+            checkpoint.save(tmp_path / "a", params, plan=planned)
 
     def test_the_param_whose_array_changed_is_named(self, tmp_path):
         params = {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qwix_train.ptq.checksum import checksum
+from qwix_train.ptq.stored_arrays import checksum
 
 DTYPES = ["bool", "int8", "uint8", "int32", "float8_e4m3fn", "bfloat16", "float32"]
 

@@ -16,7 +16,15 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train import PtqProvider, QtProvider, WithAux, ptq, quantize_model
+import qwix_train
+from qwix_train import (
+    PtqProvider,
+    QtProvider,
+    QuantStat,
+    WithAux,
+    ptq,
+    quantize_model,
+)
 from tests import compare, models, reference_process
 from tests.qat.parity import ACT, MARGIN, NnxMlp
 
@@ -354,6 +362,20 @@ def test_metadata_is_kept_for_each_part():
 
 
 STATIC = [models.rule("int8", "int8", act_static_scale=True)]
+
+
+def test_the_ranges_that_a_model_has_collected_are_its_own():
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    qwix_train.with_quant_stats(model, STATIC, X)
+    stats = nnx.state(model, QuantStat)
+    stats = jax.tree.map(lambda x: jnp.full_like(x, 3 if x.ndim else 1), stats)
+    nnx.update(model, stats)
+    given = nnx.to_pure_dict(stats)
+    _, want = ptq.quantize(model, None, STATIC, X, quant_stats=given)
+    _, tree = ptq.quantize(model, None, STATIC, X)
+    models.assert_same(tree, want)
+    # Rules with dynamic ranges have no use for them.
+    ptq.quantize(model, None, models.INT8, X)
 
 
 def test_static_ranges():
