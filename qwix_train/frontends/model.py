@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 import jax
 from flax import linen as nn
 from flax import nnx
-from jax import numpy as jnp
 
-from qwix_train.core.qarray import WithAux
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
     call_mode,
@@ -333,60 +331,24 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
             return in_trace(self, *args, **kwargs)
         if self.scope is None:
             return method(self, *args, **kwargs)
+        original = functools.partial(method, self)
+        call = linen_calls.Call(self, name, original, args, kwargs)
         if provider.keeps_quant_stats:
-            return _call_with_quant_stats(
-                self,
-                name,
-                lambda: method(self, *args, **kwargs),
-                args,
-                kwargs,
-                provider,
-            )
-        if not linen_calls.can_rewrite(self):
-            if not provider.stores_params and not provider.adds_params:
-                return method(self, *args, **kwargs)
-            return linen_calls.init_call(
-                self,
-                name,
-                lambda: method(self, *args, **kwargs),
-                args,
-                kwargs,
-                functools.partial(_initialize, provider),
-                stored.box,
-                _stand_in,
-            )
-        return linen_calls.rewrite_call(
-            self,
-            name,
-            lambda: method(self, *args, **kwargs),
-            args,
-            kwargs,
-            provider.rewrite,
-        )
+            return _with_quant_stats(call, provider)
+        if linen_calls.can_rewrite(self):
+            return call.rewritten(provider.rewrite)
+        if provider.stores_params or provider.adds_params:
+            return call.initialized(functools.partial(_initialize, provider))
+        return call.unchanged()
 
     for attribute in other_methods.COPIED_MARKS:  # Linen wraps it as a plain method
         quantized.__dict__.pop(attribute, None)
     return quantized
 
 
-def _call_with_quant_stats(
-    module: nn.Module,
-    name: str,
-    original: Callable[[], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    provider: QuantizationProvider,
-) -> Any:
-    """Calls a method of a module that holds statistics in a collection.
-
-    Args:
-      module: the module, bound.
-      name: the method.
-      original: calls the method as it is.
-      args: the positional arguments.
-      kwargs: the keyword arguments.
-      provider: the provider.
-    """
+def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) -> Any:
+    """The result of a call of a module that holds statistics in a collection."""
+    module = call.module
     held = dict(module.variables.get(QUANT_STATS, {}))
     found: dict[str, Any] = {}
 
@@ -410,11 +372,9 @@ def _call_with_quant_stats(
         return out
 
     if linen_calls.can_rewrite(module):
-        out = linen_calls.rewrite_call(module, name, original, args, kwargs, rewrite)
+        out = call.rewritten(rewrite)
     else:
-        out = linen_calls.init_call(
-            module, name, original, args, kwargs, initialize, stored.box, _stand_in
-        )
+        out = call.initialized(initialize)
     for key, value in found.items():
         module.put_variable(QUANT_STATS, key, value)
     return out
@@ -434,11 +394,6 @@ def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     if not provider.matches(plan):
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)
-
-
-def _stand_in(quantized: WithAux) -> Any:
-    """Zeros in the place of a quantized param, boxed as its array was."""
-    return stored.box_array(quantized, jnp.zeros(quantized.shape, quantized.dtype))
 
 
 def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):

@@ -69,11 +69,12 @@ def of(
 
 def _traced(cls: type, name: str, args: Any, kwargs: Any) -> Any:
     """A call of a method of a model; None if the model cannot be traced here."""
-    if not isinstance(args[0], nn.Module):
-        with nnx_calls.tracing_call(getattr(cls, name), args, kwargs) as (traced, _):
+    method, (model, *inputs) = getattr(cls, name), args
+    if not isinstance(model, nn.Module):
+        with nnx_calls.tracing_call(method, args, kwargs) as (traced, _):
             return traced
-    if linen_calls.can_rewrite(args[0]):
-        return linen_calls.trace_call(args[0], name, args[1:], kwargs)
+    if linen_calls.can_rewrite(model):
+        return linen_calls.Call(model, name, method, tuple(inputs), kwargs).traced()
     return None
 
 
