@@ -21,12 +21,6 @@ from qwix_train.values import stored
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@functools.cache
-def float_class(cls: type) -> type:
-    """A subclass of a module's class whose calls stay in float."""
-    return subclasses.subclass(cls, nn.Module, {subclasses.IN_FLOAT: True})
-
-
 def with_class(module: Module, cls: type) -> Module:
     """A copy of a module that is of another class."""
     # A bound one, such as one just made in a compact method, keeps its scope; a copy
@@ -153,7 +147,7 @@ class Call(NamedTuple):
             known = module.has_rng(name) or module.has_rng("params")
             return module.make_rng(name) if known else None
 
-        boxes = function.by_path(variables.get("params", {}), _is_box)
+        boxes = function.by_path(variables.get("params", {}), marks.is_box)
         plain = getattr(subclasses.original(type(module)), method, None)
         return dataclasses.replace(
             traced,
@@ -163,7 +157,7 @@ class Call(NamedTuple):
                 plain, (module, *self.args), self.kwargs, module
             ),
             method=method,
-            boxes={path: leaf for path, leaf in boxes.items() if _is_box(leaf)},
+            boxes={path: leaf for path, leaf in boxes.items() if marks.is_box(leaf)},
         )
 
     def rewritten(self, rewrite: session.Rewrite) -> Any:
@@ -315,10 +309,6 @@ def _counters_of(module: nn.Module) -> dict[Any, Any]:
     A module that is called twice goes on counting, and so draws other numbers.
     """
     return _update_counters({}, _scope_of(module).rng_counters)
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:

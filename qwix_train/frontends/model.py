@@ -91,7 +91,7 @@ def quantize_model(
                 "quantize_model(model, provider). To see what the rules do to it, use "
                 "plan(model, rules, *inputs)."
             )
-        return linen_calls.with_class(model, _linen_class(cls, provider, methods))
+        return linen_calls.with_class(model, _quantized_class(cls, provider, methods))
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
@@ -103,7 +103,7 @@ def quantize_model(
             "quantize_model(model, provider, *inputs)."
         )
     quantized = nnx.clone(model)
-    marks.set_class(quantized, _nnx_class(cls, provider, methods))
+    marks.set_class(quantized, _quantized_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
@@ -291,18 +291,24 @@ def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
 QUANT_STATS = "quant_stats"
 
 
-def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        name: _linen_method(cls, name, provider) for name in methods
-    }
+def _quantized_class(
+    cls: type, provider: QuantizationProvider, methods: tuple[str, ...]
+) -> type:
+    is_linen = issubclass(cls, nn.Module)
+    quantized = _linen_method if is_linen else _nnx_method
+    fields = {subclasses.ORIGINAL: cls, subclasses.MODE: (provider, methods)}
+    fields |= {name: quantized(cls, name, provider) for name in methods}
     fields |= other_methods.of(cls, provider, methods)
-    fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
+    if is_linen:
+        fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
+
+    def within(self, rewrite):
+        mode = provider if is_linen else provider.of_nnx(self)
+        return mode.within(rewrite)
+
     # Linen would take it for a method of the model, and have its calls intercepted.
-    fields[subclasses.WITHIN] = nn.nowrap(
-        lambda self, rewrite: provider.within(rewrite)
-    )
-    fields[subclasses.MODE] = (provider, methods)
-    return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
+    fields[subclasses.WITHIN] = nn.nowrap(within)
+    return marks.subclass(cls, fields)
 
 
 def _by_name(cls: type, name: str) -> Callable[..., Any]:
@@ -394,18 +400,6 @@ def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     if not provider.matches(plan):
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)
-
-
-def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        name: _nnx_method(cls, name, provider) for name in methods
-    }
-    fields |= other_methods.of(cls, provider, methods)
-    fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
-        rewrite
-    )
-    fields[subclasses.MODE] = (provider, methods)
-    return marks.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):

@@ -136,13 +136,8 @@ def graphdef_in_float(graphdef: nnx.GraphDef) -> nnx.GraphDef:
 def float_class(cls: type) -> type:
     """A subclass of a module's class whose calls stay in float."""
     path = getattr(cls, _PATH, None)
-    changed = _float_class(_original(cls))
+    changed = marks.float_class(_original(cls))
     return changed if path is None else intercepting_class(changed, path)
-
-
-@functools.cache
-def _float_class(cls: type) -> type:
-    return marks.subclass(cls, {subclasses.IN_FLOAT: True})
 
 
 def _release(module: nnx.Module) -> None:

@@ -125,9 +125,16 @@ def _is_whole(value: Any) -> bool:
 
 def _is_state(value: Any) -> bool:
     """Whether an object has fields that may hold models: a dataclass, as most have."""
-    if isinstance(value, type | nn.Module):
-        return False
-    return dataclasses.is_dataclass(value) or attributes.has(value, _APPLY, "replace")
+    is_dataclass, has_replace = _kind_of_state(type(value))
+    return is_dataclass or (has_replace and attributes.has(value, _APPLY))
+
+
+@functools.cache
+def _kind_of_state(cls: type) -> tuple[bool, bool]:
+    # Cached, since each leaf of a state is asked.
+    if issubclass(cls, type | nn.Module):
+        return False, False
+    return dataclasses.is_dataclass(cls), attributes.has(cls, "replace")
 
 
 def _fields_of(state: Any) -> list[str]:

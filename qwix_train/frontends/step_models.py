@@ -11,6 +11,7 @@ from flax import nnx
 
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import marks
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends.model import rewrite_function
 from qwix_train.frontends.step_arguments import RewrittenApply
@@ -136,7 +137,7 @@ def _in_float(model: Any) -> Any:
         if subclasses.in_float(model):
             return model
     if isinstance(model, nn.Module):
-        return linen_calls.with_class(model, linen_calls.float_class(type(model)))
+        return linen_calls.with_class(model, marks.float_class(type(model)))
     if isinstance(model, nnx.Module):
         return nnx_calls.in_float(model)
     if isinstance(model, nnx.GraphDef):
