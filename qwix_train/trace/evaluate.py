@@ -403,7 +403,7 @@ def _computed(outs, kept, primitive):
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """The index of the last equation that reads each variable; results are read last."""
+    """The index of the last equation that reads each variable, or behind the last."""
     reads = [*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]
     return {
         atom: index
