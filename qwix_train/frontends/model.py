@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-import jax
 from flax import linen as nn
 from flax import nnx
 
@@ -65,6 +64,7 @@ def quantize_model(
         method that is not among `methods`, if it reads params that are quantized.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
       >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
@@ -115,8 +115,7 @@ def quantize_model(
         if provider.stores_params or provider.adds_params:
             traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
             if rngs is not None:
-                make_rng = functools.partial(_drawn, rngs)
-                traced = dataclasses.replace(traced, make_rng=make_rng)
+                traced = dataclasses.replace(traced, make_rng=lambda name: rngs[name]())
             params = provider.store_params(traced, plan)
             nnx_objects.replace_params(quantized, params, stored.box, provider.variable)
             nnx_objects.remove_params(quantized, provider.used_up(traced, plan))
@@ -124,38 +123,13 @@ def quantize_model(
     return quantized
 
 
-def apply_lora_to_model(
-    model: Model,
-    provider: QuantizationProvider,
-    *model_inputs: Any,
-    methods: Collection[str] = ("__call__",),
-    **model_inputs_kwargs: Any,
-) -> Model:
-    """A copy of a model whose weights have adapters.
-
-    The same as `quantize_model`, under the name that it has in `qwix`.
-
-    Args:
-      model: a Linen module, or an NNX module.
-      provider: a `LoraProvider`.
-      *model_inputs: see `quantize_model`.
-      methods: see `quantize_model`.
-      **model_inputs_kwargs: see `quantize_model`; `rngs=nnx.Rngs(0)` for the adapters
-        of an NNX model.
-    """
-    return quantize_model(
-        model, provider, *model_inputs, methods=methods, **model_inputs_kwargs
-    )
+apply_lora_to_model = quantize_model
+"""The same with a `LoraProvider`, under the name that it has in `qwix`."""
 
 
 def takes_rngs(method: Callable[..., Any]) -> bool:
     """Whether a method has a parameter `rngs`; `**kwargs` may be for anything else."""
     return "rngs" in inspect.signature(method).parameters
-
-
-def _drawn(rngs: nnx.Rngs, name: str) -> jax.Array:
-    """A random key of a stream of an NNX model."""
-    return rngs[name]()
 
 
 def quantize_fn(
@@ -199,6 +173,17 @@ def _check_provider(provider: Any) -> None:
         )
 
 
+def call_function(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a function whose first argument is a tree of params.
+
+    While a session is open, it is rewritten.
+    """
+    open_session = session.current()
+    if open_session is None:
+        return fn(*args, **kwargs)
+    return rewrite_function(fn, args, kwargs, open_session.rewrite)
+
+
 def rewrite_function(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -209,11 +194,9 @@ def rewrite_function(
     traced = trace_function(fn, args, kwargs)
     with session.suspended():
         out = rewrite(traced)
-        return (
-            nested.taking_params(fn)(*args, **kwargs)
-            if out is session.UNCHANGED
-            else out
-        )
+        if out is session.UNCHANGED:
+            out = nested.taking_params(fn)(*args, **kwargs)
+        return out
 
 
 def trace_function(

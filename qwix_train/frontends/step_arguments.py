@@ -18,8 +18,7 @@ from flax import nnx
 
 from qwix_train.frontends import attributes, nnx_objects
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends.model import rewrite_function
-from qwix_train.trace import session
+from qwix_train.frontends.model import call_function
 
 _APPLY = "apply_fn"
 # Longer lists hold data.
@@ -38,10 +37,7 @@ class RewrittenApply:
 
     def __call__(self, *args, **kwargs):
         """Calls the function, rewritten."""
-        open_session = session.current()
-        if open_session is None or session.marking():
-            return self.function(*args, **kwargs)
-        return rewrite_function(self.function, args, kwargs, open_session.rewrite)
+        return call_function(self.function, args, kwargs)
 
     def __eq__(self, other):
         return self.function == getattr(other, "function", other)
