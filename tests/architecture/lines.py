@@ -12,21 +12,8 @@ import argparse
 import ast
 import collections
 import functools
-import io
-import tokenize
 
 from tests.architecture import source
-
-_NO_CODE = frozenset(
-    {
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    }
-)
 
 
 def count(text: str) -> int:
@@ -36,19 +23,21 @@ def count(text: str) -> int:
       >>> count('"Docs."\\n\\n# A comment.\\nx = [\\n    1,\\n]\\n')
       3
     """
-    lines = {
-        line
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type not in _NO_CODE
-        for line in range(token.start[0], token.end[0] + 1)
-    }
+    numbered = enumerate(text.split("\n"), 1)
+    lines = {n for n, line in numbered if line.strip() and line.strip()[0] != "#"}
+    docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            if ast.get_docstring(node) is not None:
-                docstring = node.body[0]
-                assert docstring.end_lineno is not None
-                lines -= set(range(docstring.lineno, docstring.end_lineno + 1))
-    return len(lines)
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            # Within a string of several lines nothing is a comment.
+            lines.update(_span(node))
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                docstrings.update(_span(node.body[0]))
+    return len(lines - docstrings)
+
+
+def _span(node: ast.expr | ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 @functools.cache
