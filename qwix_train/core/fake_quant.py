@@ -45,7 +45,9 @@ def fake_quant(array: jax.Array, how: HowToQuantize) -> jax.Array:
     [1.0, 1.0, 0.0]
     """
     calib.check_quantizable(array)
-    return _fake_quant(how, array)
+    # Noise is not to be cached: each call may have its own.
+    quantized = _cached_fake_quant if how.noise_fn is None else _fake_quant
+    return quantized(how, array)
 
 
 def fake_quant_with_calibration(
@@ -81,7 +83,8 @@ def fake_quant_with_calibration(
     qtype = numerics.canonical_qtype(qtype)
     scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
     bounds = calib.range_ends(calibration) if clip_gradient else None
-    return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
+    quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
+    return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
 def fake_quant_with_scale(
@@ -122,32 +125,15 @@ def fake_quant_with_scale(
             zero = zero_point.astype(scale.dtype)
             low, high = numerics.asymmetric_bound(qtype)
             bounds = ((low - zero) * scale, (high - zero) * scale)
-    return _fake_quant_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
-
-
-def _forward(array: jax.Array, how: HowToQuantize) -> jax.Array:
-    calibration = calib.calibrate(array, how)
-    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
-    return round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
-
-
-def _is_inside_range(array: jax.Array, how: HowToQuantize) -> jax.Array:
-    return calib.is_inside(array, calib.range_ends(calib.calibrate(array, how)))
-
-
-# Inlined, so that nothing remains of a `jit` but its cache of traces: a model that
-# quantizes many arrays of one shape traces the arithmetic once.
-_cached_forward = jax.jit(_forward, static_argnums=1, inline=True)
-_cached_round_trip = jax.jit(round_trip, static_argnums=(3, 4), inline=True)
-_cached_is_inside = jax.jit(calib.is_inside, inline=True)
-_cached_is_inside_range = jax.jit(_is_inside_range, static_argnums=1, inline=True)
+    quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
+    return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fake_quant(how: HowToQuantize, array: jax.Array) -> jax.Array:
-    # Noise is not to be cached: each call may have its own.
-    forward = _cached_forward if how.noise_fn is None else _forward
-    return forward(array, how)
+    calibration = calib.calibrate(array, how)
+    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
+    return round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
 
 
 @_fake_quant.defjvp
@@ -156,8 +142,9 @@ def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
     out = _fake_quant(how, array)
     if not calib.covers_array(how.calibration_method):
         how = dataclasses.replace(how, noise_fn=None)
-        inside = _cached_is_inside_range(jax.lax.stop_gradient(array), how)
-        tangent = jnp.where(inside, tangent, 0)
+        values = jax.lax.stop_gradient(array)
+        ends = calib.range_ends(calib.calibrate(values, how))
+        tangent = jnp.where(calib.is_inside(values, ends), tangent, 0)
     return out, tangent
 
 
@@ -170,8 +157,7 @@ def _fake_quant_scaled(
     bounds: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     del bounds
-    trip = _cached_round_trip if static[1] is None else round_trip
-    return trip(array, scale, zero_point, *static)
+    return round_trip(array, scale, zero_point, *static)
 
 
 @_fake_quant_scaled.defjvp
@@ -179,6 +165,12 @@ def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     out = _fake_quant_scaled(static, *primals)
     array, bounds, tangent = primals[0], primals[3], tangents[0]
     if bounds is not None:
-        inside = _cached_is_inside(*jax.lax.stop_gradient((array, bounds)))
+        inside = calib.is_inside(*jax.lax.stop_gradient((array, bounds)))
         tangent = jnp.where(inside, tangent, 0)
     return out, tangent
+
+
+# Inlined, so that nothing remains of a `jit` but its caches of traces, and of those of
+# derivatives: a model that quantizes many arrays of one shape traces each once.
+_cached_fake_quant = jax.jit(_fake_quant, static_argnums=0, inline=True)
+_cached_scaled = jax.jit(_fake_quant_scaled, static_argnums=0, inline=True)

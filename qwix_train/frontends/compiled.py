@@ -12,6 +12,7 @@ from flax import nnx
 
 from qwix_train.frontends import nnx_objects
 from qwix_train.trace import bodies, jax_versions
+from qwix_train.trace.function import divided
 
 
 class Compiled:
@@ -59,11 +60,8 @@ class Compiled:
             self._compiled[key] = self._compile(*key, inputs)
         function, layout = self._compiled[key]
         outs = function(inputs)
-        out_structure, out_statics = layout
-        rest = iter(outs)
-        return jax.tree.unflatten(
-            out_structure, [next(rest) if s is None else s[0] for s in out_statics]
-        )
+        statics, joined = layout
+        return joined(outs, statics)
 
     def _inputs(self, leaves: list[Any], structure: Any) -> list[bool]:
         is_input = [_is_input(leaf) for leaf in leaves]
@@ -123,9 +121,8 @@ class Compiled:
         def function(inputs):
             args, kwargs = arguments(inputs)
             out = self._function(*args, **kwargs)
-            outs, out_structure = jax.tree.flatten(out, is_leaf=nnx_objects.is_node)
-            layout[:] = out_structure, [None if _is_input(x) else (x,) for x in outs]
-            return [x for x in outs if _is_input(x)]
+            outs, *layout[:] = divided(out, _is_input, nnx_objects.is_node)
+            return outs
 
         return function, layout
 

@@ -7,22 +7,18 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import core
 from flax import linen as nn
+from jax import numpy as jnp
 
 from qwix_train.frontends import call_mode, marks, random_keys
 from qwix_train.trace import function, passed, session, subclasses
+from qwix_train.values import stored
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@functools.cache
-def float_class(cls: type) -> type:
-    """A subclass of a module's class whose calls stay in float."""
-    return subclasses.subclass(cls, nn.Module, {subclasses.IN_FLOAT: True})
 
 
 def with_class(module: Module, cls: type) -> Module:
@@ -60,14 +56,8 @@ def interceptor(
             or attribute in (None, "setup")
         ):
             return next_function(*args, **kwargs)
-        return rewrite_call(
-            module,
-            attribute,
-            lambda: next_function(*args, **kwargs),
-            args,
-            kwargs,
-            subclasses.within(module, open_session.rewrite),
-        )
+        call = Call(module, attribute, next_function, args, kwargs)
+        return call.rewritten(subclasses.within(module, open_session.rewrite))
 
 
 def _attribute_of(
@@ -95,51 +85,157 @@ def can_rewrite(module: nn.Module) -> bool:
     return module.scope is not None and not module.is_initializing()
 
 
-def rewrite_call(
-    module: nn.Module,
-    method_name: str,
-    original: Callable[[], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rewrite: session.Rewrite,
-) -> Any:
-    """Calls a method of a bound module, rewritten.
+class Call(NamedTuple):
+    """A call of a method of a bound module.
 
-    Args:
-      module: the bound module.
-      method_name: the method.
-      original: calls the method as it is; used when there is nothing to rewrite.
+    Attributes:
+      module: the module.
+      method: the name of the method.
+      original: the method as it is, without the module.
       args: the positional arguments.
       kwargs: the keyword arguments.
-      rewrite: the rewrite.
     """
-    counters = _counters_of(module)
-    traced = _trace(module, method_name, args, kwargs, counters)
-    with session.suspended():
-        out = rewrite(traced)
-        if out is session.UNCHANGED:
-            return original()
-    scope = _scope_of(module)
-    _update_counters(scope.rng_counters, counters)
-    if scope.mutable is False:
+
+    module: nn.Module
+    method: str
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def unchanged(self) -> Any:
+        """The result of the method as it is."""
+        return self.original(*self.args, **self.kwargs)
+
+    def traced(
+        self, counters: dict[Any, Any] | None = None, variables: Any = None
+    ) -> function.TracedCall:
+        """The call, traced; the module stays as it is.
+
+        Args:
+          counters: how many random numbers were drawn so far, which is updated; those
+            of the module are counted further if None.
+          variables: the variables; those that the module has if None.
+        """
+        module, method = self.module, self.method
+        counters = _counters_of(module) if counters is None else counters
+        scope = _scope_of(module)
+        unbound, held = module.unbind()
+        variables = held if variables is None else variables
+
+        def call(inner_scope, args, kwargs):
+            inner_scope.rng_counters = counters
+            # `capture_intermediates` stays in force, as `Module.apply` would not have
+            # it.
+            return getattr(unbound.clone(parent=inner_scope), method)(*args, **kwargs)
+
+        def pure(variables, args, kwargs):
+            apply = core.apply(call, mutable=scope.mutable, flags=scope.flags)
+            # The random streams of a scope keep its path, so that a submodule that is
+            # called on its own draws what it would within the model.
+            return apply(variables, args, kwargs, rngs=dict(scope.rngs))
+
+        with marks.tracing():
+            traced = function.trace(
+                pure,
+                (dict(variables), self.args, self.kwargs),
+                param_name,
+                module_path="/".join(module.path),
+            )
+
+        def make_rng(name):
+            # Where a stream is missing, Linen draws from that of the params.
+            known = module.has_rng(name) or module.has_rng("params")
+            return module.make_rng(name) if known else None
+
+        boxes = function.by_path(variables.get("params", {}), marks.is_box)
+        plain = getattr(subclasses.original(type(module)), method, None)
+        return dataclasses.replace(
+            traced,
+            make_rng=make_rng,
+            deterministic=plain
+            and call_mode.deterministic_of(
+                plain, (module, *self.args), self.kwargs, module
+            ),
+            method=method,
+            boxes={path: leaf for path, leaf in boxes.items() if marks.is_box(leaf)},
+        )
+
+    def rewritten(self, rewrite: session.Rewrite) -> Any:
+        """The result of the call, rewritten.
+
+        Args:
+          rewrite: the rewrite.
+        """
+        module = self.module
+        counters = _counters_of(module)
+        traced = self.traced(counters)
+        with session.suspended():
+            out = rewrite(traced)
+            if out is session.UNCHANGED:
+                return self.unchanged()
+        scope = _scope_of(module)
+        _update_counters(scope.rng_counters, counters)
+        if scope.mutable is False:
+            return out
+        out, updates = out
+        held = _stored_params(module)
+        method = getattr(type(module), self.method)
+        captured = ("intermediates", getattr(method, "__name__", self.method))
+        for collection, values in updates.items():
+            for name, value in values.items():
+                # The caller of `original` captures the result of this very method.
+                if (collection, name) != captured:
+                    module.put_variable(collection, name, value)
+        for path, value in held.items():
+            # Handed on as it came, it has lost the metadata of its parts.
+            handed_on = _at(updates.get("params", {}), path)
+            leaves = jax.tree.leaves(handed_on, is_leaf=function.is_stored)
+            if any(map(function.is_stored, leaves)):
+                _put_param(module, path, value)
         return out
-    out, updates = out
-    held = _stored_params(module)
-    captured_as = getattr(getattr(type(module), method_name), "__name__", method_name)
-    for collection, values in updates.items():
-        for name, value in values.items():
-            # The caller of `original` captures the result of this very method.
-            if (collection, name) != ("intermediates", captured_as):
-                module.put_variable(collection, name, value)
-    for path, value in held.items():
-        # Handed on as it came, it has lost the metadata of its parts.
-        handed_on = updates.get("params", {})
-        for name in path:
-            handed_on = handed_on.get(name, {})
-        leaves = jax.tree.leaves(handed_on, is_leaf=function.is_stored)
-        if any(map(function.is_stored, leaves)):
+
+    def initialized(
+        self,
+        initialize: Callable[[function.TracedCall], tuple[Mapping[Any, Any], Any]],
+    ) -> Any:
+        """The result of a call that initializes the module.
+
+        Puts other values in the place of its params.
+
+        Args:
+          initialize: from a traced call with the initialized params, the values to put
+            in their places, by path, and the result of the call with these.
+        """
+        module = self.module
+        counters = _counters_of(module)
+        held = _stored_params(module)
+        at_first = core.unfreeze(dict(module.variables))
+        for path, value in held.items():
+            zeros = jnp.zeros(value.shape, value.dtype)
+            _put_param(module, path, stored.box_array(value, zeros))
+        with session.tracing():  # so that submodules do not put values of their own
+            out = self.unchanged()
+        for path, value in held.items():
             _put_param(module, path, value)
-    return out
+        # The params exist now. What else a model holds, such as the cache of a decoder,
+        # is to be made again: a module that finds it does what comes after
+        # initialization.
+        params = module.variables.get("params", {})
+        traced = self.traced(counters, {**at_first, "params": params})
+        _check_reads_params(module, traced)
+        with session.suspended():
+            values, result = initialize(traced)
+        if result is session.UNCHANGED:
+            return out
+        for path, value in values.items():
+            before = _at(module.variables.get("params", {}), path)
+            _put_param(module, path, stored.box(value, before))
+        return result[0]
+
+
+def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """What stands at a path of nested dictionaries; an empty one if nothing does."""
+    return functools.reduce(lambda held, name: held.get(name, {}), path, tree)
 
 
 def abstract_variables(
@@ -162,63 +258,6 @@ def abstract_variables(
     keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
     keys = {"params": jax.random.key(0), **(keys or {})}
     return function.eval_shape(model.init, keys, *inputs, **kwargs)
-
-
-def trace_call(
-    module: nn.Module, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> function.TracedCall:
-    """Traces a call of a method of a bound module, which stays as it is."""
-    return _trace(module, method_name, args, kwargs, _counters_of(module))
-
-
-def init_call(
-    module: nn.Module,
-    method_name: str,
-    original: Callable[[], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    initialize: Callable[[function.TracedCall], tuple[Mapping[Any, Any], Any]],
-    box: Callable[[Any, Any], Any],
-    stand_in: Callable[[Any], Any],
-) -> Any:
-    """Initializes a module, and puts other values in the place of its params.
-
-    Args:
-      module: the module, bound, with variables that do not exist yet.
-      method_name: the method that is called.
-      original: calls the method as it is.
-      args: the positional arguments.
-      kwargs: the keyword arguments.
-      initialize: from a traced call with the initialized params, the values to put in
-        their places, by path, and the result of the call with these.
-      box: puts the metadata of a param around the value that takes its place.
-      stand_in: an array, in its metadata, for a value that took the place of a param
-        when the module was called before.
-    """
-    counters = _counters_of(module)
-    held = _stored_params(module)
-    at_first = core.unfreeze(dict(module.variables))
-    for path, value in held.items():
-        _put_param(module, path, stand_in(value))
-    with session.tracing():  # so that submodules do not put values of their own
-        out = original()
-    for path, value in held.items():
-        _put_param(module, path, value)
-    # The params exist now. What else a model holds, such as the cache of a decoder, is
-    # to be made again: a module that finds it does what comes after initialization.
-    variables = {**at_first, "params": module.variables.get("params", {})}
-    traced = _trace(module, method_name, args, kwargs, counters, variables)
-    _check_reads_params(module, traced)
-    with session.suspended():
-        values, result = initialize(traced)
-    if result is session.UNCHANGED:
-        return out
-    for path, value in values.items():
-        before = module.variables.get("params", {})
-        for name in path:
-            before = before.get(name, {})
-        _put_param(module, path, box(value, before))
-    return result[0]
 
 
 def _check_reads_params(module: nn.Module, traced: function.TracedCall) -> None:
@@ -270,63 +309,6 @@ def _counters_of(module: nn.Module) -> dict[Any, Any]:
     A module that is called twice goes on counting, and so draws other numbers.
     """
     return _update_counters({}, _scope_of(module).rng_counters)
-
-
-def _trace(
-    module, method_name, args, kwargs, counters, variables=None
-) -> function.TracedCall:
-    """Traces a call of a method of a bound module; updates the counters.
-
-    The variables are those that the module has, unless others are given.
-    """
-    scope = _scope_of(module)
-    unbound, held = module.unbind()
-    variables = held if variables is None else variables
-
-    def call(inner_scope, args, kwargs):
-        inner_scope.rng_counters = counters
-        # `capture_intermediates` stays in force, as `Module.apply` would not have it.
-        return getattr(unbound.clone(parent=inner_scope), method_name)(*args, **kwargs)
-
-    def pure(variables, args, kwargs):
-        apply = core.apply(call, mutable=scope.mutable, flags=scope.flags)
-        # The random streams of a scope keep its path, so that a submodule that is
-        # called on its own draws what it would within the model.
-        return apply(variables, args, kwargs, rngs=dict(scope.rngs))
-
-    with marks.tracing():
-        traced = function.trace(
-            pure,
-            (dict(variables), args, kwargs),
-            param_name,
-            module_path="/".join(module.path),
-        )
-    method = getattr(subclasses.original(type(module)), method_name, None)
-    deterministic = None
-    if method is not None:
-        deterministic = call_mode.deterministic_of(
-            method, (module, *args), kwargs, module
-        )
-
-    def make_rng(name):
-        # Where a stream is missing, Linen draws from that of the params.
-        known = module.has_rng(name) or module.has_rng("params")
-        return module.make_rng(name) if known else None
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        variables.get("params", {}), is_leaf=_is_box
-    )
-    return dataclasses.replace(
-        traced,
-        make_rng=make_rng,
-        deterministic=deterministic,
-        method=method_name,
-        boxes={function.param_path(p): leaf for p, leaf in leaves if _is_box(leaf)},
-    )
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _update_counters(target: dict[Any, Any], source: dict[Any, Any]) -> dict[Any, Any]:

@@ -107,14 +107,15 @@ def _make_room(made: nnx.Module, variables: Mapping[str, Any]) -> None:
             if here in nodes:
                 fill(here, value, collection)
             elif not unknown and not hasattr(nodes[path], str(name)):
-                value = jax.tree.map(kind, value, is_leaf=_is_box)
+                value = jax.tree.map(kind, value, is_leaf=is_box)
                 setattr(nodes[path], str(name), nnx.data(value))
 
     for collection, tree in variables.items():
         fill((), tree, collection)
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is an array in a box of Linen's."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
@@ -142,25 +143,35 @@ def set_class(module: nnx.Module, cls: type) -> None:
 
 
 def subclass(cls: type, fields: dict[str, Any]) -> type:
-    """A subclass of a module's class, a pytree where that is one."""
+    """A subclass of a module's class, Linen's or NNX's; a pytree where that is one."""
     is_pytree = getattr(cls, "_pytree__is_pytree", True)
     keywords = {} if is_pytree else {"pytree": False}
-    return subclasses.subclass(cls, nnx.Module, fields, **keywords)
+    return subclasses.subclass(cls, _root_of(cls), fields, **keywords)
+
+
+@functools.cache
+def float_class(cls: type) -> type:
+    """A subclass of a module's class whose calls stay in float."""
+    return subclass(cls, {subclasses.IN_FLOAT: True})
 
 
 def methods_of(cls: type) -> list[str]:
     """The methods that a model's author wrote: `__call__` and the public ones."""
+    root = _root_of(cls)
     names = {
         name
         for base in cls.__mro__
-        if base not in nnx.Module.__mro__
+        if base not in root.__mro__
         for name in vars(base)
+        if name == "__call__" or not name.startswith("_")
     }
-    return sorted(
-        name
-        for name in names
-        if (name == "__call__" or not name.startswith("_")) and _is_method(cls, name)
-    )
+    if root is nn.Module:
+        names -= {*getattr(cls, "__dataclass_fields__", ()), "setup"}
+    return sorted(name for name in names if _is_method(cls, name))
+
+
+def _root_of(cls: type) -> type:
+    return nn.Module if issubclass(cls, nn.Module) else nnx.Module
 
 
 def _is_method(cls: type, name: str) -> bool:
@@ -170,4 +181,5 @@ def _is_method(cls: type, name: str) -> bool:
         callable(value)
         and hasattr(type(value), "__get__")
         and not isinstance(value, type | staticmethod | classmethod)
+        and not getattr(value, "nowrap", False)
     )

@@ -8,12 +8,9 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-import jax
 from flax import linen as nn
 from flax import nnx
-from jax import numpy as jnp
 
-from qwix_train.core.qarray import WithAux
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
     call_mode,
@@ -67,6 +64,7 @@ def quantize_model(
         method that is not among `methods`, if it reads params that are quantized.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
       >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
@@ -93,7 +91,7 @@ def quantize_model(
                 "quantize_model(model, provider). To see what the rules do to it, use "
                 "plan(model, rules, *inputs)."
             )
-        return linen_calls.with_class(model, _linen_class(cls, provider, methods))
+        return linen_calls.with_class(model, _quantized_class(cls, provider, methods))
     given = bool(model_inputs or model_inputs_kwargs)
     rngs = model_inputs_kwargs.get("rngs")
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
@@ -105,7 +103,7 @@ def quantize_model(
             "quantize_model(model, provider, *inputs)."
         )
     quantized = nnx.clone(model)
-    marks.set_class(quantized, _nnx_class(cls, provider, methods))
+    marks.set_class(quantized, _quantized_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
@@ -117,8 +115,7 @@ def quantize_model(
         if provider.stores_params or provider.adds_params:
             traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
             if rngs is not None:
-                make_rng = functools.partial(_drawn, rngs)
-                traced = dataclasses.replace(traced, make_rng=make_rng)
+                traced = dataclasses.replace(traced, make_rng=lambda name: rngs[name]())
             params = provider.store_params(traced, plan)
             nnx_objects.replace_params(quantized, params, stored.box, provider.variable)
             nnx_objects.remove_params(quantized, provider.used_up(traced, plan))
@@ -126,38 +123,13 @@ def quantize_model(
     return quantized
 
 
-def apply_lora_to_model(
-    model: Model,
-    provider: QuantizationProvider,
-    *model_inputs: Any,
-    methods: Collection[str] = ("__call__",),
-    **model_inputs_kwargs: Any,
-) -> Model:
-    """A copy of a model whose weights have adapters.
-
-    The same as `quantize_model`, under the name that it has in `qwix`.
-
-    Args:
-      model: a Linen module, or an NNX module.
-      provider: a `LoraProvider`.
-      *model_inputs: see `quantize_model`.
-      methods: see `quantize_model`.
-      **model_inputs_kwargs: see `quantize_model`; `rngs=nnx.Rngs(0)` for the adapters
-        of an NNX model.
-    """
-    return quantize_model(
-        model, provider, *model_inputs, methods=methods, **model_inputs_kwargs
-    )
+apply_lora_to_model = quantize_model
+"""The same with a `LoraProvider`, under the name that it has in `qwix`."""
 
 
 def takes_rngs(method: Callable[..., Any]) -> bool:
     """Whether a method has a parameter `rngs`; `**kwargs` may be for anything else."""
     return "rngs" in inspect.signature(method).parameters
-
-
-def _drawn(rngs: nnx.Rngs, name: str) -> jax.Array:
-    """A random key of a stream of an NNX model."""
-    return rngs[name]()
 
 
 def quantize_fn(
@@ -201,6 +173,17 @@ def _check_provider(provider: Any) -> None:
         )
 
 
+def call_function(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a function whose first argument is a tree of params.
+
+    While a session is open, it is rewritten.
+    """
+    open_session = session.current()
+    if open_session is None:
+        return fn(*args, **kwargs)
+    return rewrite_function(fn, args, kwargs, open_session.rewrite)
+
+
 def rewrite_function(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -211,11 +194,9 @@ def rewrite_function(
     traced = trace_function(fn, args, kwargs)
     with session.suspended():
         out = rewrite(traced)
-        return (
-            nested.taking_params(fn)(*args, **kwargs)
-            if out is session.UNCHANGED
-            else out
-        )
+        if out is session.UNCHANGED:
+            out = nested.taking_params(fn)(*args, **kwargs)
+        return out
 
 
 def trace_function(
@@ -293,18 +274,24 @@ def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
 QUANT_STATS = "quant_stats"
 
 
-def _linen_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        name: _linen_method(cls, name, provider) for name in methods
-    }
+def _quantized_class(
+    cls: type, provider: QuantizationProvider, methods: tuple[str, ...]
+) -> type:
+    is_linen = issubclass(cls, nn.Module)
+    quantized = _linen_method if is_linen else _nnx_method
+    fields = {subclasses.ORIGINAL: cls, subclasses.MODE: (provider, methods)}
+    fields |= {name: quantized(cls, name, provider) for name in methods}
     fields |= other_methods.of(cls, provider, methods)
-    fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
+    if is_linen:
+        fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
+
+    def within(self, rewrite):
+        mode = provider if is_linen else provider.of_nnx(self)
+        return mode.within(rewrite)
+
     # Linen would take it for a method of the model, and have its calls intercepted.
-    fields[subclasses.WITHIN] = nn.nowrap(
-        lambda self, rewrite: provider.within(rewrite)
-    )
-    fields[subclasses.MODE] = (provider, methods)
-    return subclasses.subclass(cls, nn.Module, {subclasses.ORIGINAL: cls, **fields})
+    fields[subclasses.WITHIN] = nn.nowrap(within)
+    return marks.subclass(cls, fields)
 
 
 def _by_name(cls: type, name: str) -> Callable[..., Any]:
@@ -333,60 +320,24 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
             return in_trace(self, *args, **kwargs)
         if self.scope is None:
             return method(self, *args, **kwargs)
+        original = functools.partial(method, self)
+        call = linen_calls.Call(self, name, original, args, kwargs)
         if provider.keeps_quant_stats:
-            return _call_with_quant_stats(
-                self,
-                name,
-                lambda: method(self, *args, **kwargs),
-                args,
-                kwargs,
-                provider,
-            )
-        if not linen_calls.can_rewrite(self):
-            if not provider.stores_params and not provider.adds_params:
-                return method(self, *args, **kwargs)
-            return linen_calls.init_call(
-                self,
-                name,
-                lambda: method(self, *args, **kwargs),
-                args,
-                kwargs,
-                functools.partial(_initialize, provider),
-                stored.box,
-                _stand_in,
-            )
-        return linen_calls.rewrite_call(
-            self,
-            name,
-            lambda: method(self, *args, **kwargs),
-            args,
-            kwargs,
-            provider.rewrite,
-        )
+            return _with_quant_stats(call, provider)
+        if linen_calls.can_rewrite(self):
+            return call.rewritten(provider.rewrite)
+        if provider.stores_params or provider.adds_params:
+            return call.initialized(functools.partial(_initialize, provider))
+        return call.unchanged()
 
     for attribute in other_methods.COPIED_MARKS:  # Linen wraps it as a plain method
         quantized.__dict__.pop(attribute, None)
     return quantized
 
 
-def _call_with_quant_stats(
-    module: nn.Module,
-    name: str,
-    original: Callable[[], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    provider: QuantizationProvider,
-) -> Any:
-    """Calls a method of a module that holds statistics in a collection.
-
-    Args:
-      module: the module, bound.
-      name: the method.
-      original: calls the method as it is.
-      args: the positional arguments.
-      kwargs: the keyword arguments.
-      provider: the provider.
-    """
+def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) -> Any:
+    """The result of a call of a module that holds statistics in a collection."""
+    module = call.module
     held = dict(module.variables.get(QUANT_STATS, {}))
     found: dict[str, Any] = {}
 
@@ -410,11 +361,9 @@ def _call_with_quant_stats(
         return out
 
     if linen_calls.can_rewrite(module):
-        out = linen_calls.rewrite_call(module, name, original, args, kwargs, rewrite)
+        out = call.rewritten(rewrite)
     else:
-        out = linen_calls.init_call(
-            module, name, original, args, kwargs, initialize, stored.box, _stand_in
-        )
+        out = call.initialized(initialize)
     for key, value in found.items():
         module.put_variable(QUANT_STATS, key, value)
     return out
@@ -434,23 +383,6 @@ def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     if not provider.matches(plan):
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)
-
-
-def _stand_in(quantized: WithAux) -> Any:
-    """Zeros in the place of a quantized param, boxed as its array was."""
-    return stored.box_array(quantized, jnp.zeros(quantized.shape, quantized.dtype))
-
-
-def _nnx_class(cls: type, provider: QuantizationProvider, methods: tuple[str, ...]):
-    fields: dict[str, Any] = {
-        name: _nnx_method(cls, name, provider) for name in methods
-    }
-    fields |= other_methods.of(cls, provider, methods)
-    fields[subclasses.WITHIN] = lambda self, rewrite: provider.of_nnx(self).within(
-        rewrite
-    )
-    fields[subclasses.MODE] = (provider, methods)
-    return marks.subclass(cls, {subclasses.ORIGINAL: cls, **fields})
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):

@@ -136,13 +136,8 @@ def graphdef_in_float(graphdef: nnx.GraphDef) -> nnx.GraphDef:
 def float_class(cls: type) -> type:
     """A subclass of a module's class whose calls stay in float."""
     path = getattr(cls, _PATH, None)
-    changed = _float_class(_original(cls))
+    changed = marks.float_class(_original(cls))
     return changed if path is None else intercepting_class(changed, path)
-
-
-@functools.cache
-def _float_class(cls: type) -> type:
-    return marks.subclass(cls, {subclasses.IN_FLOAT: True})
 
 
 def _release(module: nnx.Module) -> None:
@@ -236,10 +231,10 @@ def tracing_call(
       The traced call, and a function that takes its result, updates the NNX objects
       among the arguments, and returns what the method does.
     """
-    leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=nnx_objects.is_node)
-    slots = [i for i, leaf in enumerate(leaves) if nnx_objects.is_node(leaf)]
-    nodes = [leaves[i] for i in slots]
-    static = [None if nnx_objects.is_node(leaf) else leaf for leaf in leaves]
+    given = (tuple(args), kwargs)
+    nodes, others, joined = function.divided(
+        given, nnx_objects.is_node, nnx_objects.is_node
+    )
     result = _Result(whole)
     prefix = tuple(filter(None, path.split("/")))
     found = nnx_objects.stored_params(nodes) if mark else []
@@ -250,13 +245,17 @@ def tracing_call(
             graphdef, flat = split.flatten(nodes)
         # Without a tree around them: in that of an `nnx.List`, keys may be of several
         # types, which JAX cannot sort.
-        is_param = [nnx_objects.is_param(leaf) for leaf in flat.leaves]
-        params, rest = _divided(is_param, flat.leaves)
-        param_paths, _ = _divided(is_param, flat.paths)
+        params, rest, all_held = function.divided(
+            list(flat.leaves),
+            nnx_objects.is_param,
+            is_leaf=lambda leaf: not isinstance(leaf, list),
+        )
+        held = zip(flat.paths, flat.leaves, strict=True)
+        param_paths = [path for path, leaf in held if nnx_objects.is_param(leaf)]
 
-        def pure(inputs, rest, static):
+        def pure(inputs, rest, others):
             stand_ins, params = inputs
-            variables = _joined(is_param, params, rest)
+            variables = all_held(params, rest)
             given = [jax.tree.leaves(variable) for variable in variables]
             with nnx.merge_context(_UPDATE, True) as merge:
                 nodes = merge.unflatten(graphdef, variables)
@@ -268,10 +267,7 @@ def tracing_call(
             for module_path, module in nnx.iter_modules(nodes[0]) if mark else ():
                 names = [path, *map(str, module_path)]
                 _intercept(module, "/".join(name for name in names if name))
-            filled = list(static)
-            for slot, node in zip(slots, nodes, strict=True):
-                filled[slot] = node
-            new_args, new_kwargs = jax.tree.unflatten(tree, filled)
+            new_args, new_kwargs = joined(nodes, others)
             with marks.of_nnx(nodes[0], path):
                 out = method(*new_args, **new_kwargs)
             finals = [nnx_objects.raw(stand_in) for stand_in in stand_ins]
@@ -297,7 +293,7 @@ def tracing_call(
         with marks.tracing() if mark else contextlib.nullcontext():
             traced = function.trace(
                 pure,
-                (inputs, rest, static),
+                (inputs, rest, others),
                 param_name,
                 as_arrays=mark,
                 num_held=2,
@@ -327,11 +323,9 @@ class _Result:
 
     def split(self, context, nodes, out, given, graphdef):
         """Within the trace: the arrays of the result and of what changed."""
-        leaves, self.tree = jax.tree.flatten(out, is_leaf=nnx_objects.is_node)
-        self.slots = [i for i, leaf in enumerate(leaves) if nnx_objects.is_node(leaf)]
-        out_nodes = [leaves[i] for i in self.slots]
+        is_node = nnx_objects.is_node
+        out_nodes, others, self.joined = function.divided(out, is_node, is_node)
         self.graphdef, flat = context.flatten([nodes, out_nodes])
-        others = [None if nnx_objects.is_node(leaf) else leaf for leaf in leaves]
         # If only the values of variables changed, only those are written. That
         # matters where others cannot be: a teacher model that a loss closes over
         # belongs to an outer trace.
@@ -348,33 +342,15 @@ class _Result:
 
     def merge(self, nodes, out):
         """Outside of the trace: writes the changes; returns the result."""
-        leaves, held = out
-        leaves = list(leaves)
+        others, held = out
+        out_nodes = ()
         if self.whole:
             with nnx.merge_context(_UPDATE, False) as merge:
                 _, out_nodes = merge.unflatten(self.graphdef, held)
-            for slot, node in zip(self.slots, out_nodes, strict=True):
-                leaves[slot] = node
         else:
             changed = zip(self.changed, held, strict=True)
             nnx.update(nodes, nnx.from_flat_state(list(changed)))
-        return jax.tree.unflatten(self.tree, leaves)
-
-
-def _divided(
-    first: Sequence[bool], items: Sequence[Any]
-) -> tuple[list[Any], list[Any]]:
-    """The items for which a list says so, and the others."""
-    pairs = list(zip(first, items, strict=True))
-    return [x for is_, x in pairs if is_], [x for is_, x in pairs if not is_]
-
-
-def _joined(
-    first: Sequence[bool], some: Sequence[Any], others: Sequence[Any]
-) -> list[Any]:
-    """The items that `_divided` divided."""
-    parts = iter(some), iter(others)
-    return [next(parts[0] if is_first else parts[1]) for is_first in first]
+        return self.joined(out_nodes, others)
 
 
 def _same(before: Sequence[Any], after: Sequence[Any]) -> bool:

@@ -56,24 +56,22 @@ def of(
       provider: the mode and the rules.
       methods: the names of those that run quantized.
     """
-    is_linen = issubclass(cls, nn.Module)
-    names = _linen_methods(cls) if is_linen else marks.methods_of(cls)
     # Linen would wrap them again, and have their calls intercepted twice.
-    nowrap = nn.nowrap if is_linen else lambda method: method
     return {
-        name: nowrap(_in_float(cls, name, provider, methods))
-        for name in names
+        name: nn.nowrap(_in_float(cls, name, provider, methods))
+        for name in marks.methods_of(cls)
         if name not in methods
     }
 
 
 def _traced(cls: type, name: str, args: Any, kwargs: Any) -> Any:
     """A call of a method of a model; None if the model cannot be traced here."""
-    if not isinstance(args[0], nn.Module):
-        with nnx_calls.tracing_call(getattr(cls, name), args, kwargs) as (traced, _):
+    method, (model, *inputs) = getattr(cls, name), args
+    if not isinstance(model, nn.Module):
+        with nnx_calls.tracing_call(method, args, kwargs) as (traced, _):
             return traced
-    if linen_calls.can_rewrite(args[0]):
-        return linen_calls.trace_call(args[0], name, args[1:], kwargs)
+    if linen_calls.can_rewrite(model):
+        return linen_calls.Call(model, name, method, tuple(inputs), kwargs).traced()
     return None
 
 
@@ -111,20 +109,6 @@ def check_no_product_in_float(model: str, plan: Plan) -> None:
 def _in_no_quantized_method(plan: Plan) -> list[OpPlan]:
     """The ops of a traced call of a quantized model that run in float there."""
     return [op for op in plan.quantized_ops if _QUANTIZED not in op.op.name_stack]
-
-
-def _linen_methods(cls: type) -> list[str]:
-    """The public methods that the author of a Linen model wrote, but for `setup`."""
-    own = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
-    fields = getattr(cls, "__dataclass_fields__", {})
-    return [
-        name
-        for name in dict.fromkeys(name for base in own for name in vars(base))
-        if (name == "__call__" or not name.startswith("_"))
-        and name not in (*fields, "setup")
-        and inspect.isfunction(method := inspect.getattr_static(cls, name))
-        and not getattr(method, "nowrap", False)
-    ]
 
 
 def _in_float(

@@ -31,9 +31,8 @@ def checked(rngs: Any, name: str = "rngs") -> Any:
             checked(key, f"{name}[{stream!r}]")
     elif not _is_key(rngs):
         is_seed = isinstance(rngs, int | np.integer) and not isinstance(rngs, bool)
-        advice = "Pass one: jax.random.key(0)."
-        if is_seed:
-            advice = f"Make one of it: jax.random.key({rngs})."
+        made, key = ("Make one of it", rngs) if is_seed else ("Pass one", 0)
+        advice = f"{made}: jax.random.key({key})."
         raise TypeError(f"{name}={rngs!r} is not a random key. {advice}")
     return rngs
 

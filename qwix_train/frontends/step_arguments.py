@@ -18,8 +18,7 @@ from flax import nnx
 
 from qwix_train.frontends import attributes, nnx_objects
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends.model import rewrite_function
-from qwix_train.trace import session
+from qwix_train.frontends.model import call_function
 
 _APPLY = "apply_fn"
 # Longer lists hold data.
@@ -38,10 +37,7 @@ class RewrittenApply:
 
     def __call__(self, *args, **kwargs):
         """Calls the function, rewritten."""
-        open_session = session.current()
-        if open_session is None or session.marking():
-            return self.function(*args, **kwargs)
-        return rewrite_function(self.function, args, kwargs, open_session.rewrite)
+        return call_function(self.function, args, kwargs)
 
     def __eq__(self, other):
         return self.function == getattr(other, "function", other)
@@ -125,9 +121,16 @@ def _is_whole(value: Any) -> bool:
 
 def _is_state(value: Any) -> bool:
     """Whether an object has fields that may hold models: a dataclass, as most have."""
-    if isinstance(value, type | nn.Module):
-        return False
-    return dataclasses.is_dataclass(value) or attributes.has(value, _APPLY, "replace")
+    is_dataclass, has_replace = _kind_of_state(type(value))
+    return is_dataclass or (has_replace and attributes.has(value, _APPLY))
+
+
+@functools.cache
+def _kind_of_state(cls: type) -> tuple[bool, bool]:
+    # Cached, since each leaf of a state is asked.
+    if issubclass(cls, type | nn.Module):
+        return False, False
+    return dataclasses.is_dataclass(cls), attributes.has(cls, "replace")
 
 
 def _fields_of(state: Any) -> list[str]:

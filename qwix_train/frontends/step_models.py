@@ -11,8 +11,9 @@ from flax import nnx
 
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
+from qwix_train.frontends import marks
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends.model import rewrite_function
+from qwix_train.frontends.model import call_function
 from qwix_train.frontends.step_arguments import RewrittenApply
 from qwix_train.trace import session, subclasses
 
@@ -58,10 +59,7 @@ def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
-        open_session = session.current()
-        if open_session is None:
-            return fn(*args, **kwargs)
-        return rewrite_function(fn, args, kwargs, open_session.rewrite)
+        return call_function(fn, args, kwargs)
 
     return call
 
@@ -136,7 +134,7 @@ def _in_float(model: Any) -> Any:
         if subclasses.in_float(model):
             return model
     if isinstance(model, nn.Module):
-        return linen_calls.with_class(model, linen_calls.float_class(type(model)))
+        return linen_calls.with_class(model, marks.float_class(type(model)))
     if isinstance(model, nnx.Module):
         return nnx_calls.in_float(model)
     if isinstance(model, nnx.GraphDef):

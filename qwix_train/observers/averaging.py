@@ -22,7 +22,7 @@ and into ours. A sum over batches of several sizes is the weighed mean times ``c
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -89,30 +89,76 @@ def parse_averaging(text: str) -> Averaging:
     if name not in AVERAGINGS:
         forms = "; ".join(AVERAGINGS.values())
         raise ValueError(f"Unknown averaging {text!r}; choose from: {forms}.")
-    if name == "ema":
+    numbered = {
+        "ema": (Ema, float, "number"),
+        "amax_history": (AmaxHistory, int, "integer"),
+    }
+    if name in numbered:
+        make, kind, said = numbered[name]
         try:
-            (decay,) = (float(part) for part in parts)
+            (number,) = map(kind, parts)
         except ValueError:
             raise ValueError(
-                f"Bad averaging {text!r}: it takes one number. Write ema,decay."
+                f"Bad averaging {text!r}: it takes one {said}. Write "
+                f"{AVERAGINGS[name]}."
             ) from None
-        return Ema(decay)
-    if name == "amax_history":
-        try:
-            (length,) = (int(part) for part in parts)
-        except ValueError:
-            raise ValueError(
-                f"Bad averaging {text!r}: it takes one integer. Write "
-                "amax_history,length."
-            ) from None
-        return AmaxHistory(length)
+        return make(number)
     if parts:
         raise ValueError(f"Bad averaging {text!r}: {name} takes no arguments.")
     return {"mean": Mean, "minmax": MinMax, "last": Last}[name]()
 
 
+class _Ends:
+    """An averaging that keeps an array for each end of the range, under a prefix."""
+
+    prefix: ClassVar[str]
+
+    def init(self, calibration: Calibration) -> State:
+        """Returns the state before any batch: zeros, which every range holds."""
+        # float32: in bfloat16, sums stop growing after some hundred batches.
+        ends = {
+            self.prefix + key: jnp.zeros(v.shape, jnp.float32)
+            for key, v in calibration.items()
+        }
+        return {"count": jnp.zeros((), jnp.int32), **ends}
+
+    def update(self, state: State, calibration: Calibration) -> State:
+        """Adds the range of one batch."""
+        one = self._latest(state, calibration)
+        return self.merge(state, {**one, "count": jnp.ones_like(state["count"])})
+
+    def merge(self, a: State, b: State) -> State:
+        """Returns the state after the batches of ``a`` and then those of ``b``."""
+        ends = {k: self._merged(a[k], b[k], b["count"]) for k in self._ends(a)}
+        return {"count": a["count"] + b["count"], **ends}
+
+    def calibration(self, state: State) -> dict[str, jax.Array]:
+        """Returns the range of all batches."""
+        return {key.removeprefix(self.prefix): state[key] for key in self._ends(state)}
+
+    def _ends(self, state: State) -> list[str]:
+        return [key for key in state if key.startswith(self.prefix)]
+
+    def _latest(self, state: State, calibration: Calibration) -> State:
+        """The ends of the range of one batch, as the state names them."""
+        ends = {}
+        for key, new in calibration.items():
+            old = state[self.prefix + key]
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"A batch has ranges of shape {new.shape}, but the statistics have "
+                    f"{old.shape}: the size of a channelwise or tiled axis changed."
+                )
+            ends[self.prefix + key] = jnp.asarray(new, jnp.float32)
+        return ends
+
+    def _merged(self, a: jax.Array, b: jax.Array, count: jax.Array) -> jax.Array:
+        """An end of the range of some batches and of so many after them."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(_Ends):
     """The mean of the ranges, each batch counting by the number of its values.
 
     A state without ``mean_size``, as `qwix` has it, counts each batch the same.
@@ -125,18 +171,18 @@ class Mean:
     (['count', 'mean_size', 'sum_of_absmax'], 3.0)
     """
 
+    prefix = "sum_of_"
     by_size = True
 
     def init(self, calibration: Calibration) -> State:
         """Returns the state before any batch: zeros."""
         end = next(iter(calibration.values()))
         size = jnp.zeros(end.shape, jnp.float32)
-        return {**_zeros("sum_of_", calibration), "mean_size": size}
+        return {**super().init(calibration), "mean_size": size}
 
     def update(self, state: State, calibration: Calibration, size: Any = 1.0) -> State:
         """Adds the range of one batch, which holds so many values."""
-        # For its check of the shapes.
-        one = _each(state, "sum_of_", calibration, lambda old, new: new)
+        one = self._latest(state, calibration)
         one["count"] = jnp.ones_like(state["count"])
         if "mean_size" in state:
             one["mean_size"] = jnp.broadcast_to(size, state["mean_size"].shape)
@@ -154,18 +200,18 @@ class Mean:
         share = jnp.where(of_a > 0, ours, 0) + ratio * theirs
         # 1 where all sizes are equal, so that sums are then exactly that.
         factor = count / jnp.where(share > 0, share, 1)
-        sums = {key: (a[key] + ratio * b[key]) * factor for key in _keys(a, "sum_of_")}
+        sums = {key: (a[key] + ratio * b[key]) * factor for key in self._ends(a)}
         size = held * share / jnp.maximum(count, 1)
         return {"count": a["count"] + b["count"], **sums, "mean_size": size}
 
     def calibration(self, state: State) -> dict[str, jax.Array]:
         """Returns the mean range."""
-        sums = _strip(state, "sum_of_")
+        sums = super().calibration(state)
         return {key: v / state["count"].astype(v.dtype) for key, v in sums.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Ema:
+class Ema(_Ends):
     """An exponential moving average, the bias of its start at zero taken out.
 
     With the decay ``d`` and the range ``r[t]`` of batch ``t`` of ``n``,
@@ -194,6 +240,8 @@ class Ema:
 
     decay: float
 
+    prefix = "ema_of_"
+
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(
@@ -201,18 +249,15 @@ class Ema:
                 "must be at least 0 and below 1, such as in 'ema,0.99'."
             )
 
-    def init(self, calibration: Calibration) -> State:
-        """Returns the state before any batch: zeros."""
-        return _zeros("ema_of_", calibration)
-
     def update(self, state: State, calibration: Calibration) -> State:
         """Adds the range of one batch."""
         before, after = self._weight(state["count"]), self._weight(state["count"] + 1)
 
-        def average(old: jax.Array, new: jax.Array) -> jax.Array:
-            return (old * (self.decay * before) + new * (1 - self.decay)) / after
-
-        return _each(state, "ema_of_", calibration, average)
+        ends = {
+            key: (state[key] * (self.decay * before) + new * (1 - self.decay)) / after
+            for key, new in self._latest(state, calibration).items()
+        }
+        return {"count": state["count"] + 1, **ends}
 
     def merge(self, a: State, b: State) -> State:
         """Returns the state after the batches of ``a`` and then those of ``b``."""
@@ -225,10 +270,6 @@ class Ema:
         }
         return {"count": count, **merged}
 
-    def calibration(self, state: State) -> dict[str, jax.Array]:
-        """Returns the average range."""
-        return _strip(state, "ema_of_")
-
     def _weight(self, count: jax.Array) -> jax.Array:
         """Returns ``1 - decay**count``, which cancels where the decay is close to 1."""
         log_decay = math.log(self.decay) if self.decay else -math.inf
@@ -237,7 +278,7 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True)
-class MinMax:
+class MinMax(_Ends):
     """The widest range: the smallest ``min``, the largest ``max`` or ``absmax``.
 
     >>> widest = MinMax()
@@ -249,26 +290,15 @@ class MinMax:
     {'min': -3.0, 'max': 5.0}
     """
 
-    def init(self, calibration: Calibration) -> State:
-        """Returns the state before any batch: zeros, which every range holds."""
-        return _zeros("extreme_of_", calibration)
+    prefix = "extreme_of_"
 
-    def update(self, state: State, calibration: Calibration) -> State:
-        """Widens the range to hold that of one batch."""
-        return _each(state, "extreme_of_", calibration, _wider)
-
-    def merge(self, a: State, b: State) -> State:
-        """Returns the range that holds both."""
-        merged = {key: _wider(a[key], b[key]) for key in a}
-        return {**merged, "count": a["count"] + b["count"]}
-
-    def calibration(self, state: State) -> dict[str, jax.Array]:
-        """Returns the widest range."""
-        return _strip(state, "extreme_of_")
+    def _merged(self, a: jax.Array, b: jax.Array, count: jax.Array) -> jax.Array:
+        # The end that is farther from 0, which lies in every range.
+        return jnp.where(jnp.abs(b) > jnp.abs(a), b, a)
 
 
 @dataclasses.dataclass(frozen=True)
-class Last:
+class Last(_Ends):
     """The range of the last batch.
 
     >>> last = Last()
@@ -279,26 +309,14 @@ class Last:
     ([2.0], 2)
     """
 
-    def init(self, calibration: Calibration) -> State:
-        """Returns the state before any batch: zeros."""
-        return _zeros("last_of_", calibration)
+    prefix = "last_of_"
 
-    def update(self, state: State, calibration: Calibration) -> State:
-        """Takes the range of one batch."""
-        return _each(state, "last_of_", calibration, lambda old, new: new)
-
-    def merge(self, a: State, b: State) -> State:
-        """Returns the range of ``b``, or that of ``a`` if ``b`` has no batch."""
-        merged = {key: jnp.where(b["count"] > 0, b[key], a[key]) for key in a}
-        return {**merged, "count": a["count"] + b["count"]}
-
-    def calibration(self, state: State) -> dict[str, jax.Array]:
-        """Returns the range of the last batch."""
-        return _strip(state, "last_of_")
+    def _merged(self, a: jax.Array, b: jax.Array, count: jax.Array) -> jax.Array:
+        return jnp.where(count > 0, b, a)
 
 
 @dataclasses.dataclass(frozen=True)
-class AmaxHistory:
+class AmaxHistory(_Ends):
     """The widest range of the latest batches, for delayed scaling.
 
     With the range ``r[t]`` of batch ``t``, in training batch ``t`` is quantized by
@@ -329,6 +347,7 @@ class AmaxHistory:
 
     length: int
 
+    prefix = "window_of_"
     delayed = True
 
     def __post_init__(self):
@@ -344,19 +363,18 @@ class AmaxHistory:
             f"history_{key}": jnp.zeros((self.length, *v.shape), jnp.float32)
             for key, v in calibration.items()
         }
-        return {**_zeros("window_of_", calibration), **history}
+        return {**super().init(calibration), **history}
 
     def update(self, state: State, calibration: Calibration) -> State:
         """Puts the range of one batch in front, and drops the oldest."""
-        # For its check of the shapes.
-        latest = _each(state, "window_of_", calibration, lambda old, new: new)
+        latest = self._latest(state, calibration)
         history = {
             f"history_{key}": jnp.concatenate(
                 [latest[f"window_of_{key}"][None], state[f"history_{key}"][:-1]]
             )
             for key in calibration
         }
-        return self._with_window(latest["count"], history)
+        return self._with_window(state["count"] + 1, history)
 
     def merge(self, a: State, b: State) -> State:
         """Returns the state after the batches of ``a`` and then those of ``b``."""
@@ -371,10 +389,6 @@ class AmaxHistory:
         history = {key: latest(key) for key in a if key.startswith("history_")}
         return self._with_window(a["count"] + b["count"], history)
 
-    def calibration(self, state: State) -> dict[str, jax.Array]:
-        """Returns the widest range of the latest batches."""
-        return _strip(state, "window_of_")
-
     def _with_window(self, count: jax.Array, history: State) -> State:
         def widest(of_batches: jax.Array) -> jax.Array:
             farthest = jnp.argmax(jnp.abs(of_batches), axis=0, keepdims=True)
@@ -385,38 +399,3 @@ class AmaxHistory:
             for key, of_batches in history.items()
         }
         return {"count": count, **windows, **history}
-
-
-def _zeros(prefix: str, calibration: Calibration) -> State:
-    # float32: in bfloat16, sums stop growing after some hundred batches.
-    ends = {
-        prefix + key: jnp.zeros(v.shape, jnp.float32) for key, v in calibration.items()
-    }
-    return {"count": jnp.zeros((), jnp.int32), **ends}
-
-
-def _each(state: State, prefix: str, calibration: Calibration, fn: Any) -> State:
-    """Applies a function to each end of the kept range and the one of a batch."""
-    ends = {}
-    for key, new in calibration.items():
-        old = state[prefix + key]
-        if old.shape != new.shape:
-            raise ValueError(
-                f"A batch has ranges of shape {new.shape}, but the statistics have "
-                f"{old.shape}: the size of a channelwise or tiled axis changed."
-            )
-        ends[prefix + key] = fn(old, jnp.asarray(new, jnp.float32))
-    return {"count": state["count"] + 1, **ends}
-
-
-def _wider(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the end that is farther from 0, which lies in every range."""
-    return jnp.where(jnp.abs(b) > jnp.abs(a), b, a)
-
-
-def _keys(state: State, prefix: str) -> list[str]:
-    return [key for key in state if key.startswith(prefix)]
-
-
-def _strip(state: State, prefix: str) -> dict[str, jax.Array]:
-    return {key.removeprefix(prefix): state[key] for key in _keys(state, prefix)}

@@ -108,7 +108,13 @@ class CalibrationMethod:
 
 
 class HistogramObserver:
-    """What the observers that read a histogram have in common."""
+    """What the observers that read a histogram have in common.
+
+    Attributes:
+        symmetric: Whether the range is centered at zero.
+    """
+
+    symmetric: bool = True
 
     def init(self, shape: tuple[int, ...], how: HowToQuantize) -> State:
         """Returns an empty histogram for each range.
@@ -142,6 +148,8 @@ class HistogramObserver:
 
     def _check_qtype(self, qtype: numerics.QType) -> None:
         """Raises a ValueError for a type that the range cannot be of."""
+        if not self.symmetric:
+            numerics.asymmetric_bound(qtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +181,6 @@ class Percentile(HistogramObserver):
             state, self.percentile, symmetric=self.symmetric
         )
 
-    def _check_qtype(self, qtype: numerics.QType) -> None:
-        if not self.symmetric:
-            numerics.asymmetric_bound(qtype)
-
 
 @dataclasses.dataclass(frozen=True)
 class Mse(HistogramObserver):
@@ -191,10 +195,6 @@ class Mse(HistogramObserver):
     def calibration(self, state: State, how: HowToQuantize) -> dict[str, jax.Array]:
         """Returns the range."""
         return clipping.mse_range(state, how.qtype, symmetric=self.symmetric)
-
-    def _check_qtype(self, qtype: numerics.QType) -> None:
-        if not self.symmetric:
-            numerics.asymmetric_bound(qtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,14 +160,14 @@ class Statistics:
     state for stacked layers has one more axis in front, and goes through `jax.vmap`.
 
     Attributes:
-        observer: What is measured.
+        observer: What is measured: an `Observer`.
         averaging: How batches combine; None for an observer that collects all data.
         how: Which elements share a range, and the type of the codes.
         batch_axes: See `make_statistics`.
         finite_only: See `make_statistics`.
     """
 
-    observer: Observer
+    observer: Any
     averaging: Averaging | None
     how: HowToQuantize
     batch_axes: tuple[int, ...] = ()
@@ -192,8 +192,7 @@ class Statistics:
         """
         x = jax.ShapeDtypeStruct(shape, dtype)
         jax.eval_shape(check_quantizable, x)
-        if isinstance(self.observer, RangeObserver):
-            assert self.averaging is not None
+        if self.averaging is not None:
             measured = dict(jax.eval_shape(self._observe, x))
             size = measured.pop("size")
             state = self.averaging.init(measured)
@@ -232,7 +231,7 @@ class Statistics:
             NaN if the batch is empty. For a `StreamObserver`, the batch.
         """
         x = jax.lax.stop_gradient(x)
-        if not isinstance(self.observer, RangeObserver):
+        if self.averaging is None:
             return x
         if x.size == 0:
             shape = tuple(max(n, 1) for n in x.shape)
@@ -254,7 +253,7 @@ class Statistics:
         Raises:
             ValueError: The batch does not fit the state.
         """
-        if isinstance(self.observer, RangeObserver):
+        if self.averaging is not None:
             return self._add(dict(state), measured)
         if measured.size == 0:
             return {**state, "skipped": state["skipped"] + 1}
@@ -278,8 +277,7 @@ class Statistics:
             narrowest = jnp.where(b["count"] > 0, narrowest, a["narrowest"])
             beside["narrowest"] = narrowest
         a, b = (_without(state, _BESIDE) for state in (a, b))
-        if isinstance(self.observer, RangeObserver):
-            assert self.averaging is not None
+        if self.averaging is not None:
             merged = self.averaging.merge(a, b)
         else:
             merged = {**self.observer.merge(a, b), "count": a["count"] + b["count"]}
@@ -293,8 +291,7 @@ class Statistics:
             scale and float32.
         """
         state = dict(state)
-        if isinstance(self.observer, RangeObserver):
-            assert self.averaging is not None
+        if self.averaging is not None:
             calibration = self.averaging.calibration(state)
         else:
             calibration = self.observer.calibration(state, self.how)
@@ -330,33 +327,35 @@ class Statistics:
 
     def _add(self, state: Mapping[str, jax.Array], measured: Any) -> State:
         old = _without(state, ("skipped",))
-        if isinstance(self.observer, RangeObserver):
-            new, valid = self._with_range(old, measured)
+        if self.averaging is not None:
+            new, valid = self._with_range(self.averaging, old, measured)
         else:
             counts = _counts_as_finite(measured)
-            if self.finite_only:
-                valid, measured = counts.any(), jnp.where(counts, measured, 0)
-                new = self.observer.update(old, measured, self.how, counts)  # type: ignore[call-arg]
-            else:
-                valid = counts.all()
-                new = self.observer.update(old, measured, self.how)
+            valid = counts.any() if self.finite_only else counts.all()
+            given = self._counted(measured, self.how, counts)
+            new = self.observer.update(old, *given)
             new["count"] = old["count"] + 1
         new = {key: jnp.where(valid, new[key], old[key]) for key in old}
         skipped = jnp.where(valid, 0, 1).astype(state["skipped"].dtype)
         return {**new, "skipped": state["skipped"] + skipped}
 
-    def _with_range(self, old: State, measured: Any) -> tuple[State, jax.Array]:
+    def _counted(self, x: jax.Array, how: HowToQuantize, counts: Any) -> Any:
+        """Returns what an observer is given of a batch."""
+        if not self.finite_only:
+            return x, how
+        return jnp.where(counts, x, 0), how, counts
+
+    def _with_range(
+        self, averaging: Any, old: State, measured: Any
+    ) -> tuple[State, jax.Array]:
         """Returns the state with the range of a batch, and whether that counts."""
-        assert self.averaging is not None
         size = measured["size"]
         measured = _without(measured, ("size",))
         finite = [_counts_as_finite(end).all() for end in measured.values()]
         valid = jnp.stack([*finite, size.sum() > 0]).all()
         kept = _without(old, _BESIDE)
-        if getattr(self.averaging, "by_size", False):
-            new = self.averaging.update(kept, measured, size)  # type: ignore[call-arg]
-        else:
-            new = self.averaging.update(kept, measured)
+        sized = (size,) if getattr(averaging, "by_size", False) else ()
+        new = averaging.update(kept, measured, *sized)
         if "widest" in old:
             width = range_width(measured)
             first = old["count"] == 0
@@ -366,16 +365,11 @@ class Statistics:
         return new, valid
 
     def _observe(self, x: jax.Array) -> dict[str, jax.Array]:
-        assert isinstance(self.observer, RangeObserver)
         axes = self._checked_batch_axes(x)
         channelwise = tuple(sorted({*self.how.channelwise_axes, *axes}))
         how = dataclasses.replace(self.how, channelwise_axes=channelwise)
-        if self.finite_only:
-            counts = _counts_as_finite(x)
-            found = self.observer.observe(jnp.where(counts, x, 0), how, counts)  # type: ignore[call-arg]
-        else:
-            counts = None
-            found = self.observer.observe(x, how)
+        counts = _counts_as_finite(x) if self.finite_only else None
+        found = self.observer.observe(*self._counted(x, how, counts))
         found = {key: jnp.asarray(v, jnp.float32) for key, v in found.items()}
         shape = next(iter(found.values())).shape
         size = values_in_each(x.shape, shape, counts)

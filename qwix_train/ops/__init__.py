@@ -17,8 +17,6 @@ from qwix_train.trace.analyze import Op
 
 DOT, CONV, GATHER, RAGGED_DOT = KINDS = (Dot(), Conv(), Gather(), RaggedDot())
 
-_by_primitive: dict[str, OpKind] = {}
-
 
 def register(kind: OpKind) -> None:
     """Lets every mode quantize another kind of operation.
@@ -30,44 +28,43 @@ def register(kind: OpKind) -> None:
       ValueError: if its primitive, or one of its names, has a kind already.
     """
     taken = [name for name in kind.names if name in names()]
-    if kind.primitive in _by_primitive or taken:
+    if by_primitive(kind.primitive) or taken:
         raise ValueError(
             f"{type(kind).__name__}: there is a kind of operation for the primitive "
             f"{kind.primitive!r}, or with one of the names {kind.names}, already."
         )
-    _by_primitive[kind.primitive] = kind
-    analyze.register_kind(kind)
+    analyze.kinds[kind.primitive] = kind
 
 
 def kind_of(op: Op) -> OpKind:
     """The kind of an operation of a traced call."""
-    return _by_primitive[op.primitive]
+    return analyze.kinds[op.primitive]
 
 
 def by_primitive(name: str) -> OpKind | None:
     """The kind of an equation, by the name of its primitive, or None."""
-    return _by_primitive.get(name)
+    return analyze.kinds.get(name)
 
 
 def product_of(primitive: str) -> OpKind:
     """The kind of the products of a primitive, for which `is_product` holds."""
-    return _by_primitive[primitive]
+    return analyze.kinds[primitive]
 
 
 def is_product(primitive: str) -> bool:
     """Whether the equations of a primitive are products that can be quantized."""
-    kind = _by_primitive.get(primitive)
+    kind = analyze.kinds.get(primitive)
     return kind is not None and kind.is_product
 
 
 def by_name(name: str) -> OpKind | None:
     """The kind that rules know by a name, or None."""
-    return next((k for k in _by_primitive.values() if name in k.names), None)
+    return next((k for k in analyze.kinds.values() if name in k.names), None)
 
 
 def names() -> tuple[str, ...]:
     """The names by which rules know the operations that can be quantized."""
-    return tuple(name for kind in _by_primitive.values() for name in kind.names)
+    return tuple(name for kind in analyze.kinds.values() for name in kind.names)
 
 
 for _kind in KINDS:

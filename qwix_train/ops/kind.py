@@ -7,8 +7,6 @@ it, and how the method that looks at its input sees vectors. A mode names no ope
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,89 +15,29 @@ import jax
 from qwix_train.core.qarray import MaybeQArray, QArray
 from qwix_train.ops.low_rank import Factors, LowRankTerm
 from qwix_train.ops.vectors import Vectors
-from qwix_train.trace.provenance import Provenance
+from qwix_train.trace.analyze import Findable
+from qwix_train.trace.analyze import OperandAxes as OperandAxes
 
 Params = Mapping[str, Any]
 """The parameters of an equation."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OperandAxes:
-    """What an operation does with the axes of one of its operands.
-
-    Attributes:
-      contracted: the axes that it sums over, in the order in which they meet those of
-        the other operand.
-      batch: the axes along which each index meets the same index of the other operand.
-      kept: the others, which are axes of the result.
-    """
-
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    kept: tuple[int, ...]
-
-    @classmethod
-    def of(
-        cls, ndim: int, contracted: Sequence[int], batch: Sequence[int] = ()
-    ) -> OperandAxes:
-        """The axes of an operand with `ndim` axes; those that are left are kept."""
-        used = {*contracted, *batch}
-        kept = tuple(axis for axis in range(ndim) if axis not in used)
-        return cls(tuple(contracted), tuple(batch), kept)
-
-
-class OpKind(abc.ABC):
+class OpKind(Findable):
     """A kind of operation.
 
+    Beside what finds it, it has:
+
     Attributes:
-      primitive: the name of its primitive.
-      names: the names by which rules know it; the first is the usual one.
       plural: what several of them are called in messages.
       sides: how many of its operands, from the first, can be quantized.
-      is_product: whether it multiplies its operands. A lookup does not: the rows that
-        it takes are elements of the table.
       by_name_only: whether a rule matches it only where its `op_names` names it.
       has_tiles: whether its operands can have sub-channel scales.
     """
 
-    primitive: str
-    names: tuple[str, ...]
     plural: str
     sides: int = 2
-    is_product: bool = True
     by_name_only: bool = False
     has_tiles: bool = True
-
-    def name_in(self, scope: str) -> str:
-        """The name of an operation of this kind that runs in a scope.
-
-        Args:
-          scope: the name stack around it.
-        """
-        del scope
-        return self.names[0]
-
-    def is_found(
-        self, operands: Sequence[Provenance], shapes: Sequence[tuple[int, ...]]
-    ) -> bool:
-        """Whether an equation of the primitive is an operation of this kind.
-
-        Args:
-          operands: where its operands come from.
-          shapes: their shapes.
-        """
-        del operands, shapes
-        return True
-
-    @abc.abstractmethod
-    def axes(self, params: Params, side: int, ndim: int) -> OperandAxes:
-        """What it does with the axes of an operand.
-
-        Args:
-          params: the parameters of its equation.
-          side: 0 for the left operand, 1 for the right one.
-          ndim: how many axes the operand has.
-        """
 
     def channelwise(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """The axes of an operand along which each index can have a scale.

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-_SAID = {
-    "bool": "True or False",
-    "int": "an int",
-    "float": "a number",
-    "str": "a str",
-    "Collection[int]": "a collection of ints, such as (0,)",
-    "Collection[str]": "a collection of strs",
-    "Mapping[str, Any]": "a mapping",
+# Each annotation that is checked: the type of values, and what errors call them.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (int, "an int"),
+    "float": (float | int, "a number"),
+    "str": (str, "a str"),
+    "Collection[int]": (tuple, "a collection of ints, such as (0,)"),
+    "Collection[str]": (tuple, "a collection of strs"),
+    "Mapping[str, Any]": (Mapping, "a mapping"),
 }
 
 
@@ -50,13 +51,13 @@ def converted(field: dataclasses.Field[Any], value: Any) -> Any:
     if value is None and "None" in names:
         return None
     kinds = [name for name in names if name != "None"]
-    if any(kind not in _SAID for kind in kinds):
+    if any(kind not in _KINDS for kind in kinds):
         return value
     plain = _plain(value)
     if any(_is(plain, kind) for kind in kinds):
         return plain
     # An int will do for a float, too.
-    said = [_SAID[kind] for kind in kinds if kind != "int" or "float" not in kinds]
+    said = [_KINDS[kind][1] for kind in kinds if kind != "int" or "float" not in kinds]
     raise ValueError(f"it must be {' or '.join(said + ['None'] * ('None' in names))}")
 
 
@@ -69,17 +70,8 @@ def _plain(value: Any) -> Any:
 
 
 def _is(value: Any, kind: str) -> bool:
-    match kind:
-        case "bool":
-            return isinstance(value, bool)
-        case "int":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "float":
-            return isinstance(value, float) or _is(value, "int")
-        case "str":
-            return isinstance(value, str)
-        case "Mapping[str, Any]":
-            return isinstance(value, Mapping)
-        case _:
-            element = kind.removeprefix("Collection[").removesuffix("]")
-            return isinstance(value, tuple) and all(_is(x, element) for x in value)
+    if kind.startswith("Collection"):
+        element = kind.removeprefix("Collection[").removesuffix("]")
+        return isinstance(value, tuple) and all(_is(x, element) for x in value)
+    is_bool = isinstance(value, bool)  # which Python takes for an int
+    return isinstance(value, _KINDS[kind][0]) and is_bool == (kind == "bool")

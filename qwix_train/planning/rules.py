@@ -175,10 +175,9 @@ class QuantizationRule:
             if name == "act" and self.learned_act_method:
                 method = None
             if method is not None:
-                self._check(field, how.parse_calibration_method, method)
-            if method is not None and qtype is not None and not is_int16(qtype):
                 # Not every type has the zero point that a method may need.
-                self._check(field, functools.partial(_how, qtype), method)
+                known = "int8" if qtype is None or is_int16(qtype) else qtype
+                self._check(field, functools.partial(_how, known), method)
         self._check_observer()
         self._check_tile_size("tile_size")
         if self.disable_channelwise_axes and self.act_channelwise_axes:

@@ -55,6 +55,7 @@ def table(plan: Plan) -> str:
     rows = [["module", "op", "shapes", "weight", "type", "act", "rule", "note"]]
     for entry in plan.records():
         weight, act = entry["weight_qtype"], entry["act_qtype"]
+        static = " static" if entry["act_static_scale"] else ""
         rows.append(
             [
                 entry["module_path"] or "(root)",
@@ -62,16 +63,13 @@ def table(plan: Plan) -> str:
                 " x ".join(_shape(shape) for shape in entry["shapes"]),
                 ", ".join(entry["weights"]) or "-",
                 f"{weight} {entry['weight_granularity']}" if weight else "float",
-                f"{act} {entry['act_granularity']}"
-                + (" static" if entry["act_static_scale"] else "")
-                if act
-                else "float",
+                f"{act} {entry['act_granularity']}{static}" if act else "float",
                 "-" if entry["rule"] is None else str(entry["rule"]),
                 _cited(entry["reason"], notes),
             ]
         )
-    lines = aligned(rows).splitlines()
-    width = len(lines[1])
+    lines = aligned(rows).split("\n")
+    width = max(map(len, lines))
     for note, number in notes.items():
         lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
     return "\n".join([*lines, "", *_summary(plan)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from qwix_train import ops
 from qwix_train.trace import provenance
@@ -33,19 +34,13 @@ def roles(op: Op) -> list[provenance.Provenance]:
     a learned query that was normalized, or the row of a table that a token looked
     up, though each element of that is one of the table's.
     """
-    kind = ops.kind_of(op)
-    origins = [operand.provenance for operand in op.operands[: kind.sides]]
-
-    def is_weight(origin):
-        if not isinstance(origin, provenance.Weight):
-            return False
-        return not (origin.selected and kind.is_product)
+    origins = [operand.provenance for operand in op.operands[: ops.kind_of(op).sides]]
+    is_weight = [_is_weight(origin, op) for origin in origins]
 
     def role(side, origin):
-        others = origins[:side] + origins[side + 1 :]
         is_input = isinstance(origin, provenance.Derived | provenance.Weight)
-        is_input = is_input and not is_weight(origin)
-        beside_weight = any(map(is_weight, others))
+        is_input = is_input and not is_weight[side]
+        beside_weight = any(is_weight[:side] + is_weight[side + 1 :])
         return provenance.ACTIVATION if is_input and beside_weight else origin
 
     return [role(side, origin) for side, origin in enumerate(origins)]
@@ -53,14 +48,18 @@ def roles(op: Op) -> list[provenance.Provenance]:
 
 def weights_of(op: Op) -> list[tuple[int, View]]:
     """The params that an op reads as weights, each with the side of the operand."""
-    kind = ops.kind_of(op)
     return [
         (side, view)
-        for side, operand in enumerate(op.operands[: kind.sides])
-        if isinstance(operand.provenance, provenance.Weight)
-        and not (operand.provenance.selected and kind.is_product)
+        for side, operand in enumerate(op.operands[: ops.kind_of(op).sides])
+        if _is_weight(operand.provenance, op)
         for view in operand.provenance.views
     ]
+
+
+def _is_weight(origin: provenance.Provenance, op: Op) -> TypeGuard[provenance.Weight]:
+    """Whether an operand is a weight; a row of a table is one of lookups alone."""
+    is_weight = isinstance(origin, provenance.Weight)
+    return is_weight and not (origin.selected and ops.kind_of(op).is_product)
 
 
 def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:

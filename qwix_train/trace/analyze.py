@@ -8,10 +8,11 @@ caller to say; `evaluate` then does it.
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from jax import core
 
@@ -22,40 +23,79 @@ from qwix_train.trace.provenance import Provenance
 from qwix_train.trace.scopes import is_in_float, module_path_of
 
 
-class Findable(Protocol):
-    """What has to be known of a kind of operation to find it."""
+@dataclasses.dataclass(frozen=True)
+class OperandAxes:
+    """What an operation does with the axes of one of its operands.
 
-    @property
-    def primitive(self) -> str:
-        """The name of its primitive."""
-        ...
+    Attributes:
+      contracted: the axes that it sums over, in the order in which they meet those of
+        the other operand.
+      batch: the axes along which each index meets the same index of the other operand.
+      kept: the others, which are axes of the result.
+    """
 
-    @property
-    def is_product(self) -> bool:
-        """Whether it multiplies its operands."""
-        ...
+    contracted: tuple[int, ...]
+    batch: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, ndim: int, contracted: Sequence[int], batch: Sequence[int] = ()
+    ) -> OperandAxes:
+        """The axes of an operand with `ndim` axes; those that are left are kept."""
+        used = {*contracted, *batch}
+        kept = tuple(axis for axis in range(ndim) if axis not in used)
+        return cls(tuple(contracted), tuple(batch), kept)
+
+
+class Findable(abc.ABC):
+    """What has to be known of a kind of operation to find it.
+
+    Attributes:
+      primitive: the name of its primitive.
+      names: the names by which rules know it; the first is the usual one.
+      is_product: whether it multiplies its operands. A lookup does not: the rows that
+        it takes are elements of the table.
+    """
+
+    primitive: str
+    names: tuple[str, ...]
+    is_product: bool = True
 
     def name_in(self, scope: str) -> str:
-        """The name of one that runs in a scope."""
-        ...
+        """The name of an operation of this kind that runs in a scope.
+
+        Args:
+          scope: the name stack around it.
+        """
+        del scope
+        return self.names[0]
 
     def is_found(
         self, operands: Sequence[Provenance], shapes: Sequence[tuple[int, ...]]
     ) -> bool:
-        """Whether an equation of the primitive is one."""
-        ...
+        """Whether an equation of the primitive is an operation of this kind.
 
-    def axes(self, params: Mapping[str, Any], side: int, ndim: int) -> Any:
-        """What it does with the axes of an operand, among them `contracted`."""
-        ...
+        Args:
+          operands: where its operands come from.
+          shapes: their shapes.
+        """
+        del operands, shapes
+        return True
+
+    @abc.abstractmethod
+    def axes(self, params: Mapping[str, Any], side: int, ndim: int) -> OperandAxes:
+        """What it does with the axes of an operand.
+
+        Args:
+          params: the parameters of its equation.
+          side: 0 for the left operand, 1 for the right one.
+          ndim: how many axes the operand has.
+        """
 
 
-_kinds: dict[str, Findable] = {}
-
-
-def register_kind(kind: Findable) -> None:
-    """Has operations of a kind found in traced functions."""
-    _kinds[kind.primitive] = kind
+kinds: dict[str, Any] = {}
+"""The kinds of operations that are found in traced functions, by their primitives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,17 +234,14 @@ class _Walker(bodies.Domain[Provenance]):
         if self.is_found(eqn, operands):
             scope = _join(self.scope, str(eqn.source_info.name_stack))
             self.add(eqn, operands, key, scope, self.opaque_name)
-        return provenance.propagate(
-            eqn.primitive.name,
-            eqn.params,
-            operands,
-            [_shape(atom) for atom in eqn.invars],
-            [_shape(var) for var in eqn.outvars],
-        )
+        shapes = (list(map(_shape, atoms)) for atoms in (eqn.invars, eqn.outvars))
+        return provenance.propagate(eqn.primitive.name, eqn.params, operands, *shapes)
 
     def is_found(self, eqn, operands) -> bool:
         """Whether `add` is to be called with an equation without bodies."""
-        return _is_op(eqn, operands)
+        kind = kinds.get(eqn.primitive.name)
+        shapes = list(map(_shape, eqn.invars))
+        return kind is not None and kind.is_found(operands, shapes)
 
     def add(self, eqn, operands, key, scope, opaque):
         path = module_path_of(scope)
@@ -214,7 +251,7 @@ class _Walker(bodies.Domain[Provenance]):
                     path = new + path.removeprefix(old)
                     break
         path = _join(self.prefix, path)
-        name = _kinds[eqn.primitive.name].name_in(scope)
+        name = kinds[eqn.primitive.name].name_in(scope)
         count = self.counts[path, name]
         self.counts[path, name] += 1
         self.ops.append(
@@ -240,7 +277,7 @@ class _Walker(bodies.Domain[Provenance]):
 
     def moves(self, eqn, operands) -> bool:
         """Whether an equation multiplies an activation by a constant that selects."""
-        kind = _kinds[eqn.primitive.name]
+        kind = kinds[eqn.primitive.name]
         if not kind.is_product:
             return False
         sides = [isinstance(x, provenance.Constant) for x in operands[:2]]
@@ -334,13 +371,6 @@ class _TagWalker(_Walker):
         name = self.name_of(eqn)
         assert name is not None
         self.found[name].add(operands[0])
-
-
-def _is_op(eqn, operands: Sequence[Provenance]) -> bool:
-    kind = _kinds.get(eqn.primitive.name)
-    return kind is not None and kind.is_found(
-        operands, [_shape(atom) for atom in eqn.invars]
-    )
 
 
 def _renamed(first: Sequence[Provenance], now: Sequence[Provenance]) -> dict[str, str]:

@@ -270,7 +270,8 @@ class Evaluation(abc.ABC):
         """
         start, stop = inside.carry.start, inside.carry.stop
         kept = _passed_on(eqn, inside, operands)
-        constants = list(map(_loop_constant, operands[:stop]))
+        # What a loop reads as a whole in each iteration is transformed once, before it.
+        constants = [x if _follows(x) else value_of(x) for x in operands[:stop]]
         varying = [place for place in inside.carry if place - start not in kept]
 
         def iterate(number, carry, states, slices=()):
@@ -351,11 +352,6 @@ def _is_needed(eqn, last_use) -> bool:
     return bool(eqn.effects) or any(var in last_use for var in eqn.outvars)
 
 
-def _loop_constant(value: Any) -> Any:
-    """What a loop reads as a whole in each iteration: transformed once, before it."""
-    return value if _follows(value) else value_of(value)
-
-
 def _entering(values: Sequence[Any]) -> list[Any]:
     """What the body of a loop reads, each time that it is traced.
 
@@ -406,35 +402,22 @@ def _computed(outs, kept, primitive):
     ]
 
 
-def _distinct(atoms):
-    """The operands of an equation, with repeated variables (`x @ x`) told apart."""
-    seen: set[int] = set()
-    for atom in atoms:
-        repeated = id(atom) in seen
-        seen.add(id(atom))
-        yield jex.Var(atom.aval) if repeated else atom
-
-
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """The index of the last equation that reads each variable."""
-    last: dict[Any, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        for atom in eqn.invars:
-            if not isinstance(atom, jex.Literal):
-                last[atom] = index
-    for atom in jaxpr.outvars:
-        if not isinstance(atom, jex.Literal):
-            last[atom] = len(jaxpr.eqns)
-    return last
+    """The index of the last equation that reads each variable, or behind the last."""
+    reads = [*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]
+    return {
+        atom: index
+        for index, atoms in enumerate(reads)
+        for atom in atoms
+        if not isinstance(atom, jex.Literal)
+    }
 
 
 def run_equation(eqn: Any, *values: Any) -> list[Any]:
     """The results of an equation, from arrays for its operands."""
-    # Literals cannot be replaced in an equation, so all operands are named.
-    names = [
-        jex.Var(atom.aval) if isinstance(atom, jex.Literal) else atom
-        for atom in _distinct(eqn.invars)
-    ]
+    # Literals cannot be replaced in an equation, and a variable may be repeated
+    # (`x @ x`), so all operands have names of their own.
+    names = [jex.Var(atom.aval) for atom in eqn.invars]
     call = jax_versions.without_scope(eqn.replace(invars=names))
     return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
 

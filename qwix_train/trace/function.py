@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -71,6 +71,7 @@ class TracedCall:
       params: for each input, the param that it is, or None.
       ops: the matrix products, convolutions and lookups in it.
       paths: for each input, its path if it is in the first argument, and has one.
+      rebuild: gives the result of the call from the results of its body.
       module_path: where in a larger model the function stands.
       added: values next to the params that are no inputs, by path.
       make_rng: gives a random key of a stream of the model, by the name of the stream;
@@ -90,7 +91,7 @@ class TracedCall:
     params: Sequence[Param | None]
     ops: Sequence[analyze.Op]
     paths: Sequence[tuple[str, ...] | None]
-    _rebuild: Callable[[Sequence[Any]], Any]
+    rebuild: Callable[[Sequence[Any]], Any]
     module_path: str = ""
     added: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
     make_rng: Callable[[str], Any] = lambda name: None
@@ -126,11 +127,7 @@ class TracedCall:
         outs = evaluate.evaluate(
             self.body, inputs, {op.key: op for op in replace}, handler, given
         )
-        return self._rebuild(outs)
-
-    def rebuild(self, outs: Sequence[Any]) -> Any:
-        """The result of the call from the results of its body."""
-        return self._rebuild(outs)
+        return self.rebuild(outs)
 
     @property
     def named(self) -> dict[tuple[str, ...], Any]:
@@ -221,27 +218,19 @@ def trace(
             if is_stored(leaf):
                 value = _stored_types[type(leaf)].box(leaf, value)
             filled[slot] = value
-        out = function(*jax.tree.unflatten(tree, filled))
-        out_leaves, out_tree = jax.tree.flatten(out)
         # Results that are not arrays are kept as they are, and arrays are not, so that
         # the tracers of the trace are not held.
-        statics = [None if is_array(leaf) else (leaf,) for leaf in out_leaves]
-        layout[:] = [statics, out_tree]
-        return [leaf for leaf in out_leaves if is_array(leaf)]
+        outs, *layout[:] = divided(
+            function(*jax.tree.unflatten(tree, filled)), is_array
+        )
+        return outs
 
     avals = [
         _stored_types[type(value)].aval(value) if is_stored(value) else value
         for value in inputs
     ]
     closed = jax.make_jaxpr(flat_function)(*avals)
-    statics, out_tree = layout
-
-    def rebuild(outs):
-        rest = iter(outs)
-        return jax.tree.unflatten(
-            out_tree, [next(rest) if s is None else s[0] for s in statics]
-        )
-
+    statics, joined = layout
     body = jax_versions.body_of(closed)
     origins = [
         provenance.param(p.path, aval.shape) if p else provenance.ACTIVATION
@@ -257,7 +246,7 @@ def trace(
         paths=paths,
         held=held,
         module_path=module_path,
-        _rebuild=rebuild,
+        rebuild=lambda outs: joined(outs, statics),
     )
 
 
@@ -276,17 +265,43 @@ def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
       >>> eval_shape(lambda x, flag: x if flag else None, jnp.ones(2), True)
       ShapeDtypeStruct(shape=(2,), dtype=float32)
     """
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    slots = [i for i, leaf in enumerate(leaves) if _is_input(leaf)]
+    inputs, others, joined = divided((args, kwargs), _is_input)
 
-    def call(values):
-        filled = list(leaves)
-        for slot, value in zip(slots, values, strict=True):
-            filled[slot] = value
-        args, kwargs = jax.tree.unflatten(tree, filled)
+    def call(inputs):
+        args, kwargs = joined(inputs, others)
         return function(*args, **kwargs)
 
-    return jax.eval_shape(call, [leaves[slot] for slot in slots])
+    return jax.eval_shape(call, inputs)
+
+
+def divided(
+    tree: Any,
+    which: Callable[[Any], bool],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> tuple[list[Any], list[Any], Callable[..., Any]]:
+    """Some leaves of a tree, the others, and what puts such leaves together again.
+
+    Args:
+      tree: the tree.
+      which: whether a leaf is one of those that come first.
+      is_leaf: as in `jax.tree.flatten`.
+
+    Example:
+      >>> numbers, others, joined = divided([1, "a", 2], lambda x: x != "a")
+      >>> joined([3, 4], others)
+      [3, 'a', 4]
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    is_first = list(map(which, leaves))
+    parts: tuple[list[Any], list[Any]] = [], []
+    for leaf, first in zip(leaves, is_first, strict=True):
+        parts[not first].append(leaf)
+
+    def joined(some: Iterable[Any], others: Iterable[Any]) -> Any:
+        rest = iter(others), iter(some)
+        return jax.tree.unflatten(structure, [next(rest[first]) for first in is_first])
+
+    return *parts, joined
 
 
 def _is_input(leaf: Any, first: bool = False) -> bool:

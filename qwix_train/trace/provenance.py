@@ -11,6 +11,7 @@ scaled, concatenated with other weights, or scanned over layer by layer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,16 +154,16 @@ def propagate(
 
 def shard(weight: Weight, shape: Sequence[int], local: Sequence[int]) -> Weight:
     """The provenance of one device's part of an array."""
+    return _map_views(weight, lambda dims: _shards(dims, shape, local))
 
-    def change(dims):
-        return [
-            tuple(atom._replace(size=after, whole=False) for atom in dim)
-            if before != after
-            else dim
-            for dim, before, after in zip(dims, shape, local, strict=True)
-        ]
 
-    return _map_views(weight, change)
+def _shards(dims, old, new):
+    return [
+        dim
+        if before == after
+        else tuple(atom._replace(size=after, whole=False) for atom in dim)
+        for dim, before, after in zip(dims, old, new, strict=True)
+    ]
 
 
 # Arrays of one element each in, of one element each out, at the same place.
@@ -185,12 +186,14 @@ def _derived(operands: Sequence[Provenance], by: str) -> Provenance:
     return Derived(tuple(paths), by)
 
 
-def _map_views(weight: Weight, change) -> Weight:
-    views = tuple(
-        dataclasses.replace(view, dims=tuple(change(view.dims)))
-        for view in weight.views
-    )
-    return dataclasses.replace(weight, views=views)
+def _map_views(weight: Weight, change) -> Any:
+    """A weight with the axes of its views changed; None if one has no such axes."""
+    dims = [change(view.dims) for view in weight.views]
+    if None in dims:
+        return None
+    views = zip(weight.views, dims, strict=True)
+    views = tuple(View(view.path, view.shape, tuple(held)) for view, held in views)
+    return Weight(views, weight.selected)
 
 
 def _elementwise(operands, in_shapes, out_shape) -> Provenance | None:
@@ -222,19 +225,12 @@ def _may_vary(weight, constants, out_shape) -> bool:
 def _select(params, operands, in_shapes, out_shapes):
     """`where(mask, weight, 0)`, and a choice between weights."""
     which, *cases = operands
-    weights = [case for case in cases if isinstance(case, Weight)]
-    if not weights or any(not isinstance(case, Weight | Constant) for case in cases):
-        return None
-    constants = [
-        shape
-        for case, shape in zip(cases, in_shapes[1:], strict=True)
-        if isinstance(case, Constant)
-    ]
-    result = weights[0]
-    for weight in weights[1:]:
-        result = join(result, weight)
+    weights = _beside_constants(cases)
+    result = functools.reduce(join, weights) if weights else None
     if not isinstance(result, Weight):
         return None
+    shapes = zip(cases, in_shapes[1:], strict=True)
+    constants = [shape for case, shape in shapes if isinstance(case, Constant)]
     # A mask that is constant along an added axis cannot be told from one that is
     # not; an activation's choice may differ there, as between the tokens of a batch.
     if isinstance(which, Constant) and not _may_vary(
@@ -244,87 +240,74 @@ def _select(params, operands, in_shapes, out_shapes):
     return dataclasses.replace(result, selected=result.selected or is_activation(which))
 
 
-def _transpose(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if isinstance(operand, Weight):
-        order = params["permutation"]
-        return _map_views(operand, lambda dims: [dims[axis] for axis in order])
-    return operand
+def _concatenate(params, operands, in_shapes, out_shapes):
+    weights = _beside_constants(operands)
+    views = tuple(dict.fromkeys(view for weight in weights for view in weight.views))
+    return Weight(views, any(x.selected for x in weights)) if weights else None
 
 
-def _broadcast(params, operands, in_shapes, out_shapes):
-    operand, *_ = operands
-    if isinstance(operand, Weight):
-        places = {o: i for i, o in enumerate(params["broadcast_dimensions"])}
-        return _map_views(
-            operand,
-            lambda dims: [
-                dims[places[axis]] if axis in places else ()
-                for axis in range(len(out_shapes[0]))
-            ],
-        )
-    return operand
+def _stack(params, operands, in_shapes, out_shapes):
+    joined = _concatenate(params, operands, in_shapes, out_shapes)
+    axis = params["axis"]
+    return joined and _map_views(joined, lambda dims: [*dims[:axis], (), *dims[axis:]])
 
 
-def _squeeze(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if isinstance(operand, Weight):
-        dropped = set(params["dimensions"])
-        return _map_views(
-            operand, lambda dims: [d for i, d in enumerate(dims) if i not in dropped]
-        )
-    return operand
+def _beside_constants(operands) -> list[Weight]:
+    """The weights among operands, if all others are constants."""
+    weights = [operand for operand in operands if isinstance(operand, Weight)]
+    constants = [operand for operand in operands if isinstance(operand, Constant)]
+    return weights if len(weights) + len(constants) == len(operands) else []
 
 
-def _expand(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if isinstance(operand, Weight):
-        added = set(params["dimensions"])
+def _moving(change: Any, chosen: bool = False):
+    """The rule for equations that move elements of their first operand.
 
-        def change(dims):
-            rest = iter(dims)
-            return [() if i in added else next(rest) for i in range(len(out_shapes[0]))]
+    Args:
+      change: gives the factors in each axis of a result, from those before, the
+        parameters of the equation, and the shapes before and after; None if the
+        elements are moved in another way.
+      chosen: whether the other operands say which elements are moved. Otherwise they
+        have to be constants, such as that of a padding.
+    """
 
-        return _map_views(operand, change)
-    return operand
+    def rule(params, operands, in_shapes, out_shapes):
+        operand, *others = operands
+        if not (chosen or all(isinstance(other, Constant) for other in others)):
+            return None
+        if not isinstance(operand, Weight):
+            return None if chosen else [operand] * len(out_shapes)
+        selected = operand.selected or any(map(is_activation, others))
+        weight = dataclasses.replace(operand, selected=selected)
 
+        def moved(shape):
+            return _map_views(weight, lambda d: change(d, params, in_shapes[0], shape))
 
-def _same_axes(params, operands, in_shapes, out_shapes):
-    """Paddings and reversals: each axis still holds what it held."""
-    operand, *others = operands
-    if isinstance(operand, Weight) and all(isinstance(o, Constant) for o in others):
-        return _resize(operand, in_shapes[0], out_shapes[0])
-    return None
+        results = list(map(moved, out_shapes))
+        return None if None in results else results
 
-
-def _slice(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if not isinstance(operand, Weight):
-        return operand
-    steps = params.get("strides") or (1,) * len(in_shapes[0])
-    return _resize(operand, in_shapes[0], out_shapes[0], steps)
-
-
-def _split(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if not isinstance(operand, Weight):
-        return [operand] * len(out_shapes)
-    return [_resize(operand, in_shapes[0], shape) for shape in out_shapes]
+    return rule
 
 
-def _dynamic_slice(params, operands, in_shapes, out_shapes):
-    operand, *indices = operands
-    if not isinstance(operand, Weight):
-        return None
-    return dataclasses.replace(
-        _resize(operand, in_shapes[0], out_shapes[0]),
-        selected=operand.selected or any(map(is_activation, indices)),
-    )
+def _transpose(dims, params, old, new):
+    return [dims[axis] for axis in params["permutation"]]
 
 
-def _resize(weight: Weight, old, new, steps=None) -> Weight:
+def _broadcast(dims, params, old, new):
+    places = {o: i for i, o in enumerate(params["broadcast_dimensions"])}
+    return [dims[places[axis]] if axis in places else () for axis in range(len(new))]
+
+
+def _squeeze(dims, params, old, new):
+    return [dim for axis, dim in enumerate(dims) if axis not in params["dimensions"]]
+
+
+def _expand(dims, params, old, new):
+    rest, added = iter(dims), params["dimensions"]
+    return [() if axis in added else next(rest) for axis in range(len(new))]
+
+
+def _resize(dims, params, old, new):
     """Part of each axis, or more than all of it."""
-    steps = steps or (1,) * len(old)
 
     def part(dim, before, after, step):
         if before == after:
@@ -336,124 +319,64 @@ def _resize(weight: Weight, old, new, steps=None) -> Weight:
             return (Atom(atom.axis, after, atom.stride * step, False),)
         return factors.untracked(dim)
 
-    return _map_views(weight, lambda dims: list(map(part, dims, old, new, steps)))
+    return list(map(part, dims, old, new, params.get("strides") or (1,) * len(old)))
 
 
-def _gather(params, operands, in_shapes, out_shapes):
-    operand, indices = operands
-    if not isinstance(operand, Weight):
-        return None
-    numbers = params["dimension_numbers"]
+def _gather(dims, params, old, new):
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [axis for axis in range(len(in_shapes[0])) if axis not in dropped]
+    kept = [axis for axis in range(len(old)) if axis not in dropped]
     offsets = dict(zip(numbers.offset_dims, kept, strict=True))
     indexed = [axis for axis in numbers.start_index_map if axis in dropped]
     indexed += numbers.operand_batching_dims
-    sizes = params["slice_sizes"]
-    weight = _resize(
-        operand,
-        in_shapes[0],
-        [in_shapes[0][a] if a in dropped else size for a, size in enumerate(sizes)],
-    )
-
-    def change(dims):
-        # Along the axes of the indices lie elements that differ in the axes that
-        # are indexed, in any order.
-        chosen = tuple(
-            atom for axis in indexed for atom in factors.untracked(dims[axis])
-        )
-        return [
-            dims[offsets[axis]] if axis in offsets else chosen if size != 1 else ()
-            for axis, size in enumerate(out_shapes[0])
-        ]
-
-    return dataclasses.replace(
-        _map_views(weight, change),
-        selected=operand.selected or is_activation(indices),
-    )
+    sizes = [old[a] if a in dropped else size for a, size in enumerate(sizes)]
+    dims = _resize(dims, {}, old, sizes)
+    # Along the axes of the indices lie elements that differ in the axes that are
+    # indexed, in any order.
+    chosen = tuple(atom for axis in indexed for atom in factors.untracked(dims[axis]))
+    return [
+        dims[offsets[axis]] if axis in offsets else chosen if size != 1 else ()
+        for axis, size in enumerate(new)
+    ]
 
 
-def _concatenate(params, operands, in_shapes, out_shapes):
-    weights = [operand for operand in operands if isinstance(operand, Weight)]
-    if not weights or any(
-        not isinstance(operand, Weight | Constant) for operand in operands
-    ):
-        return None
-    views = tuple(dict.fromkeys(view for weight in weights for view in weight.views))
-    return Weight(views, any(weight.selected for weight in weights))
+def _unstack(dims, params, old, new):
+    return [dim for axis, dim in enumerate(dims) if axis != params["axis"]]
 
 
-def _stack(params, operands, in_shapes, out_shapes):
-    joined = _concatenate(params, operands, in_shapes, out_shapes)
-    axis = params["axis"]
-    return joined and _map_views(joined, lambda dims: [*dims[:axis], (), *dims[axis:]])
+def _tile(dims, params, old, new):
+    return [
+        dim if before == after else factors.untracked(dim)
+        for dim, before, after in zip(dims, old, new, strict=True)
+    ]
 
 
-def _unstack(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    axis = params["axis"]
-    if isinstance(operand, Weight):
-        operand = _map_views(operand, lambda dims: [*dims[:axis], *dims[axis + 1 :]])
-    return [operand] * len(out_shapes)
+def _all_gather(dims, params, old, new):
+    return _shards(dims, old, new) if params["tiled"] else None
 
 
-def _tile(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if not isinstance(operand, Weight):
-        return operand
-    sizes = zip(in_shapes[0], out_shapes[0], strict=True)
-    repeated = [before != after for before, after in sizes]
-    return _map_views(
-        operand,
-        lambda dims: [
-            factors.untracked(dim) if again else dim
-            for dim, again in zip(dims, repeated, strict=True)
-        ],
-    )
-
-
-def _all_gather(params, operands, in_shapes, out_shapes):
-    (operand,) = operands
-    if isinstance(operand, Weight) and params["tiled"]:
-        return shard(operand, in_shapes[0], out_shapes[0])
-    return None
-
-
-def _reshape(params, operands, in_shapes, out_shapes):
-    operand, *_ = operands
-    if not isinstance(operand, Weight):
-        return operand if len(operands) == 1 else None
-    shape, order = in_shapes[0], params["dimensions"]
+def _reshape(dims, params, old, new):
+    order = params["dimensions"]
     if order is not None:  # a transpose comes first
-        operand = _map_views(operand, lambda dims: [dims[axis] for axis in order])
-        shape = tuple(shape[axis] for axis in order)
-    groups = factors.reshape_groups(shape, out_shapes[0])
-    if groups is None:
-        return None
-    return _map_views(
-        operand,
-        lambda dims: factors.reshape_dims(dims, shape, out_shapes[0], groups),
-    )
+        dims, old = [dims[axis] for axis in order], [old[axis] for axis in order]
+    groups = factors.reshape_groups(old, new)
+    return None if groups is None else factors.reshape_dims(dims, old, new, groups)
 
 
 _RULES = {
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
-    "expand_dims": _expand,
-    "reshape": _reshape,
+    "transpose": _moving(_transpose),
+    "broadcast_in_dim": _moving(_broadcast),
+    "squeeze": _moving(_squeeze),
+    "expand_dims": _moving(_expand),
+    "reshape": _moving(_reshape),
     "select_n": _select,
-    "slice": _slice,
-    "split": _split,
-    "rev": _same_axes,
-    "pad": _same_axes,
+    **dict.fromkeys(("slice", "split", "rev", "pad"), _moving(_resize)),
     "optimization_barrier": lambda params, operands, *_: list(operands),
-    "dynamic_slice": _dynamic_slice,
-    lax.gather_p.name: _gather,
+    "dynamic_slice": _moving(_resize, chosen=True),
+    lax.gather_p.name: _moving(_gather, chosen=True),
     "concatenate": _concatenate,
     "stack": _stack,
-    "unstack": _unstack,
-    "tile": _tile,
-    "all_gather": _all_gather,
-    "all_gather_invariant": _all_gather,
+    "unstack": _moving(_unstack),
+    "tile": _moving(_tile),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), _moving(_all_gather)),
 }

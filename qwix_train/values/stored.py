@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -92,9 +92,7 @@ def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
     if isinstance(quantized.array, PackedQArray):
         return quantized
     change = functools.partial(pack, layer_axes=_leading(layers))
-    if isinstance(quantized.array.qvalue, jax.ShapeDtypeStruct):
-        return WithAux(jax.eval_shape(change, quantized.array), quantized.how)
-    return WithAux(change(quantized.array), quantized.how)
+    return WithAux(_result(change, quantized.array), quantized.how)
 
 
 def quantize_param_packed(
@@ -102,9 +100,13 @@ def quantize_param_packed(
 ) -> WithAux:
     """`packed(quantize_param(param, how), layers)`, faster and in less memory."""
     change = functools.partial(quantize_packed, how=how, layer_axes=_leading(layers))
-    if isinstance(param, jax.ShapeDtypeStruct):
-        return WithAux(jax.eval_shape(change, param), how)
-    return WithAux(change(jnp.asarray(param)), how)
+    return WithAux(_result(lambda array: change(jnp.asarray(array)), param), how)
+
+
+def _result(function: Callable[[Any], Any], array: Any) -> Any:
+    """The result of a function of an array; the shape of it for that of an array."""
+    is_shape = isinstance(jax.tree.leaves(array)[0], jax.ShapeDtypeStruct)
+    return jax.eval_shape(function, array) if is_shape else function(array)
 
 
 def _leading(layers: Collection[int]) -> int:
@@ -139,9 +141,7 @@ def dequantized(quantized: WithAux) -> jax.Array:
     def change(array):
         return dequantize(unpack(array) if isinstance(array, PackedQArray) else array)
 
-    if isinstance(jax.tree.leaves(array)[0], jax.ShapeDtypeStruct):
-        return jax.eval_shape(change, array)
-    return change(array)
+    return _result(change, array)
 
 
 def unbox(tree: Any) -> Any:
