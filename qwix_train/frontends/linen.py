@@ -294,7 +294,7 @@ def _trace(
         # called on its own draws what it would within the model.
         return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
-    with marks.tracing():
+    with marks.tracing() as declared:
         traced = function.trace(
             pure,
             (dict(variables), args, kwargs),
@@ -321,6 +321,7 @@ def _trace(
         make_rng=make_rng,
         deterministic=deterministic,
         method=method_name,
+        declares=declared.__contains__,
         boxes={function.param_path(p): leaf for p, leaf in leaves if _is_box(leaf)},
     )
 

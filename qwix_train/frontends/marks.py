@@ -16,17 +16,27 @@ import jax
 from flax import core, nnx
 from flax import linen as nn
 
+from qwix_train.frontends import nnx_objects
+from qwix_train.planning.leaves import Path
 from qwix_train.trace import scopes, session, subclasses
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """While a model is traced: no session is in force, and modules mark scopes."""
-    with session.tracing(), nn.intercept_methods(_of_linen):
-        yield
+def tracing() -> Iterator[set[Path]]:
+    """While a model is traced: no session is in force, and modules mark scopes.
+
+    Yields:
+      The paths of the params that Linen modules declare, in `setup`, too, whether they
+      compute with them or not; complete when the trace is.
+    """
+    declared: set[Path] = set()
+    marking = functools.partial(_of_linen, declared)
+    with session.tracing(), nn.intercept_methods(marking):
+        yield declared
 
 
 def _of_linen(
+    declared: set[Path],
     next_function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -36,7 +46,7 @@ def _of_linen(
     module = context.module
     bridge = contextlib.nullcontext()
     if isinstance(module, nnx.bridge.ToLinen):
-        bridge = _marking_parts(module)
+        bridge = _marking_parts(module, declared)
     with (
         session.calls_of(module),
         scopes.module_scope(
@@ -44,7 +54,12 @@ def _of_linen(
         ),
         bridge,
     ):
-        return next_function(*args, **kwargs)
+        out = next_function(*args, **kwargs)
+    names = module.scope.reservations if module.scope is not None else {}
+    declared.update(
+        (*module.path, name) for name, kinds in names.items() if "params" in kinds
+    )
+    return out
 
 
 def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
@@ -59,7 +74,7 @@ def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _marking_parts(module: nnx.bridge.ToLinen) -> Iterator[None]:
+def _marking_parts(module: nnx.bridge.ToLinen, declared: set[Path]) -> Iterator[None]:
     """While a Linen module that holds an NNX module is called: marks the parts of that.
 
     The bridge makes the NNX module within the call, and copies its variables into it.
@@ -73,6 +88,9 @@ def _marking_parts(module: nnx.bridge.ToLinen) -> Iterator[None]:
     @functools.wraps(make, updated=())
     def marked(*args, **kwargs):
         made = make(*args, **kwargs)
+        declared.update(
+            (*module.path, *path) for path in nnx_objects.variables_of(made)
+        )
         _make_room(made, held)
         for path, part in nnx.iter_modules(made):
             set_class(part, _marking_class(type(part), "/".join(map(str, path))))

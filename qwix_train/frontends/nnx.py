@@ -302,7 +302,16 @@ def tracing_call(
                 as_arrays=mark,
                 num_held=2,
             )
-        traced = dataclasses.replace(traced, method=method.__name__)
+        attached = {
+            (*prefix, *map(str, param_path[1:]))
+            for param_path, leaf in zip(param_paths, params, strict=True)
+            if nnx_objects.is_attached(leaf)
+        }
+        traced = dataclasses.replace(
+            traced,
+            method=method.__name__,
+            declares=lambda path: False if path in attached else None,
+        )
 
         def finish(out):
             out, finals = out

@@ -82,6 +82,8 @@ class TracedCall:
         variables.
       method: the name of the method that was called.
       layer_axes: for params that a `scan` goes over, by path, the axes of layers.
+      declares: whether the model has the param of a path by itself, as it came from its
+        author; None where it does not say.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -101,6 +103,7 @@ class TracedCall:
     layer_axes: Mapping[tuple[str, ...], Collection[int]] = dataclasses.field(
         default_factory=dict
     )
+    declares: Callable[[tuple[str, ...]], bool | None] = lambda path: None
 
     runs_stored: ClassVar[bool] = False
 
@@ -142,6 +145,13 @@ class TracedCall:
     def read(self) -> set[tuple[str, ...] | None]:
         """The paths of the inputs that it computes with, and does not just hand on."""
         return {self.paths[place] for place in passed.read(self.body)}
+
+    def is_own(self, path: tuple[str, ...]) -> bool | None:
+        """Whether the model itself has a param; None if that cannot be known.
+
+        What it computes with is its own, and what another of its methods may read, too.
+        """
+        return True if path in self.read else self.declares(path)
 
     def with_inputs(self, inputs: Sequence[Any]) -> TracedCall:
         """The same call on other inputs, of the same shapes."""
