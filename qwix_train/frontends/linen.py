@@ -294,7 +294,7 @@ def _trace(
         # called on its own draws what it would within the model.
         return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
-    with marks.tracing() as declared:
+    with marks.tracing() as seen:
         traced = function.trace(
             pure,
             (dict(variables), args, kwargs),
@@ -321,7 +321,8 @@ def _trace(
         make_rng=make_rng,
         deterministic=deterministic,
         method=method_name,
-        declares=declared.__contains__,
+        declares=seen.linen.__contains__,
+        seen_shapes=seen.linen,
         boxes={function.param_path(p): leaf for p, leaf in leaves if _is_box(leaf)},
     )
 

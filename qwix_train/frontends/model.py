@@ -245,24 +245,25 @@ def trace_function(
             return call(first, *rest, **kwargs)
         return call(**{key: first}, **kwargs)
 
-    with marks.tracing() as declared:
+    with marks.tracing() as seen:
         traced = function.trace(flat, (first, args[1:], others), name)
     return dataclasses.replace(
         traced,
         make_rng=functools.partial(_key_of, kwargs.get("rngs")),
         deterministic=_deterministic(fn, args, kwargs),
         method=_method_name(kwargs.get("method")),
-        declares=functools.partial(_declares, declared, session.current() is not None),
+        declares=functools.partial(_declares, seen, session.current() is not None),
+        seen_shapes=seen.linen,
     )
 
 
-def _declares(declared: set[Path], in_step: bool, path: Path) -> bool | None:
+def _declares(seen: marks.Seen, in_step: bool, path: Path) -> bool | None:
     """See `TracedCall.declares`: for a function, in which Linen modules may be called.
 
     One that is quantized by itself is a whole model. In a step, another may have the
     same params.
     """
-    return path in declared if declared or not in_step else None
+    return path in seen.linen if seen.linen or not in_step else None
 
 
 def _key_of(rngs: Any, name: str) -> Any:

@@ -294,7 +294,7 @@ def tracing_call(
             return None if parts else name
 
         inputs = ([value for _, value in found], params)
-        with marks.tracing() if mark else contextlib.nullcontext():
+        with marks.tracing() if mark else contextlib.nullcontext() as seen:
             traced = function.trace(
                 pure,
                 (inputs, rest, static),
@@ -311,6 +311,7 @@ def tracing_call(
             traced,
             method=method.__name__,
             declares=lambda path: False if path in attached else None,
+            seen_shapes=seen.nnx if seen is not None else {},
         )
 
         def finish(out):
