@@ -134,7 +134,7 @@ class Call(NamedTuple):
             # called on its own draws what it would within the model.
             return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
-        with marks.tracing():
+        with marks.tracing() as seen:
             traced = function.trace(
                 pure,
                 (dict(variables), self.args, self.kwargs),
@@ -157,6 +157,8 @@ class Call(NamedTuple):
                 plain, (module, *self.args), self.kwargs, module
             ),
             method=method,
+            declares=seen.linen.__contains__,
+            seen_shapes=seen.linen,
             boxes={path: leaf for path, leaf in boxes.items() if marks.is_box(leaf)},
         )
 

@@ -7,26 +7,70 @@ of their own class (see `trace.nnx`). Where one kind holds the other, through
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import core, nnx
 from flax import linen as nn
+from jax import numpy as jnp
 
+from qwix_train.frontends import nnx_objects
+from qwix_train.planning.leaves import Path
 from qwix_train.trace import scopes, session, subclasses
+from qwix_train.values import stored
+
+# The shapes of params, by path. Within `vmap` and `scan`, a module sees fewer axes.
+Shapes = dict[Path, set[tuple[int, ...]]]
+
+
+class Seen(NamedTuple):
+    """The params of the modules that were called while a model was traced.
+
+    Attributes:
+      linen: what Linen modules declare, in `setup`, too, whether they compute with it
+        or not. Paths begin at the outermost Linen module.
+      nnx: what NNX modules hold. Paths begin at the outermost NNX module.
+    """
+
+    linen: Shapes
+    nnx: Shapes
+
+
+class _Thread(threading.local):
+    """What the modules that are called in a thread add to."""
+
+    seen: Seen | None = None
+
+
+_thread = _Thread()
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """While a model is traced: no session is in force, and modules mark scopes."""
-    with session.tracing(), nn.intercept_methods(_of_linen):
-        yield
+def tracing() -> Iterator[Seen]:
+    """While a model is traced: no session is in force, and modules mark scopes.
+
+    Yields:
+      What was seen of the modules; complete when the trace is.
+    """
+    outer = _thread.seen
+    _thread.seen = seen = Seen(
+        collections.defaultdict(set), collections.defaultdict(set)
+    )
+    marking = functools.partial(_of_linen, seen.linen)
+    try:
+        with session.tracing(), nn.intercept_methods(marking):
+            yield seen
+    finally:
+        _thread.seen = outer
 
 
 def _of_linen(
+    shapes: Shapes,
     next_function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -36,7 +80,7 @@ def _of_linen(
     module = context.module
     bridge = contextlib.nullcontext()
     if isinstance(module, nnx.bridge.ToLinen):
-        bridge = _marking_parts(module)
+        bridge = _marking_parts(module, shapes)
     with (
         session.calls_of(module),
         scopes.module_scope(
@@ -44,7 +88,13 @@ def _of_linen(
         ),
         bridge,
     ):
-        return next_function(*args, **kwargs)
+        out = next_function(*args, **kwargs)
+    if module.scope is not None:
+        for name, kinds in module.scope.reservations.items():
+            value = module.get_variable("params", name) if "params" in kinds else None
+            if hasattr(array := stored.unbox(value), "shape"):  # it may be a tree
+                shapes[(*module.path, name)].add(array.shape)
+    return out
 
 
 def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
@@ -54,12 +104,17 @@ def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
       module: the module, or another NNX object that has a method.
       path: its path within the outermost NNX module.
     """
+    if (seen := _thread.seen) is not None:
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param):
+                here = tuple(filter(None, (*path.split("/"), name)))
+                seen.nnx[here].add(jnp.shape(nnx_objects.raw(value)))
     batch_norm = isinstance(module, nnx.BatchNorm)
     return scopes.module_scope(path, "nnx", batch_norm=batch_norm)
 
 
 @contextlib.contextmanager
-def _marking_parts(module: nnx.bridge.ToLinen) -> Iterator[None]:
+def _marking_parts(module: nnx.bridge.ToLinen, shapes: Shapes) -> Iterator[None]:
     """While a Linen module that holds an NNX module is called: marks the parts of that.
 
     The bridge makes the NNX module within the call, and copies its variables into it.
@@ -73,6 +128,8 @@ def _marking_parts(module: nnx.bridge.ToLinen) -> Iterator[None]:
     @functools.wraps(make, updated=())
     def marked(*args, **kwargs):
         made = make(*args, **kwargs)
+        for path, variable in nnx_objects.variables_of(made).items():
+            shapes[(*module.path, *path)].add(variable.shape)
         _make_room(made, held)
         for path, part in nnx.iter_modules(made):
             set_class(part, _marking_class(type(part), "/".join(map(str, path))))

@@ -22,6 +22,7 @@ from qwix_train.frontends import (
 )
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning.leaves import Path
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.trace import function, session, subclasses
@@ -225,14 +226,25 @@ def trace_function(
             return call(first, *rest, **kwargs)
         return call(**{key: first}, **kwargs)
 
-    with marks.tracing():
+    with marks.tracing() as seen:
         traced = function.trace(flat, (first, args[1:], others), name)
     return dataclasses.replace(
         traced,
         make_rng=functools.partial(_key_of, kwargs.get("rngs")),
         deterministic=_deterministic(fn, args, kwargs),
         method=_method_name(kwargs.get("method")),
+        declares=functools.partial(_declares, seen, session.current() is not None),
+        seen_shapes=seen.linen,
     )
+
+
+def _declares(seen: marks.Seen, in_step: bool, path: Path) -> bool | None:
+    """See `TracedCall.declares`: for a function, in which Linen modules may be called.
+
+    One that is quantized by itself is a whole model. In a step, another may have the
+    same params.
+    """
+    return path in seen.linen if seen.linen or not in_step else None
 
 
 def _key_of(rngs: Any, name: str) -> Any:

@@ -290,7 +290,7 @@ def tracing_call(
             return None if parts else name
 
         inputs = ([value for _, value in found], params)
-        with marks.tracing() if mark else contextlib.nullcontext():
+        with marks.tracing() if mark else contextlib.nullcontext() as seen:
             traced = function.trace(
                 pure,
                 (inputs, rest, others),
@@ -298,7 +298,17 @@ def tracing_call(
                 as_arrays=mark,
                 num_held=2,
             )
-        traced = dataclasses.replace(traced, method=method.__name__)
+        attached = {
+            (*prefix, *map(str, param_path[1:]))
+            for param_path, leaf in zip(param_paths, params, strict=True)
+            if nnx_objects.is_attached(leaf)
+        }
+        traced = dataclasses.replace(
+            traced,
+            method=method.__name__,
+            declares=lambda path: False if path in attached else None,
+            seen_shapes=seen.nnx if seen is not None else {},
+        )
 
         def finish(out):
             out, finals = out

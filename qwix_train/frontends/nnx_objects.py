@@ -15,6 +15,9 @@ from jax.core import Tracer
 
 from qwix_train.trace import function
 
+ATTACHED = "attached"
+"""The metadata of a variable that is no param of the model's author."""
+
 
 def is_node(value: Any) -> bool:
     """Whether a leaf of the arguments is an NNX object, not an array."""
@@ -56,6 +59,22 @@ def is_param(leaf: Any) -> bool:
         return isinstance(leaf, nnx.Param)
     is_array = function.is_array(leaf) or isinstance(leaf, np.ndarray)
     return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def attached(value: Any) -> nnx.Variable:
+    """A variable for what stands beside the params of a model, and says so of itself.
+
+    Args:
+      value: a float array, or its shape; or a variable that holds it.
+    """
+    variable = value if isinstance(value, nnx.Variable) else nnx.Param(value)
+    variable.set_metadata(ATTACHED, True)
+    return variable
+
+
+def is_attached(leaf: Any) -> bool:
+    """Whether a leaf of an NNX object is such a variable."""
+    return isinstance(leaf, nnx.Variable) and leaf.get_metadata(ATTACHED, False)
 
 
 def arrays_in(node: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def wrap(
             nnx_calls.intercepted((held, args, kwargs)),
             nn.intercept_methods(linen_calls.interceptor),
             # Another step may not know of what this one holds, and has it in float.
-            open_session.open(shared and not held),
+            open_session.open(shared, held),
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)
@@ -187,10 +187,6 @@ def check_step(step: Any) -> None:
         )
 
 
-# The shared keys of sessions in which a model was quantized.
-_quantized_keys: set[Any] = set()
-
-
 class _Wrapped:
     """What is known of a wrapped step over all of its calls.
 
@@ -217,8 +213,6 @@ class _Wrapped:
         if self.provider.matches(plan):
             self.seen.quantized = True
             self.seen.trees.add(traced)
-            if self.session.shared_key is not None:
-                _quantized_keys.add(self.session.shared_key)
         elif plan.ops:
             self.seen.unmatched.add(self.provider.no_match_message(plan))
         return self.provider.rewrite(traced, plan)
@@ -266,7 +260,7 @@ class _Wrapped:
     def look_again(self, run, args, kwargs):
         """Finds what a step has from JAX's caches, where another one has put it."""
         found = self.quantized or self.seen.quantized or self.seen.unmatched
-        if found or self.session.shared_key not in _quantized_keys:
+        if found or not self.session.finds_traces:
             return
         alone = session.Session(self.rewrite)
         with tracing_step(_running(run, alone), args, kwargs):

@@ -305,7 +305,8 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
             if view.path in found:
                 _check_same(view.path, found[view.path], op_plan, rule)
                 continue
-            layout = _layout(op_plan.op, side, view, rule)
+            axes = plan.params[view.path].mapped_axes
+            layout = _layout(op_plan.op, side, view, rule, axes)
             found[view.path] = (layout, op_plan, rule)
     particulars: dict[Path, dict[str, None]] = {path: {} for path in found}
     for op in (op_plan.op for op_plan in plan.ops):
@@ -343,9 +344,11 @@ def rules_without_weight(plan: Plan) -> list[int]:
     ]
 
 
-def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
+def _layout(
+    op: Op, side: int, view: View, rule: LoraRule, axes: tuple[int, ...] | None
+) -> AdapterLayout:
     where = f"{op.where}, param {'/'.join(view.path)!r}"
-    mapped = _mapped_axes(where, view, rule)
+    mapped = _mapped_axes(where, view, rule, axes)
     roles = _roles(op, side, view)
     if wrong := [axis for axis in mapped if "contracted" in roles.get(axis, ())]:
         raise ValueError(
@@ -394,7 +397,18 @@ def _layout(op: Op, side: int, view: View, rule: LoraRule) -> AdapterLayout:
     )
 
 
-def _mapped_axes(where: str, view: View, rule: LoraRule) -> set[int]:
+def _mapped_axes(
+    where: str, view: View, rule: LoraRule, found: tuple[int, ...] | None
+) -> set[int]:
+    if not rule.mapped_axes:
+        if found is None:
+            raise ValueError(
+                f"{where}: a transformation around the module maps over the param of "
+                f"shape {view.shape}, whose axes have sizes that do not tell over "
+                "which. Say it in a rule for this module, such as "
+                "LoraRule(mapped_axes=(0,), ...)."
+            )
+        return set(found)
     ndim = len(view.shape)
     if wrong := [axis for axis in rule.mapped_axes if not -ndim <= axis < ndim]:
         raise ValueError(

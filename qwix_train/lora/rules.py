@@ -36,10 +36,11 @@ class LoraRule(QuantizationRule):
       dropout: the probability with which an element of the input of ``A`` is set to
         zero in training; the others are divided by ``1 - dropout``. The input of the
         base is not changed.
-      mapped_axes: axes of the weights that a transformation around their layer maps
-        over, such as `nnx.vmap` or `nn.vmap` over an ensemble: each index has an
-        adapter of its own, stacked along that axis. Axes that a scan goes over are
-        found without it.
+      mapped_axes: axes of the weights that a `vmap` goes over, such as that of an
+        ensemble in a plain function: each index has an adapter of its own, stacked
+        along that axis. Axes that a scan goes over are found without it, and those of
+        `nnx.vmap` and `nn.vmap`, where the layer sees fewer axes than are stored,
+        unless two neighbors have the same size.
       param_dtype: the dtype in which adapters are kept and trained; products compute
         in the model's. If None, that of the weight, but at least float32: most steps
         of a usual learning rate are lost to the rounding of bfloat16.

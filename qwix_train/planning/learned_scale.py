@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -144,7 +145,11 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
 def given_parts(path: Path, traced: TracedCall) -> tuple[Any, Any] | None:
     """The scale and zero point that stand beside a param, from whatever training.
 
-    A leaf that the model computes with is its own, whatever its name.
+    A param of the model's own is no scale, whatever its name: one that it computes
+    with, that a Linen module declares, or that has not the axes of the param. An NNX
+    model and a function do not say what other methods read. There, only what
+    `attach_learned_scales` has put into the NNX model is known to be a scale; of any
+    other the user is told.
 
     Args:
       path: the path of the param.
@@ -154,9 +159,26 @@ def given_parts(path: Path, traced: TracedCall) -> tuple[Any, Any] | None:
       The scale, and the zero point or None; None if there is no scale.
     """
     named = traced.named
-    if not path or scale_path(path) not in named or scale_path(path) in traced.read:
+    if not path or scale_path(path) not in named:
         return None
-    return named[scale_path(path)], named.get(zero_point_path(path))
+    scale, is_own = named[scale_path(path)], traced.is_own(scale_path(path))
+    if is_own is None:
+        is_own = jnp.ndim(scale) != jnp.ndim(named[path])
+        if not is_own:
+            _tell(path)
+    return None if is_own else (scale, named.get(zero_point_path(path)))
+
+
+def _tell(path: Path) -> None:
+    """Warns that a param is taken for the scale of another, which is not sure."""
+    param, scale = "/".join(path), "/".join(scale_path(path))
+    warnings.warn(
+        f"{scale!r} is taken for the scale of {param!r}, which it stands beside: the "
+        "call does not compute with it. If it is a param of the model, which other "
+        "calls read, give it another name. If it is a scale, all is well; in an NNX "
+        "model nnx.Param(scale, attached=True) says so.",
+        stacklevel=2,
+    )
 
 
 def given_range(

@@ -89,6 +89,8 @@ class ParamPlan:
       how: how it is quantized, on its own axes. None if it stays in float.
       op: the op that decided.
       layer_axes: the axes that stack layers which the model scans over.
+      mapped_axes: those that a `vmap` around the module goes over; None if there are
+        such, and it is not known which.
       per_iteration: how one slice along axis 0 is quantized so that the slices
         together are the quantized whole. None where there is no such way.
     """
@@ -99,6 +101,7 @@ class ParamPlan:
     how: HowToQuantize | None = None
     op: OpPlan | None = None
     layer_axes: tuple[int, ...] = ()
+    mapped_axes: tuple[int, ...] | None = ()
 
     @property
     def is_matrix(self) -> bool:
@@ -380,6 +383,7 @@ class _Planner:
                 tuple(p.value.shape),
                 p.value.dtype,
                 layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
+                mapped_axes=traced.mapped_axes(p),
             )
             for p in traced.params
             if p is not None

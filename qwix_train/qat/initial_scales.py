@@ -57,7 +57,7 @@ def initial_leaves(
         elements; if a param is quantized already, or the model has one of its own in
         the place of a scale.
     """
-    named, read = traced.named, traced.read
+    named = traced.named
     leaves: dict[Path, Any] = {}
     for param in traced.params:
         decision = None if param is None else plan.params[param.path]
@@ -71,9 +71,9 @@ def initial_leaves(
                 "scale is trained together with float params: give those."
             )
         path = scale_path(param.path)
-        if path in read:
+        if traced.is_own(path):
             raise ValueError(
-                f"The model computes with {'/'.join(path)!r}, where the learned scale "
+                f"The model has a param {'/'.join(path)!r}, where the learned scale "
                 f"of {'/'.join(param.path)!r} would stand. Give that param another "
                 "name, or its op a rule of another weight_calibration_method."
             )

@@ -6,9 +6,8 @@ import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from qwix_train.calib.observe import RangeTagging
+from qwix_train.frontends import nnx_objects
 from qwix_train.planning import static_range
 from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
@@ -108,7 +107,7 @@ class QtProvider(QuantizationProvider):
 
     def variable(self, path: Path, value: Any) -> Any:
         """See `QuantizationProvider.variable`."""
-        return value if isinstance(value, nnx.Variable) else nnx.Param(value)
+        return nnx_objects.attached(value)
 
     def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
         """The statistics that a Linen model holds at first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -83,6 +84,10 @@ class TracedCall:
         variables.
       method: the name of the method that was called.
       layer_axes: for params that a `scan` goes over, by path, the axes of layers.
+      declares: whether the model has the param of a path by itself, as it came from its
+        author; None where it does not say.
+      seen_shapes: the shapes that modules see of params, by path. Transformations
+        around them, such as `vmap`, take axes off.
       runs_stored: whether params may be quantized, whatever the mode.
     """
 
@@ -101,6 +106,10 @@ class TracedCall:
     method: str = "__call__"
     layer_axes: Mapping[tuple[str, ...], Collection[int]] = dataclasses.field(
         default_factory=dict
+    )
+    declares: Callable[[tuple[str, ...]], bool | None] = lambda path: None
+    seen_shapes: Mapping[tuple[str, ...], Collection[tuple[int, ...]]] = (
+        dataclasses.field(default_factory=dict)
     )
 
     runs_stored: ClassVar[bool] = False
@@ -139,6 +148,37 @@ class TracedCall:
     def read(self) -> set[tuple[str, ...] | None]:
         """The paths of the inputs that it computes with, and does not just hand on."""
         return {self.paths[place] for place in passed.read(self.body)}
+
+    def mapped_axes(self, param: Param) -> tuple[int, ...] | None:
+        """The axes of a param that its module does not see, and no `scan` goes over.
+
+        A `vmap` around the module goes over them.
+
+        Returns:
+          The axes; None if there are such, and the shapes do not tell which.
+        """
+        shape, scanned = param.value.shape, self.layer_axes.get(param.path, ())
+        seen = self.seen_shapes.get(param.path, ())
+        if len(seen) != 1 or len(inner := next(iter(seen))) == len(shape):
+            return ()
+        found = [
+            tuple(axis for axis in range(len(shape)) if axis not in kept)
+            for kept in itertools.combinations(range(len(shape)), len(inner))
+            if tuple(shape[axis] for axis in kept) == inner
+        ]
+        mapped = [
+            tuple(axis for axis in off if axis not in scanned)
+            for off in found
+            if set(scanned) <= set(off)
+        ]
+        return mapped[0] if len(mapped) == 1 else None
+
+    def is_own(self, path: tuple[str, ...]) -> bool | None:
+        """Whether the model itself has a param; None if that cannot be known.
+
+        What it computes with is its own, and what another of its methods may read, too.
+        """
+        return True if path in self.read else self.declares(path)
 
     def with_inputs(self, inputs: Sequence[Any]) -> TracedCall:
         """The same call on other inputs, of the same shapes."""

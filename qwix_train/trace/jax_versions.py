@@ -7,6 +7,7 @@ constants. JAX 0.10 keeps those in two classes (`Jaxpr` and `ClosedJaxpr`); from
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,37 @@ REMAT = frozenset({"remat2", "checkpoint", "remat"})
 _RECOMPUTED = "rematted_computation"
 
 _DEBUG_INFO = jex.DebugInfo("evaluate_equations", "qwix_train", None, None)
+
+
+def current_trace() -> Any:
+    """What JAX does with an operation now: computes it, or takes it down in a trace."""
+    with jex.take_current_trace() as trace:
+        return trace
+
+
+@functools.cache
+def _staged() -> type:
+    """The class of the traces of `jax.jit`, `lax.scan` and the like."""
+    found = []
+    jax.eval_shape(lambda: found.append(type(current_trace())))
+    return found[0]
+
+
+def is_staged_since(outer: Any) -> bool:
+    """Whether a jaxpr is made now that was begun within an outer trace.
+
+    JAX may keep that jaxpr, and use it again. What else it does, such as a derivative
+    or `vmap`, it does anew each time.
+
+    Args:
+      outer: what `current_trace` was outside.
+    """
+    trace = current_trace()
+    while trace is not outer:
+        if trace is None or isinstance(trace, _staged()):
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False
 
 
 def body_of(value: Any) -> Body:

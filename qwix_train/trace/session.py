@@ -8,15 +8,16 @@ traced under this one is never used outside it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from qwix_train.trace import scopes, subclasses
+from qwix_train.trace import jax_versions, scopes, subclasses
 from qwix_train.trace.function import TracedCall
 
 # Runs a traced call with ops replaced, or returns `UNCHANGED` to have the original
@@ -30,12 +31,26 @@ _TRACING = object()
 _context = jax.make_user_context(None)
 
 
+class _Key:
+    """What JAX's caches know of a session: an object that is equal to itself alone."""
+
+
+# The keys that no session has now, by what the sessions that they are for hold. What
+# was traced under one of them is the same whatever the session was.
+_free: dict[frozenset[int], list[_Key]] = collections.defaultdict(list)
+# Those under which a model call was traced into what JAX keeps, by what was done to it.
+_shared: dict[Hashable, _Key] = {}
+_lock = threading.Lock()
+
+
 class Session:
     """An open rewrite.
 
     JAX's caches keep the key of a session as long as what they hold, for good where
-    that is the trace of a function of JAX. So the key does not hold the rewrite, and
-    sessions that do the same may share one, so that such traces do not add up.
+    that is the trace of a function of JAX. So sessions get their keys from those that
+    ended, and find the traces of `jnp.mean` and the like there. That is safe unless a
+    model call was reached while JAX traced something that it keeps, such as a jitted
+    function of the user's: from then on the key belongs to the session.
     """
 
     def __init__(self, rewrite: Rewrite, shared_key: Hashable | None = None):
@@ -48,44 +63,89 @@ class Session:
         """
         self.rewrite = rewrite
         self.shared_key = shared_key
-        self._own_key = object()
+        self._own: _Key | None = None
+
+    @property
+    def finds_traces(self) -> bool:
+        """Whether it may find model calls that a session of the same key has traced."""
+        return self.shared_key in _shared
 
     @contextlib.contextmanager
-    def open(self, shared: bool = True) -> Iterator[None]:
+    def open(self, shared: bool = True, held: Sequence[Any] = ()) -> Iterator[None]:
         """Applies the rewrite to the model calls made in this thread.
 
         Args:
           shared: whether to use the shared key, if there is one.
+          held: the models that other sessions may not know of, and so take no note of
+            their calls. Only sessions that hold the same have keys in common.
         """
-        is_shared = shared and self.shared_key is not None
-        outer = _opened.session
-        _opened.session = self
+        shared = shared and not held and self.shared_key is not None
+        with _lock:
+            free = _free_keys(held)
+            key = _shared.get(self.shared_key) if shared else self._own
+            opened = _Opened(self, key)
+            key = key or (free.pop() if free else _Key())
+        outer, _thread.opened = _thread.opened, opened
         try:
-            with _context(_Key(self.shared_key if is_shared else self._own_key)):
+            with _context(key):
                 yield
         finally:
-            _opened.session = outer
+            _thread.opened = outer
+            with _lock:
+                if opened.key is None and not opened.is_kept:
+                    free.append(key)
+                elif shared:
+                    _shared.setdefault(self.shared_key, key)
+                else:
+                    self._own = key
 
 
-@dataclasses.dataclass(frozen=True)
-class _Key:
-    """What JAX's caches know of a session."""
+def _free_keys(held: Sequence[Any]) -> list[_Key]:
+    ids = frozenset(map(id, held))
+    if ids and ids not in _free:
+        try:
+            for model in held:
+                weakref.finalize(model, _free.pop, ids, None)
+        except (
+            TypeError
+        ):  # an `nnx.Variable` cannot be followed: another may get its id
+            return []
+    return _free[ids]
 
-    content: Hashable
+
+class _Opened:
+    """What is known of the session that is open in a thread.
+
+    Attributes:
+      session: the session.
+      key: its key, if that belongs to it.
+      trace: what JAX was doing when it was opened.
+      is_kept: whether a model call was reached in a trace that JAX keeps.
+    """
+
+    def __init__(self, session: Session, key: _Key | None):
+        self.session = session
+        self.key = key
+        self.trace = jax_versions.current_trace()
+        self.is_kept = False
 
 
-class _Opened(threading.local):
-    """The innermost session that was opened in this thread."""
+class _Thread(threading.local):
+    """The innermost session that was opened in a thread."""
 
-    session: Session | None = None
+    opened: _Opened | None = None
 
 
-_opened = _Opened()
+_thread = _Thread()
 
 
 def current() -> Session | None:
-    """The session in force in this thread, if any."""
-    return _opened.session if isinstance(_context.value, _Key) else None
+    """The session in force in this thread, if any: a model call was reached."""
+    opened = _thread.opened
+    if opened is None or not isinstance(_context.value, _Key):
+        return None
+    opened.is_kept = opened.is_kept or jax_versions.is_staged_since(opened.trace)
+    return opened.session
 
 
 def marking() -> bool:

@@ -172,11 +172,12 @@ class Ensemble(nnx.Module):
 
 
 @pytest.mark.thinned(2)
+@pytest.mark.parametrize("said", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_each_member_of_an_ensemble_has_an_adapter(axis):
+def test_each_member_of_an_ensemble_has_an_adapter(axis, said):
     model = Ensemble(axis)
     kernel, bias = model.members.linear.kernel[...], model.members.linear.bias[...]
-    provider = lora.LoraProvider(rank=2, alpha=3.0, mapped_axes=(axis,))
+    provider = lora.LoraProvider(rank=2, alpha=3.0, mapped_axes=(axis,) if said else ())
     model = qwix_train.apply_lora_to_model(model, provider, X, rngs=nnx.Rngs(0))
     linear = model.members.linear
     a, b = linear.kernel_lora_a, linear.kernel_lora_b
@@ -190,6 +191,55 @@ def test_each_member_of_an_ensemble_has_an_adapter(axis):
         )
         want = np.tanh(np.float64(X) @ (w + 1.5 * one_a @ one_b) + bias[index])
         np.testing.assert_allclose(got[index], want, rtol=1e-4, atol=1e-5)
+
+
+class LinenEnsemble(nn.Module):
+    axis: int
+    features: int = 4
+    x_axis: int | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        members = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            in_axes=self.x_axis,
+            axis_size=3,
+        )
+        return members(self.features, use_bias=False, name="members")(x)
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("x_axis", [None, 0])
+def test_members_of_a_linen_ensemble_need_no_word(axis, x_axis):
+    model = LinenEnsemble(axis, x_axis=x_axis)
+    x = X if x_axis is None else jnp.asarray(data(3, 4, 6, seed=2))
+    model = qwix_train.apply_lora_to_model(model, lora.LoraProvider([RULE]))
+    params = filled(model.init(jax.random.key(0), x)["params"])
+    one = params["members"]
+    got = model.apply({"params": params}, x)
+    for index in range(3):
+        w, a, b = (
+            np.take(np.float64(one[name]), index, axis)
+            for name in ("kernel", "kernel_lora_a", "kernel_lora_b")
+        )
+        assert a.shape == (6, 2) and b.shape == (2, 4)
+        given = x if x_axis is None else x[index]
+        want = np.float64(given) @ (w + 1.5 * a @ b)
+        np.testing.assert_allclose(got[index], want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_axis_that_the_sizes_do_not_tell_is_asked_for():
+    model = LinenEnsemble(axis=1)
+    x = X[:, :3]
+    params = model.init(jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match=r"\(3, 3, 4\).*LoraRule\(mapped_axes=\(0,\)"):
+        lora.init(params, model.apply, [RULE], jax.random.key(1), x)
+    rule = lora.LoraRule(rank=2, alpha=3.0, mapped_axes=(1,))
+    adapters, *_ = lora.init(params, model.apply, [rule], jax.random.key(1), x)
+    assert adapters["members"]["kernel_lora_b"].shape == (2, 3, 4)
 
 
 def test_mapped_axes_that_are_contracted_are_refused():

@@ -36,7 +36,7 @@ def test_a_weight_has_exactly_the_scale_that_is_given(kind):
     if kind == "nnx":
         model = nnx.Linear(8, 3, rngs=nnx.Rngs(0))
         model.kernel.set_value(params["kernel"])
-        model.kernel_scale = nnx.Param(SCALE)
+        model.kernel_scale = nnx.Param(SCALE, attached=True)
         quantized, tree = ptq.quantize(model, None, INT4, X)
         assert not hasattr(quantized, "kernel_scale")
         out = quantized(X)
@@ -131,7 +131,7 @@ def test_stacked_layers_of_nnx():
 
     model = Stack(nnx.Rngs(0))
     scale = jnp.full((3, 1, 8), 0.07)
-    model.layers.kernel_scale = nnx.Param(scale)
+    model.layers.kernel_scale = nnx.Param(scale, attached=True)
     quantized, tree = ptq.quantize(model, None, INT4, X)
     np.testing.assert_array_equal(tree["layers"]["kernel"].array.scale, scale)
     x = X

@@ -421,7 +421,7 @@ def test_missing_and_foreign_scales_are_named():
         qat.attach_learned_scales(models.NnxMlp(nnx.Rngs(0)), {}, rules, X)
     with pytest.raises(ValueError, match="its scale has no place"):
         qat.attach_learned_scales(lambda w, x: x @ w, jnp.ones((6, 2)), [rule()], X)
-    with pytest.raises(ValueError, match="computes with 'w_scale', where the learned"):
+    with pytest.raises(ValueError, match="has a param 'w_scale', where the learned"):
         own = {"w": jnp.ones((6, 2)), "w_scale": jnp.ones((1, 2))}
         qat.attach_learned_scales(
             lambda p, x: x @ p["w"] * p["w_scale"], own, [rule()], X
