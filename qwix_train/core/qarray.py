@@ -331,6 +331,13 @@ def quantize_array(array: jax.Array, how: HowToQuantize) -> QArray:
     >>> quantize_array(jnp.array([0., 1., 15.]), how).zero_point.tolist()
     [-8]
     """
+    check_quantizable(array)
+    # Noise is not to be cached: each call may have its own.
+    quantized = _cached_quantize if how.noise_fn is None else _quantize
+    return quantized(array, how)
+
+
+def _quantize(array: jax.Array, how: HowToQuantize) -> QArray:
     scale, zero_point = compute_scale_zero_point(calibrate(array, how), how.qtype)
     return quantize_with_scale_zero_point(
         array, how.qtype, scale, zero_point, how.noise_fn
@@ -370,12 +377,15 @@ def quantize(
         tiled_axes=tiled_axes or {},
         calibration_method=calibration_method,
     )
+    if scale_dtype is None or scale_dtype != jnp.float16:
+        qarray = quantize_array(array, how)
+        return qarray if scale_dtype is None else qarray.astype(scale_dtype)
+    # It may change a scale by a large part. Codes are to fit the one that is kept.
     scale, zero_point = compute_scale_zero_point(calibrate(array, how), qtype)
-    if scale_dtype is not None and scale_dtype == jnp.float16:
-        # It may change a scale by a large part. Codes are to fit the one that is kept.
-        scale = numerics.scale_in_dtype(scale, scale_dtype)
-    qarray = quantize_with_scale_zero_point(array, qtype, scale, zero_point)
-    return qarray if scale_dtype is None else qarray.astype(scale_dtype)
+    scale = numerics.scale_in_dtype(scale, scale_dtype)
+    return quantize_with_scale_zero_point(array, qtype, scale, zero_point).astype(
+        scale_dtype
+    )
 
 
 def dequantize(array: QArray) -> jax.Array:
@@ -401,5 +411,15 @@ def dequantize(array: QArray) -> jax.Array:
         raise TypeError(f"Expected a QArray, got {type(array).__name__}.{held}")
     validate_qarray(array)
     _check_codes(array)
+    return _cached_dequantize(array)
+
+
+def _dequantize(array: QArray) -> jax.Array:
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
     return scaling.rescaled_values(levels, array.scale, array.zero_point)
+
+
+# An eager call is one program, and not one for each operation. Inlined, nothing of a
+# `jit` stands in what is traced, and arrays of one shape are traced once.
+_cached_quantize = jax.jit(_quantize, static_argnums=1, inline=True)
+_cached_dequantize = jax.jit(_dequantize, inline=True)
