@@ -21,8 +21,8 @@ from jax import numpy as jnp
 from qwix_train.frontends.whole_step import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.qat.blending import BlendingProvider
-from qwix_train.qat.stages import Stage
+from qwix_train.qat.blending import blended
+from qwix_train.qat.stages import Amounts, Stage
 from qwix_train.trace import jax_versions
 from qwix_train.trace.canonical_convs import run_as_at_top
 
@@ -92,15 +92,19 @@ def _step_of(
     if not stage.amounts.ramps:
         if stage.amounts.whole:
             return quantized(provider)
-        return quantized(BlendingProvider(provider, stage.amounts))
+        return quantized(_blended(provider, stage.amounts))
 
     def ramp(*args, **kwargs):
         # The amounts are values of this very call, so that a trace which is cached
         # under its session must not serve another.
         amounts = stage.amounts.at(count_of(args, kwargs))
-        return quantized(BlendingProvider(provider, amounts))(*args, **kwargs)
+        return quantized(_blended(provider, amounts))(*args, **kwargs)
 
     return ramp
+
+
+def _blended(provider: QuantizationProvider, amounts: Amounts) -> QuantizationProvider:
+    return provider.changed(functools.partial(blended, amounts=amounts))
 
 
 def _switch(

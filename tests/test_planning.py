@@ -305,7 +305,7 @@ def test_an_op_in_float_that_reads_a_quantized_param_says_so():
     )
 
 
-def test_per_iteration():
+def test_how_a_slice_is_quantized():
     found = plan(
         lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0],
         [rule(tile_size=4)],
@@ -313,11 +313,13 @@ def test_per_iteration():
         X,
     )
     param = found.params[("w",)]
-    assert param.how is not None and param.per_iteration is not None
+    assert param.how is not None
+    of_slice = param.how.of_slice()
+    assert of_slice is not None
     assert param.how.channelwise_axes == (0, 2)
     assert dict(param.how.tiled_axes) == {1: 4}
-    assert param.per_iteration.channelwise_axes == (1,)
-    assert dict(param.per_iteration.tiled_axes) == {0: 4}
+    assert of_slice.channelwise_axes == (1,)
+    assert dict(of_slice.tiled_axes) == {0: 4}
 
 
 @pytest.mark.parametrize(

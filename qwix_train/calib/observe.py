@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from qwix_train.observers.statistics import Statistics, make_statistics, per_lay
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
+from qwix_train.stages.observe import Observe
+from qwix_train.stages.run import CallStages, OpStages
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.jax_versions import Body
@@ -274,12 +277,7 @@ class Tagging(QuantizationProvider):
         self.ranges: dict[str, Any] = {}
 
     def tag(
-        self,
-        path: Path,
-        statistics: Statistics,
-        array: Any,
-        layers: Sequence[bool],
-        learned: bool = False,
+        self, path: Path, statistics: Statistics, array: Any, layers: Sequence[bool]
     ) -> Any:
         """Tags one array, for statistics of it.
 
@@ -289,12 +287,24 @@ class Tagging(QuantizationProvider):
           array: the array.
           layers: for each `scan` of the model around it, outermost first, whether it
             goes over layers; see `harvest.tag`.
+        """
+        self.note(path, statistics, False, array)
+        return harvest.tag(array, "/".join(path), layers)
+
+    def note(
+        self, path: Path, statistics: Statistics, learned: bool, array: Any
+    ) -> None:
+        """Takes note of an array that is tagged.
+
+        Args:
+          path: the path of its range.
+          statistics: what is measured, and how batches combine.
           learned: whether the range is only what training begins with.
+          array: the array.
         """
         shape, dtype = array.shape, array.dtype
         found = Tagged(path, statistics, shape, dtype, learned=learned)
         self.ranges[found.name] = found
-        return harvest.tag(array, found.name, layers)
 
 
 class RangeTagging(Tagging):
@@ -316,22 +326,22 @@ class RangeTagging(Tagging):
         """Whether the activations of an op need ranges."""
         return op.static
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, with its activations tagged."""
-        plans = {op.op.key: op for op in plan.quantized_ops if self.tags(op)}
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`: activations are tagged."""
+        del traced
 
-        def handler(op, operands, run, given):
-            operands = list(operands)
-            for side, how in enumerate(plans[op.key].activations):
-                if how is None:
-                    continue
-                operands[side] = self.tag(
-                    plans[op.key].range_path(side),
-                    statistics_of(plans[op.key], side, self.rules),
-                    operands[side],
-                    [length > 0 for length in op.scans],
-                    learned=bool(plans[op.key].learned),
-                )
-            return run(*operands)
+        def observed(op: OpPlan, side: int) -> tuple[Observe, ...]:
+            if op.activations[side] is None:
+                return ()
+            path, statistics = op.range_path(side), statistics_of(op, side, self.rules)
+            note = functools.partial(self.note, path, statistics, bool(op.learned))
+            return (Observe("/".join(path), note),)
 
-        return traced.run([plan.op for plan in plans.values()], handler, lambda _: None)
+        ops = {
+            op.op.key: OpStages(
+                op.op, tuple(observed(op, side) for side in range(len(op.activations)))
+            )
+            for op in plan.quantized_ops
+            if self.tags(op)
+        }
+        return CallStages({}, ops)

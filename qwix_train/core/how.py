@@ -186,3 +186,17 @@ class HowToQuantize:
             tiled.add(axis)
             scale_shape[axis] = tiling.tile_count(axis, shape, size, self.pad_tiles)
         return tuple(scale_shape)
+
+    def of_slice(self) -> "HowToQuantize | None":
+        """How a slice along axis 0 is quantized so that it is a slice of the whole.
+
+        Returns:
+            None if axis 0 has no scales of its own.
+        """
+        if 0 not in self.channelwise_axes:
+            return None
+        return dataclasses.replace(
+            self,
+            channelwise_axes=tuple(a - 1 for a in self.channelwise_axes if a > 0),
+            tiled_axes={axis - 1: tile for axis, tile in self.tiled_axes.items()},
+        )

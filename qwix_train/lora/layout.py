@@ -20,6 +20,7 @@ from jax import numpy as jnp
 from qwix_train import ops
 from qwix_train.core import numerics
 from qwix_train.lora.rules import LoraRule
+from qwix_train.ops.low_rank import contract
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import AdapterPart, adapter_path
 from qwix_train.planning.plan import OpPlan, Path, Plan
@@ -257,29 +258,6 @@ class AdapterLayout:
         own = [None] * (ndim - len(self.layers))
         whole = self._in_place(own, self.layers)
         return [whole.index(axis) for axis in self.layers]
-
-
-def contract(
-    a: jax.Array, b: jax.Array, shape: Sequence[int], precision: Any = None
-) -> jax.Array:
-    """The sum over the last axis of the product of two factors.
-
-    Args:
-      a: along each other axis the size in `shape`, or 1.
-      b: the same.
-      shape: the shape of the result.
-      precision: as in `jax.lax.dot_general`.
-    """
-    summed = len(shape)
-    terms: list[Any] = []
-    for factor in (a, b):
-        ones = [axis for axis in range(summed) if factor.shape[axis] == 1]
-        held = [axis for axis in range(summed + 1) if axis not in ones]
-        terms += [factor.squeeze(ones), held]
-    out = sorted({*terms[1], *terms[3]} - {summed})
-    product = jnp.einsum(*terms, out, precision=precision)
-    missing = [axis for axis in range(summed) if axis not in out]
-    return jnp.broadcast_to(jnp.expand_dims(product, missing), shape)
 
 
 def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from qwix_train import ops
-from qwix_train.lora.adapted_call import AdaptedCall, Adapter, Dropout
+from qwix_train.lora.adapter_stages import Adapted, Adapter, DropOut, MergeAdapter
 from qwix_train.lora.layout import (
     AdapterLayout,
     find_layouts,
@@ -26,10 +26,12 @@ from qwix_train.planning.leaves import adapter_part
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq.provider import PtqProvider, check_params, run_on_codes
+from qwix_train.ptq.provider import PtqProvider, check_params, on_codes
 from qwix_train.qat.qt_rule import refuse_backward
+from qwix_train.stages.fake_quantize import FakeQuantize
+from qwix_train.stages.run import run
 from qwix_train.trace import session
-from qwix_train.trace.analyze import Key
+from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
 
@@ -228,7 +230,7 @@ class LoraProvider(PtqProvider):
         """
         return self.run(self.adapt(traced, plan), plan)
 
-    def run(self, adapted: AdaptedCall, plan: Plan) -> Any:
+    def run(self, adapted: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, with the adapters that it has.
 
         Args:
@@ -239,21 +241,20 @@ class LoraProvider(PtqProvider):
           ValueError: if its base is not quantized as the rules say.
         """
         check_params(adapted, self._stored_plan(plan))
-        return run_on_codes(adapted, plan)
+        return run(adapted, on_codes(adapted, plan))
 
     def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
         """See `QuantizationProvider.initialize`."""
         params = self.store_params(traced, plan)
         adapted = self.adapt(traced.with_params(params), plan)
-        unknown = static_range.initial(plan)
-        return params, run_on_codes(adapted, plan, unknown=unknown)
+        return params, run(adapted, on_codes(adapted, plan, static_range.initial(plan)))
 
     def adapt(
         self,
         traced: TracedCall,
         plan: Plan,
         adapters: Mapping[Path, Any] | None = None,
-    ) -> AdaptedCall:
+    ) -> TracedCall:
         """A traced call with the adapters that are among its params.
 
         Args:
@@ -266,17 +267,20 @@ class LoraProvider(PtqProvider):
             make_rng = functools.partial(_same, key)
             traced = dataclasses.replace(traced, make_rng=make_rng, deterministic=off)
         named = traced.named if adapters is None else adapters
-        found = find_layouts(plan)
-        parts = {
-            path: _parts(layout, rule, plan, named)
-            for path, (layout, rule) in found.items()
+        in_float = {
+            param.path
+            for param in traced.params
+            if param is not None and not stored.is_quantized(param.value)
         }
-        fields = {
-            field.name: getattr(traced, field.name)
-            for field in dataclasses.fields(TracedCall)
-        }
-        dropouts = self._dropouts(traced, plan)
-        return AdaptedCall(**fields, adapters=parts, dropouts=dropouts)
+        added, merged = {}, {}
+        for path, (layout, rule) in find_layouts(plan).items():
+            adapter, how = _adapter(layout, named), plan.params[path].how
+            if rule.qat and how is not None and path in in_float:
+                merged[path] = MergeAdapter(adapter), FakeQuantize(how)
+            else:
+                added[path] = adapter
+        own = Adapted(added, merged, self._dropouts(traced, plan))
+        return dataclasses.replace(traced, own_stages=own)
 
     def check_rules_matched(self, plan: Plan) -> None:
         """Complains of a `LoraRule` that matches no weight.
@@ -298,8 +302,8 @@ class LoraProvider(PtqProvider):
         }
         return dataclasses.replace(plan, params=params)
 
-    def _dropouts(self, traced: TracedCall, plan: Plan) -> dict[Key, Dropout]:
-        found: dict[Key, Dropout] = {}
+    def _dropouts(self, traced: TracedCall, plan: Plan) -> list[tuple[Op, DropOut]]:
+        found: list[tuple[Op, DropOut]] = []
         switch = self.deterministic
         off = traced.deterministic if switch is None else switch
         if off:
@@ -319,9 +323,8 @@ class LoraProvider(PtqProvider):
                 )
             own = jax.random.fold_in(key, index)
             layers = op.op.layers
-            found[op.op.key] = Dropout(
-                rate, jax.random.split(own, layers) if layers else own
-            )
+            key_of_layers = jax.random.split(own, layers) if layers else own
+            found.append((op.op, DropOut(rate, key_of_layers)))
         return found
 
 
@@ -351,9 +354,7 @@ def _same(key: Any, name: str) -> Any:
     return key
 
 
-def _parts(
-    layout: AdapterLayout, rule: LoraRule, plan: Plan, named: Mapping[Path, Any]
-) -> Adapter:
+def _adapter(layout: AdapterLayout, named: Mapping[Path, Any]) -> Adapter:
     """The adapter of a param, from arrays by path."""
     where = "/".join(layout.path)
     arrays = []
@@ -373,9 +374,8 @@ def _parts(
                 "with another rank."
             )
         arrays.append(array)
-    merged = plan.params[layout.path] if rule.qat else None
     a, b, *rest = arrays
-    return Adapter(layout, a, b, rest[0] if rest else None, merged)
+    return Adapter(layout, a, b, rest[0] if rest else None)
 
 
 def _dropout_rate(op: OpPlan, plan: Plan) -> float:

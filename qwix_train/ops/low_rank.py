@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax import numpy as jnp
 
 
 class Factors(Protocol):
@@ -64,3 +65,26 @@ def in_order(weight: Factors, contracted: Sequence[int]) -> tuple[Any, Any]:
 def varies(factor: jax.Array | None, axes: Sequence[int]) -> bool:
     """Whether a factor has more than one entry along any of some axes."""
     return factor is not None and any(factor.shape[axis] != 1 for axis in axes)
+
+
+def contract(
+    a: jax.Array, b: jax.Array, shape: Sequence[int], precision: Any = None
+) -> jax.Array:
+    """The sum over the last axis of the product of two factors.
+
+    Args:
+      a: along each other axis the size in `shape`, or 1.
+      b: the same.
+      shape: the shape of the result.
+      precision: as in `jax.lax.dot_general`.
+    """
+    summed = len(shape)
+    terms: list[Any] = []
+    for factor in (a, b):
+        ones = [axis for axis in range(summed) if factor.shape[axis] == 1]
+        held = [axis for axis in range(summed + 1) if axis not in ones]
+        terms += [factor.squeeze(ones), held]
+    out = sorted({*terms[1], *terms[3]} - {summed})
+    product = jnp.einsum(*terms, out, precision=precision)
+    missing = [axis for axis in range(summed) if axis not in out]
+    return jnp.broadcast_to(jnp.expand_dims(product, missing), shape)

@@ -10,11 +10,10 @@ stand in the dictionary of the module, named after the op and the operand:
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,38 +29,13 @@ from qwix_train.planning.leaves import (
     scale_path,
     zero_point_path,
 )
-from qwix_train.planning.plan import OpPlan, ParamPlan, Plan
+from qwix_train.planning.plan import OpPlan, ParamPlan
 from qwix_train.planning.static_range import Range
-from qwix_train.trace.analyze import Key
+from qwix_train.stages.learned import PARTS, Leaves
 from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
 
-# The leaves of an activation, by the method that trains them.
-PARTS: dict[str, tuple[OperandPart, ...]] = {
-    "lsq": ("scale",),
-    "lsq+": ("scale", "offset"),
-    "pact": ("alpha",),
-}
 _PARTS: tuple[OperandPart, ...] = ("scale", "offset", "alpha")
-
-
-class Leaves(NamedTuple):
-    """The trained leaves of an activation; None for those its method does not have.
-
-    All have the layout of a scale, with an axis in front for layers under `scan`.
-    """
-
-    scale: jax.Array | None = None
-    offset: jax.Array | None = None
-    alpha: jax.Array | None = None
-
-    @property
-    def method(self) -> str:
-        """The method that trains them; empty if they are of none."""
-        names = tuple(
-            n for n, x in zip(self._fields, self, strict=True) if x is not None
-        )
-        return next((method for method, parts in PARTS.items() if parts == names), "")
 
 
 def leaves_at(path: Path, named: Mapping[Path, Any]) -> Leaves:
@@ -218,76 +192,6 @@ def given_range(
             f"(weight_calibration_method={how.calibration_method!r}) none."
         )
     return Range(scale, zero_point)
-
-
-def with_leaves(
-    given: Mapping[Key, Sequence[Any]], plan: Plan, named: Mapping[Path, Any]
-) -> dict[Key, Sequence[Any]]:
-    """What ops are given, with the trained leaves of their activations.
-
-    Args:
-      given: what ops without such leaves are given.
-      plan: the plan.
-      named: the inputs of the traced call, by path.
-    """
-    learned = {
-        op.op.key: [
-            None if how is None else act_leaves(op, side, named)
-            for side, how in enumerate(op.activations)
-        ]
-        for op in plan.quantized_ops
-        if op.learned
-    }
-    return {**given, **learned}
-
-
-def fake_quantize_weight(
-    array: jax.Array, scale: jax.Array, *, how: HowToQuantize
-) -> jax.Array:
-    """The values of a weight on the grid of its trained scale.
-
-    Args:
-      array: the weight.
-      scale: its scale.
-      how: how it is quantized.
-    """
-    _, levels = numerics.code_range(how.qtype)
-    shared = array.size / max(scale.size, 1)
-    factor = learned_quant.gradient_scale(shared, levels)
-    return learned_quant.lsq(array, how.qtype, scale, gradient_scale=factor)
-
-
-def weight_transform(how: HowToQuantize) -> Any:
-    """A function of a weight and its scale; see `fake_quantize_weight`."""
-    return functools.partial(fake_quantize_weight, how=how)
-
-
-def fake_quantize_activation(
-    array: jax.Array, how: HowToQuantize, leaves: Leaves
-) -> jax.Array:
-    """The values of an activation on the grid of its trained leaves.
-
-    The features that LSQ scales gradients by are those of one example, where the first
-    axis is that of the batch.
-
-    Args:
-      array: the activation.
-      how: how it is quantized.
-      leaves: its leaves, in one layer.
-    """
-    if leaves.alpha is not None:
-        return learned_quant.pact(array, how.qtype, leaves.alpha)
-    assert leaves.scale is not None
-    low, high = numerics.code_range(how.qtype)
-    of_example = array.shape[1:] if array.ndim > 1 else array.shape
-    features = math.prod(of_example) / max(leaves.scale.size, 1)
-    if leaves.offset is None:
-        factor = learned_quant.gradient_scale(features, high)
-        return learned_quant.lsq(array, how.qtype, leaves.scale, gradient_scale=factor)
-    factor = learned_quant.gradient_scale(features, high - low)
-    return learned_quant.lsq_plus(
-        array, how.qtype, leaves.scale, leaves.offset, gradient_scale=factor
-    )
 
 
 def stored_range(leaves: Leaves, qtype: Any, dtype: Any) -> Range:

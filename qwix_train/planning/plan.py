@@ -91,8 +91,6 @@ class ParamPlan:
       layer_axes: the axes that stack layers which the model scans over.
       mapped_axes: those that a `vmap` around the module goes over; None if there are
         such, and it is not known which.
-      per_iteration: how one slice along axis 0 is quantized so that the slices
-        together are the quantized whole. None where there is no such way.
     """
 
     path: Path
@@ -107,18 +105,6 @@ class ParamPlan:
     def is_matrix(self) -> bool:
         """Whether it has two axes or more, but for those that stack layers."""
         return len(self.shape) - len(self.layer_axes) >= 2
-
-    @property
-    def per_iteration(self) -> HowToQuantize | None:
-        """How one slice along axis 0 is quantized, if the axis has scales."""
-        how = self.how
-        if how is None or 0 not in how.channelwise_axes:
-            return None
-        return dataclasses.replace(
-            how,
-            channelwise_axes=tuple(a - 1 for a in how.channelwise_axes if a > 0),
-            tiled_axes={axis - 1: tile for axis, tile in how.tiled_axes.items()},
-        )
 
     @property
     def float_bytes(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import abc
+import copy
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -12,6 +12,7 @@ from flax import nnx
 from qwix_train import ops
 from qwix_train.planning.plan import Path, Plan, RuleUse, make_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.stages.run import CallStages, run
 from qwix_train.trace import function, session
 from qwix_train.values import stored
 
@@ -30,11 +31,12 @@ _PATCHING_METHODS = (
 )
 
 
-class QuantizationProvider(abc.ABC):
+class QuantizationProvider:
     """A mode of quantization, with its rules.
 
-    Subclasses say in `transform` what becomes of a traced call, and in `plan`, where
-    rules do not say it all, what is to become of its ops. Methods for single ops, such
+    Subclasses say in `stages` what happens to the operands and params of a traced call,
+    and in `plan`, where rules do not say it all, what is to become of its ops. One that
+    does something else to a call overrides `transform`. Methods for single ops, such
     as `dot_general` of a provider of `qwix`, are refused, since nothing calls them. A
     mode that trains params in float may be given to `wrap_train_step` and
     `wrap_eval_step` in the place of rules; one whose ranges are collected, to
@@ -51,6 +53,7 @@ class QuantizationProvider(abc.ABC):
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
         models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
         step in its state (see `running`).
+      changes: what is changed in the stages that the mode chooses (see `changed`).
     """
 
     stores_params = False
@@ -58,6 +61,7 @@ class QuantizationProvider(abc.ABC):
     takes_static_ranges = False
     keeps_quant_stats = False
     collects_by_default = False
+    changes: tuple[Callable[[CallStages, Plan], CallStages], ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any):
         """Refuses methods that nothing would call.
@@ -72,9 +76,9 @@ class QuantizationProvider(abc.ABC):
                 f"{cls.__name__}.{ignored[0]} would never be called: operations are "
                 "not patched while a model runs, they are found in its trace. Override "
                 "plan(traced), which says how each operation is quantized, or "
-                "transform(traced, plan), which computes the result of the call: "
-                "traced.run(ops, handler, substitute) runs it with operations "
-                "replaced."
+                "stages(traced, plan), which says what happens to its operands and "
+                "how it is computed; transform(traced, plan) gives the result of the "
+                "whole call."
             )
 
     def __init__(
@@ -95,9 +99,41 @@ class QuantizationProvider(abc.ABC):
         self.allow_unmatched = allow_unmatched
         self._warned: set[Any] = set()
 
-    @abc.abstractmethod
+    def stages(self, traced: function.TracedCall, plan: Plan) -> CallStages:
+        """What happens to each operand and param of a traced call.
+
+        Args:
+          traced: the traced call.
+          plan: what `plan` says of it.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} says in neither stages(traced, plan) nor "
+            "transform(traced, plan) what becomes of a call."
+        )
+
     def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, quantized as planned."""
+        """The result of a traced call, quantized as planned.
+
+        Args:
+          traced: the traced call.
+          plan: what `plan` says of it.
+        """
+        stages = self.stages(traced, plan)
+        for change in self.changes:
+            stages = change(stages, plan)
+        return run(traced, stages)
+
+    def changed(
+        self, change: Callable[[CallStages, Plan], CallStages]
+    ) -> QuantizationProvider:
+        """This mode, with a change to the stages that it chooses.
+
+        Args:
+          change: gives the stages in the place of others, and of a plan.
+        """
+        mode = copy.copy(self)
+        mode.changes = (*self.changes, change)
+        return mode
 
     def plan(self, traced: function.TracedCall) -> Plan:
         """What this mode does to every op of a traced call.
@@ -121,7 +157,7 @@ class QuantizationProvider(abc.ABC):
           ValueError: if no rule matches, unless `allow_unmatched`; if params are
             quantized already, and this mode keeps them in float.
         """
-        if not self.stores_params and not traced.runs_stored:
+        if not self.stores_params and traced.own_stages is None:
             _check_float(traced, type(self).__name__)
         plan = self.plan(traced) if plan is None else plan
         self.check(plan)
@@ -175,7 +211,7 @@ class QuantizationProvider(abc.ABC):
             "float model in the step that is wrapped, or do not wrap it."
         )
 
-    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:  # noqa: B027
+    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:
         """Adds to an NNX model, in place, what this mode keeps in it next to params.
 
         Args:

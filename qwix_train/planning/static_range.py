@@ -15,28 +15,18 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.core.calibration import compute_scale_zero_point
-from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.core.numerics import storage_dtype
 from qwix_train.core.operands import is_concrete
 from qwix_train.core.qarray import (
-    QArray,
     WithAux,
-    quantize_array,
-    quantize_with_scale_zero_point,
 )
 from qwix_train.core.shortened import shortened
 from qwix_train.planning.leaves import Leaf, Path, scale_path, zero_point_path
 from qwix_train.planning.plan import OpPlan, Plan
+from qwix_train.stages.fake_quantize import Range
 from qwix_train.trace.analyze import Operand
 from qwix_train.values import stored
-
-
-class Range(NamedTuple):
-    """The scale and zero point of an activation."""
-
-    scale: jax.Array
-    zero_point: jax.Array | None
 
 
 class StaticOperand(NamedTuple):
@@ -296,24 +286,6 @@ def missing(path: Path, plan: OpPlan, remedy: str) -> ValueError:
 
 def _source(plan: OpPlan) -> str:
     return "the params with learned scales" if plan.learned else "the quant_stats"
-
-
-def quantize_activation(
-    array: jax.Array, how: HowToQuantize, given: Range | None
-) -> QArray:
-    """Quantizes an activation, with a range that is given if there is one."""
-    if given is None:
-        return quantize_array(array, how)
-    return quantize_with_scale_zero_point(array, how.qtype, *given)
-
-
-def fake_quantize_activation(
-    array: jax.Array, how: HowToQuantize, given: Range | None
-) -> jax.Array:
-    """The values of the quantized activation, with the gradients of QAT."""
-    if given is None:
-        return fake_quant(array, how)
-    return fake_quant_with_scale(array, how.qtype, *given)
 
 
 def _mean(total: jax.Array, count: Any) -> jax.Array:

@@ -29,7 +29,10 @@ from qwix_train.ptq.weight_matrices import (
     input_vectors,
     matrix_view,
 )
-from qwix_train.trace import harvest, provenance
+from qwix_train.stages.observe import ObserveSeen
+from qwix_train.stages.run import CallStages, OpStages
+from qwix_train.trace import provenance
+from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
 
 
@@ -219,8 +222,8 @@ class InputTagging(Tagging):
         self.ranges: dict[str, WeightInput] = {}
         self.reads: Reads = {}
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, with the inputs of weights tagged."""
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`: inputs of weights are tagged."""
         plan = PtqProvider(self.rules).annotate(traced, plan)
         tagged: dict[Any, WeightInput] = {}
         for op in plan.ops:
@@ -245,21 +248,16 @@ class InputTagging(Tagging):
                     tagged[op.op.key] = found
                     self.ranges[found.name] = found
 
-        def handler(op, operands, run, given):
+        def observed(op: Op) -> tuple[tuple[ObserveSeen, ...], ...]:
             found = tagged[op.key]
-            side = SIDES.index(OperandName.parse(found.path).side)
-            operands = list(operands)
-            layers = [length > 0 for length in op.scans]
-            x = ops.kind_of(op).seen(op.params, side, operands)
-            tagged_x = harvest.tag(x, found.name, layers)
-            if x is operands[side]:
-                operands[side] = tagged_x
-            else:  # what is tagged is kept by what needs it
-                operands[side], _ = lax.optimization_barrier((operands[side], tagged_x))
-            return run(*operands)
+            mine = SIDES.index(OperandName.parse(found.path).side)
+            stages = (ObserveSeen(found.name),)
+            return tuple(
+                stages if side == mine else () for side in range(len(op.operands))
+            )
 
-        products = [op.op for op in plan.ops if op.op.key in tagged]
-        return traced.run(products, handler, lambda _: None)
+        found = [op.op for op in plan.ops if op.op.key in tagged]
+        return CallStages({}, {op.key: OpStages(op, observed(op)) for op in found})
 
     def _found(self, plan: OpPlan, path: Path, whole: Plan) -> WeightInput | str:
         """What enters an op that reads a param; why it is of no use, otherwise."""

@@ -11,20 +11,16 @@ import jax
 from qwix_train import ops
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import static_range
-from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, pre_quant_scale
-from qwix_train.trace import carried
-from qwix_train.trace.carried import Carried
-from qwix_train.trace.function import Param, TracedCall
+from qwix_train.stages.fake_quantize import Quantize
+from qwix_train.stages.product import of_codes
+from qwix_train.stages.run import CallStages, OpStages, run
+from qwix_train.stages.scale import Scale
+from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
-from qwix_train.values.stored_weight import (
-    Listener,
-    StoredWeight,
-    product,
-    stored_weight,
-)
 
 
 class PtqProvider(QuantizationProvider):
@@ -125,14 +121,18 @@ class PtqProvider(QuantizationProvider):
             of another type.
         """
         check_params(traced, plan)
-        return run_on_codes(traced, plan)
+        return super().transform(traced, plan)
+
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`."""
+        return on_codes(traced, plan)
 
     def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
         """See `QuantizationProvider.initialize`. No static range is known yet."""
         # Random params have no learned scales: they begin as those do.
         params = self._stored(traced, plan, lambda path, how: None)
-        unknown = static_range.initial(plan)
-        return params, run_on_codes(traced.with_params(params), plan, unknown=unknown)
+        call = traced.with_params(params)
+        return params, run(call, on_codes(call, plan, static_range.initial(plan)))
 
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`: adds where params are dequantized."""
@@ -141,118 +141,43 @@ class PtqProvider(QuantizationProvider):
         def listen(path: str, primitive: str) -> None:
             found.setdefault(path, {})[primitive] = None
 
-        def run(inputs: list[Any]) -> None:
+        def find(inputs: list[Any]) -> None:
             call = traced.with_inputs(inputs)
             params = self._stored(call, plan, lambda path, how: None)
             call = call.with_params(params)
-            run_on_codes(call, plan, listen, static_range.initial(plan))
+            run(call, on_codes(call, plan, static_range.initial(plan)), listen)
 
-        jax.eval_shape(run, list(traced.inputs))
+        jax.eval_shape(find, list(traced.inputs))
         dequantized = {path: tuple(by) for path, by in found.items()}
         return dataclasses.replace(plan, dequantized=dequantized)
 
 
-def run_on_codes(
-    traced: TracedCall,
-    plan: Plan,
-    listener: Listener | None = None,
-    unknown: Mapping[Path, Any] | None = None,
-) -> Any:
-    """The result of a traced call, computed from quantized params.
+def on_codes(
+    traced: TracedCall, plan: Plan, unknown: Mapping[Path, Any] | None = None
+) -> CallStages:
+    """The stages of a traced call that is computed from quantized params.
 
     Args:
       traced: the call.
       plan: what happens to its ops.
-      listener: told where params are dequantized.
       unknown: what stands for static ranges where none are known yet.
     """
-    plans = {op.op.key: op for op in plan.quantized_ops}
-    named = traced.named
-
-    def handler(op, operands, run, given):
-        plan = plans[op.key]
-        ranges, input_scales = given
-        operands = list(operands)
-        for side, how in enumerate(plan.activations):
-            input_scale = input_scales[side]
-            as_array = how is not None or input_scale is not None
-            if as_array and isinstance(operands[side], StoredWeight):
-                # An activation by the plan, such as the rows that tokens looked up.
-                operands[side].read_by(op.primitive)
-                operands[side] = operands[side].value
-            if input_scale is not None:
-                operands[side] *= input_scale.astype(operands[side].dtype)
-        kept = [isinstance(x, StoredWeight) for x in operands]
-        sides = ops.kind_of(op).sides
-        if all(plan.activations[side] or kept[side] for side in range(sides)):
-            return _product_of_codes(plan, operands, ranges)
-        if any(kept):
-            return product(op.primitive, op.params, operands)
-        # The weight was dequantized on the way here, and so the product is in float.
-        return run(*_fake_quantized(operands, plan, ranges))
-
-    def substitute(param: Param) -> Carried | None:
-        if not stored.is_quantized(param.value):
-            return None
-        return stored_weight(param, listener)
-
-    given = {
-        op.op.key: (
-            static_range.ranges_of(op, named, unknown),
-            pre_quant_scale.scales_of(op, named),
-        )
-        for op in plan.quantized_ops
-    }
-    # What takes elements of a weight, such as a lookup, the weight does itself.
-    products = [op.op for op in plan.quantized_ops if ops.is_product(op.op.primitive)]
-    return traced.run(products, handler, substitute, given)
-
-
-def _product_of_codes(
-    plan: OpPlan,
-    operands: Sequence[Any],
-    ranges: Sequence[static_range.Range | None],
-) -> jax.Array:
-    """A product of quantized weights and of arrays that are quantized for it.
-
-    Its derivative is that of the same product in QAT: codes have none of their own.
-    """
-    arrays, restore = carried.unpacked(operands)
-
-    @jax.custom_jvp
-    def of_codes(arrays, ranges):
-        quantized = [
-            x if how is None else static_range.quantize_activation(x, how, given)
-            for x, how, given in zip(
-                restore(arrays), plan.activations, ranges, strict=True
+    named, found = traced.named, {}
+    for op in plan.quantized_ops:
+        # What takes elements of a weight, such as a lookup, the weight does itself.
+        if not ops.is_product(op.op.primitive):
+            continue
+        ranges = static_range.ranges_of(op, named, unknown)
+        scales = pre_quant_scale.scales_of(op, named)
+        operands = tuple(
+            (
+                *(() if scale is None else (Scale(scale),)),
+                *(() if how is None else (Quantize(how, range_),)),
             )
-        ]
-        return product(plan.op.primitive, plan.op.params, quantized)
-
-    @jax.checkpoint  # keeps the codes for the backward pass, and no floats
-    def of_floats(arrays, ranges):
-        values = _fake_quantized(restore(arrays), plan, ranges)
-        values = [x.value if isinstance(x, StoredWeight) else x for x in values]
-        return product(plan.op.primitive, plan.op.params, values)
-
-    @of_codes.defjvp
-    def _(primals, tangents):
-        _, tangent = jax.jvp(of_floats, primals, tangents)
-        return of_codes(*primals), tangent
-
-    return of_codes(arrays, list(ranges))
-
-
-def _fake_quantized(
-    operands: Sequence[Any],
-    plan: OpPlan,
-    ranges: Sequence[static_range.Range | None],
-) -> list[Any]:
-    """The operands of an op, with activations fake-quantized as planned."""
-    return [
-        x if how is None else static_range.fake_quantize_activation(x, how, given)
-        for x, how, given in zip(operands, plan.activations, ranges, strict=True)
-    ]
+            for scale, how, range_ in zip(scales, op.activations, ranges, strict=True)
+        )
+        found[op.op.key] = OpStages(op.op, operands, of_codes)
+    return CallStages({}, found)
 
 
 def check_params(traced: TracedCall, plan: Plan) -> None:

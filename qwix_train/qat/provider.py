@@ -12,16 +12,16 @@ from qwix_train.planning import static_range
 from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.qat.fake_quantized import run_fake_quantized
+from qwix_train.qat.fake_quantized import fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
-from qwix_train.qat.quantized_products import QuantizedProducts
 from qwix_train.qat.running_ranges import (
     RunningRanges,
-    RunningRangesProvider,
     as_quant_stats,
     initial_states,
     run_with_quant_stats,
 )
+from qwix_train.stages.fake_quantize import RangeOf
+from qwix_train.stages.run import CallStages
 from qwix_train.trace.function import TracedCall
 
 
@@ -71,29 +71,27 @@ class QtProvider(QuantizationProvider):
         collects = any(rule.act_static_scale for rule in self.rules)
         self.keeps_quant_stats = collects and quant_stats is None
         self.adds_params = any(rule.learns_scales for rule in self.rules)
+        # The ranges of one call, if training keeps them.
+        self._running: RunningRanges | None = None
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, with fake quantization as planned."""
-        ranges = static_range.collected(plan, self.quant_stats or {})
-        given = {
-            op.op.key: static_range.ranges_of(op, ranges)
-            for op in plan.quantized_ops
-            if not op.learned
-        }
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`: fake quantization as planned."""
+        ranges, running = {}, self._running
+        if running is None:
+            ranges = static_range.collected(plan, self.quant_stats or {})
 
-        def fake_quantize(op, op_plan, side, x, given):
-            how = op_plan.activations[side]
-            return static_range.fake_quantize_activation(x, how, given)
+        def range_of(static: static_range.StaticOperand) -> RangeOf:
+            if running is None:
+                return static_range.find(static.op, static.side, ranges)
+            return running.range_of(static, self.rules)
 
-        products = QuantizedProducts(
-            traced, plan, self.rules, lambda op, op_plan, side, x, given: given
-        )
-        return run_fake_quantized(traced, plan, fake_quantize, given, products)
+        return fake_quantized(traced, plan, self.rules, range_of)
 
     @property
     def rewrite_key(self) -> Hashable | None:
         """See `QuantizationProvider.rewrite_key`."""
-        if type(self) is not QtProvider or self.quant_stats is not None:
+        own = self.quant_stats, self._running
+        if type(self) is not QtProvider or self.changes or own != (None, None):
             return None
         try:
             hash(self.rules)
@@ -146,8 +144,8 @@ class QtProvider(QuantizationProvider):
         changed.rules = check_rules(rules)
         return changed
 
-    def running(self, ranges: RunningRanges) -> RunningRangesProvider:
+    def running(self, ranges: RunningRanges) -> QtProvider:
         """See `QuantizationProvider.running`."""
-        return RunningRangesProvider(
-            self.rules, ranges, allow_unmatched=self.allow_unmatched
-        )
+        running = copy.copy(self)
+        running.keeps_quant_stats, running._running = False, ranges
+        return running

@@ -10,6 +10,7 @@ its tile NaN whatever the range is.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +23,12 @@ from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
-from qwix_train.planning import static_range
-from qwix_train.planning.plan import OpPlan, ParamPlan, Path, Plan
+from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.backward_product import BackwardProduct
 from qwix_train.qat.qt_rule import QtRule
+from qwix_train.stages.fake_quantize import WithCodes
+from qwix_train.stages.stage import ParamStage
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.carried import Carried, Deferred, value_of
@@ -36,20 +38,16 @@ from qwix_train.values.stored_weight import StoredWeight, product
 STREAM = "stochastic_rounding"
 """The stream of random keys of a model that stochastic rounding draws from."""
 
-# The range of an activation, if it is collected; of an op, its plan, the side of the
-# operand, the array, and what is given for that side.
-RangeOf = Callable[[Op, OpPlan, int, Any, Any], static_range.Range | None]
-
 
 class QuantizedProducts:
-    """The ops of one call that a `QtRule` with a `bwd_qtype` is for."""
+    """The ops of one call that a `QtRule` with a `bwd_qtype` is for.
+
+    Attributes:
+      weights: the paths of the params that they read.
+    """
 
     def __init__(
-        self,
-        traced: TracedCall,
-        plan: Plan,
-        rules: Sequence[QuantizationRule],
-        range_of: RangeOf,
+        self, traced: TracedCall, plan: Plan, rules: Sequence[QuantizationRule]
     ):
         """Finds the ops.
 
@@ -57,14 +55,12 @@ class QuantizedProducts:
           traced: the call.
           plan: what the rules do to it.
           rules: the rules.
-          range_of: gives the range of an activation.
 
         Raises:
           ValueError: if a rule asks for tiles in the backward of a convolution.
         """
-        self._range_of = range_of
         self._rules: dict[Any, QtRule] = {}
-        self._weights: set[Path] = set()
+        self.weights: set[Path] = set()
         for op in plan.quantized_ops:
             rule = None if op.rule_index is None else rules[op.rule_index]
             if not isinstance(rule, QtRule) or rule.bwd_qtype is None:
@@ -73,15 +69,16 @@ class QuantizedProducts:
                 continue
             _check_op(op.op, rule)
             self._rules[op.op.key] = rule
-            self._weights.update(op.weights)
+            self.weights.update(op.weights)
         self._key = None
         if any(rule.bwd_stochastic_rounding for rule in self._rules.values()):
             drawn = traced.make_rng(STREAM)
             self._key = jax.random.key(0) if drawn is None else drawn
 
-    def includes(self, op: Op) -> bool:
-        """Whether an op is computed from codes."""
-        return op.key in self._rules
+    def product(self, plan: OpPlan) -> QuantizedProduct | None:
+        """How an op is computed, if it is one of these."""
+        rule = self._rules.get(plan.op.key)
+        return rule and QuantizedProduct(plan, rule, self._key)
 
     def check_has_no_grid(self, path: Path) -> None:
         """Complains of a param that is to be multiplied in codes of a given scale.
@@ -89,61 +86,76 @@ class QuantizedProducts:
         Raises:
           ValueError: if such an op reads it.
         """
-        if path in self._weights:
+        if path in self.weights:
             raise ValueError(
                 f"Param {'/'.join(path)!r} has a scale beside it, and a QtRule with a "
                 "bwd_qtype computes one. Leave the scale out of the params, or take a "
                 "rule without bwd_qtype."
             )
 
-    def weight(self, plan: ParamPlan, fake: Deferred | None) -> Carried | None:
-        """What is carried for a param: with its codes, if such an op reads it.
 
-        Args:
-          plan: how the param is quantized.
-          fake: what is carried for it otherwise.
-        """
-        if fake is None or plan.path not in self._weights:
-            return fake
-        return _Weight(fake, (plan.how, plan.per_iteration), "/".join(plan.path))
+@dataclasses.dataclass(frozen=True)
+class QuantizedProduct:
+    """A product of codes whose backward products are of codes, too.
 
-    def run(
-        self, op: Op, plan: OpPlan, operands: Sequence[Any], given: Sequence[Any]
+    Attributes:
+      plan: what happens to the op.
+      rule: how gradients are quantized.
+      key: the random key for stochastic rounding, if there is any.
+    """
+
+    plan: OpPlan
+    rule: QtRule
+    key: jax.Array | None
+
+    def __call__(
+        self, op: Op, operands: Sequence[Any], run: Callable[..., Any]
     ) -> jax.Array:
-        """The result of an op.
-
-        Args:
-          op: the op.
-          plan: what happens to it.
-          operands: its operands, arrays or what `weight` gave.
-          given: what is given for each.
-        """
-        values, codes = [], []
-        for side, (x, how) in enumerate(zip(operands, plan.activations, strict=True)):
-            if how is None:
-                values.append(value_of(x))
-                codes.append(x.codes if isinstance(x, _Weight) else None)
-                continue
-            x = value_of(x)
-            found = self._range_of(op, plan, side, x, given[side])
-            values.append(static_range.fake_quantize_activation(x, how, found))
-            codes.append(_codes(*lax.stop_gradient((x, found)), how))
-        rule = self._rules[op.key]
+        """See `stages.product.Product`."""
+        del run
         key = None
-        if rule.bwd_stochastic_rounding is not None:
-            assert self._key is not None
+        if self.rule.bwd_stochastic_rounding is not None:
+            assert self.key is not None
             # Ops whose gradients are the same are still to differ.
-            key = jax.random.fold_in(self._key, zlib.crc32(op.where.encode()))
-        return _product(op, plan, rule, values, codes, key)
+            key = jax.random.fold_in(self.key, zlib.crc32(op.where.encode()))
+        values = [value_of(x) for x in operands]
+        codes = [_codes_of(x) for x in operands]
+        return _product(op, self.plan, self.rule, values, codes, key)
 
 
-def _codes(
-    x: jax.Array, found: static_range.Range | None, how: HowToQuantize
-) -> QArray:
-    codes = static_range.quantize_activation(x, how, found)
-    if found is None and calibration.shows_nan(how.calibration_method):
-        return codes
-    return with_nan(codes, x)
+@dataclasses.dataclass(frozen=True)
+class KeepCodes(ParamStage):
+    """Keeps the codes of a fake-quantized weight, for products of codes.
+
+    Attributes:
+      how: how the weight is quantized.
+      path: its path.
+    """
+
+    how: HowToQuantize
+    path: Path
+
+    def on_param(self, value: Any) -> Carried:
+        """See `ParamStage.on_param`."""
+        hows = (self.how, self.how.of_slice())
+        return _Weight(value, hows, "/".join(self.path))
+
+
+def _codes_of(operand: Any) -> Any:
+    """The codes of an operand, which have no gradient; None if it has none."""
+    if isinstance(operand, _Weight):
+        return operand.codes
+    if not isinstance(operand, WithCodes):
+        return None
+    array, found = lax.stop_gradient((operand.array, operand.range))
+    return _with_nan(WithCodes(array, operand.how, found))
+
+
+def _with_nan(quantized: WithCodes) -> QArray:
+    by_method = calibration.shows_nan(quantized.how.calibration_method)
+    if quantized.range is None and by_method:
+        return quantized.codes
+    return with_nan(quantized.codes, quantized.array)
 
 
 def _check_op(op: Op, rule: QtRule) -> None:
@@ -272,7 +284,7 @@ class _Weight(Carried):
         if self._known is None:
             array, how = lax.stop_gradient(self._fake.array), self._hows[0]
             assert how is not None
-            codes = _codes(array, None, how)
+            codes = _with_nan(WithCodes(array, how, None))
             self._known = StoredWeight(codes, array.dtype, self._path)
         return self._known
 

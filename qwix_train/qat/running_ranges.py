@@ -15,6 +15,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 from flax import traverse_util
 from jax import lax
@@ -25,11 +26,10 @@ from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.observers.statistics import RangeObserver, Statistics, in_layout_of_qwix
 from qwix_train.planning import static_range
-from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.qat.fake_quantized import run_fake_quantized
-from qwix_train.qat.quantized_products import QuantizedProducts
+from qwix_train.stages.fake_quantize import Range
 from qwix_train.trace import function, harvest
 from qwix_train.trace.function import TracedCall
 
@@ -68,8 +68,8 @@ class RunningRanges:
 
     What a mode does with them: it asks for the `state` of each range before it
     evaluates the call, hands that to the op as what is given for it, and quantizes the
-    activation there by its `calibration`. `add` updates the statistics then,
-    where the call is harvested.
+    activation there by its `calibration`; `range_of` is both for a stage. `add` updates
+    the statistics then, where the call is harvested.
 
     Attributes:
       states: the statistics before the call.
@@ -104,6 +104,18 @@ class RunningRanges:
                 "of the step: with_quant_stats(state, rules, *inputs)."
             )
         return self.states[path]
+
+    def range_of(
+        self, static: static_range.StaticOperand, rules: Sequence[QuantizationRule]
+    ) -> RunningRange:
+        """The range of an activation, for a stage.
+
+        Args:
+          static: the activation.
+          rules: the rules that its plan was made from.
+        """
+        statistics = statistics_of(static.op, static.side, rules)
+        return RunningRange(static, statistics, self, self.state(static.path))
 
     def calibration(
         self,
@@ -153,56 +165,29 @@ class RunningRanges:
         return updates.updated(state, new)
 
 
-class RunningRangesProvider(QuantizationProvider):
-    """Fake-quantizes one call with static ranges that it may update."""
+@flax.struct.dataclass
+class RunningRange:
+    """The range of an activation that statistics give, which may change by it.
 
-    takes_static_ranges = True
+    Attributes:
+      static: the activation.
+      statistics: what is measured, and how batches combine.
+      ranges: the ranges of the call.
+      state: the statistics of the range, as `ranges` has them.
+    """
 
-    def __init__(
-        self,
-        rules: Sequence[QuantizationRule],
-        ranges: RunningRanges,
-        *,
-        allow_unmatched: bool = False,
-    ):
-        """Checks the rules.
+    static: static_range.StaticOperand = flax.struct.field(pytree_node=False)
+    statistics: Statistics = flax.struct.field(pytree_node=False)
+    ranges: RunningRanges = flax.struct.field(pytree_node=False)
+    state: Any
 
-        Args:
-          rules: the rules.
-          ranges: the ranges of the call.
-          allow_unmatched: see `QuantizationProvider`.
-        """
-        super().__init__(rules, allow_unmatched=allow_unmatched)
-        self._ranges = ranges
-
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call; what is measured in it is tagged."""
-        given = {op.op.key: self._states_of(op) for op in plan.quantized_ops}
-        products = QuantizedProducts(traced, plan, self.rules, self._range_of)
-        return run_fake_quantized(traced, plan, self._fake_quantize, given, products)
-
-    def _states_of(self, plan: OpPlan) -> list[Any]:
-        return [
-            self._ranges.state(plan.range_path(side))
-            if plan.collected and how is not None
-            else None
-            for side, how in enumerate(plan.activations)
-        ]
-
-    def _fake_quantize(self, op, plan, side, x, state):
-        found = self._range_of(op, plan, side, x, state)
-        return static_range.fake_quantize_activation(x, plan.activations[side], found)
-
-    def _range_of(self, op, plan, side, x, state) -> static_range.Range | None:
-        if not plan.static:
-            return None
-        statistics = statistics_of(plan, side, self.rules)
-        layers = [length > 0 for length in op.scans]
-        calibration = self._ranges.calibration(
-            plan.range_path(side), statistics, x, state, layers
+    def of(self, x: Any) -> Range:
+        """See `stages.fake_quantize.RangeOf`."""
+        layers = [length > 0 for length in self.static.op.op.scans]
+        calibration = self.ranges.calibration(
+            self.static.path, self.statistics, x, self.state, layers
         )
-        qtype = plan.activations[side].qtype
-        return static_range.Range(*compute_scale_zero_point(calibration, qtype))
+        return Range(*compute_scale_zero_point(calibration, self.static.how.qtype))
 
 
 def run_with_quant_stats(

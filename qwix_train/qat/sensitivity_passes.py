@@ -9,26 +9,29 @@ from (`OffsetProvider`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.core.fake_quant import fake_quant
 from qwix_train.planning import static_range, weights
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.op_groups import OpGroup, OpName, TypedPlans, op_name
+from qwix_train.stages.fake_quantize import FakeQuantize
+from qwix_train.stages.run import CallStages, OpStages
+from qwix_train.stages.stage import At, Constant, ParamStage, Stage
+from qwix_train.stages.switch import Switch
 from qwix_train.trace import harvest, session
-from qwix_train.trace.analyze import Key
-from qwix_train.trace.carried import Carried, Deferred, value_of
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.carried import Carried, value_of
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.provenance import Weight
-
-Transform = Callable[[Any], Any]
 
 
 class DiscoveryProvider(QuantizationProvider):
@@ -72,45 +75,34 @@ class SwitchedProvider(QuantizationProvider):
         super().__init__(typed.rules)
         self._typed = typed
         self._quant_stats = quant_stats or {}
-        self._of_op = {op: choices[i] for i, g in enumerate(groups) for op in g.ops}
-        self._of_param = {p: choices[i] for i, g in enumerate(groups) for p in g.params}
+        of_group = list(map(Constant, choices))
+        is_quantized = [Constant(jnp.minimum(choice, 1)) for choice in choices]
+        self._of_op = {
+            op: is_quantized[i] for i, g in enumerate(groups) for op in g.ops
+        }
+        self._of_param = {
+            p: of_group[i] for i, g in enumerate(groups) for p in g.params
+        }
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call."""
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`."""
         plans = self._typed.of(traced)
-        ops = _ops_in(plan, self._of_op)
-        ranges = static_range.collected(plan, self._quant_stats)
-        given = {key: static_range.ranges_of(op, ranges) for key, op in ops.items()}
 
-        def handler(op, operands, run, given):
-            planned = ops[op.key]
-            is_quantized = self._of_op[op_name(planned)] > 0
+        def activation(op: OpPlan, quantize: FakeQuantize | None) -> tuple[Stage, ...]:
+            if quantize is None:
+                return ()
+            return (Switch(((), (quantize,)), self._of_op[op_name(op)]),)
 
-            def activation(x, how, given):
-                if how is None:
-                    return x
-                quantize = functools.partial(
-                    static_range.fake_quantize_activation, how=how, given=given
-                )
-                return lax.cond(is_quantized, quantize, lambda x: x, x)
-
-            parts = zip(operands, planned.activations, given, strict=True)
-            return run(*(activation(*part) for part in parts))
-
-        def substitute(param):
-            choice = self._of_param.get(param.path)
-            # Another call, of the same params, may leave this one in float.
-            if choice is None or plan.params[param.path].how is None:
-                return None
-            whole = _transforms(plans, param.path)
-            inner = _slice_transforms(plans, param.path)
-            return Deferred(
-                param.value,
-                functools.partial(_switch, choice, whole),
-                functools.partial(_switch, choice, inner) if inner else None,
-            )
-
-        return traced.run([op.op for op in ops.values()], handler, substitute, given)
+        params = {
+            path: (Switch(((), *zip(_each_type(plans, path))), choice),)
+            for path, choice in self._of_param.items()
+            if _is_quantized(plan, path)
+        }
+        ops = {
+            op.op.key: OpStages(op.op, tuple(activation(op, x) for x in activations))
+            for op, activations in _ops_in(plan, self._of_op, self._quant_stats)
+        }
+        return CallStages(params, ops)
 
 
 class OutputErrorProvider(QuantizationProvider):
@@ -139,46 +131,28 @@ class OutputErrorProvider(QuantizationProvider):
         self._of_op = {op: i for i, g in enumerate(groups) for op in g.ops}
         self._names = weight_tags(groups)
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, which is that of the float model."""
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`: those of the float model, and tags."""
         plans = self._typed.of(traced)
-        ops = _ops_in(plan, self._of_op)
-        ranges = static_range.collected(plan, self._quant_stats)
-        given = {key: static_range.ranges_of(op, ranges) for key, op in ops.items()}
-
-        def handler(op, operands, run, given):
-            planned = ops[op.key]
-            columns = []
-            for side, operand in enumerate(operands):
-                how = planned.activations[side]
-                if how is not None:
-                    x = value_of(operand)
-                    quantized = static_range.fake_quantize_activation(
-                        x, how, given[side]
-                    )
-                    columns.append((x, *[quantized] * len(plans)))
-                elif _is_weight(op, side) and isinstance(operand, _Versions):
-                    columns.append(operand.versions)
-                else:
-                    columns.append((value_of(operand),) * (1 + len(plans)))
-            exact, *others = (run(*row) for row in zip(*columns, strict=True))
-            return _tagged(exact, others, f"output {self._of_op[op_name(planned)]}")
-
-        def substitute(param):
-            name = self._names.get(param.path)
-            if name is None or plan.params[param.path].how is None:
-                return None
-            transforms = _transforms(plans, param.path)
-            w = param.value
-            w = _tagged(w, [transform(w) for transform in transforms], name)
-            inner = _slice_transforms(plans, param.path)
-            return _Versions(
-                (w,),
-                functools.partial(_all_versions, transforms),
-                functools.partial(_all_versions, inner) if inner else None,
+        params = {
+            path: (_Compare(tuple(_each_type(plans, path)), name),)
+            for path, name in self._names.items()
+            if _is_quantized(plan, path)
+        }
+        ops = {}
+        for op, activations in _ops_in(plan, self._of_op, self._quant_stats):
+            operands = tuple(
+                () if quantize is None else (_InVersions(quantize, len(plans)),)
+                for quantize in activations
             )
-
-        return traced.run([op.op for op in ops.values()], handler, substitute, given)
+            has_versions = [
+                bool(own) or _is_weight(op.op, side)
+                for side, own in enumerate(operands)
+            ]
+            name = f"output {self._of_op[op_name(op)]}"
+            product = functools.partial(_compared, name, has_versions, len(plans))
+            ops[op.op.key] = OpStages(op.op, operands, product)
+        return CallStages(params, ops)
 
 
 class OffsetProvider(QuantizationProvider):
@@ -191,21 +165,65 @@ class OffsetProvider(QuantizationProvider):
         super().__init__(typed.rules)
         self._offsets = offsets
 
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call."""
-        del plan
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`."""
+        offsets = {path: (_Plus(x),) for path, x in self._offsets.items()}
+        return CallStages(offsets, {})
 
-        def run_as_traced(op, operands, run, given):
-            del op, given
-            return run(*operands)
 
-        def substitute(param):
-            offset = self._offsets.get(param.path)
-            if offset is None:
-                return None
-            return Deferred(param.value, functools.partial(_plus, offset))
+@flax.struct.dataclass
+class _Plus(Stage):
+    offset: jax.Array
 
-        return traced.run([], run_as_traced, substitute)
+    def apply(self, x: Any, at: At | None = None) -> Any:
+        return (x.astype(jnp.float32) + self.offset).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare(ParamStage):
+    """Tags the errors of each type, and gives the param in all versions."""
+
+    stages: tuple[FakeQuantize, ...]
+    name: str
+
+    def on_param(self, value: Any) -> _Versions:
+        versions = functools.partial(_all_versions, self.stages)
+        slices = [stage.of_slice() for stage in self.stages]
+        value = _tagged(*versions(value), name=self.name)
+        # The axes are the same for each type.
+        of_slice = functools.partial(_all_versions, slices) if all(slices) else None
+        return _Versions((value,), versions, of_slice)
+
+
+@flax.struct.dataclass
+class _InVersions(Stage):
+    """An activation in float, and quantized as often as there are types."""
+
+    quantize: FakeQuantize
+    types: int = flax.struct.field(pytree_node=False)
+
+    def apply(self, x: Any, at: At | None = None) -> _Versions:
+        quantized = self.quantize.apply(x, at)
+        return _Versions((x, *[quantized] * self.types), _as_they_are)
+
+
+def _compared(
+    name: str,
+    has_versions: Sequence[bool],
+    types: int,
+    op: Op,
+    operands: Sequence[Any],
+    run: Callable[..., Any],
+) -> Any:
+    """The result of an op in float; what is lost with each type is tagged."""
+    del op
+    columns = [
+        x.versions
+        if of_each and isinstance(x, _Versions)
+        else (value_of(x),) * (1 + types)
+        for x, of_each in zip(operands, has_versions, strict=True)
+    ]
+    return _tagged(*(run(*row) for row in zip(*columns, strict=True)), name=name)
 
 
 def weight_tags(groups: Sequence[OpGroup]) -> dict[Path, str]:
@@ -288,52 +306,46 @@ class _Versions(Carried):
         return _Versions(versions, _as_they_are)
 
 
-def _ops_in(plan: Plan, known: Mapping[OpName, Any]) -> dict[Key, OpPlan]:
-    """The ops of a call that read quantized weights.
+def _ops_in(
+    plan: Plan, known: Mapping[OpName, Any], quant_stats: Mapping[str, Any]
+) -> Iterator[tuple[OpPlan, list[FakeQuantize | None]]]:
+    """The ops of a call that read quantized weights, and what quantizes activations.
 
     Args:
       plan: the plan of the call.
       known: what holds the ops that were found in the first batch.
+      quant_stats: the ranges of activations.
     """
-    ops = {op.op.key: op for op in plan.quantized_ops if op.weights}
-    for op in ops.values():
+    ranges = static_range.collected(plan, quant_stats)
+    for op in plan.quantized_ops:
+        if not op.weights:
+            continue
         if op_name(op) not in known:
             raise ValueError(
                 f"{op.op.where} runs in this batch, and did not in the first. Give "
                 "batches for which the loss function calls the model in one way."
             )
-    return ops
+        found = zip(op.activations, static_range.ranges_of(op, ranges), strict=True)
+        yield op, [how and FakeQuantize(how, range_) for how, range_ in found]
+
+
+def _is_quantized(plan: Plan, path: Path) -> bool:
+    """Whether a param is quantized: another call of the model may leave it in float."""
+    return path in plan.params and plan.params[path].how is not None
+
+
+def _each_type(plans: Sequence[Plan], path: Path) -> list[FakeQuantize]:
+    """What fake-quantizes a param to each type."""
+    hows = [plan.params[path].how for plan in plans]
+    return [FakeQuantize(how) for how in hows if how is not None]
 
 
 def _as_they_are(*arrays: Any) -> tuple[Any, ...]:
     return arrays
 
 
-def _all_versions(transforms: Sequence[Transform], w: Any) -> list[Any]:
-    return [w, *(transform(w) for transform in transforms)]
-
-
-def _switch(choice: Any, transforms: Sequence[Transform], w: Any) -> Any:
-    return lax.switch(choice, [lambda w: w, *transforms], w)
-
-
-def _plus(offset: jax.Array, w: Any) -> Any:
-    return (w.astype(jnp.float32) + offset).astype(w.dtype)
-
-
-def _transforms(plans: Sequence[Plan], path: Path) -> list[Transform]:
-    """What fake-quantizes a param to each type."""
-    hows = [plan.params[path].how for plan in plans]
-    return [functools.partial(fake_quant, how=how) for how in hows if how is not None]
-
-
-def _slice_transforms(plans: Sequence[Plan], path: Path) -> list[Transform] | None:
-    """What fake-quantizes a slice along axis 0; None if that gives no slice."""
-    hows = [plan.params[path].per_iteration for plan in plans]
-    # The axes are the same for each type.
-    if hows[0] is None:
-        return None
-    return [functools.partial(fake_quant, how=how) for how in hows if how is not None]
+def _all_versions(stages: Sequence[Any], w: Any) -> list[Any]:
+    return [w, *(stage.apply(w) for stage in stages)]
 
 
 def _is_weight(op: Any, side: int) -> bool:
@@ -342,12 +354,12 @@ def _is_weight(op: Any, side: int) -> bool:
     return side < len(roles) and isinstance(roles[side], Weight)
 
 
-def _tagged(exact: Any, others: Sequence[Any], name: str) -> Any:
+def _tagged(exact: Any, *others: Any, name: str) -> Any:
     """An array, for which the energy of it, and that of errors, is tagged.
 
     Args:
       exact: the array.
-      others: arrays in its place.
+      *others: arrays in its place.
       name: the first part of the tags.
 
     Returns:

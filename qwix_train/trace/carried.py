@@ -94,6 +94,37 @@ def value_of(value: Any) -> Any:
     return value.value if isinstance(value, Carried) else value
 
 
+def read(value: Any, primitive: str) -> Any:
+    """The array that a value stands for, read for an equation of a primitive."""
+    if isinstance(value, Carried):
+        value.read_by(primitive)
+    return value_of(value)
+
+
+def results_of(
+    primitive: str,
+    params: Mapping[str, Any],
+    operands: Sequence[Any],
+    run: Callable[..., list[Any]],
+) -> list[Any]:
+    """The results of an equation without bodies, whatever its operands are.
+
+    Args:
+      primitive: the name of its primitive.
+      params: its parameters.
+      operands: arrays, and what an evaluation carries for some.
+      run: runs the equation on arrays.
+    """
+    followed = [x for x in operands if isinstance(x, Carried) and x.follows]
+    if followed:
+        results = followed[0].apply(primitive, params, operands, run)
+        if results is not None:
+            return results
+    for operand in followed:
+        operand.read_by(primitive)
+    return run(*map(value_of, operands))
+
+
 def unpacked(
     values: Sequence[Any],
 ) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:

@@ -58,13 +58,6 @@ def evaluate(
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
 
-def _read(value: Any, primitive: str) -> Any:
-    """The array that a value stands for, read for an equation of a primitive."""
-    if isinstance(value, Carried):
-        value.read_by(primitive)
-    return value_of(value)
-
-
 def _follows(value: Any) -> bool:
     return isinstance(value, Carried) and value.follows
 
@@ -130,7 +123,7 @@ class Evaluation(abc.ABC):
                 results = self.results_of(eqn, operands, here)
             if results is None:
                 for operand in operands:
-                    _read(operand, eqn.primitive.name)
+                    carried.read(operand, eqn.primitive.name)
                 pending.append(eqn)
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
@@ -191,7 +184,7 @@ class Evaluation(abc.ABC):
         scanned = operands[inside.carry.stop :]
         cuts = [x.sliced() if isinstance(x, Carried) else None for x in scanned]
         arrays = [
-            _read(x, inside.name) if cut is None else tuple(cut[0])
+            carried.read(x, inside.name) if cut is None else tuple(cut[0])
             for x, cut in zip(scanned, cuts, strict=True)
         ]
         # What has something of its own for each layer.
@@ -259,7 +252,7 @@ class Evaluation(abc.ABC):
             out_specs=list(params["out_specs"]),
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
-        )(*[_read(x, inside.name) for x in operands])
+        )(*[carried.read(x, inside.name) for x in operands])
 
     def _loop(self, eqn, inside, operands, key):
         """What is common to loops.
@@ -281,7 +274,7 @@ class Evaluation(abc.ABC):
             inputs = [values[place] for place in inside.bodies[number].operands]
             return self._traced(inside, number, inputs, key, states)
 
-        first = [_read(constants[place], inside.name) for place in varying]
+        first = [carried.read(constants[place], inside.name) for place in varying]
         return first, kept, iterate
 
     def _traced(self, inside, number, inputs, key, states):
@@ -330,7 +323,7 @@ class _Replacement(Evaluation):
 
         def run(*values):
             return run_equation(
-                eqn, *(_read(value, eqn.primitive.name) for value in values)
+                eqn, *(carried.read(value, eqn.primitive.name) for value in values)
             )[0]
 
         return self.handler(self.replaced[key], operands, run, self.given.get(key))
@@ -398,7 +391,9 @@ def _passed_on(eqn, inside, operands):
 def _computed(outs, kept, primitive):
     """The results of a body that it does not just pass on, as arrays."""
     return [
-        _read(out, primitive) for index, out in enumerate(outs) if index not in kept
+        carried.read(out, primitive)
+        for index, out in enumerate(outs)
+        if index not in kept
     ]
 
 

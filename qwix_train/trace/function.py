@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +88,8 @@ class TracedCall:
         author; None where it does not say.
       seen_shapes: the shapes that modules see of params, by path. Transformations
         around them, such as `vmap`, take axes off.
-      runs_stored: whether params may be quantized, whatever the mode.
+      own_stages: what becomes of the stages that a mode chooses for the call, where
+        its params have some whatever the mode, such as adapters; see `stages.run`.
     """
 
     body: jax_versions.Body
@@ -111,8 +112,7 @@ class TracedCall:
     seen_shapes: Mapping[tuple[str, ...], Collection[tuple[int, ...]]] = (
         dataclasses.field(default_factory=dict)
     )
-
-    runs_stored: ClassVar[bool] = False
+    own_stages: Callable[[Any], Any] | None = None
 
     def run(
         self,
@@ -128,7 +128,15 @@ class TracedCall:
           handler: what to do in their place.
           substitute: what to evaluate in the place of a param, or None.
           given: see `evaluate.evaluate`.
+
+        Raises:
+          TypeError: if the call has stages of its own, which would be dropped.
         """
+        if self.own_stages is not None:
+            raise TypeError(
+                "The params of this call have adapters, which TracedCall.run does not "
+                "apply: override stages(traced, plan) of the mode, not transform."
+            )
         inputs = [
             (substitute(param) if param is not None else None) or value
             for param, value in zip(self.params, self.inputs, strict=True)

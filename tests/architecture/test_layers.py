@@ -13,6 +13,7 @@ LAYERS = (
     "trace",
     "ops",
     "values",
+    "stages",
     "planning",
     "frontends",
     "calib",

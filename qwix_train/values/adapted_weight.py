@@ -20,8 +20,9 @@ from qwix_train import ops
 from qwix_train.core import numerics, structural
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
-from qwix_train.lora.layout import contract
-from qwix_train.trace.carried import Carried, value_of
+from qwix_train.ops.low_rank import contract
+from qwix_train.trace.analyze import Op
+from qwix_train.trace.carried import Carried, results_of, value_of
 
 # The results of an equation, from arrays for its operands.
 Run = Callable[..., list[Any]]
@@ -111,10 +112,10 @@ class AdaptedWeight(Carried):
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`."""
         if ops.is_product(primitive):
-            base = functools.partial(base_results, primitive, params, run=run)
+            base = functools.partial(results_of, primitive, params, run=run)
             return [product(primitive, params, operands, lambda *x: base(x)[0])]
         if primitive == "convert_element_type":
-            (base,) = base_results(primitive, params, [self.base], run)
+            (base,) = results_of(primitive, params, [self.base], run)
             dtype = params["new_dtype"]
             if not jnp.issubdtype(dtype, jnp.floating):
                 return None
@@ -122,7 +123,7 @@ class AdaptedWeight(Carried):
             a, b = self.a.astype(dtype), self.b.astype(dtype)
             return [AdaptedWeight(base, a, b, gain, whole=False)]
         if primitive == "neg":
-            (base,) = base_results(primitive, params, [self.base], run)
+            (base,) = results_of(primitive, params, [self.base], run)
             return [dataclasses.replace(self, base=base, a=-self.a, whole=False)]
         if primitive in ("mul", "div"):
             return self._scaled(primitive, params, operands, run)
@@ -138,7 +139,7 @@ class AdaptedWeight(Carried):
             ]
         except _CannotChange:
             return None
-        bases = base_results(primitive, params, [self.base, *operands[1:]], run)
+        bases = results_of(primitive, params, [self.base, *operands[1:]], run)
         gains = [None] * len(bases)
         if self.gain is not None:
             gains = [gain[..., 0] for gain in changed[2]]
@@ -170,7 +171,7 @@ class AdaptedWeight(Carried):
         if primitive == "div" and operands[0] is not self:
             return None
         bases = [self.base if x is self else x for x in operands]
-        (base,) = base_results(primitive, params, bases, run)
+        (base,) = results_of(primitive, params, bases, run)
         a = self.a * right if primitive == "mul" else self.a / right
         return [dataclasses.replace(self, base=base, a=a, whole=False)]
 
@@ -209,25 +210,26 @@ def product(
     return result if term.gain is None else result * term.gain.astype(base.dtype)
 
 
-def base_results(
-    primitive: str, params: Mapping[str, Any], operands: Sequence[Any], run: Run
-) -> list[Any]:
-    """The results of an equation that reads bases in the place of adapted weights.
+def computed(
+    op: Op,
+    operands: Sequence[Any],
+    base: Callable[..., Any],
+    dropped_out: Callable[[jax.Array], jax.Array],
+) -> Any:
+    """The result of an operation that reads a weight with an adapter.
 
     Args:
-      primitive: the name of its primitive.
-      params: its parameters.
-      operands: arrays, and what an evaluation carries for some.
-      run: runs the equation on arrays.
+      op: the operation.
+      operands: its operands; at least one is an `AdaptedWeight`.
+      base: computes the operation from operands without adapters.
+      dropped_out: applied to what is multiplied by the adapter.
     """
-    followed = [x for x in operands if isinstance(x, Carried) and x.follows]
-    if followed:
-        results = followed[0].apply(primitive, params, operands, run)
-        if results is not None:
-            return results
-    for operand in followed:
-        operand.read_by(primitive)
-    return run(*map(value_of, operands))
+    if ops.is_product(op.primitive):
+        return product(op.primitive, op.params, operands, base, dropped_out)
+    # Rows of a table: those of the base, and those of the adapter.
+    table, *others = operands
+    rows = table.apply(op.primitive, op.params, operands, lambda *x: [base(*x)])
+    return base(value_of(table), *others) if rows is None else value_of(rows[0])
 
 
 class _CannotChange(Exception):

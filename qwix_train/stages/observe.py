@@ -1,0 +1,57 @@
+"""Observes an operand, and leaves it as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+from jax import lax
+
+from qwix_train import ops
+from qwix_train.stages.stage import At, Stage
+from qwix_train.trace import harvest
+
+
+@flax.struct.dataclass
+class Observe(Stage):
+    """Tags an operand, so that statistics of it can be harvested.
+
+    Attributes:
+      name: the name of the tag.
+      note: called with the operand where it is tagged.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    note: Callable[[Any], None] = flax.struct.field(pytree_node=False)
+
+    def apply(self, x: Any, at: At | None = None) -> Any:
+        """See `Stage.apply`."""
+        self.note(x)
+        return harvest.tag(x, self.name, _layers(at))
+
+
+@flax.struct.dataclass
+class ObserveSeen(Stage):
+    """Tags what a kind of operation shows of an operand; see `ops.OpKind.seen`.
+
+    Attributes:
+      name: the name of the tag.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+
+    def apply(self, x: Any, at: At | None = None) -> Any:
+        """See `Stage.apply`."""
+        assert at is not None
+        operands = [*at.operands[: at.side], x, *at.operands[at.side + 1 :]]
+        seen = ops.kind_of(at.op).seen(at.op.params, at.side, operands)
+        tagged = harvest.tag(seen, self.name, _layers(at))
+        if seen is x:
+            return tagged
+        return lax.optimization_barrier((x, tagged))[0]  # keeps what is tagged
+
+
+def _layers(at: At | None) -> list[bool]:
+    """For each `scan` around an operation, whether it goes over layers."""
+    return [] if at is None else [length > 0 for length in at.op.scans]
