@@ -102,10 +102,7 @@ def dot_general(
         return _dequantized_product(lhs, rhs, numbers, result, kwargs)
 
     batch = len(numbers[1][0])
-    lhs, rhs = (
-        _cut(operand, {axes[position]: count for position, count in tiles.items()})
-        for operand, axes in zip((lhs, rhs), numbers[0], strict=True)
-    )
+    lhs, rhs = _cut(lhs, numbers[0][0], tiles), _cut(rhs, numbers[0][1], tiles)
     numbers = _split_numbers(numbers, tiles)
     sums = _sum_products(
         ops.codes_of(lhs),
@@ -286,17 +283,13 @@ def _contracted_tiles(
     return {position: count for position, count in counts.items() if count > 1}
 
 
-def _cut(operand: MaybeQArray, counts: dict[int, int]) -> MaybeQArray:
-    """Splits tiled axes in two: the tiles, and the elements of a tile."""
-
-    def cut(part: jax.Array) -> jax.Array:
-        shape: list[int] = []
-        for axis, size in enumerate(part.shape):
-            count = 1 if size == 1 else counts.get(axis, 1)
-            shape += [count, size // count] if axis in counts else [size]
-        return part.reshape(shape)
-
-    return jax.tree.map(cut, operand)
+def _cut(
+    operand: MaybeQArray, contracting: tuple[int, ...], tiles: dict[int, int]
+) -> MaybeQArray:
+    """Splits the contracted axes that have tiles."""
+    counts = {contracting[position]: count for position, count in tiles.items()}
+    split = [counts.get(axis) for axis in range(operand.ndim)]
+    return jax.tree.map(lambda part: tiling.cut(part, split), operand)
 
 
 def _split_numbers(numbers: _Numbers, tiles: dict[int, int]) -> _Numbers:

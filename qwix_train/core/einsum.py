@@ -85,16 +85,13 @@ _Term = tuple[str, MaybeQArray]
 
 def _parse(*operands: Any) -> tuple[list[str], str, list[MaybeQArray]]:
     # opt_einsum reads shapes only; what is not an array, such as a list, becomes one.
-    if isinstance(operands[0], str):
-        arrays = [_as_array(operand) for operand in operands[1:]]
-        shapes = [array.shape for array in arrays]
-        parsed = parse_einsum_input((operands[0], *shapes), shapes=True)
-    else:
-        pairs = len(operands) // 2
-        arrays = [_as_array(operand) for operand in operands[: 2 * pairs : 2]]
-        flat: list[Any] = list(operands)
-        flat[: 2 * pairs : 2] = [array.shape for array in arrays]
-        parsed = parse_einsum_input(tuple(flat), shapes=True)
+    places = slice(1, None)
+    if not isinstance(operands[0], str):
+        places = slice(0, len(operands) // 2 * 2, 2)
+    flat: list[Any] = list(operands)
+    arrays = [_as_array(operand) for operand in flat[places]]
+    flat[places] = [array.shape for array in arrays]
+    parsed = parse_einsum_input(tuple(flat), shapes=True)
     inputs = parsed[0].split(",")
     for subs, array in zip(inputs, arrays, strict=True):
         if len(subs) != array.ndim:

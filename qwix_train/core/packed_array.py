@@ -20,8 +20,7 @@ whole rows, and a shard that holds whole tiles is unpacked where it is.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -35,9 +34,7 @@ from qwix_train.core.qarray import (
     NoArray,
     QArray,
     calibrate,
-    compute_scale_zero_point,
     quantize_array,
-    quantize_with_scale_zero_point,
     validate_qarray,
 )
 
@@ -167,11 +164,9 @@ def pack(array: QArray, layer_axes: int = 0) -> PackedQArray:
     >>> pack(q).packed.tolist()  # 7 and -2, then 6 and 7
     [[231], [118]]
     """
-    _check(array.qtype, array.shape, layer_axes)
     validate_qarray(array)
     sharding = getattr(array.qvalue, "sharding", None)  # NumPy arrays have none.
-    layout = _layout(array, layer_axes, sharding)
-    return _pack(array, layer_axes, layout, _scale_sharding(array, sharding))
+    return _pack(array, _arrangement(array, layer_axes, sharding))
 
 
 def quantize_packed(
@@ -190,12 +185,9 @@ def quantize_packed(
     Raises:
         ValueError: ``how`` does not fit the array, or `pack` would raise.
     """
-    _check(how.qtype, array.shape, layer_axes)
     shapes = jax.eval_shape(functools.partial(quantize_array, how=how), array)
     sharding = getattr(array, "sharding", None)
-    layout = _layout(shapes, layer_axes, sharding)
-    of_scale = _scale_sharding(shapes, sharding)
-    return _quantize_packed(array, how, layer_axes, layout, of_scale)
+    return _quantize_packed(array, how, _arrangement(shapes, layer_axes, sharding))
 
 
 def unpack(array: PackedQArray) -> QArray:
@@ -213,17 +205,26 @@ def unpack(array: PackedQArray) -> QArray:
     return QArray(qvalue, _unpacked_scale(array), zero_point, layout.qtype)
 
 
-def _check(qtype: Any, shape: Sequence[int], layer_axes: int) -> None:
-    if numerics.qtype_name(qtype) not in ("int4", "nf4"):
+class _Arrangement(NamedTuple):
+    """How an array is packed, and where; static."""
+
+    layer_axes: int
+    layout: PackedLayout
+    scale_sharding: NamedSharding | None
+
+
+def _arrangement(array: QArray, layer_axes: int, sharding: Any) -> _Arrangement:
+    if (name := numerics.qtype_name(array.qtype)) not in ("int4", "nf4"):
         raise ValueError(
-            f"Codes of {numerics.qtype_name(qtype)} are not packed in pairs: those of "
-            "int4 and nf4 are."
+            f"Codes of {name} are not packed in pairs: those of int4 and nf4 are."
         )
-    if not 0 <= layer_axes < len(shape):
+    if not 0 <= layer_axes < array.ndim:
         raise ValueError(
-            f"An array of shape {tuple(shape)} with {layer_axes} axes of layers has no "
+            f"An array of shape {array.shape} with {layer_axes} axes of layers has no "
             "axis along which to pack codes."
         )
+    layout = _layout(array, layer_axes, sharding)
+    return _Arrangement(layer_axes, layout, _scale_sharding(array, sharding))
 
 
 def _layout(array: QArray, layer_axes: int, sharding: Any) -> PackedLayout:
@@ -262,19 +263,12 @@ def _scale_sharding(array: QArray, sharding: Any) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize_packed(
-    array: jax.Array,
-    how: HowToQuantize,
-    layer_axes: int,
-    layout: PackedLayout,
-    scale_sharding: NamedSharding | None,
+    array: jax.Array, how: HowToQuantize, arrangement: _Arrangement
 ) -> PackedQArray:
-    ranges = calibrate(array, how)
-    scale, zero_point = compute_scale_zero_point(ranges, how.qtype)
-    q = quantize_with_scale_zero_point(
-        array, how.qtype, scale, zero_point, how.noise_fn
-    )
+    ranges, q = calibrate(array, how), quantize_array(array, how)
+    scale, zero_point = q.scale, q.zero_point
     # The range tells whether all is 0, where the scale is 1 that others have, too.
     # Reading the codes again would take as long as finding them.
     if zero_point is None:
@@ -283,28 +277,19 @@ def _quantize_packed(
         low, high = numerics.asymmetric_bound(how.qtype)
         extent, bound = ranges["max"] - ranges["min"], high - low
     matters = (scale != 1) | (extent > bound / 2)
-    return _packed(q, layer_axes, layout, scale_sharding, matters)
+    return _packed(q, arrangement, matters)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _pack(
-    array: QArray,
-    layer_axes: int,
-    layout: PackedLayout,
-    scale_sharding: NamedSharding | None,
-) -> PackedQArray:
-    matters = (array.scale != 1) | _has_values(array)
-    return _packed(array, layer_axes, layout, scale_sharding, matters)
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(array: QArray, arrangement: _Arrangement) -> PackedQArray:
+    return _packed(array, arrangement, (array.scale != 1) | _has_values(array))
 
 
 def _packed(
-    array: QArray,
-    layer_axes: int,
-    layout: PackedLayout,
-    scale_sharding: NamedSharding | None,
-    matters: jax.Array,
+    array: QArray, arrangement: _Arrangement, matters: jax.Array
 ) -> PackedQArray:
     """Packs codes, and quantizes the scales; those that matter, in earnest."""
+    layer_axes, layout, scale_sharding = arrangement
     axis, codes = array.ndim + layout.axis, array.qvalue
     zero_point = array.zero_point
     bits = packing.bits_of(codes, array.qtype)

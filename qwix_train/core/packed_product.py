@@ -71,18 +71,15 @@ def _after(packed: PackedQArray, x: jax.Array) -> PackedQArray:
     Otherwise a compiler makes the weights of all layers before it has activations, and
     takes that of the way back from the way there.
     """
-    return packed.replace(packed=_codes_after(packed.packed, x))  # pyright: ignore
-
-
-def _codes_after(codes: jax.Array, x: jax.Array) -> jax.Array:
     if 0 in x.shape:
-        return codes
+        return packed
+    codes, after = packed.packed, _on_platform
     if operands.is_explicitly_sharded(x) or operands.is_explicitly_sharded(codes):
-        return _by_barrier(codes, x)
+        after = _by_barrier
     if jax.typeof(x).manual_axis_type != jax.typeof(codes).manual_axis_type:
         # Within `shard_map`, only a value computed from both would vary as x does.
-        return _by_barrier(codes, x)
-    return _on_platform(codes, x)
+        after = _by_barrier
+    return packed.replace(packed=after(codes, x))  # pyright: ignore
 
 
 @custom_vmap

@@ -240,14 +240,9 @@ def _gather(
 
 def _split(array: jax.Array, axis: int, count: int) -> list[jax.Array]:
     """Every ``count``-th element of an axis, from each of the first ``count``."""
-    shape = (*array.shape[:axis], -1, count, *array.shape[axis + 1 :])
-    if 0 in array.shape:
-        shape = (*array.shape[:axis], array.shape[axis] // count, *shape[axis + 1 :])
-    grouped = array.reshape(shape)
-    return [
-        jax.lax.index_in_dim(grouped, i, axis=axis + 1, keepdims=False)
-        for i in range(count)
-    ]
+    size = array.shape[axis]
+    starts = (min(i, size) for i in range(count))
+    return [jax.lax.slice_in_dim(array, i, size, count, axis) for i in starts]
 
 
 def _merge(parts: list[jax.Array], axis: int) -> jax.Array:

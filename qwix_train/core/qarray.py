@@ -25,25 +25,8 @@ from qwix_train.core.calibration import (
     calibrate,
     check_quantizable,
     compute_scale_zero_point,
-    covers_array,
 )
-from qwix_train.core.how import HowToQuantize, parse_calibration_method
-
-__all__ = [
-    "HowToQuantize",
-    "MaybeQArray",
-    "QArray",
-    "WithAux",
-    "calibrate",
-    "compute_scale_zero_point",
-    "covers_array",
-    "dequantize",
-    "parse_calibration_method",
-    "quantize",
-    "quantize_array",
-    "quantize_with_scale_zero_point",
-    "validate_qarray",
-]
+from qwix_train.core.how import HowToQuantize
 
 
 class NoArray:

@@ -188,11 +188,20 @@ def elementwise(
     if all(c in (1, n) for c, n in zip(counts, shape, strict=True)):
         return fn(array, *tiled)
     split = [c if c not in (1, n) else None for c, n in zip(counts, shape, strict=True)]
-    parts = (t if t is None else _split(t, split) for t in tiled)
-    return fn(_split(array, split), *parts).reshape(shape)
+    parts = (t if t is None else cut(t, split) for t in tiled)
+    return fn(cut(array, split), *parts).reshape(shape)
 
 
-def _split(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
+def cut(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
+    """Splits axes of an array, or of its scale, in two: tiles, and what is in a tile.
+
+    Args:
+        array: The array.
+        counts: The number of tiles along each axis; None where it is not split.
+
+    >>> cut(jnp.ones((6, 4)), (2, None)).shape, cut(jnp.ones((1, 4)), (2, None)).shape
+    ((2, 3, 4), (1, 1, 4))
+    """
     shape: list[int] = []
     for size, count in zip(array.shape, counts, strict=True):
         if count is None:

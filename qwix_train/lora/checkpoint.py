@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from qwix_train.files import writing
@@ -116,7 +117,11 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
     if not is_state:
         return checkpoint.restore(path, shardings=shardings)
     if shardings is None:
-        shardings = _shardings(target.params)
+        shardings = jax.tree.map(
+            lambda x: getattr(x, "sharding", None),
+            target.params,
+            is_leaf=lambda x: not isinstance(x, Mapping),
+        )
     found = by_path(checkpoint.restore(path, shardings=shardings))
     wanted = [key for layout in layouts.values() for key in layout.shapes]
     return target.replace(params=parts.tree_of({key: found[key] for key in wanted}))
@@ -152,12 +157,6 @@ def _is_one(path: epath.Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _shardings(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _shardings(value) for key, value in tree.items()}
-    return getattr(tree, "sharding", None)
 
 
 def _check_same(path: epath.Path, have: parts.Layouts, want: parts.Layouts) -> None:

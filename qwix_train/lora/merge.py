@@ -13,17 +13,9 @@ from jax.core import Tracer
 from qwix_train.core import numerics
 from qwix_train.frontends import marks, nnx_objects
 from qwix_train.frontends.model import quantize_model
-from qwix_train.lora import merge_report
+from qwix_train.lora import merge_report, parts
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.merge_report import MergeReport
-from qwix_train.lora.parts import (
-    Layouts,
-    arrays_of,
-    checked,
-    layouts_of,
-    provider_of,
-    split,
-)
 from qwix_train.lora.provider import DROPOUT
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning.plan import Path
@@ -128,7 +120,7 @@ def merge_with_report(
     return Merged(params, MergeReport(tuple(records)))
 
 
-def unmerge(params: Any, adapters: Any, layouts: Layouts) -> Any:
+def unmerge(params: Any, adapters: Any, layouts: parts.Layouts) -> Any:
     """Takes adapters out of float params that they were merged into.
 
     ``W = merged - scaling * A @ B``, computed as in `merge`. It gives the base to the
@@ -159,7 +151,7 @@ def unmerge(params: Any, adapters: Any, layouts: Layouts) -> Any:
       >>> unmerge(merged, adapters, layouts)["kernel"][0].tolist()
       [1.0, 1.0]
     """
-    parts = checked(adapters, layouts)
+    arrays = parts.checked(adapters, layouts)
     _check_base(by_path(params), layouts)
 
     def taken_out(path: Path, param: Any) -> Any:
@@ -176,7 +168,7 @@ def unmerge(params: Any, adapters: Any, layouts: Layouts) -> Any:
                 f"Param {name!r} has a magnitude (DoRA): merging divided each channel "
                 "by its norm, which is known no more. Keep the base (state.frozen)."
             )
-        a, b = arrays_of(layout, parts)
+        a, b = parts.arrays_of(layout, arrays)
         return _placed(_plus(layout, param, -a, b), param)
 
     return _mapped(params, layouts, taken_out)
@@ -198,15 +190,15 @@ def _merged(
             "Call lora.merge(state), lora.merge(frozen, adapters, layouts) or, for an "
             "NNX model, lora.merge(model, *inputs)."
         )
-    adapters, layouts = args[0], layouts_of(args[1])
-    parts = checked(adapters, layouts)
+    adapters, layouts = args[0], parts.layouts_of(args[1])
+    arrays = parts.checked(adapters, layouts)
     _check_base(by_path(base), layouts)
 
     def merged(path: Path, param: Any) -> Any:
         layout = layouts[path]
         is_quantized = stored.is_quantized(param)
         weight = stored.dequantized(param) if is_quantized else param
-        adapter = arrays_of(layout, parts)
+        adapter = parts.arrays_of(layout, arrays)
         result = _placed(_plus(layout, weight, *adapter), weight)
         new = result
         if is_quantized and not to_float:
@@ -228,8 +220,8 @@ def _merged_model(
     kwargs: dict[str, Any],
 ) -> nnx.Module:
     """A copy of an NNX model without adapters."""
-    provider = provider_of(model)
-    adapters, base, layouts = split(model, *inputs, **kwargs)
+    provider = parts.provider_of(model)
+    adapters, base, layouts = parts.split(model, *inputs, **kwargs)
     values = by_path(_merged(base, (adapters, layouts), to_float, records, {}))
     merged = nnx.clone(model)
     marks.set_class(merged, subclasses.original(type(model)))
@@ -247,7 +239,7 @@ def _merged_model(
 
 def _mapped(
     tree: Any,
-    layouts: Layouts,
+    layouts: parts.Layouts,
     change: Callable[[Path, Any], Any],
     to_float: bool = False,
 ) -> Any:
@@ -284,8 +276,8 @@ def _like(value: Any, leaf: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _plus(layout: AdapterLayout, weight: Any, *parts: Any) -> jax.Array:
-    return layout.merged(weight, *parts)
+def _plus(layout: AdapterLayout, weight: Any, *adapter: Any) -> jax.Array:
+    return layout.merged(weight, *adapter)
 
 
 def _placed(value: jax.Array, like: Any) -> jax.Array:
@@ -295,7 +287,7 @@ def _placed(value: jax.Array, like: Any) -> jax.Array:
     return value
 
 
-def _check_base(params: dict[Path, Any], layouts: Layouts) -> None:
+def _check_base(params: dict[Path, Any], layouts: parts.Layouts) -> None:
     """Complains of a base that the layouts are not for."""
     for path, layout in layouts.items():
         name, param = "/".join(path), params.get(path)

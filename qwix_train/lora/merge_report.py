@@ -80,11 +80,7 @@ class MergeReport:
                 _percent(weight.adapter_error),
             ]
             rows.append([weight.param + layer, weight.qtype or "float", *numbers])
-        for column in range(2, len(rows[0])):
-            width = max(len(row[column]) for row in rows)
-            for row in rows:
-                row[column] = row[column].rjust(width)
-        return text_table.aligned(rows)
+        return text_table.aligned(rows, texts=2)
 
 
 def is_weight(param: Any) -> bool:

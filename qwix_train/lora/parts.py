@@ -67,15 +67,13 @@ def split(
         if params is not None or variables is not None:
             raise TypeError("An NNX model holds its params: give inputs alone.")
         params = to_tree(model, nnx.Param)
-        planned = plan_model(model, provider.rules, *inputs, **kwargs)
+    elif params is None:
+        raise TypeError(
+            "A Linen model holds no params: lora.split(model, *inputs, params=params)."
+        )
     else:
-        if params is None:
-            raise TypeError(
-                "A Linen model holds no params: lora.split(model, *inputs, "
-                "params=params)."
-            )
-        given = {**(variables or {}), "params": params}
-        planned = plan_model(model, provider.rules, *inputs, variables=given, **kwargs)
+        kwargs = {**kwargs, "variables": {**(variables or {}), "params": params}}
+    planned = plan_model(model, provider.rules, *inputs, **kwargs)
     layouts = {path: layout for path, (layout, _) in find_layouts(planned).items()}
     parts = {path for layout in layouts.values() for path in layout.shapes}
     base, adapters = {}, {}

@@ -29,18 +29,9 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train.files import json_text, processes, writing
-from qwix_train.lora import peft_config, peft_tensors
+from qwix_train.lora import parts, peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.lora.parts import (
-    Layouts,
-    arrays_of,
-    check_path,
-    checked,
-    layouts_of,
-    of_state,
-    tree_of,
-)
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.plan import Path
@@ -60,7 +51,7 @@ _LAYER = "{layer}"
 def save_peft(
     directory: str | pathlib.Path,
     adapters: Any,
-    *layouts: Layouts,
+    *layouts: parts.Layouts,
     names: Names | None = None,
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -107,14 +98,14 @@ def save_peft(
       >>> jax.tree.map(lambda x, y: bool((x == y).all()), again, adapters)
       {'proj': {'kernel_lora_a': True, 'kernel_lora_b': True}}
     """
-    check_path(directory, "lora.save_peft(directory, state)")
-    adapters, known = of_state(adapters, layouts, "lora.save_peft")
-    parts = checked(adapters, known)
+    parts.check_path(directory, "lora.save_peft(directory, state)")
+    adapters, known = parts.of_state(adapters, layouts, "lora.save_peft")
+    held = parts.checked(adapters, known)
     modules: dict[str, AdapterLayout] = {}
     tensors: dict[str, np.ndarray] = {}
     for layout in known.values():
         peft_tensors.check(layout)
-        arrays = processes.whole(arrays_of(layout, parts))
+        arrays = processes.whole(parts.arrays_of(layout, held))
         entries = peft_tensors.encode(layout, arrays)
         for module, entry in zip(_modules(layout, names), entries, strict=True):
             _add_module(modules, module, layout)
@@ -172,8 +163,8 @@ def load_peft(
         are not the state's. The message names them.
     """
     is_state = isinstance(target, LoraTrainState)
-    check_path(directory, "lora.load_peft(directory, state)")
-    layouts = layouts_of(target)
+    parts.check_path(directory, "lora.load_peft(directory, state)")
+    layouts = parts.layouts_of(target)
     directory = pathlib.Path(directory)
     config, tensors = _read(directory)
     own: dict[Path, AdapterLayout] = {}
@@ -210,7 +201,9 @@ def load_peft(
         )
     if not pad:
         _check_same(directory, own, layouts)
-    adapters = fitted(tree_of(found), own, layouts) if pad else tree_of(found)
+    adapters = (
+        fitted(parts.tree_of(found), own, layouts) if pad else parts.tree_of(found)
+    )
     return target.replace(params=adapters) if is_state else adapters
 
 
@@ -284,12 +277,12 @@ def _modules(layout: AdapterLayout, names: Names | None) -> list[str]:
 
 
 def _default_name(layout: AdapterLayout) -> str:
-    parts = list(layout.path)
-    if parts[-1] in ("kernel", "embedding"):
-        parts.pop()
-    if layout.layers and parts:
-        parts.insert(1, _LAYER)
-    return ".".join(parts)
+    names = list(layout.path)
+    if names[-1] in ("kernel", "embedding"):
+        names.pop()
+    if layout.layers and names:
+        names.insert(1, _LAYER)
+    return ".".join(names)
 
 
 def _add_module(
@@ -330,7 +323,7 @@ def _take(
 
 def _check_base(
     tensors: dict[str, np.ndarray],
-    layouts: Layouts,
+    layouts: parts.Layouts,
     names: Names | None,
     state: LoraTrainState | None,
 ) -> list[str]:
@@ -413,7 +406,9 @@ def _of_other_shapes(
     return ""
 
 
-def _check_same(directory: pathlib.Path, own: Layouts, layouts: Layouts) -> None:
+def _check_same(
+    directory: pathlib.Path, own: parts.Layouts, layouts: parts.Layouts
+) -> None:
     def said(layout):
         dora = ", DoRA" if layout.dora else ""
         return f"rank {layout.rank}, scaling {layout.scaling:g}{dora}"

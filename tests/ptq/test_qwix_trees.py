@@ -13,6 +13,7 @@ from jax import numpy as jnp
 import qwix_train
 from qwix_train import QArray, WithAux, dequantize
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.qarray import quantize_array
 from qwix_train.ptq.qwix_trees import from_qwix, to_qwix
 from tests import reference_process
 from tests.ptq import qwix_reference
@@ -38,7 +39,7 @@ def leaf(shape=(8, 6), qtype="int8", **layout):
     layout = layout or {"channelwise_axes": (1,)}
     how = HowToQuantize(qtype=qtype, **layout)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
-    return WithAux(jax.jit(lambda x: qwix_train.core.quantize_array(x, how))(x), how)
+    return WithAux(jax.jit(lambda x: quantize_array(x, how))(x), how)
 
 
 @pytest.mark.parametrize("name", reference_process.cases(CASES, BY_DEFAULT))

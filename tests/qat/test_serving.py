@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import qwix_train
 from qwix_train import ptq
-from qwix_train.core import quantize_array
+from qwix_train.core.qarray import quantize_array
 from tests import models
 from tests.pairwise import pairwise
 
