@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwix_train.core import numerics
+from qwix_train.core.errors import located
 
 LINEAR = "Linear"
 _DENSE = (None, "dense")
@@ -167,10 +168,8 @@ def _check_args(args: dict[str, Any], where: str) -> None:
 def _check_sizes(sizes: Any, where: str) -> None:
     """Checks the sizes of a block, such as ``[128, 128]`` or ``"128x128"``."""
     if sizes is not None:
-        try:
+        with located(where):
             block_sizes(sizes)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
 
 
 def block_sizes(sizes: Any) -> list[int]:
