@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from qwix_train.files.figures import save_figure
+from qwix_train.files.figures import points_in_rows, save_figure
 from qwix_train.files.text_table import aligned
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.statistics import Observer, RangeObserver
@@ -137,36 +137,16 @@ class Comparison:
             else.
           ImportError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "Comparison.plot needs matplotlib: pip install 'qwix_train[examples]'."
-            ) from None
         measured = [r for r in self.records if "sqnr_db" in r]
-        finite = [r for r in measured if math.isfinite(r["sqnr_db"])]
         ops = list(dict.fromkeys(r["op"] for r in measured))
-        figure = Figure(figsize=(8, 1.6 + 0.28 * len(ops)), layout="constrained")
-        axes = figure.subplots()
-        marks = "osD^vP*Xhp"
-        for index, method in enumerate([DYNAMIC, *self.methods]):
-            points = [r for r in finite if r["method"] == method]
-            axes.plot(
-                [r["sqnr_db"] for r in points],
-                [ops.index(r["op"]) for r in points],
-                "|" if method == DYNAMIC else marks[index % len(marks)],
-                markersize=12 if method == DYNAMIC else 6,
-                color="black" if method == DYNAMIC else f"C{index % 10}",
-                alpha=0.8,
-                label=method,
-            )
-        axes.set_yticks(range(len(ops)), ops)
-        axes.invert_yaxis()
-        axes.set_xlabel("signal to quantization noise (dB)")
-        axes.grid(axis="x", color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+        points = {method: [] for method in [DYNAMIC, *self.methods]}
+        for record in measured:
+            if math.isfinite(record["sqnr_db"]):
+                place = record["sqnr_db"], ops.index(record["op"])
+                points[record["method"]].append(place)
+        label = "signal to quantization noise (dB)"
+        styles = {DYNAMIC: {"marker": "|", "markersize": 12, "color": "black"}}
+        figure = points_in_rows(ops, points, label, "Comparison.plot", styles)
         save_figure(figure, path, overwrite=overwrite)
 
     def _observed(self) -> list[Record]:

@@ -13,6 +13,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.core.errors import located
 from qwix_train.frontends.whole_step import tracing_step
 from qwix_train.frontends.wrapping import wrap
 from qwix_train.observers.statistics import Statistics, make_statistics, per_layer
@@ -250,7 +251,7 @@ def statistics_of(
     how = plan.activations[side]
     assert how is not None and plan.rule_index is not None
     rule = rules[plan.rule_index]
-    try:
+    with located("/".join(plan.range_path(side))):
         return make_statistics(
             rule.range_observer or how.calibration_method,
             rule.act_averaging,
@@ -258,8 +259,6 @@ def statistics_of(
             batch_axes=rule.act_batch_axes,
             finite_only=rule.act_finite_only,
         )
-    except ValueError as error:
-        raise ValueError(f"{'/'.join(plan.range_path(side))}: {error}") from None
 
 
 class Tagging(QuantizationProvider):

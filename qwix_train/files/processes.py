@@ -36,9 +36,8 @@ def once(action: Callable[[], Any]) -> None:
         except Exception as raised:
             error = raised
     text = "" if error is None else f"{type(error).__name__}: {error}"
-    encoded = np.zeros(_LONGEST, np.uint8)
-    content = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
-    encoded[: len(content)] = content
+    padded = text.encode()[:_LONGEST].ljust(_LONGEST, b"\0")
+    encoded = np.frombuffer(padded, np.uint8)
     encoded = np.asarray(multihost_utils.broadcast_one_to_all(encoded))
     if error is not None:
         raise error

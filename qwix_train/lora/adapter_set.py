@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 from jax.core import Tracer
 
+from qwix_train.core.errors import located
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.parts import Layouts, checked, layouts_of, tree_of, without
 from qwix_train.lora.train_state import LoraTrainState, by_path
@@ -85,10 +86,8 @@ class AdapterSet(Mapping[str, Any]):
         if isinstance(adapters, LoraTrainState):
             adapters, layouts = adapters.params, adapters.layouts
         own = self.layouts if layouts is None else layouts
-        try:
+        with located(f"Adapters {name!r}"):
             adapters = fitted(adapters, own, self.layouts)
-        except ValueError as error:
-            raise ValueError(f"Adapters {name!r}: {error}") from None
         if self._like is None:
             self._like = jax.tree.map(jnp.asarray, adapters)
         self._adapters[name] = _alike(adapters, self._like)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from qwix_train.core.errors import located
 from qwix_train.files import writing
 from qwix_train.lora import parts
 from qwix_train.lora.layout import AdapterLayout
@@ -145,10 +146,8 @@ def read_manifest(path: epath.PathLike) -> AdapterManifest:
             f"{path} holds params, and no adapters that lora.save wrote. Read them "
             "with ptq.restore."
         )
-    try:
+    with located(f"The manifest of {path} is refused", "."):
         return AdapterManifest.from_json(record, whole.versions)
-    except ValueError as error:
-        raise ValueError(f"The manifest of {path} is refused: {error}.") from None
 
 
 def _is_one(path: epath.Path) -> bool:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.core.errors import located
 from qwix_train.files import json_text, processes, writing
 from qwix_train.lora import parts, peft_config, peft_tensors
 from qwix_train.lora.adapter_set import fitted
@@ -233,10 +234,8 @@ def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray
         if not (directory / name).exists():
             raise FileNotFoundError(f"There is no {name} in {directory}.")
     config = json_text.read(directory / _CONFIG)
-    try:
+    with located(str(directory / _CONFIG), "."):
         peft_config.check(config)
-    except ValueError as error:
-        raise ValueError(f"{directory / _CONFIG}: {error}.") from None
     tensors, metadata = safetensors_files.read_file(directory / _FILE)
     meaning = peft_config.meaning(config)
     safetensors_files.check_config(metadata, meaning, directory / _CONFIG)

@@ -24,6 +24,7 @@ from flax.core import FrozenDict
 from jax.core import Tracer
 
 from qwix_train.core import numerics
+from qwix_train.core.errors import located
 from qwix_train.core.records import to_record
 from qwix_train.files import processes, writing
 from qwix_train.planning import table as plan_table
@@ -267,10 +268,8 @@ def read_manifest(path: epath.PathLike) -> Manifest:
                 f"{path} holds no complete checkpoint of quantized params: its "
                 f"manifest cannot be read ({error})."
             ) from error
-    try:
+    with located(f"The manifest of {path} is refused", "."):
         return Manifest.from_json(record)
-    except ValueError as error:
-        raise ValueError(f"The manifest of {path} is refused: {error}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

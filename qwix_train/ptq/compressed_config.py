@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwix_train.core import numerics
+from qwix_train.core.errors import located
 
 LINEAR = "Linear"
 _DENSE = (None, "dense")
@@ -126,27 +127,21 @@ def check_config(config: Any) -> None:
         _check(group.get("targets"), f"{where}, targets", list)
         for target in group["targets"]:
             _check(target, f"{where}, targets", str)
-            if target.startswith(_PATTERN):
-                check_pattern(
-                    target.removeprefix(_PATTERN), target, f"{where}, targets"
-                )
+            _check_pattern(target, f"{where}, targets")
         for part in ("weights", "input_activations"):
             _check(group.get(part), f"{where}, {part}", dict | None)
             if group.get(part):
                 _check_args(group[part], f"{where}, {part}")
 
 
-def check_pattern(pattern: str, text: str, where: str) -> None:
-    """Checks that a pattern, which stands in a text, is a regular expression.
-
-    Raises:
-        ValueError: It is not.
-    """
+def _check_pattern(target: str, where: str) -> None:
+    """Checks that a target, if it is a pattern, is a regular expression."""
     try:
-        re.compile(pattern)
+        if target.startswith(_PATTERN):
+            re.compile(target.removeprefix(_PATTERN))
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{where}: {text!r} is not a regular expression: {error}"
+            f"{where}: {target!r} is not a regular expression: {error}"
         ) from None
 
 
@@ -167,10 +162,8 @@ def _check_args(args: dict[str, Any], where: str) -> None:
 def _check_sizes(sizes: Any, where: str) -> None:
     """Checks the sizes of a block, such as ``[128, 128]`` or ``"128x128"``."""
     if sizes is not None:
-        try:
+        with located(where):
             block_sizes(sizes)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
 
 
 def block_sizes(sizes: Any) -> list[int]:

@@ -27,6 +27,7 @@ import numpy as np
 from flax import traverse_util
 
 from qwix_train.core import numerics
+from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.files import json_text, processes, writing
@@ -230,10 +231,8 @@ def load_compressed_tensors(
     safetensors_files.check_config(metadata, whole, config_file)
     config = whole.get(_ENTRY)
     if config is not None:
-        try:
+        with located(f"{config_file}, {_ENTRY}"):
             compressed_config.check_config(config)
-        except ValueError as error:
-            raise ValueError(f"{config_file}, {_ENTRY}: {error}") from None
     recorded = json_text.parse(metadata.get(_PARAMS, "{}"), f"{_PARAMS} in {path}")
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in sorted(tensors.items()):
@@ -305,10 +304,8 @@ class _Writer:
         if not isinstance(leaf, WithAux):
             self.tensors[name] = np.asarray(leaf)
             return
-        try:
+        with located(f"{where} cannot be written", "."):
             scheme = self._encode(name, leaf.array)
-        except ValueError as error:
-            raise ValueError(f"{where} cannot be written: {error}.") from error
         layer = name.removesuffix("weight").removesuffix(".")
         self.layers[layer] = scheme
         self.layers_of.setdefault("/".join(path[:-1]), []).append(layer)
@@ -400,11 +397,9 @@ class _Reader:
     ) -> None:
         given: dict[Part, Any]
         given = {kind: tensors.pop(f"input_{kind}", None) for kind in _KINDS}
-        try:
+        with located(f"{prefix}weight cannot be read", "."):
             weight = compressed_layers.decode_layer(tensors, scheme.get("weights"))
             ranges = _static_ranges(given, scheme, weight.how.qtype)
-        except ValueError as error:
-            raise ValueError(f"{prefix}weight cannot be read: {error}.") from error
         path = self.add(f"{prefix}weight", weight)
         for kind, (value, how) in ranges.items():
             (name,) = Leaf(_INPUTS[0], kind).path

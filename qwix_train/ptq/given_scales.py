@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from qwix_train.core.calibration import check_quantizable
+from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
 from qwix_train.core.qarray import WithAux
 from qwix_train.planning import learned_scale, static_range
@@ -57,10 +58,8 @@ class GivenScales:
         """
         if path not in self.weights:
             return None
-        try:
+        with located(f"Param {'/'.join(path)!r}"):
             check_quantizable(param)
-        except ValueError as error:
-            raise ValueError(f"Param {'/'.join(path)!r}: {error}") from error
         shape, dtype = param.shape, param.dtype
         find = functools.partial(
             learned_scale.given_range, path, how=how, shape=shape, dtype=dtype

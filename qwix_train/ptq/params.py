@@ -16,6 +16,7 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train.calib.ranges import collected_ranges, states_in
+from qwix_train.core.errors import located
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.frontends import linen as linen_calls
@@ -204,10 +205,8 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
     if names in given.weights:
         return given.quantized(names, param, target.how)
     given_scales.check_learned(names, target.how)
-    try:
+    with located(f"Param {'/'.join(names)!r}"):
         return stored.quantize_param(param, target.how)
-    except ValueError as error:
-        raise ValueError(f"Param {'/'.join(names)!r}: {error}") from error
 
 
 def quantize(

@@ -21,6 +21,7 @@ import jax
 from flax import nnx
 
 from qwix_train.core import numerics, tiling
+from qwix_train.core.errors import imported, located
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq.trees import plain, to_tree
@@ -155,12 +156,10 @@ def from_qwix(params: Any, like: Any = None) -> Any:
 
 
 def _qwix_classes() -> dict[str, Any]:
-    try:
-        qwix = importlib.import_module("qwix")
-    except ImportError as error:
-        raise ImportError(
-            "to_qwix builds objects of qwix, which is not installed: pip install qwix"
-        ) from error
+    qwix = imported(
+        "qwix",
+        "to_qwix builds objects of qwix, which is not installed: pip install qwix",
+    )
     # Two of the classes have no public name. They are defined beside two that have.
     ptq = importlib.import_module(qwix.PtqProvider.__module__)
     arrays = importlib.import_module(qwix.QArray.__module__)
@@ -235,13 +234,9 @@ def _reshape(where: str, array: QArray, target: Any) -> QArray:
     shape = array.shape if target is None else _shape(target)
     if shape == array.shape:
         return array
-    try:
+    has = f"{where} of shape {array.shape}"
+    with located(f"{has} does not fit the model, where it has shape {shape}"):
         return array.reshape(shape)
-    except ValueError as error:
-        raise ValueError(
-            f"{where} of shape {array.shape} does not fit the model, where it has "
-            f"shape {shape}: {error}"
-        ) from error
 
 
 def _shape(target: Any) -> tuple[int, ...]:
@@ -277,10 +272,8 @@ def _qtype_to_qwix(qtype: Any) -> str:
 
 
 def _how_from_qwix(where: str, how: Any) -> HowToQuantize:
-    try:
+    with located(f"{where} cannot be converted"):
         converted = _converted(how, HowToQuantize, how.qtype)
-    except ValueError as error:
-        raise ValueError(f"{where} cannot be converted: {error}") from error
     if numerics.qtype_name(converted.qtype) == "int1":
         raise ValueError(
             f"{where} is int1, for which the codes of qwix are all 0. Quantize the "

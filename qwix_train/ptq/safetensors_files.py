@@ -8,7 +8,6 @@ such a file is read.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import pathlib
 import re
@@ -19,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qwix_train.core.errors import imported
 from qwix_train.files import json_text
 from qwix_train.planning import table as plan_table
 
@@ -252,10 +252,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            "Checkpoints in this layout need the package safetensors: "
-            "pip install 'qwix_train[interchange]'"
-        ) from error
+    return imported(
+        name,
+        "Checkpoints in this layout need the package safetensors: "
+        "pip install 'qwix_train[interchange]'",
+    )

@@ -24,6 +24,7 @@ from flax.core import FrozenDict
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from qwix_train.core import numerics, packing
+from qwix_train.core.errors import located
 from qwix_train.core.packed_array import PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.planning import table as plan_table
@@ -225,13 +226,9 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
         # The default device or, under `jax.set_mesh`, all of the mesh: JAX refuses to
         # compute there with arrays that are elsewhere.
         base = jnp.zeros(()).sharding
-    try:
+    has = f"Param {param.name!r} of shape {param.shape}"
+    with located(f"{has} cannot be sharded as {base}"):
         shards = base.shard_shape(param.shape)
-    except ValueError as error:
-        raise ValueError(
-            f"Param {param.name!r} of shape {param.shape} cannot be sharded as {base}: "
-            f"{error}"
-        ) from None
     pieces = [n // s if s else 1 for n, s in zip(param.shape, shards, strict=True)]
     named = {}
     if param.layout is not None:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from qwix_train.files.figures import save_figure
+from qwix_train.files.figures import points_in_rows, save_figure
 from qwix_train.files.text_table import aligned
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.rules import QuantizationRule
@@ -153,34 +153,18 @@ class Sensitivity:
             else.
           ImportError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "Sensitivity.plot needs matplotlib: pip install 'qwix_train[examples]'."
-            ) from None
         groups = self.groups
-        figure = Figure(figsize=(8, 1.6 + 0.28 * len(groups)), layout="constrained")
-        axes = figure.subplots()
-        for index, qtype in enumerate(row.qtype for row in groups[0]):
-            axes.plot(
-                [group[index].cost for group in groups],
-                range(len(groups)),
-                "osD^vP*Xhp"[index % 10],
-                color=f"C{index % 10}",
-                alpha=0.8,
-                label=qtype,
-            )
-        axes.set_yticks(range(len(groups)), [_some(group[0].ops) for group in groups])
-        axes.invert_yaxis()
+        points = {
+            kind[0].qtype: [(row.cost, place) for place, row in enumerate(kind)]
+            for kind in zip(*groups, strict=True)
+        }
+        names = [_some(group[0].ops) for group in groups]
+        label = "increase of the loss" if self.method == "loss" else "|omega|"
+        figure = points_in_rows(names, points, label, "Sensitivity.plot")
         sizes = [abs(row.cost) for row in self.rows if math.isfinite(row.cost)]
         # A measured increase may be below 0; near 0 the scale is linear.
-        axes.set_xscale("symlog", linthresh=max([1e-12, *sizes]) * 1e-4)
-        axes.set_xlabel("increase of the loss" if self.method == "loss" else "|omega|")
-        axes.grid(axis="x", color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=len(groups[0]), frameon=False)
+        linear = max([1e-12, *sizes]) * 1e-4
+        figure.axes[0].set_xscale("symlog", linthresh=linear)
         if path is not None:
             save_figure(figure, path, overwrite=overwrite)
         return figure
