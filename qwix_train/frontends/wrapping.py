@@ -21,7 +21,7 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends import param_trees, step_arguments
+from qwix_train.frontends import param_trees, step_models
 from qwix_train.frontends.param_trees import CalledTrees
 from qwix_train.planning.plan import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
 from qwix_train.planning.provider import QuantizationProvider
@@ -54,8 +54,8 @@ def wrap(
     wrapped = _Wrapped(provider, name)
 
     def run(open_session, args, kwargs, shared=True):
-        args, kwargs = step_arguments.entered((args, kwargs))
-        held = step_arguments.held_modules(step)
+        args, kwargs = step_models.entered((args, kwargs))
+        held = step_models.held_modules(step)
         with (
             nnx_calls.intercepted((held, args, kwargs)),
             nn.intercept_methods(linen_calls.interceptor),
@@ -64,7 +64,7 @@ def wrap(
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)
-        return step_arguments.left(out)
+        return step_models.left(out)
 
     def quantized_step(*args, **kwargs):
         args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
