@@ -18,7 +18,7 @@ import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
 
-from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.blending import blended

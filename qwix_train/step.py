@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from qwix_train import batch_stats, scheduled_step
 from qwix_train.frontends.compiled import Compiled
-from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, mark_wrapped, wrap
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule

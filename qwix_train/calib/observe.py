@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.errors import located
-from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import wrap
 from qwix_train.observers.statistics import Statistics, make_statistics, per_layer
 from qwix_train.planning.plan import OpPlan, Path, Plan

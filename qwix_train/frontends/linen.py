@@ -147,7 +147,7 @@ class Call(NamedTuple):
             known = module.has_rng(name) or module.has_rng("params")
             return module.make_rng(name) if known else None
 
-        boxes = function.by_path(variables.get("params", {}), marks.is_box)
+        boxes = function.by_path(variables.get("params", {}), stored.is_box)
         plain = getattr(subclasses.original(type(module)), method, None)
         return dataclasses.replace(
             traced,
@@ -159,7 +159,7 @@ class Call(NamedTuple):
             method=method,
             declares=seen.linen.__contains__,
             seen_shapes=seen.linen,
-            boxes={path: leaf for path, leaf in boxes.items() if marks.is_box(leaf)},
+            boxes={path: leaf for path, leaf in boxes.items() if stored.is_box(leaf)},
         )
 
     def rewritten(self, rewrite: session.Rewrite) -> Any:

@@ -164,16 +164,11 @@ def _make_room(made: nnx.Module, variables: Mapping[str, Any]) -> None:
             if here in nodes:
                 fill(here, value, collection)
             elif not unknown and not hasattr(nodes[path], str(name)):
-                value = jax.tree.map(kind, value, is_leaf=is_box)
+                value = jax.tree.map(kind, value, is_leaf=stored.is_box)
                 setattr(nodes[path], str(name), nnx.data(value))
 
     for collection, tree in variables.items():
         fill((), tree, collection)
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a leaf is an array in a box of Linen's."""
-    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -323,6 +323,42 @@ def tracing_call(
             return result.merge(nodes, out)
 
         yield traced, finish
+
+
+@contextlib.contextmanager
+def tracing_step(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    whole: bool = False,
+) -> Iterator[tuple[function.TracedCall, Callable[[Any], Any]]]:
+    """Traces a whole train or eval step, whatever its arguments are.
+
+    Args:
+      step: the step.
+      args: its arguments, NNX objects among them or not.
+      kwargs: its keyword arguments.
+      whole: whether the trace returns all that NNX objects hold; see
+        `tracing_call`.
+
+    Yields:
+      The traced call, and a function that takes its result, updates the NNX objects
+      among the arguments, and returns what the step does.
+    """
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=nnx_objects.is_node)
+    if any(map(nnx_objects.is_node, leaves)):
+        with tracing_call(
+            step, args, dict(kwargs), mark=False, whole=whole
+        ) as traced_and_finish:
+            yield traced_and_finish
+        return
+    traced = function.trace(
+        lambda args, kwargs: step(*args, **kwargs),
+        (tuple(args), dict(kwargs)),
+        lambda key_path: None,
+        as_arrays=False,
+    )
+    yield traced, lambda out: out
 
 
 class _Result:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from qwix_train.frontends import nnx_objects
-from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.nnx import tracing_step
 from qwix_train.planning.plan import Path
 from qwix_train.stages.run import CallStages, run
 from qwix_train.trace import analyze, function, harvest, provenance, session

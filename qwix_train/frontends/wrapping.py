@@ -21,9 +21,8 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends import param_trees, step_arguments
+from qwix_train.frontends import param_trees, step_models
 from qwix_train.frontends.param_trees import CalledTrees
-from qwix_train.frontends.whole_step import tracing_step
 from qwix_train.planning.plan import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.trace import session
@@ -55,8 +54,8 @@ def wrap(
     wrapped = _Wrapped(provider, name)
 
     def run(open_session, args, kwargs, shared=True):
-        args, kwargs = step_arguments.entered((args, kwargs))
-        held = step_arguments.held_modules(step)
+        args, kwargs = step_models.entered((args, kwargs))
+        held = step_models.held_modules(step)
         with (
             nnx_calls.intercepted((held, args, kwargs)),
             nn.intercept_methods(linen_calls.interceptor),
@@ -65,7 +64,7 @@ def wrap(
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)
-        return step_arguments.left(out)
+        return step_models.left(out)
 
     def quantized_step(*args, **kwargs):
         args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
@@ -131,7 +130,7 @@ def plan_step(step: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan:
     before, calls = _collecting.calls, []
     _collecting.calls = calls
     try:
-        with tracing_step(step, args, kwargs):
+        with nnx_calls.tracing_step(step, args, kwargs):
             pass
     finally:
         _collecting.calls = before
@@ -263,7 +262,7 @@ class _Wrapped:
         if found or not self.session.finds_traces:
             return
         alone = session.Session(self.rewrite)
-        with tracing_step(_running(run, alone), args, kwargs):
+        with nnx_calls.tracing_step(_running(run, alone), args, kwargs):
             pass
 
     def check_trees(self, trees, run, args, kwargs):

@@ -98,14 +98,11 @@ def mse_range(
     if symmetric:
         absmax = histogram.absmax(state)
 
-        def range_of(factor: jax.Array) -> dict[str, jax.Array]:
-            return {"absmax": absmax * factor}
-
         def error(factor: jax.Array) -> jax.Array:
-            return squared_error(bins, range_of(factor), qtype)
+            return squared_error(bins, {"absmax": absmax * factor}, qtype)
 
         factor = _best(error, _COARSE, jnp.ones_like(absmax))
-        return range_of(_best(error, _FINE, factor))
+        return {"absmax": absmax * _best(error, _FINE, factor)}
 
     def error_of(low: jax.Array, high: jax.Array) -> jax.Array:
         return squared_error(bins, {"min": low, "max": high}, qtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import string
 
 import jax
 from jax import lax
@@ -66,32 +65,30 @@ class Dot(OpKind):
         inner, outer = in_order(weight, axes)
         if inner is None or varies(weight.gain, axes):
             return None
-        letters = iter(string.ascii_letters)
-        names = [next(letters) for _ in range(len(weight.shape))]
-        rank = next(letters)
-        x_names = [""] * jnp.ndim(operands[1 - side])
-        pairs = [*zip(axes, x_axes, strict=True)]
-        pairs += zip(batch[side], batch[1 - side], strict=True)
-        for axis, x_axis in pairs:
-            x_names[x_axis] = names[axis]
-        x_names = [name or next(letters) for name in x_names]
-        batched = [names[axis] for axis in batch[side]]
-        kept = [n for axis, n in enumerate(names) if axis not in (*axes, *batch[side])]
-        free = [
-            name
-            for axis, name in enumerate(x_names)
-            if axis not in (*x_axes, *batch[1 - side])
+        # The axes of the weight are named by their numbers, and those of the input by
+        # what they meet there, or by higher numbers.
+        rank, precision = len(weight.shape), params["precision"]
+        names = list(range(rank))
+        met = dict(zip(x_axes, axes, strict=True))
+        met |= dict(zip(batch[1 - side], batch[side], strict=True))
+        x_names = [
+            met.get(i, rank + 1 + i) for i in range(jnp.ndim(operands[1 - side]))
         ]
-        out = [*batched, *(kept + free if side == 0 else free + kept)]
+        free = [name for name in x_names if name > rank]
+        kept = [name for name in names if name not in met.values()]
+        out = [*batch[side], *(kept + free if side == 0 else free + kept)]
 
         def apply(x):
-            held, inner_names = _squeezed(inner, [*names, rank], rank)
-            middle = [n for n in out if n in x_names or n in inner_names]
-            half = _einsum([x_names, inner_names], [*middle, rank], x, held, params)
-            held, outer_names = _squeezed(outer, [*names, rank], rank)
-            found = [n for n in out if n in middle or n in outer_names]
-            whole = _einsum([[*middle, rank], outer_names], found, half, held, params)
-            return _with_axes(whole, found, out)
+            held, own = _squeezed(inner, [*names, rank], rank)
+            middle = [n for n in out if n in x_names or n in own]
+            factors = x, x_names, held.astype(x.dtype), own
+            half = jnp.einsum(*factors, [*middle, rank], precision=precision)
+            held, own = _squeezed(outer, [*names, rank], rank)
+            found = [n for n in out if n in middle or n in own]
+            factors = half, [*middle, rank], held.astype(half.dtype), own
+            return _with_axes(
+                jnp.einsum(*factors, found, precision=precision), found, out
+            )
 
         gain = None
         if weight.gain is not None:
@@ -111,13 +108,6 @@ class Dot(OpKind):
     def flattens(self, name):
         """See `OpKind.flattens`: as in `qwix`, an einsum keeps its axes."""
         return name == self.names[0]
-
-
-def _einsum(names, out, x, factor, params):
-    subscripts = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
-    return jnp.einsum(
-        subscripts, x, factor.astype(x.dtype), precision=params["precision"]
-    )
 
 
 def _squeezed(factor, names, *kept):

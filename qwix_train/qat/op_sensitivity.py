@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
 from qwix_train.frontends.compiled import Compiled
-from qwix_train.frontends.whole_step import tracing_step
+from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, wrap
 from qwix_train.planning.plan import Path
 from qwix_train.planning.provider import QuantizationProvider

@@ -16,6 +16,9 @@ from jax import lax
 
 from qwix_train.trace import bodies, evaluate, jax_versions
 
+_SETTINGS = """window_strides padding lhs_dilation rhs_dilation feature_group_count
+    batch_group_count precision preferred_element_type""".split()
+
 
 def run_as_at_top(body: jax_versions.Body, inputs: Sequence[Any]) -> list[Any]:
     """Runs a traced function within a branch as XLA compiles it outside of any.
@@ -61,15 +64,8 @@ def _canonical(x: jax.Array, kernel: jax.Array, params: Any) -> jax.Array:
     result = lax.conv_general_dilated(
         lax.transpose(x, lhs),
         lax.transpose(kernel, kernel_axes),
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
         dimension_numbers=_canonical_numbers(len(lhs)),
-        feature_group_count=params["feature_group_count"],
-        batch_group_count=params["batch_group_count"],
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
+        **{name: params[name] for name in _SETTINGS},
     )
     return lax.transpose(result, np.argsort(out))
 
