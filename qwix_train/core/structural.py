@@ -277,8 +277,13 @@ def _negate(params, array, others):
     return [dataclasses.replace(array, scale=-array.scale)]
 
 
+# The equations that say how an array is sharded, and the parameter that says it.
+CONSTRAINTS = {"sharding_constraint": "sharding", "reshard": "dst_sharding"}
+
+
 def _constrain(params, array, others):
-    return [constrained(array, params["sharding"])]
+    (sharding,) = (params[key] for key in CONSTRAINTS.values() if key in params)
+    return [constrained(array, sharding)]
 
 
 def _unchanged(params, array, others):
@@ -298,7 +303,7 @@ CHANGES: dict[str, Change] = {
     "dynamic_slice": _dynamic_slice,
     lax.gather_p.name: _gather,
     "neg": _negate,
-    "sharding_constraint": _constrain,
+    **dict.fromkeys(CONSTRAINTS, _constrain),
     "copy": _unchanged,
     "copy_p": _unchanged,
     "stop_gradient": _unchanged,

@@ -239,10 +239,11 @@ def create_train_state(
 ) -> Any:
     """A train state whose params are adapters, from a model and its trained params.
 
-    Where params are sharded as the batch is (FSDP), devices send one another what a
-    product reads: floats, dequantized from codes. They send codes where the weight is
-    constrained to be whole before the product: in the model, or in an `apply_fn` around
-    it that constrains its variables by `jax.lax.with_sharding_constraint`.
+    Where params are sharded as the batch is (FSDP), devices send one another codes if
+    the mesh is explicit. In another, no trace says how an array is sharded: XLA has
+    them send floats, dequantized from codes, unless the weight is constrained to be
+    whole before the product: in the model, or in an `apply_fn` around it that
+    constrains its variables by `jax.lax.with_sharding_constraint`.
 
     Args:
       apply_fn: `model.apply` of a Linen module, or a function whose first argument is a

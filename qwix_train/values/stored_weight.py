@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import ops
 from qwix_train.core import numerics, structural
@@ -24,7 +25,6 @@ from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
 
 _CAST = "convert_element_type"
-_CONSTRAINT = "sharding_constraint"
 
 # Called with the path of a param and the name of the primitive that it was
 # dequantized for.
@@ -262,9 +262,10 @@ class PackedWeight(StoredWeight):
 
     def _unpacked(self, packed: PackedQArray) -> StoredWeight:
         for primitive, params in self.view:
-            if primitive == _CONSTRAINT:  # What is gathered is the bytes.
+            if primitive in structural.CONSTRAINTS:  # What is gathered is the bytes.
+                sharding = params[structural.CONSTRAINTS[primitive]]
                 bytes_, scales = (
-                    structural.constrained_part(part, params["sharding"])
+                    structural.constrained_part(part, sharding)
                     for part in (packed.packed, packed.scale_codes)
                 )
                 packed = dataclasses.replace(packed, packed=bytes_, scale_codes=scales)
@@ -312,6 +313,7 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
         equation reads.
     """
     kind = ops.product_of(name)
+    operands = _gathered(kind, params, operands)
     left, right = operands[: kind.sides]
     for x, other in ((left, right), (right, left)):
         if isinstance(x, PackedWeight) and _is_float_array(other):
@@ -324,6 +326,43 @@ def product(name: str, params: Mapping[str, Any], operands: Sequence[Any]) -> ja
     wide = numerics.promote_types(preferred, *(x.dtype for x in factors))
     values = [*factors, *operands[kind.sides :]]
     return kind.product(params, values, wide).astype(preferred)
+
+
+def _gathered(
+    kind: ops.OpKind, params: Mapping[str, Any], operands: Sequence[Any]
+) -> list[Any]:
+    """The operands of a product, with the codes of weights gathered that have to be.
+
+    Where a mesh is explicit, types say how arrays are sharded: a device that has a part
+    of the batch needs all of what the product contracts, which it is to be sent as
+    codes, not as what is dequantized from them.
+    """
+    found, mesh = list(operands), jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return found
+    for side, (weight, x) in enumerate([operands[:2], operands[1::-1]]):
+        if not isinstance(weight, StoredWeight) or isinstance(x, StoredWeight):
+            continue
+        held, given = _spec(weight), _spec(x)
+        kept = kind.axes(params, 1 - side, len(given)).kept
+        names = {name for axis in kept for name in given[axis]}
+        contracted = kind.axes(params, side, len(held)).contracted
+        if not names & {name for axis in contracted for name in held[axis]}:
+            continue
+        rest = [tuple(name for name in axis if name not in names) for axis in held]
+        spec = PartitionSpec(*(axis or None for axis in rest))
+        where = {"dst_sharding": NamedSharding(mesh, spec)}
+        (found[side],) = weight.apply("reshard", where, [weight], list) or [weight]
+    return found
+
+
+def _spec(value: Any) -> list[tuple[str, ...]]:
+    """For each axis of an operand the mesh axes that it is sharded over."""
+    shape = jax.eval_shape(lambda: value.array if hasattr(value, "array") else value)
+    codes = shape.qvalue if isinstance(shape, QArray) else shape
+    spec = getattr(codes.sharding, "spec", ())
+    named = [(x,) if isinstance(x, str) else tuple(x or ()) for x in spec]
+    return named + [()] * (codes.ndim - len(named))
 
 
 def _is_float_array(value: Any) -> bool:

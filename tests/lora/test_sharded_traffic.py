@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import lax
+from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import lora
@@ -81,3 +82,66 @@ def test_codes_are_gathered_and_not_what_is_dequantized(in_float, kwargs, most):
     # In float32 are scales, the gradients of adapters, and adapters.
     assert found["f32"] < WIDTH * WIDTH
     assert sum(found.values()) < most * in_float
+
+
+def explicit_traffic(said, **kwargs):
+    """The same for a plain function and a mesh that is a part of types.
+
+    Args:
+      said: whether the function says that its weights are gathered.
+    """
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def apply(params, x):
+        for name in "ab":
+            weight = params[name]
+            if said:
+                weight = jax.sharding.reshard(weight, PartitionSpec(None, None))
+            x = jnp.tanh(x @ weight)
+        return x
+
+    random = np.random.default_rng(0)
+    x, a, b = (
+        random.normal(size=(n, WIDTH)).astype(np.float32) for n in (16, 256, 256)
+    )
+    a, b = a / 16, b / 16
+    with jax.set_mesh(mesh):
+        params = jax.device_put({"a": a, "b": b}, rows)
+        held = jax.device_put(x, rows)
+        if not kwargs:
+            call, given = lambda params, _, x: apply(params, x), (params, None)
+        else:
+            rules = [lora.LoraRule(rank=4, alpha=4.0, **kwargs)]
+            key = jax.random.key(1)
+            state = lora.create_train_state(
+                apply, params, optax.sgd(0.1), rules, key, held
+            )
+
+            def call(adapters, frozen, x):
+                return state.replace(frozen=frozen).apply_fn(adapters, x)
+
+            given = (state.params, state.frozen)
+        # An adapter is 0 at first.
+        want = np.tanh(np.tanh(x.astype(np.float64) @ a) @ b)
+        error = np.abs(np.asarray(jax.jit(call)(*given, held)) - want).mean()
+        assert error < 0.2 * np.abs(want).mean()
+        step = jax.jit(jax.grad(lambda *args: (call(*args) ** 2).mean()))
+        return sent(step.lower(*given, held).compile())
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"weight_qtype": "int8"},
+        {"weight_qtype": "nf4", "tile_size": 64, "double_quant": True},
+    ],
+    ids=["int8", "packed"],
+)
+def test_an_explicit_mesh_needs_no_word(said, kwargs):
+    in_float = sum(explicit_traffic(said).values())
+    found = explicit_traffic(said, **kwargs)
+    assert found["f32"] < WIDTH * WIDTH
+    assert sum(found.values()) < 0.2 * in_float
