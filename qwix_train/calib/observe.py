@@ -334,7 +334,7 @@ class RangeTagging(Tagging):
                 return ()
             path, statistics = op.range_path(side), statistics_of(op, side, self.rules)
             note = functools.partial(self.note, path, statistics, bool(op.learned))
-            return (Observe("/".join(path), note),)
+            return (Observe(op.before(side), "/".join(path), note),)
 
         ops = {
             op.op.key: OpStages(

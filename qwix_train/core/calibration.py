@@ -52,13 +52,20 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
         For ``fixed``, NumPy arrays of one element.
 
     Raises:
-        ValueError: The array is not of a float dtype, or ``how`` does not fit it.
+        ValueError: The array is not of a float dtype, or ``how`` does not fit it, or
+            asks for a rotation, which the array must have had.
 
     >>> how = HowToQuantize(qtype='int8', channelwise_axes=(0,))
     >>> calibrate(jnp.array([[1., -2.], [0., 3.]]), how)['absmax'].tolist()
     [[2.0], [3.0]]
     """
     check_quantizable(array)
+    if how.rotation is not None:
+        raise ValueError(
+            f"Arrays with rotation={how.rotation.name!r} are not supported here: they "
+            "are in QAT, quantized training, PTQ to the nearest codes and LoRA, with "
+            "ranges that are not trained. Take a rule without rotation."
+        )
     scale_shape = how.scale_shape(array.shape)
     name, numbers = parse_calibration_method(how.calibration_method)
     dtype = array.dtype

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwix_train.core import numerics, tiling
+from qwix_train.core.rotation import Rotation
 
 CALIBRATION_METHODS = {
     "absmax": "absmax[,factor]",
@@ -109,6 +110,9 @@ class HowToQuantize:
         pad_tiles: Whether a tile size that does not divide its axis is allowed. The
             axis is then cut into ``ceil(n / tile)`` tiles of as equal size as
             possible: all of ``ceil(n / tiles)`` elements but a shorter last one.
+        rotation: The basis in which the array is quantized, if not in its own. The
+            other fields are about the rotated array. What takes no rotated arrays
+            complains of it; see `in_basis`.
 
     Raises:
         ValueError: A field is wrong; the message names the value and the choices.
@@ -125,6 +129,7 @@ class HowToQuantize:
     calibration_method: str = "absmax"
     noise_fn: numerics.NoiseFn | None = None
     pad_tiles: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self):
         def put(field: str, value: Any) -> None:
@@ -195,8 +200,17 @@ class HowToQuantize:
         """
         if 0 not in self.channelwise_axes:
             return None
+        rotation = self.rotation
         return dataclasses.replace(
             self,
             channelwise_axes=tuple(a - 1 for a in self.channelwise_axes if a > 0),
             tiled_axes={axis - 1: tile for axis, tile in self.tiled_axes.items()},
+            rotation=rotation and rotation.at(rotation.axis - 1),
         )
+
+    @property
+    def in_basis(self) -> "HowToQuantize":
+        """How the rotated array is quantized; this, if there is no rotation."""
+        if self.rotation is None:
+            return self
+        return dataclasses.replace(self, rotation=None)

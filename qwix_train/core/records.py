@@ -12,7 +12,7 @@ from typing import Any
 
 from jax import export
 
-from qwix_train.core import numerics
+from qwix_train.core import numerics, rotations
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import PackedLayout, PackedQArray
 from qwix_train.core.qarray import QArray, WithAux
@@ -35,6 +35,8 @@ def to_record(value: Any, cls: Any = None) -> dict[str, Any]:
     if "tiled_axes" in record:
         # JSON has string keys.
         record["tiled_axes"] = [list(item) for item in value.tiled_axes.items()]
+    if isinstance(value, HowToQuantize):
+        record["rotation"] = rotations.to_record(value.rotation)
     if isinstance(value, PackedLayout):
         record["dtype"] = value.dtype.name
     for name, field in record.items():
@@ -50,7 +52,12 @@ def how_of_record(record: Mapping[str, Any]) -> HowToQuantize:
     >>> how_of_record(to_record(how)) == how
     True
     """
-    return HowToQuantize(**{**record, "tiled_axes": dict(record["tiled_axes"])})
+    own = {
+        "tiled_axes": dict(record["tiled_axes"]),
+        # Older records have none.
+        "rotation": rotations.of_record(record.get("rotation")),
+    }
+    return HowToQuantize(**{**record, **own})
 
 
 def _register() -> None:

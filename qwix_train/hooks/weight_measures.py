@@ -55,6 +55,8 @@ def measure(
       scale: its scale, where that is not to be computed from it.
       zero_point: the zero point that belongs to that scale; None for 0.
     """
+    if how.rotation is not None:
+        x, how = how.rotation.apply(x), how.in_basis
     if scale is None:
         quantized = quantize_array(x, how)
         ends = range_ends(calibrate(x, how))

@@ -29,6 +29,7 @@ from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.provider import PtqProvider, check_params, on_codes
 from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.stages.fake_quantize import FakeQuantize
+from qwix_train.stages.rotate import in_basis
 from qwix_train.stages.run import run
 from qwix_train.trace import session
 from qwix_train.trace.analyze import Op
@@ -276,7 +277,8 @@ class LoraProvider(PtqProvider):
         for path, (layout, rule) in find_layouts(plan).items():
             adapter, how = _adapter(layout, named), plan.params[path].how
             if rule.qat and how is not None and path in in_float:
-                merged[path] = MergeAdapter(adapter), FakeQuantize(how)
+                stages = in_basis(how, FakeQuantize(how.in_basis))
+                merged[path] = MergeAdapter(adapter), *stages
             else:
                 added[path] = adapter
         own = Adapted(added, merged, self._dropouts(traced, plan))

@@ -442,6 +442,8 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
     if rule.tile_size is not None:
         raise error("tile_size", "LiteRT has no sub-channel quantization")
+    if rule.rotation is not None:
+        raise error("rotation", "LiteRT quantizes tensors in their own basis")
     if rule.disable_channelwise_axes:
         reason = "give the provider disable_per_channel_weights=True"
         raise error("disable_channelwise_axes", reason)

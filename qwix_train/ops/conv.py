@@ -34,6 +34,11 @@ class Conv(OpKind):
         """See `OpKind.scaled_axes`: none."""
         return ()
 
+    def meeting_axes(self, params, ndims):
+        """See `OpKind.meeting_axes`: the input features, unless there are groups."""
+        features = super().meeting_axes(params, ndims)[:1]
+        return features if all(params[name] == 1 for name in _GROUPS) else []
+
     def product(self, params, operands, dtype):
         """See `OpKind.product`."""
         lhs, rhs = operands

@@ -66,6 +66,22 @@ class OpKind(Findable):
         axes = self.axes(params, side, ndim)
         return (*axes.contracted, *axes.batch)
 
+    def meeting_axes(
+        self, params: Params, ndims: Sequence[int]
+    ) -> Sequence[tuple[int, ...]]:
+        """The axes of both factors along which each index meets the same index.
+
+        A product is the same if both factors are rotated along such axes.
+
+        Args:
+          params: the parameters of its equation.
+          ndims: how many axes each factor has.
+        """
+        contracted = [
+            self.axes(params, side, ndim).contracted for side, ndim in enumerate(ndims)
+        ]
+        return list(zip(*contracted, strict=True))
+
     def product(
         self, params: Params, operands: Sequence[MaybeQArray], dtype: Any
     ) -> jax.Array:

@@ -25,6 +25,8 @@ def check(name: str, param: QArray | WithAux) -> None:
         reason = "has zero points"
     elif not numerics.is_integer_qtype(array.qtype) or array.qtype == "int1":
         reason = f"is of type {numerics.qtype_name(array.qtype)}"
+    elif isinstance(param, WithAux) and param.how.rotation is not None:
+        reason = "is quantized in a rotated basis"
     else:
         return
     raise ValueError(

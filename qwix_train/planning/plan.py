@@ -12,21 +12,25 @@ import collections
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwix_train import ops as op_kinds
-from qwix_train.core import numerics
+from qwix_train.core import numerics, rotations
+from qwix_train.core.errors import located
 from qwix_train.core.how import (
     HowToQuantize,
     needs_zero_point,
     parse_calibration_method,
 )
 from qwix_train.core.numerics import is_int16
+from qwix_train.core.rotation import Rotation
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
 from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.stages.rotate import Rotate, RotateWeight
+from qwix_train.stages.stage import Stage
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
@@ -42,6 +46,7 @@ class OpPlan:
       weights: the params that it reads quantized.
       activations: for each operand, how it is quantized when the op runs; None for
         a weight, and for what stays in float.
+      rotations: for each operand, the basis that it is quantized in, if not its own.
       module_path: the path of its module among the params of the traced call.
       static: whether activations have ranges that were collected, or are trained.
       learned: the method that trains the ranges of its activations; empty if none does.
@@ -53,6 +58,7 @@ class OpPlan:
     rule_index: int | None = None
     weights: tuple[Path, ...] = ()
     activations: tuple[HowToQuantize | None, ...] = (None, None)
+    rotations: tuple[Rotation | None, ...] = (None, None)
     module_path: str = ""
     static: bool = False
     learned: str = ""
@@ -66,6 +72,32 @@ class OpPlan:
           side: 0 for the left factor, 1 for the right one.
         """
         return OperandName(self.module_path, self.op.id, SIDES[side]).path
+
+    def operands(
+        self, quantize: Callable[[int, HowToQuantize], tuple[Stage, ...]]
+    ) -> tuple[tuple[Stage, ...], ...]:
+        """The stages of each operand.
+
+        Args:
+          quantize: gives those that an activation has in the basis that it is quantized
+            in, from its side and how it is quantized.
+        """
+        return tuple(
+            (*self.before(side), *(() if how is None else quantize(side, how)))
+            for side, how in enumerate(self.activations)
+        )
+
+    def before(self, side: int) -> tuple[Stage, ...]:
+        """The stages of an operand that bring it into the basis it is quantized in.
+
+        Args:
+          side: 0 for the left factor, 1 for the right one.
+        """
+        rotation = self.rotations[side]
+        if rotation is None:
+            return ()
+        is_weight = any(side == own for own, _ in weights.weights_of(self.op))
+        return (RotateWeight(rotation) if is_weight else Rotate(rotation),)
 
     @property
     def collected(self) -> bool:
@@ -397,8 +429,9 @@ class _Planner:
             return OpPlan(op, reason=reason)
         rule = self.rules[index]
         path = op.module_path.removeprefix(self.module_path).removeprefix("/")
+        nothing = (None,) * len(op.operands)
         plan = OpPlan(
-            op, index, activations=(None,) * len(op.operands), module_path=path
+            op, index, activations=nothing, rotations=nothing, module_path=path
         )
         if rule.weight_qtype is None:
             return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
@@ -443,6 +476,8 @@ class _Planner:
                 "have no sub-channel quantization. Put a rule without tile_size, for "
                 f"op_names=({op.name!r},), before this one."
             )
+        rotations = self.rotations(op, rule, origins)
+        plan = dataclasses.replace(plan, rotations=rotations)
         paths: dict[Path, None] = {}
         notes: list[str] = []
         activations: list[HowToQuantize | None] = [None] * len(op.operands)
@@ -456,6 +491,7 @@ class _Planner:
             if not isinstance(origin, provenance.Weight) and rule.act_qtype is not None:
                 activations[side] = self.quantize_activation(op, side, rule)
         notes += [rule.note] if rule.note else []
+        notes += [f"rotated by {rule.rotation}"] if any(rotations) else []
         return dataclasses.replace(
             plan,
             weights=tuple(paths),
@@ -500,6 +536,39 @@ class _Planner:
             pad_tiles=rule.pad_tiles,
         )
 
+    def rotations(
+        self, op: Op, rule: QuantizationRule, origins: Sequence[provenance.Provenance]
+    ) -> tuple[Rotation | None, ...]:
+        """The rotation of each operand: along what a weight and its input contract.
+
+        Of several such axes it is the longest, and of equal ones the last.
+        """
+        found: list[Rotation | None] = [None] * len(op.operands)
+        sides = [s for s, o in enumerate(origins) if isinstance(o, provenance.Weight)]
+        kind = op_kinds.kind_of(op)
+        if rule.rotation is None or not kind.is_product or not sides:
+            return tuple(found)
+        shapes = [operand.shape for operand in op.operands[: kind.sides]]
+        pairs = kind.meeting_axes(op.params, list(map(len, shapes)))
+        views = [view for side, view in weights.weights_of(op) if side == sides[0]]
+        whole = [
+            axes
+            for axes in pairs
+            if len(sides) == 1
+            and all(_is_whole(view, axes[sides[0]]) for view in views)
+        ]
+        if not whole:
+            raise ValueError(
+                f"{op.where}: rotation={rule.rotation!r} is set, and it contracts no "
+                "axis of an input with a whole axis of one param. Put a rule without "
+                "rotation, for this op, before this one."
+            )
+        axes = max(whole, key=lambda axes: (shapes[0][axes[0]], axes[0]))
+        for side, axis in enumerate(axes):
+            with located(op.where):
+                found[side] = rotations.parse(rule.rotation, axis, shapes[side][axis])
+        return tuple(found)
+
     def quantize_param(self, plan, rule, side, view) -> list[str]:
         """Records how a param is quantized; returns notes for the op's reason."""
         op = plan.op
@@ -513,12 +582,14 @@ class _Planner:
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from None
         _check_tiles(where, view.shape, axes, rule)
+        rotation = plan.rotations[side]
         how = HowToQuantize(
             qtype=rule.weight_qtype,
             channelwise_axes=axes.channelwise,
             tiled_axes=axes.tiled,
             calibration_method=rule.weight_calibration_method,
             pad_tiles=rule.pad_tiles,
+            rotation=rotation and rotation.at(view.dims[rotation.axis][0].axis),
         )
         param = self.params[view.path]
         if param.how is None or param.op is None:
@@ -539,6 +610,16 @@ class _Planner:
         return [f"its weight is quantized along the axes of {first.op.where}"]
 
 
+def _is_whole(view: provenance.View, axis: int) -> bool:
+    """Whether an axis of an operand is one whole axis of the param."""
+    atoms = view.dims[axis]
+    return (
+        len(atoms) == 1
+        and atoms[0].whole
+        and atoms[0].size == view.shape[atoms[0].axis]
+    )
+
+
 def _weight_fields(rule: QuantizationRule) -> str:
     names = (
         "weight_qtype",
@@ -546,6 +627,7 @@ def _weight_fields(rule: QuantizationRule) -> str:
         "tile_size",
         "pad_tiles",
         "disable_channelwise_axes",
+        "rotation",
     )
     return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
 

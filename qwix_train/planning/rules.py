@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qwix_train import ops
-from qwix_train.core import how, numerics
+from qwix_train.core import how, numerics, rotations
 from qwix_train.core.numerics import is_int16
 from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
@@ -87,6 +87,9 @@ class QuantizationRule:
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
         tile. An error otherwise.
+      rotation: an orthogonal change of basis along what a product contracts, in which
+        its weight and its input are quantized; None for their own basis. Only products
+        that read a weight have one.
       disable_channelwise_axes: whether weights and activations have one scale for the
         whole array, or for each tile along it; of stacked layers, for each layer. Else
         they have one for each index along the axes that an op keeps.
@@ -118,6 +121,7 @@ class QuantizationRule:
     act_finite_only: bool = False
     act_act: bool = True
     pad_tiles: bool = False
+    rotation: str | None = None
     disable_channelwise_axes: bool = False
     schedule: Schedule | None = None
 
@@ -184,7 +188,13 @@ class QuantizationRule:
             axes = self.act_channelwise_axes
             reason = f"act_channelwise_axes={axes} asks for the opposite: set only one"
             raise self._error("disable_channelwise_axes", reason)
-
+        if self.rotation is not None:
+            self._check("rotation", rotations.parse, self.rotation)
+            if self.weight_qtype is None:
+                raise self._error("rotation", "it needs a weight_qtype")
+            if self.learns_scales:
+                reason = "no scale of a rotated array is trained; choose 'absmax'"
+                raise self._error("rotation", reason)
         self._check_schedule()
 
     def matches(self, module_path: str, op_name: str, op_id: str) -> bool:

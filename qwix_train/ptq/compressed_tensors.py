@@ -305,6 +305,7 @@ class _Writer:
             self.tensors[name] = np.asarray(leaf)
             return
         with located(f"{where} cannot be written", "."):
+            stored.check_own_basis(leaf)
             scheme = self._encode(name, leaf.array)
         layer = name.removesuffix("weight").removesuffix(".")
         self.layers[layer] = scheme

@@ -169,12 +169,13 @@ def on_codes(
             continue
         ranges = static_range.ranges_of(op, named, unknown)
         scales = pre_quant_scale.scales_of(op, named)
+
+        def activation(side: int, how: HowToQuantize, ranges=ranges):
+            return (Quantize(how, ranges[side]),)
+
         operands = tuple(
-            (
-                *(() if scale is None else (Scale(scale),)),
-                *(() if how is None else (Quantize(how, range_),)),
-            )
-            for scale, how, range_ in zip(scales, op.activations, ranges, strict=True)
+            own if scale is None else (Scale(scale), *own)
+            for scale, own in zip(scales, op.operands(activation), strict=True)
         )
         found[op.op.key] = OpStages(op.op, operands, of_codes)
     return CallStages({}, found)

@@ -61,6 +61,8 @@ def to_qwix(params: Any, like: Any = None) -> Any:
     pure = isinstance(like, nnx.Module)
 
     def convert(where: str, leaf: Any, target: Any) -> Any:
+        with located(f"{where} has no counterpart in qwix", "."):
+            stored.check_own_basis(leaf)
         quantized = isinstance(leaf, WithAux) or _is_pure(leaf)
         if target is not None and _is_with_aux(target) != quantized:
             if not quantized:

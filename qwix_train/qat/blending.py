@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,9 +37,11 @@ def blended(stages: CallStages, plan: Plan, amounts: Amounts) -> CallStages:
     params, ops = {}, {}
     for path, own in stages.params.items():
         amount = amount_of(of_weights, plan.params[path].op)
-        if amount is not WHOLE and not all(isinstance(x, Stage) for x in own):
+        if amount is not WHOLE and not all(
+            isinstance(x, Stage) or x.exact for x in own
+        ):
             raise ValueError(_no_blend(f"param {'/'.join(path)!r}"))
-        params[path] = () if amount is OFF else _blend(own, amount)
+        params[path] = _blend(own, amount, keep=amount is not OFF)
     planned = {op.op.key: op for op in plan.ops}
     for key, found in stages.ops.items():
         amount = amount_of(of_activations, planned[key])
@@ -49,10 +52,24 @@ def blended(stages: CallStages, plan: Plan, amounts: Amounts) -> CallStages:
     return CallStages(params, ops)
 
 
-def _blend(stages: Sequence[Any], amount: Any) -> Sequence[Any]:
-    if amount is WHOLE or not stages:
-        return stages
-    return (Blend(tuple(stages), None if amount is OFF else amount),)
+def _blend(stages: Sequence[Any], amount: Any, keep: bool = True) -> tuple[Any, ...]:
+    """Stages that are blended in, but for those with which a model is the same.
+
+    Args:
+      stages: the stages.
+      amount: how much of them there is.
+      keep: whether those of which there is nothing are applied all the same.
+    """
+    if amount is WHOLE:
+        return tuple(stages)
+    of_blend: Constant | None = None if amount is OFF else amount
+    result: list[Any] = []
+    for exact, group in itertools.groupby(stages, lambda stage: stage.exact):
+        if exact:
+            result += group
+        elif keep:
+            result.append(Blend(tuple(group), of_blend))
+    return tuple(result)
 
 
 def _no_blend(where: str) -> str:

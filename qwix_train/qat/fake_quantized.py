@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jax import lax
 
+from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.rules import QuantizationRule
@@ -13,6 +14,7 @@ from qwix_train.qat.quantized_products import KeepCodes, QuantizedProducts
 from qwix_train.stages.fake_quantize import FakeQuantize, Quantize, RangeOf
 from qwix_train.stages.learned import LearnedActivation, LearnedWeight
 from qwix_train.stages.product import in_float
+from qwix_train.stages.rotate import in_basis
 from qwix_train.stages.run import CallStages, OpStages
 from qwix_train.stages.stage import ParamStage, Stage
 from qwix_train.trace.function import Param, TracedCall
@@ -39,26 +41,20 @@ def fake_quantized(
     products = QuantizedProducts(traced, plan, rules)
     named = traced.named
 
-    def activation(op: OpPlan, side: int) -> tuple[Stage, ...]:
-        how = op.activations[side]
-        if how is None:
-            return ()
-        if op.learned:
-            leaves = learned_scale.act_leaves(op, side, named)
-            return (LearnedActivation(how, leaves),)
-        static = static_range.StaticOperand(op, side, how)
-        found = range_of(static) if op.static else None
-        stage = Quantize if products.product(op) else FakeQuantize
-        return (stage(how, found),)
+    def op_stages(op: OpPlan) -> OpStages:
+        product = products.product(op)
+        quantized = Quantize if product else FakeQuantize
 
-    ops = {
-        op.op.key: OpStages(
-            op.op,
-            tuple(activation(op, side) for side in range(len(op.activations))),
-            products.product(op) or in_float,
-        )
-        for op in plan.quantized_ops
-    }
+        def activation(side: int, how: HowToQuantize) -> tuple[Stage, ...]:
+            if op.learned:
+                leaves = learned_scale.act_leaves(op, side, named)
+                return (LearnedActivation(how, leaves),)
+            static = static_range.StaticOperand(op, side, how)
+            return (quantized(how, range_of(static) if op.static else None),)
+
+        return OpStages(op.op, op.operands(activation), product or in_float)
+
+    ops = {op.op.key: op_stages(op) for op in plan.quantized_ops}
     params = {
         param.path: _param_stages(param, traced, plan, products)
         for param in traced.params
@@ -86,7 +82,9 @@ def _param_stages(
         # It is on the grid that stands beside it, as a quantized model will have it.
         products.check_has_no_grid(path)
         found = learned_scale.given_range(path, parts, how, planned.shape, value.dtype)
-        return (FakeQuantize(how, lax.stop_gradient(found)),)
-    if path in products.weights:
-        return FakeQuantize(how), KeepCodes(how, path)
-    return (FakeQuantize(how),)
+        stages = (FakeQuantize(how.in_basis, lax.stop_gradient(found)),)
+    elif path in products.weights:
+        stages = FakeQuantize(how.in_basis), KeepCodes(how, path)
+    else:
+        stages = (FakeQuantize(how.in_basis),)
+    return in_basis(how, *stages)

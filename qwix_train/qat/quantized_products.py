@@ -284,7 +284,9 @@ class _Weight(Carried):
         if self._known is None:
             array, how = lax.stop_gradient(self._fake.array), self._hows[0]
             assert how is not None
-            codes = _with_nan(WithCodes(array, how, None))
+            if how.rotation is not None:
+                array = how.rotation.apply(array)
+            codes = _with_nan(WithCodes(array, how.in_basis, None))
             self._known = StoredWeight(codes, array.dtype, self._path)
         return self._known
 

@@ -9,7 +9,7 @@ import flax.struct
 from jax import lax
 
 from qwix_train import ops
-from qwix_train.stages.stage import At, Stage
+from qwix_train.stages.stage import At, Stage, applied
 from qwix_train.trace import harvest
 
 
@@ -18,17 +18,20 @@ class Observe(Stage):
     """Tags an operand, so that statistics of it can be harvested.
 
     Attributes:
+      before: what the operand goes through for that, and not for the operation.
       name: the name of the tag.
-      note: called with the operand where it is tagged.
+      note: called with what is tagged.
     """
 
+    before: tuple[Stage, ...]
     name: str = flax.struct.field(pytree_node=False)
     note: Callable[[Any], None] = flax.struct.field(pytree_node=False)
 
     def apply(self, x: Any, at: At | None = None) -> Any:
         """See `Stage.apply`."""
-        self.note(x)
-        return harvest.tag(x, self.name, _layers(at))
+        seen = applied(self.before, x, at)
+        self.note(seen)
+        return _tagged(x, seen, self.name, at)
 
 
 @flax.struct.dataclass
@@ -46,10 +49,15 @@ class ObserveSeen(Stage):
         assert at is not None
         operands = [*at.operands[: at.side], x, *at.operands[at.side + 1 :]]
         seen = ops.kind_of(at.op).seen(at.op.params, at.side, operands)
-        tagged = harvest.tag(seen, self.name, _layers(at))
-        if seen is x:
-            return tagged
-        return lax.optimization_barrier((x, tagged))[0]  # keeps what is tagged
+        return _tagged(x, seen, self.name, at)
+
+
+def _tagged(x: Any, seen: Any, name: str, at: At | None) -> Any:
+    """An operand, where what is seen of it is tagged."""
+    tagged = harvest.tag(seen, name, _layers(at))
+    if seen is x:
+        return tagged
+    return lax.optimization_barrier((x, tagged))[0]  # keeps what is tagged
 
 
 def _layers(at: At | None) -> list[bool]:

@@ -17,6 +17,7 @@ from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param, TracedCall
 from qwix_train.values import adapted_weight, stored
 from qwix_train.values.adapted_weight import AdaptedWeight
+from qwix_train.values.rotated import RotatedWeight
 from qwix_train.values.stored_weight import Listener, stored_weight
 
 
@@ -93,7 +94,10 @@ def run(
     def substitute(param: Param) -> Carried | None:
         value = param.value
         if stored.is_quantized(value):
+            rotation = value.how.rotation
             value = stored_weight(param, listener)
+            if rotation is not None and value is not None:
+                value = RotatedWeight(value, rotation)
         mine = stages.params.get(param.path, ())
         if value is not None:  # a range is stored, too
             value = on_param(mine, value)
@@ -122,7 +126,9 @@ class _Shared:
             same = len(held) == len(arrays) and all(map(_is, held, arrays))
             if same and structure_ == structure and before == trace:
                 return result
-        result = applied(stages, carried.read(x, at.op.primitive), at)
+        takes_carried = stages[0].takes_carried
+        value = x if takes_carried else carried.read(x, at.op.primitive)
+        result = applied(stages, value, at)
         known.append((x, trace, arrays, structure, result))
         return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -33,7 +33,15 @@ class Stage(abc.ABC):
     operation inside of a scan over layers they have one leading axis for each such
     scan, and `apply` finds those of its layer. Two stages are equal if their other
     fields are, and they hold the same arrays. It knows no mode.
+
+    Attributes:
+      exact: whether the model computes the same with it, as with a rotation of both
+        operands of a product.
+      takes_carried: whether it takes what is carried for an array, too.
     """
+
+    exact: ClassVar[bool] = False
+    takes_carried: ClassVar[bool] = False
 
     @abc.abstractmethod
     def apply(self, x: Any, at: At | None = None) -> Any:
@@ -54,7 +62,13 @@ class Stage(abc.ABC):
 
 
 class ParamStage(abc.ABC):
-    """What happens to a param, and gives more than an array that is made when used."""
+    """What happens to a param, and gives more than an array that is made when used.
+
+    Attributes:
+      exact: see `Stage`.
+    """
+
+    exact: ClassVar[bool] = False
 
     @abc.abstractmethod
     def on_param(self, value: Any) -> Any:

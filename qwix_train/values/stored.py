@@ -71,10 +71,10 @@ def quantize_param(
       The quantized param; of shapes, too, if that is what `param` is.
     """
     if isinstance(param, jax.ShapeDtypeStruct):
-        array = jax.eval_shape(functools.partial(quantize_array, how=how), param)
-    else:
-        array = quantize_compiled(param, how, scale, zero_point)
-    return WithAux(array, how)
+        change = functools.partial(quantize_array, how=how.in_basis)
+        return WithAux(jax.eval_shape(change, param), how)
+    array = _rotated(param, how)
+    return WithAux(quantize_compiled(array, how.in_basis, scale, zero_point), how)
 
 
 def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
@@ -99,8 +99,29 @@ def quantize_param_packed(
     param: Any, how: HowToQuantize, layers: Collection[int] = ()
 ) -> WithAux:
     """`packed(quantize_param(param, how), layers)`, faster and in less memory."""
-    change = functools.partial(quantize_packed, how=how, layer_axes=_leading(layers))
-    return WithAux(_result(lambda array: change(jnp.asarray(array)), param), how)
+    in_basis, leading = how.in_basis, _leading(layers)
+
+    def change(array):
+        return quantize_packed(_rotated(jnp.asarray(array), how), in_basis, leading)
+
+    return WithAux(_result(change, param), how)
+
+
+def _rotated(param: Any, how: HowToQuantize) -> Any:
+    return param if how.rotation is None else how.rotation.apply(jnp.asarray(param))
+
+
+def check_own_basis(leaf: Any) -> None:
+    """Complains of a param whose codes are those of a rotated array.
+
+    Raises:
+      ValueError: if it is one; the message begins with "it".
+    """
+    if is_quantized(leaf) and leaf.how.rotation is not None:
+        raise ValueError(
+            f"it is quantized in a basis of its own (rotation={leaf.how.rotation.name})"
+            ", which can be held and run by this library alone"
+        )
 
 
 def _result(function: Callable[[Any], Any], array: Any) -> Any:
@@ -134,12 +155,14 @@ def parts(array: QArray | PackedQArray) -> dict[str, Any]:
 
 def dequantized(quantized: WithAux) -> jax.Array:
     """The array that a quantized param stands for, or the shape of it."""
-    array = unbox(quantized).array
+    array, rotation = unbox(quantized).array, quantized.how.rotation
     if not isinstance(array, QUANTIZED_ARRAYS):
         raise TypeError(f"Expected a quantized weight, got {type(array).__name__}.")
 
     def change(array):
-        return dequantize(unpack(array) if isinstance(array, PackedQArray) else array)
+        array = unpack(array) if isinstance(array, PackedQArray) else array
+        values = dequantize(array)
+        return values if rotation is None else rotation.undo(values)
 
     return _result(change, array)
 
