@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qwix_train.core.hadamard import Hadamard
 from qwix_train.core.rotation import Rotation
 
-KINDS: dict[str, type[Rotation]] = {}
+KINDS: dict[str, type[Rotation]] = {cls.name: cls for cls in (Hadamard,)}
 """The class of each rotation, by its name."""
 
 

@@ -89,7 +89,10 @@ class QuantizationRule:
         tile. An error otherwise.
       rotation: an orthogonal change of basis along what a product contracts, in which
         its weight and its input are quantized; None for their own basis. Only products
-        that read a weight have one.
+        that read a weight have one. `"hadamard"` spreads outliers over the largest
+        block that is a power of two; `"hadamard,64"` over blocks of 64; and
+        `"hadamard,64,7"`, or `"hadamard,0,7"` for the largest block, with random signs
+        of the seed 7.
       disable_channelwise_axes: whether weights and activations have one scale for the
         whole array, or for each tile along it; of stacked layers, for each layer. Else
         they have one for each index along the axes that an op keeps.
