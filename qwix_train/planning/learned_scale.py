@@ -5,7 +5,8 @@ They are leaves of the tree of params. That of a weight stands next to it:
 stand in the dictionary of the module, named after the op and the operand:
 `params["Dense_0"]["dot_general0_lhs_scale"]`; with LSQ+ there is
 `dot_general0_lhs_offset`, too, the value of the lowest code, and with PACT
-`dot_general0_lhs_alpha` alone, the clipping level.
+`dot_general0_lhs_alpha` alone, the clipping level. An array that several ops read alike
+has them under the name of the first.
 """
 
 from __future__ import annotations
