@@ -13,7 +13,15 @@ from jax import lax
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import QtProvider, QtRule, QuantizationRule, ptq, qat, quantize_model
+from qwix_train import (
+    QtProvider,
+    QtRule,
+    QuantizationRule,
+    calib,
+    ptq,
+    qat,
+    quantize_model,
+)
 from qwix_train.trace import bodies, jax_versions
 from tests import models, reference_process
 
@@ -138,6 +146,21 @@ def test_what_is_trained_is_what_is_served(method):
         {"params": {"block": params}}, {"params": {"block": abstract}}
     )
     models.assert_same(inner["params"]["block"], served)
+
+
+def test_litert_knows_the_range_by_the_same_name():
+    params = qat.attach_learned_scales(ONE, PARAMS, LSQ, X)
+    learned = qat.learned_quant_stats(params, LSQ)
+    assert {name: list(ranges) for name, ranges in learned.items()} == {
+        "query": ["dot_general0_lhs"]
+    }
+    provider = qwix_train.OdmlQatProvider(
+        [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
+    )
+    measured = calib.observe(ONE.apply, provider).init({"params": PARAMS}, X)
+    assert [name for name in measured if name.endswith("dot_general0_lhs")] == [
+        "query/dot_general0_lhs"
+    ]
 
 
 def test_leaves_of_an_op_itself_take_precedence():
