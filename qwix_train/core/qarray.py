@@ -180,10 +180,15 @@ class WithAux(NoArray):
         array: The array: a `QArray` or, packed, a `PackedQArray`; codes alone or the
             range of an activation in some trees.
         how: How it was quantized.
+        learned_as: Of a range that is not known yet: the path among float params
+            under which it is learned, where that is the one of another operation.
     """
 
     array: Any
     how: HowToQuantize = flax.struct.field(pytree_node=False)
+    learned_as: tuple[str, ...] = flax.struct.field(
+        pytree_node=False, default=(), repr=False
+    )
 
     _instead = _READ_IN_FLOAT
 

@@ -184,7 +184,7 @@ class OdmlQatProvider(QuantizationProvider):
         def calibration_of(tensor, observed):
             statistics = statistics_of(tensor, self.rules)
             state = states[tensor.name]
-            return ranges.calibration(tensor.path, statistics, observed, state)
+            return ranges.calibration((tensor.path,), statistics, observed, state)
 
         return self.run(plan, values, calibration_of)
 

@@ -5,7 +5,8 @@ They are leaves of the tree of params. That of a weight stands next to it:
 stand in the dictionary of the module, named after the op and the operand:
 `params["Dense_0"]["dot_general0_lhs_scale"]`; with LSQ+ there is
 `dot_general0_lhs_offset`, too, the value of the lowest code, and with PACT
-`dot_general0_lhs_alpha` alone, the clipping level.
+`dot_general0_lhs_alpha` alone, the clipping level. An array that several ops read alike
+has them under the name of the first.
 """
 
 from __future__ import annotations
@@ -93,6 +94,21 @@ def weight_scale(plan: ParamPlan, named: Mapping[Path, Any]) -> jax.Array:
     return scale
 
 
+def leaves_path(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Path:
+    """The path that the trained leaves of an operand have.
+
+    An array that several ops read alike has leaves under the name of the first. Those
+    of an op itself take precedence: in another call it may read an array of its own.
+
+    Args:
+      plan: what happens to the op.
+      side: 0 for its left operand, 1 for its right one.
+      named: the params, by path.
+    """
+    path = plan.range_path(side)
+    return path if leaves_at(path, named).method else plan.range_owner(side)
+
+
 def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
     """The trained leaves of an operand of an op.
 
@@ -104,7 +120,7 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
     Raises:
       ValueError: if one is missing, or of another shape.
     """
-    how, path = plan.activations[side], plan.range_path(side)
+    how, path = plan.activations[side], leaves_path(plan, side, named)
     assert how is not None
     shape = (*plan.op.layers, *how.scale_shape(plan.op.operands[side].shape))
     found = {}

@@ -48,6 +48,9 @@ class OpPlan:
         a weight, and for what stays in float.
       rotations: for each operand, the basis that it is quantized in, if not its own.
       module_path: the path of its module among the params of the traced call.
+      ranges: for each operand, the names of the range of its array: that of the first
+        op which reads it, and those of others that read it alike. Empty for what is not
+        quantized when the op runs.
       static: whether activations have ranges that were collected, or are trained.
       learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
@@ -60,6 +63,7 @@ class OpPlan:
     activations: tuple[HowToQuantize | None, ...] = (None, None)
     rotations: tuple[Rotation | None, ...] = (None, None)
     module_path: str = ""
+    ranges: tuple[tuple[Path, ...], ...] = ()
     static: bool = False
     learned: str = ""
     reason: str = ""
@@ -72,6 +76,16 @@ class OpPlan:
           side: 0 for the left factor, 1 for the right one.
         """
         return OperandName(self.module_path, self.op.id, SIDES[side]).path
+
+    def range_owner(self, side: int) -> Path:
+        """The path of the range that an operand is quantized with in training.
+
+        It is that of the first op that reads the same array alike.
+
+        Args:
+          side: 0 for the left factor, 1 for the right one.
+        """
+        return self.ranges[side][0]
 
     def operands(
         self, quantize: Callable[[int, HowToQuantize], tuple[Stage, ...]]
@@ -386,7 +400,7 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
                 "are for LiteRT alone, with an OdmlQatProvider."
             )
     planner = _Planner(check_rules(rules), traced)
-    ops = [planner.decide(op) for op in traced.ops]
+    ops = planner.with_ranges([planner.decide(op) for op in traced.ops])
     planned = tuple(map(planner.annotate, ops))
     return Plan(planner.rules, planned, planner.params, whole=is_whole(traced))
 
@@ -500,6 +514,35 @@ class _Planner:
             learned=rule.learned_act_method if any(activations) else "",
             reason="; ".join(dict.fromkeys(notes)),
         )
+
+    def with_ranges(self, plans: Sequence[OpPlan]) -> list[OpPlan]:
+        """Names the ranges of activations.
+
+        Ops of one region that quantize an array alike share its range.
+        """
+        settings = [[getattr(rule, f) for f in _RANGE_FIELDS] for rule in self.rules]
+        readers: dict[Any, list[Path]] = collections.defaultdict(list)
+
+        def range_of(plan, side, how):
+            """The names of a range, to which those of later readers are added."""
+            if how is None:
+                return ()
+            array, key = plan.op.operands[side].provenance, (plan.op.key, side)
+            if isinstance(array, provenance.Activation):
+                alike = settings.index(settings[plan.rule_index])
+                method = how, plan.static, plan.learned, alike
+                key = plan.op.region, id(array), method
+            readers[key].append(plan.range_path(side))
+            return readers[key]
+
+        found = [
+            [range_of(plan, *activation) for activation in enumerate(plan.activations)]
+            for plan in plans
+        ]
+        return [
+            _with_ranges(plan, tuple(map(tuple, names)))
+            for plan, names in zip(plans, found, strict=True)
+        ]
 
     def annotate(self, plan: OpPlan) -> OpPlan:
         """Adds to an op left in float which of the params that it reads are not."""
@@ -618,6 +661,28 @@ def _is_whole(view: provenance.View, axis: int) -> bool:
         and atoms[0].whole
         and atoms[0].size == view.shape[atoms[0].axis]
     )
+
+
+# What rules say of a range, beside how the array is quantized, and when.
+_RANGE_FIELDS = (
+    "act_observer",
+    "act_averaging",
+    "act_batch_axes",
+    "act_finite_only",
+    "rotation",
+    "schedule",
+)
+
+
+def _with_ranges(plan: OpPlan, ranges: tuple[tuple[Path, ...], ...]) -> OpPlan:
+    """The plan of an op with its ranges, which says whose trained ones it shares."""
+    notes = [
+        f"its {SIDES[side]} has the learned range of {'/'.join(names[0])}"
+        for side, names in enumerate(ranges)
+        if plan.learned and names and names[0] != plan.range_path(side)
+    ]
+    reason = "; ".join(filter(None, [plan.reason, *notes]))
+    return dataclasses.replace(plan, ranges=ranges, reason=reason)
 
 
 def _weight_fields(rule: QuantizationRule) -> str:

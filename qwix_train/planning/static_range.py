@@ -48,6 +48,11 @@ class StaticOperand(NamedTuple):
         return self.op.range_path(self.side)
 
     @property
+    def owner(self) -> Path:
+        """The path of the range that it is quantized with in training."""
+        return self.op.range_owner(self.side)
+
+    @property
     def operand(self) -> Operand:
         """What the op reads there."""
         return self.op.op.operands[self.side]
@@ -56,6 +61,11 @@ class StaticOperand(NamedTuple):
     def scale_shape(self) -> tuple[int, ...]:
         """The shape of its scale: layers that are scanned over have a range each."""
         return (*self.op.op.layers, *self.how.scale_shape(self.operand.shape))
+
+    def with_how(self, scale: Any) -> WithAux:
+        """A scale of its range, or the shape of one, as it stands among params."""
+        is_other = self.op.learned and self.owner != self.path
+        return WithAux(scale, self.how, self.owner if is_other else ())
 
 
 def static_operands(plan: Plan) -> Iterator[StaticOperand]:
@@ -75,7 +85,7 @@ def initial(plan: Plan) -> dict[Path, Any]:
     for static in static_operands(plan):
         how, shape = static.how, static.scale_shape
         scale = jnp.full(shape, jnp.nan, static.operand.dtype)
-        params[scale_path(static.path)] = WithAux(scale, how)
+        params[scale_path(static.path)] = static.with_how(scale)
         if needs_zero_point(how.calibration_method):
             zero_point = jnp.zeros(shape, storage_dtype(how.qtype))
             params[zero_point_path(static.path)] = zero_point

@@ -93,12 +93,16 @@ def among_params(
                 weights[path] = tuple(params.get(p) for p in beside)
                 used |= {p for p in beside if p in params}
             continue
-        owner = range_of(path)
-        leaves = learned_scale.leaves_at(owner, params)
-        if not leaves.method:
-            continue
-        ranges |= _range(owner, leaves, target.how, target.shape, target.dtype)
-        used |= {leaf.path for leaf in learned_scale.each(owner, leaves)}
+        path, other = range_of(path), target.learned_as
+        # The params may stand in a collection, or in those of a larger model.
+        others = [path[:count] + other for count in range(len(path)) if other]
+        for owner in (path, *others):
+            leaves = learned_scale.leaves_at(owner, params)
+            if leaves.method:
+                known = WithAux(target.array, target.how)
+                ranges |= _range(path, owner, leaves, known)
+                used |= {leaf.path for leaf in learned_scale.each(owner, leaves)}
+                break
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -120,11 +124,12 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
             weights[path] = parts
             used |= {p for p in _beside(path) if p in named}
     for static in static_range.static_operands(plan):
-        path, shape, dtype = static.path, static.scale_shape, static.operand.dtype
-        leaves = learned_scale.leaves_at(path, named)
+        owner = learned_scale.leaves_path(static.op, static.side, named)
+        leaves = learned_scale.leaves_at(owner, named)
         if static.op.learned and leaves.method:
-            ranges |= _range(path, leaves, static.how, shape, dtype)
-            used |= {leaf.path for leaf in learned_scale.each(path, leaves)}
+            shape = jax.ShapeDtypeStruct(static.scale_shape, static.operand.dtype)
+            ranges |= _range(static.path, owner, leaves, static.with_how(shape))
+            used |= {leaf.path for leaf in learned_scale.each(owner, leaves)}
     return GivenScales(weights, ranges, frozenset(used))
 
 
@@ -149,20 +154,24 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 def _range(
-    path: Path,
-    leaves: learned_scale.Leaves,
-    how: HowToQuantize,
-    shape: tuple[int, ...],
-    dtype: Any,
+    path: Path, owner: Path, leaves: learned_scale.Leaves, target: WithAux
 ) -> dict[Path, Any]:
-    """What stands for a range in a quantized model, by path."""
-    for leaf, value in learned_scale.each(path, leaves).items():
+    """What stands for a range in a quantized model, by path.
+
+    Args:
+      path: the path of the range there.
+      owner: the path of the range that its leaves are named after.
+      leaves: the leaves.
+      target: the scale in the quantized model, or its shape.
+    """
+    how, dtype = target.how, target.dtype
+    for leaf, value in learned_scale.each(owner, leaves).items():
         learned_scale.check_finite(leaf, value)
 
     def stored_range(leaves):
         fitted = {
-            leaf.part: learned_scale.fitted(leaf, value, shape)
-            for leaf, value in learned_scale.each(path, leaves).items()
+            leaf.part: learned_scale.fitted(leaf, value, target.shape)
+            for leaf, value in learned_scale.each(owner, leaves).items()
         }
         return learned_scale.stored_range(
             learned_scale.Leaves(**fitted), how.qtype, dtype
@@ -172,12 +181,12 @@ def _range(
     found = jax.eval_shape(stored_range, leaves) if abstract else stored_range(leaves)
     if needs_zero_point(how.calibration_method) != (found.zero_point is not None):
         raise ValueError(
-            f"{'/'.join(path)!r} has the learned leaves of {leaves.method!r}, and its "
+            f"{'/'.join(owner)!r} has the learned leaves of {leaves.method!r}, and its "
             f"rule in the quantized model another act_calibration_method: give both "
             "the same rules."
         )
     values: dict[Path, Any] = {}
-    values[scale_path(path)] = WithAux(found.scale, how)
+    values[scale_path(path)] = dataclasses.replace(target, array=found.scale)
     if found.zero_point is not None:
         values[zero_point_path(path)] = found.zero_point
     return values

@@ -46,7 +46,9 @@ def attach_learned_scales(
     `kernel_scale`, of shape `(1, cols)`; for the activation that an op reads
     `dot_general0_lhs_scale`, of one element in as many axes as the activation has, with
     `"lsq+"` `dot_general0_lhs_offset`, too, and with `"pact"` `dot_general0_lhs_alpha`
-    alone. Layers under `scan` have an axis in front. They are in float32 or wider.
+    alone. Layers under `scan` have an axis in front. They are in float32 or wider. An
+    array that several ops read alike, such as the input of query, key and value, has
+    one range: its leaves stand under the name of the first of them, as `plan` says.
 
     A step trains them if it is wrapped with the same rules: the gradients are those of
     the papers, with LSQ's gradient scale ``1 / sqrt(N * Q_P)``. N is the number of

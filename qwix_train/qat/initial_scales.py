@@ -84,7 +84,9 @@ def initial_leaves(
     missing = [
         static
         for static in static_range.static_operands(plan)
-        if static.op.learned and not _has_leaves(static, named)
+        if static.op.learned
+        and static.path == static.owner
+        and not _has_leaves(static, named)
     ]
     if missing:
         calibration_of = (

@@ -147,8 +147,7 @@ def _codes_of(operand: Any) -> Any:
         return operand.codes
     if not isinstance(operand, WithCodes):
         return None
-    array, found = lax.stop_gradient((operand.array, operand.range))
-    return _with_nan(WithCodes(array, operand.how, found))
+    return _with_nan(operand.constant)
 
 
 def _with_nan(quantized: WithCodes) -> QArray:

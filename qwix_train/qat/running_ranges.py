@@ -114,12 +114,22 @@ class RunningRanges:
           static: the activation.
           rules: the rules that its plan was made from.
         """
-        statistics = statistics_of(static.op, static.side, rules)
-        return RunningRange(static, statistics, self, self.state(static.path))
+        op, side = static.op, static.side
+        names = op.ranges[side]
+        # The statistics of all ops that read the array get what is measured.
+        state, *_ = [self.state(name) for name in names]
+        return RunningRange(
+            names,
+            tuple(length > 0 for length in op.op.scans),
+            static.how.qtype,
+            statistics_of(op, side, rules),
+            self,
+            state,
+        )
 
     def calibration(
         self,
-        path: Path,
+        paths: Sequence[Path],
         statistics: Statistics,
         x: Any,
         state: Any,
@@ -128,20 +138,21 @@ class RunningRanges:
         """The range of one activation; what is measured of it is tagged.
 
         Args:
-          path: the path of the range.
+          paths: the paths of the ranges whose statistics get what is measured.
           statistics: what is measured, and how batches combine.
           x: the activation.
-          state: the statistics of its range, as `state` has them; those of one layer,
-            where a `scan` goes over layers.
+          state: the statistics that give the range, as `state` has them; those of one
+            layer, where a `scan` goes over layers.
           layers: for each `scan` of the model around it, outermost first, whether it
             goes over layers; see `harvest.tag`.
         """
         measured = statistics.measure(x)
         if self.updates.may_update:
             found = _Collected(statistics, measured)
-            name = "/".join(path)
-            self._found[name] = found
-            packed = harvest.tag(found.packed(measured), name, layers)
+            packed = found.packed(measured)
+            for name in map("/".join, paths):
+                self._found[name] = found
+                packed = harvest.tag(packed, name, layers)
             measured = found.unpacked(packed)
             if not statistics.delayed:
                 state = self.updates.updated(state, statistics.add(state, measured))
@@ -170,24 +181,27 @@ class RunningRange:
     """The range of an activation that statistics give, which may change by it.
 
     Attributes:
-      static: the activation.
+      names: the paths of the ranges of all ops that read it.
+      layers: for each `scan` around it, whether it goes over layers.
+      qtype: the type of its codes.
       statistics: what is measured, and how batches combine.
       ranges: the ranges of the call.
-      state: the statistics of the range, as `ranges` has them.
+      state: the statistics of the first of its ranges, as `ranges` has them.
     """
 
-    static: static_range.StaticOperand = flax.struct.field(pytree_node=False)
+    names: tuple[Path, ...] = flax.struct.field(pytree_node=False)
+    layers: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    qtype: Any = flax.struct.field(pytree_node=False)
     statistics: Statistics = flax.struct.field(pytree_node=False)
     ranges: RunningRanges = flax.struct.field(pytree_node=False)
     state: Any
 
     def of(self, x: Any) -> Range:
         """See `stages.fake_quantize.RangeOf`."""
-        layers = [length > 0 for length in self.static.op.op.scans]
         calibration = self.ranges.calibration(
-            self.static.path, self.statistics, x, self.state, layers
+            self.names, self.statistics, x, self.state, self.layers
         )
-        return Range(*compute_scale_zero_point(calibration, self.static.how.qtype))
+        return Range(*compute_scale_zero_point(calibration, self.qtype))
 
 
 def run_with_quant_stats(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
+from jax import lax
 
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize
@@ -116,6 +117,12 @@ class WithCodes(Carried):
         if self.range is None:
             return quantize_array(self.array, self.how)
         return quantize_with_scale_zero_point(self.array, self.how.qtype, *self.range)
+
+    @functools.cached_property
+    def constant(self) -> WithCodes:
+        """The same, without gradients."""
+        array, found = lax.stop_gradient((self.array, self.range))
+        return WithCodes(array, self.how, found)
 
     @property
     def arrays(self) -> tuple[Any, ...]:

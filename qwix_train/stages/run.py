@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core as jex
 
 from qwix_train.stages.product import Product, in_float
 from qwix_train.stages.stage import At, ParamStage, Stage, applied, on_param
 from qwix_train.trace import carried
 from qwix_train.trace.analyze import Key, Op
 from qwix_train.trace.carried import Carried
+from qwix_train.trace.evaluate import Once
 from qwix_train.trace.function import Param, TracedCall
+from qwix_train.trace.provenance import Activation
 from qwix_train.values import adapted_weight, stored
 from qwix_train.values.adapted_weight import AdaptedWeight
 from qwix_train.values.rotated import RotatedWeight
@@ -68,7 +69,6 @@ def run(
     if traced.own_stages is not None:
         stages = traced.own_stages(stages)
         traced = dataclasses.replace(traced, own_stages=None)
-    shared = _Shared()
     flat = {
         key: jax.tree.flatten((found.operands, found.beside))
         for key, found in stages.ops.items()
@@ -80,7 +80,7 @@ def run(
 
         def base(*operands):
             staged = [
-                shared.applied(mine, x, At(op, side, operands)) if mine else x
+                _applied(traced.once, mine, x, At(op, side, operands)) if mine else x
                 for side, (mine, x) in enumerate(zip(own, operands, strict=True))
             ]
             return found.product(op, staged, run)
@@ -109,29 +109,17 @@ def run(
     )
 
 
-class _Shared:
-    """What arrays became in equal stages, for the operations that read them next."""
-
-    def __init__(self):
-        self._made: dict[int, list[tuple[Any, ...]]] = {}
-
-    def applied(self, stages: Sequence[Stage], x: Any, at: At) -> Any:
-        """What stages make of an operand."""
-        # A result belongs to the trace that it was made in: what a loop reads from
-        # outside goes through its stages within it, too.
-        trace = jex.get_opaque_trace_state()
-        arrays, structure = jax.tree.flatten(tuple(stages))
-        known = self._made.setdefault(id(x), [])
-        for _, before, held, structure_, result in known:
-            same = len(held) == len(arrays) and all(map(_is, held, arrays))
-            if same and structure_ == structure and before == trace:
-                return result
-        takes_carried = stages[0].takes_carried
-        value = x if takes_carried else carried.read(x, at.op.primitive)
-        result = applied(stages, value, at)
-        known.append((x, trace, arrays, structure, result))
-        return result
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+def _applied(once: Once, stages: Sequence[Stage], x: Any, at: At) -> Any:
+    """What stages make of an operand: of an array that ops read alike, once."""
+    array = at.op.operands[at.side].provenance
+    if not isinstance(array, Activation):
+        array = x
+    arrays, structure = jax.tree.flatten(tuple(stages))
+    known: list[tuple[Any, Any]] = once(id(array), (array, arrays), list)
+    for other, result in known:
+        if other == structure:
+            return result
+    value = x if stages[0].takes_carried else carried.read(x, at.op.primitive)
+    result = applied(stages, value, at)
+    known.append((structure, result))
+    return result

@@ -127,6 +127,8 @@ class Op:
       in_float: whether the call that it is part of stays in float.
       scans: the length of each `scan` around it, outermost first, if it goes over
         params, as one over the layers of a model does; 0 for any other.
+      region: the innermost body around it that is traced by itself: any but one that
+        `jit` compiles.
       name_stack: the scopes around it.
     """
 
@@ -142,6 +144,7 @@ class Op:
     moves: bool = False
     in_float: bool = False
     scans: tuple[int, ...] = ()
+    region: Key = ()
     name_stack: str = ""
 
     @property
@@ -179,7 +182,7 @@ def find_ops(
         larger model.
     """
     walker = _Walker(body, prefix)
-    walker.walk(body, inputs)
+    walker.walk(body, list(map(provenance.own, inputs)))
     return Found(walker.ops, walker.layer_axes)
 
 
@@ -217,6 +220,9 @@ class _Walker(bodies.Domain[Provenance]):
         self.renamed: dict[str, str] = {}
         self.outside = 0
         self.scans: tuple[int, ...] = ()
+        self.region: Key = ()
+        # The results of equations that make the same array of the same one.
+        self.restated: dict[Any, tuple[Provenance, Provenance]] = {}
         # Of the body that is walked: the scopes around it, what it is inside of that
         # cannot be rewritten, and its constants.
         self.scope = ""
@@ -228,14 +234,33 @@ class _Walker(bodies.Domain[Provenance]):
         del aval
         # A tracer belongs to a computation around this one, which may have any inputs.
         traced = isinstance(value, core.Tracer)
-        return provenance.ACTIVATION if traced else provenance.CONSTANT
+        return provenance.Activation() if traced else provenance.CONSTANT
 
     def equation(self, eqn, operands, key):
         if self.is_found(eqn, operands):
             scope = _join(self.scope, str(eqn.source_info.name_stack))
             self.add(eqn, operands, key, scope, self.opaque_name)
+        source = provenance.restated(eqn.primitive.name, operands)
+        if source is not None:
+            return [self.restatement(eqn, source)]
         shapes = (list(map(_shape, atoms)) for atoms in (eqn.invars, eqn.outvars))
-        return provenance.propagate(eqn.primitive.name, eqn.params, operands, *shapes)
+        name, params = eqn.primitive.name, eqn.params
+        results = provenance.propagate(name, params, operands, *shapes)
+        return list(map(provenance.own, results))
+
+    def restatement(self, eqn, source) -> Provenance:
+        """The array that an equation makes by a cast, or by moving elements.
+
+        Args:
+          eqn: the equation.
+          source: the array that it reads.
+        """
+        before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+        if eqn.primitive.name == "convert_element_type" and before.dtype == after.dtype:
+            return source
+        key = (id(source), eqn.primitive.name, *eqn.params.values())
+        # The source is held, as another object might get its id.
+        return self.restated.setdefault(key, (provenance.own(source), source))[0]
 
     def is_found(self, eqn, operands) -> bool:
         """Whether `add` is to be called with an equation without bodies."""
@@ -271,6 +296,7 @@ class _Walker(bodies.Domain[Provenance]):
                 moves=self.moves(eqn, operands),
                 in_float=is_in_float(scope),
                 scans=self.scans,
+                region=self.region,
                 name_stack=scope,
             )
         )
@@ -315,6 +341,8 @@ class _Walker(bodies.Domain[Provenance]):
                 self.layer_axes.setdefault(view.path, set()).update(axes)
             self.scans = (*self.scans, eqn.params["length"] if weights else 0)
         results = super().enter(eqn, inside, operands, key)
+        if inside.kind not in (bodies.Kind.CALL, bodies.Kind.REMAT):
+            results = list(map(provenance.own, results))
         self.scope, self.opaque_name, self.renamed, self.outside, self.scans = before
         return results
 
@@ -327,9 +355,17 @@ class _Walker(bodies.Domain[Provenance]):
             for var, place in zip(body.jaxpr.invars, places, strict=False)
             if place < len(whole) and not is_sharded
         }
-        self.constants = Constants(body, outside, atoms)
+        around, self.constants = self.region, Constants(body, outside, atoms)
+        if inside.kind is not bodies.Kind.CALL:
+            self.region = (*key, number)
+        if inside.is_loop or is_sharded:  # one iteration's, or one device's
+            first = inside.carry.start
+            inputs = [
+                provenance.own(value) if place >= first else value
+                for value, place in zip(inputs, places, strict=True)
+            ]
         results = super().body(eqn, inside, number, inputs, key)
-        self.constants = outside
+        self.constants, self.region = outside, around
         return results
 
     def join(self, a, b):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -30,12 +30,40 @@ from qwix_train.trace.carried import Carried, value_of
 Handler = Callable[[Op, Sequence[Any], Callable[..., Any], Any], Any]
 
 
+class Once:
+    """What handlers make once, for all the ops of an evaluation that need it.
+
+    A body that JAX traces on its own, such as that of a loop or a checkpoint, holds
+    arrays that nothing outside may read: each trace of it makes them anew.
+    """
+
+    def __init__(self):
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, key: Hashable, given: Any, make: Callable[[], Any]) -> Any:
+        """What was made for a key and a tree of arrays; makes it the first time."""
+        whole = (key, *map(id, jax.tree.leaves(given)))
+        if whole not in self._made:
+            self._made[whole] = make(), given  # held, so that no other gets its id
+        return self._made[whole][0]
+
+    @contextlib.contextmanager
+    def in_new_trace(self) -> Iterator[None]:
+        """Sets aside what was made, and drops what is made meanwhile."""
+        outside, self._made = self._made, {}
+        try:
+            yield
+        finally:
+            self._made = outside
+
+
 def evaluate(
     body: jax_versions.Body,
     inputs: Sequence[Any],
     ops: Mapping[Key, Op],
     handler: Handler,
     given: Mapping[Key, Any] | None = None,
+    once: Once | None = None,
 ) -> list[Any]:
     """Evaluates a body with some of its ops replaced.
 
@@ -47,13 +75,16 @@ def evaluate(
       given: a tree of arrays for an op, by where it is, that its handler needs. Inside
         of a scan over layers the arrays have one leading axis for each such scan, and
         the handler gets the slice of its layer.
+      once: what the handler makes once.
 
     Returns:
       The results of the body. For an input that the body returns as it came this is
       what it says is `returned`: a model that hands its params on hands on the user's.
     """
     kept = _kept(inputs, lambda: passed.sources(body))
-    outs = _Replacement(ops, handler, given or {}).run(body, inputs, ())
+    replacement = _Replacement(ops, handler, given or {}, once or Once())
+    with replacement.once.in_new_trace():
+        outs = replacement.run(body, inputs, ())
     outs = [kept.get(index, out) for index, out in enumerate(outs)]
     return [x.returned if isinstance(x, Carried) else x for x in outs]
 
@@ -75,6 +106,7 @@ class Evaluation(abc.ABC):
       inside: where those are that are inside of each equation with bodies.
       given: a tree of arrays for some of them, by where they are.
       states: the parts of the state, by name, where the evaluation is now.
+      once: what is made once in each trace.
       depth: how many scans are around that.
     """
 
@@ -91,6 +123,7 @@ class Evaluation(abc.ABC):
                 self.inside.setdefault(key[:length], []).append(key)
         self.given = given
         self.states = dict(states)
+        self.once = Once()
         self.depth = 0
 
     @abc.abstractmethod
@@ -192,6 +225,8 @@ class Evaluation(abc.ABC):
             at for at in self.inside.get(key, ()) if self.replaced[at].scans[self.depth]
         ]
         given = {at: self.given[at] for at in each if at in self.given}
+        held, structure = jax.tree.flatten(given)
+        unique = {id(array): array for array in held}
         states = self._states_inside(key)
         names = states.keys() & {self.replaced[at].name for at in each}
         layers = {name: states.pop(name) for name in names}
@@ -203,7 +238,9 @@ class Evaluation(abc.ABC):
                 for slice_, cut in zip(slices, cuts, strict=True)
             ]
             outer = self.given, self.depth
-            self.given = {**self.given, **dict(zip(given, values, strict=True))}
+            slice_of = dict(zip(unique, values, strict=True))
+            layer_of = structure.unflatten(slice_of[id(array)] for array in held)
+            self.given = {**self.given, **layer_of}
             self.depth += 1
             try:
                 outs, after = iterate(0, varying, {**states, **layer}, slices)
@@ -216,7 +253,7 @@ class Evaluation(abc.ABC):
         (varying, states), (stacked, layers) = lax.scan(
             function,
             (first, states),
-            (arrays, list(given.values()), layers),
+            (arrays, list(unique.values()), layers),
             length=eqn.params["length"],
             reverse=eqn.params["reverse"],
             unroll=eqn.params["unroll"],
@@ -242,7 +279,8 @@ class Evaluation(abc.ABC):
         body, params = inside.bodies[0].body, eqn.params
 
         def function(*arrays):
-            return [value_of(out) for out in self.run(body, arrays, (*key, 0))]
+            with self.once.in_new_trace():
+                return [value_of(out) for out in self.run(body, arrays, (*key, 0))]
 
         # Whole arrays are transformed, not shards: a shard has a range of its own.
         return jax.shard_map(
@@ -281,7 +319,8 @@ class Evaluation(abc.ABC):
         """The results of a body in a trace of its own, and the states after it."""
         outer, self.states = self.states, dict(states)
         try:
-            outs = self.run(inside.bodies[number].body, inputs, (*key, number))
+            with self.once.in_new_trace():
+                outs = self.run(inside.bodies[number].body, inputs, (*key, number))
             return outs, self.states
         finally:
             self.states = outer
@@ -314,9 +353,10 @@ class Evaluation(abc.ABC):
 
 
 class _Replacement(Evaluation):
-    def __init__(self, ops, handler, given):
+    def __init__(self, ops, handler, given, once):
         super().__init__(ops, given, {})
         self.handler = handler
+        self.once = once
 
     def replace(self, eqn, operands, key):
         operands = [x if _follows(x) else value_of(x) for x in operands]

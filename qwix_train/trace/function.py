@@ -90,6 +90,7 @@ class TracedCall:
         around them, such as `vmap`, take axes off.
       own_stages: what becomes of the stages that a mode chooses for the call, where
         its params have some whatever the mode, such as adapters; see `stages.run`.
+      once: what becomes of arrays that several ops read, for handlers of `run`.
     """
 
     body: jax_versions.Body
@@ -113,6 +114,7 @@ class TracedCall:
         dataclasses.field(default_factory=dict)
     )
     own_stages: Callable[[Any], Any] | None = None
+    once: evaluate.Once = dataclasses.field(default_factory=evaluate.Once)
 
     def run(
         self,
@@ -142,7 +144,7 @@ class TracedCall:
             for param, value in zip(self.params, self.inputs, strict=True)
         ]
         outs = evaluate.evaluate(
-            self.body, inputs, {op.key: op for op in replace}, handler, given
+            self.body, inputs, {op.key: op for op in replace}, handler, given, self.once
         )
         return self.rebuild(outs)
 

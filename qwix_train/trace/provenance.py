@@ -40,7 +40,11 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An array that depends on an input other than the params."""
+    """An array that depends on an input other than the params.
+
+    All of these are equal. Each array has an object of its own, so where two operands
+    have the same one, they are the same array.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,11 @@ def param(path: tuple[str, ...], shape: Sequence[int]) -> Weight:
     """The provenance of a whole, untouched param."""
     dims = tuple((Atom(axis, size, 1),) for axis, size in enumerate(shape))
     return Weight((View(path, tuple(shape), dims),))
+
+
+def own(provenance: Provenance) -> Provenance:
+    """The provenance of an array that is not the one that `provenance` came from."""
+    return Activation() if isinstance(provenance, Activation) else provenance
 
 
 def paths_of(provenance: Provenance) -> tuple[tuple[str, ...], ...]:
@@ -152,6 +161,18 @@ def propagate(
     return [result or _derived(operands, primitive)] * len(out_shapes)
 
 
+def restated(primitive: str, operands: Sequence[Provenance]) -> Activation | None:
+    """The activation whose elements an equation only casts, or arranges anew.
+
+    What it makes follows from its parameters: two such equations of one array make the
+    same array.
+    """
+    if primitive in _RESTATEMENTS and len(operands) == 1:
+        (operand,) = operands
+        return operand if isinstance(operand, Activation) else None
+    return None
+
+
 def shard(weight: Weight, shape: Sequence[int], local: Sequence[int]) -> Weight:
     """The provenance of one device's part of an array."""
     return _map_views(weight, lambda dims: _shards(dims, shape, local))
@@ -165,6 +186,11 @@ def _shards(dims, old, new):
         for dim, before, after in zip(dims, old, new, strict=True)
     ]
 
+
+_RESTATEMENTS = frozenset(
+    """broadcast_in_dim convert_element_type expand_dims reshape squeeze
+    transpose""".split()
+)
 
 # Arrays of one element each in, of one element each out, at the same place.
 _ELEMENTWISE = frozenset(
