@@ -28,7 +28,7 @@ from qwix_train.core import records
 from qwix_train.core.hadamard import Hadamard
 from qwix_train.core.how import HowToQuantize
 from qwix_train.qat.blending import blended
-from qwix_train.qat.stages import Amounts
+from qwix_train.qat.phases import Amounts
 from tests.compare import assert_close
 
 RNG = np.random.default_rng(0)
