@@ -1,8 +1,8 @@
-"""A step that does in each stage of a schedule what a step of that stage does.
+"""A step that does in each phase of a schedule what a step of that phase does.
 
-Each stage is a step of its own: the user's in float, or wrapped with the rules of the
-stage. A compiled step holds all of them and takes one, by the step count (`lax.switch`
-around the whole step). So what a stage computes is, bit for bit, what its step computes
+Each phase is a step of its own: the user's in float, or wrapped with the rules of the
+phase. A compiled step holds all of them and takes one, by the step count (`lax.switch`
+around the whole step). So what a phase computes is, bit for bit, what its step computes
 when it is compiled alone, which nothing that is decided inside of a model call gives:
 XLA would fuse, and so round, other operations together.
 """
@@ -22,7 +22,7 @@ from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.qat.blending import blended
-from qwix_train.qat.stages import Amounts, Stage
+from qwix_train.qat.phases import Amounts, Phase
 from qwix_train.trace import jax_versions
 from qwix_train.trace.canonical_convs import run_as_at_top
 
@@ -32,7 +32,7 @@ Step = Callable[..., Any]
 def follow(
     step: Step,
     provider: QuantizationProvider,
-    stages: Sequence[Stage],
+    phases: Sequence[Phase],
     quantized: Callable[[QuantizationProvider], Step],
     count_of: Callable[[Any, Any], Any],
 ) -> Step:
@@ -41,31 +41,31 @@ def follow(
     Args:
       step: the step, in float.
       provider: the mode that it ends with.
-      stages: the stages, two or more.
+      phases: the phases, two or more.
       quantized: gives the step quantized by a mode.
       count_of: gives the step count from the arguments and keyword arguments.
 
     Raises:
-      TypeError: if the mode cannot follow the stages.
+      TypeError: if the mode cannot follow the phases.
     """
-    steps = [_step_of(stage, step, provider, quantized, count_of) for stage in stages]
-    later = np.asarray([stage.begins_at for stage in stages[1:]])
+    steps = [_step_of(phase, step, provider, quantized, count_of) for phase in phases]
+    later = np.asarray([phase.begins_at for phase in phases[1:]])
     checked: list[None] = []
 
     def call(*args, **kwargs):
         if is_planning():
-            for step, stage in zip(steps, stages, strict=True):
-                blended = " (blended in)" if stage.amounts.ramps else ""
-                with calls_when(f"from step {stage.begins_at}{blended}"):
+            for step, phase in zip(steps, phases, strict=True):
+                blended = " (blended in)" if phase.amounts.ramps else ""
+                with calls_when(f"from step {phase.begins_at}{blended}"):
                     out = step(*args, **kwargs)
             return out
         count = count_of(args, kwargs)
         if isinstance(count, core.Tracer):
             places = jnp.asarray(later, count.dtype)
             index = jnp.searchsorted(places, count, side="right")
-            return _switch(index, steps, stages, args, kwargs)
+            return _switch(index, steps, phases, args, kwargs)
         if not checked:
-            # Rules that match nothing are not to be found out by the last stage.
+            # Rules that match nothing are not to be found out by the last phase.
             with tracing_step(steps[-1], args, kwargs):
                 checked.append(None)
         return steps[np.searchsorted(later, int(count), side="right")](*args, **kwargs)
@@ -74,30 +74,30 @@ def follow(
 
 
 def _step_of(
-    stage: Stage,
+    phase: Phase,
     step: Step,
     provider: QuantizationProvider,
     quantized: Callable[[QuantizationProvider], Step],
     count_of: Callable[[Any, Any], Any],
 ) -> Step:
-    """The step of one stage."""
-    if stage.in_float:
+    """The step of one phase."""
+    if phase.in_float:
         return step
     rules = [dataclasses.replace(rule, schedule=None) for rule in provider.rules]
-    if stage.amounts.whole and stage.rules == tuple(rules):
+    if phase.amounts.whole and phase.rules == tuple(rules):
         return quantized(provider)
-    provider = provider.with_rules(stage.rules)
-    # That some rule matches is checked in the last stage.
+    provider = provider.with_rules(phase.rules)
+    # That some rule matches is checked in the last phase.
     provider.allow_unmatched = True
-    if not stage.amounts.ramps:
-        if stage.amounts.whole:
+    if not phase.amounts.ramps:
+        if phase.amounts.whole:
             return quantized(provider)
-        return quantized(_blended(provider, stage.amounts))
+        return quantized(_blended(provider, phase.amounts))
 
     def ramp(*args, **kwargs):
         # The amounts are values of this very call, so that a trace which is cached
         # under its session must not serve another.
-        amounts = stage.amounts.at(count_of(args, kwargs))
+        amounts = phase.amounts.at(count_of(args, kwargs))
         return quantized(_blended(provider, amounts))(*args, **kwargs)
 
     return ramp
@@ -110,7 +110,7 @@ def _blended(provider: QuantizationProvider, amounts: Amounts) -> QuantizationPr
 def _switch(
     index: Any,
     steps: Sequence[Step],
-    stages: Sequence[Stage],
+    phases: Sequence[Phase],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -121,7 +121,7 @@ def _switch(
             bodies.append(traced.body)
     with tracing_step(steps[-1], args, kwargs, whole=True) as (traced, finish):
         bodies.append(traced.body)
-        _check_alike(bodies, stages)
+        _check_alike(bodies, phases)
         branches = [functools.partial(_run, body) for body in bodies]
         outs = lax.switch(index, branches, *traced.inputs)
         return finish(traced.rebuild(outs))
@@ -131,16 +131,16 @@ def _run(body: jax_versions.Body, *inputs: Any) -> list[Any]:
     return run_as_at_top(body, inputs)
 
 
-def _check_alike(bodies: Sequence[jax_versions.Body], stages: Sequence[Stage]) -> None:
+def _check_alike(bodies: Sequence[jax_versions.Body], phases: Sequence[Phase]) -> None:
     def results(body):
         return [(x.aval.shape, x.aval.dtype) for x in body.jaxpr.outvars]
 
     last = results(bodies[-1])
-    for body, stage in zip(bodies, stages, strict=True):
+    for body, phase in zip(bodies, phases, strict=True):
         if results(body) != last:
             raise ValueError(
-                "The step returns arrays of other shapes or dtypes in the stage of its "
-                f"schedule that begins at step {stage.begins_at} than in the last: "
+                "The step returns arrays of other shapes or dtypes in the phase of its "
+                f"schedule that begins at step {phase.begins_at} than in the last: "
                 f"{results(body)} and {last}. It must return the same whether its "
                 "model is quantized or not."
             )

@@ -20,8 +20,8 @@ from qwix_train.planning.rules import QuantizationRule
 from qwix_train.planning.schedule import Schedule
 from qwix_train.qat import QtProvider
 from qwix_train.qat import state as state_lib
+from qwix_train.qat.phases import phases_of
 from qwix_train.qat.running_ranges import RangeUpdates, RunningRanges
-from qwix_train.qat.stages import stages_of
 from qwix_train.trace import harvest
 
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -63,15 +63,15 @@ def wrap_train_step(
     its own batch in it.
 
     With a schedule, quantization begins at a step, comes in gradually, or changes its
-    types. Each stage is bit for bit the step of that stage alone: the float step, or
-    the step wrapped with the rules of the stage, but for convolutions in bfloat16 on a
+    types. Each phase is bit for bit the step of that phase alone: the float step, or
+    the step wrapped with the rules of the phase, but for convolutions in bfloat16 on a
     CPU, which XLA rounds in another way in a branch. All of them are in one program,
     which takes as long to compile as all of them do, and runs one.
 
-    Where `vmap` goes over states that have a step count each, every stage is computed,
+    Where `vmap` goes over states that have a step count each, every phase is computed,
     and the results of one are taken; give `schedule_step` a count that is the same for
     all. Wrap the step that updates the params once, not a loop over such steps: one
-    call is in one stage. Static ranges are not measured in a stage that is in float.
+    call is in one phase. Static ranges are not measured in a phase that is in float.
 
     Args:
       step: the train step.
@@ -173,18 +173,18 @@ def wrap_train_step(
             return _with_ranges(step, provider, updates_of)
         return wrap(step, provider)
 
-    stages = stages_of(provider.rules, schedule)
-    if len(stages) == 1:
+    phases = phases_of(provider.rules, schedule)
+    if len(phases) == 1:
         run = quantized(provider)
     else:
-        run = scheduled_step.follow(step, provider, stages, quantized, count_of)
+        run = scheduled_step.follow(step, provider, phases, quantized, count_of)
     if batch_stats_frozen_after is not None:
 
         def frozen(args, kwargs):
             return count_of(args, kwargs) >= batch_stats_frozen_after
 
         run = batch_stats.freezing(run, frozen)
-    if len(stages) == 1 and batch_stats_frozen_after is None:
+    if len(phases) == 1 and batch_stats_frozen_after is None:
         return cast(Step, _like(step, run) if provider.keeps_quant_stats else run)
     return cast(Step, _like(step, run))
 

@@ -164,7 +164,7 @@ def test_a_step_that_is_not_wrapped_says_so(wrong):
         plan(train_step, wrong(), X)
 
 
-def test_the_calls_of_each_stage_are_counted_by_themselves():
+def test_the_calls_of_each_phase_are_counted_by_themselves():
     schedule = Schedule(start_step=3, ramp_steps=4)
     step = wrap_train_step(train_step, INT8, schedule=schedule)
     text = str(plan(step, new_state(), X))

@@ -365,7 +365,7 @@ class StepPlan:
         ]
 
     def __str__(self) -> str:
-        # The calls of each stage of a schedule are counted by themselves.
+        # The calls of each phase of a schedule are counted by themselves.
         counts = collections.Counter(call.when for call in self.calls)
         seen: collections.Counter[str] = collections.Counter()
         texts = []

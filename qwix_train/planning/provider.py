@@ -286,7 +286,7 @@ class QuantizationProvider:
         )
 
     def with_rules(self, rules: Sequence[QuantizationRule]) -> QuantizationProvider:
-        """This mode with other rules, for a stage of a schedule.
+        """This mode with other rules, for a phase of a schedule.
 
         Args:
           rules: the rules.

@@ -1,4 +1,4 @@
-"""Quantization that is blended in: the stages of a schedule that are ramps."""
+"""Quantization that is blended in: the phases of a schedule that are ramps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwix_train.planning.plan import OpPlan, Plan
-from qwix_train.qat.stages import OFF, WHOLE, Amounts
+from qwix_train.qat.phases import OFF, WHOLE, Amounts
 from qwix_train.stages.blend import Blend
 from qwix_train.stages.product import in_float
 from qwix_train.stages.run import CallStages

@@ -101,6 +101,29 @@ def read(value: Any, primitive: str) -> Any:
     return value_of(value)
 
 
+def arrays_of(value: Any) -> tuple[Any, ...]:
+    """The arrays that a value of an evaluation holds."""
+    return value.arrays if isinstance(value, Carried) else (value,)
+
+
+def inside(value: Any, arrays: Sequence[Any]) -> Any:
+    """The same value, within a body that receives its arrays as `arrays`."""
+    return value.inside(arrays) if isinstance(value, Carried) else arrays[0]
+
+
+def slices(value: Any) -> tuple[Sequence[Any], Callable[..., Any]]:
+    """How a `scan` iterates over a value; over an array where there is no other way."""
+    cut = value.sliced() if isinstance(value, Carried) else None
+    return ((value_of(value),), lambda slice_: slice_) if cut is None else cut
+
+
+def constrained(value: Any, sharding: Any) -> Any:
+    """A value under a sharding constraint."""
+    if isinstance(value, Carried):
+        return value.constrained(sharding)
+    return with_sharding(value, sharding)
+
+
 def results_of(
     primitive: str,
     params: Mapping[str, Any],
@@ -133,7 +156,7 @@ def unpacked(
     Args:
       values: arrays, and `Carried`s.
     """
-    held = [x.arrays if isinstance(x, Carried) else (x,) for x in values]
+    held = list(map(arrays_of, values))
     counts = [len(group) for group in held]
     # A derivative rule may keep `restore` for longer than the trace: it holds shapes in
     # the place of the arrays, which would leak.

@@ -19,7 +19,6 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
-from qwix_train.core.operands import with_sharding
 from qwix_train.trace import bodies, carried, jax_versions, passed
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.bodies import Key, Kind, inside_of
@@ -391,20 +390,17 @@ def _entering(values: Sequence[Any]) -> list[Any]:
     The array that a `Carried` stands for is made at most once; made within the body
     it belongs to that trace alone, so each trace gets a `Carried` of its own.
     """
-    return [x.inside(x.arrays) if isinstance(x, Carried) else x for x in values]
+    return [carried.inside(x, carried.arrays_of(x)) for x in values]
 
 
 def _constrained(values, shardings):
     """The operands or results of a `jit`, sharded as it says."""
+    pairs = zip(values, shardings or [None] * len(values), strict=True)
     return [
-        value
-        if not jax_versions.explicit_sharding(sharding)
-        else value.constrained(sharding)
-        if isinstance(value, Carried)
-        else with_sharding(value, sharding)
-        for value, sharding in zip(
-            values, shardings or [None] * len(values), strict=True
-        )
+        carried.constrained(x, sharding)
+        if jax_versions.explicit_sharding(sharding)
+        else x
+        for x, sharding in pairs
     ]
 
 

@@ -18,9 +18,9 @@ from jax import numpy as jnp
 
 from qwix_train import ops
 from qwix_train.core import numerics, structural
-from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.ops.low_rank import contract
+from qwix_train.trace import carried
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.carried import Carried, results_of, value_of
 
@@ -68,17 +68,15 @@ class AdaptedWeight(Carried):
     @property
     def arrays(self) -> tuple[Any, ...]:
         """What the base holds, the factors, and the gain if there is one."""
-        base = self.base.arrays if isinstance(self.base, Carried) else (self.base,)
         gain = () if self.gain is None else (self.gain,)
-        return (*base, self.a, self.b, *gain)
+        return (*carried.arrays_of(self.base), self.a, self.b, *gain)
 
     def inside(self, arrays: Sequence[Any]) -> AdaptedWeight:
         """The same weight, within a body."""
         arrays = list(arrays)
         gain = None if self.gain is None else arrays.pop()
         *parts, a, b = arrays
-        carried = isinstance(self.base, Carried)
-        base = self.base.inside(parts) if carried else parts[0]
+        base = carried.inside(self.base, parts)
         return AdaptedWeight(base, a, b, gain, whole=False)
 
     @property
@@ -90,22 +88,14 @@ class AdaptedWeight(Carried):
 
     def sliced(self):
         """The base and the factors of each slice along axis 0."""
-        base, of_slice = self.base, None
-        if isinstance(base, Carried):
-            cut = base.sliced()
-            if cut is None:
-                base = base.value
-            else:
-                base, of_slice = cut
-        bases = tuple(base) if of_slice else (base,)
+        bases, of_slice = carried.slices(self.base)
         size = self.shape[0]
         others = [self.a, self.b] + ([] if self.gain is None else [self.gain])
         others = [_full(x, 0, size) for x in others]
 
         def one(*parts):
             own, rest = parts[: len(bases)], parts[len(bases) :]
-            base = of_slice(*own) if of_slice else own[0]
-            return AdaptedWeight(base, *rest, whole=False)
+            return AdaptedWeight(of_slice(*own), *rest, whole=False)
 
         return (*bases, *others), one
 
@@ -155,10 +145,7 @@ class AdaptedWeight(Carried):
 
     def constrained(self, sharding: Any) -> AdaptedWeight:
         """The weight with the sharding of its base constrained."""
-        if isinstance(self.base, Carried):
-            base = self.base.constrained(sharding)
-        else:
-            base = with_sharding(self.base, sharding)
+        base = carried.constrained(self.base, sharding)
         return dataclasses.replace(self, base=base)
 
     def _scaled(self, primitive, params, operands, run):

@@ -16,9 +16,9 @@ import jax
 from jax import numpy as jnp
 
 from qwix_train.core import structural
-from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.core.rotation import Rotation
+from qwix_train.trace import carried
 from qwix_train.trace.carried import Carried, results_of, value_of
 
 # They leave the order of the elements along an axis that stays whole as it is.
@@ -62,12 +62,11 @@ class RotatedWeight(Carried):
     @property
     def arrays(self) -> tuple[Any, ...]:
         """What the base holds."""
-        return self.base.arrays if isinstance(self.base, Carried) else (self.base,)
+        return carried.arrays_of(self.base)
 
     def inside(self, arrays: Sequence[Any]) -> RotatedWeight:
         """See `Carried.inside`."""
-        carried = isinstance(self.base, Carried)
-        return self._view(self.base.inside(arrays) if carried else arrays[0])
+        return self._view(carried.inside(self.base, arrays))
 
     @property
     def returned(self) -> Any:
@@ -78,14 +77,10 @@ class RotatedWeight(Carried):
 
     def sliced(self):
         """See `Carried.sliced`: slices along another axis than the rotation's."""
-        cut = self.base.sliced() if isinstance(self.base, Carried) else None
         if self.rotation.axis == 0:
             return None
         rotation = self.rotation.at(self.rotation.axis - 1)
-        if cut is None:
-            whole = value_of(self.base)
-            return (whole,), lambda part: RotatedWeight(part, rotation, whole=False)
-        arrays, one = cut
+        arrays, one = carried.slices(self.base)
         return arrays, lambda *x: RotatedWeight(one(*x), rotation, whole=False)
 
     def apply(self, primitive, params, operands, run):
@@ -117,9 +112,7 @@ class RotatedWeight(Carried):
 
     def constrained(self, sharding: Any) -> RotatedWeight:
         """The weight with the sharding of its base constrained."""
-        if isinstance(self.base, Carried):
-            return self._view(self.base.constrained(sharding))
-        return self._view(with_sharding(self.base, sharding))
+        return self._view(carried.constrained(self.base, sharding))
 
     def _view(self, base: Any) -> RotatedWeight:
         return RotatedWeight(base, self.rotation, whole=False)

@@ -1,4 +1,4 @@
-"""Steps that follow a schedule, against the steps of its stages and a ramp in NumPy."""
+"""Steps that follow a schedule, against the steps of its phases and a ramp in NumPy."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def test_before_the_start_it_is_the_float_step_and_after_the_ramp_the_wrapped_on
     state = new_state()
     for _ in range(6):
         state, _ = step(state, BATCH)
-    assert len(traces) == 3  # once for each stage, all of them in the first call
+    assert len(traces) == 3  # once for each phase, all of them in the first call
     got = stepped(step, (0, 1, 4, 9))
     plain, wrapped = jax.jit(train_step), jax.jit(wrap_train_step(train_step, RULES))
     models.assert_same(got[:2], stepped(plain, (0, 1)))
@@ -188,7 +188,7 @@ class Convolutional(nn.Module):
     ids=["scan and remat", "convolutions"],
 )
 def test_bit_identity_of_other_models(model, x):
-    check_stages(model, {"x": x, "y": models.classes(x)})
+    check_phases(model, {"x": x, "y": models.classes(x)})
 
 
 class Bfloat16(nn.Module):
@@ -202,10 +202,10 @@ class Bfloat16(nn.Module):
 @pytest.mark.optimized
 @pytest.mark.slow
 def test_bit_identity_in_bfloat16():
-    check_stages(Bfloat16(), BATCH)
+    check_phases(Bfloat16(), BATCH)
 
 
-def check_stages(model, batch):
+def check_phases(model, batch):
     state = new_state(model, batch["x"])
     step = jax.jit(wrap_train_step(train_step, RULES, schedule=START))
     wrapped = wrap_train_step(train_step, RULES)
@@ -487,7 +487,7 @@ def test_a_step_that_returns_something_else_in_float():
         train_step(state, batch)
         return jnp.zeros(next(shapes))
 
-    with pytest.raises(ValueError, match="stage of its schedule that begins at step 0"):
+    with pytest.raises(ValueError, match="phase of its schedule that begins at step 0"):
         jax.jit(wrap_train_step(other, RULES, schedule=START))(new_state(), BATCH)
 
 

@@ -28,8 +28,9 @@ from qwix_train.core import records
 from qwix_train.core.hadamard import Hadamard
 from qwix_train.core.how import HowToQuantize
 from qwix_train.qat.blending import blended
-from qwix_train.qat.stages import Amounts
-from tests.compare import assert_close
+from qwix_train.qat.phases import Amounts
+from qwix_train.values import stored
+from tests.compare import assert_close, assert_same
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 24)).astype(np.float32)
@@ -237,6 +238,26 @@ def test_adapters_meet_the_input_in_its_own_basis(in_float):
     else:
         want = rotated(X, 1) @ rounded(rotated(W, 0), 0) + X @ a @ b
     assert_close(model.apply({"params": params}, X), want, atol=1e-4)
+
+
+def test_packed_codes_are_those_of_the_rotated_weight():
+    fours = dict(weight_qtype="nf4", tile_size=8, double_quant=True)
+    rules = [LoraRule(**fours, rotation="hadamard", rank=2, alpha=2.0)]
+    model = quantize_model(MODEL, LoraProvider(rules))
+    params = model.init(jax.random.key(0), X)["params"]
+    base = params["kernel"]
+    own = stored.dequantized(base)
+    assert base.how.rotation == Hadamard(0, 8) and own.shape == W.shape
+    assert_close(model.apply({"params": params}, X), X @ np.float64(own), atol=1e-4)
+
+
+def test_a_checkpoint_holds_a_rotated_param(tmp_path):
+    model, params = ptq.quantize(MODEL, PARAMS, [rule(rotation="hadamard,4,3")], X)
+    ptq.save(tmp_path / "model", params)
+    restored = ptq.restore(tmp_path / "model")
+    assert restored["kernel"].how == params["kernel"].how
+    outs = [model.apply({"params": x}, X) for x in (restored, params)]
+    assert_same(*outs)
 
 
 def test_int4_activations_with_outliers_lose_less():

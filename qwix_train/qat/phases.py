@@ -1,6 +1,6 @@
-"""The stages of a schedule: what the rules do between two steps at which that changes.
+"""The phases of a schedule: what the rules do between two steps at which that changes.
 
-In a stage the types do not change, and each operand is quantized, left in float, or
+In a phase the types do not change, and each operand is quantized, left in float, or
 blended by an amount that depends on the step.
 """
 
@@ -67,12 +67,12 @@ class Amounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Phase:
     """What happens from one step on.
 
     Attributes:
       begins_at: the first step.
-      rules: the rules, with the types of the stage. One whose ops stay in float sets no
+      rules: the rules, with the types of the phase. One whose ops stay in float sets no
         type.
       amounts: how much of the quantization there is.
     """
@@ -87,17 +87,17 @@ class Stage:
         return all(rule.weight_qtype is None for rule in self.rules)
 
 
-def stages_of(
+def phases_of(
     rules: Sequence[QuantizationRule], schedule: Schedule | None
-) -> list[Stage]:
-    """The stages of training with rules.
+) -> list[Phase]:
+    """The phases of training with rules.
 
     Args:
       rules: the rules; the schedule of one takes precedence.
       schedule: that of the others.
 
     Returns:
-      The stages, in order; the first begins at step 0. One, if there is no schedule.
+      The phases, in order; the first begins at step 0. One, if there is no schedule.
 
     Raises:
       TypeError: if the schedule is not a `Schedule`.
@@ -118,16 +118,16 @@ def stages_of(
         if rule.schedule is not None
         for step in rule.schedule.boundaries
     }
-    stages: list[Stage] = []
+    phases: list[Phase] = []
     for step in sorted({0, *boundaries}):
-        stage = _stage_at(step, scheduled)
-        before = stages[-1] if stages else None
+        phase = _phase_at(step, scheduled)
+        before = phases[-1] if phases else None
         if before is None or (before.rules, before.amounts) != (
-            stage.rules,
-            stage.amounts,
+            phase.rules,
+            phase.amounts,
         ):
-            stages.append(stage)
-    return stages
+            phases.append(phase)
+    return phases
 
 
 def _with_schedule(
@@ -164,7 +164,7 @@ def _check_used(rules: Sequence[QuantizationRule], schedule: Schedule) -> None:
         )
 
 
-def _stage_at(step: int, rules: Sequence[QuantizationRule]) -> Stage:
+def _phase_at(step: int, rules: Sequence[QuantizationRule]) -> Phase:
     found, weights, activations = [], [], []
     for rule in rules:
         schedule = rule.schedule
@@ -178,7 +178,7 @@ def _stage_at(step: int, rules: Sequence[QuantizationRule]) -> Stage:
         found.append(rule)
         weights.append(WHOLE if rule.weight_qtype is None else weight)
         activations.append(act)
-    return Stage(step, tuple(found), Amounts(tuple(weights), tuple(activations)))
+    return Phase(step, tuple(found), Amounts(tuple(weights), tuple(activations)))
 
 
 def _amount(step: int, start: int, ramp: int) -> Any:
