@@ -33,7 +33,7 @@ def freezing(step: Step, frozen: Callable[[Any, Any], Any]) -> Step:
         variables = _variables_in((args, kwargs))
         if not states and not variables:
             raise ValueError(
-                "batch_stats_frozen_after is given, and no argument of the step is a "
+                "batch_stats_freeze_step is set, and no argument of the step is a "
                 "state with batch_stats or an NNX object with nnx.BatchStat variables."
             )
         before = [variable.get_value() for variable in variables]
@@ -43,7 +43,7 @@ def freezing(step: Step, frozen: Callable[[Any, Any], Any]) -> Step:
         after = len(_states_in(out))
         if after != len(states):
             raise ValueError(
-                f"batch_stats_frozen_after is given, and {len(states)} states with "
+                f"batch_stats_freeze_step is set, and {len(states)} states with "
                 f"batch_stats are among the arguments of the step, {after} among its "
                 "results. It must return those that it takes."
             )

@@ -16,6 +16,7 @@ from qwix_train import (
     PtqProvider,
     QtProvider,
     QuantizationProvider,
+    Schedule,
     calib,
     quantize_model,
     with_quant_stats,
@@ -159,7 +160,7 @@ def test_ranges_of_a_provider_are_kept_in_the_state():
     by_rules = with_quant_stats(new_state(), RULES, x)
     state = with_quant_stats(new_state(), provider, x)
     models.assert_same(state.quant_stats, by_rules.quant_stats)
-    options = {"quant_stats_warmup": 2, "quant_stats_frozen_after": 3}
+    options = {"schedule": Schedule(quant_stats_warmup=2, quant_stats_freeze_step=3)}
     expected = wrap_train_step(train_step, RULES, **options)
     step = wrap_train_step(train_step, provider, **options)
     for x in BATCHES:

@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import QuantizationRule, QuantTrainState, with_quant_stats
+from qwix_train import QuantizationRule, QuantTrainState, Schedule, with_quant_stats
 from tests import models
 
 RATE = 0.1
@@ -227,7 +227,9 @@ def test_observers_of_all_data(observer):
 def test_frozen_paused_and_warming_up():
     state = with_quant_stats(new_state(), RULES, BATCHES[0])
     frozen = jax.jit(
-        qwix_train.wrap_train_step(train_step, RULES, quant_stats_frozen_after=2)
+        qwix_train.wrap_train_step(
+            train_step, RULES, schedule=Schedule(quant_stats_freeze_step=2)
+        )
     )
     expected = Threaded()
     for i, x in enumerate(BATCHES):
@@ -255,7 +257,11 @@ def test_frozen_paused_and_warming_up():
 
 def test_until_statistics_are_warm_the_batch_has_its_own_range():
     state = with_quant_stats(new_state(), RULES, BATCHES[0])
-    step = jax.jit(qwix_train.wrap_train_step(train_step, RULES, quant_stats_warmup=3))
+    step = jax.jit(
+        qwix_train.wrap_train_step(
+            train_step, RULES, schedule=Schedule(quant_stats_warmup=3)
+        )
+    )
     losses = []
     for x in BATCHES[:3]:
         alone = Threaded()
@@ -265,6 +271,16 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     (_, _), (second, own), (third, not_own) = losses
     np.testing.assert_allclose(second, own, 1e-5)
     assert abs(third - not_own) > 1e-5 * abs(not_own)
+    cold = Schedule(quant_stats_warmup=99, start_step=7)
+    outlier = jnp.asarray(BATCHES[0]).at[0, 0].set(40.0)
+    found = [
+        qwix_train.wrap_eval_step(eval_step, RULES, schedule=schedule)(state, outlier)
+        for schedule in (None, cold)
+    ]
+    fresh = Threaded()
+    fresh.params = state.params
+    np.testing.assert_allclose(found[1], fresh.step(outlier), 1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 @pytest.mark.slow
@@ -479,7 +495,9 @@ def test_errors():
         with_quant_stats({"params": {}}, RULES, x)
     with pytest.raises(ValueError, match="No rule sets act_static_scale"):
         with_quant_stats(new_state(), models.INT8, x)
-    frozen = qwix_train.wrap_train_step(train_step, RULES, quant_stats_frozen_after=1)
+    frozen = qwix_train.wrap_train_step(
+        train_step, RULES, schedule=Schedule(quant_stats_freeze_step=1)
+    )
     with pytest.raises(ValueError, match="its state has no quant_stats"):
         frozen(new_state(), x)
     first = [dataclasses.replace(RULES[0], module_path="Dense_0")]
@@ -502,7 +520,7 @@ def test_errors():
             step=lambda bare, x: Mlp().apply({"params": bare.params}, x),
         )
         qwix_train.wrap_train_step(
-            lambda bare, x: bare, RULES, quant_stats_frozen_after=1
+            lambda bare, x: bare, RULES, schedule=Schedule(quant_stats_freeze_step=1)
         )(bare, x)
 
 

@@ -45,8 +45,9 @@ def make_qat_phase(
         learning_rate=config.qat_learning_rate,
         rules=[],
     )
+    schedule = qwix_train.Schedule(quant_stats_warmup=config.warmup_batches)
     train_step = qwix_train.wrap_train_step(
-        model_linen.train_step, provider, quant_stats_warmup=config.warmup_batches
+        model_linen.train_step, provider, schedule=schedule
     )
     eval_step = qwix_train.wrap_eval_step(model_linen.eval_step, provider)
     return dataclasses.replace(

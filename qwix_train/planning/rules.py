@@ -20,7 +20,7 @@ from qwix_train.observers.named import parse_observer
 from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning import field_types
 from qwix_train.planning.leaves import OperandName, Path
-from qwix_train.planning.schedule import Schedule
+from qwix_train.planning.schedule import OF_WHOLE_STEPS, Schedule
 
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(
@@ -365,6 +365,12 @@ class QuantizationRule:
             raise self._error("schedule", "it must be a qat.Schedule")
         if self.weight_qtype is None:
             raise self._error("schedule", "it needs a weight_qtype")
+        if schedule != schedule.of_rules:
+            reason = (
+                f"{', '.join(OF_WHOLE_STEPS)} are for a whole step, so set them in the "
+                "schedule of wrap_train_step"
+            )
+            raise self._error("schedule", reason)
         for name in ("weight", "act"):
             end, qtypes = getattr(self, f"{name}_qtype"), f"{name}_qtypes"
             check = functools.partial(Schedule.check_last, field=qtypes, qtype=end)
