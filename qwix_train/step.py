@@ -54,7 +54,7 @@ def wrap_train_step(
     the model at every call, which takes milliseconds.
 
     Rules with `act_static_scale=True` quantize activations with ranges that are kept
-    in the state (see `with_quant_stats`). Each step measures its activations and
+    in the state (see `attach`). Each step measures its activations and
     updates them, in the order in which the model runs: under gradient accumulation and
     `scan`, once per micro-batch; under `remat`, once. The forward uses the range with
     its own batch in it.
@@ -273,7 +273,7 @@ def _with_ranges(
             raise ValueError(
                 "Activations are to have static ranges (act_static_scale=True), and "
                 "the step has none: its state has no quant_stats. Make room for them "
-                "with with_quant_stats(state, rules, *inputs), or collect them "
+                "with attach(state, rules, *inputs), or collect them "
                 "beforehand with calib.Calibrator and pass "
                 "quant_stats=calibrator.quant_stats."
             )

@@ -187,7 +187,7 @@ def train_and_evaluate(
             measure(seed, qtype, "PTQ", state, after, quant_stats, None)
 
             phase = qat_phases[qtype]
-            trained = qwix_train.with_quant_stats(
+            trained = qwix_train.attach(
                 model_linen.create_finetune_state(state, phase.tx),
                 provider,
                 model_linen.IMAGE,

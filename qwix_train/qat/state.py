@@ -4,116 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx, struct
 from flax.training import train_state
 
-from qwix_train import calib
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import attributes, nnx_objects
+from qwix_train.frontends.targets import (
+    frozen_like,
+    has_collections,
+    is_tree,
+    nnx_model,
+)
 from qwix_train.planning.plan import Path
-from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
-from qwix_train.qat.running_ranges import States, nested
-from qwix_train.qat.train_state import collections_of
+from qwix_train.qat.running_ranges import States, as_quant_stats, nested
 
 
 class QuantTrainState(train_state.TrainState):
     """A `TrainState` with the statistics of static ranges in it.
 
     Attributes:
-      quant_stats: the statistics, as `with_quant_stats` makes them: a nested dictionary
+      quant_stats: the statistics, as `attach` makes them: a nested dictionary
         with, for each activation such as `["Dense_0"]["dot_general0_lhs"]`, a
         dictionary of arrays. `quantize_params` takes it.
     """
 
     quant_stats: Any = struct.field(default_factory=dict)
-
-
-def with_quant_stats(
-    state: Any,
-    rules: Sequence[QuantizationRule] | QuantizationProvider,
-    *inputs: Any,
-    step: Callable[..., Any] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Makes room, in a train state or NNX model, for the statistics of static ranges.
-
-    They start empty; `wrap_train_step` updates them. Nothing is computed.
-
-    Args:
-      state: a `TrainState`, of a class of your own, too; any other dataclass with a
-        `replace` method, if `step` is given; or an NNX model, which is changed in
-        place.
-      rules: what the step is to be wrapped with: the rules, or a provider that
-        collects ranges, such as `QtProvider(rules)`.
-      *inputs: inputs of the model, or their shapes. With `step`, what the step takes
-        after the state.
-      step: the step, where the model's inputs are not at hand, or are not all that its
-        call takes. It is traced abstractly.
-      **kwargs: keyword inputs.
-
-    Returns:
-      The NNX model, with a `QuantStat` in the module of each op; or the state, with a
-      field `quant_stats`. If the class of the state has no such field, it is of a
-      subclass that does. `state.quant_stats`, or of an NNX model
-      `nnx.to_pure_dict(nnx.state(model, QuantStat))`, is what `ptq.quantize` takes.
-
-    Raises:
-      ValueError: if no rule sets `act_static_scale=True`, or none matches an op.
-      TypeError: if `state` is no such object; if a provider collects no ranges.
-
-    Example:
-      >>> import optax
-      >>> from flax import linen as nn
-      >>> from jax import numpy as jnp
-      >>> rule = QuantizationRule(
-      ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
-      ... )
-      >>> model, x = nn.Dense(2), jnp.ones((8, 4))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> state = train_state.TrainState.create(
-      ...     apply_fn=model.apply, params=params, tx=optax.sgd(0.1)
-      ... )
-      >>> state = with_quant_stats(state, [rule], x)
-      >>> sorted(state.quant_stats["dot_general0_lhs"])
-      ['count', 'mean_size', 'narrowest', 'skipped', 'sum_of_absmax', 'widest']
-    """
-    if not inputs and not kwargs:
-        raise TypeError(
-            "with_quant_stats needs inputs of the model, or step= and what the step "
-            "takes after the state: with_quant_stats(state, rules, *inputs)."
-        )
-    observed = calib.observe(step or _call_of(state), rules)
-    # A copy, as an NNX model may be updated by its call.
-    traced = nnx.clone(state) if isinstance(state, nnx.Module) else state
-    try:
-        stats = observed.init(traced, *inputs, **kwargs)
-    except Exception as error:
-        if step is None:
-            error.add_note(
-                "with_quant_stats has called the model on the inputs that it was "
-                "given. If your step calls it in another way, such as on a part of a "
-                "batch, use with_quant_stats(state, rules, batch, step=train_step)."
-            )
-        raise
-    found = {name: observed.ranges[name] for name in stats}
-    states = {x.path: stats[n] for n, x in found.items() if not x.learned}
-    if not states:
-        raise ValueError(
-            "No rule that matches an op sets act_static_scale=True: ranges that are "
-            "learned are among the params, see qat.attach_learned_scales."
-        )
-    if isinstance(state, nnx.Module):
-        for path, value in states.items():
-            nnx_objects.put(state, path, QuantStat(value))
-        return state
-    return _replaced(state, states)
 
 
 def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
@@ -202,36 +123,60 @@ def _counts_steps(value: Any) -> bool:
     return not isinstance(value, type) and attributes.has(value, "step", "replace")
 
 
-def _call_of(state: Any) -> Callable[..., Any]:
-    """The function of a state and inputs that calls its model."""
-    if isinstance(state, nnx.Module):
-        return lambda model, *inputs, **kwargs: model(*inputs, **kwargs)
-    if not hasattr(state, "apply_fn") or not hasattr(state, "params"):
+def held_states(target: Any) -> Mapping[Path, Mapping[str, Any]]:
+    """The statistics that a train state, an NNX model or variables hold, by path."""
+    if is_tree(target):
+        whole = has_collections(target)
+        return states_in(target.get("quant_stats", {})) if whole else {}
+    return states_of(target)
+
+
+def with_states(target: Any, states: States) -> Any:
+    """What is trained with statistics, in the place of those that it holds.
+
+    Args:
+      target: an NNX model, or an `nnx.ModelAndOptimizer`, which are changed in place; a
+        dataclass with a method `replace`; or the variables of a Linen model. If a class
+        has no field `quant_stats`, the result is of a subclass that does.
+      states: the statistics, by path; if there are none, a class that was made for them
+        is left again.
+
+    Raises:
+      TypeError: if `target` has no place for them.
+    """
+    model = nnx_model(target)
+    if model is not None:
+        held = [path for path, _ in quant_stats_in(model)]
+        nnx_objects.remove_params(model, set(held) - set(states))
+        for path, value in states.items():
+            nnx_objects.put(model, path, QuantStat(value))
+        return target
+    if has_collections(target):
+        variables = {k: x for k, x in target.items() if k != "quant_stats"}
+        stats = {"quant_stats": as_quant_stats(states)} if states else {}
+        return frozen_like(target, {**variables, **stats})
+    if is_tree(target) and not states:
+        return target
+    if is_tree(target):
         raise TypeError(
-            f"Expected a TrainState or an NNX model, got {type(state).__name__}. Give "
-            "step= for a state that has no apply_fn and params."
+            f"Statistics of ranges have no place in {shortened(target)}: they are a "
+            "field of a TrainState or of another flax.struct.dataclass, or a "
+            "collection beside the params of a Linen model, attach({'params': params}, "
+            "rules, *inputs, model=model)."
         )
-
-    def call(state, *inputs, **kwargs):
-        others = collections_of(state)
-        return state.apply_fn({"params": state.params, **others}, *inputs, **kwargs)
-
-    return call
-
-
-def _replaced(state: Any, states: States) -> Any:
-    if not dataclasses.is_dataclass(state) or not hasattr(state, "replace"):
-        raise TypeError(
-            f"Expected a TrainState, or another flax.struct.dataclass, got "
-            f"{shortened(state)}."
-        )
-    if not hasattr(state, "quant_stats"):
-        fields = {
-            field.name: getattr(state, field.name)
-            for field in dataclasses.fields(state)
-        }
-        return _with_field(type(state))(**fields, quant_stats=nested(states))
-    return state.replace(quant_stats=nested(states))  # type: ignore[attr-defined]
+    has_room = hasattr(target, "quant_stats")
+    without = vars(type(target)).get("_without_quant_stats")
+    if has_room and (states or without is None):
+        return target.replace(quant_stats=nested(states))  # type: ignore[attr-defined]
+    if not states and not has_room:
+        return target
+    cls: Any = _with_field(type(target)) if states else without
+    fields = {
+        field.name: getattr(target, field.name)
+        for field in dataclasses.fields(target)
+        if field.name != "quant_stats"
+    }
+    return cls(**fields, **({"quant_stats": nested(states)} if states else {}))
 
 
 @functools.cache
@@ -240,6 +185,7 @@ def _with_field(cls: type) -> type:
     fields = {
         "__annotations__": {"quant_stats": Any},
         "quant_stats": struct.field(default_factory=dict),
+        "_without_quant_stats": cls,
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }

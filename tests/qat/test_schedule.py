@@ -348,7 +348,7 @@ STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 def test_static_ranges_are_measured_before_activations_begin():
     schedule = Schedule(start_step=1, act_start_step=2, ramp_steps=1)
     step = jax.jit(wrap_train_step(train_step, STATIC, schedule=schedule))
-    state = qwix_train.with_quant_stats(new_state(), STATIC, X)
+    state = qwix_train.attach(new_state(), STATIC, X)
     for _ in range(5):
         before = state
         state, _ = step(state, BATCH)
@@ -361,7 +361,7 @@ def test_static_ranges_are_measured_before_activations_begin():
 @pytest.mark.slow
 def test_static_ranges_of_nnx_models_with_a_schedule():
     model: Any = models.NnxMlp(nnx.Rngs(0), 0.0)
-    qwix_train.with_quant_stats(model, STATIC, X)
+    qwix_train.attach(model, STATIC, X)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     schedule = dataclasses.replace(START, quant_stats_freeze_step=5)
     step = nnx.jit(wrap_train_step(nnx_step, STATIC, schedule=schedule))
@@ -376,7 +376,7 @@ def test_static_ranges_of_nnx_models_with_a_schedule():
 def test_a_provider_takes_a_start_alone():
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
     provider = qwix_train.OdmlQatProvider(rules)
-    state = qwix_train.with_quant_stats(new_state(), provider, X)
+    state = qwix_train.attach(new_state(), provider, X)
     step = jax.jit(
         wrap_train_step(train_step, provider, schedule=Schedule(start_step=2))
     )
