@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx, struct
 from flax.training import train_state
 
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.shortened import shortened
-from qwix_train.frontends import attributes, nnx_objects
+from qwix_train.frontends import held, nnx_objects
 from qwix_train.frontends.targets import (
     frozen_like,
     has_collections,
@@ -44,7 +43,7 @@ def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
       ValueError: if two of them have statistics of the same name.
     """
     found: dict[Path, Mapping[str, Any]] = {}
-    for state in _train_states(tree):
+    for state in held.states_with(tree, "quant_stats"):
         _add(found, states_in(state.quant_stats))
     for path, stat in quant_stats_in(tree):
         _add(found, {path: dict(stat.get_value())})
@@ -65,29 +64,20 @@ def put_states(args: Any, out: Any, states: States) -> Any:
     Raises:
       ValueError: if there is no place for them.
     """
-    places = 0
 
-    def put(value):
-        nonlocal places
-        if not _is_train_state(value):
-            return value
-        places += 1
-        updated = {path: states[path] for path in states_in(value.quant_stats)}
-        return value.replace(quant_stats=nested(updated))
+    def updated(old):
+        return nested({path: states[path] for path in states_in(old)})
 
-    out = jax.tree.map(
-        put, out, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
-    )
+    places = [*held.states_with(out, "quant_stats"), *quant_stats_in((args, out))]
     for path, stat in quant_stats_in((args, out)):
         stat.set_value(dict(states[path]))
-        places += 1
     if not places:
         raise ValueError(
             "The step updates static ranges, but returns no state that has "
             "quant_stats, so they would be lost. Return the state, or wrap the "
             "step with update_quant_stats=False."
         )
-    return out
+    return held.with_field(out, "quant_stats", updated)
 
 
 def step_count(tree: Any) -> Any:
@@ -96,31 +86,22 @@ def step_count(tree: Any) -> Any:
     Raises:
       ValueError: if there is none, or more than one.
     """
-    counts = []
-    seen: set[int] = set()
-    for leaf in jax.tree.leaves(
-        tree, is_leaf=lambda x: _counts_steps(x) or nnx_objects.is_node(x)
-    ):
-        if nnx_objects.is_node(leaf):
-            for _, node in nnx.iter_graph(leaf):
-                if isinstance(node, nnx.Optimizer) and id(node) not in seen:
-                    seen.add(id(node))
-                    counts.append(node.step.get_value())
-        elif _counts_steps(leaf):
-            counts.append(leaf.step)
+    counts = [
+        *(
+            optimizer.step.get_value()
+            for optimizer in held.nodes_of(tree, nnx.Optimizer)
+        ),
+        *(state.step for state in held.states_with(tree, "step")),
+    ]
     if len(counts) == 1:
         return counts[0]
-    held = f"{len(counts)} arguments of the step are" if counts else "no argument is"
+    who = f"{len(counts)} arguments of the step are" if counts else "no argument is"
     raise ValueError(
         "A schedule, and what is frozen after some steps, needs the number of steps so "
-        f"far, and {held} a train state or an nnx.Optimizer. Give wrap_train_step a "
+        f"far, and {who} a train state or an nnx.Optimizer. Give wrap_train_step a "
         "function of the step's arguments that returns that number, such as "
         "schedule_step=lambda state, batch: state.step."
     )
-
-
-def _counts_steps(value: Any) -> bool:
-    return not isinstance(value, type) and attributes.has(value, "step", "replace")
 
 
 def held_states(target: Any) -> Mapping[Path, Mapping[str, Any]]:
@@ -146,8 +127,8 @@ def with_states(target: Any, states: States) -> Any:
     """
     model = nnx_model(target)
     if model is not None:
-        held = [path for path, _ in quant_stats_in(model)]
-        nnx_objects.remove_params(model, set(held) - set(states))
+        before = {path for path, _ in quant_stats_in(model)}
+        nnx_objects.remove_params(model, before - set(states))
         for path, value in states.items():
             nnx_objects.put(model, path, QuantStat(value))
         return target
@@ -193,21 +174,6 @@ def _with_field(cls: type) -> type:
     return (
         subclass if "_flax_dataclass" in vars(subclass) else struct.dataclass(subclass)
     )
-
-
-def _is_train_state(value: Any) -> bool:
-    return (
-        not isinstance(value, nnx.Module | type)
-        and attributes.has(value, "quant_stats", "replace")
-        and bool(value.quant_stats)
-    )
-
-
-def _train_states(tree: Any) -> Iterator[Any]:
-    leaves = jax.tree.leaves(
-        tree, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
-    )
-    return filter(_is_train_state, leaves)
 
 
 def _add(found: dict[Path, Mapping[str, Any]], more: States) -> None:
