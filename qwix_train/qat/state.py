@@ -86,13 +86,9 @@ def step_count(tree: Any) -> Any:
     Raises:
       ValueError: if there is none, or more than one.
     """
-    counts = [
-        *(
-            optimizer.step.get_value()
-            for optimizer in held.nodes_of(tree, nnx.Optimizer)
-        ),
-        *(state.step for state in held.states_with(tree, "step")),
-    ]
+    optimizers = held.nodes_of(tree, nnx.Optimizer)
+    counts = [optimizer.step.get_value() for optimizer in optimizers]
+    counts += [state.step for state in held.states_with(tree, "step")]
     if len(counts) == 1:
         return counts[0]
     who = f"{len(counts)} arguments of the step are" if counts else "no argument is"
