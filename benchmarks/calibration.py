@@ -188,7 +188,7 @@ def bench_qat(task: models.Task, options) -> dict[str, float]:
         ),
         "static, kept in the state": (
             wrap(models.train_step, static),
-            qwix_train.with_quant_stats(state, static, batch, step=models.train_step),
+            qwix_train.attach(state, static, batch, step=models.train_step),
         ),
     }
     # Copies, since a step is given its state to overwrite.

@@ -24,6 +24,7 @@ import optax
 from flax import traverse_util
 from flax.training import train_state
 
+import qwix_train
 from benchmarks import models
 from benchmarks.ptq import HAS_QWIX, normal, packages
 from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
@@ -128,9 +129,8 @@ def make_variants(task: models.Task, rank: int) -> dict[str, Variant]:
 
     def ours(**base: Any) -> Variant:
         rules = [lora.LoraRule(**settings, **base)]
-        state = lora.create_train_state(
-            apply_fn, params, tx, rules, jax.random.key(1), x
-        )
+        state = train_state.TrainState(0, apply_fn, params, tx, opt_state=())
+        state = qwix_train.attach(state, rules, x, rng=jax.random.key(1))
         return Variant(train_step, state, lambda s: (s.params, s.frozen, s.opt_state))
 
     def theirs(**base: Any) -> Variant:

@@ -24,7 +24,7 @@ import qwix_train
 from benchmarks import models
 from benchmarks.ptq import HAS_QWIX
 from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
-from qwix_train import optim, qat
+from qwix_train import optim
 
 if HAS_QWIX:
     import qwix
@@ -100,8 +100,8 @@ def bench_steps(options) -> dict[str, Any]:
         RAMP: (ramp, late),
         RAMPED: (ramped, late),
         BITS: (wrap(rules, schedule=bits), late),
-        LSQ: (wrap(lsq), qat.with_learned_scales(state, lsq, x)),
-        LSQ_ACTIVATIONS: (wrap(both), qat.with_learned_scales(state, both, x)),
+        LSQ: (wrap(lsq), qwix_train.attach(state, lsq, x)),
+        LSQ_ACTIVATIONS: (wrap(both), qwix_train.attach(state, both, x)),
     }
     return {"task": task.name, "step": _step_times(variants, task, options.rounds)}
 

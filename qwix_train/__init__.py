@@ -5,13 +5,15 @@ adapters. `Schedule` says when they begin. `plan` shows what they do (a `Plan`, 
 `StepPlan` of a wrapped step).
 
 Steps: `wrap_train_step`, `wrap_eval_step`; `as_model` and `in_float` mark functions and
-teachers in them. `with_quant_stats` keeps static ranges in a state (`QuantTrainState`)
-or an NNX model (`QuantStat`).
+teachers in them.
+
+Leaves: `attach` gives a state, params or a model what the rules need beside the params:
+statistics of ranges (`QuantTrainState`, `QuantStat`), trained scales, adapters
+(`LoraTrainState`). `attached` lists them, `ranges` reads ranges, `detach` takes off.
 
 Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
 `QuantizationProvider`: `QtProvider`, `PtqProvider`, `LoraProvider`, `OdmlQatProvider`,
 `OdmlConversionProvider`. `quantize_params` quantizes params for a `PtqProvider`.
-`LoraTrainState` holds adapters.
 
 Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
 `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`.
@@ -23,6 +25,9 @@ from typing import TYPE_CHECKING
 
 from qwix_train import calib as calib
 from qwix_train import qat as qat
+from qwix_train.attach import attach as attach
+from qwix_train.attach import attached as attached
+from qwix_train.attach import detach as detach
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general
@@ -49,8 +54,8 @@ from qwix_train.planning.schedule import Schedule as Schedule
 from qwix_train.qat import QtProvider as QtProvider
 from qwix_train.qat import QtRule as QtRule
 from qwix_train.qat.quant_stat import QuantStat as QuantStat
+from qwix_train.qat.ranges import ranges as ranges
 from qwix_train.qat.state import QuantTrainState as QuantTrainState
-from qwix_train.qat.state import with_quant_stats as with_quant_stats
 from qwix_train.step import wrap_eval_step as wrap_eval_step
 from qwix_train.step import wrap_train_step as wrap_train_step
 

@@ -35,9 +35,6 @@ def wrap_train_step(
     schedule_step: Callable[..., Any] | None = None,
     quant_stats: Mapping[str, Any] | None = None,
     update_quant_stats: bool | Callable[..., Any] = True,
-    quant_stats_warmup: int = 0,
-    quant_stats_frozen_after: int | None = None,
-    batch_stats_frozen_after: int | None = None,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes a train step quantization-aware.
@@ -57,7 +54,7 @@ def wrap_train_step(
     the model at every call, which takes milliseconds.
 
     Rules with `act_static_scale=True` quantize activations with ranges that are kept
-    in the state (see `with_quant_stats`). Each step measures its activations and
+    in the state (see `attach`). Each step measures its activations and
     updates them, in the order in which the model runs: under gradient accumulation and
     `scan`, once per micro-batch; under `remat`, once. The forward uses the range with
     its own batch in it.
@@ -78,27 +75,18 @@ def wrap_train_step(
       rules: the rules, in order of precedence: the first that matches an op decides.
         Or a provider that keeps params in float; rules stand for `QtProvider(rules)`.
       schedule: by which step quantization begins, and with how many bits, for the
-        rules that have no schedule of their own. Providers other than `QtProvider` take
-        a start step alone.
+        rules that have no schedule of their own; after how many batches ranges in the
+        state are used, and from which step on these and the statistics of batch
+        normalization stay as they are. For when quantization begins, providers other
+        than `QtProvider` take a start step alone.
       schedule_step: the number of steps so far, as a function of the step's arguments
-        that returns an int scalar: for `schedule`, and for what is frozen after some
-        steps. If None, it is the `step` of the train state or `nnx.Optimizer` among the
-        arguments.
+        that returns an int scalar. If None, it is the `step` of the train state or
+        `nnx.Optimizer` among the arguments.
       quant_stats: ranges of activations that stay as they are, in the place of those
         in the state. See `QtProvider`.
       update_quant_stats: whether the step updates the ranges in the state: False to
         leave them as they are, or a function of the step's arguments that returns a
         bool scalar.
-      quant_stats_warmup: the number of batches that statistics must have before they
-        are used. Until then, and in any case before the first, the range of an
-        activation is that of its own batch.
-      quant_stats_frozen_after: the number of steps after which the ranges in the state
-        stay as they are.
-      batch_stats_frozen_after: the number of steps after which the running statistics
-        of batch normalization stay as they are (arXiv 1806.08342, section 3.2.2): the
-        `batch_stats` of train states, and the `nnx.BatchStat` variables of NNX models.
-        What the model normalizes with is up to its call, as ever: in training, the
-        statistics of the batch, unless it is called with `use_running_average=True`.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise, unless a provider says `allow_unmatched`.
 
@@ -147,12 +135,13 @@ def wrap_train_step(
     """
     provider = _provider_of(rules, quant_stats, allow_unmatched)
     check_step(step)
-    _check_counts(
-        schedule_step,
-        quant_stats_warmup=quant_stats_warmup,
-        quant_stats_frozen_after=quant_stats_frozen_after,
-        batch_stats_frozen_after=batch_stats_frozen_after,
-    )
+    if schedule_step is not None and not callable(schedule_step):
+        raise TypeError(
+            f"schedule_step={schedule_step!r} is no function: give one of the step's "
+            "arguments, such as lambda state, batch: state.step."
+        )
+    phases = phases_of(provider.rules, schedule)
+    time = schedule or Schedule()
 
     def count_of(args, kwargs):
         if schedule_step is not None:
@@ -163,28 +152,27 @@ def wrap_train_step(
         update = update_quant_stats
         if callable(update):
             update = update(*args, **kwargs)
-        if quant_stats_frozen_after is not None:
+        if time.quant_stats_freeze_step is not None:
             steps = count_of(args, kwargs)
-            update = jnp.logical_and(update, steps < quant_stats_frozen_after)
-        return RangeUpdates(update, quant_stats_warmup)
+            update = jnp.logical_and(update, steps < time.quant_stats_freeze_step)
+        return RangeUpdates(update, time.quant_stats_warmup)
 
     def quantized(provider):
         if provider.keeps_quant_stats:
             return _with_ranges(step, provider, updates_of)
         return wrap(step, provider)
 
-    phases = phases_of(provider.rules, schedule)
     if len(phases) == 1:
         run = quantized(provider)
     else:
         run = scheduled_step.follow(step, provider, phases, quantized, count_of)
-    if batch_stats_frozen_after is not None:
+    if time.batch_stats_freeze_step is not None:
 
         def frozen(args, kwargs):
-            return count_of(args, kwargs) >= batch_stats_frozen_after
+            return count_of(args, kwargs) >= time.batch_stats_freeze_step
 
         run = batch_stats.freezing(run, frozen)
-    if len(phases) == 1 and batch_stats_frozen_after is None:
+    if len(phases) == 1 and time.batch_stats_freeze_step is None:
         return cast(Step, _like(step, run) if provider.keeps_quant_stats else run)
     return cast(Step, _like(step, run))
 
@@ -193,24 +181,23 @@ def wrap_eval_step(
     step: Step,
     rules: Sequence[QuantizationRule] | QuantizationProvider,
     *,
+    schedule: Schedule | None = None,
     quant_stats: Mapping[str, Any] | None = None,
-    quant_stats_warmup: int = 0,
     allow_unmatched: bool = False,
 ) -> Step:
     """Makes an eval step compute what the quantized model will.
 
     See `wrap_train_step`; the forward is the same. With params from float training
     this measures post-training quantization. Static ranges in the state are used, and
-    do not change. Schedules of rules do not count here: whatever the step of the state,
-    it is the model that training ends with that is evaluated.
+    do not change. When quantization begins does not count here: whatever the step of
+    the state, it is the model that training ends with that is evaluated.
 
     Args:
       step: the eval step.
       rules: the rules, or a provider, as for the train step.
+      schedule: that of the train step; its `quant_stats_warmup` alone counts.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`,
         in the place of those in the state.
-      quant_stats_warmup: the number of batches that statistics must have before they
-        are used, as for the train step.
       allow_unmatched: whether a step in which no rule matches any op is left in
         float. An error otherwise, unless a provider says `allow_unmatched`.
 
@@ -219,10 +206,10 @@ def wrap_eval_step(
       ValueError: by the step when called, as that of `wrap_train_step`.
     """
     provider = _provider_of(rules, quant_stats, allow_unmatched)
+    phases_of(provider.rules, schedule)  # complains of one that does not fit the rules
     if not provider.keeps_quant_stats:
         return cast(Step, wrap(step, provider))
-    _check_counts(None, quant_stats_warmup=quant_stats_warmup)
-    updates = RangeUpdates(False, quant_stats_warmup)
+    updates = RangeUpdates(False, (schedule or Schedule()).quant_stats_warmup)
     run = _with_ranges(step, provider, lambda args, kwargs: updates)
     return cast(Step, _like(step, run))
 
@@ -257,24 +244,6 @@ def _provider_of(
     return provider
 
 
-def _check_counts(
-    schedule_step: Callable[..., Any] | None, **counts: int | None
-) -> None:
-    """Complains of what cannot count steps, or be such a count."""
-    if schedule_step is not None and not callable(schedule_step):
-        raise TypeError(
-            f"schedule_step={schedule_step!r} is no function: give one of the step's "
-            "arguments, such as lambda state, batch: state.step."
-        )
-    for name, steps in counts.items():
-        if steps is None:
-            continue
-        if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-            raise TypeError(f"{name}={steps!r}: a number of steps is an int.")
-        if steps < 0:
-            raise ValueError(f"{name}={steps!r}: it must not be negative.")
-
-
 def _checked_count(count: Any) -> Any:
     """What `schedule_step` gave.
 
@@ -304,7 +273,7 @@ def _with_ranges(
             raise ValueError(
                 "Activations are to have static ranges (act_static_scale=True), and "
                 "the step has none: its state has no quant_stats. Make room for them "
-                "with with_quant_stats(state, rules, *inputs), or collect them "
+                "with attach(state, rules, *inputs), or collect them "
                 "beforehand with calib.Calibrator and pass "
                 "quant_stats=calibrator.quant_stats."
             )

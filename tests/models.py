@@ -8,6 +8,7 @@ from flax import nnx
 from flax.training import train_state
 from jax import numpy as jnp
 
+import qwix_train
 from qwix_train import QuantizationRule
 from tests.compare import assert_close as assert_close
 from tests.compare import assert_differ as assert_differ
@@ -165,3 +166,21 @@ def classes(x):
 
 def loss_of(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def lora_state(apply_fn, params, tx, rules, rng, *inputs, **kwargs):
+    """A state whose params are adapters.
+
+    Args:
+      apply_fn: `model.apply` of a Linen model, or a function of params and inputs.
+      params: the params of the base.
+      tx: the optimizer of the adapters.
+      rules: the rules.
+      rng: a random key, for the adapters.
+      *inputs: inputs of the model.
+      **kwargs: keyword arguments of `attach`.
+    """
+    is_linen = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
+    state = train_state.TrainState(0, apply_fn, params, tx, ())
+    model = None if is_linen else apply_fn
+    return qwix_train.attach(state, rules, *inputs, rng=rng, model=model, **kwargs)

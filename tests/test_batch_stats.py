@@ -41,8 +41,8 @@ def test_statistics_of_batch_norm_stay_from_a_step_on():
     state: Any = models.BatchState.create(
         apply_fn=model.apply, tx=optax.adam(0.01), **model.init(jax.random.key(0), X)
     )
-    options = {"schedule": Schedule(start_step=1), "batch_stats_frozen_after": 2}
-    step = jax.jit(wrap_train_step(normed_step, RULES, **options))
+    schedule = Schedule(start_step=1, batch_stats_freeze_step=2)
+    step = jax.jit(wrap_train_step(normed_step, RULES, schedule=schedule))
     plain = jax.jit(wrap_train_step(normed_step, RULES))
     states = [state]
     for _ in range(4):
@@ -65,7 +65,9 @@ def nnx_step(model, optimizer, x, y):
 def test_statistics_of_batch_norm_of_nnx_models():
     nnx_model = models.NnxMlp(nnx.Rngs(0), 0.0)
     optimizer = nnx.Optimizer(nnx_model, optax.sgd(0.1), wrt=nnx.Param)
-    frozen = nnx.jit(wrap_train_step(nnx_step, RULES, batch_stats_frozen_after=1))
+    frozen = nnx.jit(
+        wrap_train_step(nnx_step, RULES, schedule=Schedule(batch_stats_freeze_step=1))
+    )
     frozen(nnx_model, optimizer, X, BATCH["y"])
     first = nnx.state(nnx_model, nnx.BatchStat)
     assert not np.allclose(nnx_model.bn.mean[...], 0)
@@ -77,14 +79,16 @@ def test_errors():
     state: Any = models.BatchState.create(
         apply_fn=nn.Dense(3).apply, tx=optax.identity(), params={}, batch_stats={}
     )
-    frozen = wrap_train_step(normed_step, RULES, batch_stats_frozen_after=1)
+    frozen = wrap_train_step(
+        normed_step, RULES, schedule=Schedule(batch_stats_freeze_step=1)
+    )
     with pytest.raises(ValueError, match="no argument of the step is a state with"):
         frozen(state, BATCH)
     state = state.replace(batch_stats={"mean": jnp.zeros(3)})
     dropping = wrap_train_step(
         lambda state, batch: batch["x"],
         RULES,
-        batch_stats_frozen_after=1,
+        schedule=Schedule(batch_stats_freeze_step=1),
         allow_unmatched=True,
     )
     with pytest.raises(ValueError, match="1 states with batch_stats.*0 among"):

@@ -141,7 +141,7 @@ def test_adapters_stand_below_both_bridges():
 
 @pytest.mark.slow
 def test_ranges_of_a_linen_part_are_kept_in_the_nnx_model():
-    model = qwix_train.with_quant_stats(OfLinen(), STATIC, X)
+    model = qwix_train.attach(OfLinen(), STATIC, X)
     step = qwix_train.wrap_train_step(lambda model, x: model(x), STATIC)
     step(model, X)
     step(model, 3 * X)

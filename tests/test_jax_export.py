@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import export
 from jax import numpy as jnp
 
+import qwix_train
 from qwix_train import (
     HowToQuantize,
     QtProvider,
@@ -19,12 +20,12 @@ from qwix_train import (
     dot_general,
     lora,
     ptq,
-    qat,
     quantize,
     quantize_fn,
     quantize_model,
 )
 from qwix_train.core.packed_array import pack
+from tests import models
 from tests.models import Layers, assert_same
 from tests.spellings import data
 
@@ -172,7 +173,7 @@ def test_gradients_of_quantized_training():
 def test_adapters(fields):
     params = jax.jit(Mlp().init)(jax.random.key(0), X)["params"]
     rules = [lora.LoraRule(rank=2, alpha=2.0, **fields)]
-    state = lora.create_train_state(
+    state = models.lora_state(
         Mlp().apply, params, optax.sgd(0.1), rules, jax.random.key(1), X
     )
     check(lambda p, x: state.apply_fn({"params": p}, x), state.params, X, "b, 6")
@@ -193,7 +194,7 @@ def test_trained_scales(method):
     model = quantize_model(Mlp(), QtProvider(rules))
     x = data(2, 5, 6)
     params = Mlp().init(jax.random.key(0), x)["params"]
-    params = qat.attach_learned_scales(Mlp(), params, rules, x)
+    params = qwix_train.attach(params, rules, x, model=Mlp())
 
     def loss(params, x):
         return jnp.square(model.apply({"params": params}, x)).sum()

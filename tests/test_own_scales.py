@@ -12,7 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import QtProvider, QuantizationRule, ptq, qat, quantize_fn
+from qwix_train import QtProvider, QuantizationRule, attach, ptq, quantize_fn
 from tests.models import assert_close, assert_same
 
 RNG = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_and_keeps_it_when_it_is_quantized():
 def test_no_learned_scale_takes_its_place():
     lsq = [QuantizationRule(weight_qtype="int4", weight_calibration_method="lsq")]
     with pytest.raises(ValueError, match="The model has a param 'kernel_scale'"):
-        qat.attach_learned_scales(Linen(), PARAMS, lsq, X, method="encode")
+        attach(PARAMS, lsq, X, model=Linen(), method="encode")
 
 
 def test_what_is_attached_to_an_nnx_model_is_known():
@@ -104,7 +104,7 @@ def test_what_is_attached_to_an_nnx_model_is_known():
         def __call__(self, x):
             return self.encode(x)
 
-    model = qat.attach_learned_scales(Alone(None), None, lsq, X)
+    model = attach(Alone(None), lsq, X)
     model.kernel_scale.set_value(jnp.asarray(OWN))
     model = nnx.merge(*nnx.split(model))
     assert_close(qwix_train.wrap_eval_step(evaluate, RULES)(model, X), TAKEN)

@@ -16,9 +16,10 @@ from qwix_train import (
     PtqProvider,
     QtProvider,
     QuantizationProvider,
+    Schedule,
+    attach,
     calib,
     quantize_model,
-    with_quant_stats,
     wrap_eval_step,
     wrap_train_step,
 )
@@ -156,10 +157,10 @@ def test_ranges_of_a_provider_are_collected_and_stay():
 @pytest.mark.slow
 def test_ranges_of_a_provider_are_kept_in_the_state():
     provider, x = QtProvider(RULES), BATCHES[0]
-    by_rules = with_quant_stats(new_state(), RULES, x)
-    state = with_quant_stats(new_state(), provider, x)
+    by_rules = attach(new_state(), RULES, x)
+    state = attach(new_state(), provider, x)
     models.assert_same(state.quant_stats, by_rules.quant_stats)
-    options = {"quant_stats_warmup": 2, "quant_stats_frozen_after": 3}
+    options = {"schedule": Schedule(quant_stats_warmup=2, quant_stats_freeze_step=3)}
     expected = wrap_train_step(train_step, RULES, **options)
     step = wrap_train_step(train_step, provider, **options)
     for x in BATCHES:
@@ -173,7 +174,7 @@ def test_ranges_of_a_provider_are_kept_in_the_state():
         wrap_eval_step(eval_step, provider)(state, x),
         wrap_eval_step(eval_step, RULES)(state, x),
     )
-    model = with_quant_stats(NnxMlp(new_state().params), provider, x)
+    model = attach(NnxMlp(new_state().params), provider, x)
     ranges = nnx.state(model, qwix_train.QuantStat)
     found = {path[:-1] for path, _ in nnx.to_flat_state(ranges)}
     assert len(found) == 2
@@ -193,8 +194,10 @@ def test_providers_that_cannot_are_refused():
             calib.Calibrator(provider)
         with pytest.raises(TypeError, match=message):
             calib.observe(eval_step, provider)
-        with pytest.raises(TypeError, match=message):
-            with_quant_stats(state, provider, x)
+    for provider in (PtqProvider(RULES), Float(RULES)):
+        message = f"nothing to attach: no rule of {type(provider).__name__} sets"
+        with pytest.raises(ValueError, match=message):
+            attach(state, provider, x)
     with pytest.raises(TypeError, match="Float takes no quant_stats"):
         wrap_train_step(train_step, Float(RULES), quant_stats={})
     with pytest.raises(ValueError, match="No rule sets act_static_scale=True"):

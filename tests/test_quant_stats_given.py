@@ -71,14 +71,6 @@ def test_ranges_of_a_wider_model():
         quantized(params, np.ones((5, 4), np.float32))
 
 
-def test_a_warm_up_is_a_number_of_batches():
-    for wrap in wrap_train_step, wrap_eval_step:
-        with pytest.raises(ValueError, match="quant_stats_warmup=-1: it must not be n"):
-            wrap(step, [STATIC], quant_stats_warmup=-1)
-        with pytest.raises(TypeError, match="quant_stats_warmup=2.5: a number of"):
-            wrap(step, [STATIC], quant_stats_warmup=2.5)
-
-
 def test_statistics_in_the_place_of_ranges_are_told_apart():
     rules = [STATIC]
     x = np.ones((1, 4), np.float32)

@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qwix_train import LoraProvider, LoraRule, lora, plan, ptq, quantize_model
+from qwix_train import LoraProvider, LoraRule, plan, ptq, quantize_model
 from qwix_train.frontends.random_keys import checked
 from tests import models
 
@@ -19,7 +19,7 @@ DOORS = {
     "nnx": lambda key: quantize_model(
         nnx.Linear(4, 3, rngs=nnx.Rngs(0)), LoraProvider(LORA), X, rngs=key
     ),
-    "lora": lambda key: lora.create_train_state(
+    "lora": lambda key: models.lora_state(
         lambda params, x: x @ params["w"], PARAMS, optax.sgd(0.1), LORA, key, X
     ),
 }

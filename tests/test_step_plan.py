@@ -13,9 +13,9 @@ import qwix_train
 from qwix_train import (
     QuantizationRule,
     Schedule,
+    attach,
     in_float,
     plan,
-    with_quant_stats,
     wrap_eval_step,
     wrap_train_step,
 )
@@ -112,7 +112,7 @@ def test_a_step_that_keeps_ranges_and_one_of_nnx():
     rules = [
         QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
     ]
-    state = with_quant_stats(new_state(), rules, X)
+    state = attach(new_state(), rules, X)
     found = plan(wrap_train_step(train_step, rules), state, X)
     assert all(op.static for op in found.calls[0].plan.ops)
 

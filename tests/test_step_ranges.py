@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import QuantizationRule, QuantTrainState, with_quant_stats
+from qwix_train import QuantizationRule, QuantTrainState, Schedule, attach
 from tests import models
 
 RATE = 0.1
@@ -130,7 +130,7 @@ class Threaded:
     ["jit", "jitted before", pytest.param("eager", marks=pytest.mark.slow)],
 )
 def test_ranges_are_updated_and_used_in_an_unchanged_step(how):
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
+    state = attach(new_state(), RULES, BATCHES[0])
     step = jax.jit(train_step) if how == "jitted before" else train_step
     step = qwix_train.wrap_train_step(step, RULES)
     step = jax.jit(step) if how == "jit" else step
@@ -157,7 +157,7 @@ def nnx_step(model, optimizer, x):
 def test_the_same_with_nnx_objects(how):
     expected = Threaded()
     model = NnxMlp(expected.params)
-    assert with_quant_stats(model, RULES, BATCHES[0]) is model
+    assert attach(model, RULES, BATCHES[0]) is model
     optimizer = nnx.Optimizer(model, optax.sgd(RATE), wrt=nnx.Param)
     step = nnx.jit(nnx_step) if how == "jitted before" else nnx_step
     step = qwix_train.wrap_train_step(step, RULES)
@@ -182,7 +182,7 @@ def test_the_same_with_nnx_objects(how):
 
 def test_a_moving_average():
     rules = [dataclasses.replace(RULES[0], act_averaging="ema,0.75")]
-    state = with_quant_stats(new_state(), rules, BATCHES[0])
+    state = attach(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     expected = Threaded("0.75")
     for x in BATCHES:
@@ -196,7 +196,7 @@ def test_a_moving_average():
 def test_observers_of_all_data(observer):
     """The range is that of a calibration over the same activations."""
     rules = [dataclasses.replace(RULES[0], act_observer=observer)]
-    state = with_quant_stats(new_state(), rules, BATCHES[0])
+    state = attach(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     first = qwix_train.calib.Calibrator(rules)
     collect = first.wrap(jax.jit(eval_step))
@@ -207,9 +207,9 @@ def test_observers_of_all_data(observer):
     # The input of the first layer is the batch, whatever the params.
     ours = state.quant_stats["Dense_0"]["dot_general0_lhs"]
     models.assert_close(ours, first.state["Dense_0/dot_general0_lhs"])
-    ranges = qwix_train.calib.collected_ranges(state.quant_stats, rules)
+    ranges = qwix_train.ranges(state, rules)
     models.assert_close(ranges["Dense_0"], first.quant_stats["Dense_0"])
-    with pytest.raises(ValueError, match="Find the ranges with calib.collected_ranges"):
+    with pytest.raises(ValueError, match="Find the ranges with qwix_train.ranges"):
         qwix_train.ptq.quantize(
             Mlp(), state.params, rules, BATCHES[0], quant_stats=state.quant_stats
         )
@@ -225,9 +225,11 @@ def test_observers_of_all_data(observer):
 
 
 def test_frozen_paused_and_warming_up():
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
+    state = attach(new_state(), RULES, BATCHES[0])
     frozen = jax.jit(
-        qwix_train.wrap_train_step(train_step, RULES, quant_stats_frozen_after=2)
+        qwix_train.wrap_train_step(
+            train_step, RULES, schedule=Schedule(quant_stats_freeze_step=2)
+        )
     )
     expected = Threaded()
     for i, x in enumerate(BATCHES):
@@ -254,8 +256,12 @@ def test_frozen_paused_and_warming_up():
 
 
 def test_until_statistics_are_warm_the_batch_has_its_own_range():
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
-    step = jax.jit(qwix_train.wrap_train_step(train_step, RULES, quant_stats_warmup=3))
+    state = attach(new_state(), RULES, BATCHES[0])
+    step = jax.jit(
+        qwix_train.wrap_train_step(
+            train_step, RULES, schedule=Schedule(quant_stats_warmup=3)
+        )
+    )
     losses = []
     for x in BATCHES[:3]:
         alone = Threaded()
@@ -265,6 +271,16 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     (_, _), (second, own), (third, not_own) = losses
     np.testing.assert_allclose(second, own, 1e-5)
     assert abs(third - not_own) > 1e-5 * abs(not_own)
+    cold = Schedule(quant_stats_warmup=99, start_step=7)
+    outlier = jnp.asarray(BATCHES[0]).at[0, 0].set(40.0)
+    found = [
+        qwix_train.wrap_eval_step(eval_step, RULES, schedule=schedule)(state, outlier)
+        for schedule in (None, cold)
+    ]
+    fresh = Threaded()
+    fresh.params = state.params
+    np.testing.assert_allclose(found[1], fresh.step(outlier), 1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 @pytest.mark.slow
@@ -290,7 +306,7 @@ def test_scanned_layers_remat_and_micro_batches_at_once(remat):
         grads, losses = jax.lax.scan(body, zeros, batches)
         return state.apply_gradients(grads=grads), losses
 
-    state = with_quant_stats(state, RULES, jnp.stack(BATCHES), step=step)
+    state = attach(state, RULES, jnp.stack(BATCHES), step=step)
     stats = state.quant_stats["layers"]["Dense_0"]["dot_general0_lhs"]
     assert stats["count"].shape == (3,) and stats["sum_of_absmax"].shape == (3, 1, 1)
     kernels = params["layers"]["Dense_0"]["kernel"]
@@ -314,7 +330,7 @@ def test_scanned_layers_remat_and_micro_batches_at_once(remat):
 
 
 def test_what_was_trained_is_what_is_exported():
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
+    state = attach(new_state(), RULES, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, RULES))
     for x in BATCHES:
         state, _ = step(state, x)
@@ -337,7 +353,7 @@ def test_what_was_trained_is_what_is_exported():
 @pytest.mark.parametrize("averaging", ["ema,0.9", "minmax", "last"])
 def test_other_averages_are_exported_too(averaging):
     rules = [dataclasses.replace(RULES[0], act_averaging=averaging)]
-    state = with_quant_stats(new_state(), rules, BATCHES[0])
+    state = attach(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     for x in BATCHES:
         state, _ = step(state, x)
@@ -357,13 +373,13 @@ def test_other_averages_are_exported_too(averaging):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint(tmp_path):
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
+    state = attach(new_state(), RULES, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, RULES))
     for x in BATCHES[:2]:
         state, _ = step(state, x)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
-    fresh = with_quant_stats(new_state(), RULES, BATCHES[0])
+    fresh = attach(new_state(), RULES, BATCHES[0])
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "state", fresh)
     for x in BATCHES[2:]:
@@ -394,9 +410,9 @@ def test_states_of_your_own():
     model = Normed()
     variables = model.init(KEY, BATCHES[0])
     state = OwnState.create(apply_fn=model.apply, tx=optax.sgd(RATE), **variables)
-    made = with_quant_stats(state, RULES, BATCHES[0])
+    made = attach(state, RULES, BATCHES[0])
     assert isinstance(made, OwnState)
-    again = with_quant_stats(state, RULES, BATCHES[0])
+    again = attach(state, RULES, BATCHES[0])
     assert jax.tree.structure(made) == jax.tree.structure(again)
 
     def step(state, x):
@@ -417,7 +433,7 @@ def test_states_of_your_own():
 
     created = new_state(QuantTrainState)
     assert created.quant_stats == {}
-    assert type(with_quant_stats(created, RULES, BATCHES[0])) is QuantTrainState
+    assert type(attach(created, RULES, BATCHES[0])) is QuantTrainState
 
 
 @pytest.mark.slow
@@ -432,7 +448,7 @@ def test_a_dataclass_with_a_step_that_closes_over_the_model():
         return bare.replace(params=params)
 
     bare = Bare(new_state().params)
-    bare = with_quant_stats(bare, RULES, BATCHES[0], step=step)
+    bare = attach(bare, RULES, BATCHES[0], step=step)
     wrapped = jax.jit(qwix_train.wrap_train_step(step, RULES))
     expected = Threaded()
     for x in BATCHES:
@@ -442,7 +458,7 @@ def test_a_dataclass_with_a_step_that_closes_over_the_model():
 
 
 def test_a_batch_that_is_not_finite_changes_no_range():
-    state = with_quant_stats(new_state(), RULES, BATCHES[0])
+    state = attach(new_state(), RULES, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, RULES))
     state, _ = step(state, BATCHES[0])
     before = state.quant_stats["Dense_0"]["dot_general0_lhs"]
@@ -457,7 +473,7 @@ def test_a_sharded_step_gives_the_same_ranges():
     sharded = jax.sharding.NamedSharding(mesh, jax.P("data"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     step = jax.jit(qwix_train.wrap_train_step(train_step, RULES))
-    one = with_quant_stats(new_state(), RULES, BATCHES[0])
+    one = attach(new_state(), RULES, BATCHES[0])
     many = jax.device_put(one, everywhere)
     for x in BATCHES:
         one, loss = step(one, x)
@@ -471,38 +487,38 @@ def test_errors():
     with pytest.raises(ValueError, match="its state has no quant_stats"):
         qwix_train.wrap_train_step(train_step, RULES)(new_state(), x)
     with pytest.raises(TypeError, match="needs inputs of the model"):
-        with_quant_stats(new_state(), RULES)
+        attach(new_state(), RULES)
     with pytest.raises(Exception) as raised:
-        with_quant_stats(new_state(), RULES, {"image": x})
+        attach(new_state(), RULES, {"image": x})
     assert any("step=train_step" in note for note in raised.value.__notes__)
     with pytest.raises(TypeError, match="Expected a TrainState or an NNX model"):
-        with_quant_stats({"params": {}}, RULES, x)
-    with pytest.raises(ValueError, match="No rule sets act_static_scale"):
-        with_quant_stats(new_state(), models.INT8, x)
-    frozen = qwix_train.wrap_train_step(train_step, RULES, quant_stats_frozen_after=1)
+        attach({"params": {}}, RULES, x)
+    with pytest.raises(ValueError, match="There is nothing to attach"):
+        attach(new_state(), models.INT8, x)
+    frozen = qwix_train.wrap_train_step(
+        train_step, RULES, schedule=Schedule(quant_stats_freeze_step=1)
+    )
     with pytest.raises(ValueError, match="its state has no quant_stats"):
         frozen(new_state(), x)
     first = [dataclasses.replace(RULES[0], module_path="Dense_0")]
-    state = with_quant_stats(new_state(), first, x)
+    state = attach(new_state(), first, x)
     with pytest.raises(ValueError, match="no range for 'Dense_1/dot_general0_lhs'"):
         qwix_train.wrap_train_step(train_step, RULES)(state, x)
     with pytest.raises(ValueError, match="returns no state that has"):
-        qwix_train.wrap_train_step(eval_step, RULES)(
-            with_quant_stats(new_state(), RULES, x), x
-        )
-    two = functools.partial(with_quant_stats, new_state(), RULES, x)
+        qwix_train.wrap_train_step(eval_step, RULES)(attach(new_state(), RULES, x), x)
+    two = functools.partial(attach, new_state(), RULES, x)
     both = qwix_train.wrap_train_step(lambda a, b, x: train_step(a, x), RULES)
     with pytest.raises(ValueError, match="Two arguments of the step have quant_stats"):
         both(two(), two(), x)
     with pytest.raises(ValueError, match="needs the number of steps so far"):
-        bare = with_quant_stats(
+        bare = attach(
             Bare(new_state().params),
             RULES,
             x,
             step=lambda bare, x: Mlp().apply({"params": bare.params}, x),
         )
         qwix_train.wrap_train_step(
-            lambda bare, x: bare, RULES, quant_stats_frozen_after=1
+            lambda bare, x: bare, RULES, schedule=Schedule(quant_stats_freeze_step=1)
         )(bare, x)
 
 
@@ -511,7 +527,7 @@ def test_a_model_inside_of_vmap_is_refused():
         call = jax.vmap(lambda x: state.apply_fn({"params": state.params}, x))
         return state, jnp.mean(call(x))
 
-    state = with_quant_stats(new_state(), RULES, BATCHES[0][0])
+    state = attach(new_state(), RULES, BATCHES[0][0])
     with pytest.raises(
         ValueError, match="Dense_0/dot_general0_lhs: the model is called"
     ):
@@ -526,7 +542,7 @@ def test_tiles_along_the_contracted_axis_have_a_range_each():
         QuantizationRule(module_path="Dense_0", tile_size=3, **STATIC),
         QuantizationRule(**STATIC),
     ]
-    state = with_quant_stats(new_state(), rules, BATCHES[0])
+    state = attach(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     for x in BATCHES:
         state, _ = step(state, x)
@@ -538,7 +554,7 @@ def test_tiles_along_the_contracted_axis_have_a_range_each():
 @pytest.mark.slow
 def test_the_mean_of_the_ranges_of_examples():
     rules = [QuantizationRule(act_batch_axes=(0,), **STATIC)]
-    state = with_quant_stats(new_state(), rules, BATCHES[0])
+    state = attach(new_state(), rules, BATCHES[0])
     step = jax.jit(qwix_train.wrap_train_step(train_step, rules))
     for x in BATCHES:
         state, _ = step(state, x)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.training import train_state
 from jax import numpy as jnp
 
+import qwix_train
 from qwix_train import (
     HowToQuantize,
     LoraRule,
@@ -18,13 +19,12 @@ from qwix_train import (
     QtRule,
     QuantizationRule,
     calib,
-    lora,
     optim,
     ptq,
-    qat,
     quantize_model,
     wrap_train_step,
 )
+from tests import models
 
 CONFIGS = {
     "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
@@ -78,7 +78,7 @@ def qat_step(x):
 def learned_step(x):
     methods = dict(weight_calibration_method="lsq", act_calibration_method="lsq")
     rules = [QuantizationRule(**INT8, **methods)]
-    scaled = qat.with_learned_scales(state(), rules, X)
+    scaled = qwix_train.attach(state(), rules, X)
     return wrap_train_step(train_step, rules)(scaled, x)
 
 
@@ -114,7 +114,7 @@ def calibrated(**kwargs):
 
 def lora_step(x):
     rules = [LoraRule(rank=2, alpha=2.0, weight_qtype="int4", act_qtype="int8")]
-    adapted = lora.create_train_state(
+    adapted = models.lora_state(
         Model().apply, params(), optax.sgd(0.1), rules, jax.random.key(0), x
     )
     adapted, value = train_step(adapted, x)

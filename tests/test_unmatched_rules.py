@@ -14,7 +14,6 @@ from qwix_train import (
     QtProvider,
     QuantizationRule,
     calib,
-    lora,
     odml,
     ptq,
 )
@@ -79,9 +78,7 @@ DOORS = {
     "LiteRT conversion": lambda: qwix_train.quantize_fn(
         forward, odml.OdmlConversionProvider(LITERT, PARAMS, RANGES)
     )(PARAMS, X),
-    "lora": lambda: lora.create_train_state(
-        forward, PARAMS, optax.sgd(0.1), ADAPTED, KEY, X
-    ),
+    "lora": lambda: models.lora_state(forward, PARAMS, optax.sgd(0.1), ADAPTED, KEY, X),
 }
 
 

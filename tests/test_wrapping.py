@@ -85,7 +85,7 @@ def test_qat_with_ranges_in_the_state():
         return state.apply_gradients(grads=grads), value
 
     state = QuantTrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1))
-    state = qwix_train.with_quant_stats(state, RULES, BATCHES[0], step=step)
+    state = qwix_train.attach(state, RULES, BATCHES[0], step=step)
     state, loss = jax.jit(wrap_train_step(step, RULES))(state, BATCHES[0])
 
     def fake(x, weight):
@@ -181,7 +181,7 @@ def test_nothing_stays_of_a_step_with_static_ranges(compiled):
     state = QuantTrainState.create(
         apply_fn=LAYER.apply, params=LAYER_PARAMS["params"], tx=optax.sgd(0.1)
     )
-    state = qwix_train.with_quant_stats(state, rules, BATCHES[0])
+    state = qwix_train.attach(state, rules, BATCHES[0])
     # 542 before if it was compiled, and 505 for each call if not.
     assert kept_by(make, state, BATCHES[0]) < 10
 

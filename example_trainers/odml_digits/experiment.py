@@ -45,8 +45,9 @@ def make_qat_phase(
         learning_rate=config.qat_learning_rate,
         rules=[],
     )
+    schedule = qwix_train.Schedule(quant_stats_warmup=config.warmup_batches)
     train_step = qwix_train.wrap_train_step(
-        model_linen.train_step, provider, quant_stats_warmup=config.warmup_batches
+        model_linen.train_step, provider, schedule=schedule
     )
     eval_step = qwix_train.wrap_eval_step(model_linen.eval_step, provider)
     return dataclasses.replace(
@@ -186,7 +187,7 @@ def train_and_evaluate(
             measure(seed, qtype, "PTQ", state, after, quant_stats, None)
 
             phase = qat_phases[qtype]
-            trained = qwix_train.with_quant_stats(
+            trained = qwix_train.attach(
                 model_linen.create_finetune_state(state, phase.tx),
                 provider,
                 model_linen.IMAGE,

@@ -110,7 +110,7 @@ def lsq(setting: Setting) -> Recipe:
     rules = setting.rules(weight_calibration_method="lsq")
 
     def prepared(state: Any) -> Any:
-        return qat.with_learned_scales(state, rules, *task.inputs, **task.options)
+        return qwix_train.attach(state, rules, *task.inputs, **task.options)
 
     step = qwix_train.wrap_train_step(task.train_step, rules)
     return Recipe(rules, step, setting.optimizer, prepared)
@@ -125,7 +125,7 @@ def proximal(setting: Setting) -> Recipe:
         rules,
         setting.task.train_step,
         optax.chain(setting.optimizer, drawn),
-        exported=lambda state: optim.with_grid_scales(state.params, state.opt_state),
+        exported=lambda state: qwix_train.attach(state.params, state.opt_state),
     )
 
 

@@ -97,9 +97,10 @@ def create_finetune_state(
     apply_fn = _model(config).apply
     if not rules:
         return train_state.TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
-    state = lora.create_train_state(
-        apply_fn, params, tx, rules, jax.random.key(seed), _tokens(config)
-    )
+    # The optimizer needs no moments of the base.
+    state = train_state.TrainState(0, apply_fn, params, tx, opt_state=())
+    key = jax.random.key(seed)
+    state = qwix_train.attach(state, rules, _tokens(config), rng=key)
     # jit compares the functions of states by identity, too.
     return state if like is None else state.replace(apply_fn=like.apply_fn)
 

@@ -52,7 +52,7 @@ def with_ranges(phase: Phase, state: Any, *inputs: Any) -> Any:
     """The state with room for the ranges that QAT collects, where it does."""
     if not phase.rules:
         return state
-    return qwix_train.with_quant_stats(state, phase.rules, *inputs)
+    return qwix_train.attach(state, phase.rules, *inputs)
 
 
 def run_phase(

@@ -1,15 +1,18 @@
 """Calibration: the ranges of activations, collected by loops that do not know of it.
 
 `Calibrator` keeps the statistics; `observe` is its pure form, and `merge_stats`
-combines those of several processes. `collected_ranges` gives the ranges of statistics
-that a train state holds. `compare` measures the observers, as a `Comparison`.
+combines those of several processes. `compare` measures the observers, as a
+`Comparison`. A class of yours may be an observer (`RangeObserver`, `StreamObserver`)
+or an averaging (`Averaging`) of a rule.
 """
 
 from typing import TYPE_CHECKING
 
 from qwix_train.calib.observe import observe as observe
-from qwix_train.calib.ranges import collected_ranges as collected_ranges
 from qwix_train.core.late_names import late_names as _late_names
+from qwix_train.observers.averaging import Averaging as Averaging
+from qwix_train.observers.statistics import RangeObserver as RangeObserver
+from qwix_train.observers.statistics import StreamObserver as StreamObserver
 
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:

@@ -14,21 +14,17 @@ from qwix_train.trace.function import by_path
 
 
 def collected_ranges(
-    quant_stats: Mapping[str, Any], rules: Sequence[QuantizationRule]
+    states: Mapping[Path, Mapping[str, Any]], rules: Sequence[QuantizationRule]
 ) -> dict[str, Any]:
     """The ranges that statistics give, as `quantize_params` takes them.
 
-    Statistics of ranges are taken by `quantize_params` as they are. Those of observers
-    that collect all data (`percentile`, `mse`, `entropy`) are histograms, from which
-    this finds the ranges.
-
     Args:
-      quant_stats: the statistics in a train state; see `with_quant_stats`.
-      rules: the rules that it was made with.
+      states: the statistics in a train state or a model, by the path of their range.
+      rules: the rules that they were made with.
 
     Returns:
-      A nested dictionary like `quant_stats`, with a `count`, and `sum_of_absmax`, or
-      `sum_of_min` and `sum_of_max`, for each range.
+      A nested dictionary with a `count`, and `sum_of_absmax`, or `sum_of_min` and
+      `sum_of_max`, for each range.
 
     Raises:
       ValueError: if a range has no batch, or no rule is for it.
@@ -36,7 +32,7 @@ def collected_ranges(
     Warns:
       UserWarning: if ranges are far below what was seen, or batches differ much.
     """
-    found, states = [], states_in(quant_stats)
+    found = []
     for path in states:
         rule = rule_of_range(rules, path)
         if rule is None or not rule.static_act_ranges:

@@ -104,7 +104,6 @@ def quantize_model(
             "quantize_model(model, provider, *inputs)."
         )
     quantized = nnx.clone(model)
-    marks.set_class(quantized, _quantized_class(cls, provider, methods))
     if given:
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
@@ -112,16 +111,47 @@ def quantize_model(
         with nnx_calls.tracing_call(
             method, (model, *model_inputs), model_inputs_kwargs
         ) as (traced, _):
-            plan = _checked_plan(provider, traced)
+            plan = checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
-            traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
-            if rngs is not None:
-                traced = dataclasses.replace(traced, make_rng=lambda name: rngs[name]())
-            params = provider.store_params(traced, plan)
-            nnx_objects.replace_params(quantized, params, stored.box, provider.variable)
-            nnx_objects.remove_params(quantized, provider.used_up(traced, plan))
-            provider.prepare_nnx(quantized, rngs)
+            hold_params(quantized, provider, provider.store_params, traced, plan, rngs)
+    run_quantized(quantized, provider, methods)
     return quantized
+
+
+def hold_params(
+    model: nnx.Module,
+    provider: QuantizationProvider,
+    store: Callable[[function.TracedCall, Plan], Mapping[Path, Any]],
+    traced: function.TracedCall,
+    plan: Plan,
+    rngs: Any = None,
+) -> None:
+    """Puts into an NNX model what a mode keeps in it, in place.
+
+    Args:
+      model: the model.
+      provider: the mode.
+      store: gives the params that change or are new, as `provider.store_params` does.
+      traced: a call of the model.
+      plan: what the mode does to it.
+      rngs: the random keys of new params.
+    """
+    traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
+    if rngs is not None:
+        traced = dataclasses.replace(traced, make_rng=lambda name: rngs[name]())
+    nnx_objects.replace_params(
+        model, store(traced, plan), stored.box, provider.variable
+    )
+    nnx_objects.remove_params(model, provider.used_up(traced, plan))
+    provider.prepare_nnx(model, rngs)
+
+
+def run_quantized(
+    model: nnx.Module, provider: QuantizationProvider, methods: tuple[str, ...]
+) -> None:
+    """Makes methods of an NNX model run as a mode says, in place."""
+    cls = subclasses.original(type(model))
+    marks.set_class(model, _quantized_class(cls, provider, methods))
 
 
 apply_lora_to_model = quantize_model
@@ -354,7 +384,7 @@ def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) ->
     found: dict[str, Any] = {}
 
     def initialize(traced):
-        plan = _checked_plan(provider, traced)
+        plan = checked_plan(provider, traced)
         found.update(provider.initial_quant_stats(plan))
         if not provider.adds_params:
             return {}, session.UNCHANGED
@@ -363,7 +393,7 @@ def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) ->
         return params, provider.run_with_quant_stats(*called)[0]
 
     def rewrite(traced):
-        plan = _checked_plan(provider, traced)
+        plan = checked_plan(provider, traced)
         if not provider.matches(plan):
             return session.UNCHANGED
         update = module.is_mutable_collection(QUANT_STATS)
@@ -381,7 +411,12 @@ def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) ->
     return out
 
 
-def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
+def checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
+    """What a mode does to a call, checked.
+
+    Raises:
+      ValueError: if no rule matches an op, unless the mode allows that.
+    """
     plan = provider.plan(traced)
     provider.check(plan)
     if not provider.matches(plan) and not provider.allow_unmatched:
@@ -391,7 +426,7 @@ def _checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -
 
 def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     """The params that a model is to hold, and the result of a call with them."""
-    plan = _checked_plan(provider, traced)
+    plan = checked_plan(provider, traced)
     if not provider.matches(plan):
         return {}, session.UNCHANGED
     return provider.initialize(traced, plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,13 +99,38 @@ def inserted(tree: Any, path: tuple[str, ...], value: Any) -> Any:
 def _inserted(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     if not path:
         return value
+    below, key = _copied(tree, path)
+    held = below[key] if isinstance(below, list) else below.get(key, {})
+    below[key] = _inserted(held, path[1:], value)
+    return tuple(below) if isinstance(tree, tuple) else below
+
+
+def removed(tree: Any, path: tuple[str, ...]) -> Any:
+    """A tree of params without one of its entries; see `inserted`.
+
+    Example:
+      >>> removed({"a": {"b": 1, "c": 2}}, ("a", "c"))
+      {'a': {'b': 1}}
+    """
+    if isinstance(tree, WithLeaves):
+        leaves = removed(tree.leaves, path)
+        return WithLeaves(tree.params, leaves) if leaves else tree.params
+    below, key = _copied(tree, path)
+    if len(path) == 1:
+        del below[key]
+    else:
+        below[key] = removed(below[key], path[1:])
+    return tuple(below) if isinstance(tree, tuple) else below
+
+
+def _copied(tree: Any, path: Sequence[str]) -> tuple[Any, Any]:
+    """A copy of a dictionary or list, and its key that a path begins with."""
+    if isinstance(tree, list | tuple) and len(path) > 1:
+        return list(tree), int(path[0])
     if not isinstance(tree, Mapping):
         raise TypeError(
             f"There is no place for {path[-1]!r} next to the params: they are in a "
             f"{type(tree).__name__}, not in a dictionary."
         )
-    below = dict(tree)
     # The keys of some dictionaries, as those of an `nnx.List`, are integers.
-    key = next((key for key in below if str(key) == path[0]), path[0])
-    below[key] = _inserted(below.get(key, {}), path[1:], value)
-    return below
+    return dict(tree), next((key for key in tree if str(key) == path[0]), path[0])

@@ -82,7 +82,7 @@ class Export(PeriodicAction):
             activations, or a function that returns them, such as
             `lambda: calibrate.quant_stats` of a `Calibrate` hook that is called before
             this one. If None, those that the state has, as that of QAT does
-            (`with_quant_stats`).
+            (`attach`).
           max_to_keep: how many exports to keep; older steps are deleted. All if None.
           execute_async: whether files are written while the loop goes on. Then call
             `wait_until_finished` before the process ends.

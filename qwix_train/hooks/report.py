@@ -118,7 +118,7 @@ class QuantReport(PeriodicAction):
           quant_stats: the ranges of activations as `quantize_params` takes them, or a
             function that returns them, such as `lambda: calibrate.quant_stats` of a
             `Calibrate` hook. If there are none, those that the state has, as that of
-            QAT does (`with_quant_stats`); otherwise only weights are reported.
+            QAT does (`attach`); otherwise only weights are reported.
           opt_state: an `nnx.Optimizer`, or a function that returns the state of the
             optimizer. If None, that in the state, as a train state and an
             `nnx.ModelAndOptimizer` have it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from flax import nnx, traverse_util
+from flax import nnx
 
 from qwix_train import ptq
 from qwix_train.calib.ranges import collected_ranges
@@ -83,7 +83,7 @@ def quant_stats_of(
 
     Args:
       given: what the constructor was given.
-      state: the state, which may hold statistics: see `with_quant_stats`.
+      state: the state, which may hold statistics: see `attach`.
       rules: the rules.
 
     Returns:
@@ -94,7 +94,7 @@ def quant_stats_of(
     """
     if given is not None:
         return given() if callable(given) else given
-    found: dict[Any, Any] = dict(states_of(state))
+    found = states_of(state)
     if not found:
         return None
-    return collected_ranges(traverse_util.unflatten_dict(found), rules)
+    return collected_ranges(found, rules)

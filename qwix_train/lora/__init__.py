@@ -1,6 +1,6 @@
 """Adapters: LoRA, QLoRA and their variants, in loops that stay as they were.
 
-`LoraRule` says what gets them. `create_train_state` makes a `LoraTrainState`;
+`LoraRule` says what gets them. `qwix_train.attach` makes a `LoraTrainState`;
 `LoraProvider` is for `apply_lora_to_model`; `init` and `split` give adapters, the base
 and the layouts (`AdapterLayout`) as plain trees. `merge`, `merge_with_report` and
 `unmerge` put them into the base and take them out (`Merged`, `MergeReport`,
@@ -28,5 +28,4 @@ from qwix_train.lora.peft import save_peft as save_peft
 from qwix_train.lora.provider import LoraProvider as LoraProvider
 from qwix_train.lora.rules import LoraRule as LoraRule
 from qwix_train.lora.train_state import LoraTrainState as LoraTrainState
-from qwix_train.lora.train_state import create_train_state as create_train_state
 from qwix_train.lora.train_state import init as init

@@ -60,6 +60,8 @@ class LoraProvider(PtqProvider):
       {'bias': (8,), 'kernel': (4, 8), 'kernel_lora_a': (4, 2), 'kernel_lora_b': (2, 8)}
     """
 
+    adds_params = True
+
     def __init__(
         self,
         rules: Sequence[QuantizationRule] | None = None,
@@ -365,8 +367,8 @@ def _adapter(layout: AdapterLayout, named: Mapping[Path, Any]) -> Adapter:
         if array is None:
             raise ValueError(
                 f"Param {where!r} has no adapter: there is no {'/'.join(path)!r} among "
-                "the params. Initialize adapters with model.init, "
-                "lora.create_train_state or lora.init, with these rules."
+                "the params. Initialize adapters with model.init, attach or lora.init, "
+                "with these rules."
             )
         if tuple(array.shape) != shape:
             raise ValueError(

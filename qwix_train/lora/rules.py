@@ -121,6 +121,11 @@ class LoraRule(QuantizationRule):
             raise self._error("dropout", "with qat=True there is one merged product")
 
     @property
+    def adds_adapters(self) -> bool:
+        """See `QuantizationRule.adds_adapters`."""
+        return True
+
+    @property
     def scaling(self) -> float:
         """What ``A @ B`` is multiplied by."""
         divisor = math.sqrt(self.rank) if self.rank_stabilized else self.rank

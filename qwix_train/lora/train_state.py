@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import linen as nn
-from flax import nnx, serialization, struct, traverse_util
+from flax import serialization, struct, traverse_util
 from flax.training import train_state
 from jax import numpy as jnp
 from jax.core import Tracer
 
 from qwix_train.frontends import random_keys
 from qwix_train.frontends.model import trace_function
+from qwix_train.frontends.targets import model_call
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.provider import LoraProvider
 from qwix_train.lora.start import Starter
@@ -182,7 +182,13 @@ class LoraTrainState(_BoundFields, train_state.TrainState):
 
     A step that takes the gradient with respect to `params`, and calls
     `state.apply_fn({"params": params}, ...)`, trains the adapters: there is no gradient
-    of the base, and no optimizer state for it.
+    of the base, and no optimizer state for it. `qwix_train.attach` makes one.
+
+    Where params are sharded as the batch is (FSDP), devices send one another codes if
+    the mesh is explicit. In another, no trace says how an array is sharded: XLA has
+    them send floats, dequantized from codes, unless the weight is constrained to be
+    whole before the product: in the model, or in an `apply_fn` around it that
+    constrains its variables by `jax.lax.with_sharding_constraint`.
 
     Attributes:
       params: the adapters: a nested dictionary of arrays.
@@ -223,79 +229,59 @@ class LoraTrainState(_BoundFields, train_state.TrainState):
 LoraTrainState.apply_fn = _ApplyField()  # type: ignore[assignment]
 
 
-def create_train_state(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    tx: optax.GradientTransformation,
-    rules: Sequence[QuantizationRule],
-    rng: jax.Array,
-    *inputs: Any,
-    variables: Mapping[str, Any] | None = None,
-    allow_unmatched: bool = False,
+def with_adapters(
+    state: Any,
+    adapted: AdaptedApply,
+    first: Any,
+    rng: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
     donate: bool = False,
-    cls: type[LoraTrainState] = LoraTrainState,
-    fields: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """A train state whose params are adapters, from a model and its trained params.
-
-    Where params are sharded as the batch is (FSDP), devices send one another codes if
-    the mesh is explicit. In another, no trace says how an array is sharded: XLA has
-    them send floats, dequantized from codes, unless the weight is constrained to be
-    whole before the product: in the model, or in an `apply_fn` around it that
-    constrains its variables by `jax.lax.with_sharding_constraint`.
+) -> LoraTrainState:
+    """A train state that trains adapters, from one that trains the whole model.
 
     Args:
-      apply_fn: `model.apply` of a Linen module, or a function whose first argument is a
-        tree of params.
-      params: the float params of the model, or params that `quantize_params` gave.
-      tx: the optimizer of the adapters.
-      rules: see `LoraProvider`.
-      rng: a random key, for the adapters.
-      *inputs: inputs of the model, or their shapes. Nothing is computed from them.
-      variables: the other collections of the model, such as `batch_stats`.
-      allow_unmatched: whether a `LoraRule` may match no weight. An error otherwise.
-      donate: whether float arrays are deleted once they are quantized.
-      cls: a subclass of `LoraTrainState` to make, which may have more fields.
-      fields: values for these fields.
-      **kwargs: keyword inputs of the model.
+      state: the state: a `TrainState`, of a class of your own, too.
+      adapted: see `begin`.
+      first: see `begin`.
+      rng: see `begin`.
+      inputs: see `begin`.
+      kwargs: see `begin`.
+      donate: see `begin`.
 
     Returns:
-      A `LoraTrainState`. The optimizer has state for the adapters alone.
+      A `LoraTrainState`, which is of the class of the state, too. Its optimizer has
+      state for the adapters alone.
 
     Raises:
-      TypeError: if `apply_fn` is a module, or `rng` is no random key.
-      ValueError: if a `LoraRule` matches no weight; if `params` are whole variables; if
-        a rule asks for static ranges that are not among the params.
-
-    Example:
-      >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule
-      >>> model, x = nn.Dense(4), jnp.ones((1, 64))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> rules = [LoraRule(rank=2, alpha=4.0, weight_qtype="nf4", tile_size=64)]
-      >>> state = create_train_state(
-      ...     model.apply, params, optax.adam(1e-3), rules, jax.random.key(1), x
-      ... )
-      >>> {name: x.shape for name, x in sorted(state.params.items())}
-      {'kernel_lora_a': (64, 2), 'kernel_lora_b': (2, 4)}
-      >>> state.apply_fn({"params": state.params}, x).shape
-      (1, 4)
+      ValueError: if the state has adapters already.
     """
-    adapted, adapters, frozen = _begun(
-        apply_fn,
-        params,
-        rules,
-        rng,
-        inputs,
-        kwargs,
-        variables=variables,
-        allow_unmatched=allow_unmatched,
-        donate=donate,
+    if _is_adapted(vars(state).get("apply_fn")):
+        raise ValueError(
+            "The state has adapters already: its params are adapters alone. Merge them "
+            "first, with lora.merge, or attach to the float state once more."
+        )
+    adapted, adapters, frozen = begin(
+        adapted, first, rng, inputs, kwargs, donate=donate
     )
-    return cls.create(
-        apply_fn=adapted, params=adapters, tx=tx, frozen=frozen, **(fields or {})
-    )
+    fields = {
+        field.name: getattr(state, field.name) for field in dataclasses.fields(state)
+    }
+    fields["apply_fn"], fields["params"] = adapted, adapters
+    fields["opt_state"] = state.tx.init(adapters)
+    return _with_frozen(type(state))(**fields, frozen=frozen)
+
+
+@functools.cache
+def _with_frozen(cls: type) -> type:
+    """A subclass of the class of a train state that trains adapters."""
+    if cls is train_state.TrainState:
+        return LoraTrainState
+    if issubclass(cls, LoraTrainState):
+        return cls
+    fields = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(f"{cls.__name__}WithAdapters", (LoraTrainState, cls), fields)
 
 
 def init(
@@ -304,38 +290,40 @@ def init(
     rules: Sequence[QuantizationRule],
     rng: jax.Array,
     *inputs: Any,
-    variables: Mapping[str, Any] | None = None,
     allow_unmatched: bool = False,
     donate: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any, dict[Path, AdapterLayout]]:
-    """Attaches adapters to trained params; the params are not initialized again.
+    """Adapters for trained params, and the base of these, as trees of their own.
+
+    `attach` gives them to a train state, and to a model and its params.
 
     Args:
-      params: see `create_train_state`.
-      apply_fn: see there.
-      rules: see there.
-      rng: see there.
-      *inputs: see there.
-      variables: see there.
-      allow_unmatched: see there.
-      donate: see there.
-      **kwargs: see there.
+      params: the float params of the model, or params that `quantize_params` gave; or
+        variables of a Linen model, which has other collections, such as `batch_stats`.
+      apply_fn: the Linen module or its `apply`, or a function whose first argument is
+        `params`.
+      rules: see `LoraProvider`.
+      rng: a random key, for the adapters.
+      *inputs: inputs of the model, or their shapes. Nothing is computed from them.
+      allow_unmatched: whether a `LoraRule` may match no weight. An error otherwise.
+      donate: whether float arrays are deleted once they are quantized.
+      **kwargs: keyword inputs of the model.
 
     Returns:
       The adapters, a nested dictionary of arrays; the params of the base, quantized
       where the rules say so; and the layout of each adapter, by the path of its param.
+
+    Raises:
+      TypeError: if `apply_fn` is an NNX module, or `rng` is no random key.
+      ValueError: if a `LoraRule` matches no weight, or a rule asks for static ranges
+        that are not among the params.
     """
-    adapted, adapters, frozen = _begun(
-        apply_fn,
-        params,
-        rules,
-        rng,
-        inputs,
-        kwargs,
-        variables=variables,
-        allow_unmatched=allow_unmatched,
-        donate=donate,
+    call = model_call(params, apply_fn)
+    provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
+    adapted = AdaptedApply(call.function, provider, call.in_collection)
+    adapted, adapters, frozen = begin(
+        adapted, call.first, rng, inputs, {**call.kwargs, **kwargs}, donate=donate
     )
     return adapters, frozen, {layout.path: layout for layout in adapted.layouts}
 
@@ -345,38 +333,28 @@ def by_path(tree: Any) -> dict[Path, Any]:
     return stored.by_path(stored.unbox(tree))
 
 
-def _begun(
-    apply_fn: Any,
-    params: Any,
-    rules: Sequence[QuantizationRule],
-    rng: jax.Array,
+def begin(
+    adapted: AdaptedApply,
+    first: Any,
+    rng: Any,
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    variables: Mapping[str, Any] | None,
-    allow_unmatched: bool,
-    donate: bool,
+    donate: bool = False,
 ) -> tuple[AdaptedApply, Any, Any]:
-    """The apply function of a state, its adapters and its base."""
-    provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
+    """The apply function of a model with adapters, its adapters and its base.
+
+    Args:
+      adapted: the apply function, which has no adapters yet.
+      first: what the model takes first: params, or variables.
+      rng: a random key, for the adapters.
+      inputs: inputs of the model, or their shapes.
+      kwargs: keyword inputs.
+      donate: whether float arrays are deleted once they are quantized.
+    """
     random_keys.checked(rng, "rng")
-    if isinstance(apply_fn, nn.Module | nnx.Module):
-        raise TypeError(
-            f"Expected an apply_fn, got a {type(apply_fn).__name__}. Give model.apply "
-            "of a Linen module. An NNX module gets adapters with apply_lora_to_model, "
-            "and trains them with nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
-        )
-    if isinstance(params, Mapping) and "params" in params:
-        others = sorted(set(params) - {"params"})
-        raise ValueError(
-            "Expected the params alone, got variables with the collections "
-            f"{sorted(params)}. Give variables['params'] as the params, and "
-            f"variables={{...}} with what else the model needs"
-            + (f" ({', '.join(others)})" if others else "")
-            + "; a step calls state.apply_fn({'params': state.params}, *inputs)."
-        )
-    is_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
-    adapted = AdaptedApply(apply_fn, provider, is_module or variables is not None)
+    provider = adapted.provider
+    params = first["params"] if adapted.in_collection else first
     named = by_path(params)
     leaves_in = filter(None, (Leaf.parse(path, named) for path in named))
     if found := sorted("/".join(leaf.path) for leaf in leaves_in if leaf.is_adapter):
@@ -384,11 +362,7 @@ def _begun(
             f"The params have adapters already, among them {found[0]!r}. Give the "
             "params of the base alone, or merge the adapters first: lora.merge."
         )
-    first = {**(variables or {}), "params": params} if adapted.in_collection else params
-    options = dict(kwargs)
-    if is_module and variables:
-        options.setdefault("mutable", list(variables))
-    traced = adapted.traced(_shapes(first), [_shapes(x) for x in inputs], options)
+    traced = adapted.traced(_shapes(first), [_shapes(x) for x in inputs], kwargs)
     plan = provider.plan(traced)
     provider.check(plan)
     provider.check_rules_matched(plan)
@@ -418,7 +392,7 @@ def _check_ranges(plan: Plan, traced: TracedCall) -> None:
             remedy = (
                 "Give params that quantize_params made with quant_stats; or, to have "
                 "ranges in the state that steps update, give that rule to "
-                "wrap_train_step and with_quant_stats instead."
+                "wrap_train_step, and to attach once more."
             )
             raise static_range.missing(static.path, static.op, remedy)
 

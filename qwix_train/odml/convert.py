@@ -53,8 +53,8 @@ def convert(
         float, `OdmlQatProvider([], allow_unmatched=True)`.
       *inputs: inputs of the model, or their shapes: arrays, or trees of them. What is
         no array keeps its value.
-      quant_stats: the ranges of activations, as `with_quant_stats` or a
-        `calib.Calibrator` keeps them. If None, those among the variables, or in the NNX
+      quant_stats: the ranges of activations, as `ranges` gives them, or a
+        `calib.Calibrator`. If None, those among the variables, or in the NNX
         model.
       method: the method to convert, by name or as a function.
       signatures: for a file with several functions, for each its name, and a method

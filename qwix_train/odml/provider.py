@@ -65,7 +65,7 @@ class OdmlQatProvider(QuantizationProvider):
     unless a rule says otherwise, and static, unless it sets `act_static_scale=False`.
 
     `quantize_model` and `quantize_fn` take it; in the place of rules, so do
-    `wrap_train_step`, `wrap_eval_step`, `with_quant_stats`, `calib.Calibrator` and
+    `wrap_train_step`, `wrap_eval_step`, `attach`, `calib.Calibrator` and
     `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint`
     are kept, not computed again. Batch normalization in training uses the statistics of
     the batch, and with `disable_per_channel_weights` quantizes the weights with these
@@ -453,7 +453,7 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
             f"{field}_calibration_method",
             "LiteRT's tensors are not an op's operands, and have no learned scales. "
             "Train with QtProvider, and give this provider rules of another method and "
-            "the ranges that were learned: qat.learned_quant_stats(params, rules). The "
+            "the ranges that were learned: qwix_train.ranges(params, rules). The "
             "scale of a weight is that of its largest magnitude there",
         )
     if needs_zero_point(rule.weight_calibration_method):

@@ -6,8 +6,8 @@ Each goes wherever one of Optax goes: under `jax.jit` and into `optax.chain`,
 the optimizer in a chain, `freeze_oscillations` and `proximal` last.
 
 Optimizers: `quantized_state`, `stochastic_rounding`, `lora_plus`,
-`selective_transform`. For quantization-aware training: `proximal` with
-`with_grid_scales`, `dampen_oscillations`, `freeze_oscillations`.
+`selective_transform`. For quantization-aware training: `proximal` (`attach` puts its
+grids beside the params), `dampen_oscillations`, `freeze_oscillations`.
 """
 
 from qwix_train.optim._dampen_oscillations import (
@@ -22,7 +22,6 @@ from qwix_train.optim._freeze_oscillations import (
 from qwix_train.optim._freeze_oscillations import (
     freeze_oscillations as freeze_oscillations,
 )
-from qwix_train.optim._grid_scales import with_grid_scales as with_grid_scales
 from qwix_train.optim._lora_plus import lora_plus as lora_plus
 from qwix_train.optim._proximal import ProximalState as ProximalState
 from qwix_train.optim._proximal import proximal as proximal

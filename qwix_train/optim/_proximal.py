@@ -94,8 +94,8 @@ def proximal(
     weights, and again every ``calibration_period`` updates until the strength is 1),
     and is then held in the state. It has to be: with ``absmax``, the largest magnitude
     is half a step above the top level, so an array that is on its grid has another
-    one when its range is found anew. `with_grid_scales` puts the scales beside the
-    params, where `quantize_params` takes them from.
+    one when its range is found anew. `attach(params, opt_state)` puts the scales beside
+    the params, where `quantize_params` takes them from.
 
     Args:
         plan: What quantizes the params, by path: a `Plan`, as `qwix_train.plan` makes

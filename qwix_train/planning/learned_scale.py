@@ -138,7 +138,7 @@ def given_parts(path: Path, traced: TracedCall) -> tuple[Any, Any] | None:
     A param of the model's own is no scale, whatever its name: one that it computes
     with, that a Linen module declares, or that has not the axes of the param. An NNX
     model and a function do not say what other methods read. There, only what
-    `attach_learned_scales` has put into the NNX model is known to be a scale; of any
+    `attach` has put into the NNX model is known to be a scale; of any
     other the user is told.
 
     Args:
@@ -249,9 +249,9 @@ def check_finite(leaf: Leaf, value: Any) -> None:
 
 def _missing(leaf: Leaf, method: str) -> ValueError:
     remedy = (
-        "Make it with qat.attach_learned_scales(model, params, rules, *inputs), or for "
-        "a train state qat.with_learned_scales(state, rules, *inputs); a model of "
-        "quantize_model(model, QtProvider(rules)) has it from init."
+        "Make it with attach(state, rules, *inputs), or for params attach(params, "
+        "rules, *inputs, model=model); a model of quantize_model(model, "
+        "QtProvider(rules)) has it from init."
     )
     return leaf.missing("learned scale", f"a rule with {method}", remedy)
 

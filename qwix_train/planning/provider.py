@@ -40,7 +40,7 @@ class QuantizationProvider:
     as `dot_general` of a provider of `qwix`, are refused, since nothing calls them. A
     mode that trains params in float may be given to `wrap_train_step` and
     `wrap_eval_step` in the place of rules; one whose ranges are collected, to
-    `calib.Calibrator`, `calib.observe` and `with_quant_stats`, too (see `tagging`,
+    `calib.Calibrator`, `calib.observe` and `attach`, too (see `tagging`,
     `with_ranges` and `running`).
 
     Attributes:

@@ -20,7 +20,7 @@ from qwix_train.observers.named import parse_observer
 from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning import field_types
 from qwix_train.planning.leaves import OperandName, Path
-from qwix_train.planning.schedule import Schedule
+from qwix_train.planning.schedule import OF_WHOLE_STEPS, Schedule
 
 # What only `OdmlQatProvider` quantizes; `odml.table()` says what each becomes.
 LITERT_OP_NAMES = tuple(
@@ -62,18 +62,18 @@ class QuantizationRule:
         collected beforehand.
       weight_calibration_method: how the range of a weight is found: `"absmax"`,
         `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`; or `"lsq"` or `"lsq+"`,
-        which train its scale. See `qat.attach_learned_scales`.
+        which train its scale. See `attach`.
       act_calibration_method: the same for activations; `"absmax"` if None. Scales of
         activations, one each, are trained by `"lsq"`, by `"lsq+"`, which trains an
         offset, too, and by `"pact"`, which is for what a ReLU gives.
       act_observer: for static ranges, what is measured in a batch, where it is not
         `act_calibration_method`: `"percentile,99.99"`, `"mse"`, `"entropy"`, or an
-        `Observer`. For scales that are trained, what gives the range that they begin
-        with.
+        object of yours: see `calib.RangeObserver` and `calib.StreamObserver`. For
+        scales that are trained, what gives the range that they begin with.
       act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
         `"minmax"`, `"last"`, `"amax_history,16"` (delayed scaling: a batch of training
         is quantized by the widest range of the 16 batches before it), or an
-        `Averaging`.
+        object of yours: see `calib.Averaging`.
       act_batch_axes: for static ranges, axes of an activation such as that of the
         batch: the range of a batch is the mean of the ranges that each index along
         them has. If None, it is that of the batch as a whole.
@@ -231,6 +231,11 @@ class QuantizationRule:
         return name if name in _RANGES_OF_LEARNED else ""
 
     @property
+    def adds_adapters(self) -> bool:
+        """Whether weights that the rule matches get adapters."""
+        return False
+
+    @property
     def learns_scales(self) -> bool:
         """Whether scales of weights or of activations are trained."""
         if self.act_qtype is not None and self.learned_act_method:
@@ -365,6 +370,12 @@ class QuantizationRule:
             raise self._error("schedule", "it must be a qat.Schedule")
         if self.weight_qtype is None:
             raise self._error("schedule", "it needs a weight_qtype")
+        if schedule != schedule.of_rules:
+            reason = (
+                f"{', '.join(OF_WHOLE_STEPS)} are for a whole step, so set them in the "
+                "schedule of wrap_train_step"
+            )
+            raise self._error("schedule", reason)
         for name in ("weight", "act"):
             end, qtypes = getattr(self, f"{name}_qtype"), f"{name}_qtypes"
             check = functools.partial(Schedule.check_last, field=qtypes, qtype=end)

@@ -1,4 +1,4 @@
-"""Schedules: by which step fake quantization begins, and with how many bits."""
+"""Schedules: when in training quantization begins, and what stays from when on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import core
 
 from qwix_train.core import numerics
 
+OF_WHOLE_STEPS = (
+    "quant_stats_warmup",
+    "quant_stats_freeze_step",
+    "batch_stats_freeze_step",
+)
+"""The fields of a schedule that say nothing of single ops."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    r"""By which step of training fake quantization begins, and with how many bits.
+    r"""When fake quantization begins, with how many bits, and what stays from when on.
 
     At step ``t``, counted from 0, where ``Q`` is fake quantization, the forward has for
     a weight ``x``
@@ -34,6 +42,8 @@ class Schedule:
 
     `wrap_train_step` follows schedules. Everything else takes the rules as they are,
     which is how training ends: `wrap_eval_step`, `plan`, `quantize_model`, PTQ, export.
+    The schedule of one rule says when its ops are quantized. The last three attributes
+    are for the whole step, whose state holds the statistics: a rule refuses them.
 
     Attributes:
       start_step: the first step in which weights are quantized.
@@ -65,12 +75,15 @@ class Schedule:
     weight_qtypes: Mapping[int, Any] | None = None
     act_qtypes: Mapping[int, Any] | None = None
     act_start_step: int | None = None
+    quant_stats_warmup: int = 0
+    quant_stats_freeze_step: int | None = None
+    batch_stats_freeze_step: int | None = None
 
     def __post_init__(self):
-        for field in ("start_step", "ramp_steps", "act_start_step"):
-            value = getattr(self, field)
-            if not (field == "act_start_step" and value is None):
-                self._check_step(field, value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.name.endswith("qtypes") and value is not field.default:
+                self._check_step(field.name, value)
         for field, start in (
             ("weight_qtypes", self.start_step),
             ("act_qtypes", self.act_start),
@@ -89,11 +102,12 @@ class Schedule:
     @property
     def ends_at(self) -> int:
         """The first step from which on the schedule changes nothing."""
-        return max(self.boundaries)
+        freezing = (self.quant_stats_freeze_step, self.batch_stats_freeze_step)
+        return max(*self.boundaries, *(step or 0 for step in freezing))
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """The steps at which something changes, in order."""
+        """The steps at which what the rules do changes, in order."""
         starts = (self.start_step, self.act_start)
         changes = (self.weight_qtypes or {}, self.act_qtypes or {})
         return tuple(
@@ -103,6 +117,12 @@ class Schedule:
                 )
             )
         )
+
+    @property
+    def of_rules(self) -> Schedule:
+        """What it says of the ops of a rule, without what is for the whole step."""
+        whole = {field: getattr(Schedule, field) for field in OF_WHOLE_STEPS}
+        return dataclasses.replace(self, **whole)
 
     def weight_qtype_at(self, step: int) -> Any:
         """The type of weights at a step; None if it is that of the rule throughout."""
@@ -135,8 +155,8 @@ class Schedule:
             )
 
     def _check_step(self, field: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"Schedule({field}={value!r}): a step is an int.")
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"Schedule({field}={value!r}): it must be an int.")
         if value < 0:
             raise ValueError(
                 f"Schedule({field}={value!r}): steps are counted from 0, so it must "

@@ -154,7 +154,7 @@ def _statistics_at(path: Path, quant_stats: Mapping[str, Any]) -> Mapping[str, A
             "act_static_scale=True, or a learned scale that is to begin with them, "
             "asks for. Collect them with calib.Calibrator and "
             "pass quant_stats=calibrator.quant_stats, or keep them in the state of a "
-            "train step: with_quant_stats."
+            "train step: attach(state, rules, *inputs)."
         )
     return statistics
 

@@ -144,8 +144,8 @@ def check_learned(path: Path, how: HowToQuantize) -> None:
             f"Param {'/'.join(path)!r} has no scale: its rule has "
             f"weight_calibration_method={how.calibration_method!r}, which trains one, "
             "and there is none next to it. Give params with those "
-            "of qat.attach_learned_scales or qat.with_learned_scales, or quantize with "
-            "rules of another method."
+            "of attach(state, rules, *inputs), or quantize with rules of another "
+            "method."
         )
 
 

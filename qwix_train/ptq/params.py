@@ -50,7 +50,7 @@ def quantize_params(
     """Quantizes float params as a quantized model says. The model does not run.
 
     A param that has a scale next to it, such as `kernel_scale` next to `kernel`, is
-    quantized with exactly that: one that was learned (`qat.attach_learned_scales`), or
+    quantized with exactly that: one that was learned (see `attach`), or
     that of the grid which an optimizer ends on (`optim.proximal`). Learned scales of
     activations become static ranges. These leaves are in no quantized tree.
 
@@ -66,11 +66,8 @@ def quantize_params(
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`:
         at the path of each module, for each operand such as `dot_general0_lhs`, the
         `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`. They
-        are the `quant_stats` of a `calib.Calibrator`, of a train state
-        (`with_quant_stats`), or of a Linen model's variables; of an NNX model
-        `nnx.to_pure_dict(nnx.state(model, QuantStat))`. Where the observer is
-        `percentile`, `mse` or `entropy`, what a state holds goes through
-        `calib.collected_ranges(quant_stats, rules)` first.
+        are the `quant_stats` of a `calib.Calibrator`, or what `ranges(target, rules)`
+        finds in a train state, a model or variables.
       allow_extra_params: whether params that the quantized model does not have are
         left out. An error otherwise.
       donate: whether each float array is deleted once it is quantized, so that the
@@ -556,7 +553,7 @@ def _range(
         raise ValueError(
             f"The quant_stats of {'/'.join(path)!r} have {sorted(statistics)}, which "
             "are the data of an observer, and no range. Find the ranges with "
-            "calib.collected_ranges(quant_stats, rules)."
+            "qwix_train.ranges(state, rules)."
         )
     if given != wanted:
         raise ValueError(

@@ -99,6 +99,30 @@ def initial_leaves(
     return leaves
 
 
+def learned_paths(traced: TracedCall, plan: Plan) -> set[Path]:
+    """The paths of the trained scales that a call has, and a plan asks for.
+
+    What the model itself has is no such scale, whatever its name.
+
+    Args:
+      traced: a call of the model.
+      plan: what the rules do to it.
+    """
+    of_params = {
+        scale_path(path)
+        for path, decision in plan.params.items()
+        if decision is not None and learned_scale.has_learned_scale(decision)
+    }
+    of_activations = {
+        Leaf(static.path, part).path
+        for static in static_range.static_operands(plan)
+        if static.op.learned
+        for part in learned_scale.PARTS[static.op.learned]
+    }
+    found = (of_params | of_activations) & set(traced.named)
+    return {path for path in found if not traced.is_own(path)}
+
+
 def _has_leaves(static: StaticOperand, named: Mapping[Path, Any]) -> bool:
     parts = learned_scale.PARTS[static.op.learned]
     return all(Leaf(static.path, part).path in named for part in parts)

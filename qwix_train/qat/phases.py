@@ -109,8 +109,9 @@ def phases_of(
             f"Expected a qat.Schedule, got schedule={schedule!r}: "
             "schedule=Schedule(start_step=100)."
         )
+    schedule = None if schedule is None else schedule.of_rules
     scheduled = [_with_schedule(i, rule, schedule) for i, rule in enumerate(rules)]
-    if schedule is not None:
+    if schedule not in (None, Schedule()):
         _check_used(rules, schedule)
     boundaries = {
         step

@@ -35,7 +35,7 @@ class QtProvider(QuantizationProvider):
     fake-quantized values, and zero for elements outside of the calibrated range.
 
     `quantize_model` and `quantize_fn` take it; in the place of rules, so do
-    `wrap_train_step`, `wrap_eval_step`, `with_quant_stats`, `calib.Calibrator` and
+    `wrap_train_step`, `wrap_eval_step`, `attach`, `calib.Calibrator` and
     `calib.observe`.
 
     Example:

@@ -101,7 +101,7 @@ class RunningRanges:
             raise ValueError(
                 f"The quant_stats have no range for {'/'.join(path)!r}, which a rule "
                 "asks for. Make them with the same rules, and a model call like that "
-                "of the step: with_quant_stats(state, rules, *inputs)."
+                "of the step: attach(state, rules, *inputs)."
             )
         return self.states[path]
 

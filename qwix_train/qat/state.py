@@ -4,116 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx, struct
 from flax.training import train_state
 
-from qwix_train import calib
 from qwix_train.calib.ranges import states_in
 from qwix_train.core.shortened import shortened
-from qwix_train.frontends import attributes, nnx_objects
+from qwix_train.frontends import held, nnx_objects
+from qwix_train.frontends.targets import (
+    frozen_like,
+    has_collections,
+    is_tree,
+    nnx_model,
+)
 from qwix_train.planning.plan import Path
-from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
-from qwix_train.qat.running_ranges import States, nested
-from qwix_train.qat.train_state import collections_of
+from qwix_train.qat.running_ranges import States, as_quant_stats, nested
 
 
 class QuantTrainState(train_state.TrainState):
     """A `TrainState` with the statistics of static ranges in it.
 
     Attributes:
-      quant_stats: the statistics, as `with_quant_stats` makes them: a nested dictionary
+      quant_stats: the statistics, as `attach` makes them: a nested dictionary
         with, for each activation such as `["Dense_0"]["dot_general0_lhs"]`, a
         dictionary of arrays. `quantize_params` takes it.
     """
 
     quant_stats: Any = struct.field(default_factory=dict)
-
-
-def with_quant_stats(
-    state: Any,
-    rules: Sequence[QuantizationRule] | QuantizationProvider,
-    *inputs: Any,
-    step: Callable[..., Any] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Makes room, in a train state or NNX model, for the statistics of static ranges.
-
-    They start empty; `wrap_train_step` updates them. Nothing is computed.
-
-    Args:
-      state: a `TrainState`, of a class of your own, too; any other dataclass with a
-        `replace` method, if `step` is given; or an NNX model, which is changed in
-        place.
-      rules: what the step is to be wrapped with: the rules, or a provider that
-        collects ranges, such as `QtProvider(rules)`.
-      *inputs: inputs of the model, or their shapes. With `step`, what the step takes
-        after the state.
-      step: the step, where the model's inputs are not at hand, or are not all that its
-        call takes. It is traced abstractly.
-      **kwargs: keyword inputs.
-
-    Returns:
-      The NNX model, with a `QuantStat` in the module of each op; or the state, with a
-      field `quant_stats`. If the class of the state has no such field, it is of a
-      subclass that does. `state.quant_stats`, or of an NNX model
-      `nnx.to_pure_dict(nnx.state(model, QuantStat))`, is what `ptq.quantize` takes.
-
-    Raises:
-      ValueError: if no rule sets `act_static_scale=True`, or none matches an op.
-      TypeError: if `state` is no such object; if a provider collects no ranges.
-
-    Example:
-      >>> import optax
-      >>> from flax import linen as nn
-      >>> from jax import numpy as jnp
-      >>> rule = QuantizationRule(
-      ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
-      ... )
-      >>> model, x = nn.Dense(2), jnp.ones((8, 4))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> state = train_state.TrainState.create(
-      ...     apply_fn=model.apply, params=params, tx=optax.sgd(0.1)
-      ... )
-      >>> state = with_quant_stats(state, [rule], x)
-      >>> sorted(state.quant_stats["dot_general0_lhs"])
-      ['count', 'mean_size', 'narrowest', 'skipped', 'sum_of_absmax', 'widest']
-    """
-    if not inputs and not kwargs:
-        raise TypeError(
-            "with_quant_stats needs inputs of the model, or step= and what the step "
-            "takes after the state: with_quant_stats(state, rules, *inputs)."
-        )
-    observed = calib.observe(step or _call_of(state), rules)
-    # A copy, as an NNX model may be updated by its call.
-    traced = nnx.clone(state) if isinstance(state, nnx.Module) else state
-    try:
-        stats = observed.init(traced, *inputs, **kwargs)
-    except Exception as error:
-        if step is None:
-            error.add_note(
-                "with_quant_stats has called the model on the inputs that it was "
-                "given. If your step calls it in another way, such as on a part of a "
-                "batch, use with_quant_stats(state, rules, batch, step=train_step)."
-            )
-        raise
-    found = {name: observed.ranges[name] for name in stats}
-    states = {x.path: stats[n] for n, x in found.items() if not x.learned}
-    if not states:
-        raise ValueError(
-            "No rule that matches an op sets act_static_scale=True: ranges that are "
-            "learned are among the params, see qat.attach_learned_scales."
-        )
-    if isinstance(state, nnx.Module):
-        for path, value in states.items():
-            nnx_objects.put(state, path, QuantStat(value))
-        return state
-    return _replaced(state, states)
 
 
 def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
@@ -123,7 +43,7 @@ def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
       ValueError: if two of them have statistics of the same name.
     """
     found: dict[Path, Mapping[str, Any]] = {}
-    for state in _train_states(tree):
+    for state in held.states_with(tree, "quant_stats"):
         _add(found, states_in(state.quant_stats))
     for path, stat in quant_stats_in(tree):
         _add(found, {path: dict(stat.get_value())})
@@ -144,29 +64,20 @@ def put_states(args: Any, out: Any, states: States) -> Any:
     Raises:
       ValueError: if there is no place for them.
     """
-    places = 0
 
-    def put(value):
-        nonlocal places
-        if not _is_train_state(value):
-            return value
-        places += 1
-        updated = {path: states[path] for path in states_in(value.quant_stats)}
-        return value.replace(quant_stats=nested(updated))
+    def updated(old):
+        return nested({path: states[path] for path in states_in(old)})
 
-    out = jax.tree.map(
-        put, out, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
-    )
+    places = [*held.states_with(out, "quant_stats"), *quant_stats_in((args, out))]
     for path, stat in quant_stats_in((args, out)):
         stat.set_value(dict(states[path]))
-        places += 1
     if not places:
         raise ValueError(
             "The step updates static ranges, but returns no state that has "
             "quant_stats, so they would be lost. Return the state, or wrap the "
             "step with update_quant_stats=False."
         )
-    return out
+    return held.with_field(out, "quant_stats", updated)
 
 
 def step_count(tree: Any) -> Any:
@@ -175,63 +86,74 @@ def step_count(tree: Any) -> Any:
     Raises:
       ValueError: if there is none, or more than one.
     """
-    counts = []
-    seen: set[int] = set()
-    for leaf in jax.tree.leaves(
-        tree, is_leaf=lambda x: _counts_steps(x) or nnx_objects.is_node(x)
-    ):
-        if nnx_objects.is_node(leaf):
-            for _, node in nnx.iter_graph(leaf):
-                if isinstance(node, nnx.Optimizer) and id(node) not in seen:
-                    seen.add(id(node))
-                    counts.append(node.step.get_value())
-        elif _counts_steps(leaf):
-            counts.append(leaf.step)
+    optimizers = held.nodes_of(tree, nnx.Optimizer)
+    counts = [optimizer.step.get_value() for optimizer in optimizers]
+    counts += [state.step for state in held.states_with(tree, "step")]
     if len(counts) == 1:
         return counts[0]
-    held = f"{len(counts)} arguments of the step are" if counts else "no argument is"
+    who = f"{len(counts)} arguments of the step are" if counts else "no argument is"
     raise ValueError(
         "A schedule, and what is frozen after some steps, needs the number of steps so "
-        f"far, and {held} a train state or an nnx.Optimizer. Give wrap_train_step a "
+        f"far, and {who} a train state or an nnx.Optimizer. Give wrap_train_step a "
         "function of the step's arguments that returns that number, such as "
         "schedule_step=lambda state, batch: state.step."
     )
 
 
-def _counts_steps(value: Any) -> bool:
-    return not isinstance(value, type) and attributes.has(value, "step", "replace")
+def held_states(target: Any) -> Mapping[Path, Mapping[str, Any]]:
+    """The statistics that a train state, an NNX model or variables hold, by path."""
+    if is_tree(target):
+        whole = has_collections(target)
+        return states_in(target.get("quant_stats", {})) if whole else {}
+    return states_of(target)
 
 
-def _call_of(state: Any) -> Callable[..., Any]:
-    """The function of a state and inputs that calls its model."""
-    if isinstance(state, nnx.Module):
-        return lambda model, *inputs, **kwargs: model(*inputs, **kwargs)
-    if not hasattr(state, "apply_fn") or not hasattr(state, "params"):
+def with_states(target: Any, states: States) -> Any:
+    """What is trained with statistics, in the place of those that it holds.
+
+    Args:
+      target: an NNX model, or an `nnx.ModelAndOptimizer`, which are changed in place; a
+        dataclass with a method `replace`; or the variables of a Linen model. If a class
+        has no field `quant_stats`, the result is of a subclass that does.
+      states: the statistics, by path; if there are none, a class that was made for them
+        is left again.
+
+    Raises:
+      TypeError: if `target` has no place for them.
+    """
+    model = nnx_model(target)
+    if model is not None:
+        before = {path for path, _ in quant_stats_in(model)}
+        nnx_objects.remove_params(model, before - set(states))
+        for path, value in states.items():
+            nnx_objects.put(model, path, QuantStat(value))
+        return target
+    if has_collections(target):
+        variables = {k: x for k, x in target.items() if k != "quant_stats"}
+        stats = {"quant_stats": as_quant_stats(states)} if states else {}
+        return frozen_like(target, {**variables, **stats})
+    if is_tree(target) and not states:
+        return target
+    if is_tree(target):
         raise TypeError(
-            f"Expected a TrainState or an NNX model, got {type(state).__name__}. Give "
-            "step= for a state that has no apply_fn and params."
+            f"Statistics of ranges have no place in {shortened(target)}: they are a "
+            "field of a TrainState or of another flax.struct.dataclass, or a "
+            "collection beside the params of a Linen model, attach({'params': params}, "
+            "rules, *inputs, model=model)."
         )
-
-    def call(state, *inputs, **kwargs):
-        others = collections_of(state)
-        return state.apply_fn({"params": state.params, **others}, *inputs, **kwargs)
-
-    return call
-
-
-def _replaced(state: Any, states: States) -> Any:
-    if not dataclasses.is_dataclass(state) or not hasattr(state, "replace"):
-        raise TypeError(
-            f"Expected a TrainState, or another flax.struct.dataclass, got "
-            f"{shortened(state)}."
-        )
-    if not hasattr(state, "quant_stats"):
-        fields = {
-            field.name: getattr(state, field.name)
-            for field in dataclasses.fields(state)
-        }
-        return _with_field(type(state))(**fields, quant_stats=nested(states))
-    return state.replace(quant_stats=nested(states))  # type: ignore[attr-defined]
+    has_room = hasattr(target, "quant_stats")
+    without = vars(type(target)).get("_without_quant_stats")
+    if has_room and (states or without is None):
+        return target.replace(quant_stats=nested(states))  # type: ignore[attr-defined]
+    if not states and not has_room:
+        return target
+    cls: Any = _with_field(type(target)) if states else without
+    fields = {
+        field.name: getattr(target, field.name)
+        for field in dataclasses.fields(target)
+        if field.name != "quant_stats"
+    }
+    return cls(**fields, **({"quant_stats": nested(states)} if states else {}))
 
 
 @functools.cache
@@ -240,6 +162,7 @@ def _with_field(cls: type) -> type:
     fields = {
         "__annotations__": {"quant_stats": Any},
         "quant_stats": struct.field(default_factory=dict),
+        "_without_quant_stats": cls,
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }
@@ -247,21 +170,6 @@ def _with_field(cls: type) -> type:
     return (
         subclass if "_flax_dataclass" in vars(subclass) else struct.dataclass(subclass)
     )
-
-
-def _is_train_state(value: Any) -> bool:
-    return (
-        not isinstance(value, nnx.Module | type)
-        and attributes.has(value, "quant_stats", "replace")
-        and bool(value.quant_stats)
-    )
-
-
-def _train_states(tree: Any) -> Iterator[Any]:
-    leaves = jax.tree.leaves(
-        tree, is_leaf=lambda x: _is_train_state(x) or nnx_objects.is_node(x)
-    )
-    return filter(_is_train_state, leaves)
 
 
 def _add(found: dict[Path, Mapping[str, Any]], more: States) -> None:

@@ -1,22 +1,96 @@
-"""What a train state holds for the call of its model."""
+"""Params with other leaves among them, and what an optimizer knows of them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-_OTHERS = ("params", "opt_state", "quant_stats")
+import jax
+from jax import numpy as jnp
+
+from qwix_train.frontends.targets import (
+    frozen_like,
+    has_collections,
+    is_tree,
+    params_of,
+)
+from qwix_train.planning import learned_scale
+from qwix_train.trace.function import param_path
 
 
-def collections_of(state: Any) -> dict[str, Any]:
-    """The collections of a train state but for the params, such as `batch_stats`.
+def learned_scale_mask(params: Any) -> Any:
+    """Which leaves of params are learned scales, for `optax.masked` and the like.
 
     Args:
-      state: a dataclass; the name of a field is that of the collection, by convention.
+      params: a tree of params.
+
+    Returns:
+      The same tree with a bool at each leaf: whether it is the scale of a param beside
+      it, or a scale, offset or clipping level of an activation.
+
+    Example:
+      >>> learned_scale_mask({"kernel": 1.0, "kernel_scale": 0.1, "scale": 1.0})
+      {'kernel': False, 'kernel_scale': True, 'scale': False}
     """
-    return {
-        field.name: getattr(state, field.name)
-        for field in dataclasses.fields(state)
-        if field.name not in _OTHERS and isinstance(getattr(state, field.name), Mapping)
-    }
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths = [param_path(key_path) for key_path, _ in leaves]
+    known = set(paths)
+    is_learned = [learned_scale.trained_leaf(path, known) is not None for path in paths]
+    return jax.tree.unflatten(structure, is_learned)
+
+
+def with_params(target: Any, params: Any, *, fewer: bool = False) -> Any:
+    """A train state, variables or params with other params.
+
+    Args:
+      target: the state, whose optimizer keeps what it knows, or the tree.
+      params: the params: those that it has, and more or fewer.
+      fewer: whether what the optimizer knows of params that are gone is dropped.
+
+    Raises:
+      ValueError: see `carried_over`.
+    """
+    params = frozen_like(params_of(target), params)
+    if is_tree(target):
+        whole = has_collections(target)
+        return frozen_like(target, {**target, "params": params}) if whole else params
+    if not hasattr(target, "tx"):
+        return target.replace(params=params)
+    opt_state = carried_over(target.opt_state, target.tx.init(params), fewer=fewer)
+    return target.replace(params=params, opt_state=opt_state)
+
+
+def carried_over(old: Any, new: Any, *, fewer: bool = False) -> Any:
+    """The state of an optimizer for other params, with what it had before.
+
+    Args:
+      old: the state before.
+      new: a new state, for the other params.
+      fewer: whether what has no place in it is dropped.
+
+    Raises:
+      ValueError: if some of what it had has no place in it.
+    """
+    before = dict(_by_path(old))
+    leaves = []
+    for path, leaf in _by_path(new):
+        held = before.pop(path, leaf)
+        if jnp.shape(held) != jnp.shape(leaf):
+            reason = f"has shape {jnp.shape(held)}, and afterwards {jnp.shape(leaf)}"
+            raise _lost(path, reason)
+        leaves.append(held)
+    if before and not fewer:
+        raise _lost(next(iter(before)), "has no place in it afterwards")
+    return jax.tree.unflatten(jax.tree.structure(new), leaves)
+
+
+def _lost(path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The state of the optimizer cannot be carried over: opt_state{path} {reason}. "
+        "Attach before training, or begin with a new opt_state: attach the leaves to "
+        "the params alone, then state.tx.init(params)."
+    )
+
+
+def _by_path(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from qwix_train import calib
+from qwix_train import calib, ranges
 from tests import models
 
 
@@ -61,4 +61,4 @@ def test_statistics_of_a_train_state_are_warned_of_too():
     batches[2] *= 20
     calibrator = ranges_of(batches)
     with pytest.warns(UserWarning, match="1 static ranges are far below"):
-        calib.collected_ranges(dict(calibrator.state), calibrator.rules)
+        ranges({"quant_stats": dict(calibrator.state)}, calibrator.rules)

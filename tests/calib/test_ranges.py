@@ -8,10 +8,10 @@ from jax import numpy as jnp
 
 from qwix_train import (
     QuantizationRule,
-    QuantStat,
+    attach,
     calib,
     ptq,
-    with_quant_stats,
+    ranges,
     wrap_train_step,
 )
 from tests import models
@@ -22,6 +22,11 @@ BATCHES = [
     np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32) for i in range(3)
 ]
 PARAMS = {"params": models.params_of(MODEL, BATCHES[0])}
+
+
+def held(stats):
+    """Variables of a model that has no params."""
+    return {"quant_stats": stats}
 
 
 def observed(rule, batches):
@@ -48,7 +53,7 @@ def observed(rule, batches):
 def test_ranges_of_statistics(fields):
     rule = QuantizationRule(**STATIC, **fields)
     expected, stats = observed(rule, BATCHES)
-    models.assert_same(calib.collected_ranges(stats, [rule]), expected)
+    models.assert_same(ranges(held(stats), [rule]), expected)
 
 
 def test_ranges_of_stacked_layers():
@@ -58,10 +63,8 @@ def test_ranges_of_stacked_layers():
         "skipped": jnp.zeros(2, jnp.int32),
         "sum_of_absmax": jnp.array([[[3.0]], [[5.0]]]),
     }
-    ranges = calib.collected_ranges(
-        {"layers": {"dot_general0_lhs": statistics}}, [rule]
-    )
-    found = ranges["layers"]["dot_general0_lhs"]
+    stats = {"layers": {"dot_general0_lhs": statistics}}
+    found = ranges(held(stats), [rule])["layers"]["dot_general0_lhs"]
     assert sorted(found) == ["count", "sum_of_absmax"]
     models.assert_same(found["sum_of_absmax"], statistics["sum_of_absmax"])
 
@@ -74,8 +77,8 @@ def test_ranges_of_operations_of_litert(name, op):
     # Those with one operand have no name for it, and some end in a number.
     rules = [QuantizationRule(**STATIC, op_names=(names,)) for names in ("relu", op)]
     statistics = {"count": jnp.array(2), "sum_of_absmax": jnp.array([[3.0]])}
-    ranges = calib.collected_ranges({name: statistics}, rules)
-    models.assert_same(ranges[name]["sum_of_absmax"], jnp.array([[3.0]]))
+    found = ranges(held({name: statistics}), rules)
+    models.assert_same(found[name]["sum_of_absmax"], jnp.array([[3.0]]))
 
 
 def test_errors():
@@ -84,20 +87,19 @@ def test_errors():
     with pytest.raises(
         ValueError, match="No range was collected for 'dot_general0_lhs"
     ):
-        calib.collected_ranges(empty, [rule])
+        ranges(held(empty), [rule])
     with pytest.raises(ValueError, match="no rule gives that a static range"):
-        calib.collected_ranges(empty, [QuantizationRule(module_path="other", **STATIC)])
+        ranges(held(empty), [QuantizationRule(module_path="other", **STATIC)])
 
 
 @pytest.mark.slow
 def test_the_statistics_of_an_nnx_model_with_a_list_of_layers():
     rules = [QuantizationRule(**STATIC, act_observer="percentile,99")]
     model = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
-    with_quant_stats(model, rules, BATCHES[0])
+    attach(model, rules, BATCHES[0])
     wrap_train_step(lambda model, x: model(x), rules)(model, BATCHES[0])
-    stats = nnx.to_pure_dict(nnx.state(model, QuantStat))
-    ranges = calib.collected_ranges(stats, rules)
-    found = ranges["layers"]["0"]["dot_general0_lhs"]["sum_of_absmax"].item()
+    whole = ranges(model, rules)
+    found = whole["layers"]["0"]["dot_general0_lhs"]["sum_of_absmax"].item()
     expected = np.percentile(np.abs(BATCHES[0]), 99)
     np.testing.assert_allclose(found, expected, rtol=0.05)
-    ptq.quantize(model, None, rules, BATCHES[0], quant_stats=ranges)
+    ptq.quantize(model, None, rules, BATCHES[0], quant_stats=whole)

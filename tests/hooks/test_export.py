@@ -10,9 +10,9 @@ from jax import numpy as jnp
 
 from qwix_train import (
     QuantizationRule,
+    attach,
     hooks,
     ptq,
-    with_quant_stats,
     wrap_train_step,
 )
 from tests import models
@@ -177,7 +177,7 @@ def test_static_ranges(trained, tmp_path):
 def test_static_ranges_in_the_state_of_qat(trained, tmp_path, framework):
     if framework == "nnx":
         state = model = models.NnxMlp(nnx.Rngs(0), rate=0.0)
-        with_quant_stats(model, STATIC, X)
+        attach(model, STATIC, X)
         wrap_train_step(lambda model, x: model(x).mean(), STATIC)(model, X)
         layer = "l1"
     else:
@@ -185,7 +185,7 @@ def test_static_ranges_in_the_state_of_qat(trained, tmp_path, framework):
         state = models.train_state.TrainState.create(
             apply_fn=model.apply, params=params_at(1.0), tx=optax.sgd(0.1)
         )
-        state = with_quant_stats(state, STATIC, X)
+        state = attach(state, STATIC, X)
 
         def train_step(state, x):
             return state.apply_fn({"params": state.params}, x).mean(), state

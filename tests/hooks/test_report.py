@@ -12,11 +12,11 @@ from jax import numpy as jnp
 from qwix_train import (
     HowToQuantize,
     QuantizationRule,
+    attach,
     hooks,
     optim,
     plan,
     ptq,
-    with_quant_stats,
     wrap_train_step,
 )
 from tests import models
@@ -255,7 +255,7 @@ def test_ranges_that_the_state_of_qat_holds(observer):
 
         return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
-    state = with_quant_stats(state, rules, x)
+    state = attach(state, rules, x)
     report = hooks.QuantReport(Writer(), plan(model, rules, x))
     with pytest.raises(ValueError, match="No range was collected"):
         report.scalars(state)

@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train import lora
+from tests import models
 
 SCALING = 2.0
 
@@ -131,7 +132,7 @@ def test_values_and_gradients(name, dora):
     case = CASES[name]
     weight = data(*case.shape)
     rule = lora.LoraRule(rank=1, alpha=SCALING, dora=dora, op_names=case.op_names)
-    state = lora.create_train_state(
+    state = models.lora_state(
         lambda params, x: case.function(params["w"], x),
         {"w": weight},
         optax.sgd(0.1),

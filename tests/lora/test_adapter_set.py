@@ -29,7 +29,7 @@ class Heads(nn.Module):
 def state_of(model, rank, alpha=3.0, seed=3, x=X, **kwargs):
     params = model.init(jax.random.key(0), x)["params"]
     rules = [lora.LoraRule(rank=rank, alpha=alpha, **kwargs)]
-    state = lora.create_train_state(
+    state = models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(2), x
     )
     return state.replace(params=random_like(state.params, seed))
@@ -129,7 +129,7 @@ def constant_state(sharding=None, **kwargs):
     if sharding is not None:
         params = jax.device_put(params, sharding)
     rules = [lora.LoraRule(rank=2, alpha=2.0, **kwargs)]
-    return lora.create_train_state(
+    return models.lora_state(
         lambda params, x: x @ params["kernel"],
         params,
         optax.sgd(0.1),

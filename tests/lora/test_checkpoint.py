@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qwix_train
 from qwix_train import lora, ptq
+from tests import models
 from tests.models import Mlp, assert_same
 
 X = jnp.ones((2, 6))
@@ -36,7 +37,7 @@ RULES = [
 def state_of(rules=RULES, model=None, seed=0):
     model = model or Mlp()
     params = model.init(jax.random.key(0), X)["params"]
-    return lora.create_train_state(
+    return models.lora_state(
         model.apply, params, optax.adam(0.1), rules, jax.random.key(seed), X
     )
 

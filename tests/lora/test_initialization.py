@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import qwix_train
 from qwix_train import lora
 from qwix_train.core.qarray import dequantize
+from tests import models
 from tests.spellings import data
 
 W = data(24, 16)
@@ -224,7 +225,7 @@ BFLOAT16 = {
 def test_adapters_of_a_bfloat16_weight_are_float32(kwargs):
     w, x = jnp.asarray(W, jnp.bfloat16), X.astype(jnp.bfloat16)
     rules = [lora.LoraRule(rank=3, alpha=6.0, **kwargs)]
-    state = lora.create_train_state(
+    state = models.lora_state(
         apply, {"w": w}, optax.sgd(1e-3), rules, jax.random.key(0), x
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("f4")}
@@ -243,7 +244,7 @@ def test_adapters_of_a_bfloat16_weight_are_float32(kwargs):
 def test_small_steps_move_the_adapter_of_a_bfloat16_weight():
     w, x = jnp.asarray(W, jnp.bfloat16), X.astype(jnp.bfloat16)
     rules = [lora.LoraRule(rank=3, alpha=6.0)]
-    state = lora.create_train_state(
+    state = models.lora_state(
         apply, {"w": w}, optax.adam(1e-4), rules, jax.random.key(0), x
     )
 

@@ -32,7 +32,7 @@ def state_of(model, *rules, x=X, **kwargs):
     """A state with adapters that do something, and the float params."""
     params = model.init(jax.random.key(0), x)["params"]
     rules = rules or (lora.LoraRule(**RULE),)
-    state = lora.create_train_state(
+    state = models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(2), x, **kwargs
     )
     return state.replace(params=random_like(state.params)), params

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train import lora
 from qwix_train.ptq import safetensors_files
-from tests import other_python
+from tests import models, other_python
 from tests.lora import peft_reference as library
 from tests.lora.test_merge import flat, random_like
 from tests.models import Mlp, assert_same
@@ -76,7 +76,7 @@ def params():
 
 
 def state_of(rules, params):
-    state = lora.create_train_state(
+    state = models.lora_state(
         Net().apply, params, optax.sgd(0.1), rules, jax.random.key(1), TOKENS
     )
     adapters = jax.tree.map(lambda x: x - 0.4, random_like(state.params))
@@ -228,7 +228,7 @@ def small_state(model, **kwargs):
     x = jnp.ones((5, 6))
     params = model.init(jax.random.key(0), x)["params"]
     rules = [lora.LoraRule(rank=2, alpha=3.0, **kwargs)]
-    return lora.create_train_state(
+    return models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(1), x
     )
 

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qwix_train
 from qwix_train import lora
+from tests import models
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
 NAMES = ("data", "model")
@@ -57,9 +58,7 @@ def test_adapters_of_a_sharded_param_are_sharded_as_it_is(weight_qtype, kind):
     params["kernel"] = jax.device_put(params["kernel"], NamedSharding(mesh, spec))
     rules = [lora.LoraRule(rank=2, alpha=1.0, weight_qtype=weight_qtype)]
     tx = optax.adam(1e-3)
-    state = lora.create_train_state(
-        model.apply, params, tx, rules, jax.random.key(1), X
-    )
+    state = models.lora_state(model.apply, params, tx, rules, jax.random.key(1), X)
     a, b = state.params["kernel_lora_a"], state.params["kernel_lora_b"]
     for array, want in [(a, a_spec), (b, b_spec)]:
         want = NamedSharding(mesh, PartitionSpec(*want))

@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.training.train_state import TrainState
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qwix_train import lora
+from qwix_train import attach, lora
+from tests import models
 
 WIDTH = 256
 BYTES = {"f32": 4, "s8": 1, "u8": 1, "s4": 1, "u4": 1}
@@ -49,9 +51,8 @@ def traffic(**kwargs):
         call, given = lambda params, _, x: apply({"params": params}, x), (params, None)
     else:
         rules = [lora.LoraRule(rank=4, alpha=4.0, **kwargs)]
-        state = lora.create_train_state(
-            apply, params, optax.sgd(0.1), rules, jax.random.key(1), x, variables={}
-        )
+        state = TrainState(0, apply, params, optax.sgd(0.1), ())
+        state = attach(state, rules, x, rng=jax.random.key(1))
 
         def call(adapters, frozen, x):
             return state.replace(frozen=frozen).apply_fn({"params": adapters}, x)
@@ -114,9 +115,7 @@ def explicit_traffic(said, **kwargs):
         else:
             rules = [lora.LoraRule(rank=4, alpha=4.0, **kwargs)]
             key = jax.random.key(1)
-            state = lora.create_train_state(
-                apply, params, optax.sgd(0.1), rules, key, held
-            )
+            state = models.lora_state(apply, params, optax.sgd(0.1), rules, key, held)
 
             def call(adapters, frozen, x):
                 return state.replace(frozen=frozen).apply_fn(adapters, x)

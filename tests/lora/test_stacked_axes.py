@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import lora
+from tests import models
 from tests.spellings import data
 
 X = jnp.asarray(data(4, 6))
@@ -105,7 +106,7 @@ def test_adapters_of_a_state(tmp_path, kwargs):
     model = Stack(1)
     params = filled(initial(model))
     rules = [lora.LoraRule(rank=2, alpha=3.0, **kwargs)]
-    state = lora.create_train_state(
+    state = models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(1), X
     )
     shapes = shapes_of(state.params)

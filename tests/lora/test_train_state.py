@@ -8,7 +8,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
-from flax import serialization
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 from jax import lax
 from jax import numpy as jnp
@@ -37,7 +37,7 @@ def rules(**kwargs):
 def state_of(tx=None, apply_fn=MODEL.apply, **kwargs):
     tx = tx or optax.adam(1e-2)
     key = jax.random.key(1)
-    state = lora.create_train_state(apply_fn, PARAMS, tx, rules(**kwargs), key, X)
+    state = models.lora_state(apply_fn, PARAMS, tx, rules(**kwargs), key, X)
     # B that is not zero, so that A has a gradient.
     params = jax.tree.map(lambda x: x + 0.1, state.params)
     return state.replace(params=params, opt_state=tx.init(params))
@@ -245,10 +245,10 @@ def test_a_state_is_a_tree_like_any_other():
     pickle.dumps(jax.tree.map(np.asarray, state.params))
 
 
-class BatchNormState(lora.LoraTrainState):
+class BatchNormState(TrainState):
     """A state of a user, with one more field."""
 
-    batch_stats: dict = None  # type: ignore[assignment]
+    batch_stats: dict
 
 
 @pytest.mark.slow
@@ -261,18 +261,17 @@ def test_a_model_with_batch_statistics():
         {"params": jax.random.key(0), "dropout": jax.random.key(1)}, images
     )
     stats = {"batch_stats": variables["batch_stats"]}
-    state = lora.create_train_state(
-        model.apply,
-        variables["params"],
-        optax.adam(1e-2),
+    state = BatchNormState(
+        0, model.apply, variables["params"], optax.adam(1e-2), (), **stats
+    )
+    state = qwix_train.attach(
+        state,
         rules(weight_qtype="int8"),
-        jax.random.key(2),
         images,
-        variables={**stats, "perturbations": variables["perturbations"]},
-        cls=BatchNormState,
-        fields=stats,
+        rng=jax.random.key(2),
         rngs={"dropout": jax.random.key(3)},
     )
+    assert isinstance(state, BatchNormState) and isinstance(state, lora.LoraTrainState)
 
     @jax.jit
     def step(state, images, key):
@@ -315,7 +314,7 @@ def test_plain_functions_and_lists_of_params():
             x = jnp.tanh(x @ layer["w"] + layer["b"])
         return x
 
-    state = lora.create_train_state(
+    state = models.lora_state(
         apply, params, optax.sgd(0.1), rules(), jax.random.key(0), X
     )
     assert set(state.params) == {"0", "1"}
@@ -326,7 +325,7 @@ def test_plain_functions_and_lists_of_params():
 def test_tokens_may_be_numpy_arrays():
     model, tokens = nn.Embed(11, 8), np.array([1, 2])
     params = model.init(jax.random.key(0), tokens)["params"]
-    state = lora.create_train_state(
+    state = models.lora_state(
         model.apply,
         params,
         optax.sgd(0.1),
@@ -352,7 +351,7 @@ def test_on_a_mesh_it_is_the_same(kind):
     want, want_loss = jax.jit(train_step)(state, (X, Y))
     params = jax.tree.map(placed, PARAMS)
     params["Dense_0"]["kernel"] = placed(PARAMS["Dense_0"]["kernel"], None, "model")
-    on_mesh = lora.create_train_state(
+    on_mesh = models.lora_state(
         MODEL.apply,
         params,
         optax.adam(1e-2),
@@ -407,7 +406,7 @@ def test_static_ranges_of_a_state_with_adapters():
     static = [
         QuantizationRule(weight_qtype="int8", act_qtype="int8", act_static_scale=True)
     ]
-    state = qwix_train.with_quant_stats(state_of(), static, X)
+    state = qwix_train.attach(state_of(), static, X)
     step = jax.jit(qwix_train.wrap_train_step(train_step, static))
     for _ in range(2):
         state, loss = step(state, (X, Y))
@@ -440,7 +439,7 @@ def test_rules_of_both_kinds_mix():
         QuantizationRule(module_path="Dense_1", weight_qtype="int8"),
         *rules(module_path="Dense_0"),
     ]
-    state = lora.create_train_state(
+    state = models.lora_state(
         MODEL.apply, PARAMS, optax.adam(1e-3), mixed, jax.random.key(0), X
     )
     assert set(state.params) == {"Dense_0"}
@@ -483,7 +482,7 @@ def test_params_of_the_model_may_be_named_as_parts_of_adapters_are():
     w = np.linspace(-1.0, 2.0, X.shape[1] * 3, dtype=np.float32).reshape(-1, 3)
     key, tx = jax.random.key(0), optax.sgd(0.1)
     params = {"q_lora_a": w, "q_lora_b": w.T}
-    state = lora.create_train_state(apply, params, tx, rules(), key, X)
+    state = models.lora_state(apply, params, tx, rules(), key, X)
     of_a, of_b = ([f"{name}_lora_a", f"{name}_lora_b"] for name in params)
     assert sorted(state.params) == [*of_a, *of_b]
     models.assert_close(state.apply_fn(state.params, X), X @ w @ w.T, 1e-5)
@@ -531,7 +530,7 @@ def test_static_ranges_are_those_of_the_base():
         X,
         quant_stats=calibrator.quant_stats,
     )
-    state = lora.create_train_state(
+    state = models.lora_state(
         MODEL.apply, params, optax.sgd(0.1), rules(**static), jax.random.key(0), X
     )
     got = state.apply_fn({"params": state.params}, X)
@@ -542,23 +541,27 @@ def test_static_ranges_are_those_of_the_base():
         state_of(**static)
 
 
-def test_a_module_is_no_apply_fn():
-    with pytest.raises(TypeError, match="got a Mlp.*Give model.apply"):
-        state_of(apply_fn=MODEL)
+@pytest.mark.parametrize("model", [MODEL, MODEL.apply])
+def test_trees_of_a_module_or_its_apply(model):
+    for params in (PARAMS, {"params": PARAMS}):
+        adapters, base, layouts = lora.init(
+            params, model, rules(), jax.random.key(1), X
+        )
+        want = models.lora_state(
+            MODEL.apply, PARAMS, optax.sgd(0.1), rules(), jax.random.key(1), X
+        )
+        models.assert_same((adapters, base), (want.params, want.frozen))
+        assert layouts == want.layouts
+    with pytest.raises(TypeError, match="An NNX model holds its params"):
+        nnx_model = models.NnxMlp(nnx.Rngs(0))
+        lora.init(PARAMS, nnx_model, rules(), jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("kind", ["method", "function"])
-def test_whole_variables_are_refused(kind):
+def test_an_apply_function_around_that_of_the_model():
     model, x = nn.Dense(4), jnp.ones((1, 6))
-    kernel, bias = np.ones((6, 4), np.float32), np.zeros(4, np.float32)
-    variables = {"params": {"kernel": kernel, "bias": bias}, "cache": {}}
-    apply = model.apply if kind == "method" else lambda *args: model.apply(*args)
-    rules, key = [lora.LoraRule(rank=2, alpha=4.0)], jax.random.key(0)
-    with pytest.raises(ValueError, match=r"params alone.*\['cache', 'params'\].*cache"):
-        lora.create_train_state(apply, variables, optax.sgd(0.1), rules, key, x)
-    # As the message says.
-    state = lora.create_train_state(
-        apply, variables["params"], optax.sgd(0.1), rules, key, x, variables={}
-    )
+    params = {"kernel": np.ones((6, 4), np.float32), "bias": np.zeros(4, np.float32)}
+    tx, key = optax.sgd(0.1), jax.random.key(0)
+    state = TrainState(0, lambda *args: model.apply(*args), params, tx, ())
+    state = qwix_train.attach(state, rules(), x, rng=key)
     assert sorted(state.params) == ["kernel_lora_a", "kernel_lora_b"]
     assert state.apply_fn({"params": state.params}, x).shape == (1, 4)

@@ -107,7 +107,7 @@ def test_adapters_begin_as_the_model_and_train_alone(name):
     case = CASES[name]
     params = case.params()
     rules = [lora.LoraRule(rank=2, alpha=4.0, op_names=("dot_general", "einsum"))]
-    state = lora.create_train_state(
+    state = models.lora_state(
         case.model.apply,
         params,
         optax.adam(0.1),

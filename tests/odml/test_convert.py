@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 
+import qwix_train
 from qwix_train import QuantizationRule, odml, qat, quantize_model
 from qwix_train.odml import conversion, lowering
 from qwix_train.qat.quant_stat import QuantStat
@@ -105,7 +106,7 @@ def test_learned_ranges_of_activations():
 
     variables = {"params": step(step(begun))}
     collected = stats_of(odml.OdmlQatProvider(INT8), Mlp().apply, variables, x)
-    ranges = qat.learned_quant_stats(variables, [learned], collected)
+    ranges = qwix_train.ranges(variables, [learned], collected)
     litert = odml.convert(Mlp(), variables, INT8, x, quant_stats=ranges)
     products = [op for op in litert.ops() if op.name == "FULLY_CONNECTED"]
     want = np.asarray(x, np.float64)

@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 from qwix_train import (
     QuantizationRule,
     as_model,
+    attach,
     calib,
     odml,
     quantize_fn,
     quantize_model,
-    with_quant_stats,
     wrap_eval_step,
     wrap_train_step,
 )
@@ -119,7 +119,7 @@ def test_training_and_evaluation_have_the_same_ranges():
 
 def test_a_wrapped_step_trains_and_keeps_ranges():
     provider = odml.OdmlQatProvider(RULES)
-    start = with_quant_stats(state(), provider, X, train=False)
+    start = attach(state(), provider, X, train=False)
     step = jax.jit(wrap_train_step(train_step, provider))
     after, (loss, grads) = step(start, X)
     for _ in range(8):
@@ -147,7 +147,7 @@ def test_a_wrapped_step_trains_and_keeps_ranges():
 @pytest.mark.slow
 def test_a_step_on_eight_devices_is_that_on_one():
     provider = odml.OdmlQatProvider(RULES)
-    start = with_quant_stats(state(), provider, X, train=False)
+    start = attach(state(), provider, X, train=False)
     step = jax.jit(wrap_train_step(train_step, provider))
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(X, NamedSharding(mesh, P("data")))
@@ -243,7 +243,7 @@ def test_an_nnx_step():
     provider = odml.OdmlQatProvider(RULES)
     model = NnxModel()
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    with_quant_stats(model, provider, X)
+    attach(model, provider, X)
 
     def step(model, optimizer, x):
         def loss_fn(model):

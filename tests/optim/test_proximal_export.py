@@ -43,7 +43,7 @@ def test_what_is_stored_is_what_was_trained(calibration_method, method):
     for _ in range(55):
         params, state = step(params, state)
     assert loss(params) < first
-    tree = optim.with_grid_scales(params, state)
+    tree = qwix_train.attach(params, state)
     served, stored = qwix_train.ptq.quantize(model, tree, rules, x)
     for name, layer in params.items():
         models.assert_same(dequantize(stored[name]["kernel"].array), layer["kernel"])

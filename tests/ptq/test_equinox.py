@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from qwix_train import QtProvider, WithAux, as_model, calib, ptq, qat, quantize_fn
+import qwix_train
+from qwix_train import QtProvider, WithAux, as_model, calib, ptq, quantize_fn
 from tests import models
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
@@ -67,7 +68,7 @@ def test_static_ranges_stand_beside_the_params(name):
 
 def test_learned_scales_stand_beside_the_params():
     rule = models.rule("int8", "int8", act_calibration_method="lsq")
-    attached = qat.attach_learned_scales(forward, mlp(), [rule], X)
+    attached = qwix_train.attach(mlp(), [rule], X, model=forward)
     trained = quantize_fn(forward, QtProvider([rule]))(attached, X)
     function, quantized = ptq.quantize(forward, attached, [rule], X)
     models.assert_close(function(quantized, X), trained)

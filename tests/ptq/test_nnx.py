@@ -366,7 +366,7 @@ STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 
 def test_the_ranges_that_a_model_has_collected_are_its_own():
     model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-    qwix_train.with_quant_stats(model, STATIC, X)
+    qwix_train.attach(model, STATIC, X)
     stats = nnx.state(model, QuantStat)
     stats = jax.tree.map(lambda x: jnp.full_like(x, 3 if x.ndim else 1), stats)
     nnx.update(model, stats)

@@ -86,7 +86,7 @@ EVERY_OP = {"op_names": ("dot_general", "einsum", "conv_general_dilated", "gathe
 @pytest.mark.parametrize("act", ["lsq+", "lsq"])
 def test_what_is_trained_is_what_is_served(act):
     rules = [rule(act=act, **EVERY_OP)]
-    state = qat.with_learned_scales(state_of(Net(), IMAGE), rules, IMAGE)
+    state = qwix_train.attach(state_of(Net(), IMAGE), rules, IMAGE)
     parts = ["scale"] if act == "lsq" else ["offset", "scale"]
     assert shapes(state.params) == {
         "mix": (5, 6),
@@ -122,7 +122,7 @@ def test_what_is_trained_is_what_is_served(act):
 def test_pact():
     rules = [QuantizationRule(module_path="Dense_0"), rule(act="pact", qtype="int8")]
     model = models.Mlp()
-    state = qat.with_learned_scales(state_of(model), rules, X)
+    state = qwix_train.attach(state_of(model), rules, X)
     leaves = state.params["Dense_1"]
     assert leaves["dot_general0_lhs_alpha"].shape == (1, 1)
     hidden = nn.relu(nn.Dense(16).apply({"params": state.params["Dense_0"]}, X))
@@ -140,13 +140,13 @@ def test_pact():
         params["Dense_1"]["dot_general0_lhs_scale"].array, alpha / 255, 1e-6
     )
     with pytest.raises(ValueError, match="Dense_0/dot_general0_lhs.*not what a ReLU"):
-        qat.attach_learned_scales(model, state.params, [rule(act="pact")], X)
+        qwix_train.attach(state.params, [rule(act="pact")], X, model=model)
 
 
 def test_a_step_of_the_optimizer_is_that_of_the_papers():
     # One dense layer without bias, its loss and gradients by hand, in float64.
     model, rules = nn.Dense(3, use_bias=False), [rule(act="lsq")]
-    state = qat.with_learned_scales(state_of(model, tx=optax.sgd(0.1)), rules, X)
+    state = qwix_train.attach(state_of(model, tx=optax.sgd(0.1)), rules, X)
     after, _ = trained(state, rules, 1)
     x, y, w, ws, xs = (
         np.asarray(a, np.float64)
@@ -192,7 +192,7 @@ def test_training_the_scales_beats_leaving_them_as_they_begin():
 
         off = optax.set_to_zero() if frozen else optax.adam(1e-2)
         tx = optax.multi_transform({"on": optax.adam(1e-2), "off": off}, labels)
-        state = qat.with_learned_scales(state_of(models.Mlp(), tx=tx), rules, X)
+        state = qwix_train.attach(state_of(models.Mlp(), tx=tx), rules, X)
         state, _ = trained(state, rules, 150)
         return float(((quantized(rules, state.params) - Y) ** 2).mean())
 
@@ -216,7 +216,7 @@ def test_nnx_models_hold_them():
 
     x = X[:, :4]
     model = models.NnxMlp(nnx.Rngs(0), rate=0.0)
-    assert qat.attach_learned_scales(model, None, rules, x) is model
+    assert qwix_train.attach(model, rules, x) is model
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     before = model.l2.dot_general0_lhs_offset.get_value()
     nnx.jit(qwix_train.wrap_train_step(step, rules))(model, optimizer, x, Y)
@@ -265,9 +265,11 @@ def test_init_makes_them_and_statistics_beside():
     model = quantize_model(models.Mlp(), QtProvider(rules))
     variables = jax.jit(model.init)(jax.random.key(2), X)
     params = state_of(models.Mlp()).params
-    want = qat.attach_learned_scales(models.Mlp(), params, rules, X)
-    models.assert_close(variables["params"], want)
+    given = {"params": params}
+    attached = qwix_train.attach(given, rules, X, model=models.Mlp())
+    models.assert_close(variables, attached)
     assert list(variables["quant_stats"]) == ["Dense_1"]
+    want = attached["params"]
     out, updates = jax.jit(functools.partial(model.apply, mutable=["quant_stats"]))(
         variables, X
     )
@@ -276,8 +278,7 @@ def test_init_makes_them_and_statistics_beside():
     )
     models.assert_close(apply(exported, served, X), out)
 
-    state = qat.with_learned_scales(state_of(models.Mlp()), rules, X)
-    state = qwix_train.with_quant_stats(state, rules, X)
+    state = qwix_train.attach(state_of(models.Mlp()), rules, X)
     assert list(state.quant_stats) == ["Dense_1"]
     state, _ = trained(state, rules, 2)
     assert state.quant_stats["Dense_1"]["dot_general0_lhs"]["count"] == 2
@@ -290,9 +291,8 @@ def test_ranges_of_several_batches():
     eval_step = calibrator.wrap(lambda p, x: models.Mlp().apply({"params": p}, x))
     for scale in (1, 3):
         eval_step(params, scale * X)
-    found = qat.attach_learned_scales(
-        models.Mlp(), params, rules, X, quant_stats=calibrator.quant_stats
-    )
+    ranges = calibrator.quant_stats
+    found = qwix_train.attach(params, rules, X, quant_stats=ranges, model=models.Mlp())
     got = found["Dense_0"]["dot_general0_lhs_scale"].item()
     np.testing.assert_allclose(got, 3 * abs(X).max() / 127.5, 1e-6)
 
@@ -300,28 +300,28 @@ def test_ranges_of_several_batches():
 def test_attaching_in_the_middle_of_training_keeps_the_moments():
     state, _ = trained(state_of(models.Mlp()), [models.rule("int8")], 3)
     rules = [rule()]
-    attached = qat.with_learned_scales(state, rules, X)
+    attached = qwix_train.attach(state, rules, X)
     before, after = state.opt_state[0], attached.opt_state[0]
     assert after.count == 3
     models.assert_same(after.mu["Dense_0"]["kernel"], before.mu["Dense_0"]["kernel"])
     assert not after.mu["Dense_0"]["kernel_scale"].any()
     assert attached.step == 3
-    again = qat.with_learned_scales(attached, rules, X)
+    again = qwix_train.attach(attached, rules, X)
     models.assert_same(again.params, attached.params)
 
     flattened = state_of(models.Mlp(), tx=optax.flatten(optax.adam(1e-2)))
     with pytest.raises(ValueError, match=r"opt_state\[0\]\.mu has shape"):
-        qat.with_learned_scales(flattened, rules, X)
+        qwix_train.attach(flattened, rules, X)
 
 
 @pytest.mark.slow
 def test_checkpoints_hold_them(tmp_path):
     rules = [rule(act="lsq")]
-    state = qat.with_learned_scales(state_of(models.Mlp()), rules, X)
+    state = qwix_train.attach(state_of(models.Mlp()), rules, X)
     state, _ = trained(state, rules, 2)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
-    blank = qat.with_learned_scales(state_of(models.Mlp()), rules, 2 * X)
+    blank = qwix_train.attach(state_of(models.Mlp()), rules, 2 * X)
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "state", blank)
     models.assert_same(restored.params, state.params)
@@ -335,10 +335,10 @@ def test_on_a_mesh():
     mesh = jax.make_mesh((8,), ("model",), (AxisType.Auto,))
     rules = [rule(act="lsq")]
     params = state_of(models.Mlp()).params
-    want = qat.attach_learned_scales(models.Mlp(), params, rules, X)
+    want = qwix_train.attach(params, rules, X, model=models.Mlp())
     sharded = NamedSharding(mesh, PartitionSpec(None, "model"))
     params["Dense_0"]["kernel"] = jax.device_put(params["Dense_0"]["kernel"], sharded)
-    got = qat.attach_learned_scales(models.Mlp(), params, rules, X)
+    got = qwix_train.attach(params, rules, X, model=models.Mlp())
     models.assert_close(got, want)
     scale = got["Dense_0"]["kernel_scale"]
     assert scale.sharding.is_equivalent_to(sharded, 2)
@@ -349,7 +349,7 @@ def test_boxed_params_have_boxed_scales():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
     model = nn.Dense(3, kernel_init=init)
     params = freeze(model.init(jax.random.key(0), X)["params"])
-    found = qat.attach_learned_scales(model, params, [rule()], X)
+    found = qwix_train.attach(params, [rule()], X, model=model)
     assert type(found) is type(params)
     assert found["kernel_scale"].names == (None, "model")
     made = quantize_model(model, QtProvider([rule()])).init(jax.random.key(0), X)
@@ -365,7 +365,7 @@ def test_bfloat16():
             return nn.Dense(3, dtype="bfloat16")(x)
 
     rules = [rule(act="lsq+")]
-    state = qat.with_learned_scales(state_of(Narrow()), rules, X)
+    state = qwix_train.attach(state_of(Narrow()), rules, X)
     assert state.params["Dense_0"]["kernel_scale"].dtype == jnp.float32
     state, _ = trained(state, rules, 3)
     assert state.params["Dense_0"]["kernel"].dtype == jnp.bfloat16
@@ -381,13 +381,12 @@ def test_bfloat16():
 @pytest.mark.slow
 def test_vmap_and_scan_of_a_step():
     rules = [rule(act="lsq")]
-    params = qat.attach_learned_scales(
-        models.Mlp(), state_of(models.Mlp()).params, rules, X
-    )
+    params = state_of(models.Mlp()).params
+    params = qwix_train.attach(params, rules, X, model=models.Mlp())
     want = quantized(rules, params)
     each = jax.vmap(functools.partial(quantized, rules, params))(X)
     models.assert_close(each, want)
-    state = qat.with_learned_scales(state_of(models.Mlp()), rules, X)
+    state = qwix_train.attach(state_of(models.Mlp()), rules, X)
     step = qwix_train.wrap_train_step(train_step, rules)
     scanned, _ = jax.lax.scan(lambda s, _: step(s, X, Y), state, length=3)
     models.assert_close(scanned.params, trained(state, rules, 3)[0].params)
@@ -400,43 +399,40 @@ def test_missing_and_foreign_scales_are_named():
         ValueError, match="'Dense_0/dot_general0_lhs_scale' is not among"
     ):
         trained(state, rules, 1)
-    attached = qat.with_learned_scales(state, rules, X)
+    attached = qwix_train.attach(state, rules, X)
     with pytest.raises(
         ValueError,
         match=r"'Dense_0/kernel_scale' has shape \(1, 16\).* \(3, 16\)",
     ):
         trained(attached, [rule(tile_size=2)], 1)
-    with pytest.raises(ValueError, match="No rule trains a scale"):
-        qat.attach_learned_scales(models.Mlp(), state.params, [models.rule("int8")], X)
+    with pytest.raises(ValueError, match="There is nothing to attach"):
+        qwix_train.attach(state.params, [models.rule("int8")], X, model=models.Mlp())
     with pytest.raises(TypeError, match="shapes were given"):
         shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
-        qat.attach_learned_scales(models.Mlp(), state.params, rules, shape)
+        qwix_train.attach(state.params, rules, shape, model=models.Mlp())
     with pytest.raises(ValueError, match="Dense_0/dot_general0_lhs.*not finite"):
-        qat.attach_learned_scales(
-            models.Mlp(), state.params, rules, X.at[0].set(jnp.nan)
-        )
-    with pytest.raises(TypeError, match="Expected a TrainState, got dict"):
-        qat.with_learned_scales(state.params, rules, X)
-    with pytest.raises(ValueError, match="give None"):
-        qat.attach_learned_scales(models.NnxMlp(nnx.Rngs(0)), {}, rules, X)
+        broken = X.at[0].set(jnp.nan)
+        qwix_train.attach(state.params, rules, broken, model=models.Mlp())
+    with pytest.raises(TypeError, match="Expected a TrainState or an NNX model"):
+        qwix_train.attach(state.params, rules, X)
+    with pytest.raises(TypeError, match="An NNX model holds its params"):
+        qwix_train.attach({}, rules, X, model=models.NnxMlp(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="its scale has no place"):
-        qat.attach_learned_scales(lambda w, x: x @ w, jnp.ones((6, 2)), [rule()], X)
+        qwix_train.attach(jnp.ones((6, 2)), [rule()], X, model=lambda w, x: x @ w)
     with pytest.raises(ValueError, match="has a param 'w_scale', where the learned"):
         own = {"w": jnp.ones((6, 2)), "w_scale": jnp.ones((1, 2))}
-        qat.attach_learned_scales(
-            lambda p, x: x @ p["w"] * p["w_scale"], own, [rule()], X
+        qwix_train.attach(
+            own, [rule()], X, model=lambda p, x: x @ p["w"] * p["w_scale"]
         )
     with pytest.raises(ValueError, match="'Dense_0/kernel' is quantized already"):
         _, served = ptq.quantize(models.Mlp(), state.params, [models.rule("int8")], X)
-        qat.attach_learned_scales(models.Mlp(), served, [rule()], X)
+        qwix_train.attach(served, [rule()], X, model=models.Mlp())
     for leaf, rules in (("scale", [rule(act="pact")]), ("offset", [rule(act="lsq+")])):
         with pytest.raises(ValueError, match=f"dot_general0_lhs_{leaf}, which is not"):
             leaves = {f"dot_general0_lhs_{leaf}": jnp.ones((1, 1))}
-            qat.learned_quant_stats(leaves, rules)
+            qwix_train.ranges(leaves, rules)
     with pytest.raises(ValueError, match="Rule 0 trains scales"):
         lora = qwix_train.LoraRule(rank=2, alpha=2.0, module_path="Dense_1")
         qwix_train.LoraProvider([rule(), lora])
-    with pytest.raises(ValueError, match="Rule 0 .*learned_quant_stats"):
+    with pytest.raises(ValueError, match="Rule 0 .*qwix_train.ranges"):
         qwix_train.OdmlQatProvider([rule(qtype="int8")])
-    with pytest.raises(ValueError, match="learned are among the params"):
-        qwix_train.with_quant_stats(attached, rules, X)

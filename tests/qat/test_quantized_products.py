@@ -16,10 +16,10 @@ from qwix_train import (
     QtProvider,
     QtRule,
     QuantizationRule,
+    attach,
     plan,
     quantize_fn,
     quantize_model,
-    with_quant_stats,
     wrap_train_step,
 )
 from qwix_train import ptq as ptq_lib
@@ -207,7 +207,7 @@ def test_a_step_trains_resumes_and_is_served(fields, tmp_path):
     train_step = step_of(lambda state, p, x: state.apply_fn({"params": p}, x))
     start = state_of(model)
     if fields.get("act_static_scale"):
-        start = with_quant_stats(start, rules, jnp.ones((32, 8)))
+        start = attach(start, rules, jnp.ones((32, 8)))
     step = jax.jit(wrap_train_step(train_step, rules))
     middle, losses = run_steps(step, start)
     assert np.mean(losses[-5:]) < 0.7 * losses[0]

@@ -348,7 +348,7 @@ STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 def test_static_ranges_are_measured_before_activations_begin():
     schedule = Schedule(start_step=1, act_start_step=2, ramp_steps=1)
     step = jax.jit(wrap_train_step(train_step, STATIC, schedule=schedule))
-    state = qwix_train.with_quant_stats(new_state(), STATIC, X)
+    state = qwix_train.attach(new_state(), STATIC, X)
     for _ in range(5):
         before = state
         state, _ = step(state, BATCH)
@@ -361,11 +361,10 @@ def test_static_ranges_are_measured_before_activations_begin():
 @pytest.mark.slow
 def test_static_ranges_of_nnx_models_with_a_schedule():
     model: Any = models.NnxMlp(nnx.Rngs(0), 0.0)
-    qwix_train.with_quant_stats(model, STATIC, X)
+    qwix_train.attach(model, STATIC, X)
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    step = nnx.jit(
-        wrap_train_step(nnx_step, STATIC, schedule=START, quant_stats_frozen_after=5)
-    )
+    schedule = dataclasses.replace(START, quant_stats_freeze_step=5)
+    step = nnx.jit(wrap_train_step(nnx_step, STATIC, schedule=schedule))
     counts = []
     for _ in range(7):
         step(model, optimizer, X, BATCH["y"])
@@ -377,7 +376,7 @@ def test_static_ranges_of_nnx_models_with_a_schedule():
 def test_a_provider_takes_a_start_alone():
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
     provider = qwix_train.OdmlQatProvider(rules)
-    state = qwix_train.with_quant_stats(new_state(), provider, X)
+    state = qwix_train.attach(new_state(), provider, X)
     step = jax.jit(
         wrap_train_step(train_step, provider, schedule=Schedule(start_step=2))
     )
@@ -402,6 +401,10 @@ def test_a_provider_takes_a_start_alone():
     [
         ({"start_step": -1}, "start_step=-1.*must not be negative"),
         ({"ramp_steps": -1}, "ramp_steps=-1.*must not be negative"),
+        (
+            {"quant_stats_freeze_step": -1},
+            "freeze_step=-1.*must not be negative",
+        ),
         ({"weight_qtypes": {}}, "must map steps to types"),
         ({"weight_qtypes": {0: "int8", 5: "int9"}}, "Unknown quantized type 'int9'"),
         ({"weight_qtypes": {5: "int8", 0: "int4"}}, "in increasing order"),
@@ -411,6 +414,28 @@ def test_a_provider_takes_a_start_alone():
 def test_wrong_schedules(fields, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**fields)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["quant_stats_warmup", "quant_stats_freeze_step", "batch_stats_freeze_step"],
+)
+def test_what_is_for_the_whole_step_is_refused_by_rules(field):
+    make: Any = Schedule
+    schedule = make(start_step=1, **{field: 3})
+    with pytest.raises(ValueError, match=f"(?s)schedule=.*{field}.*for a whole step"):
+        models.rule("int8", schedule=schedule)
+    with pytest.raises(TypeError, match=f"{field}='5'.*must be an int"):
+        make(**{field: "5"})
+    # Beside rules that all have a schedule of their own.
+    own = [models.rule("int8", schedule=START)]
+    wrap_train_step(train_step, own, schedule=make(**{field: 3}))
+
+
+def test_the_end_of_a_schedule_is_that_of_all_that_changes():
+    assert Schedule(start_step=2, ramp_steps=3, quant_stats_warmup=9).ends_at == 5
+    assert Schedule(start_step=2, quant_stats_freeze_step=7).ends_at == 7
+    assert Schedule(start_step=2, batch_stats_freeze_step=1).ends_at == 2
 
 
 @pytest.mark.parametrize("name", ["weight", "act"])
@@ -426,7 +451,7 @@ def test_a_learned_scale_is_of_one_type(name):
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="a step is an int"):
+    with pytest.raises(TypeError, match="it must be an int"):
         Schedule(start_step=1.5)  # type: ignore[arg-type]
     bits = Schedule(weight_qtypes={0: "int8", 3: "int2"})
     with pytest.raises(ValueError, match="is 'int2', and the rule has weight_qtype="):
@@ -449,14 +474,6 @@ def test_errors():
         )
     with pytest.raises(TypeError, match="schedule_step=3 is no function"):
         wrap_train_step(train_step, RULES, schedule_step=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="batch_stats_frozen_after='5'"):
-        wrap_train_step(
-            train_step,
-            RULES,
-            batch_stats_frozen_after="5",  # type: ignore[arg-type]
-        )
-    with pytest.raises(ValueError, match="quant_stats_frozen_after=-1"):
-        wrap_train_step(train_step, RULES, quant_stats_frozen_after=-1)
     for wrong, message in (
         (lambda s, b: s.step / 2, "float32 of shape"),
         (lambda s, b: jnp.arange(3), "int32 of shape"),

@@ -1,0 +1,456 @@
+"""The leaves that rules need beside the params: attached, listed, and taken off."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+from jax import numpy as jnp
+
+from qwix_train.calib.observe import observe
+from qwix_train.core.shortened import shortened
+from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.frontends import nnx_objects, random_keys
+from qwix_train.frontends.model import (
+    checked_plan,
+    hold_params,
+    run_quantized,
+)
+from qwix_train.frontends.nested import inserted, removed
+from qwix_train.frontends.step_models import as_model
+from qwix_train.frontends.targets import (
+    ModelCall,
+    is_tree,
+    model_call,
+    nnx_model,
+    params_of,
+)
+from qwix_train.planning import static_range
+from qwix_train.planning.leaves import Leaf, Path
+from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.qat.initial_scales import initial_leaves, learned_paths
+from qwix_train.qat.provider import QtProvider
+from qwix_train.qat.state import held_states, with_states
+from qwix_train.qat.train_state import carried_over, with_params
+from qwix_train.trace import subclasses
+from qwix_train.trace.function import TracedCall
+from qwix_train.values import stored
+
+
+def attach(
+    target: Any,
+    rules: Sequence[QuantizationRule] | QuantizationProvider | Any,
+    *inputs: Any,
+    model: Any = None,
+    step: Callable[..., Any] | None = None,
+    optimizer: nnx.Optimizer | None = None,
+    rng: Any = None,
+    quant_stats: Mapping[str, Any] | None = None,
+    donate: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Gives a train state, params or a model every leaf that rules need.
+
+    * Rules with `act_static_scale=True` need **statistics of ranges**. These start
+      empty, and `wrap_train_step` updates them. A train state has them in a field
+      `quant_stats`, an NNX model as a `QuantStat` in the module of each op, and
+      variables of a Linen model in a collection `quant_stats`, which a model of
+      `quantize_model` updates.
+    * Rules with `weight_calibration_method="lsq"` or `"lsq+"`, or with
+      `act_calibration_method="lsq"`, `"lsq+"` or `"pact"`, need **scales that are
+      trained**. They are params, so that the optimizer trains them and checkpoints hold
+      them, and `quantize_params` stores exactly these: next to a `kernel` of shape
+      `(rows, cols)` `kernel_scale`, of shape `(1, cols)`; for the activation that an op
+      reads `dot_general0_lhs_scale`, of one element in as many axes as the activation
+      has, with `"lsq+"` `dot_general0_lhs_offset`, too, and with `"pact"`
+      `dot_general0_lhs_alpha` alone. Layers under `scan` have an axis in front. They
+      are in float32 or wider. An array that several ops read alike, such as the input
+      of query, key and value, has one range: its leaves stand under the name of the
+      first of them, as `plan` says.
+    * `LoraRule`s need **adapters**, beside a base that is quantized where they say so.
+      A train state becomes a `LoraTrainState`: its params are the adapters, and its
+      float step trains them as it is. An NNX model runs with them at once. The params
+      of a Linen model are for `apply_lora_to_model(model, LoraProvider(rules))`.
+    * An optimizer with `optim.proximal` holds **grids**. `attach(params, opt_state)`
+      puts their scales beside the params, a `<param>_scale` and where the grid has one
+      a `<param>_zero_point`: for export, which has to use that grid, not one that it
+      finds anew.
+
+    A leaf that is there stays as it is, and so does what an optimizer knows of the
+    params; what it holds for a new param starts. `attached` lists leaves, `ranges`
+    reads ranges, and `detach` takes leaves off.
+
+    A weight's scale begins at LSQ's ``2 * mean(|w|) / sqrt(Q_P)``, or LSQ+'s
+    ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits - 1)``. Those of activations begin
+    with a range: what the `act_observer` of the rule measures in the inputs, or if it
+    has none the same mean with `"lsq"`, the range of least squared error with `"lsq+"`,
+    and the largest element with `"pact"`. Gradients are those of the papers, with LSQ's
+    gradient scale ``1 / sqrt(N * Q_P)``. N is the number of elements that share the
+    scale of a weight; of an activation the number of elements divided by the length of
+    the first axis, which is taken for that of the batch. `qat.learned_scale_mask` tells
+    these leaves apart for the optimizer, such as for a weight decay of none, or, with
+    PACT, for one of `alpha`.
+
+    Args:
+      target: a `TrainState`, of a class of your own, too, or another dataclass with a
+        method `replace`; an NNX model, or an `nnx.ModelAndOptimizer`, which is changed
+        in place; params, or the variables of a Linen model.
+      rules: what asks for the leaves: the rules, or a provider such as
+        `QtProvider(rules)` or `LoraProvider(rules)`; or the state of an optimizer.
+      *inputs: inputs of the model. Shapes will do, but not where activations are
+        measured. With `step`, what the step takes after the state.
+      model: for params, the Linen module or the function that takes them. For a state,
+        that whose first argument is `state.params`, if `apply_fn` does not take
+        `{"params": state.params}`, and the other collections of the state.
+      step: the step, for statistics of ranges alone, where the model's inputs are not
+        at hand, or are not all that its call takes. It is traced abstractly.
+      optimizer: the optimizer of an NNX model, which is changed in place, too.
+      rng: a random key, for adapters.
+      quant_stats: the ranges that scales of activations begin with, such as those of a
+        `calib.Calibrator(rules)` over several batches, in the place of what is measured
+        in the inputs.
+      donate: whether float arrays are deleted once they are the base of adapters, and
+        quantized.
+      **kwargs: keyword inputs.
+
+    Returns:
+      The target with the leaves: the state, which is of a subclass where its class has
+      no field for them; the params or variables; or the NNX model that was changed. An
+      optimizer that has no state yet, `opt_state=()`, gets one, which for adapters of
+      a large base saves the memory of the moments that `TrainState.create` makes.
+
+    Raises:
+      TypeError: if the target has no model, or none is given; if shapes are given where
+        real data is needed; if `rng` is no random key.
+      ValueError: if the rules need no leaf, or match no op; if a `LoraRule` matches no
+        weight; if an activation has no range, or PACT is to clip one that was seen to
+        have negative elements; if a param is quantized already, or the model computes
+        with one that has the name of a leaf; if what the optimizer knows has no place
+        in its new state.
+
+    References:
+      LSQ: arXiv 1902.08153. LSQ+: arXiv 2004.09576. PACT: arXiv 1805.06085. LoRA: arXiv
+      2106.09685.
+
+    Example:
+      >>> import optax
+      >>> from flax.training.train_state import TrainState
+      >>> from jax import numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.ones((8, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=optax.adam(0.1)
+      ... )
+      >>> rule = QuantizationRule(
+      ...     weight_qtype="int4", weight_calibration_method="lsq",
+      ...     act_qtype="int8", act_static_scale=True,
+      ... )
+      >>> state = attach(state, [rule], x)
+      >>> for path, leaf in attached(state).items():
+      ...     print(path, leaf)
+      dot_general0_lhs range of 0 batches
+      kernel_scale float32[1,2]
+      >>> sorted(state.opt_state[0].mu)
+      ['bias', 'kernel', 'kernel_scale']
+    """
+    if not _are_rules(rules):
+        return _with_grids(target, rules)
+    provider = _provider_of(rules)
+    _check_asked(provider, inputs, kwargs, step, quant_stats)
+    states = {}
+    if provider.keeps_quant_stats:
+        states = _empty_states(target, provider, model, step, inputs, kwargs)
+    store = provider.store_params
+    if quant_stats is not None:
+        store = functools.partial(
+            initial_leaves, rules=provider.rules, quant_stats=quant_stats
+        )
+    held = nnx_model(target)
+    if provider.adds_params and held is not None:
+        optimizer = target if optimizer is None else optimizer
+        rngs = rng
+        if provider.stores_params:
+            _check_no_optimizer(optimizer)
+            is_key = not isinstance(rng, nnx.Rngs)
+            rngs = nnx.Rngs(random_keys.checked(rng, "rng")) if is_key else rng
+        traced = _nnx_call(held, inputs, kwargs)
+        hold_params(held, provider, store, traced, checked_plan(provider, traced), rngs)
+        if provider.stores_params:
+            run_quantized(held, provider, ("__call__",))
+        _carry_over(optimizer, held)
+    elif provider.adds_params:
+        call = model_call(target, model)
+        if provider.stores_params:
+            kwargs = {**call.kwargs, **kwargs}
+            return _with_adapters(target, provider, call, rng, inputs, kwargs, donate)
+        traced = call.traced(inputs, kwargs)
+        leaves = store(traced, checked_plan(provider, traced))
+        target = with_params(target, _inserted(call.params, leaves))
+    return with_states(target, states) if states else target
+
+
+def detach(
+    target: Any,
+    rules: Sequence[QuantizationRule] | QuantizationProvider,
+    *inputs: Any,
+    model: Any = None,
+    optimizer: nnx.Optimizer | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Takes off the leaves that `attach` gave, so that the float loop goes on.
+
+    Those are statistics of ranges, and scales that are trained. What an optimizer knows
+    of the other params stays. Read `ranges` before. Adapters leave by `lora.merge`,
+    which puts them into their base, or `lora.split`, which takes the two apart.
+
+    Args:
+      target: see `attach`. NNX models are changed in place.
+      rules: the rules, or the provider, that `attach` was given.
+      *inputs: inputs of the model, or their shapes, where scales are trained: a model
+        may compute with a param of its own that has the name of one.
+      model: see `attach`.
+      optimizer: see `attach`.
+      **kwargs: keyword inputs.
+
+    Returns:
+      The target without the leaves: what `attach` was given, with the params of now.
+
+    Raises:
+      TypeError: if inputs are needed, and there are none.
+      ValueError: if the rules are for adapters.
+
+    Example:
+      >>> from jax import numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.ones((8, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> rules = [
+      ...     QuantizationRule(weight_qtype="int4", weight_calibration_method="lsq")
+      ... ]
+      >>> params = attach(params, rules, x, model=model)
+      >>> sorted(params), sorted(detach(params, rules, x, model=model))
+      (['bias', 'kernel', 'kernel_scale'], ['bias', 'kernel'])
+    """
+    provider = _provider_of(rules)
+    if provider.stores_params:
+        raise ValueError(
+            f"{type(provider).__name__} has quantized the base, so there are no float "
+            "params to go back to. Put adapters into their base with lora.merge, or "
+            "take the two apart with lora.split."
+        )
+    held, paths = nnx_model(target), set()
+    if provider.adds_params:
+        if not inputs and not kwargs:
+            raise TypeError(
+                "Which params are trained scales is seen in the call of the model: "
+                "detach(state, rules, *inputs)."
+            )
+        if held is not None:
+            traced = _nnx_call(held, inputs, kwargs)
+        else:
+            traced = model_call(target, model).traced(inputs, kwargs)
+        paths = learned_paths(traced, provider.plan(traced))
+    if held is not None:
+        nnx_objects.remove_params(held, paths)
+        _carry_over(target if optimizer is None else optimizer, held, fewer=True)
+    elif paths:
+        params = functools.reduce(removed, paths, params_of(target))
+        target = with_params(target, params, fewer=True)
+    return with_states(target, {})
+
+
+def attached(target: Any) -> dict[str, str]:
+    """What stands beside the params, by path: a line for each leaf.
+
+    A leaf is told by its name, so that a param of the model's own that is named as the
+    leaf of another is listed, too.
+
+    Args:
+      target: what `attach` gave.
+    """
+    found = {
+        "/".join(path): f"range of {int(state['count'].max())} batches"
+        for path, state in held_states(target).items()
+    }
+    named = stored.by_path(stored.unbox(params_of(target)))
+    owners = {**named, **stored.by_path(stored.unbox(getattr(target, "frozen", {})))}
+    for path, value in named.items():
+        if Leaf.parse(path, owners) is not None:
+            shape = ",".join(map(str, value.shape))
+            found["/".join(path)] = f"{value.dtype.name}[{shape}]"
+    return found
+
+
+def _are_rules(rules: Any) -> bool:
+    """Whether these are rules, or a mode, and not the state of an optimizer."""
+    return isinstance(rules, QuantizationProvider) or (
+        isinstance(rules, Sequence)
+        and all(isinstance(rule, QuantizationRule) for rule in rules)
+    )
+
+
+def _with_grids(target: Any, opt_state: Any) -> Any:
+    # Late, as what is imported takes long, and other leaves do not need it.
+    from qwix_train.qat import grid_scales
+
+    if not grid_scales.has_grids(opt_state):
+        raise TypeError(
+            "Expected rules, a provider, or the state of an optimizer that "
+            f"optim.proximal is a part of, got {shortened(opt_state)}."
+        )
+    return grid_scales.with_grid_scales(target, opt_state)
+
+
+def _provider_of(rules: Any) -> QuantizationProvider:
+    """The mode that rules are for."""
+    if isinstance(rules, QuantizationProvider):
+        return rules
+    rules = check_rules(rules)
+    if any(rule.adds_adapters for rule in rules):
+        from qwix_train.lora.provider import LoraProvider
+
+        return LoraProvider(rules)
+    return QtProvider(rules)
+
+
+def _check_asked(
+    provider: QuantizationProvider,
+    inputs: Any,
+    kwargs: Any,
+    step: Any,
+    quant_stats: Any,
+) -> None:
+    """Complains of a mode that needs no leaf, and of what it does not take."""
+    if not provider.adds_params and not provider.keeps_quant_stats:
+        raise ValueError(
+            f"There is nothing to attach: no rule of {type(provider).__name__} sets "
+            "act_static_scale=True, for ranges that training keeps; trains a scale, by "
+            "weight_calibration_method='lsq' or 'lsq+' or act_calibration_method="
+            "'lsq', 'lsq+' or 'pact'; or is a LoraRule, for adapters."
+        )
+    if not inputs and not kwargs:
+        raise TypeError(
+            "attach needs inputs of the model, or, for static ranges, step= and what "
+            "the step takes after the state: attach(state, rules, *inputs)."
+        )
+    if step is not None and provider.adds_params:
+        raise TypeError(
+            "step= makes room for ranges alone, and the rules need params, too. Give "
+            "the inputs of the model: attach(state, rules, *inputs)."
+        )
+    static_range.check_quant_stats(quant_stats)
+    learns = provider.adds_params and not provider.stores_params
+    if quant_stats is not None and not learns:
+        raise TypeError(
+            "quant_stats are ranges that trained scales begin with, and no rule trains "
+            "one. Ranges that stay as they are go to wrap_train_step(quant_stats=...)."
+        )
+
+
+def _empty_states(
+    target: Any,
+    provider: QuantizationProvider,
+    model: Any,
+    step: Callable[..., Any] | None,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[Path, Any]:
+    """The statistics of a target: those it has, and of other ranges empty ones."""
+
+    def call(state, *inputs, **kwargs):
+        if isinstance(state, nnx.Module):
+            return state(*inputs, **kwargs)
+        is_function = not isinstance(model, nn.Module | None)
+        found = model_call(state, as_model(model) if is_function else model)
+        return found.function(found.first, *inputs, **{**found.kwargs, **kwargs})
+
+    observed = observe(step or call, provider)
+    held = nnx_model(target)
+    # A copy, as an NNX model may be updated by its call.
+    traced = nnx.clone(target if step else held) if held is not None else target
+    try:
+        stats = observed.init(traced, *inputs, **kwargs)
+    except Exception as error:
+        if step is None:
+            error.add_note(
+                "attach has called the model on the inputs that it was given. If your "
+                "step calls it in another way, such as on a part of a batch, use "
+                "attach(state, rules, batch, step=train_step)."
+            )
+        raise
+    found = {name: observed.ranges[name] for name in stats}
+    states = {x.path: stats[name] for name, x in found.items() if not x.learned}
+    if not states and not provider.adds_params:
+        raise ValueError(
+            "No rule that matches an op sets act_static_scale=True, so there is no "
+            "range to keep."
+        )
+    return _kept(held_states(target), states)
+
+
+def _kept(before: Mapping[Path, Any], states: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Statistics, and in their place those that there are already, of the same kind."""
+
+    def shapes(state):
+        return jax.tree.map(jnp.shape, state)
+
+    changed = {
+        path: state
+        for path, state in states.items()
+        if shapes(before.get(path)) != shapes(state)
+    }
+    return {**before, **changed}
+
+
+def _with_adapters(
+    target: Any,
+    provider: Any,
+    call: ModelCall,
+    rng: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    donate: bool,
+) -> Any:
+    from qwix_train.lora import train_state
+
+    adapted = train_state.AdaptedApply(call.function, provider, call.in_collection)
+    begun = (adapted, call.first, rng, inputs, kwargs)
+    if not is_tree(target):
+        return train_state.with_adapters(target, *begun, donate=donate)
+    _, adapters, params = train_state.begin(*begun, donate=donate)
+    return with_params(target, _inserted(params, stored.by_path(adapters)))
+
+
+def _inserted(params: Any, leaves: Mapping[Path, Any]) -> Any:
+    for path, value in leaves.items():
+        params = inserted(params, path, value)
+    return params
+
+
+def _nnx_call(
+    model: nnx.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> TracedCall:
+    method = subclasses.original(type(model)).__call__
+    arguments = (model, *inputs)
+    with nnx_calls.tracing_call(method, arguments, dict(kwargs)) as (traced, _):
+        return traced
+
+
+def _check_no_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "This optimizer trains params that are frozen below adapters. Give the "
+            "model alone, and make one for the adapters afterwards: "
+            "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+        )
+
+
+def _carry_over(optimizer: Any, model: nnx.Module, *, fewer: bool = False) -> None:
+    """Gives an NNX optimizer the params that its model has now, in place."""
+    if isinstance(optimizer, nnx.Optimizer):
+        new = nnx.Optimizer(model, optimizer.tx, wrt=optimizer.wrt).opt_state
+        optimizer.opt_state = carried_over(optimizer.opt_state, new, fewer=fewer)
