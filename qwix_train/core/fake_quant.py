@@ -118,13 +118,12 @@ def fake_quant_with_scale(
     scale = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
     bounds = None
     if clip_gradient:
-        if zero_point is None:
-            bound = numerics.symmetric_bound(qtype)
-            bounds = (-bound * scale, bound * scale)
-        else:
-            zero = zero_point.astype(scale.dtype)
+        high, zero = numerics.symmetric_bound(qtype), 0
+        low = -high
+        if zero_point is not None:
             low, high = numerics.asymmetric_bound(qtype)
-            bounds = ((low - zero) * scale, (high - zero) * scale)
+            zero = zero_point.astype(scale.dtype)
+        bounds = ((low - zero) * scale, (high - zero) * scale)
     quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
     return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
 

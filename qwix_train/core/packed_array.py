@@ -237,15 +237,16 @@ def _layout(array: QArray, layer_axes: int, sharding: Any) -> PackedLayout:
         axis: -(-shape[axis] // max(entries[axis], 1))
         for axis in range(layer_axes, len(shape))
     }
-    best = None
-    # Elements that share a scale lie along the axes that a product sums over.
-    for axis in sorted(shared, key=lambda a: (shared[a] == 1, entries[a] == 1, -a)):
+
+    def tile_of(axis: int) -> int:
         longest = shared[axis] if 1 < entries[axis] < shape[axis] else _LONGEST_TILE
-        tile = math.gcd(local[axis], shape[axis], longest)
-        if tile and tile % 2 == 0:
-            best = axis, tile
-            break
-    axis, tile = best or (len(shape) - 1, 2)
+        return math.gcd(local[axis], shape[axis], longest)
+
+    # Elements that share a scale lie along the axes that a product sums over.
+    axes = sorted(shared, key=lambda a: (shared[a] == 1, entries[a] == 1, -a))
+    tiles = ((axis, tile_of(axis)) for axis in axes)
+    fitting = ((axis, tile) for axis, tile in tiles if tile and tile % 2 == 0)
+    axis, tile = next(fitting, (len(shape) - 1, 2))
     return PackedLayout(array.qtype, array.dtype, axis - len(shape), tile, shape[axis])
 
 

@@ -26,7 +26,7 @@ from qwix_train.core.calibration import (
     check_quantizable,
     compute_scale_zero_point,
 )
-from qwix_train.core.how import HowToQuantize
+from qwix_train.core.how import HowToQuantize, parse_calibration_method
 
 
 class NoArray:
@@ -320,9 +320,11 @@ def quantize_array(array: jax.Array, how: HowToQuantize) -> QArray:
     [-8]
     """
     check_quantizable(array)
-    # Noise is not to be cached: each call may have its own.
-    quantized = _cached_quantize if how.noise_fn is None else _quantize
-    return quantized(array, how)
+    # Noise is not to be cached: each call may have its own. And XLA adds the squares of
+    # a root mean square in another order where it fuses the sum with what follows.
+    method, _ = parse_calibration_method(how.calibration_method)
+    whole = how.noise_fn is None and method != "rms"
+    return (_cached_quantize if whole else _quantize)(array, how)
 
 
 def _quantize(array: jax.Array, how: HowToQuantize) -> QArray:

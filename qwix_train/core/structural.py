@@ -217,32 +217,26 @@ def _gather(params, array, others):
 
 def _concatenate(params, arrays):
     """One array of several: of one type, all or none with zero points."""
-    axis = params["dimension"]
-    first = arrays[0]
-    if any(
-        x.qtype != first.qtype
-        or x.dtype != first.dtype
-        or (x.zero_point is None) != (first.zero_point is None)
-        for x in arrays
-    ):
+    axis, first = params["dimension"], arrays[0]
+    if len({(x.qtype, x.dtype, x.zero_point is None) for x in arrays}) > 1:
         return None
-    parts = []
-    for name in ("scale", "zero_point"):
-        values = [getattr(x, name) for x in arrays]
-        if values[0] is None:
-            parts.append(None)
-            continue
+    sizes = [x.shape[axis] for x in arrays]
+    parts = [(x.scale, x.zero_point) for x in arrays]
+    for values in zip(*map(jax.tree.leaves, parts), strict=True):
         counts = [{value.shape[a] for value in values} for a in range(first.ndim)]
         # Along other axes, one scale is repeated where another array has more.
         if any(len(c - {1}) > 1 for a, c in enumerate(counts) if a != axis):
             return None
-        values = _aligned([x.shape[axis] for x in arrays], values, axis)
-        shape = [max(c) for c in counts]
-        full = [(*shape[:axis], v.shape[axis], *shape[axis + 1 :]) for v in values]
+
+    def joined(*values):
+        most = [max(counts) for counts in zip(*(v.shape for v in values), strict=True)]
+        values = _aligned(sizes, values, axis)
+        full = [(*most[:axis], v.shape[axis], *most[axis + 1 :]) for v in values]
         values = [jnp.broadcast_to(v, n) for v, n in zip(values, full, strict=True)]
-        parts.append(lax.concatenate(values, axis))
+        return lax.concatenate(values, axis)
+
     codes = lax.concatenate([x.qvalue for x in arrays], axis)
-    scale, zero_point = parts
+    scale, zero_point = jax.tree.map(joined, *parts)
     return QArray(codes, scale, zero_point, first.qtype)
 
 
