@@ -36,11 +36,6 @@ OTHERS = {
     "odml/calls.py": {"f'{name}_{index}'"},
     # A parameter of `jax.lax.ragged_dot_general`.
     "ops/ragged_dot.py": {"group_offset"},
-    # Functions, in `__all__`.
-    "core/qarray.py": {
-        "compute_scale_zero_point",
-        "quantize_with_scale_zero_point",
-    },
 }
 
 
