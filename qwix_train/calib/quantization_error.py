@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from qwix_train.core import tiling
 from qwix_train.core.calibration import calibrate, is_inside, range_ends
@@ -28,9 +27,6 @@ MANTISSA_BITS = 11
 """With these, the widest bins in a range are 1/16 of a step of int8."""
 
 _SUMS = ("elements", "error", "outside")
-
-# Names of methods are text of the user's.
-_SEPARATOR = "\0"
 
 _SHARED_BITS = 3
 """From this many bits of groups on, each has fewer bins: memory is bounded."""
@@ -216,10 +212,15 @@ def _sum(x: jax.Array) -> jax.Array:
 
 def _flat(parts: Mapping[str, Mapping[str, jax.Array]]) -> State:
     """One flat dictionary, which is what statistics keep."""
-    flat: Any = traverse_util.flatten_dict(dict(parts), sep=_SEPARATOR)
-    return flat
+    return {
+        f"{name}/{key}": v for name, part in parts.items() for key, v in part.items()
+    }
 
 
-def _parts(state: Mapping[str, jax.Array]) -> dict[str, Any]:
+def _parts(state: Mapping[str, jax.Array]) -> dict[str, State]:
     """What `_flat` was given."""
-    return traverse_util.unflatten_dict(dict(state), sep=_SEPARATOR)
+    parts: dict[str, State] = {}
+    for path, value in state.items():
+        name, _, key = path.rpartition("/")
+        parts.setdefault(name, {})[key] = value
+    return parts

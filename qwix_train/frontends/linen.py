@@ -255,10 +255,7 @@ def abstract_variables(
     Raises:
       TypeError: if `rngs` are no random keys.
     """
-    if rngs is not None:
-        random_keys.checked(rngs)
-    keys = rngs if isinstance(rngs, Mapping | None) else {"params": rngs}
-    keys = {"params": jax.random.key(0), **(keys or {})}
+    keys = random_keys.by_stream(rngs)
     return function.eval_shape(model.init, keys, *inputs, **kwargs)
 
 

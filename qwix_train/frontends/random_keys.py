@@ -37,6 +37,20 @@ def checked(rngs: Any, name: str = "rngs") -> Any:
     return rngs
 
 
+def by_stream(rngs: Any) -> dict[str, Any]:
+    """Random keys by the names of their streams, among them one for params.
+
+    Args:
+      rngs: a key, which is that of params; keys by the names of their streams; or None.
+
+    Raises:
+      TypeError: if one is not a key.
+    """
+    keys = {} if rngs is None else checked(rngs)
+    keys = keys if isinstance(keys, Mapping) else {"params": keys}
+    return {"params": jax.random.key(0), **keys}
+
+
 def _is_key(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
     if dtype is None:

@@ -285,9 +285,7 @@ def quantize(
         others = {} if variables is None else variables
         # Without the other variables the call makes them, if it is one that does.
         mutable = DenyList("params") if variables is None else list(others)
-        keys = random_keys.checked(rngs) if rngs is not None else {}
-        keys = keys if isinstance(keys, Mapping) else {"params": keys}
-        keys = {"params": jax.random.key(0), **keys}
+        keys = random_keys.by_stream(rngs)
         call = functools.partial(quantized.apply, mutable=mutable, rngs=keys)
         first = {**others, "params": params}
         try:
