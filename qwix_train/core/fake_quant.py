@@ -170,6 +170,8 @@ def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
 
 
 # Inlined, so that nothing remains of a `jit` but its caches of traces, and of those of
-# derivatives: a model that quantizes many arrays of one shape traces each once.
-_cached_fake_quant = jax.jit(_fake_quant, static_argnums=0, inline=True)
-_cached_scaled = jax.jit(_fake_quant_scaled, static_argnums=0, inline=True)
+# derivatives: a model that quantizes many arrays of one shape traces each once. JAX
+# 0.10 knows no other time to inline; in 0.12, True would be when a program is lowered.
+_INLINED: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
+_cached_fake_quant = jax.jit(_fake_quant, static_argnums=0, inline=_INLINED)
+_cached_scaled = jax.jit(_fake_quant_scaled, static_argnums=0, inline=_INLINED)

@@ -148,14 +148,14 @@ class Call(NamedTuple):
             return module.make_rng(name) if known else None
 
         boxes = function.by_path(variables.get("params", {}), stored.is_box)
-        plain = getattr(subclasses.original(type(module)), method, None)
+        own, deterministic = subclasses.original(type(module)), None
+        if hasattr(own, method):
+            called = getattr(own, method), (module, *self.args), self.kwargs
+            deterministic = call_mode.deterministic_of(*called, module)
         return dataclasses.replace(
             traced,
             make_rng=make_rng,
-            deterministic=plain
-            and call_mode.deterministic_of(
-                plain, (module, *self.args), self.kwargs, module
-            ),
+            deterministic=deterministic,
             method=method,
             declares=seen.linen.__contains__,
             seen_shapes=seen.linen,

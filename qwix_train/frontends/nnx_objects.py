@@ -125,11 +125,8 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
                 continue
             flat, _ = jax.tree_util.tree_flatten_with_path(held, is_leaf=_is_whole)
             for keys, value in flat:
-                if (
-                    function.is_stored(value)
-                    or isinstance(value, nnx.Variable)
-                    or is_param(value)
-                ):
+                is_held = function.is_stored(value) or is_param(value)
+                if is_held or isinstance(value, nnx.Variable):
                     names = (*path, attribute, *function.param_path(keys))
                     yield _Slot(node, tuple(map(str, names)), attribute, keys), value
 

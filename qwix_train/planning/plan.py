@@ -11,6 +11,7 @@ import abc
 import collections
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -425,43 +426,34 @@ class _Planner:
         if op.in_float:
             return OpPlan(op, reason="its call is in_float")
         kind = op_kinds.kind_of(op)
-        index = next(
-            (
-                i
-                for i, rule in enumerate(self.rules)
-                if rule.matches(op.module_path, op.name, op.id)
-            ),
-            None,
-        )
+        where = op.module_path, op.name, op.id
+        matching = (i for i, rule in enumerate(self.rules) if rule.matches(*where))
+        index = next(matching, None)
         if index is None:
-            reason = "no rule matches"
-            if kind.by_name_only:
-                reason = (
-                    f"{kind.plural} are quantized where a rule's op_names has "
-                    f"{op.name!r}"
-                )
-            return OpPlan(op, reason=reason)
+            named = (
+                f"{kind.plural} are quantized where a rule's op_names has {op.name!r}"
+            )
+            return OpPlan(op, reason=named if kind.by_name_only else "no rule matches")
         rule = self.rules[index]
         path = op.module_path.removeprefix(self.module_path).removeprefix("/")
         nothing = (None,) * len(op.operands)
         plan = OpPlan(
             op, index, activations=nothing, rotations=nothing, module_path=path
         )
+        left = functools.partial(dataclasses.replace, plan)
         if rule.weight_qtype is None:
-            return dataclasses.replace(plan, reason="the rule sets no weight_qtype")
+            return left(reason="the rule sets no weight_qtype")
         if op.moves:
-            reason = "a product with a constant that only moves elements"
-            return dataclasses.replace(plan, reason=reason)
+            return left(reason="a product with a constant that only moves elements")
         if op.opaque:
             obstacle = (
                 f"inside {op.opaque}, which cannot be rewritten: call the product "
                 "outside of it, or leave it out with a rule that sets no weight_qtype"
             )
-            return dataclasses.replace(plan, reason=obstacle, unsupported=True)
-        read = op.operands[: kind.sides]
-        if any(not numerics.is_quantizable(o.dtype) for o in read):
-            dtypes = " and ".join(str(o.dtype) for o in read)
-            return dataclasses.replace(plan, reason=f"operands are {dtypes}")
+            return left(reason=obstacle, unsupported=True)
+        dtypes = [operand.dtype for operand in op.operands[: kind.sides]]
+        if not all(map(numerics.is_quantizable, dtypes)):
+            return left(reason=f"operands are {' and '.join(map(str, dtypes))}")
         return self.quantize(plan, rule)
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
@@ -686,15 +678,9 @@ def _with_ranges(plan: OpPlan, ranges: tuple[tuple[Path, ...], ...]) -> OpPlan:
 
 
 def _weight_fields(rule: QuantizationRule) -> str:
-    names = (
-        "weight_qtype",
-        "weight_calibration_method",
-        "tile_size",
-        "pad_tiles",
-        "disable_channelwise_axes",
-        "rotation",
-    )
-    return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names)
+    names = """weight_qtype weight_calibration_method tile_size pad_tiles
+        disable_channelwise_axes rotation"""
+    return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names.split())
 
 
 def _static_axes(

@@ -330,10 +330,6 @@ class QuantizationRule:
 
         self._check("act_observer", check, self.act_observer)
 
-    def _says_how_to_collect(self, field: str) -> bool:
-        default = "mean" if field == "act_averaging" else None
-        return getattr(self, field) != default
-
     def check_collects(self) -> None:
         """Checks that a rule which says how ranges are collected collects some.
 
@@ -342,8 +338,8 @@ class QuantizationRule:
         Raises:
           ValueError: if it says how, and asks for no static ranges.
         """
-        for field in ("act_observer", "act_averaging"):
-            if self._says_how_to_collect(field) and not self.static_act_ranges:
+        for field, default in (("act_observer", None), ("act_averaging", "mean")):
+            if getattr(self, field) != default and not self.static_act_ranges:
                 raise self._error(field, NEEDS_STATIC)
 
     @property

@@ -109,10 +109,8 @@ def inside_of(eqn: Any) -> Inside | None:
     name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
     kind = _KINDS.get(name)
     if kind is None:
-        if not jax_versions.has_body(params):
-            return None
-        found = jax_versions.bodies(params)
-        return Inside(Kind.OPAQUE, name, tuple(Inner(body, ()) for body in found))
+        inner = tuple(Inner(body, ()) for body in jax_versions.bodies(params))
+        return Inside(Kind.OPAQUE, name, inner) if inner else None
     if kind is Kind.COND:
         branches = map(jax_versions.body_of, params["branches"])
         inner = tuple(Inner(body, range(1, count)) for body in branches)

@@ -100,13 +100,8 @@ def custom_source(equation: Any) -> str:
     return str(getattr(debug_info, "func_src_info", None) or "a function")
 
 
-def has_body(params: dict[str, Any]) -> bool:
-    """Whether an equation holds jaxprs at all."""
-    return next(iter(jex.jaxprs_in_params(params)), None) is not None
-
-
 def bodies(params: dict[str, Any]) -> list[Body]:
-    """All the bodies in an equation's parameters."""
+    """All the bodies in an equation's parameters; most have none."""
     found = [body_of(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
     # JAX 0.10 leaves out the values of their constants.
     return [
