@@ -233,6 +233,20 @@ def test_settings_of_weights_and_gradients_do_not_matter():
     assert second.range_owner(0) == first.range_path(0)
 
 
+def test_an_array_in_two_bases_has_two_ranges():
+    def along_rows(p, x):
+        total = same(p, x).sum()
+        return total + lax.dot_general(x, p["c"], (((0,), (0,)), ((), ()))).sum()
+
+    params = {**PARAMS, "c": models.normal(4, 6)}
+    rule = {"act_static_scale": True}
+    found = owners(along_rows, [rule], params)
+    assert set(found.values()) == {"a/dot_general0_lhs"}
+    found = owners(along_rows, [{**rule, "rotation": "hadamard"}], params)
+    assert found["b/dot_general0_lhs"] == "a/dot_general0_lhs"
+    assert found["dot_general0_lhs"] == "dot_general0_lhs"
+
+
 def test_both_operands_of_an_op():
     found = owners(lambda p, x: jnp.einsum("ab,cb->ac", x, x) @ product(p, "a", x))
     assert found["einsum0_lhs"] == found["einsum0_rhs"] == "einsum0_lhs"

@@ -522,7 +522,7 @@ class _Planner:
             array, key = plan.op.operands[side].provenance, (plan.op.key, side)
             if isinstance(array, provenance.Activation):
                 alike = settings.index(settings[plan.rule_index])
-                method = how, plan.static, plan.learned, alike
+                method = how, plan.rotations[side], plan.static, plan.learned, alike
                 key = plan.op.region, id(array), method
             readers[key].append(plan.range_path(side))
             return readers[key]
@@ -661,7 +661,6 @@ _RANGE_FIELDS = (
     "act_averaging",
     "act_batch_axes",
     "act_finite_only",
-    "rotation",
     "schedule",
 )
 
