@@ -78,7 +78,9 @@ def plan(
         params quantized, and an NNX module holds one as an array, in no `nnx.Param`.
 
     Example:
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, plan
       >>> rules = [QuantizationRule(weight_qtype="int8")]
       >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
       ('kernel',)

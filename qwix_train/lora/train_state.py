@@ -269,8 +269,11 @@ def create_train_state(
         a rule asks for static ranges that are not among the params.
 
     Example:
+      >>> import jax
+      >>> import optax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule
+      >>> from qwix_train.lora import LoraRule, create_train_state
       >>> model, x = nn.Dense(4), jnp.ones((1, 64))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> rules = [LoraRule(rank=2, alpha=4.0, weight_qtype="nf4", tile_size=64)]

@@ -37,9 +37,10 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
             param with the name of its scale.
 
     Examples:
+        >>> import optax
         >>> from jax.numpy import ones, zeros
         >>> from qwix_train.core.how import HowToQuantize
-        >>> from qwix_train.optim import proximal
+        >>> from qwix_train.optim import proximal, with_grid_scales
         >>> how = HowToQuantize(qtype='int4', channelwise_axes=[1])
         >>> tx = optax.chain(optax.adam(1e-3), proximal({'.*kernel': how}, 1.0))
         >>> params = {'layer': {'kernel': ones((4, 3)), 'bias': zeros(3)}}

@@ -92,7 +92,15 @@ def quantize_params(
         weights are there, and not the ranges that belong to them.
 
     Example:
+      >>> import jax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import (
+      ...     PtqProvider,
+      ...     QuantizationRule,
+      ...     quantize_model,
+      ...     quantize_params,
+      ... )
       >>> model = quantize_model(
       ...     nn.Dense(2), PtqProvider([QuantizationRule(weight_qtype="int8")])
       ... )
@@ -251,6 +259,8 @@ def quantize(
 
     Example:
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.ptq import quantize
       >>> rules = [QuantizationRule(weight_qtype="int8")]
       >>> layer, params = quantize(
       ...     lambda params, x: x @ params["w"], {"w": jnp.ones((4, 2))}, rules,

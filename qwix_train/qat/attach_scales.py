@@ -90,6 +90,11 @@ def attach_learned_scales(
       LSQ: arXiv 1902.08153. LSQ+: arXiv 2004.09576. PACT: arXiv 1805.06085.
 
     Example:
+      >>> import jax
+      >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.qat import attach_learned_scales
       >>> model, x = nn.Dense(2), jnp.ones((8, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> rules = [QuantizationRule(weight_qtype="int4",
@@ -157,8 +162,13 @@ def with_learned_scales(
         that were there has no place in that of the new ones.
 
     Example:
+      >>> import jax
       >>> import optax
+      >>> from flax import linen as nn
       >>> from flax.training.train_state import TrainState
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.qat import with_learned_scales
       >>> model, x = nn.Dense(2), jnp.ones((8, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> state = TrainState.create(
@@ -196,6 +206,7 @@ def learned_scale_mask(params: Any) -> Any:
       it, or a scale, offset or clipping level of an activation.
 
     Example:
+      >>> from qwix_train.qat import learned_scale_mask
       >>> learned_scale_mask({"kernel": 1.0, "kernel_scale": 0.1, "scale": 1.0})
       {'kernel': False, 'kernel_scale': True, 'scale': False}
     """

@@ -46,6 +46,9 @@ def learned_quant_stats(
         is not finite; or if there is none.
 
     Example:
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.qat import learned_quant_stats
       >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8",
       ...     act_calibration_method="pact")]
       >>> params = {"dot_general0_lhs_alpha": jnp.full((1, 1), 6.0)}

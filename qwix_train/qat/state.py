@@ -69,9 +69,12 @@ def with_quant_stats(
       TypeError: if `state` is no such object; if a provider collects no ranges.
 
     Example:
+      >>> import jax
       >>> import optax
       >>> from flax import linen as nn
+      >>> from flax.training import train_state
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, with_quant_stats
       >>> rule = QuantizationRule(
       ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
       ... )
