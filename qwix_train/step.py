@@ -108,6 +108,8 @@ def wrap_train_step(
     Example:
       >>> import jax
       >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, Schedule, wrap_train_step
       >>> model = nn.Dense(1)
       >>> params = model.init(jax.random.key(0), jnp.ones((2, 8)))
       >>> def train_step(params, x, y):

@@ -1,5 +1,7 @@
 """What a plan of a whole step says: each model call, and what happens in it."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -170,3 +172,50 @@ def test_the_calls_of_each_phase_are_counted_by_themselves():
     text = str(plan(step, new_state(), X))
     assert text.startswith("from step 3 (blended in), call 1 of 1:\n")
     assert "\nfrom step 7, call 1 of 1:\n" in text
+
+
+def decorated(step):
+    def called(*args):
+        return step(*args)
+
+    return called
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("form", ["partial", "jitted partial", "decorated", "both"])
+def test_what_is_around_a_wrapped_step_is_seen_through(form, ran):
+    step, state = wrap_train_step(train_step, INT8), new_state()
+    if form in ("decorated", "both"):
+        step = jax.jit(decorated(jax.jit(step)))
+    args: tuple = (state, X)
+    if form != "decorated":
+        step, args = functools.partial(step, state), (X,)
+    if form == "jitted partial":
+        step = jax.jit(step)
+    if ran:  # so that JAX has its trace
+        step(*args)
+    (call,) = plan(step, *args).calls
+    assert [op.weights for op in call.plan.ops] == [
+        op.weights for op in plan(MODEL, INT8, X).ops
+    ]
+
+
+def test_a_function_that_calls_no_wrapped_step_is_no_step():
+    with pytest.raises(TypeError, match="Only the plan of a step goes without"):
+        plan(decorated(train_step), new_state(), X)
+
+
+def test_a_plan_refuses_what_a_mode_would_refuse():
+    rules = [
+        QuantizationRule(weight_qtype="int8", act_qtype="int8", act_observer="mse")
+    ]
+    with pytest.raises(ValueError, match="act_observer"):
+        plan(MODEL, rules, X)
+
+
+def test_a_rule_for_all_else_is_not_blamed():
+    one = [
+        QuantizationRule(module_path=f"Dense_{i}", weight_qtype="int4") for i in (0, 1)
+    ]
+    assert "decided for no op" not in str(plan(MODEL, [*one, *INT8], X))
+    assert "rule 1 (module_path='Dense_0')" in str(plan(MODEL, [*INT8, one[0]], X))

@@ -95,6 +95,8 @@ class Calibrator(Collector):
       >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.calib import Calibrator
       >>> rule = QuantizationRule(
       ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
       ... )
@@ -199,10 +201,11 @@ def merge_stats(
         ValueError: There are statistics of a range that the step does not have, or of
             another shape.
 
+    >>> import jax
     >>> from flax import linen as nn
     >>> from jax import numpy as jnp
     >>> from qwix_train import QuantizationRule
-    >>> from qwix_train.calib import observe
+    >>> from qwix_train.calib import merge_stats, observe
     >>> rule = QuantizationRule(
     ...     weight_qtype='int8', act_qtype='int8', act_static_scale=True,
     ...     act_averaging='minmax',

@@ -84,7 +84,10 @@ def compare(
         ValueError: There is no batch, no activation to measure, or none of the batches
             of an activation counts; a name is unknown.
 
+    >>> import jax
     >>> from flax import linen as nn
+    >>> from qwix_train import QuantizationRule
+    >>> from qwix_train.calib import compare
     >>> model = nn.Dense(2)
     >>> x = jax.random.t(jax.random.key(0), 4, (3, 64, 16))
     >>> params = model.init(jax.random.key(1), x[0])

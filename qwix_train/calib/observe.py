@@ -131,7 +131,11 @@ def observe(
         in the step has a static range.
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.calib import observe
       >>> rules = [
       ...     QuantizationRule(
       ...         weight_qtype="int8", act_qtype="int8", act_static_scale=True

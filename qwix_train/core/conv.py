@@ -63,6 +63,8 @@ def conv_general_dilated(
     Raises:
         ValueError: A QArray is malformed.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import conv_general_dilated
     >>> from qwix_train.core.qarray import quantize
     >>> x = quantize(jnp.ones((1, 3, 8, 8)), 'int8', calibration_method='minmax')
     >>> kernel = quantize(jnp.ones((4, 3, 3, 3)), 'int4', channelwise_axes=(0,))

@@ -76,6 +76,8 @@ def dot_general(
     Raises:
         ValueError: A QArray is malformed, or the sizes of axes differ.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import dot_general
     >>> from qwix_train.core.qarray import quantize
     >>> a = quantize(jnp.array([[1., 2.]]), 'int8')
     >>> b = quantize(jnp.array([[3.], [4.]]), 'int4')
@@ -139,6 +141,8 @@ def dot(
     Raises:
         ValueError: As `dot_general`.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import dot
     >>> from qwix_train.core.qarray import quantize
     >>> dot(quantize(jnp.ones((2, 3)), 'int8'), quantize(jnp.ones(3), 'int8')).shape
     (2,)

@@ -43,6 +43,8 @@ def einsum(
     Raises:
         ValueError: The subscripts do not fit the operands, or as `dot_general`.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import einsum
     >>> from qwix_train.core.qarray import quantize
     >>> q = quantize(jnp.ones((2, 3)), 'int8')
     >>> einsum('ij,jk,kl->il', q, q.T, jnp.ones((2, 5))).shape

@@ -118,6 +118,7 @@ class HowToQuantize:
         ValueError: A field is wrong; the message names the value and the choices.
         TypeError: The axes are not given as a collection, or a mapping, of ints.
 
+    >>> from qwix_train import HowToQuantize
     >>> how = HowToQuantize(qtype='int4', channelwise_axes=[1], tiled_axes={0: 32})
     >>> how.scale_shape((128, 10))
     (4, 10)

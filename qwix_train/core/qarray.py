@@ -61,6 +61,8 @@ class QArray(NoArray):
     Raises:
         ValueError: ``qtype`` is not a quantized type.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import quantize
     >>> q = quantize(jnp.array([[0., 1., -127.5], [0., 2., 3.]]), 'int8')
     >>> q.shape, q.dtype, q.qtype == jnp.int8, q.scale.shape
     ((2, 3), dtype('float32'), True, (1, 1))
@@ -357,6 +359,8 @@ def quantize(
     Raises:
         ValueError: An argument is wrong, or does not fit the array.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import dequantize, quantize
     >>> q = quantize(jnp.array([0., 0.4, 1.5]), 'int4', calibration_method='minmax')
     >>> q.qvalue.tolist(), [round(x, 3) for x in dequantize(q).tolist()]
     ([-8, -4, 7], [0.0, 0.4, 1.5])
@@ -391,6 +395,8 @@ def dequantize(array: QArray) -> jax.Array:
         ValueError: The parts of the array do not fit together, or a code is outside of
             its type.
 
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import QArray, dequantize
     >>> dequantize(QArray(jnp.array([100], jnp.int8), jnp.array([0.5]), qtype='int4'))
     Traceback (most recent call last):
     ...

@@ -66,8 +66,9 @@ def quantize_model(
 
     Example:
       >>> import jax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QtProvider, QuantizationRule
+      >>> from qwix_train import QtProvider, QuantizationRule, quantize_model
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
       >>> model = quantize_model(nn.Dense(4), provider)
       >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
@@ -179,7 +180,7 @@ def quantize_fn(
 
     Example:
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QtProvider, QuantizationRule
+      >>> from qwix_train import QtProvider, QuantizationRule, quantize_fn
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int4")])
       >>> layer = quantize_fn(lambda params, x: x @ params["w"], provider)
       >>> layer({"w": jnp.array([[0.4, 7.5]])}, jnp.ones((1, 1))).shape

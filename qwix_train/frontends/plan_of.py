@@ -51,7 +51,8 @@ def plan(
     """What rules would do to every op of a model; nothing is computed.
 
     `plan(step, *args)` says it of each model call of a step that `wrap_train_step` or
-    `wrap_eval_step` gave, jitted or not, as a `StepPlan`. Shapes will do for `args`.
+    `wrap_eval_step` gave, jitted, partial or decorated, as a `StepPlan`. Shapes will do
+    for `args`.
 
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
@@ -77,30 +78,57 @@ def plan(
         params quantized, and an NNX module holds one as an array, in no `nnx.Param`.
 
     Example:
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, plan
       >>> rules = [QuantizationRule(weight_qtype="int8")]
       >>> plan(nn.Dense(4), rules, jnp.ones((2, 8))).records()[0]["weights"]
       ('kernel',)
     """
+    # Arguments of a step may have the names of those of a model.
+    named = {"variables": variables, "method": method, "rngs": rngs}
+    said = {name: x for name, x in named.items() if x is not _UNSAID[name]}
+    args = _without_none((rules, *inputs))
     step = wrapped_step(model)
     if step is not None:
-        # Arguments of a step may have the names of those of a model.
-        named = {"variables": variables, "method": method, "rngs": rngs}
-        kwargs |= {name: x for name, x in named.items() if x is not _UNSAID[name]}
-        args = () if rules is None and not inputs else (rules, *inputs)
-        return plan_step(step, args, kwargs)
+        return plan_step(step, args, said | kwargs)
     if not isinstance(rules, QuantizationProvider):
         try:
             rules = check_rules(rules)
         except TypeError as error:
+            found = _plan_around(model, args, said | kwargs)
+            if isinstance(found, StepPlan):
+                return found
             raise TypeError(
                 f"{error} plan(model, rules, *inputs) takes rules or a provider after "
                 "the model. Only the plan of a step goes without, once it is wrapped: "
                 "plan(wrap_train_step(step, rules), *args)."
-            ) from None
+            ) from found
+        for rule in rules:
+            rule.check_collects()
     return plan_model(
         model, rules, *inputs, variables=variables, method=method, rngs=rngs, **kwargs
     )
+
+
+def _without_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a step: none where `rules` alone was there, and not given."""
+    return () if len(args) == 1 and args[0] is None else args
+
+
+def _plan_around(function: Any, args: Any, kwargs: Any) -> StepPlan | Exception | None:
+    """The plan of what calls a wrapped step: a partial function, or a decorator.
+
+    Returns:
+      The plan; None if no wrapped step was called, or what kept it from being called.
+    """
+    if not callable(function) or isinstance(function, nn.Module | nnx.Module | type):
+        return None
+    try:
+        found = plan_step(function, args, kwargs)
+    except Exception as error:
+        return error
+    return found if found.calls else None
 
 
 def plan_model(

@@ -56,7 +56,7 @@ def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     Example:
       >>> import jax
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QuantizationRule, calib
+      >>> from qwix_train import QuantizationRule, as_model, calib
       >>> forward = as_model(lambda params, x: x @ params["w"])
       >>> rule = QuantizationRule(
       ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
@@ -114,7 +114,7 @@ def in_float(model: Model) -> Model:
       >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QuantizationRule, wrap_train_step
+      >>> from qwix_train import QuantizationRule, in_float, wrap_train_step
       >>> model = nn.Dense(1)
       >>> teacher = model.init(jax.random.key(0), jnp.ones((2, 8)))
       >>> def train_step(params, teacher, x):

@@ -130,7 +130,7 @@ def plan_step(step: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan:
     before, calls = _collecting.calls, []
     _collecting.calls = calls
     try:
-        with nnx_calls.tracing_step(step, args, kwargs):
+        with session.retracing(), nnx_calls.tracing_step(step, args, kwargs):
             pass
     finally:
         _collecting.calls = before

@@ -27,6 +27,8 @@ class Calibrate(PeriodicAction):
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.calib import Calibrator
+      >>> from qwix_train.hooks import Calibrate
       >>> rule = QuantizationRule(
       ...     weight_qtype="int8", act_qtype="int8", act_static_scale=True
       ... )

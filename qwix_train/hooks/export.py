@@ -37,8 +37,12 @@ class Export(PeriodicAction):
     after a restart from an earlier checkpoint, replaces it.
 
     Example:
+      >>> import jax
       >>> import tempfile
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, ptq
+      >>> from qwix_train.hooks import Export
       >>> model, x = nn.Dense(2), jnp.ones((1, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> rules = [QuantizationRule(weight_qtype="int8")]

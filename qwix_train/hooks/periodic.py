@@ -19,6 +19,7 @@ class PeriodicAction(abc.ABC):
     which is given the step, the time, and what else the call was given.
 
     Example:
+      >>> from qwix_train.hooks import PeriodicAction
       >>> class Print(PeriodicAction):
       ...     def _apply(self, step, t, loss):
       ...         print(f"step {step}: loss {loss}")

@@ -77,6 +77,7 @@ class QuantReport(PeriodicAction):
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule, plan
+      >>> from qwix_train.hooks import QuantReport
       >>> class Writer:  # or a clu.metric_writers.MetricWriter
       ...     def write_scalars(self, step, scalars):
       ...         for name, value in scalars.items():

@@ -32,7 +32,9 @@ class AdapterSet(Mapping[str, Any]):
     what the adapter was trained to do, to the rounding of ``B``.
 
     Example:
-      >>> from qwix_train.lora import LoraRule, init
+      >>> import jax
+      >>> from jax import numpy as jnp
+      >>> from qwix_train.lora import AdapterSet, LoraRule, init
       >>> def model(params, x):
       ...     return x @ params["kernel"]
       >>> params, x = {"kernel": jnp.ones((8, 4))}, jnp.ones((1, 8))

@@ -54,10 +54,10 @@ def save(
       ValueError: if the adapters do not fit the layouts.
 
     Example:
-      >>> import pathlib, tempfile
       >>> import jax
+      >>> import pathlib, tempfile
       >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule, init
+      >>> from qwix_train.lora import LoraRule, init, read_manifest, restore, save
       >>> adapters, frozen, layouts = init(
       ...     {"kernel": jnp.ones((4, 2))}, lambda p, x: x @ p["kernel"],
       ...     [LoraRule(rank=1, alpha=2.0)], jax.random.key(0), jnp.ones((1, 4)),

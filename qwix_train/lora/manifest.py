@@ -33,6 +33,8 @@ class AdapterManifest:
       metadata: what the caller of `save` added.
 
     Example:
+      >>> from qwix_train import LoraRule
+      >>> from qwix_train.lora import AdapterManifest
       >>> manifest = AdapterManifest({}, (LoraRule(rank=2, alpha=4.0),), {})
       >>> AdapterManifest.from_json(manifest.to_json(), {}) == manifest
       True

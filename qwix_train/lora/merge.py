@@ -73,7 +73,9 @@ def merge(base: Any, *args: Any, to_float: bool = False, **kwargs: Any) -> Any:
         message names the params.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
+      >>> from qwix_train.lora import merge
       >>> base = {"kernel": jnp.ones((4, 2))}
       >>> from qwix_train.lora import LoraRule, init
       >>> adapters, frozen, layouts = init(
@@ -103,8 +105,9 @@ def merge_with_report(
       What `merge` gives, and a report that prints as a table.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule, init
+      >>> from qwix_train.lora import LoraRule, init, merge_with_report
       >>> rule = LoraRule(rank=1, alpha=1.0, weight_qtype="int4")
       >>> adapters, frozen, layouts = init(
       ...     {"kernel": jnp.ones((4, 2))}, lambda p, x: x @ p["kernel"], [rule],
@@ -140,8 +143,9 @@ def unmerge(params: Any, adapters: Any, layouts: parts.Layouts) -> Any:
         base cannot be found again; if adapters do not fit. The message names the param.
 
     Example:
+      >>> import jax
       >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule, init
+      >>> from qwix_train.lora import LoraRule, init, merge, unmerge
       >>> adapters, frozen, layouts = init(
       ...     {"kernel": jnp.ones((4, 2))}, lambda p, x: x @ p["kernel"],
       ...     [LoraRule(rank=1, alpha=2.0)], jax.random.key(0), jnp.ones((1, 4)),

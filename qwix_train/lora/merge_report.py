@@ -54,6 +54,7 @@ class MergeReport:
       weights: a record for each weight that has an adapter.
 
     Example:
+      >>> from qwix_train.lora import MergeRecord, MergeReport
       >>> record = MergeRecord('Dense_0/kernel', (), 'nf4', 0.02, 0.3, 0.08, 0.9)
       >>> print(MergeReport((record,)))
       param           type  adapter / base  adapter / step  error  error / adapter

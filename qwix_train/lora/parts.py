@@ -52,8 +52,10 @@ def split(
 
     Example:
       >>> import jax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train import apply_lora_to_model
+      >>> from qwix_train import LoraProvider, apply_lora_to_model
+      >>> from qwix_train.lora import split
       >>> provider = LoraProvider(module_path=".*", rank=2, alpha=4.0)
       >>> model = apply_lora_to_model(nn.Dense(8), provider)
       >>> x = jnp.ones((1, 4))

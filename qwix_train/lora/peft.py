@@ -84,10 +84,10 @@ def save_peft(
         two have one name. The message has the path of the param.
 
     Example:
-      >>> import tempfile
       >>> import jax
+      >>> import tempfile
       >>> from jax import numpy as jnp
-      >>> from qwix_train.lora import LoraRule, init
+      >>> from qwix_train.lora import LoraRule, init, load_peft, save_peft
       >>> adapters, frozen, layouts = init(
       ...     {"proj": {"kernel": jnp.ones((4, 2))}},
       ...     lambda params, x: x @ params["proj"]["kernel"],

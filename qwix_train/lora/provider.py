@@ -50,9 +50,10 @@ class LoraProvider(PtqProvider):
     quantized as by a `PtqProvider`.
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train import quantize_model
+      >>> from qwix_train import LoraProvider, quantize_model
       >>> provider = LoraProvider(module_path=".*", rank=2, alpha=4.0)
       >>> model = quantize_model(nn.Dense(8), provider)
       >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]

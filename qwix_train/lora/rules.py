@@ -68,6 +68,7 @@ class LoraRule(QuantizationRule):
       ValueError: if a field is wrong.
 
     Example:
+      >>> from qwix_train import LoraRule
       >>> LoraRule(rank=8, alpha=16.0, weight_qtype="nf4", tile_size=64).scaling
       2.0
     """

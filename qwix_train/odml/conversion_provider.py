@@ -26,7 +26,11 @@ class OdmlConversionProvider(OdmlQatProvider):
       >>> import jax
       >>> from flax import linen as nn
       >>> from jax import numpy as jnp
-      >>> from qwix_train import QuantizationRule, quantize_model
+      >>> from qwix_train import (
+      ...     OdmlConversionProvider,
+      ...     QuantizationRule,
+      ...     quantize_model,
+      ... )
       >>> model, x = nn.Dense(2), jnp.ones((1, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> rules = [QuantizationRule(weight_qtype="int8")]

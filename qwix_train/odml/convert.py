@@ -84,7 +84,11 @@ def convert(
         not go together.
 
     Example:
+      >>> import jax
+      >>> from flax import linen as nn
+      >>> from jax import numpy as jnp
       >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.odml import convert
       >>> model, x = nn.Dense(2), jnp.ones((1, 4))
       >>> variables = model.init(jax.random.key(0), x)
       >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]

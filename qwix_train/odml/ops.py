@@ -229,6 +229,7 @@ def op_name(primitive: str) -> str:
 def table() -> str:
     """The table of operations, as Markdown.
 
+    >>> from qwix_train.odml import table
     >>> print(table().splitlines()[0])
     | op | in LiteRT | its output has | int16 | note |
     """

@@ -73,7 +73,7 @@ class OdmlQatProvider(QuantizationProvider):
     are the same).
 
     Example:
-      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train import OdmlQatProvider, QuantizationRule
       >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
       >>> provider = OdmlQatProvider(rules, fixed_range_for_inputs=(0, 1))
     """

@@ -52,7 +52,8 @@ def ragged_dot(
       Shape (rows, outputs); zero for rows behind the last group.
 
     Example:
-      >>> from qwix_train import quantize
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import quantize, ragged_dot
       >>> w = quantize(jnp.ones((2, 4, 3)), "int8", channelwise_axes=(0, 2))
       >>> ragged_dot(jnp.ones((5, 4)), w, jnp.array([2, 2]))[:, 0].round().tolist()
       [4.0, 4.0, 4.0, 4.0, 0.0]

@@ -76,6 +76,10 @@ def dampen_oscillations(
             params; or from ``update``, there are no params.
 
     Examples:
+        >>> import jax
+        >>> from jax import numpy as jnp
+        >>> from qwix_train import HowToQuantize
+        >>> from qwix_train.optim import dampen_oscillations
         >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
         >>> params = {'kernel': jnp.array([0.25, 1.75, 7.25]), 'bias': jnp.ones(1)}
         >>> tx = dampen_oscillations({'.*kernel': how}, 0.5)

@@ -117,6 +117,10 @@ def freeze_oscillations(
             no params.
 
     Examples:
+        >>> import optax
+        >>> from jax import numpy as jnp
+        >>> from qwix_train import HowToQuantize
+        >>> from qwix_train.optim import freeze_oscillations
         >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
         >>> params = {'w': jnp.array([0.6, 3.1])}
         >>> tx = freeze_oscillations({'w': how}, threshold=0.7, momentum=0.5)

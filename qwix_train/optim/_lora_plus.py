@@ -44,7 +44,10 @@ def lora_plus(
             param is a B matrix.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from qwix_train.optim import lora_plus
         >>> params = {'w_lora_a': jnp.ones((3, 2)), 'w_lora_b': jnp.zeros((2, 3))}
         >>> tx = lora_plus(optax.sgd(0.5), ratio=16.0)
         >>> grads = jax.tree.map(jnp.ones_like, params)

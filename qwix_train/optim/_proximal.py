@@ -124,6 +124,11 @@ def proximal(
             ``plan`` is not for these params; or from ``update``, there are no params.
 
     Examples:
+        >>> import jax
+        >>> import optax
+        >>> from jax import numpy as jnp
+        >>> from qwix_train import HowToQuantize
+        >>> from qwix_train.optim import proximal
         >>> how = HowToQuantize(qtype='int4', calibration_method='fixed,-7.5,7.5')
         >>> params = {'w': jnp.array([0.25, 1.625, -2.0]), 'b': jnp.zeros(1)}
         >>> tx = optax.chain(

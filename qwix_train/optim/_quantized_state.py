@@ -119,6 +119,10 @@ def quantized_state(
             a `QuantizedState`.
 
     Examples:
+        >>> import jax
+        >>> import optax
+        >>> from jax import numpy as jnp
+        >>> from qwix_train.optim import quantized_state
         >>> params = {'kernel': jnp.ones((64, 512)), 'bias': jnp.ones(512)}
         >>> tx = quantized_state(optax.adam(1e-3))
         >>> state = tx.init(params)

@@ -43,7 +43,10 @@ def selective_transform(
             a pattern matches no param.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from qwix_train.optim import selective_transform
         >>> params = {'embed': {'table': jnp.ones(3)}, 'head': {'kernel': jnp.ones(2)}}
         >>> tx = selective_transform(optax.sgd(1.0), freeze='embed/.*')
         >>> grads = jax.tree.map(jnp.ones_like, params)

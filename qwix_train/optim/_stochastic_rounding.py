@@ -89,6 +89,10 @@ def stochastic_rounding(
         Four updates of 1/512 move a mean from 1 by 4/512, and rounding to nearest, not
         at all:
 
+        >>> import jax
+        >>> import optax
+        >>> from jax import numpy as jnp
+        >>> from qwix_train.optim import stochastic_rounding
         >>> params = {'w': jnp.ones(10_000, jnp.bfloat16)}
         >>> tx = stochastic_rounding(optax.sgd(1 / 512))
         >>> grads, state = jax.tree.map(jnp.ones_like, params), tx.init(params)

@@ -223,6 +223,20 @@ class RuleUse(abc.ABC):
         ]
         return tuple(sorted({i for i in matched if i is not None}))
 
+    def is_default(self, rule_index: int) -> bool:
+        """Whether an unused rule is for what earlier, narrower ones leave: nothing."""
+
+        def matched(index):
+            rule = self.rules[index]
+            return {
+                (decision.module_path, decision.id)
+                for decision in self.decisions
+                if rule.matches(decision.module_path, decision.name, decision.id)
+            }
+
+        earlier, own = self.shadowed_by(rule_index), matched(rule_index)
+        return bool(earlier) and all(matched(index) < own for index in earlier)
+
     def unmatched_rules(self) -> dict[int, str]:
         """The rules that match no op, each with a sentence that says so."""
         return {

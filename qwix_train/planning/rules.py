@@ -104,6 +104,7 @@ class QuantizationRule:
       ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
 
     Example:
+      >>> from qwix_train import QuantizationRule
       >>> QuantizationRule(module_path="Dense_.*", weight_qtype="int4").matches(
       ...     "Dense_0", "dot_general", "dot_general0")
       True

@@ -63,6 +63,7 @@ class Schedule:
         first comes after the start, or a type is unknown.
 
     Example:
+      >>> from qwix_train import Schedule
       >>> Schedule(start_step=100, ramp_steps=50).ends_at
       150
       >>> halving = Schedule(weight_qtypes={0: "int8", 300: "int4", 600: "int2"})

@@ -150,11 +150,11 @@ def _statistics_at(path: Path, quant_stats: Mapping[str, Any]) -> Mapping[str, A
         statistics = statistics.get(name, {})
     if not statistics:
         raise ValueError(
-            f"There are no quant_stats for {'/'.join(path)!r}, which a rule with "
-            "act_static_scale=True, or a learned scale that is to begin with them, "
-            "asks for. Collect them with calib.Calibrator and "
-            "pass quant_stats=calibrator.quant_stats, or keep them in the state of a "
-            "train step: attach(state, rules, *inputs)."
+            f"There are no quant_stats for {'/'.join(path)!r}, whose range the "
+            "rules ask for, as it is static or a learned scale begins with it. "
+            "Collect them with calib.Calibrator and pass "
+            "quant_stats=calibrator.quant_stats, or keep them in the state of a train "
+            "step: attach(state, rules, *inputs)."
         )
     return statistics
 

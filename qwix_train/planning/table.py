@@ -107,7 +107,8 @@ def _summary(plan: Plan) -> list[str]:
             f"{path} is dequantized for what has no quantized form: "
             f"{', '.join(primitives)}"
         )
-    return lines + [unused(plan, index) for index in plan.unused_rules]
+    unexpected = [i for i in plan.unused_rules if not plan.is_default(i)]
+    return lines + [unused(plan, index) for index in unexpected]
 
 
 def unused(plan: RuleUse, index: int) -> str:

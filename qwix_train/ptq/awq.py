@@ -42,8 +42,11 @@ class Awq(InputScaling):
       clipping of weights at its end, https://arxiv.org/abs/2306.00978
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
-      >>> from qwix_train import quantize_model
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, quantize_model
+      >>> from qwix_train.ptq import Awq
       >>> sizes = jnp.where(jnp.arange(32) % 8 == 0, 10, 1)
       >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * sizes
       >>> model = nn.Dense(16)

@@ -75,9 +75,11 @@ def save(
             paths that are one when their keys are written as text; the message names
             the params. Or ``metadata`` is nested too deeply.
 
-    >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
+    >>> import pathlib, tempfile
+    >>> from qwix_train import QuantizationRule
     >>> from qwix_train.core import qarray
+    >>> from qwix_train.ptq import restore, save
     >>> how = qarray.HowToQuantize(qtype='int4', channelwise_axes=(1,))
     >>> kernel = qarray.quantize_array(jnp.ones((16, 64)), how)
     >>> params = {'Dense_0': {'kernel': qarray.WithAux(kernel, how)}}
@@ -126,8 +128,9 @@ def save_async(
     Raises:
         FileExistsError, TypeError, ValueError: As in `save`.
 
-    >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
+    >>> import pathlib, tempfile
+    >>> from qwix_train.ptq import restore, save_async
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'step_10'
     >>> pending = save_async(folder, {'bias': jnp.ones(3)})
     >>> pending.wait_until_finished()
@@ -199,9 +202,11 @@ def restore(
             or is for none. The message names the path and the params.
         TypeError: One of the shardings is not a sharding, but a `PartitionSpec` or so.
 
-    >>> import pathlib, tempfile
+    >>> import jax
     >>> import jax.numpy as jnp
+    >>> import pathlib, tempfile
     >>> from qwix_train.core import qarray
+    >>> from qwix_train.ptq import restore, save
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'int8'
     >>> params = {'kernel': qarray.quantize(jnp.ones((16, 64)), 'int8')}
     >>> save(folder, params)
@@ -245,8 +250,10 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         FileNotFoundError: Nothing is at the path.
         ValueError: There is no manifest, or it was changed.
 
-    >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
+    >>> import pathlib, tempfile
+    >>> from qwix_train import QuantizationRule
+    >>> from qwix_train.ptq import read_manifest, save
     >>> folder = pathlib.Path(tempfile.mkdtemp()) / 'a'
     >>> rules = [QuantizationRule(weight_qtype='int4')]
     >>> save(folder, {'bias': jnp.ones(3)}, rules=rules, metadata={'step': 10})

@@ -92,7 +92,10 @@ def save_compressed_tensors(
             path. Or no param is quantized.
 
     >>> import tempfile
+    >>> from jax import numpy as jnp
+    >>> from qwix_train import HowToQuantize, WithAux
     >>> from qwix_train.core.qarray import quantize_array
+    >>> from qwix_train.ptq import load_compressed_tensors, save_compressed_tensors
     >>> how = HowToQuantize(qtype='int4', channelwise_axes=(1,), tiled_axes={0: 4})
     >>> kernel = WithAux(quantize_array(jnp.ones((16, 2)), how), how)
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -49,8 +49,10 @@ class Gptq(WeightMethod):
       Pre-trained Transformers", algorithm 1, https://arxiv.org/abs/2210.17323
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
-      >>> from qwix_train import quantize_model
+      >>> from qwix_train import QuantizationRule, quantize_model
+      >>> from qwix_train.ptq import Gptq
       >>> x = jax.random.normal(jax.random.key(0), (64, 16)).cumsum(1)
       >>> model = nn.Dense(8)
       >>> variables = model.init(jax.random.key(1), x)

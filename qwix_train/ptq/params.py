@@ -89,7 +89,15 @@ def quantize_params(
         weights are there, and not the ranges that belong to them.
 
     Example:
+      >>> import jax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import (
+      ...     PtqProvider,
+      ...     QuantizationRule,
+      ...     quantize_model,
+      ...     quantize_params,
+      ... )
       >>> model = quantize_model(
       ...     nn.Dense(2), PtqProvider([QuantizationRule(weight_qtype="int8")])
       ... )
@@ -248,6 +256,8 @@ def quantize(
 
     Example:
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train.ptq import quantize
       >>> rules = [QuantizationRule(weight_qtype="int8")]
       >>> layer, params = quantize(
       ...     lambda params, x: x @ params["w"], {"w": jnp.ones((4, 2))}, rules,
@@ -315,7 +325,7 @@ def _own_ranges(model: nnx.Module, rules: Sequence[QuantizationRule]) -> dict[st
         rule = rule_of_range(rules, path)
         if rule is not None and rule.static_act_ranges:
             states[path] = stat.get_value()
-    return collected_ranges(traverse_util.unflatten_dict(states), rules)
+    return collected_ranges(states, rules)
 
 
 def _check_known(params: Any, abstract: Any) -> None:

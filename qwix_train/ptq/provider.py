@@ -32,8 +32,9 @@ class PtqProvider(QuantizationProvider):
     that its codes stand for, so a QAT model and its PTQ model compute the same.
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
-      >>> from qwix_train import QuantizationRule, quantize_model
+      >>> from qwix_train import PtqProvider, QuantizationRule, quantize_model
       >>> rules = [QuantizationRule(weight_qtype="int4", act_qtype="int8")]
       >>> model = quantize_model(nn.Dense(4), PtqProvider(rules))
       >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 8)))["params"]

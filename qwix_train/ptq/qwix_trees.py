@@ -50,7 +50,8 @@ def to_qwix(params: Any, like: Any = None) -> Any:
             there; the message has its path.
 
     >>> import jax.numpy as jnp
-    >>> from qwix_train import quantize
+    >>> from qwix_train import HowToQuantize, WithAux, quantize
+    >>> from qwix_train.ptq import to_qwix
     >>> kernel = quantize(jnp.ones((4, 2)), 'int8', channelwise_axes=(1,))
     >>> how = HowToQuantize(qtype='int8', channelwise_axes=(1,))
     >>> theirs = to_qwix({'Dense_0': {'kernel': WithAux(kernel, how)}})
@@ -122,6 +123,7 @@ def from_qwix(params: Any, like: Any = None) -> Any:
         ValueError: A param has a type that this package does not have, is not in
             ``like``, or does not fit there; the message has its path.
 
+    >>> from qwix_train.ptq import from_qwix
     >>> from_qwix({'Dense_0': {'bias': 0.5}})
     {'Dense_0': {'bias': 0.5}}
     """

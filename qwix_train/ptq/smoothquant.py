@@ -45,8 +45,11 @@ class SmoothQuant(InputScaling):
       Large Language Models", equation 4, https://arxiv.org/abs/2211.10438
 
     Example:
+      >>> import jax
       >>> from flax import linen as nn
-      >>> from qwix_train import quantize_model
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, quantize_model
+      >>> from qwix_train.ptq import SmoothQuant
       >>> x = jnp.array([[1., -16.], [-1., 4.]])
       >>> params = {'kernel': jnp.array([[1., -0.5], [0.25, 0.125]])}
       >>> model = nn.Dense(2, use_bias=False)

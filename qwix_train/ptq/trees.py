@@ -33,6 +33,8 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
       module holds in several places stands at the first of them, as in `nnx.state`.
 
     Example:
+      >>> from flax import nnx
+      >>> from qwix_train.ptq import to_tree
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> {name: array.shape for name, array in to_tree(model).items()}
       {'bias': (3,), 'kernel': (2, 3)}

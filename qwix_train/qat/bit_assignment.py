@@ -49,7 +49,9 @@ def assign_bits(
         ValueError: No choice meets the budget; the message says what the smallest one
             takes. Or the budget is not a finite number, or a loss in the table is not.
 
+    >>> import numpy as np
     >>> from qwix_train import QuantizationRule, as_model
+    >>> from qwix_train.qat import assign_bits
     >>> from qwix_train.qat.op_sensitivity import sensitivity
     >>> forward = as_model(lambda params, x: (x @ params['a']) @ params['b'])
     >>> params = {'a': np.eye(4), 'b': np.eye(4) + 0.3}

@@ -106,7 +106,9 @@ def sensitivity(
         ValueError: There is no batch, the rules quantize no weight, a loss is not
             finite, or an argument is not one of the choices.
 
+    >>> from jax import numpy as jnp
     >>> from qwix_train import QuantizationRule, as_model
+    >>> from qwix_train.qat import sensitivity
     >>> forward = as_model(lambda params, x: (x @ params['a']) @ params['b'])
     >>> params = {'a': jnp.array([[1.0, 0.3], [0.2, -1.0]]), 'b': jnp.eye(2)}
     >>> found = sensitivity(

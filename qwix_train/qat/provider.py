@@ -39,7 +39,7 @@ class QtProvider(QuantizationProvider):
     `calib.observe`.
 
     Example:
-      >>> from qwix_train import QuantizationRule
+      >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
     """
 

@@ -74,6 +74,7 @@ class QtRule(QuantizationRule):
         needs it.
 
     Example:
+      >>> from qwix_train import QtRule
       >>> rule = QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
       >>> rule.bwd_calibration_method
       'absmax'

@@ -161,6 +161,13 @@ def tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def retracing() -> Iterator[None]:
+    """While all is traced, whatever was before: no session is in force."""
+    with _context(object()):
+        yield
+
+
+@contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """While results are computed: no session is in force."""
     with _context(None):

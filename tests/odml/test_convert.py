@@ -386,7 +386,7 @@ def test_errors_of_models(mlp, nnx_mlp):
         ),
         (
             lambda: odml.convert(Mlp(), variables, INT8, x),
-            "There are no quant_stats for 'first/dot_general0_lhs'",
+            "There are no quant_stats for 'first/dot_general0_lhs', whose range the",
         ),
         (
             lambda: odml.convert(training, None, INT8, x, quant_stats=nnx_mlp[1]),

@@ -19,7 +19,6 @@ from qwix_train import (
     QuantizationRule,
     calib,
     ptq,
-    qat,
     quantize_model,
 )
 from qwix_train.trace import bodies, jax_versions
@@ -91,18 +90,18 @@ def with_values(params, scale=0.02, offset=0.0, alpha=1.5):
 
 @pytest.mark.parametrize("method", LEARNED)
 def test_leaves_stand_under_the_first_name(method):
-    found = qat.attach_learned_scales(ONE, PARAMS, LEARNED[method], X)
-    own = qat.attach_learned_scales(APART, PARAMS, LEARNED[method], X)
+    found = qwix_train.attach(PARAMS, LEARNED[method], X, model=ONE)
+    own = qwix_train.attach(PARAMS, LEARNED[method], X, model=APART)
     models.assert_same(leaves_of(found, "query"), leaves_of(own, "query"))
     for name in ("key", "value"):
         assert not leaves_of(found, name) and leaves_of(own, name)
-    crossed = qat.attach_learned_scales(ONE, PARAMS, LEARNED[method], X, MEMORY**2)
+    crossed = qwix_train.attach(PARAMS, LEARNED[method], X, MEMORY**2, model=ONE)
     assert [bool(leaves_of(crossed, name)) for name in OPS] == [True, True, False]
 
 
 def test_gradients_of_lsq():
     """Those of the paper, in float64: the scale's is the sum over its readers."""
-    params = with_values(qat.attach_learned_scales(ONE, PARAMS, LSQ, X))
+    params = with_values(qwix_train.attach(PARAMS, LSQ, X, model=ONE))
     grads, by_x = jax.grad(loss_of, argnums=(0, 1))(params, X)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     scale, inputs = p["query"]["dot_general0_lhs_scale"], np.maximum(np.float64(X), 0)
@@ -133,7 +132,7 @@ def on_grid(kernel):
 @pytest.mark.parametrize("method", LEARNED)
 def test_what_is_trained_is_what_is_served(method):
     rules = LEARNED[method]
-    params = with_values(qat.attach_learned_scales(ONE, PARAMS, rules, X))
+    params = with_values(qwix_train.attach(PARAMS, rules, X, model=ONE))
     want = quantize_model(ONE, QtProvider(rules)).apply({"params": params}, X)
     model, served = ptq.quantize(ONE, params, rules, X)
     models.assert_close(model.apply({"params": served}, X), want)
@@ -149,8 +148,8 @@ def test_what_is_trained_is_what_is_served(method):
 
 
 def test_litert_knows_the_range_by_the_same_name():
-    params = qat.attach_learned_scales(ONE, PARAMS, LSQ, X)
-    learned = qat.learned_quant_stats(params, LSQ)
+    params = qwix_train.attach(PARAMS, LSQ, X, model=ONE)
+    learned = qwix_train.ranges(params, LSQ)
     assert {name: list(ranges) for name, ranges in learned.items()} == {
         "query": ["dot_general0_lhs"]
     }
@@ -164,7 +163,7 @@ def test_litert_knows_the_range_by_the_same_name():
 
 
 def test_leaves_of_an_op_itself_take_precedence():
-    own = qat.attach_learned_scales(APART, PARAMS, LSQ, X)
+    own = qwix_train.attach(PARAMS, LSQ, X, model=APART)
     own["key"]["dot_general0_lhs_scale"] = jnp.full((1, 1), 0.1)
     models.assert_same(
         quantize_model(ONE, QtProvider(LSQ)).apply({"params": own}, X),
@@ -176,14 +175,14 @@ def test_leaves_of_an_op_itself_take_precedence():
 
 
 def test_a_product_of_two_arrays_reads_each_with_its_own_range():
-    params = qat.attach_learned_scales(ONE, PARAMS, LSQ, X, 3 * MEMORY)
+    params = qwix_train.attach(PARAMS, LSQ, X, 3 * MEMORY, model=ONE)
     step = quantize_model(ONE, QtProvider(LSQ))
     scales = [
         leaves_of(params, name)["dot_general0_lhs_scale"] for name in ("query", "key")
     ]
     assert scales[1] > 2 * scales[0]
     with pytest.raises(ValueError, match="'key/dot_general0_lhs_scale' is not among"):
-        attached = qat.attach_learned_scales(ONE, PARAMS, LSQ, X)
+        attached = qwix_train.attach(PARAMS, LSQ, X, model=ONE)
         step.apply({"params": attached}, X, MEMORY)
 
 
@@ -206,7 +205,7 @@ def with_ranges(state, rules):
 
 
 def with_leaves(state, rules):
-    return qat.with_learned_scales(state, rules, X)
+    return qwix_train.attach(state, rules, X)
 
 
 CODES = {**INT8, "bwd_qtype": "int8"}
@@ -298,7 +297,7 @@ def by_name(tree):
 
 def test_learned_ranges_of_layers():
     params = models.params_of(Layers(), X)
-    params = with_values(qat.attach_learned_scales(Layers(), params, LSQ, X))
+    params = with_values(qwix_train.attach(params, LSQ, X, model=Layers()))
     assert leaves_of(params["layer"], "query")["dot_general0_lhs_scale"].shape == (
         2,
         1,
