@@ -14,21 +14,12 @@ from jax import numpy as jnp
 from qwix_train.core.grid import Grid
 from qwix_train.odml import integer_grid, lowering, ops
 from qwix_train.odml.converter import annotate, uneven
-from qwix_train.odml.evaluate import (
-    fold,
-    scaled_weight,
-    sigmoid_in,
-    weight_axes,
-)
+from qwix_train.odml.evaluate import fold, scaled_weight, sigmoid_in
+from qwix_train.odml.fusion import weight_axes
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import MASKED, Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-from qwix_train.odml.provider import (
-    calibrations_in,
-    constant_grid,
-    known_grid,
-    weight_grid,
-)
+from qwix_train.odml.provider import calibrations_in, known_grid
 from qwix_train.ops import CONV
 
 
@@ -36,8 +27,6 @@ def run_annotated(
     plan: OdmlPlan,
     values: Sequence[Any],
     quant_stats: Mapping[str, Any],
-    *,
-    per_tensor_weights: bool = False,
 ) -> list[Any]:
     """The results of a planned graph, with annotations for the converter.
 
@@ -45,13 +34,12 @@ def run_annotated(
       plan: the plan.
       values: an array for each input of the traced call; concrete for what is static.
       quant_stats: the statistics that ranges are taken from.
-      per_tensor_weights: whether a weight has one scale.
 
     Raises:
       ValueError: if a range is missing, or the model drops elements at random.
     """
     constants, grids = _constants_of(plan, values), grids_of(plan, quant_stats)
-    return _Annotated(plan, constants, grids, per_tensor_weights).run(values)
+    return _Annotated(plan, constants, grids).run(values)
 
 
 def _constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
@@ -99,11 +87,10 @@ def _scalar(grid: Grid) -> Grid:
 
 
 class _Annotated:
-    def __init__(self, plan, constants, grids, per_tensor_weights):
+    def __init__(self, plan, constants, grids):
         self.plan: OdmlPlan = plan
         self.constants = constants
         self.grids = grids
-        self.per_tensor_weights = per_tensor_weights
         self.tables: dict[int, Grid] = {}
         # How many products with one there are of a value.
         self.ones: dict[int, int] = {}
@@ -139,13 +126,13 @@ class _Annotated:
             if any(id(value) not in self.constants for value in node.outputs):
                 return node.run(*map(concrete, node.inputs))
             return [self.constants[id(value)] for value in node.outputs]
-        first = plan.fused_into or plan
+        first = self.plan.first_of(plan)
         if first.name in ops.PRODUCTS and first.weight is not None:
             end = self.plan.end_of(first)
             if node.out is not end:
                 return [None]
             return [self.product(first, concrete)]
-        if plan.quantized or plan.name in ops.LAYOUT:
+        if plan.in_integers or plan.moves:
             results = self.lowered(plan, concrete)
         else:
             results = node.run(*map(concrete, node.inputs))
@@ -157,16 +144,15 @@ class _Annotated:
     def product(self, plan: NodePlan, read) -> Any:
         """A product with a weight, and all that is fused into it."""
         node, side, fusion = plan.node, plan.weight, plan.fusion
-        assert side is not None
+        assert side is not None and plan.weight_how is not None
+        channels, how = plan.weight_how.channelwise_axes, plan.weight_how
         end = self.plan.end_of(plan)
         with jax.ensure_compile_time_eval():
             factor, addend = (None, None) if fusion is None else fold(fusion, read)
             w = jnp.asarray(read(node.inputs[side]))
-            channels = () if self.per_tensor_weights else weight_axes(node, side)
-            assert plan.rule is not None
-            if channels and plan.rule.weight_calibration_method == "absmax":
+            if channels and how.calibration_method == "absmax":
                 # The codes of training; a factor for each channel changes the scales.
-                w = integer_grid.on_grid(w, weight_grid(plan, w, channels))
+                w = integer_grid.on_grid(w, integer_grid.of_weight(w, how))
             w = np.asarray(scaled_weight(node, side, w, factor))
             addend = None if addend is None else np.asarray(addend)
 
@@ -181,10 +167,12 @@ class _Annotated:
                 ends = [1] * (w.ndim - 1 - axis)
                 least = np.broadcast_to(least, w.shape[axis]).reshape(-1, *ends)
             with jax.ensure_compile_time_eval():
-                axes = (axis,) if channels else ()
-                grid = weight_grid(plan, w, axes, least if channels else least.max())
-                grid = _concrete(grid)
-            return annotate(jnp.asarray(uneven(w)), grid)
+                matrix = dataclasses.replace(
+                    how, channelwise_axes=(axis,) if channels else ()
+                )
+                least = least if channels else least.max()
+                grid = integer_grid.of_weight(jnp.asarray(w), matrix, least)
+            return annotate(jnp.asarray(uneven(w)), _concrete(grid))
 
         def finish(x):
             if fusion is not None and fusion.activation is not None:
@@ -215,8 +203,7 @@ class _Annotated:
     def lowered(self, plan: NodePlan, read) -> Sequence[Any]:
         """The outputs of an operation that runs in integers, or moves codes."""
         node = plan.node
-        kind = None if plan.spec is None else plan.spec.kind
-        operands = list(map(read, node.inputs))
+        kind, operands = plan.kind, list(map(read, node.inputs))
         if plan.name == "dropout":
             raise ValueError(
                 f"{plan.where}: the model drops elements at random. Convert the call "
@@ -248,7 +235,9 @@ class _Annotated:
         for side in plan.constants:
             x = np.asarray(operands[side])
             with jax.ensure_compile_time_eval():
-                grid = _concrete(constant_grid(plan, x))
+                grid = _concrete(
+                    integer_grid.of_constant(jnp.asarray(x), plan.act_qtype)
+                )
             if plan.act_qtype == "int16" and plan.name == "add":
                 # The converter takes no sum of 16 bits with operands of two shapes, but
                 # a difference.
@@ -260,7 +249,8 @@ class _Annotated:
         table, indices = operands[:2]
         value = plan.node.inputs[0]
         with jax.ensure_compile_time_eval():
-            grid = _concrete(constant_grid(plan, np.asarray(table)))
+            found = integer_grid.of_constant(jnp.asarray(table), plan.act_qtype)
+            grid = _concrete(found)
         self.tables[id(value)] = grid
         table = annotate(jnp.asarray(table), grid)
         return lowering.lowered_lookup(plan.node, table, indices)

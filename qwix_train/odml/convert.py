@@ -188,7 +188,6 @@ def _exported(
             plan,
             values,
             provider.quant_stats or {},
-            per_tensor_weights=provider.disable_per_channel_weights,
         )
         return tuple(outs)
 

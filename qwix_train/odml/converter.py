@@ -16,7 +16,12 @@ from qwix_train.odml.edit import in_order, read_codes
 from qwix_train.odml.flatbuffer import ops_in
 from qwix_train.odml.sixteen_bits import completed
 
-_TYPES = {"int4": "i4", "int8": "i8", "int16": "i16"}
+_TYPES = {
+    "int4_narrow": "i4",
+    "int8": "i8",
+    "int8_narrow": "i8",
+    "int16": "i16",
+}
 
 
 def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
@@ -46,7 +51,7 @@ def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
                 np.asarray(grid.zero_point, np.int64), scale.shape
             ).reshape(-1),
             "dtype": _TYPES[grid.qtype],
-            "narrow_range": grid.narrow,
+            "narrow_range": "narrow" in grid.qtype,
         }
         if axes:
             attributes["quantization_dimension"] = axes[0]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from qwix_train.odml import ops
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
-from qwix_train.ops import CONV
+from qwix_train.ops import CONV, by_name
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +95,18 @@ def weight_channels(node: Node) -> tuple[int, ...] | None:
     return tuple(range(free_l))
 
 
+def weight_axes(node: Node, side: int) -> tuple[int, ...]:
+    """The axes of the weight of a product that have a scale for each index."""
+    return () if weight_channels(node) is None else channelwise(node, side)
+
+
+def channelwise(node: Node, side: int) -> tuple[int, ...]:
+    """The axes of an operand of a product that it does not contract."""
+    kind = by_name(node.name)
+    assert kind is not None
+    return kind.channelwise(node.params, side, len(node.inputs[side].shape))
+
+
 def _only_reader(value: Value, ignored: Collection[int]) -> Node | None:
     if value.is_output:
         return None
@@ -102,7 +114,7 @@ def _only_reader(value: Value, ignored: Collection[int]) -> Node | None:
     readers = {
         key: node
         for key, node in readers.items()
-        if not (node.in_batch_norm and not node.is_activation)
+        if not (node.place.in_batch_norm and not node.is_activation)
     }
     return next(iter(readers.values())) if len(readers) == 1 else None
 

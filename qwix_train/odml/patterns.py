@@ -96,7 +96,7 @@ def _variance(graph: Graph, root: Node) -> bool:
     variance.
     """
     squares, square = (value.producer for value in root.inputs)
-    if root.in_batch_norm or squares is None or square is None:
+    if root.place.in_batch_norm or squares is None or square is None:
         return False
     squared, mean = squares.inputs[0].producer, _squared(square)
     average = None if mean is None else mean.producer
@@ -202,7 +202,7 @@ def _relu_bounds(graph: Graph, root: Node) -> bool:
 
 
 def _alias(node: Node, value: Value) -> Node:
-    return Node("copy", {}, [value], [node.out], node.module_path, lambda x: [x])
+    return Node("copy", {}, [value], [node.out], node.place, lambda x: [x])
 
 
 def _known_choice(graph: Graph, root: Node) -> bool:
@@ -280,7 +280,7 @@ def _power(graph: Graph, root: Node) -> bool:
 
 
 def _square(graph: Graph, root: Node) -> bool:
-    if root.in_batch_norm:
+    if root.place.in_batch_norm:
         return False
     substitute(graph, [root], root, [root.inputs[0]], lambda x: x * x)
     return True

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.odml.graph import Graph, Node, Value, graph_of
+from qwix_train.odml.graph import Graph, Node, Place, Value, graph_of
 
 # A number in a template that stands for any number.
 ANY_NUMBER = 0.12345678
@@ -147,10 +147,8 @@ def fuse(graph, nodes, root, name, inputs, **params) -> None:
         params=params,
         inputs=known,
         outputs=[root.out],
-        module_path=root.module_path,
+        place=_place(order, root),
         run=run,
-        in_batch_norm=root.in_batch_norm,
-        derivative=next((n.derivative for n in order if n.derivative), None),
         parts=tuple(order),
     )
     graph.replace(order, [node])
@@ -165,9 +163,7 @@ def substitute(graph, nodes, root, inputs, function) -> None:
     for node in new.nodes:
         node.inputs = [places.get(id(value), value) for value in node.inputs]
         node.outputs = [places.get(id(value), value) for value in node.outputs]
-        node.module_path = root.module_path
-        node.in_batch_norm = root.in_batch_norm
-        node.derivative = next((n.derivative for n in nodes if n.derivative), None)
+        node.place = _place(nodes, root)
         for value in node.outputs:
             if value is not root.out:
                 value.static = all(x.static for x in node.inputs)
@@ -175,3 +171,9 @@ def substitute(graph, nodes, root, inputs, function) -> None:
                     x.is_activation for x in node.inputs
                 )
     graph.replace([n for n in graph.nodes if n in nodes], new.nodes)
+
+
+def _place(nodes: Sequence[Node], root: Node) -> Place:
+    """The place of what stands for several operations: that of the last one."""
+    derivatives = (n.place.derivative for n in nodes if n.place.derivative)
+    return root.place._replace(derivative=next(derivatives, None))

@@ -50,9 +50,8 @@ def _put_softmax(graph, root, x, axis, name="softmax", function=jax.nn.softmax) 
         params={"axis": axis},
         inputs=[x],
         outputs=[root.out],
-        module_path=root.module_path,
+        place=root.place,
         run=run,
-        derivative=root.derivative,
     )
     graph.replace([root], [node])
     return True

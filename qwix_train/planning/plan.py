@@ -382,6 +382,21 @@ def is_whole(traced: TracedCall) -> bool:
     return traced.method == "__call__" and not traced.module_path
 
 
+def param_plans(traced: TracedCall) -> dict[Path, ParamPlan]:
+    """The params of a traced call, before any is quantized, by path."""
+    return {
+        p.path: ParamPlan(
+            p.path,
+            tuple(p.value.shape),
+            p.value.dtype,
+            layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
+            mapped_axes=traced.mapped_axes(p),
+        )
+        for p in traced.params
+        if p is not None
+    }
+
+
 def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     """Decides what happens to every op of a traced call.
 
@@ -409,17 +424,7 @@ class _Planner:
     def __init__(self, rules: tuple[QuantizationRule, ...], traced: TracedCall):
         self.rules = rules
         self.module_path = traced.module_path
-        self.params = {
-            p.path: ParamPlan(
-                p.path,
-                tuple(p.value.shape),
-                p.value.dtype,
-                layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
-                mapped_axes=traced.mapped_axes(p),
-            )
-            for p in traced.params
-            if p is not None
-        }
+        self.params = param_plans(traced)
 
     def decide(self, op: Op) -> OpPlan:
         if op.in_float:
