@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,9 @@ from jax import numpy as jnp
 from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion, weight_axes, weight_channels
-from qwix_train.odml.graph import Node, Value
+from qwix_train.odml.graph import Node, Read
 from qwix_train.odml.ops import Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-
-Read = Callable[[Value], Any]
 
 
 class Quantizer:
@@ -110,13 +108,13 @@ def _silu(node_plan, x, quantizer) -> Any:
 
 def sigmoid_in(plan: NodePlan) -> TensorPlan:
     """The sigmoid in a SiLU, a tensor of its own in LiteRT."""
-    assert plan.rule_index is not None
+    assert plan.rule is not None
     spec = ops.OPS["sigmoid"]
     return TensorPlan(
         plan.node.out,
         (),
         HowToQuantize(qtype="int8", calibration_method="minmax"),
-        plan.rule_index,
+        plan.rule,
         plan.act_qtype,
         scale=spec.scale,
         zero_point=spec.zero_point,
@@ -165,18 +163,18 @@ def scaled_weight(node: Node, side: int, w: Any, factor: Any) -> Any:
     """
     if factor is None:
         return w
-    factor = jnp.asarray(factor, w.dtype)
-    ndim = len(node.out.shape)
-    factor = factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
-    channels = weight_channels(node)
-    assert channels is not None
-    factor = jnp.broadcast_to(
-        factor, [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
-    )
     axes = weight_axes(node, side)
     # The axes of the output that the weight decides on, in the order of its own.
     shape = [n if axis in axes else 1 for axis, n in enumerate(w.shape)]
-    return w * factor.reshape(shape)
+    return w * per_channel(node, jnp.asarray(factor, w.dtype)).reshape(shape)
+
+
+def per_channel(node: Node, x: Any) -> jax.Array:
+    """What broadcasts to the output of a product, for each of the weight's channels."""
+    channels = weight_channels(node)
+    assert channels is not None
+    lengths = [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
+    return jnp.broadcast_to(x, lengths)
 
 
 def _folded(plan: NodePlan, read: Read, quantizer: Quantizer) -> Any:

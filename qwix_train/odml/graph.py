@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,13 +88,20 @@ class Value:
         """The one number that it holds, if that is known and a constant."""
         if self.constant is not None and np.size(self.constant) == 1:
             return float(np.asarray(self.constant, np.float64).reshape(()))
-        node = self.producer
-        if node is not None and node.name in _KEEP_ONE_NUMBER:
-            return node.inputs[0].number
-        return None
+        before = self.before(MOVES)
+        return None if before is self else before.number
+
+    def before(self, names: Collection[str]) -> Value:
+        """What it was before operations of some names, which read one value each."""
+        value = self
+        while value.producer is not None and value.producer.name in names:
+            value = value.producer.inputs[0]
+        return value
 
 
-_KEEP_ONE_NUMBER = ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
+CONVERSIONS = ("convert_element_type", "copy")
+MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", *CONVERSIONS)
+"""What gives a value other axes of length 1, repeats it, or converts it."""
 
 
 class Place(NamedTuple):
@@ -206,15 +213,12 @@ class Graph:
 
     def copy_outputs(self) -> None:
         """Has results be copies, which may have other ranges than what they copy."""
-        outputs = []
-        for value in self.outputs:
+        outputs = list(self.outputs)
+        for index, value in enumerate(outputs):
             if value.is_float and value.is_activation:
                 value.is_output = False
-                copy = Value(value.shape, value.dtype)
-                run = _copied(value)
-                self.nodes.append(Node("copy", {}, [value], [copy], Place(), run))
-                value = copy
-            outputs.append(value)
+                self.nodes.append(_copy(value))
+                outputs[index] = self.nodes[-1].out
         self.outputs = tuple(outputs)
         self.link()
 
@@ -227,56 +231,53 @@ class Graph:
             array of a value; the node itself if None.
         """
         env = dict(zip(map(id, self.inputs), values, strict=True))
+        read = run_nodes(self.nodes, env, evaluate)
+        return list(map(read, self.outputs))
 
-        def read(value: Value) -> Any:
-            return value.constant if id(value) not in env else env[id(value)]
 
-        last: dict[int, Node] = {}
-        for node in self.nodes:
-            last.update((id(value), node) for value in node.inputs)
-        kept = set(map(id, self.outputs))
-        for node in self.nodes:
-            if evaluate is None:
-                results = node.run(*map(read, node.inputs))
-            else:
-                results = evaluate(node, read)
-            env.update(zip(map(id, node.outputs), results, strict=True))
-            if evaluate is None:
-                for value in node.inputs:
-                    if last[id(value)] is node and id(value) not in kept:
-                        env.pop(id(value), None)
-        return [read(value) for value in self.outputs]
+def run_nodes(
+    nodes: Sequence[Node], env: dict[int, Any], evaluate: Evaluate | None = None
+) -> Read:
+    """Runs nodes, one after the other; gives what reads values.
+
+    Args:
+      nodes: the nodes.
+      env: arrays by the ids of values; those of all outputs are added.
+      evaluate: see `Graph.run`.
+    """
+
+    def read(value: Value) -> Any:
+        return env[id(value)] if id(value) in env else value.constant
+
+    for node in nodes:
+        if evaluate is None:
+            results = node.run(*map(read, node.inputs))
+        else:
+            results = evaluate(node, read)
+        env.update(zip(map(id, node.outputs), results, strict=True))
+    return read
 
 
 def _sorted(nodes: Sequence[Node]) -> list[Node]:
     """Nodes in an order in which each comes after what it reads, stable otherwise."""
     producers = {id(value): node for node in nodes for value in node.outputs}
-    order: list[Node] = []
-    done: set[int] = set()
+    order: dict[int, Node] = {}
     for node in nodes:
         stack = [node]
         while stack:
-            current = stack[-1]
-            if id(current) in done:
-                stack.pop()
-                continue
-            waiting = [
-                producer
-                for value in current.inputs
-                if (producer := producers.get(id(value))) is not None
-                and id(producer) not in done
-            ]
+            made_by = (producers.get(id(value)) for value in stack[-1].inputs)
+            waiting = [p for p in made_by if p is not None and id(p) not in order]
             if waiting:
                 stack += reversed(waiting)
-                continue
-            done.add(id(current))
-            order.append(current)
-            stack.pop()
-    return order
+            else:
+                done = stack.pop()
+                order[id(done)] = done
+    return list(order.values())
 
 
+Read = Callable[[Value], Any]
 # evaluate(node, read) -> the outputs
-Evaluate = Callable[[Node, Callable[[Value], Any]], Sequence[Any]]
+Evaluate = Callable[[Node, Read], Sequence[Any]]
 
 
 def build_graph(traced: TracedCall) -> Graph:
@@ -309,9 +310,8 @@ def build_graph(traced: TracedCall) -> Graph:
     seen: set[int] = set(map(id, inputs))
     for index, value in enumerate(outputs):
         if id(value) in seen or value.constant is not None:
-            (outputs[index],) = builder.add(
-                "copy", [value], [(value.shape, value.dtype)], _copied(value)
-            )
+            builder.nodes.append(_copy(value))
+            outputs[index] = builder.nodes[-1].out
         seen.add(id(outputs[index]))
     return Graph(builder.nodes, inputs, outputs)
 
@@ -459,41 +459,37 @@ class _Builder(bodies.Walk[Value]):
         return outputs
 
 
-def _copied(value: Value) -> Callable[[Any], list[Any]]:
-    if jnp.issubdtype(value.dtype, jnp.number):
-        # The converter wants an operation between an input and a result.
-        return lambda x: [x + jnp.zeros((), value.dtype)]
-    return lambda x: [x]  # Booleans, and random keys
+def _copy(value: Value) -> Node:
+    """A node that copies a value."""
+    out = Value(value.shape, value.dtype, value.static, value.random)
+
+    def run(x):
+        if jnp.issubdtype(value.dtype, jnp.number):
+            # The converter wants an operation between an input and a result.
+            return [x + jnp.zeros((), value.dtype)]
+        return [x]  # Booleans, and random keys
+
+    return Node("copy", {}, [value], [out], Place(), run)
 
 
 def known_value(value: Value) -> np.ndarray | None:
     """What a value holds, if it is made of constants of the trace alone."""
-    if not value.static:
-        return None
-    order: list[Node] = []
-    seen: set[int] = set()
+    order: dict[int, Node] = {}
 
-    def visit(value: Value) -> bool:
-        node = value.producer
-        if value.constant is not None:
-            return not isinstance(value.constant, core.Tracer)
+    def is_known(value: Value) -> bool:
+        node, constant = value.producer, value.constant
         if node is None:
-            return False
-        if id(node) not in seen:
-            seen.add(id(node))
-            if not all(map(visit, node.inputs)):
+            return constant is not None and not isinstance(constant, core.Tracer)
+        if id(node) not in order:
+            if not all(map(is_known, node.inputs)):
                 return False
-            order.append(node)
+            order[id(node)] = node
         return True
 
-    if not visit(value):
+    if not value.static or not is_known(value):
         return None
     with jax.ensure_compile_time_eval():
-        env: dict[int, Any] = {}
-        for node in order:
-            results = node.run(*(env.get(id(v), v.constant) for v in node.inputs))
-            env.update(zip(map(id, node.outputs), results, strict=True))
-        return np.asarray(env.get(id(value), value.constant))
+        return np.asarray(run_nodes(list(order.values()), {})(value))
 
 
 def statistics_nodes(graph: Graph) -> set[int]:

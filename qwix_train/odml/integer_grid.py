@@ -52,7 +52,7 @@ def of_weight(w: jax.Array, how: HowToQuantize, least: Any = 0) -> Grid:
       how: how it is quantized, to a narrow type.
       least: the smallest scales.
     """
-    grid = of_calibration(lax.stop_gradient(calibrate(w, how)), how.qtype)
+    grid = of_calibration(calibrate(w, how), how.qtype)
     scale = jnp.maximum(grid.scale, jnp.asarray(least, grid.scale.dtype))
     return dataclasses.replace(grid, scale=scale)
 
@@ -61,10 +61,13 @@ def of_constant(x: jax.Array, qtype: Any) -> Grid:
     """The grid of a constant: from its smallest to its largest value, and zero."""
     how = HowToQuantize(qtype="int8", calibration_method="minmax")
     x = jnp.reshape(x, (-1,))
-    grid = of_calibration(lax.stop_gradient(calibrate(x, how)), qtype)
-    return dataclasses.replace(
-        grid, scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())
-    )
+    return scalar(of_calibration(calibrate(x, how), qtype))
+
+
+def scalar(grid: Grid) -> Grid:
+    """A grid with one scale, which has no axes."""
+    scale, zero_point = (jnp.reshape(x, ()) for x in (grid.scale, grid.zero_point))
+    return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
 
 
 def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
@@ -82,7 +85,7 @@ def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
         average pooling does, which averages codes; `"floor"` for the
         lower, as its square root does.
     """
-    scale = jnp.asarray(grid.scale, x.dtype)
+    scale = lax.stop_gradient(jnp.asarray(grid.scale, x.dtype))
     zero = jnp.asarray(grid.zero_point, x.dtype)
     low, high = grid.codes
     scaled = x / scale

@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qwix_train.calib.observe import statistics_by
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import is_int16, qtype_name
+from qwix_train.observers.statistics import Statistics
 from qwix_train.odml import ops
 from qwix_train.odml.fusion import Fusion
 from qwix_train.odml.graph import Graph, Node, Value
@@ -31,7 +33,7 @@ class TensorPlan:
       value: the tensor.
       path: the path of its range, after the first op that reads it.
       how: how its range is measured.
-      rule_index: the rule that asks for it.
+      rule: the rule that asks for it.
       qtype: the type of its codes: `int8` or `int16`.
       scale: its scale as int8, if LiteRT allows only one.
       zero_point: its zero point as int8, if LiteRT allows only one.
@@ -42,7 +44,7 @@ class TensorPlan:
     value: Value
     path: Path
     how: HowToQuantize
-    rule_index: int
+    rule: QuantizationRule
     qtype: str = "int8"
     scale: float | None = None
     zero_point: int | None = None
@@ -53,6 +55,11 @@ class TensorPlan:
     def name(self) -> str:
         """The path as text."""
         return "/".join(self.path)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What is collected of it."""
+        return statistics_by(self.rule, self.how, self.path)
 
     def observed(self, x: Any) -> Any:
         """What its range is to be measured of."""
@@ -240,6 +247,16 @@ class OdmlPlan(Plan):
     def measured(self) -> tuple[TensorPlan, ...]:
         """The tensors whose range is found by running the model."""
         return tuple(tensor for tensor in self.tensors if tensor.measured)
+
+    def statistics_at(self, path: Path) -> Statistics:
+        """See `Plan.statistics_at`."""
+        for tensor in self.measured:
+            if tensor.path == path:
+                return tensor.statistics
+        raise ValueError(
+            f"There are quant_stats for {'/'.join(path)!r}, and the plan measures no "
+            "such range. Make the plan with the provider that they were collected with."
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """See `Plan.records`; `range` is the name of the range of the result."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from qwix_train.odml.fusion import (
     find_fusions,
     weight_axes,
     weight_channels,
+    weight_side,
 )
 from qwix_train.odml.graph import Graph, Node, Value, build_graph, statistics_nodes
 from qwix_train.odml.masks import find_masks
@@ -31,13 +31,15 @@ from qwix_train.trace.analyze import Op, Operand
 from qwix_train.trace.function import TracedCall
 from qwix_train.trace.provenance import Weight
 
+_Ends = tuple[float, float]
+
 
 def make_odml_plan(
     traced: TracedCall,
     rules: Sequence[QuantizationRule],
     *,
-    fixed_range_for_inputs: tuple[float, float] | None = None,
-    fixed_range_for_outputs: tuple[float, float] | None = None,
+    fixed_range_for_inputs: _Ends | None = None,
+    fixed_range_for_outputs: _Ends | None = None,
     per_tensor_weights: bool = False,
 ) -> OdmlPlan:
     """Decides what happens to every tensor of a traced call.
@@ -62,9 +64,8 @@ def make_odml_plan(
         graph=graph,
         by_node=planner.plan_nodes(graph),
     )
-    tensors = _TensorPlanner(plan, traced)
-    tensors.inputs, tensors.outputs = fixed_range_for_inputs, fixed_range_for_outputs
-    tensors.plan_tensors()
+    fixed = fixed_range_for_inputs, fixed_range_for_outputs
+    _TensorPlanner(plan, traced.method, *fixed).plan_tensors()
     return dataclasses.replace(
         plan, ops=tuple(node for node in plan.nodes if not node.moves)
     )
@@ -134,7 +135,7 @@ class _NodePlanner:
             return found | {"reason": "the rule sets no weight_qtype"}
         is_dynamic = rule.act_qtype is not None and rule.act_static_scale is False
         if op.name in ops.PRODUCTS:
-            weight = _weight_side(node)
+            weight = weight_side(node)
             if obstacle := _product_obstacle(node, weight, is_dynamic):
                 return found | {"unsupported": True, "reason": obstacle}
             if weight is not None:
@@ -180,7 +181,8 @@ class _NodePlanner:
             hows[plan.weight] = plan.weight_how
         paths: dict[Path, None] = {}
         for side, how in hows.items():
-            origin = plan.node.inputs[side].origin
+            value = plan.node.inputs[side]
+            origin = value.origin if _is_moved(value) else None
             for view in origin.views if isinstance(origin, Weight) else ():
                 paths[view.path] = None
                 axes = weights.Axes(tuple(how.channelwise_axes), {})
@@ -198,21 +200,22 @@ class _NodePlanner:
         if param.how is None or param.op is None:
             self.params[path] = dataclasses.replace(param, how=how, op=plan)
         elif param.how != how:
-            return f"{'/'.join(path)} is in the file as {param.op.op.where} has it, too"
+            other = param.op.op.where
+            return f"{'/'.join(path)} is in the file twice: {other} has another grid"
         return ""
 
 
 class _TensorPlanner:
     """Decides which tensors have ranges of their own, and which share one."""
 
-    inputs: tuple[float, float] | None
-    outputs: tuple[float, float] | None
-
-    def __init__(self, plan: OdmlPlan, traced: TracedCall):
-        self.plan = plan
-        self.method = traced.method
+    def __init__(self, plan, method, fixed_range_for_inputs, fixed_range_for_outputs):
+        self.plan: OdmlPlan = plan
+        self.method: str = method
+        self.inputs: _Ends | None = fixed_range_for_inputs
+        self.outputs: _Ends | None = fixed_range_for_outputs
         self.masks = find_masks(plan.graph)
         self.order = {id(node): i for i, node in enumerate(plan.graph.nodes)}
+        self.outputs_at = {id(v): i for i, v in enumerate(plan.graph.outputs)}
 
     def plan_tensors(self) -> None:
         graph = self.plan.graph
@@ -295,7 +298,7 @@ class _TensorPlanner:
         if source.how == how:
             return None
         path = self.path_of(value, plan, list(self.readers(value)))
-        return TensorPlan(value, path, how, source.rule_index, source.qtype)
+        return TensorPlan(value, path, how, source.rule, source.qtype)
 
     def gives_outputs(self, value: Value) -> bool:
         """Whether results of the model are all that shares the range of a value."""
@@ -317,9 +320,7 @@ class _TensorPlanner:
         while stack:
             current = stack.pop()
             if current.is_output:
-                index = next(
-                    i for i, v in enumerate(self.plan.graph.outputs) if v is current
-                )
+                index = self.outputs_at[id(current)]
                 found.append((len(self.order) + index, None, index))
             for node in dict.fromkeys(current.consumers):
                 plan = self.plan.of(node)
@@ -344,11 +345,9 @@ class _TensorPlanner:
             return False
         if plan is None:  # an input of the model
             return self.inputs is None
-        if plan.rule is None or plan.act_qtype != reader.act_qtype:
+        if not plan.in_integers or plan.act_qtype != reader.act_qtype:
             return False
-        if not plan.in_integers or plan.spec is None:
-            return False
-        return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
+        return plan.kind is not Kind.FIXED and plan.spec.rounding == "even"
 
     def path_of(self, value, plan, readers) -> Path:
         """The path of a range: after the first quantized op that reads the tensor.
@@ -371,30 +370,28 @@ class _TensorPlanner:
         return sum(v.is_activation and v.is_float for v in outputs[:index])
 
     def make_tensor(self, value, produced, owner, path) -> TensorPlan:
-        rule = owner.rule
-        method = rule.act_calibration_method or "minmax"
-        qtype = activation_qtype(rule)
-        # Ranges of 16 bits are measured as those of 8.
-        make = functools.partial(HowToQuantize, qtype="int8")
-        tensor = TensorPlan(
-            value, path, make(calibration_method=method), owner.rule_index, qtype
-        )
-        spec = None if produced is None else produced.spec
-        if spec is not None:
-            tensor.rounding = spec.rounding
-            if spec.scale is not None:
-                tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
-        tensor.mask = self.masks.get(id(value))
+        spec = OpSpec(Kind.QUANTIZED, "") if produced is None else produced.spec
+        mask = self.masks.get(id(value))
         fixed = None
         if value.producer is None:
-            is_mask = tensor.mask is not None and tensor.mask.added
-            fixed = None if is_mask else self.inputs
-        elif spec is None or spec.scale is None:
-            if value.is_output or self.gives_outputs(value):
-                fixed = self.outputs
-        if fixed is not None:
-            tensor.how = _fixed(fixed)
-        return tensor
+            fixed = None if mask is not None and mask.added else self.inputs
+        elif spec.scale is None and (value.is_output or self.gives_outputs(value)):
+            fixed = self.outputs
+        method = owner.rule.act_calibration_method or "minmax"
+        return TensorPlan(
+            value,
+            path,
+            # Ranges of 16 bits are measured as those of 8.
+            HowToQuantize(qtype="int8", calibration_method=method)
+            if fixed is None
+            else _fixed(fixed),
+            owner.rule,
+            owner.act_qtype,
+            spec.scale,
+            spec.zero_point,
+            mask,
+            spec.rounding,
+        )
 
 
 def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
@@ -412,6 +409,17 @@ def _ignored(graph: Graph) -> set[int]:
     """The ids of operations that a converted model does not have."""
     # Such as what prints a value.
     return statistics_nodes(graph) | {id(n) for n in graph.nodes if not n.outputs}
+
+
+def _is_moved(value: Value) -> bool:
+    """Whether the elements of a value are those of inputs, and nothing is computed."""
+    node = value.producer
+    if node is None:
+        return value.index is not None
+    name = ops.op_name(node.name)
+    if name == "concatenate":
+        return all(map(_is_moved, node.inputs))
+    return name in ops.LAYOUT and _is_moved(node.inputs[0])
 
 
 def _op(node: Node, name: str, op_id: str) -> Op:
@@ -445,7 +453,7 @@ def _dynamic_how(node: Node, side: int, rule: QuantizationRule) -> HowToQuantize
     )
 
 
-def _fixed(ends: tuple[float, float]) -> HowToQuantize:
+def _fixed(ends: _Ends) -> HowToQuantize:
     low, high = ends
     return HowToQuantize(qtype="int8", calibration_method=f"fixed,{low},{high}")
 
@@ -467,11 +475,6 @@ def _product_obstacle(node: Node, weight: int | None, is_dynamic: bool) -> str:
     if not node.inputs[1].static:
         return "its kernel is computed from the inputs of the model"
     return ""
-
-
-def _weight_side(node: Node) -> int | None:
-    static = [value.static for value in node.inputs[:2]]
-    return static.index(True) if sum(static) == 1 else None
 
 
 def _operand_name(plan: NodePlan, side: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,6 @@ from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.grid import Grid
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.numerics import is_int16
-from qwix_train.observers.statistics import (
-    Statistics,
-    make_statistics,
-)
 from qwix_train.odml import integer_grid
 from qwix_train.odml.evaluate import Quantizer, run_plan
 from qwix_train.odml.plan import (
@@ -179,37 +175,27 @@ class OdmlQatProvider(QuantizationProvider):
         ranges = self._ranges
         if ranges is None:
             known = calibrations_in(plan, self.quant_stats or {})
-            return self.run(plan, values, lambda tensor, _: known[tensor.name])
+            quantizer = _FakeQuantizer(lambda tensor, _: known[tensor.name])
+            return run_plan(plan, values, quantizer)
         states = {t.name: ranges.state(t.path) for t in plan.measured}
 
         def calibration_of(tensor, observed):
-            statistics = statistics_of(tensor, self.rules)
             state = states[tensor.name]
-            return ranges.calibration((tensor.path,), statistics, observed, state)
+            paths = (tensor.path,)
+            return ranges.calibration(paths, tensor.statistics, observed, state)
 
-        return self.run(plan, values, calibration_of)
-
-    def run(
-        self, plan: OdmlPlan, values: Sequence[Any], calibration_of: Any
-    ) -> list[Any]:
-        """The results of a planned graph, with ranges that are given.
-
-        Args:
-          plan: the plan.
-          values: an array for each input of the traced call.
-          calibration_of: gives the range of a tensor that has to be measured, from its
-            plan, and what its range is to be measured of.
-        """
         return run_plan(plan, values, _FakeQuantizer(calibration_of))
 
     def initial_quant_stats(self, plan: OdmlPlan) -> dict[str, Any]:  # type: ignore[override]
         """The statistics that a Linen model holds at first."""
-        states = {}
-        for tensor in plan.measured:
-            statistics = statistics_of(tensor, self.rules)
-            value = tensor.value
-            states[tensor.path] = statistics.init(value.shape, value.dtype)
-        return as_quant_stats(states)
+        return as_quant_stats(
+            {
+                tensor.path: tensor.statistics.init(
+                    tensor.value.shape, tensor.value.dtype
+                )
+                for tensor in plan.measured
+            }
+        )
 
     def run_with_quant_stats(
         self,
@@ -272,8 +258,7 @@ class _Tagger(Quantizer):
     def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
         if not plan.measured:
             return x
-        statistics = statistics_of(plan, self.tagging.rules)
-        tagged = self.tagging.tag(plan.path, statistics, observed, ())
+        tagged = self.tagging.tag(plan.path, plan.statistics, observed, ())
         if observed is x:
             return tagged
         return lax.optimization_barrier((x, tagged))[0]
@@ -284,7 +269,8 @@ class _FakeQuantizer(Quantizer):
 
     folds = True
 
-    def __init__(self, calibration_of: Any):
+    def __init__(self, calibration_of: Callable[[TensorPlan, Any], Any]):
+        # Gives the range of a tensor that has to be measured, from what is observed.
         self.calibration_of = calibration_of
         # The range of each tensor, once it is known.
         self.ranges: dict[int, Any] = {}
@@ -292,19 +278,11 @@ class _FakeQuantizer(Quantizer):
     def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
         if plan.measured:
             self.ranges[id(plan)] = self.calibration_of(plan, observed)
-        return integer_grid.on_grid(x, self.grid(plan), plan.rounding)
-
-    def grid(self, plan: TensorPlan) -> Grid:
-        grid = known_grid(plan)
-        if grid is None:
-            grid = integer_grid.of_calibration(self.ranges[id(plan)], plan.qtype)
-        scale, zero_point = (
-            lax.stop_gradient(jnp.reshape(x, ())) for x in (grid.scale, grid.zero_point)
-        )
-        return Grid(scale, zero_point, plan.qtype)
+        return self.rounded(plan, x, plan.rounding)
 
     def rounded(self, plan: TensorPlan, x: Any, rounding: str) -> Any:
-        return integer_grid.on_grid(x, self.grid(plan), rounding)
+        grid = tensor_grid(plan, self.ranges.get(id(plan)))
+        return integer_grid.on_grid(x, grid, rounding)
 
     def operand(self, plan: NodePlan, side: int, x: Any) -> Any:
         if side == plan.weight and plan.weight_how is not None:
@@ -316,15 +294,20 @@ class _FakeQuantizer(Quantizer):
         return integer_grid.on_grid(jnp.asarray(x), grid)
 
 
-def known_grid(plan: TensorPlan) -> Grid | None:
-    """The grid of a tensor whose range is not measured; None for any other."""
-    if plan.scale is not None:
-        if plan.qtype == "int16":
+def tensor_grid(tensor: TensorPlan, calibration: Any = None) -> Grid:
+    """The grid of a tensor, with one scale.
+
+    Args:
+      tensor: what happens to the tensor.
+      calibration: its range, if that is measured.
+    """
+    if tensor.scale is not None:
+        if tensor.qtype == "int16":
             return Grid(np.float32(2**-15), np.int32(0), "int16")
-        return Grid(np.float32(plan.scale), np.int32(plan.zero_point or 0))
-    if plan.measured:
-        return None
-    return integer_grid.of_calibration(calibrate(jnp.zeros(1), plan.how), plan.qtype)
+        return Grid(np.float32(tensor.scale), np.int32(tensor.zero_point or 0))
+    if calibration is None:
+        calibration = calibrate(jnp.zeros(1), tensor.how)
+    return integer_grid.scalar(integer_grid.of_calibration(calibration, tensor.qtype))
 
 
 def calibrations_in(
@@ -343,21 +326,6 @@ def calibrations_in(
         tensor.name: static_range.calibration_of(tensor.path, quant_stats)
         for tensor in plan.measured
     }
-
-
-def statistics_of(tensor: TensorPlan, rules: Sequence[QuantizationRule]) -> Statistics:
-    """What is collected of a tensor, as the rule that asks for it says."""
-    rule = rules[tensor.rule_index]
-    try:
-        return make_statistics(
-            rule.act_observer or tensor.how.calibration_method,
-            rule.act_averaging,
-            how=tensor.how,
-            batch_axes=rule.act_batch_axes,
-            finite_only=rule.act_finite_only,
-        )
-    except ValueError as error:
-        raise ValueError(f"{tensor.name}: {error}") from None
 
 
 def _static(rule: QuantizationRule) -> bool:

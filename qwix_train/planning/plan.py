@@ -25,10 +25,11 @@ from qwix_train.core.how import (
 )
 from qwix_train.core.numerics import is_int16
 from qwix_train.core.rotation import Rotation
+from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
-from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.planning.rules import QuantizationRule, check_rules, statistics_at
 from qwix_train.stages.rotate import Rotate, RotateWeight
 from qwix_train.stages.stage import Stage
 from qwix_train.trace import provenance
@@ -298,6 +299,14 @@ class Plan(RuleUse):
     def quantized_bytes(self) -> int:
         """The size of all params after quantization, in bytes."""
         return sum(param.quantized_bytes for param in self.params.values())
+
+    def statistics_at(self, path: Path) -> Statistics:
+        """What is collected for the range at a path.
+
+        Raises:
+          ValueError: if it asks for none.
+        """
+        return statistics_at(self.rules, path)
 
     def records(self) -> list[dict[str, Any]]:
         """A dictionary for each op, with the columns of the table as values."""

@@ -58,13 +58,25 @@ def test_the_report_measures_weights_as_litert_has_them():
             self.scalars = scalars
 
     w = models.normal(6, 5, seed=1)
-    params = {"first": {"kernel": w}, "last": {"kernel": models.normal(5, 3, seed=2)}}
-    rules = [QuantizationRule(weight_qtype="int4", act_qtype="int8")]
+    params = {
+        "first": {"kernel": w, "bias": jnp.zeros(5)},
+        "last": {"kernel": models.normal(5, 3, seed=2), "bias": jnp.zeros(3)},
+    }
+    provider = odml.OdmlQatProvider(
+        [QuantizationRule(weight_qtype="int4", act_qtype="int8")]
+    )
     writer = Writer()
-    report = hooks.QuantReport(writer, plan_of(Two(), X, rules=rules), every_steps=1)
+    plan = qwix_train.plan(Two(), provider, X)
+    report = hooks.QuantReport(writer, plan, every_steps=1)
     state = train_state.TrainState.create(
         apply_fn=Two().apply, params=params, tx=optax.sgd(0.1)
     )
+
+    def step(state, x):
+        return state, jnp.sum(state.apply_fn({"params": state.params}, x))
+
+    state = qwix_train.with_quant_stats(state, provider, X)
+    state, _ = qwix_train.wrap_train_step(step, provider)(state, X)
     report(1, state=state)
     scale, values = on_litert_grid(w, top=7)
     noise = np.sum((np.asarray(w, np.float64) - values) ** 2)
@@ -77,6 +89,9 @@ def test_the_report_measures_weights_as_litert_has_them():
     at_ends = np.abs(np.round(np.asarray(w) / scale)) == 7
     assert found["at_end_codes"] == pytest.approx(at_ends.mean())
     assert found["bits"] == 4 and found["saturated"] == 0
+    # Of the input of the model, which the first product reads.
+    low = writer.scalars["quant/first/dot_general0_lhs/min"]
+    assert low == pytest.approx(float(X.min()))
 
 
 def test_the_optimizer_takes_weights_to_the_grid_of_litert():
@@ -142,14 +157,30 @@ def test_a_table_that_is_a_weight_too_is_said_to_be_there_twice():
     table = plan.params["embed", "embedding"]
     assert table.how.calibration_method == "minmax" and table.how.qtype == "int8"
     (product,) = (op for op in plan.ops if op.name == "dot_general")
-    assert product.reason == "embed/embedding is in the file as embed/take0 has it, too"
+    reason = "embed/embedding is in the file twice: embed/take0 has another grid"
+    assert product.reason == reason
     assert product.weights == (("embed", "embedding"),)
 
 
-def test_a_weight_that_is_computed_is_no_quantized_param():
+def test_params_that_are_joined_are_quantized():
     def call(self, x):
-        w = self.param("w", nn.initializers.ones, (6, 6))
-        return x @ (w @ jnp.ones((6, 2)))
+        params = [self.param(n, nn.initializers.ones, (4, 6)) for n in "ab"]
+        return x @ jnp.concatenate(params).T
+
+    plan = plan_of(module(call), X)
+    hows = {path: p.how for path, p in plan.params.items()}
+    assert hows["a",] == hows["b",] is not None
+    assert hows["a",].channelwise_axes == (0,)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda w: w @ jnp.ones((6, 2)), jnp.tanh], ids=["product", "tanh"]
+)
+def test_a_weight_that_is_computed_is_no_quantized_param(function):
+    """Not even one of whose elements each is computed from one of the param."""
+
+    def call(self, x):
+        return x @ function(self.param("w", nn.initializers.ones, (6, 6)))
 
     plan = plan_of(module(call), X)
     (product,) = (op for op in plan.ops if op.weight is not None)
@@ -195,3 +226,10 @@ def test_a_function_in_a_float_call_stays_in_float():
     plan = plan_of(module(lambda self, x: jnp.exp(silu(x))), X)
     assert [op.in_integers for op in plan.ops] == [False, True]
     assert plan.ops[0].reason == "its call is in_float"
+
+
+def test_a_range_that_the_plan_does_not_have():
+    plan = plan_of(Two(), X)
+    assert plan.statistics_at(("final_output0",)) is not None
+    with pytest.raises(ValueError, match="'other/exp0', and the plan measures no such"):
+        plan.statistics_at(("other", "exp0"))
