@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
 from qwix_train.core.errors import located
+from qwix_train.core.how import HowToQuantize
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import wrap
 from qwix_train.observers.statistics import Statistics, make_statistics, per_layer
@@ -254,8 +255,21 @@ def statistics_of(
     """
     how = plan.activations[side]
     assert how is not None and plan.rule_index is not None
-    rule = rules[plan.rule_index]
-    with located("/".join(plan.range_path(side))):
+    return statistics_by(rules[plan.rule_index], how, plan.range_path(side))
+
+
+def statistics_by(rule: QuantizationRule, how: HowToQuantize, path: Path) -> Statistics:
+    """What is collected for a range.
+
+    Args:
+      rule: the rule that asks for it.
+      how: how its activation is quantized.
+      path: its path.
+
+    Raises:
+      ValueError: if the rule does not fit the activation.
+    """
+    with located("/".join(path)):
         return make_statistics(
             rule.range_observer or how.calibration_method,
             rule.act_averaging,

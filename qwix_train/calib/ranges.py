@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from qwix_train.calib.observe import Tagged, quant_stats_of
-from qwix_train.core.how import HowToQuantize
-from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning.leaves import Path
-from qwix_train.planning.rules import QuantizationRule, rule_of_range
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.rules import QuantizationRule, statistics_at
 from qwix_train.trace.function import by_path
 
 
 def collected_ranges(
-    states: Mapping[Path, Mapping[str, Any]], rules: Sequence[QuantizationRule]
+    states: Mapping[Path, Mapping[str, Any]],
+    rules: Sequence[QuantizationRule] | Plan,
 ) -> dict[str, Any]:
     """The ranges that statistics give, as `quantize_params` takes them.
 
     Args:
       states: the statistics in a train state or a model, by the path of their range.
-      rules: the rules that they were made with.
+      rules: the rules that they were made with, or the plan of the model: that of an
+        `OdmlQatProvider` has ranges that rules alone do not tell.
 
     Returns:
       A nested dictionary with a `count`, and `sum_of_absmax`, or `sum_of_min` and
@@ -32,19 +34,12 @@ def collected_ranges(
     Warns:
       UserWarning: if ranges are far below what was seen, or batches differ much.
     """
-    found = []
-    for path in states:
-        rule = rule_of_range(rules, path)
-        if rule is None or not rule.static_act_ranges:
-            raise ValueError(
-                f"There are quant_stats for {'/'.join(path)!r}, and no rule gives that "
-                "a static range. Pass the rules that the statistics were made with."
-            )
-        how = HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method)
-        statistics = make_statistics(
-            rule.range_observer or rule.act_method, rule.act_averaging, how=how
-        )
-        found.append(Tagged(path, statistics, None, None))
+    at = (
+        rules.statistics_at
+        if isinstance(rules, Plan)
+        else partial(statistics_at, rules)
+    )
+    found = [Tagged(path, at(path), None, None) for path in states]
     named = {"/".join(path): state for path, state in states.items()}
     return quant_stats_of({range_.name: range_ for range_ in found}, named)
 

@@ -17,13 +17,11 @@ class Grid:
             a shape that broadcasts to it.
         zero_point: The code of 0, in the shape of the scale; None where it is 0.
         qtype: The type of the codes; also int16.
-        narrow: Whether the lowest code is not used.
     """
 
     scale: Any
     zero_point: Any
     qtype: Any = "int8"
-    narrow: bool = False
 
     @property
     def codes(self) -> tuple[float, float]:
@@ -35,7 +33,7 @@ class Grid:
         else:
             high = numerics.symmetric_bound(self.qtype)
             low = -high
-        return low + self.narrow, high
+        return low, high
 
     @property
     def ends(self) -> tuple[Any, Any]:

@@ -12,6 +12,8 @@ type               codes                 stored as    symmetric bound  asymmetri
 ``float8_e4m3fn``  the floats            itself       448              none
 ``float8_e5m2``    the floats            itself       57344            none
 ``nf4``            0..15 (an index)      uint4        1                none
+``int4_narrow``    -7..7                 int4         qmax             qmin, qmax
+``int8_narrow``    -127..127             int8         qmax             qmin, qmax
 =================  ====================  ===========  ===============  ============
 
 The symmetric bound is the largest scaled magnitude of a calibrated range. For
@@ -21,7 +23,8 @@ as the others. ``int1`` has two codes, a step of 2 apart, so the same rule gives
 best pair for values spread evenly over the range. (For Gaussian values the best
 pair is plus and minus the mean magnitude, XNOR-Net, arXiv 1603.05279, section 3.1;
 ``rms,1.5958`` gives it, because the mean magnitude is ``sqrt(2 / pi)`` times the
-root mean square.) Zero takes the code +1.
+root mean square.) Zero takes the code +1. The narrow integers are those of LiteRT's
+weights: their range ends at the top code, and the lowest code is not used.
 
 The largest magnitude of a calibrated range lies on this bound, which is halfway
 between two codes. A positive one saturates. A negative one becomes the lowest code,
@@ -70,6 +73,11 @@ def _integer(bits: int) -> _Type:
     return _Type(bits, jnp.dtype(jnp.int4 if bits <= 4 else jnp.int8), bound, codes)
 
 
+def _narrow_integer(bits: int) -> _Type:
+    high = 2 ** (bits - 1) - 1
+    return _integer(bits)._replace(bound=float(high), codes=(-high, high))
+
+
 def _float8(dtype: Any) -> _Type:
     return _Type(8, jnp.dtype(dtype), float(jnp.finfo(dtype).max))
 
@@ -80,8 +88,10 @@ _TYPES = {
     "float8_e5m2": _float8(jnp.float8_e5m2),
     "nf4": _Type(4, jnp.dtype(jnp.uint4), 1.0),
 }
+_NARROW = {f"int{bits}_narrow": _narrow_integer(bits) for bits in (4, 8)}
 QTYPE_NAMES = tuple(_TYPES)
-"""The names of all supported types."""
+"""The names of all types that rules may ask for."""
+_TYPES |= _NARROW
 
 
 def canonical_qtype(qtype: QType) -> Any:
@@ -94,7 +104,8 @@ def canonical_qtype(qtype: QType) -> Any:
         qtype: A name, a NumPy dtype, or a JAX scalar type.
 
     Raises:
-        ValueError: The type is not one of `QTYPE_NAMES` (unsigned types are not).
+        ValueError: The type is neither one of `QTYPE_NAMES` (unsigned types are not)
+            nor narrow.
 
     >>> canonical_qtype('int8') == jnp.int8, canonical_qtype(jnp.int4) == 'int4'
     (True, True)
@@ -110,7 +121,7 @@ def canonical_qtype(qtype: QType) -> Any:
 @functools.lru_cache(maxsize=256)
 def _canonical_qtype(qtype: QType) -> Any:
     name = qtype if isinstance(qtype, str) else _dtype_name(qtype)
-    if name not in QTYPE_NAMES:
+    if name not in _TYPES:
         raise ValueError(_unknown(qtype))
     try:
         return jnp.dtype(name)
@@ -351,7 +362,7 @@ def _round_to_integer(
     if name == "int1":
         return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
     code = jnp.clip(jnp.round(x), low, high)
-    if noise_fn is not None:
+    if noise_fn is not None or name in _NARROW:
         return code
     return jnp.where(x <= (low + 0.5) * (1 - tie_width(dtype)), low, code)
 

@@ -159,7 +159,7 @@ class QuantReport(PeriodicAction):
         if not weights:
             raise ValueError(plan.no_match_message())
         self._writer = writer
-        self._rules = plan.rules
+        self._plan = plan
         self._weights = weights
         self._state = state
         self._quant_stats = quant_stats
@@ -291,7 +291,7 @@ class QuantReport(PeriodicAction):
         }
 
     def _range_scalars(self, state: Any) -> dict[str, float]:
-        quant_stats = states.quant_stats_of(self._quant_stats, state, self._rules)
+        quant_stats = states.quant_stats_of(self._quant_stats, state, self._plan)
         found = processes.whole(states_in(stored.unbox(quant_stats or {})))
         scalars: dict[str, float] = {}
         for path, state in found.items():

@@ -9,6 +9,7 @@ from flax import nnx
 
 from qwix_train import ptq
 from qwix_train.calib.ranges import collected_ranges
+from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.state import states_of
 
@@ -77,14 +78,14 @@ def module_of(state: Any) -> nnx.Module:
 
 
 def quant_stats_of(
-    given: QuantStats, state: Any, rules: Sequence[QuantizationRule]
+    given: QuantStats, state: Any, rules: Sequence[QuantizationRule] | Plan
 ) -> Mapping[str, Any] | None:
     """The ranges of activations, as `quantize_params` takes them.
 
     Args:
       given: what the constructor was given.
       state: the state, which may hold statistics: see `attach`.
-      rules: the rules.
+      rules: the rules, or the plan of the model.
 
     Returns:
       The ranges that were given, or else those in the state; None if there are none.

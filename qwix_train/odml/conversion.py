@@ -14,21 +14,12 @@ from jax import numpy as jnp
 from qwix_train.core.grid import Grid
 from qwix_train.odml import integer_grid, lowering, ops
 from qwix_train.odml.converter import annotate, uneven
-from qwix_train.odml.evaluate import (
-    fold,
-    scaled_weight,
-    sigmoid_in,
-    weight_axes,
-)
+from qwix_train.odml.evaluate import fold, per_channel, scaled_weight, sigmoid_in
+from qwix_train.odml.fusion import weight_axes
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import MASKED, Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-from qwix_train.odml.provider import (
-    calibrations_in,
-    constant_grid,
-    known_grid,
-    weight_grid,
-)
+from qwix_train.odml.provider import calibrations_in, tensor_grid
 from qwix_train.ops import CONV
 
 
@@ -36,8 +27,6 @@ def run_annotated(
     plan: OdmlPlan,
     values: Sequence[Any],
     quant_stats: Mapping[str, Any],
-    *,
-    per_tensor_weights: bool = False,
 ) -> list[Any]:
     """The results of a planned graph, with annotations for the converter.
 
@@ -45,30 +34,11 @@ def run_annotated(
       plan: the plan.
       values: an array for each input of the traced call; concrete for what is static.
       quant_stats: the statistics that ranges are taken from.
-      per_tensor_weights: whether a weight has one scale.
 
     Raises:
       ValueError: if a range is missing, or the model drops elements at random.
     """
-    constants, grids = _constants_of(plan, values), grids_of(plan, quant_stats)
-    return _Annotated(plan, constants, grids, per_tensor_weights).run(values)
-
-
-def _constants_of(plan: OdmlPlan, values: Sequence[Any]) -> dict[int, Any]:
-    """Everything in a graph that depends on no input, computed, by id."""
-    found: dict[int, Any] = {}
-    for value, x in zip(plan.graph.inputs, values, strict=True):
-        if value.static:
-            found[id(value)] = x
-    with jax.ensure_compile_time_eval():
-        for node in plan.graph.nodes:
-            if any(not v.static for v in (*node.inputs, *node.outputs)):
-                continue
-            results = node.run(
-                *(found[id(v)] if id(v) in found else v.constant for v in node.inputs)
-            )
-            found.update(zip(map(id, node.outputs), results, strict=True))
-    return found
+    return _Annotated(plan, grids_of(plan, quant_stats)).run(values)
 
 
 def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
@@ -77,11 +47,8 @@ def grids_of(plan: OdmlPlan, quant_stats: Mapping[str, Any]) -> dict[str, Grid]:
     with jax.ensure_compile_time_eval():
         calibrations = calibrations_in(plan, quant_stats)
         for tensor in plan.tensors:
-            grid = known_grid(tensor)
-            if grid is None:
-                calibration = calibrations[tensor.name]
-                grid = integer_grid.of_calibration(calibration, tensor.qtype)
-            found[tensor.name] = _scalar(_concrete(grid))
+            grid = tensor_grid(tensor, calibrations.get(tensor.name))
+            found[tensor.name] = _concrete(grid)
     return found
 
 
@@ -92,18 +59,10 @@ def _concrete(grid: Grid) -> Grid:
     )
 
 
-def _scalar(grid: Grid) -> Grid:
-    return dataclasses.replace(
-        grid, scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())
-    )
-
-
 class _Annotated:
-    def __init__(self, plan, constants, grids, per_tensor_weights):
-        self.plan: OdmlPlan = plan
-        self.constants = constants
+    def __init__(self, plan: OdmlPlan, grids: Mapping[str, Grid]):
+        self.plan = plan
         self.grids = grids
-        self.per_tensor_weights = per_tensor_weights
         self.tables: dict[int, Grid] = {}
         # How many products with one there are of a value.
         self.ones: dict[int, int] = {}
@@ -128,27 +87,25 @@ class _Annotated:
         return x if grid is None or not value.is_float else annotate(x, grid)
 
     def evaluate(self, node: Node, read) -> Sequence[Any]:
-        def concrete(value: Value) -> Any:
-            known = self.constants.get(id(value))
-            return read(value) if known is None else known
-
+        if all(value.static for value in (*node.inputs, *node.outputs)):
+            # Computed now, as the converter is to see a constant.
+            with jax.ensure_compile_time_eval():
+                return node.run(*map(read, node.inputs))
         plan = self.plan.of(node)
         if not node.outputs:
             return []
         if plan is None:
-            if any(id(value) not in self.constants for value in node.outputs):
-                return node.run(*map(concrete, node.inputs))
-            return [self.constants[id(value)] for value in node.outputs]
-        first = plan.fused_into or plan
+            return node.run(*map(read, node.inputs))
+        first = self.plan.first_of(plan)
         if first.name in ops.PRODUCTS and first.weight is not None:
             end = self.plan.end_of(first)
             if node.out is not end:
                 return [None]
-            return [self.product(first, concrete)]
-        if plan.quantized or plan.name in ops.LAYOUT:
-            results = self.lowered(plan, concrete)
+            return [self.product(first, read)]
+        if plan.in_integers or plan.moves:
+            results = self.lowered(plan, read)
         else:
-            results = node.run(*map(concrete, node.inputs))
+            results = node.run(*map(read, node.inputs))
         return [
             self.marked(value, x)
             for value, x in zip(node.outputs, results, strict=True)
@@ -157,57 +114,57 @@ class _Annotated:
     def product(self, plan: NodePlan, read) -> Any:
         """A product with a weight, and all that is fused into it."""
         node, side, fusion = plan.node, plan.weight, plan.fusion
-        assert side is not None
+        assert side is not None and plan.weight_how is not None
+        how, value = plan.weight_how, node.inputs[1 - side]
         end = self.plan.end_of(plan)
+        bias, least = None, np.zeros(())
         with jax.ensure_compile_time_eval():
             factor, addend = (None, None) if fusion is None else fold(fusion, read)
             w = jnp.asarray(read(node.inputs[side]))
-            channels = () if self.per_tensor_weights else weight_axes(node, side)
-            assert plan.rule is not None
-            if channels and plan.rule.weight_calibration_method == "absmax":
+            if how.channelwise_axes and how.calibration_method == "absmax":
                 # The codes of training; a factor for each channel changes the scales.
-                w = integer_grid.on_grid(w, weight_grid(plan, w, channels))
+                w = integer_grid.on_grid(w, integer_grid.of_weight(w, how))
             w = np.asarray(scaled_weight(node, side, w, factor))
-            addend = None if addend is None else np.asarray(addend)
+            if addend is not None:
+                bias = uneven(per_channel(node, addend).reshape(-1))
+        source = None if plan.dynamic else self.grid(value)
+        if bias is not None and source is not None:
+            least = _least_scale(bias, source)
 
-        source = None if plan.dynamic else self.grid(node.inputs[1 - side])
-
-        def mark_weight(w, axis, bias=None):
-            least = np.zeros(())
-            if bias is not None and source is not None:
-                least = _least_scale(bias, source)
-            if channels:
-                # Along the axis of the channels.
-                ends = [1] * (w.ndim - 1 - axis)
-                least = np.broadcast_to(least, w.shape[axis]).reshape(-1, *ends)
+        def mark_weight(w, axis):
+            if how.channelwise_axes:
+                lengths = [1] * axis + [w.shape[axis]] + [1] * (w.ndim - 1 - axis)
+                smallest = np.broadcast_to(least, w.shape[axis]).reshape(lengths)
+            else:
+                smallest = least.max()
+            axes = (axis,) if how.channelwise_axes else ()
+            own = dataclasses.replace(how, channelwise_axes=axes)
             with jax.ensure_compile_time_eval():
-                axes = (axis,) if channels else ()
-                grid = weight_grid(plan, w, axes, least if channels else least.max())
-                grid = _concrete(grid)
-            return annotate(jnp.asarray(uneven(w)), grid)
+                grid = integer_grid.of_weight(jnp.asarray(w), own, smallest)
+            return annotate(jnp.asarray(uneven(w)), _concrete(grid))
 
         def finish(x):
+            x = x if bias is None else x + bias
             if fusion is not None and fusion.activation is not None:
                 x = _activation(fusion.activation, x)
             return self.marked(end, x)
 
-        x = read(node.inputs[1 - side])
-        mark = functools.partial(self.marked, end)
-        mark_input = functools.partial(self.marked, node.inputs[1 - side])
-        # Nothing may come between this annotation and the product.
-        mark_dynamic = None
-        if plan.dynamic:
-            mark_dynamic = functools.partial(annotate, grid=None, qtype=plan.act_qtype)
+        marks = lowering.Marks(
+            weight=mark_weight,
+            input=functools.partial(self.marked, value),
+            output=functools.partial(self.marked, end),
+            finish=finish,
+            # Nothing may come between this annotation and the product.
+            dynamic=functools.partial(annotate, grid=None, qtype=plan.act_qtype)
+            if plan.dynamic
+            else None,
+        )
+        x = read(value)
         if node.name in CONV.names:
-            return lowering.lowered_conv(
-                node, x, w, mark_weight, addend, finish, mark_input, mark, mark_dynamic
-            )
+            return lowering.lowered_conv(node, x, w, marks)
         if weight_axes(node, side):
-            return lowering.lowered_dot(
-                node, x, w, side, mark_weight, addend, finish, mark, mark_dynamic
-            )
-        x = x if mark_dynamic is None else mark_dynamic(x)
-        operands = [x, x]
+            return lowering.lowered_dot(node, side, x, w, marks)
+        operands = [x if marks.dynamic is None else marks.dynamic(x)] * 2
         operands[side] = mark_weight(w, 0)
         (out,) = node.run(*operands)
         return finish(out)
@@ -215,8 +172,7 @@ class _Annotated:
     def lowered(self, plan: NodePlan, read) -> Sequence[Any]:
         """The outputs of an operation that runs in integers, or moves codes."""
         node = plan.node
-        kind = None if plan.spec is None else plan.spec.kind
-        operands = list(map(read, node.inputs))
+        kind, operands = plan.kind, list(map(read, node.inputs))
         if plan.name == "dropout":
             raise ValueError(
                 f"{plan.where}: the model drops elements at random. Convert the call "
@@ -229,7 +185,7 @@ class _Annotated:
             return [lowering.lowered_pool(node, operands, mark)]
         if plan.name == "silu":
             (x, *_) = operands
-            gate = known_grid(sigmoid_in(plan))
+            gate = tensor_grid(sigmoid_in(plan))
             return [x * annotate(jax.nn.sigmoid(x), gate)]
         if kind is Kind.ACTIVATION:
             x = self.apart(node.inputs[0], operands[0], self.grid(node.out))
@@ -246,9 +202,7 @@ class _Annotated:
             x = self.apart(node.inputs[0], operands[0], self.grid(node.out))
             return node.run(x)
         for side in plan.constants:
-            x = np.asarray(operands[side])
-            with jax.ensure_compile_time_eval():
-                grid = _concrete(constant_grid(plan, x))
+            x, grid = np.asarray(operands[side]), _constant_grid(plan, operands[side])
             if plan.act_qtype == "int16" and plan.name == "add":
                 # The converter takes no sum of 16 bits with operands of two shapes, but
                 # a difference.
@@ -258,10 +212,8 @@ class _Annotated:
 
     def lookup(self, plan: NodePlan, operands) -> Any:
         table, indices = operands[:2]
-        value = plan.node.inputs[0]
-        with jax.ensure_compile_time_eval():
-            grid = _concrete(constant_grid(plan, np.asarray(table)))
-        self.tables[id(value)] = grid
+        grid = _constant_grid(plan, table)
+        self.tables[id(plan.node.inputs[0])] = grid
         table = annotate(jnp.asarray(table), grid)
         return lowering.lowered_lookup(plan.node, table, indices)
 
@@ -332,6 +284,11 @@ def _least_scale(bias: np.ndarray, source: Grid) -> np.ndarray:
     less than a step of an 8-bit output. Training leaves it out.
     """
     return np.abs(bias) / (np.float64(source.scale) * 2**30)
+
+
+def _constant_grid(plan: NodePlan, x: Any) -> Grid:
+    with jax.ensure_compile_time_eval():
+        return _concrete(integer_grid.of_constant(jnp.asarray(x), plan.act_qtype))
 
 
 def _equal(a: Grid, b: Grid) -> bool:

@@ -88,6 +88,5 @@ class OdmlConversionProvider(OdmlQatProvider):
             plan,
             values,
             self.quant_stats or {},
-            per_tensor_weights=self.disable_per_channel_weights,
         )
         return traced.rebuild(outs)

@@ -19,7 +19,7 @@ from qwix_train.odml.calls import ModelCall
 from qwix_train.odml.conversion import grids_of, run_annotated
 from qwix_train.odml.converter import to_flatbuffer
 from qwix_train.odml.edit import integer_ends, merged, with_metadata
-from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, LiteRTModel, Signature
+from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, InJax, LiteRTModel
 from qwix_train.odml.plan import OdmlPlan, TensorPlan
 from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.planning.rules import QuantizationRule
@@ -141,8 +141,8 @@ def _converted(
     call: ModelCall,
     provider: OdmlQatProvider,
     dynamic_batch: bool,
-) -> tuple[bytes, Signature]:
-    """The file of one signature, and what the signature says."""
+) -> tuple[bytes, InJax]:
+    """The file of one signature, and what it was made from."""
     inputs, outputs = call.input_names(), call.output_names()
 
     def content_of(arrays: Sequence[Any]) -> bytes:
@@ -162,14 +162,14 @@ def _converted(
         traced, unwrap = call.traced
         return unwrap(traced.rebuild(arrays))
 
-    signature = Signature(inputs, outputs, tree, reference)
+    in_jax = InJax(tree, reference)
     if not dynamic_batch:
-        return content_of(call.arrays), signature
+        return content_of(call.arrays), in_jax
     content, larger = (content_of(call.batch_of(n)) for n in batches.SIZES)
     content = batches.with_dynamic_batch(content, larger)
     tested = call.batch_of(batches.TESTED_SIZE)
     batches.check_dynamic_batch(name, content, content_of(tested), tested)
-    return content, signature
+    return content, in_jax
 
 
 def _exported(
@@ -182,24 +182,19 @@ def _exported(
     if not plan.quantized_ops and not provider.allow_unmatched:
         raise ValueError(plan.no_match_message())
     _check_float32(plan)
-    places = [i for i, held in enumerate(traced.held) if not held]
+    inputs = list(zip(traced.inputs, traced.held, strict=True))
 
     def exported(*arrays):
-        values = list(traced.inputs)
-        for place, array in zip(places, arrays, strict=True):
-            values[place] = array
+        rest = iter(arrays)
+        values = [x if held else next(rest) for x, held in inputs]
         outs = run_annotated(
             plan,
             values,
             provider.quant_stats or {},
-            per_tensor_weights=provider.disable_per_channel_weights,
         )
         return tuple(outs)
 
-    shapes = [
-        jax.ShapeDtypeStruct(traced.inputs[i].shape, traced.inputs[i].dtype)
-        for i in places
-    ]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, held in inputs if not held]
     return plan, exported, shapes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwix_train.core.errors import imported
 from qwix_train.core.grid import Grid
-from qwix_train.odml.edit import in_order, read_codes
+from qwix_train.odml.edit import completed
 from qwix_train.odml.flatbuffer import ops_in
-from qwix_train.odml.sixteen_bits import completed
-
-_TYPES = {"int4": "i4", "int8": "i8", "int16": "i16"}
 
 
 def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
@@ -31,23 +28,20 @@ def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
     Raises:
       ValueError: if a scale is not finite, or is zero.
     """
-    attributes: dict[str, Any] = {"dtype": _TYPES[qtype], "narrow_range": False}
-    if grid is None:
-        attributes["scale"] = np.zeros(0, np.float32)
-    else:
+    name = qtype if grid is None else grid.qtype
+    attributes: dict[str, Any] = {
+        "scale": np.zeros(0, np.float32),
+        "dtype": name.removesuffix("_narrow").replace("int", "i"),
+        "narrow_range": name.endswith("_narrow"),
+    }
+    if grid is not None:
         scale = np.asarray(grid.scale, np.float32)
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError(f"A tensor of shape {x.shape} has the scale {scale}.")
+        zero_point = np.broadcast_to(np.asarray(grid.zero_point, np.int64), scale.shape)
+        attributes |= {"scale": scale.ravel(), "zero_point": zero_point.ravel()}
         axes = [axis for axis, length in enumerate(scale.shape) if length > 1]
         assert len(axes) <= 1, scale.shape
-        attributes = {
-            "scale": scale.reshape(-1),
-            "zero_point": np.broadcast_to(
-                np.asarray(grid.zero_point, np.int64), scale.shape
-            ).reshape(-1),
-            "dtype": _TYPES[grid.qtype],
-            "narrow_range": grid.narrow,
-        }
         if axes:
             attributes["quantization_dimension"] = axes[0]
 
@@ -60,7 +54,7 @@ def annotate(x: jax.Array, grid: Grid | None, qtype: str = "int8") -> jax.Array:
     return fake_quant(x, **attributes)
 
 
-def uneven(x: np.ndarray) -> np.ndarray:
+def uneven(x: Any) -> np.ndarray:
     """A constant with a scale for each channel, its elements not all equal.
 
     Of equal ones the converter quantizes the first, and gives its code to all, though
@@ -134,24 +128,20 @@ def to_flatbuffer(
                 "operation that other runtimes do not know. Use static ranges there, "
                 "or a rule without act_qtype."
             )
-    return completed(read_codes(in_order(content, inputs, outputs)))
+    return completed(content, inputs, outputs)
 
 
 def _converter() -> list[Any]:
     # Importing it prints what the log of its C++ code has to say of the machine.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        return [
-            importlib.import_module(f"litert_converter.{name}")
-            for name in (
-                "converter_api_ext",
-                "mlir.ir",
-                "mlir.passmanager",
-                "mlir.dialects.stablehlo",
-            )
-        ]
-    except ImportError as error:
-        raise ImportError(
-            "Conversion to LiteRT needs litert-converter, of which there are wheels "
-            "for Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
-        ) from error
+    remedy = (
+        "Conversion to LiteRT needs litert-converter, of which there are wheels "
+        "for Linux on x86-64 and macOS on arm64: pip install 'qwix_train[odml]'"
+    )
+    names = (
+        "converter_api_ext",
+        "mlir.ir",
+        "mlir.passmanager",
+        "mlir.dialects.stablehlo",
+    )
+    return [imported(f"litert_converter.{name}", remedy) for name in names]

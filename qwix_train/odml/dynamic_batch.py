@@ -17,12 +17,11 @@ import numpy as np
 
 from qwix_train.odml.edit import add_buffer
 from qwix_train.odml.flatbuffer import (
-    code_name,
     data_of,
     dtype_of,
     op_name,
     read_model,
-    schema,
+    tools,
     write_model,
 )
 from qwix_train.odml.litert_model import LiteRTModel
@@ -65,8 +64,8 @@ def with_dynamic_batch(content: bytes, larger: bytes) -> bytes:
                 f"{_ADVICE}"
             )
         for op, same in zip(graph.operators, twin.operators, strict=True):
-            _free_constants(_Pair(model, graph, op, other, twin, same))
-        for a, b in list(_tensors(graph, twin)):
+            _free_constants(_Op(model, graph, op), _Op(other, twin, same))
+        for a, b in _computed(graph, twin):
             _free_tensor(graph.tensors[a], twin.tensors[b])
     return write_model(model)
 
@@ -117,65 +116,51 @@ def check_dynamic_batch(
 
 
 @dataclasses.dataclass
-class _Pair:
-    """An operation of the model, and the same of the model for more examples."""
+class _Op:
+    """An operation of a model."""
 
     model: Any
     graph: Any
     op: Any
-    other: Any
-    twin: Any
-    same: Any
 
     @property
     def name(self) -> str:
         return op_name(self.model, self.op)
 
-    def tensors(self, place: int) -> tuple[Any, Any]:
-        """An operand of both."""
+    def tensor(self, place: int) -> Any:
+        """An operand."""
+        return self.graph.tensors[self.op.inputs[place]]
+
+    def shape(self, place: int) -> np.ndarray:
+        """The shape of an operand."""
+        return np.asarray(self.tensor(place).shape or [], np.int64)
+
+    def data(self, place: int) -> Any:
+        """The bytes of an operand; None if it is not a constant."""
+        return data_of(self.model, self.tensor(place))
+
+    def integers(self, place: int) -> Any:
+        """The values of an operand; None if they are not constant integers."""
+        data, dtype = self.data(place), dtype_of(self.tensor(place))
         return (
-            self.graph.tensors[int(self.op.inputs[place])],
-            self.twin.tensors[int(self.same.inputs[place])],
-        )
-
-    def shapes(self, place: int) -> tuple[list[int], list[int]]:
-        """The shape of an operand of both."""
-        a, b = self.tensors(place)
-        return _shape(a), _shape(b)
-
-    def data(self, place: int) -> tuple[Any, Any]:
-        """The bytes of an operand of both; None if it is no constant."""
-        a, b = self.tensors(place)
-        return data_of(self.model, a), data_of(self.other, b)
-
-    def integers(self, place: int) -> tuple[Any, Any]:
-        """The values of an operand of both; None if they are no constant integers."""
-        a, b = (
-            data.view(dtype_of(tensor))
-            if data is not None and dtype_of(tensor) in ("int32", "int64")
+            data.view(dtype)
+            if data is not None and dtype in ("int32", "int64")
             else None
-            for tensor, data in zip(self.tensors(place), self.data(place), strict=True)
         )
-        alike = a is not None and b is not None and a.shape == b.shape
-        return (a, b) if alike else (None, None)
 
     def become(self, name: str, version: int) -> None:
         """Makes it another operator, one without options."""
-        codes = self.model.operatorCodes
-        known = [place for place, code in enumerate(codes) if code_name(code) == name]
-        if not known:
-            code = schema().OperatorCodeT()
-            code.builtinCode = getattr(schema().BuiltinOperator, name)
-            code.deprecatedBuiltinCode, code.version = code.builtinCode, version
-            codes.append(code)
-            known = [len(codes) - 1]
-        self.op.opcodeIndex = known[0]
+        schema, codes = tools().schema_fb, self.model.operatorCodes
+        code = schema.OperatorCodeT()
+        code.builtinCode = getattr(schema.BuiltinOperator, name)
+        code.deprecatedBuiltinCode, code.version = code.builtinCode, version
+        codes.append(code)
+        self.op.opcodeIndex = len(codes) - 1
         self.op.builtinOptionsType, self.op.builtinOptions = 0, None
 
     def replace(self, place: int, data: Any, shape: Any = None) -> None:
         """Gives the operation another constant; others may read the one it had."""
-        old, _ = self.tensors(place)
-        new = copy.copy(old)
+        new = copy.copy(self.tensor(place))
         new.buffer = add_buffer(self.model, np.ascontiguousarray(data).tobytes())
         if shape is not None:
             new.shape = shape
@@ -183,44 +168,55 @@ class _Pair:
         self.graph.tensors.append(new)
 
 
-def _free_constants(pair: _Pair) -> None:
-    """Makes constant operands such that fit a batch of any length."""
-    pair.op.inputs = list(map(int, pair.op.inputs))
-    for place, index in enumerate(pair.op.inputs):
+def _free_constants(op: _Op, twin: _Op) -> None:
+    """Makes constant operands such that fit a batch of any length.
+
+    Args:
+      op: the operation.
+      twin: the same of the model for more examples.
+    """
+    for place, index in enumerate(op.op.inputs):
         if index < 0:
             continue
-        data, expected = pair.data(place)
+        data, expected = op.data(place), twin.data(place)
         if data is None or (expected is not None and np.array_equal(data, expected)):
             continue
-        name = pair.name
-        if name in _BROADCAST:
-            done = _free_broadcast(pair, place)
-        else:
-            free = _SHAPES.get((name, place))
-            values = None if free is None else free(pair, *pair.integers(place))
-            done = values is not None
-            if done:
-                dtype = dtype_of(pair.tensors(place)[0])
-                pair.replace(place, np.asarray(values, dtype))
-        if not done:
+        name, shape = op.name, tuple(op.shape(place).tolist())
+        if not _free_constant(op, twin, place):
             raise ValueError(
                 f"dynamic_batch=True: a constant of {name}, of the shape "
-                f"{tuple(pair.shapes(place)[0])} for {SIZES[0]} examples, depends on "
-                f"the length of the batch. {_ADVICE}"
+                f"{shape} for {SIZES[0]} examples, depends on the length of the "
+                f"batch. {_ADVICE}"
             )
     # A copy of the shape that the operand holds.
-    options = pair.op.builtinOptions
+    options = op.op.builtinOptions
     shape = getattr(options, "newShape", None)
     if shape is not None:
-        options.newShape = _freed(shape, pair.same.builtinOptions.newShape)
+        options.newShape = _freed(shape, twin.op.builtinOptions.newShape)
 
 
-def _free_broadcast(pair: _Pair, place: int) -> bool:
+def _free_constant(op: _Op, twin: _Op, place: int) -> bool:
+    """Whether a constant operand could be made one for a batch of any length."""
+    if op.name in _BROADCAST:
+        return _free_broadcast(op, twin, place)
+    free = _SHAPES.get((op.name, place))
+    values, others = op.integers(place), twin.integers(place)
+    if free is None or values is None or np.shape(values) != np.shape(others):
+        return False
+    freed = free(op, twin, values, others)
+    if freed is not None:
+        op.replace(place, np.asarray(freed, values.dtype))
+    return freed is not None
+
+
+def _free_broadcast(op: _Op, twin: _Op, place: int) -> bool:
     """Has a constant that is the same for each example hold one of them."""
-    (data, twin_data), (shape, twin_shape) = pair.data(place), pair.shapes(place)
+    (data, twin_data), (shape, twin_shape) = (
+        (f(place), g(place)) for f, g in ((op.data, twin.data), (op.shape, twin.shape))
+    )
     if twin_data is None or len(shape) != len(twin_shape):
         return False
-    axes = [a for a, n in enumerate(shape) if n != twin_shape[a]]
+    axes = np.flatnonzero(shape != twin_shape)
     count = int(np.prod(shape))
     if len(axes) != 1 or count == 0 or data.size % count:
         return False
@@ -229,54 +225,51 @@ def _free_broadcast(pair: _Pair, place: int) -> bool:
     first = examples.take([0], axis)
     if (examples != first).any() or (twin_data.reshape(*twin_shape, -1) != first).any():
         return False
-    if pair.name == "SELECT":
+    if op.name == "SELECT":
         # The one that repeats.
-        pair.become("SELECT_V2", 1)
-    pair.replace(place, first, [1 if a == axis else n for a, n in enumerate(shape)])
+        op.become("SELECT_V2", 1)
+    shape[axis] = 1
+    op.replace(place, first, shape.tolist())
     return True
 
 
-def _reshape(pair: _Pair, shape: Any, twin_shape: Any) -> Any:
-    if shape is None or (shape != twin_shape).sum() != 1:
-        return None
-    return _freed(shape, twin_shape)
+def _reshape(op: _Op, twin: _Op, shape: Any, twin_shape: Any) -> Any:
+    return _freed(shape, twin_shape) if (shape != twin_shape).sum() == 1 else None
 
 
-def _slice(pair: _Pair, sizes: Any, twin_sizes: Any) -> Any:
+def _slice(op: _Op, twin: _Op, sizes: Any, twin_sizes: Any) -> Any:
     """The sizes of a slice that takes all along the axes that depend on the batch."""
-    starts, twin_starts = pair.integers(1)
-    if sizes is None or starts is None or (starts != twin_starts).any():
+    starts = op.integers(1)
+    if starts is None or not np.array_equal(starts, twin.integers(1)):
         return None
-    shape, twin_shape = map(np.asarray, pair.shapes(0))
-    to_the_end = (starts + sizes == shape) & (twin_starts + twin_sizes == twin_shape)
+    to_the_end = starts + sizes == op.shape(0)
+    to_the_end &= starts + twin_sizes == twin.shape(0)
     return _freed(sizes, twin_sizes) if to_the_end[sizes != twin_sizes].all() else None
 
 
-def _strided_slice(pair: _Pair, ends: Any, twin_ends: Any) -> Any:
+def _strided_slice(op: _Op, twin: _Op, ends: Any, twin_ends: Any) -> Any:
     """The same of a slice with strides, which has a bit for each axis to say so."""
-    strides, _ = pair.integers(3)
-    options = pair.op.builtinOptions
-    if ends is None or strides is None or options.newAxisMask or options.ellipsisMask:
+    strides, options = op.integers(3), op.op.builtinOptions
+    if strides is None or options.newAxisMask or options.ellipsisMask:
         return None
-    shape, twin_shape = pair.shapes(0)
-    for axis in map(int, np.flatnonzero(ends != twin_ends)):
-        to_the_end = ends[axis] == shape[axis] and twin_ends[axis] == twin_shape[axis]
-        if not to_the_end or strides[axis] < 1:
+    to_the_end = (ends == op.shape(0)) & (twin_ends == twin.shape(0)) & (strides >= 1)
+    for axis in np.flatnonzero(ends != twin_ends).tolist():
+        if not to_the_end[axis]:
             return None
         options.endMask |= 1 << axis
     return ends
 
 
-def _broadcast_to(pair: _Pair, shape: Any, twin_shape: Any) -> Any:
+def _broadcast_to(op: _Op, twin: _Op, shape: Any, twin_shape: Any) -> Any:
     """How often a repetition repeats along each axis, which it then says instead."""
-    source, twin_source = pair.shapes(0)
-    if shape is None or len(source) != len(shape):
+    source, twin_source = op.shape(0), twin.shape(0)
+    if len(source) != len(shape):
         return None
-    times = shape // np.asarray(source)
-    if (times != twin_shape // np.asarray(twin_source)).any():
+    times = shape // source
+    if (times != twin_shape // twin_source).any():
         return None
     # Of version 3 on it takes 8-bit integers.
-    pair.become("TILE", 3)
+    op.become("TILE", 3)
     return times
 
 
@@ -290,18 +283,16 @@ _SHAPES = {
 }
 
 
-def _tensors(graph: Any, twin: Any) -> Iterator[tuple[int, int]]:
+def _computed(graph: Any, twin: Any) -> Iterator[tuple[int, int]]:
     """The tensors that are computed, each with that in the same place of the twin."""
-    ends = [(graph.inputs, twin.inputs)]
+    yield from zip(graph.inputs, twin.inputs, strict=True)
     for op, same in zip(graph.operators, twin.operators, strict=True):
-        ends.append((op.outputs, same.outputs))
-    for some, others in ends:
-        yield from ((int(a), int(b)) for a, b in zip(some, others, strict=True))
+        yield from zip(op.outputs, same.outputs, strict=True)
 
 
 def _free_tensor(tensor: Any, twin: Any) -> None:
     """Leaves the lengths of axes open that depend on the batch."""
-    shape, twin_shape = _shape(tensor), _shape(twin)
+    shape, twin_shape = tensor.shape or [], twin.shape or []
     if shape == twin_shape:
         return
     tensor.shapeSignature = _freed(shape, twin_shape)
@@ -313,10 +304,6 @@ def _free_tensor(tensor: Any, twin: Any) -> None:
     tensor.shape = [
         max(1, n - (first - 1) * step) for n, step in zip(shape, steps, strict=True)
     ]
-
-
-def _shape(tensor: Any) -> list[int]:
-    return [] if tensor.shape is None else list(map(int, tensor.shape))
 
 
 def _freed(shape: Any, other: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Changes to a `.tflite` file that the converter has no option for."""
+"""Changes to a `.tflite` file that the converter does not make."""
 
 from __future__ import annotations
 
@@ -8,65 +8,87 @@ from typing import Any
 import numpy as np
 
 from qwix_train.odml.flatbuffer import (
-    code_name,
     data_of,
     dtype_of,
+    metadata_of,
     op_name,
     read_model,
-    schema,
+    tools,
     write_model,
 )
 
 # Operations whose results do not depend on the scale of the codes that they read.
 _READ_CODES = ("ARG_MAX", "ARG_MIN")
+_BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+_SUMS = ("ADD", "SUB")
 
 
-def read_codes(content: bytes) -> bytes:
-    """A model whose operations that only compare values read codes, not floats.
-
-    The converter has them read floats, though LiteRT runs them in integers: the largest
-    code is that of the largest value.
-
-    Args:
-      content: the file.
-    """
-    model = read_model(content)
-    changed = False
-    for graph in model.subgraphs:
-        made_by = {int(i): op for op in graph.operators for i in op.outputs}
-        for op in graph.operators:
-            if op_name(model, op) not in _READ_CODES:
-                continue
-            before = made_by.get(int(op.inputs[0]))
-            if before is not None and op_name(model, before) == "DEQUANTIZE":
-                op.inputs = [int(before.inputs[0]), *map(int, op.inputs[1:])]
-                changed = True
-        _drop_unread(graph)
-    if not changed:
-        return content
-    for code in model.operatorCodes:
-        # 8-bit inputs came with the second version of these operators.
-        if code_name(code) in _READ_CODES:
-            code.version = max(code.version, 2)
-    return write_model(model)
-
-
-def in_order(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
-    """A model whose signature lists its inputs and outputs in an order.
-
-    The converter sorts them by name.
+def completed(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """A model with what the converter leaves undone.
 
     Args:
       content: the file, of one signature.
-      inputs: the names of the inputs, in order.
+      inputs: the names of the inputs, in the order that the signature is to have.
       outputs: those of the outputs.
     """
     model = read_model(content)
     (signature,) = model.signatureDefs
     for entries, names in ((signature.inputs, inputs), (signature.outputs, outputs)):
+        # The converter sorts them by name.
         places = {name: place for place, name in enumerate(names)}
         (entries or []).sort(key=lambda entry: places[entry.name.decode()])
+    for graph in model.subgraphs:
+        _read_codes(model, graph)
+        for op in graph.operators:
+            if dtype_of(graph.tensors[op.inputs[0]]) == "int16":
+                _complete_sixteen_bits(model, graph, op)
     return write_model(model)
+
+
+def _read_codes(model: Any, graph: Any) -> None:
+    """Has operations that only compare values read codes, not floats.
+
+    The converter has them read floats, though LiteRT runs them in integers: the largest
+    code is that of the largest value.
+    """
+    made_by = {i: op for op in graph.operators for i in op.outputs}
+    for op in graph.operators:
+        if op_name(model, op) not in _READ_CODES:
+            continue
+        before = made_by.get(op.inputs[0])
+        if before is not None and op_name(model, before) == "DEQUANTIZE":
+            op.inputs[0] = before.inputs[0]
+            # 8-bit inputs came with the second version of these operators.
+            code = model.operatorCodes[op.opcodeIndex]
+            code.version = max(code.version, 2)
+    # The conversions that nothing reads any more.
+    read = set(graph.outputs)
+    kept = []
+    for op in reversed(graph.operators):
+        if not read.isdisjoint(op.outputs):
+            kept.append(op)
+            read.update(op.inputs)
+    graph.operators = kept[::-1]
+
+
+def _complete_sixteen_bits(model: Any, graph: Any, op: Any) -> None:
+    """Has a product or a sum of 16 bits compute what it should.
+
+    The bias of such a product is to have 64 bits: LiteRT reads one of 32, which the
+    converter writes for convolutions, as if it had 64. Sums are to say that scales are
+    not powers of two, or they are not loaded.
+    """
+    name = op_name(model, op)
+    if name in _SUMS:
+        op.builtinOptions.potScaleInt16 = False
+    if name not in _BIASED or len(op.inputs) < 3 or op.inputs[2] < 0:
+        return
+    bias = graph.tensors[op.inputs[2]]
+    codes = data_of(model, bias)
+    if dtype_of(bias) == "int32" and codes is not None:
+        wide = codes.view(np.int32).astype(np.int64)
+        bias.buffer = add_buffer(model, wide.tobytes())
+        bias.type = tools().schema_fb.TensorType.INT64
 
 
 def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
@@ -87,49 +109,51 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
     for index, graph in enumerate(model.subgraphs):
         moved: dict[int, int] = {}
         kept = []
-        graph_inputs, graph_outputs = map(set, (graph.inputs, graph.outputs))
+        named = [
+            entry
+            for signature in model.signatureDefs or ()
+            if signature.subgraphIndex == index
+            for entry in (*(signature.inputs or ()), *(signature.outputs or ()))
+        ]
+        names = {entry.tensorIndex: entry.name.decode() for entry in named}
         for op in graph.operators:
             name = op_name(model, op)
-            source, target = int(op.inputs[0]), int(op.outputs[0])
-            if inputs and name == "QUANTIZE" and source in graph_inputs:
+            source, target = op.inputs[0], op.outputs[0]
+            if inputs and name == "QUANTIZE" and source in graph.inputs:
                 if moved.setdefault(source, target) != target:
                     raise ValueError(
-                        "integer_inputs=True: the input "
-                        f"{_end_name(model, index, source)!r} is quantized in two "
-                        "ways, so there are no codes of it to give."
+                        f"integer_inputs=True: the input {names[source]!r} is "
+                        "quantized in two ways, so there are no codes of it to give."
                     )
-            elif outputs and name == "DEQUANTIZE" and target in graph_outputs:
+            elif outputs and name == "DEQUANTIZE" and target in graph.outputs:
                 moved[target] = source
             else:
                 kept.append(op)
-        read = {int(i): op_name(model, op) for op in kept for i in op.inputs}
-        made = {int(i) for op in kept for i in op.outputs}
-        for option, asked, ends in (
-            ("integer_inputs", inputs, graph.inputs),
-            ("integer_outputs", outputs, graph.outputs),
+        read = {i: op_name(model, op) for op in kept for i in op.inputs}
+        made = {i for op in kept for i in op.outputs}
+        for what, asked, ends in (
+            ("input", inputs, graph.inputs),
+            ("output", outputs, graph.outputs),
         ):
-            for end in map(int, ends) if asked else ():
+            for end in ends if asked else ():
                 if "float" not in dtype_of(graph.tensors[end]):
                     continue
-                what = "input" if option == "integer_inputs" else "output"
                 if end in read:
                     raise ValueError(
-                        f"{option}=True: {read[end]} reads the {what} "
-                        f"{_end_name(model, index, end)!r} in floats."
+                        f"integer_{what}s=True: {read[end]} reads the {what} "
+                        f"{names[end]!r} in floats."
                     )
                 if end not in moved and (end in made or what == "output"):
                     raise ValueError(
-                        f"{option}=True: the {what} {_end_name(model, index, end)!r} "
-                        "is not quantized. Give it a range with a rule that sets "
-                        f"act_qtype, or leave {option} out."
+                        f"integer_{what}s=True: the {what} {names[end]!r} is not "
+                        "quantized. Give it a range with a rule that sets act_qtype, "
+                        f"or leave integer_{what}s out."
                     )
         graph.operators = kept
-        graph.inputs = [moved.get(int(i), int(i)) for i in graph.inputs]
-        graph.outputs = [moved.get(int(i), int(i)) for i in graph.outputs]
-        for signature in model.signatureDefs or ():
-            if signature.subgraphIndex == index:
-                for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
-                    entry.tensorIndex = moved.get(entry.tensorIndex, entry.tensorIndex)
+        graph.inputs = [moved.get(i, i) for i in graph.inputs]
+        graph.outputs = [moved.get(i, i) for i in graph.outputs]
+        for entry in named:
+            entry.tensorIndex = moved.get(entry.tensorIndex, entry.tensorIndex)
     return write_model(model)
 
 
@@ -141,28 +165,18 @@ def merged(contents: Sequence[bytes]) -> bytes:
     """
     models = list(map(read_model, contents))
     first = models[0]
-    buffers: dict[bytes, int] = {}
-    all_buffers = [schema().BufferT()]
-    codes: dict[tuple[Any, ...], int] = {}
-    all_codes: list[Any] = []
+    # By what they hold; one without data stands first.
+    buffers: dict[Any, Any] = {b"": (0, tools().schema_fb.BufferT())}
+    codes: dict[Any, Any] = {}
     subgraphs: list[Any] = []
     signatures: list[Any] = []
 
+    def place(known: dict[Any, Any], key: Any, thing: Any) -> int:
+        return known.setdefault(key, (len(known), thing))[0]
+
     def place_of_buffer(buffer: Any) -> int:
         data = b"" if buffer.data is None else np.asarray(buffer.data).tobytes()
-        if not data:
-            return 0
-        if data not in buffers:
-            buffers[data] = len(all_buffers)
-            all_buffers.append(buffer)
-        return buffers[data]
-
-    def place_of_code(code: Any) -> int:
-        key = (code_name(code), code.customCode, code.version)
-        if key not in codes:
-            codes[key] = len(all_codes)
-            all_codes.append(code)
-        return codes[key]
+        return place(buffers, data, buffer)
 
     for model in models:
         before = len(subgraphs)
@@ -170,7 +184,9 @@ def merged(contents: Sequence[bytes]) -> bytes:
             for tensor in graph.tensors:
                 tensor.buffer = place_of_buffer(model.buffers[tensor.buffer])
             for op in graph.operators:
-                op.opcodeIndex = place_of_code(model.operatorCodes[op.opcodeIndex])
+                code = model.operatorCodes[op.opcodeIndex]
+                key = (op_name(model, op), code.version)
+                op.opcodeIndex = place(codes, key, code)
                 _shift_subgraphs(op.builtinOptions, before)
             subgraphs.append(graph)
         for signature in model.signatureDefs or ():
@@ -178,7 +194,8 @@ def merged(contents: Sequence[bytes]) -> bytes:
             signatures.append(signature)
     for entry in first.metadata or ():
         entry.buffer = place_of_buffer(first.buffers[entry.buffer])
-    first.buffers, first.operatorCodes = all_buffers, all_codes
+    first.buffers = [buffer for _, buffer in buffers.values()]
+    first.operatorCodes = [code for _, code in codes.values()]
     first.subgraphs, first.signatureDefs = subgraphs, signatures
     return write_model(first)
 
@@ -204,7 +221,7 @@ def with_metadata(content: bytes, metadata: Mapping[str, str | bytes]) -> bytes:
                 "json.dumps(value)."
             )
         data = value.encode() if isinstance(value, str) else value
-        entry = schema().MetadataT()
+        entry = tools().schema_fb.MetadataT()
         entry.name, entry.buffer = name, add_buffer(model, data)
         model.metadata.append(entry)
     return write_model(model)
@@ -216,41 +233,15 @@ def metadata_in(content: bytes) -> dict[str, bytes]:
     Args:
       content: the file.
     """
-    model = read_model(content)
-    found = {}
-    for entry in model.metadata or ():
-        data = data_of(model, entry)
-        found[entry.name.decode()] = b"" if data is None else data.tobytes()
-    return found
+    return metadata_of(read_model(content))
 
 
 def add_buffer(model: Any, data: bytes) -> int:
     """Adds data to a model; gives its place."""
-    buffer = schema().BufferT()
+    buffer = tools().schema_fb.BufferT()
     buffer.data = np.frombuffer(data, np.uint8)
     model.buffers.append(buffer)
     return len(model.buffers) - 1
-
-
-def _drop_unread(graph: Any) -> None:
-    """Leaves out the operations whose results nothing reads."""
-    read = set(map(int, graph.outputs))
-    kept = []
-    for op in reversed(graph.operators):
-        if any(int(i) in read for i in op.outputs):
-            kept.append(op)
-            read.update(map(int, op.inputs))
-    graph.operators = kept[::-1]
-
-
-def _end_name(model: Any, subgraph: int, tensor: int) -> str:
-    """The name that a signature gives an input or output."""
-    for signature in model.signatureDefs or ():
-        if signature.subgraphIndex == subgraph:
-            for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
-                if entry.tensorIndex == tensor:
-                    return entry.name.decode()
-    return (model.subgraphs[subgraph].tensors[tensor].name or b"").decode()
 
 
 def _shift_subgraphs(options: Any, count: int) -> None:

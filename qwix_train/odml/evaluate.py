@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
-from qwix_train.odml.fusion import Fusion, weight_channels
-from qwix_train.odml.graph import Node, Value
+from qwix_train.odml.fusion import Fusion, weight_axes, weight_channels
+from qwix_train.odml.graph import Node, Read
 from qwix_train.odml.ops import Kind
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan
-from qwix_train.ops import by_name
-
-Read = Callable[[Value], Any]
 
 
-class Quantizer(Protocol):
-    """What is done to the arrays of a graph."""
+class Quantizer:
+    """What is done to the arrays of a graph: nothing, unless a subclass says so.
 
-    per_tensor_weights: bool
+    Attributes:
+      folds: whether weights with one scale have what follows multiplied in.
+    """
+
+    folds = False
 
     def tensor(self, plan: TensorPlan, x: jax.Array, observed: Any) -> jax.Array:
         """A tensor with a range of its own.
@@ -32,25 +33,18 @@ class Quantizer(Protocol):
           x: its value.
           observed: what its range is to be measured of.
         """
-        ...
+        del plan, observed
+        return x
 
     def rounded(self, plan: TensorPlan, x: jax.Array, rounding: str) -> jax.Array:
         """A tensor with a range that it shares, and values in between."""
-        ...
+        del plan, rounding
+        return x
 
-    def weight(
-        self, plan: NodePlan, w: jax.Array, channels: Sequence[int]
-    ) -> jax.Array:
-        """A weight, with a scale for each index along some axes."""
-        ...
-
-    def constant(self, plan: NodePlan, x: jax.Array) -> jax.Array:
-        """Another constant operand."""
-        ...
-
-    def dynamic(self, plan: NodePlan, x: jax.Array) -> jax.Array:
-        """An activation that is quantized when it runs."""
-        ...
+    def operand(self, plan: NodePlan, side: int, x: jax.Array) -> jax.Array:
+        """An operand that an operation quantizes: one of `NodePlan.quantized_sides`."""
+        del plan, side
+        return x
 
 
 def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> list[Any]:
@@ -72,18 +66,21 @@ def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> lis
         node_plan = plan.of(node)
         if node_plan is None:
             return node.run(*map(read, node.inputs))
-        first = node_plan.fused_into
+        first = plan.first_of(node_plan)
         if (
-            first is not None
-            and quantizer.per_tensor_weights
-            and node is _last_affine(first.fusion)
-            and first.weight is not None
+            first.folds
+            and quantizer.folds
+            and first.fusion is not None
+            and node is first.fusion.affine[-1]
         ):
             results = [_folded(first, read, quantizer)]
-        elif node_plan.name == "silu" and node_plan.quantized:
+        elif node_plan.name == "silu" and node_plan.in_integers:
             results = [_silu(node_plan, read(node.inputs[0]), quantizer)]
         else:
-            operands = _operands(plan, node_plan, read, quantizer)
+            operands = list(map(read, node.inputs))
+            for side in node_plan.quantized_sides:
+                if not (side == node_plan.weight and node_plan.folds):
+                    operands[side] = quantizer.operand(node_plan, side, operands[side])
             results = node.run(*operands)
         return [
             _output(plan, node_plan, value, x, quantizer)
@@ -93,51 +90,13 @@ def run_plan(plan: OdmlPlan, values: Sequence[Any], quantizer: Quantizer) -> lis
     return plan.graph.run(inputs, evaluate)
 
 
-def weight_axes(node: Node, side: int) -> tuple[int, ...]:
-    """The axes of a weight that have a scale for each index."""
-    if weight_channels(node) is None:
-        return ()
-    return _channelwise(node, side)
-
-
-def _channelwise(node: Node, side: int) -> tuple[int, ...]:
-    kind = by_name(node.name)
-    assert kind is not None
-    return kind.channelwise(node.params, side, len(node.inputs[side].shape))
-
-
-def _operands(plan, node_plan, read, quantizer) -> list[Any]:
-    node = node_plan.node
-    operands = list(map(read, node.inputs))
-    side = node_plan.weight
-    if node_plan.fused_into is not None:
-        return operands
-    if side is not None:
-        if node_plan.name == "take":
-            operands[side] = quantizer.constant(node_plan, operands[side])
-        else:
-            fusion = node_plan.fusion
-            if fusion is None or not fusion.affine or not quantizer.per_tensor_weights:
-                channels = weight_axes(node, side)
-                if quantizer.per_tensor_weights:
-                    channels = ()
-                operands[side] = quantizer.weight(node_plan, operands[side], channels)
-        if node_plan.dynamic:
-            operands[1 - side] = quantizer.dynamic(node_plan, operands[1 - side])
-        return operands
-    for side in node_plan.constants:
-        operands[side] = quantizer.constant(node_plan, operands[side])
-    return operands
-
-
 def _output(plan, node_plan, value, x, quantizer) -> Any:
     tensor = plan.tensor(value)
     if tensor is None:
-        spec = node_plan.spec
-        if spec is not None and spec.kind in (Kind.ROUNDED, Kind.CLIP):
+        if node_plan.in_integers and node_plan.kind in (Kind.ROUNDED, Kind.CLIP):
             shared = plan.range_of(value)
-            if node_plan.quantized and isinstance(shared, TensorPlan):
-                return quantizer.rounded(shared, x, spec.rounding)
+            if isinstance(shared, TensorPlan):
+                return quantizer.rounded(shared, x, node_plan.spec.rounding)
         return x
     return quantizer.tensor(tensor, x, tensor.observed(x))
 
@@ -149,21 +108,17 @@ def _silu(node_plan, x, quantizer) -> Any:
 
 def sigmoid_in(plan: NodePlan) -> TensorPlan:
     """The sigmoid in a SiLU, a tensor of its own in LiteRT."""
-    assert plan.rule_index is not None
+    assert plan.rule is not None
     spec = ops.OPS["sigmoid"]
     return TensorPlan(
         plan.node.out,
         (),
         HowToQuantize(qtype="int8", calibration_method="minmax"),
-        plan.rule_index,
+        plan.rule,
         plan.act_qtype,
         scale=spec.scale,
         zero_point=spec.zero_point,
     )
-
-
-def _last_affine(fusion: Fusion | None) -> Node | None:
-    return fusion.affine[-1] if fusion is not None and fusion.affine else None
 
 
 def fold(fusion: Fusion, read: Read) -> tuple[Any, Any]:
@@ -208,18 +163,18 @@ def scaled_weight(node: Node, side: int, w: Any, factor: Any) -> Any:
     """
     if factor is None:
         return w
-    factor = jnp.asarray(factor, w.dtype)
-    ndim = len(node.out.shape)
-    factor = factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
-    channels = weight_channels(node)
-    assert channels is not None
-    factor = jnp.broadcast_to(
-        factor, [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
-    )
     axes = weight_axes(node, side)
     # The axes of the output that the weight decides on, in the order of its own.
     shape = [n if axis in axes else 1 for axis, n in enumerate(w.shape)]
-    return w * factor.reshape(shape)
+    return w * per_channel(node, jnp.asarray(factor, w.dtype)).reshape(shape)
+
+
+def per_channel(node: Node, x: Any) -> jax.Array:
+    """What broadcasts to the output of a product, for each of the weight's channels."""
+    channels = weight_channels(node)
+    assert channels is not None
+    lengths = [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
+    return jnp.broadcast_to(x, lengths)
 
 
 def _folded(plan: NodePlan, read: Read, quantizer: Quantizer) -> Any:
@@ -229,14 +184,6 @@ def _folded(plan: NodePlan, read: Read, quantizer: Quantizer) -> Any:
     factor, addend = fold(fusion, read)
     operands = list(map(read, node.inputs))
     w = scaled_weight(node, side, operands[side], factor)
-    operands[side] = quantizer.weight(plan, w, ())
+    operands[side] = quantizer.operand(plan, side, w)
     (out,) = node.run(*operands)
     return out if addend is None else out + addend
-
-
-def dynamic_axes(plan: NodePlan) -> tuple[int, ...]:
-    """The axes of an activation along which each index has a range when it runs.
-
-    They are those that LiteRT has: the rows of a matrix, the images of a batch.
-    """
-    return _channelwise(plan.node, 1 - (plan.weight or 0))

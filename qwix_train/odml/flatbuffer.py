@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from qwix_train.core.errors import imported
 
 _EXTRA = "pip install 'qwix_train[odml]'"
 # What carries values into integers and out of them; neither computes.
@@ -84,35 +85,40 @@ class OpInfo:
         return self.name not in _CONVERSIONS
 
 
-@dataclasses.dataclass(frozen=True)
-class SignatureInfo:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
     """A function of a LiteRT model.
 
     Attributes:
-      inputs: the tensors that it takes, by name, in order.
-      outputs: the tensors that it gives, by name, in order.
+      takes: the tensors that it takes, by name, in order.
+      gives: the tensors that it gives, by name, in order.
       output_scales: the scales of outputs that stand for floats, also of those that
         are dequantized in the end, by name.
     """
 
-    inputs: Mapping[str, TensorInfo]
-    outputs: Mapping[str, TensorInfo]
+    takes: Mapping[str, TensorInfo]
+    gives: Mapping[str, TensorInfo]
     output_scales: Mapping[str, float]
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of its inputs, in order."""
+        return tuple(self.takes)
 
-def schema() -> Any:
-    """The module that reads and writes the format.
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its outputs, in order."""
+        return tuple(self.gives)
+
+
+def tools() -> Any:
+    """The module that reads and writes the format; its `schema_fb` has the classes.
 
     Raises:
       ImportError: if the packages of the extra are not installed.
     """
-    try:
-        from ai_edge_litert import schema_py_generated
-    except ImportError as error:
-        raise ImportError(
-            f"LiteRT models need ai-edge-litert and litert-converter: {_EXTRA}"
-        ) from error
-    return schema_py_generated
+    remedy = f"LiteRT models need ai-edge-litert and litert-converter: {_EXTRA}"
+    return imported("ai_edge_litert.tools.flatbuffer_utils", remedy)
 
 
 def ops_in(content: bytes) -> list[OpInfo]:
@@ -124,23 +130,10 @@ def ops_in(content: bytes) -> list[OpInfo]:
     Raises:
       ValueError: if it is no `.tflite` file.
     """
-    model = read_model(content)
-    found = []
-    for index, graph in enumerate(model.subgraphs):
-        infos = _tensor_infos(model, graph)
-        for op in graph.operators:
-            found.append(
-                OpInfo(
-                    op_name(model, op),
-                    tuple(infos[i] for i in op.inputs if i >= 0),
-                    tuple(infos[i] for i in op.outputs if i >= 0),
-                    index,
-                )
-            )
-    return found
+    return _ops(read_model(content))
 
 
-def signatures_in(content: bytes) -> dict[str, SignatureInfo]:
+def signatures_in(content: bytes) -> dict[str, Signature]:
     """The functions of a model, by name.
 
     Args:
@@ -149,27 +142,7 @@ def signatures_in(content: bytes) -> dict[str, SignatureInfo]:
     Raises:
       ValueError: if it is no `.tflite` file.
     """
-    model = read_model(content)
-    found = {}
-    for signature in model.signatureDefs or ():
-        graph = model.subgraphs[signature.subgraphIndex]
-        infos = _tensor_infos(model, graph)
-        made_by = {int(i): op for op in graph.operators for i in op.outputs}
-        inputs = {x.name.decode(): int(x.tensorIndex) for x in signature.inputs or ()}
-        outputs = {x.name.decode(): int(x.tensorIndex) for x in signature.outputs or ()}
-        scales = {}
-        for name, index in outputs.items():
-            op = made_by.get(index)
-            if op is not None and op_name(model, op) == "DEQUANTIZE":
-                index = int(op.inputs[0])
-            if len(infos[index].scale) == 1:
-                scales[name] = infos[index].scale[0]
-        found[signature.signatureKey.decode()] = SignatureInfo(
-            {name: infos[i] for name, i in inputs.items()},
-            {name: infos[i] for name, i in outputs.items()},
-            scales,
-        )
-    return found
+    return _signatures(read_model(content))
 
 
 def float_ops(ops: Sequence[OpInfo]) -> list[OpInfo]:
@@ -193,18 +166,6 @@ def float_ops(ops: Sequence[OpInfo]) -> list[OpInfo]:
     return [op for op in ops if op.reads_float and counts(op)]
 
 
-def is_full_integer(ops: Sequence[OpInfo]) -> bool:
-    """Whether a model computes in integers alone.
-
-    Floats may only be read by a QUANTIZE at an input of the model, and be given by a
-    DEQUANTIZE at an output.
-
-    Args:
-      ops: all operations of the model.
-    """
-    return not float_ops(ops)
-
-
 def read_model(content: bytes) -> Any:
     """The model in a file, as objects that can be changed.
 
@@ -220,10 +181,12 @@ def read_model(content: bytes) -> Any:
             f"These {len(content)} bytes are no .tflite file: the bytes 4 to 8 of one "
             f"are {_IDENTIFIER!r}, and these are {bytes(content[4:8])!r}."
         )
-    reader = schema().ModelT
+    read = tools().read_model_from_bytearray
     try:
-        model = reader.InitFromPackedBuf(content, 0)
-        _check_references(model)
+        model = read(content)
+        # What is described without an error refers to nothing that is not there.
+        for describe in (_ops, _signatures, metadata_of):
+            describe(model)
     # Whatever reading meets at an offset that leads elsewhere.
     except Exception as error:
         raise ValueError(
@@ -233,72 +196,27 @@ def read_model(content: bytes) -> Any:
     return model
 
 
-def _check_references(model: Any) -> None:
-    """Checks that all that a model refers to is there.
-
-    Raises:
-      Exception: if it is not.
-    """
-
-    def check(index: int, things: Any, what: str) -> None:
-        if not 0 <= index < len(things or ()):
-            raise IndexError(f"there is no {what} {index}")
-
-    for code in model.operatorCodes or ():
-        code_name(code)
-    check(0, model.subgraphs, "subgraph")
-    for graph in model.subgraphs:
-        for tensor in graph.tensors:
-            check(tensor.buffer, model.buffers, "buffer")
-            _tensor_info(model, tensor, False, False)
-        ends = [*graph.inputs, *graph.outputs]
-        for op in graph.operators:
-            check(op.opcodeIndex, model.operatorCodes, "operator")
-            op_name(model, op)
-            # -1 stands for an operand that is left out.
-            ends += [i for i in (*op.inputs, *op.outputs) if i != -1]
-        for index in ends:
-            check(int(index), graph.tensors, "tensor")
-    for signature in model.signatureDefs or ():
-        check(signature.subgraphIndex, model.subgraphs, "subgraph")
-        signature.signatureKey.decode()
-        tensors = model.subgraphs[signature.subgraphIndex].tensors
-        for entry in (*(signature.inputs or ()), *(signature.outputs or ())):
-            check(entry.tensorIndex, tensors, "tensor")
-            entry.name.decode()
-    for entry in model.metadata or ():
-        check(entry.buffer, model.buffers, "buffer")
-        entry.name.decode()
-
-
 def write_model(model: Any) -> bytes:
     """A file of a model.
 
     Args:
       model: what `read_model` gives.
     """
-    import flatbuffers
-
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), _IDENTIFIER)
-    return bytes(builder.Output())
+    return bytes(tools().convert_object_to_bytearray(model))
 
 
 def dtype_of(tensor: Any) -> str:
     """The name of the type of a tensor."""
-    return _types()[tensor.type]
+    return tools().type_to_name(tensor.type).lower()
 
 
 def op_name(model: Any, op: Any) -> str:
     """The name of an operation."""
-    code = model.operatorCodes[op.opcodeIndex]
-    name = code_name(code)
-    return f"{name}:{code.customCode.decode()}" if code.customCode else name
-
-
-def code_name(code: Any) -> str:
-    """The name of an operator, as the files of all versions hold it."""
-    return _names()[max(code.builtinCode, code.deprecatedBuiltinCode)]
+    name = tools().opcode_to_name(model, op.opcodeIndex)
+    if name is None:
+        raise ValueError("there is no such operator")
+    custom = model.operatorCodes[op.opcodeIndex].customCode
+    return f"{name}:{custom.decode()}" if custom else name
 
 
 def data_of(model: Any, tensor: Any) -> np.ndarray | None:
@@ -307,43 +225,72 @@ def data_of(model: Any, tensor: Any) -> np.ndarray | None:
     return None if data is None or np.size(data) == 0 else np.asarray(data, np.uint8)
 
 
-@functools.cache
-def _names() -> dict[int, str]:
-    table = vars(schema().BuiltinOperator)
-    return {value: name for name, value in table.items() if isinstance(value, int)}
+def metadata_of(model: Any) -> dict[str, bytes]:
+    """The metadata of a model, by name."""
+    found = {
+        entry.name.decode(): data_of(model, entry) for entry in model.metadata or ()
+    }
+    return {name: b"" if x is None else x.tobytes() for name, x in found.items()}
 
 
-@functools.cache
-def _types() -> dict[int, str]:
-    table = vars(schema().TensorType)
-    names = {value: name for name, value in table.items() if isinstance(value, int)}
-    return {value: name.lower() for value, name in names.items()}
+def _ops(model: Any) -> list[OpInfo]:
+    found = []
+    for index, graph in enumerate(model.subgraphs):
+        infos = _tensor_infos(model, graph)
+        for op in graph.operators:
+            # -1 stands for an operand that is left out.
+            read, made = (
+                tuple(infos[i] for i in places if i != -1)
+                for places in (op.inputs, op.outputs)
+            )
+            found.append(OpInfo(op_name(model, op), read, made, index))
+    return found
 
 
-def _tensor_infos(model: Any, graph: Any) -> list[TensorInfo]:
-    inputs, outputs = set(map(int, graph.inputs)), set(map(int, graph.outputs))
-    return [
-        _tensor_info(model, tensor, index in inputs, index in outputs)
-        for index, tensor in enumerate(graph.tensors)
-    ]
+def _signatures(model: Any) -> dict[str, Signature]:
+    found = {}
+    for signature in model.signatureDefs or ():
+        graph = model.subgraphs[signature.subgraphIndex]
+        infos = _tensor_infos(model, graph)
+        made_by = {i: op for op in graph.operators for i in op.outputs}
+        scales = {}
+        for end in signature.outputs or ():
+            op, index = made_by.get(end.tensorIndex), end.tensorIndex
+            if op is not None and op_name(model, op) == "DEQUANTIZE":
+                (index,) = op.inputs
+            info = infos[index]
+            if len(info.scale) == 1:
+                (scales[end.name.decode()],) = info.scale
+        inputs, outputs = (
+            {end.name.decode(): infos[end.tensorIndex] for end in ends or ()}
+            for ends in (signature.inputs, signature.outputs)
+        )
+        name = signature.signatureKey.decode()
+        found[name] = Signature(inputs, outputs, scales)
+    return found
 
 
-def _tensor_info(
-    model: Any, tensor: Any, is_input: bool, is_output: bool
-) -> TensorInfo:
-    quantization = tensor.quantization
-    scale = getattr(quantization, "scale", None)
-    zero_point = getattr(quantization, "zeroPoint", None)
-    signature = tensor.shapeSignature
-    shape = tensor.shape if signature is None else signature
-    return TensorInfo(
-        name=(tensor.name or b"").decode(),
-        shape=() if shape is None else tuple(int(n) for n in shape),
-        dtype=dtype_of(tensor),
-        scale=() if scale is None else tuple(map(float, scale)),
-        zero_point=() if zero_point is None else tuple(map(int, zero_point)),
-        axis=getattr(quantization, "quantizedDimension", 0) or 0,
-        constant=data_of(model, tensor) is not None,
-        is_input=is_input,
-        is_output=is_output,
-    )
+def _tensor_infos(model: Any, graph: Any) -> dict[int, TensorInfo]:
+    """The tensors of a graph, by their index."""
+    infos = {}
+    for index, tensor in enumerate(graph.tensors):
+        how = tensor.quantization
+        shape = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
+        infos[index] = TensorInfo(
+            name=(tensor.name or b"").decode(),
+            shape=_tuple(shape, int),
+            dtype=dtype_of(tensor),
+            scale=_tuple(getattr(how, "scale", None), float),
+            zero_point=_tuple(getattr(how, "zeroPoint", None), int),
+            axis=getattr(how, "quantizedDimension", 0) or 0,
+            constant=data_of(model, tensor) is not None,
+            is_input=index in graph.inputs,
+            is_output=index in graph.outputs,
+        )
+    for end in (*graph.inputs, *graph.outputs):
+        infos[end]  # or it is an error
+    return infos
+
+
+def _tuple(values: Any, of: type) -> tuple[Any, ...]:
+    return () if values is None else tuple(map(of, values))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from qwix_train.odml import ops
 from qwix_train.odml.graph import Node, Value
 from qwix_train.odml.ops import Kind
-from qwix_train.ops import CONV
+from qwix_train.ops import CONV, DOT, by_name
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,20 +79,34 @@ def weight_channels(node: Node) -> tuple[int, ...] | None:
       None if neither operand, or both, are weights, or the weight has batch axes, so
       that LiteRT multiplies two tensors.
     """
-    lhs, rhs = node.inputs[:2]
-    if lhs.static == rhs.static:
+    side = weight_side(node)
+    if side is None:
         return None
-    numbers = node.params["dimension_numbers"]
     if node.name in CONV.names:
-        return (numbers.out_spec[1],) if rhs.static else None
-    (contracted_l, contracted_r), (batch_l, _) = numbers
-    if batch_l:
+        return (node.params["dimension_numbers"].out_spec[1],) if side == 1 else None
+    axes = DOT.axes(node.params, 0, len(node.inputs[0].shape))
+    if axes.batch:
         return None
-    free_l = len(lhs.shape) - len(contracted_l)
-    free_r = len(rhs.shape) - len(contracted_r)
-    if rhs.static:
-        return tuple(range(free_l, free_l + free_r))
-    return tuple(range(free_l))
+    first = len(axes.kept)
+    return tuple(range(first) if side == 0 else range(first, len(node.out.shape)))
+
+
+def weight_side(node: Node) -> int | None:
+    """The side of the only operand of a product that is a constant, if one is."""
+    static = [value.static for value in node.inputs[:2]]
+    return static.index(True) if sum(static) == 1 else None
+
+
+def weight_axes(node: Node, side: int) -> tuple[int, ...]:
+    """The axes of the weight of a product that have a scale for each index."""
+    return () if weight_channels(node) is None else channelwise(node, side)
+
+
+def channelwise(node: Node, side: int) -> tuple[int, ...]:
+    """The axes of an operand of a product that it does not contract."""
+    kind = by_name(node.name)
+    assert kind is not None
+    return kind.channelwise(node.params, side, len(node.inputs[side].shape))
 
 
 def _only_reader(value: Value, ignored: Collection[int]) -> Node | None:
@@ -102,7 +116,7 @@ def _only_reader(value: Value, ignored: Collection[int]) -> Node | None:
     readers = {
         key: node
         for key, node in readers.items()
-        if not (node.in_batch_norm and not node.is_activation)
+        if not (node.place.in_batch_norm and not node.is_activation)
     }
     return next(iter(readers.values())) if len(readers) == 1 else None
 

@@ -10,12 +10,11 @@ as a constant.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,10 +22,11 @@ from jax import core, lax
 from jax import numpy as jnp
 
 from qwix_train import ops
-from qwix_train.trace import bodies, jax_versions, scopes
+from qwix_train.trace import bodies, jax_versions, provenance, scopes
 from qwix_train.trace.bodies import Kind
 from qwix_train.trace.evaluate import run_equation
 from qwix_train.trace.function import TracedCall
+from qwix_train.trace.provenance import Provenance
 
 # A longer loop would be unrolled into more operations than a phone should run.
 MAX_UNROLLED = 256
@@ -59,6 +59,7 @@ class Value:
       index: its place among the inputs of the traced call, if it is one.
       constant: its value, if it is a constant.
       is_output: whether it is a result of the call.
+      origin: where it came from, such as which param.
     """
 
     shape: tuple[int, ...]
@@ -70,6 +71,7 @@ class Value:
     index: int | None = None
     constant: Any = None
     is_output: bool = False
+    origin: Provenance = provenance.ACTIVATION
 
     @property
     def is_float(self) -> bool:
@@ -86,13 +88,41 @@ class Value:
         """The one number that it holds, if that is known and a constant."""
         if self.constant is not None and np.size(self.constant) == 1:
             return float(np.asarray(self.constant, np.float64).reshape(()))
-        node = self.producer
-        if node is not None and node.name in _KEEP_ONE_NUMBER:
-            return node.inputs[0].number
-        return None
+        before = self.before(MOVES)
+        return None if before is self else before.number
+
+    def before(self, names: Collection[str]) -> Value:
+        """What it was before operations of some names, which read one value each."""
+        value = self
+        while value.producer is not None and value.producer.name in names:
+            value = value.producer.inputs[0]
+        return value
 
 
-_KEEP_ONE_NUMBER = ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
+CONVERSIONS = ("convert_element_type", "copy")
+MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", *CONVERSIONS)
+"""What gives a value other axes of length 1, repeats it, or converts it."""
+
+
+class Place(NamedTuple):
+    """Where in a model an operation is.
+
+    Attributes:
+      module_path: the path of its module.
+      scope: the scopes around it.
+      scans: the length of each loop around it that goes over params; 0 for any other.
+      derivative: the function with a derivative rule of its own that it is part of.
+    """
+
+    module_path: str = ""
+    scope: str = ""
+    scans: tuple[int, ...] = ()
+    derivative: str | None = None
+
+    @property
+    def in_batch_norm(self) -> bool:
+        """Whether it is in a batch normalization layer of Flax."""
+        return scopes.is_batch_norm(self.scope)
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,11 +134,8 @@ class Node:
       params: the parameters of the equation.
       inputs: what it reads.
       outputs: what it computes.
-      module_path: the path of its module.
+      place: where in the model it is.
       run: computes the outputs, as a list, from arrays for the inputs.
-      in_batch_norm: whether it is in a batch normalization layer of Flax.
-      in_float: whether the call that it is part of stays in float.
-      derivative: the function with a derivative rule of its own that it is part of.
       parts: the nodes that it stands for, if it stands for several.
       has_effects: whether it does more than compute, such as print.
     """
@@ -117,11 +144,8 @@ class Node:
     params: Any
     inputs: list[Value]
     outputs: list[Value]
-    module_path: str
+    place: Place
     run: Callable[..., list[Any]]
-    in_batch_norm: bool = False
-    in_float: bool = False
-    derivative: str | None = None
     parts: tuple[Node, ...] = ()
     has_effects: bool = False
 
@@ -143,7 +167,6 @@ class Graph:
       nodes: the operations, in the order in which they run.
       inputs: the inputs of the traced call.
       outputs: its results.
-      held: the values that are params, or other variables of the model.
     """
 
     def __init__(
@@ -190,14 +213,12 @@ class Graph:
 
     def copy_outputs(self) -> None:
         """Has results be copies, which may have other ranges than what they copy."""
-        outputs = []
-        for value in self.outputs:
+        outputs = list(self.outputs)
+        for index, value in enumerate(outputs):
             if value.is_float and value.is_activation:
                 value.is_output = False
-                copy = Value(value.shape, value.dtype)
-                self.nodes.append(Node("copy", {}, [value], [copy], "", _copied(value)))
-                value = copy
-            outputs.append(value)
+                self.nodes.append(_copy(value))
+                outputs[index] = self.nodes[-1].out
         self.outputs = tuple(outputs)
         self.link()
 
@@ -210,56 +231,53 @@ class Graph:
             array of a value; the node itself if None.
         """
         env = dict(zip(map(id, self.inputs), values, strict=True))
+        read = run_nodes(self.nodes, env, evaluate)
+        return list(map(read, self.outputs))
 
-        def read(value: Value) -> Any:
-            return value.constant if id(value) not in env else env[id(value)]
 
-        last: dict[int, Node] = {}
-        for node in self.nodes:
-            last.update((id(value), node) for value in node.inputs)
-        kept = set(map(id, self.outputs))
-        for node in self.nodes:
-            if evaluate is None:
-                results = node.run(*map(read, node.inputs))
-            else:
-                results = evaluate(node, read)
-            env.update(zip(map(id, node.outputs), results, strict=True))
-            if evaluate is None:
-                for value in node.inputs:
-                    if last[id(value)] is node and id(value) not in kept:
-                        env.pop(id(value), None)
-        return [read(value) for value in self.outputs]
+def run_nodes(
+    nodes: Sequence[Node], env: dict[int, Any], evaluate: Evaluate | None = None
+) -> Read:
+    """Runs nodes, one after the other; gives what reads values.
+
+    Args:
+      nodes: the nodes.
+      env: arrays by the ids of values; those of all outputs are added.
+      evaluate: see `Graph.run`.
+    """
+
+    def read(value: Value) -> Any:
+        return env[id(value)] if id(value) in env else value.constant
+
+    for node in nodes:
+        if evaluate is None:
+            results = node.run(*map(read, node.inputs))
+        else:
+            results = evaluate(node, read)
+        env.update(zip(map(id, node.outputs), results, strict=True))
+    return read
 
 
 def _sorted(nodes: Sequence[Node]) -> list[Node]:
     """Nodes in an order in which each comes after what it reads, stable otherwise."""
     producers = {id(value): node for node in nodes for value in node.outputs}
-    order: list[Node] = []
-    done: set[int] = set()
+    order: dict[int, Node] = {}
     for node in nodes:
         stack = [node]
         while stack:
-            current = stack[-1]
-            if id(current) in done:
-                stack.pop()
-                continue
-            waiting = [
-                producer
-                for value in current.inputs
-                if (producer := producers.get(id(value))) is not None
-                and id(producer) not in done
-            ]
+            made_by = (producers.get(id(value)) for value in stack[-1].inputs)
+            waiting = [p for p in made_by if p is not None and id(p) not in order]
             if waiting:
                 stack += reversed(waiting)
-                continue
-            done.add(id(current))
-            order.append(current)
-            stack.pop()
-    return order
+            else:
+                done = stack.pop()
+                order[id(done)] = done
+    return list(order.values())
 
 
+Read = Callable[[Value], Any]
 # evaluate(node, read) -> the outputs
-Evaluate = Callable[[Node, Callable[[Value], Any]], Sequence[Any]]
+Evaluate = Callable[[Node, Read], Sequence[Any]]
 
 
 def build_graph(traced: TracedCall) -> Graph:
@@ -273,9 +291,17 @@ def build_graph(traced: TracedCall) -> Graph:
     """
     body = traced.body
     inputs = [
-        Value(tuple(var.aval.shape), var.aval.dtype, static=held, index=index)
-        for index, (var, held) in enumerate(
-            zip(body.jaxpr.invars, traced.held, strict=True)
+        Value(
+            tuple(var.aval.shape),
+            var.aval.dtype,
+            static=held,
+            index=index,
+            origin=provenance.param(param.path, var.aval.shape)
+            if param
+            else provenance.ACTIVATION,
+        )
+        for index, (var, held, param) in enumerate(
+            zip(body.jaxpr.invars, traced.held, traced.params, strict=True)
         )
     ]
     builder = _Builder(traced.module_path)
@@ -284,9 +310,8 @@ def build_graph(traced: TracedCall) -> Graph:
     seen: set[int] = set(map(id, inputs))
     for index, value in enumerate(outputs):
         if id(value) in seen or value.constant is not None:
-            outputs[index] = builder.add_synthetic(
-                "copy", [value], [(value.shape, value.dtype)], "", _copied(value)
-            )[0]
+            builder.nodes.append(_copy(value))
+            outputs[index] = builder.nodes[-1].out
         seen.add(id(outputs[index]))
     return Graph(builder.nodes, inputs, outputs)
 
@@ -311,57 +336,68 @@ class _Builder(bodies.Walk[Value]):
     def __init__(self, prefix: str):
         self.prefix = prefix
         self.nodes: list[Node] = []
-        # Of the body that is walked: the scopes around it, and the function with a
-        # derivative rule of its own that it is part of.
-        self.scope = ""
-        self.derivative: str | None = None
+        # Around the body that is walked.
+        self.place = Place()
 
     def constant(self, value, aval):
-        return Value(tuple(aval.shape), aval.dtype, static=True, constant=value)
+        traced = isinstance(value, core.Tracer)
+        origin = provenance.ACTIVATION if traced else provenance.CONSTANT
+        shape = tuple(aval.shape)
+        return Value(shape, aval.dtype, static=True, constant=value, origin=origin)
 
     def equation(self, eqn, operands, key):
-        scope = self.scope_of(eqn)
+        before, self.place = self.place, self.place_of(eqn)
         name, kind = eqn.primitive.name, ops.by_primitive(eqn.primitive.name)
-        named = name if kind is None else kind.name_in(scope)
-        run = functools.partial(run_equation, eqn)
+        named = name if kind is None else kind.name_in(self.place.scope)
         shapes = [
             (tuple(getattr(v.aval, "shape", ())), getattr(v.aval, "dtype", None))
             for v in eqn.outvars
         ]
-        outputs = self.add_synthetic(
-            named, operands, shapes, scope, run, eqn.params, self.derivative
+        run = functools.partial(run_equation, eqn)
+        outputs = self.add(named, operands, shapes, run, eqn.params)
+        origins = provenance.propagate(
+            name,
+            eqn.params,
+            [x.origin for x in operands],
+            [x.shape for x in operands],
+            [shape for shape, _ in shapes],
         )
+        for value, origin in zip(outputs, origins, strict=True):
+            value.origin = origin
         self.nodes[-1].has_effects = bool(eqn.effects)
+        self.place = before
         return outputs
 
     def enter(self, eqn, inside, operands, key):
         if inside.kind not in _TAKEN_APART:
             return self.equation(eqn, operands, key)
-        before = self.scope, self.derivative
-        self.scope = self.scope_of(eqn)
+        before, place = self.place, self.place_of(eqn)
         if inside.kind is Kind.CALL:
-            self.scope += f"/{bodies.call_scope(eqn)}"
+            place = place._replace(scope=f"{place.scope}/{bodies.call_scope(eqn)}")
         if inside.kind is Kind.CUSTOM:
             function = jax_versions.custom_source(eqn)
             known = _JAX_FOLDER in function
-            self.derivative = self.derivative or (None if known else function)
+            function = place.derivative or (None if known else function)
+            place = place._replace(derivative=function)
+        self.place = place
         if inside.kind is Kind.SCAN:
             results = self.unroll(eqn, inside, operands)
         else:
             results = self.walk(inside.bodies[0].body, operands)
-        self.scope, self.derivative = before
+        self.place = before
         return results
 
-    def scope_of(self, eqn) -> str:
-        return "/".join(filter(None, (self.scope, str(eqn.source_info.name_stack))))
+    def place_of(self, eqn) -> Place:
+        scope = filter(None, (self.place.scope, str(eqn.source_info.name_stack)))
+        return self.place._replace(scope="/".join(scope))
 
     def unroll(self, eqn, inside, operands) -> list[Value]:
         """Adds a loop, one iteration after the other."""
         start, stop = inside.carry.start, inside.carry.stop
-        params, scope, num_carry = eqn.params, self.scope, stop - start
+        params, num_carry = eqn.params, stop - start
         length = params["length"]
         if length > MAX_UNROLLED:
-            where = scopes.module_path_of(scope) or "the model"
+            where = scopes.module_path_of(self.place.scope) or "the model"
             raise ValueError(
                 f"{where}: a scan of {length} iterations would be unrolled, as LiteRT "
                 f"has no quantized loops; at most {MAX_UNROLLED} are. Give the model "
@@ -371,19 +407,22 @@ class _Builder(bodies.Walk[Value]):
         consts, carry = operands[:start], operands[start:stop]
         scanned = operands[stop:]
         stacked: list[list[Value]] = []
-        order = range(length)
+        outside, order = self.place, range(length)
+        over_params = any(isinstance(x.origin, provenance.Weight) for x in scanned)
+        scans = (*outside.scans, length if over_params else 0)
         for i in reversed(order) if params["reverse"] else order:
-            slices = [
-                self.add_synthetic(
+            slices = []
+            for x in scanned:
+                slices += self.add(
                     "slice",
                     [x],
                     [(x.shape[1:], x.dtype)],
-                    scope,
                     lambda x, i=i: [lax.index_in_dim(x, i, keepdims=False)],
-                )[0]
-                for x in scanned
-            ]
+                )
+                slices[-1].origin = provenance.per_iteration(x.origin)
+            self.place = outside._replace(scans=scans)
             outs = self.walk(body, [*consts, *carry, *slices])
+            self.place = outside
             carry = outs[:num_carry]
             stacked.append(outs[num_carry:])
         if params["reverse"]:
@@ -393,82 +432,64 @@ class _Builder(bodies.Walk[Value]):
         for place, aval in enumerate(avals):
             parts = [outs[place] for outs in stacked]
             shape = (length, *aval.shape)
-            results += self.add_synthetic(
+            results += self.add(
                 "concatenate",
                 parts,
                 [(shape, aval.dtype)],
-                scope,
                 lambda *xs, to=shape, of=aval.dtype: [
                     jnp.stack(xs) if xs else jnp.empty(to, of)
                 ],
             )
         return results
 
-    def add_synthetic(
-        self, name, operands, shapes, scope, run, params=None, derivative=None
-    ) -> list[Value]:
+    def add(self, name, operands, shapes, run, params=None) -> list[Value]:
         """Adds a node; gives its outputs."""
-        in_batch_norm = scopes.is_batch_norm(scope)
+        path = scopes.module_path_of(self.place.scope)
+        path = "/".join(filter(None, (self.prefix, path)))
+        place = self.place._replace(module_path=path)
         static = all(x.static for x in operands) and name not in _RANDOM
         random = not static and all(x.static or x.random for x in operands)
         if name in _RANDOM:
             static, random = False, True
-        elif in_batch_norm and name in _REDUCTIONS:
+        elif name in _REDUCTIONS and place.in_batch_norm:
             # Statistics of the batch, which a converted model has as constants.
             static, random = True, False
         outputs = [Value(shape, dtype, static, random) for shape, dtype in shapes]
-        path = scopes.module_path_of(scope)
-        self.nodes.append(
-            Node(
-                name=name,
-                params=params or {},
-                inputs=list(operands),
-                outputs=outputs,
-                module_path="/".join(filter(None, (self.prefix, path))),
-                run=run,
-                in_batch_norm=in_batch_norm,
-                in_float=scopes.is_in_float(scope),
-                derivative=derivative,
-            )
-        )
+        self.nodes.append(Node(name, params or {}, list(operands), outputs, place, run))
         return outputs
 
 
-def _copied(value: Value) -> Callable[[Any], list[Any]]:
-    if jnp.issubdtype(value.dtype, jnp.number):
-        # The converter wants an operation between an input and a result.
-        return lambda x: [x + jnp.zeros((), value.dtype)]
-    return lambda x: [x]  # Booleans, and random keys
+def _copy(value: Value) -> Node:
+    """A node that copies a value."""
+    out = Value(value.shape, value.dtype, value.static, value.random)
+
+    def run(x):
+        if jnp.issubdtype(value.dtype, jnp.number):
+            # The converter wants an operation between an input and a result.
+            return [x + jnp.zeros((), value.dtype)]
+        return [x]  # Booleans, and random keys
+
+    return Node("copy", {}, [value], [out], Place(), run)
 
 
 def known_value(value: Value) -> np.ndarray | None:
     """What a value holds, if it is made of constants of the trace alone."""
-    if not value.static:
-        return None
-    order: list[Node] = []
-    seen: set[int] = set()
+    order: dict[int, Node] = {}
 
-    def visit(value: Value) -> bool:
-        node = value.producer
-        if value.constant is not None:
-            return not isinstance(value.constant, core.Tracer)
+    def is_known(value: Value) -> bool:
+        node, constant = value.producer, value.constant
         if node is None:
-            return False
-        if id(node) not in seen:
-            seen.add(id(node))
-            if not all(map(visit, node.inputs)):
+            return constant is not None and not isinstance(constant, core.Tracer)
+        if id(node) not in order:
+            if not all(map(is_known, node.inputs)):
                 return False
-            order.append(node)
+            order[id(node)] = node
         return True
 
-    if not visit(value):
+    if not value.static or not is_known(value):
         return None
     with jax.ensure_compile_time_eval():
-        env: dict[int, Any] = {}
-        for node in order:
-            results = node.run(*(env.get(id(v), v.constant) for v in node.inputs))
-            env.update(zip(map(id, node.outputs), results, strict=True))
-        return np.asarray(env.get(id(value), value.constant))
+        return np.asarray(run_nodes(list(order.values()), {})(value))
 
 
 def statistics_nodes(graph: Graph) -> set[int]:
@@ -478,25 +499,15 @@ def statistics_nodes(graph: Graph) -> set[int]:
     """
     found: set[int] = set()
     for node in reversed(graph.nodes):
-        if not node.in_batch_norm or any(value.is_output for value in node.outputs):
+        if not node.place.in_batch_norm or any(
+            value.is_output for value in node.outputs
+        ):
             continue
         consumers = [c for value in node.outputs for c in value.consumers]
         # Their sums and means count as static.
         if node.is_activation and all(
-            c.in_batch_norm and (id(c) in found or not c.is_activation)
+            c.place.in_batch_norm and (id(c) in found or not c.is_activation)
             for c in consumers
         ):
             found.add(id(node))
     return found
-
-
-def ids_of(nodes: Sequence[tuple[Node, str]]) -> Iterator[str]:
-    """Numbers nodes by their name within their module: `dot_general0`.
-
-    Args:
-      nodes: each node, and its name.
-    """
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    for node, name in nodes:
-        yield f"{name}{counts[node.module_path, name]}"
-        counts[node.module_path, name] += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from qwix_train.core.calibration import calibrate, compute_scale_zero_point
 from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.numerics import code_range, is_int16, qtype_name
+from qwix_train.core.numerics import is_int16, qtype_name
 
 
 def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
@@ -44,36 +44,30 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
     return Grid(scale, zero_point, qtype_name(qtype))
 
 
-def of_weight(
-    w: jax.Array, qtype: Any, method: str, channels: Sequence[int], least: Any = 0
-) -> Grid:
+def of_weight(w: jax.Array, how: HowToQuantize, least: Any = 0) -> Grid:
     """The grid of a weight: symmetric, without the lowest code.
 
     Args:
       w: the weight.
-      qtype: the type of the codes.
-      method: how its range is found; a symmetric one.
-      channels: the axes along which each index has a scale.
+      how: how it is quantized, to a narrow type.
       least: the smallest scales.
     """
-    how = HowToQuantize(
-        qtype=qtype, calibration_method=method, channelwise_axes=tuple(channels)
-    )
-    absmax = lax.stop_gradient(calibrate(w, how)["absmax"])
-    _, high = code_range(qtype)
-    scale = jnp.where(absmax > 0, absmax / high, 1)
-    scale = jnp.maximum(scale, jnp.asarray(least, scale.dtype))
-    return Grid(scale, jnp.zeros(scale.shape, jnp.int32), qtype_name(qtype), True)
+    grid = of_calibration(calibrate(w, how), how.qtype)
+    scale = jnp.maximum(grid.scale, jnp.asarray(least, grid.scale.dtype))
+    return dataclasses.replace(grid, scale=scale)
 
 
 def of_constant(x: jax.Array, qtype: Any) -> Grid:
     """The grid of a constant: from its smallest to its largest value, and zero."""
     how = HowToQuantize(qtype="int8", calibration_method="minmax")
     x = jnp.reshape(x, (-1,))
-    grid = of_calibration(lax.stop_gradient(calibrate(x, how)), qtype)
-    return dataclasses.replace(
-        grid, scale=grid.scale.reshape(()), zero_point=grid.zero_point.reshape(())
-    )
+    return scalar(of_calibration(calibrate(x, how), qtype))
+
+
+def scalar(grid: Grid) -> Grid:
+    """A grid with one scale, which has no axes."""
+    scale, zero_point = (jnp.reshape(x, ()) for x in (grid.scale, grid.zero_point))
+    return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
 
 
 def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
@@ -91,7 +85,7 @@ def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
         average pooling does, which averages codes; `"floor"` for the
         lower, as its square root does.
     """
-    scale = jnp.asarray(grid.scale, x.dtype)
+    scale = lax.stop_gradient(jnp.asarray(grid.scale, x.dtype))
     zero = jnp.asarray(grid.zero_point, x.dtype)
     low, high = grid.codes
     scaled = x / scale

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from qwix_train.core.errors import imported, located
 from qwix_train.files import writing
 from qwix_train.odml import edit, flatbuffer
-from qwix_train.odml.flatbuffer import OpInfo, SignatureInfo, TensorInfo
+from qwix_train.odml.flatbuffer import OpInfo, Signature, TensorInfo
 from qwix_train.odml.report import OpTable, Report, output_report
 from qwix_train.trace import function
 
 DEFAULT_SIGNATURE = "serving_default"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Signature:
-    """A function of a model.
+class InJax(NamedTuple):
+    """The function in JAX that a function of a model was made from.
 
     Attributes:
-      inputs: the names of its inputs, in order.
-      outputs: the names of its outputs, in order.
-      tree: gives the result of the model in JAX from the arrays of the outputs, in
-        order; if None, the result is a tuple, or the only output.
-      reference: the fake-quantized model in JAX, of the arrays of the inputs, in order;
-        None if it is not at hand.
+      tree: gives its result from the arrays of the outputs, in order.
+      reference: the fake-quantized function, of the arrays of the inputs, in order.
     """
 
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    tree: Callable[[list[Any]], Any] | None = None
-    reference: Callable[..., Any] | None = None
+    tree: Callable[[list[Any]], Any]
+    reference: Callable[..., Any]
 
 
 class LiteRTModel:
@@ -51,27 +44,21 @@ class LiteRTModel:
       signatures: its functions, by name.
     """
 
-    def __init__(
-        self, content: bytes, signatures: Mapping[str, Signature] | None = None
-    ):
+    def __init__(self, content: bytes, in_jax: Mapping[str, InJax] | None = None):
         """Takes the file.
 
         Args:
           content: the file.
-          signatures: its functions; those that the file says if None.
+          in_jax: what its functions were made from, by name; None if that is not at
+            hand: a result is then a tuple, or the only output.
 
         Raises:
           ImportError: if the packages of the extra `odml` are not installed.
           ValueError: if it is no `.tflite` file.
         """
         self.content = content
-        self._infos = flatbuffer.signatures_in(content)
-        if signatures is None:
-            signatures = {
-                name: Signature(tuple(info.inputs), tuple(info.outputs))
-                for name, info in self._infos.items()
-            }
-        self.signatures = dict(signatures)
+        self.signatures = flatbuffer.signatures_in(content)
+        self._in_jax = dict(in_jax or {})
         self._runners: dict[tuple[str, int | None], Any] = {}
 
     @classmethod
@@ -86,10 +73,8 @@ class LiteRTModel:
         """
         with open(path, "rb") as file:
             content = file.read()
-        try:
+        with located(os.fspath(path)):
             return cls(content)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the model to a `.tflite` file, as a whole or not at all.
@@ -141,12 +126,12 @@ class LiteRTModel:
           ValueError: if there is no such function, or inputs are missing, or have other
             shapes or types than the model takes.
         """
-        name, found = self._signature(signature)
+        name = self._name(signature)
         feed = self._feed(name, inputs, named)
         outputs = self._run(name, feed, dequantize, num_threads)
-        if found.tree is None:
-            return outputs[0] if len(outputs) == 1 else tuple(outputs)
-        return found.tree(outputs)
+        if name in self._in_jax:
+            return self._in_jax[name].tree(outputs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def ops(self) -> OpTable:
         """The operations, in the order in which they run, with types and ranges."""
@@ -164,7 +149,7 @@ class LiteRTModel:
     @property
     def is_full_integer(self) -> bool:
         """Whether all computes in integers; only inputs and outputs may be floats."""
-        return flatbuffer.is_full_integer(self._ops)
+        return not self.float_ops
 
     @property
     def metadata(self) -> dict[str, bytes]:
@@ -185,27 +170,27 @@ class LiteRTModel:
           ValueError: if the model in JAX is not at hand, as for one from a file; or for
             inputs that do not fit, as in a call.
         """
-        name, found = self._signature(signature)
-        if found.reference is None:
+        name = self._name(signature)
+        if name not in self._in_jax:
             raise ValueError(
                 "There is no model in JAX to compare with: the model was read from a "
                 "file. Use what odml.convert returns."
             )
         feed = self._feed(name, inputs, named)
-        info = self._infos[name]
-        floats = [_as_floats(feed[key], info.inputs[key]) for key in found.inputs]
+        found = self.signatures[name]
+        floats = [_as_floats(feed[key], info) for key, info in found.takes.items()]
         expected = [
             x
-            for x in jax.tree.leaves(found.reference(*floats))
+            for x in jax.tree.leaves(self._in_jax[name].reference(*floats))
             if isinstance(x, jax.Array | np.ndarray)
         ]
         got = self._run(name, feed)
         return Report(
-            output_report(key, info.output_scales.get(key), a, b)
+            output_report(key, found.output_scales.get(key), a, b)
             for key, a, b in zip(found.outputs, got, expected, strict=True)
         )
 
-    def _signature(self, name: str | None) -> tuple[str, Signature]:
+    def _name(self, name: str | None) -> str:
         if name is None:
             names = list(self.signatures)
             name = names[0] if len(names) == 1 else DEFAULT_SIGNATURE
@@ -214,13 +199,13 @@ class LiteRTModel:
                 f"There is no signature {name!r}; those that exist are "
                 f"{', '.join(self.signatures) or 'none'}."
             )
-        return name, self.signatures[name]
+        return name
 
     def _feed(
         self, name: str, inputs: tuple[Any, ...], named: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
         """The arrays for the inputs of a signature, by name."""
-        found, info = self.signatures[name], self._infos[name]
+        found = self.signatures[name]
         leaves = jax.tree.leaves(inputs)
         pairs = list(zip(found.inputs, leaves, strict=False))
         for key, tree in named.items():
@@ -234,8 +219,8 @@ class LiteRTModel:
                 f"{', '.join(found.inputs)}; it was given {len(leaves)}"
                 + (f", and by name {names}." if names else ".")
             )
-        feed = {key: _as_input(key, x, info.inputs[key]) for key, x in pairs}
-        _check_batch(name, feed, info)
+        feed = {key: _as_input(key, x, found.takes[key]) for key, x in pairs}
+        _check_batch(name, feed, found)
         return feed
 
     def _run(
@@ -252,10 +237,10 @@ class LiteRTModel:
             self._runners[key] = interpreter.get_signature_runner(name)
         # It resizes the model to the shapes of the inputs.
         outputs = self._runners[key](**feed)
-        if dequantize:
-            infos = self._infos[name].outputs
-            outputs = {key: _as_floats(x, infos[key]) for key, x in outputs.items()}
-        return [outputs[key] for key in self.signatures[name].outputs]
+        return [
+            _as_floats(outputs[key], info) if dequantize else outputs[key]
+            for key, info in self.signatures[name].gives.items()
+        ]
 
 
 def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
@@ -269,12 +254,10 @@ def make_interpreter(content: bytes, num_threads: int | None = None) -> Any:
       ImportError: if it is not installed.
       ValueError: if there is no such number of threads.
     """
-    try:
-        from ai_edge_litert import interpreter
-    except ImportError as error:
-        raise ImportError(
-            "Running LiteRT models needs ai-edge-litert: pip install 'qwix_train[odml]'"
-        ) from error
+    interpreter = imported(
+        "ai_edge_litert.interpreter",
+        "Running LiteRT models needs ai-edge-litert: pip install 'qwix_train[odml]'",
+    )
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads={num_threads}: give 1 or more, or None.")
     return interpreter.Interpreter(model_content=content, num_threads=num_threads)
@@ -323,14 +306,12 @@ def _as_floats(x: np.ndarray, info: TensorInfo) -> np.ndarray:
     return (x.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
 
-def _check_batch(
-    name: str, feed: Mapping[str, np.ndarray], info: SignatureInfo
-) -> None:
+def _check_batch(name: str, feed: Mapping[str, np.ndarray], found: Signature) -> None:
     """Checks the length of the batch, where it is open."""
     lengths = {
         key: x.shape[0]
         for key, x in feed.items()
-        if x.shape and info.inputs[key].shape[0] == -1
+        if x.shape and found.takes[key].shape[0] == -1
     }
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         text = ", ".join(f"{key}: {n}" for key, n in lengths.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,28 +13,34 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core.grid import Grid
-from qwix_train.odml.converter import annotate, uneven
+from qwix_train.odml.converter import annotate
 from qwix_train.odml.graph import Node
+from qwix_train.ops import DOT
 
-# What follows a product in the same operator, and marks its result as quantized.
-Finish = Callable[[jax.Array], jax.Array]
-# Marks a weight as quantized, with a scale for each index of an axis, or one scale;
-# for a product to which a bias is added, one number for each index.
-MarkWeight = Callable[[Any, int, np.ndarray | None], jax.Array]
-# Marks an input that is quantized when the model runs.
-MarkDynamic = Callable[[jax.Array], jax.Array] | None
+Mark = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What is done to the arrays of a product with a weight.
+
+    Attributes:
+      weight: marks a weight as quantized, with a scale for each index of an axis.
+      input: marks an array with the elements of the activation, and zeros.
+      output: marks an array with the elements of the result.
+      finish: what follows the product in the same operator, and the mark of the result.
+      dynamic: marks the activation, if it is quantized when the model runs.
+    """
+
+    weight: Callable[[np.ndarray, int], jax.Array]
+    input: Mark
+    output: Mark
+    finish: Mark
+    dynamic: Mark | None
 
 
 def lowered_dot(
-    node: Node,
-    x: jax.Array,
-    w: np.ndarray,
-    side: int,
-    mark_weight: MarkWeight,
-    addend: Any,
-    finish: Finish,
-    mark: Callable[[jax.Array], jax.Array],
-    mark_dynamic: MarkDynamic = None,
+    node: Node, side: int, x: jax.Array, w: np.ndarray, marks: Marks
 ) -> jax.Array:
     """A product with a weight, as a product with a matrix.
 
@@ -41,78 +48,40 @@ def lowered_dot(
 
     Args:
       node: the product.
+      side: the side of the weight.
       x: the activation.
       w: the weight, concrete.
-      side: the side of the weight.
-      mark_weight: marks the matrix as quantized, along its axis 1.
-      addend: what is added to each channel of the output, or None.
-      finish: what follows the sum.
-      mark: marks an array with the elements of the output as quantized as that.
-      mark_dynamic: marks the activation, if it is quantized when the model runs.
+      marks: what is done to the arrays; the weight's axis is 1.
     """
-    (contracted, _) = node.params["dimension_numbers"]
-    contract_x, contract_w = contracted[1 - side], contracted[side]
-    free_x = [a for a in range(x.ndim) if a not in contract_x]
-    free_w = [a for a in range(w.ndim) if a not in contract_w]
-    depth = math.prod(x.shape[a] for a in contract_x)
-    width = math.prod(w.shape[a] for a in free_w)
-    matrix = np.transpose(w, (*contract_w, *free_w)).reshape(depth, width)
-    if (*free_x, *contract_x) != tuple(range(x.ndim)):
-        x = lax.transpose(x, (*free_x, *contract_x))
-    if mark_dynamic is not None:
+    x_axes = DOT.axes(node.params, 1 - side, x.ndim)
+    w_axes = DOT.axes(node.params, side, w.ndim)
+    rows, columns = [x.shape[a] for a in x_axes.kept], [w.shape[a] for a in w_axes.kept]
+    depth = math.prod(x.shape[a] for a in x_axes.contracted)
+    matrix = np.transpose(w, (*w_axes.contracted, *w_axes.kept))
+    matrix = matrix.reshape(depth, math.prod(columns))
+    order = (*x_axes.kept, *x_axes.contracted)
+    if order != tuple(range(x.ndim)):
+        x = lax.transpose(x, order)
+    if marks.dynamic is not None:
         # The converter drops a reshape before the product, which then has the shape of
         # a matrix when it runs.
-        x = mark_dynamic(x.reshape(-1, depth))
-    elif len(contract_x) != 1:
-        x = x.reshape((*(x.shape[: len(free_x)]), depth))
+        x = marks.dynamic(x.reshape(-1, depth))
+    elif len(x_axes.contracted) != 1:
+        x = x.reshape(*rows, depth)
     if x.ndim == 1:
         x = x.reshape(1, depth)
-    bias = None
-    if addend is not None:
-        shape = np.shape(addend)
-        addend = np.asarray(addend).reshape(
-            (1,) * (len(node.out.shape) - len(shape)) + shape
-        )
-        # Along the axes that the weight decides on, in the order of the matrix.
-        first = 0 if side == 0 else len(free_x)
-        channels = range(first, first + len(free_w))
-        full = [n if a in channels else 1 for a, n in enumerate(node.out.shape)]
-        bias = uneven(np.broadcast_to(addend, full).reshape(width))
-    marked = mark_weight(matrix, 1, bias)
-    out = lax.dot_general(x, marked, (((x.ndim - 1,), (0,)), ((), ())))
-    if bias is not None:
-        out = out + bias
-    out = finish(out)
-    sizes = [node.out.shape[a] for a in _order(side, len(free_x), len(free_w))]
-    if tuple(out.shape) != tuple(sizes):
-        out = mark(out.reshape(sizes))
-    if side == 0:
+    marked = marks.weight(matrix, 1)
+    out = marks.finish(lax.dot_general(x, marked, (((x.ndim - 1,), (0,)), ((), ()))))
+    if out.shape != (*rows, *columns):
+        out = marks.output(out.reshape(*rows, *columns))
+    if side == 0 and rows and columns:
         # The weight's axes stand in front.
-        rows, columns = len(free_x), len(free_w)
-        order = (*range(rows, rows + columns), *range(rows))
-        if order != tuple(range(out.ndim)):
-            out = mark(lax.transpose(out, order))
+        order = np.roll(range(out.ndim), len(columns))
+        out = marks.output(lax.transpose(out, order.tolist()))
     return out
 
 
-def _order(side: int, rows: int, columns: int) -> Sequence[int]:
-    """The axes of the output of a product, those of the activation first."""
-    if side == 1:
-        return range(rows + columns)
-    return (*range(columns, columns + rows), *range(columns))
-
-
-def lowered_conv(
-    node: Node,
-    x: jax.Array,
-    w: np.ndarray,
-    mark_weight: MarkWeight,
-    addend: Any,
-    finish: Finish,
-    mark_input: Callable[[jax.Array], jax.Array],
-    mark: Callable[[jax.Array], jax.Array],
-    mark_dynamic: MarkDynamic = None,
-) -> jax.Array:
+def lowered_conv(node: Node, x: jax.Array, w: np.ndarray, marks: Marks) -> jax.Array:
     """A convolution, as one in two dimensions with the channels last.
 
     A transposed one is a convolution of its input with zeros in between.
@@ -121,19 +90,14 @@ def lowered_conv(
       node: the convolution.
       x: its input.
       w: the weight, concrete.
-      mark_weight: marks the weight as quantized, along an axis.
-      addend: what is added to each channel of the output, or None.
-      finish: what follows the sum.
-      mark_input: marks an array with the elements of the input, and zeros.
-      mark: marks an array with the elements of the output as quantized as that.
-      mark_dynamic: marks the input, if it is quantized when the model runs.
+      marks: what is done to the arrays; the weight's axis is 3.
     """
     params = node.params
     numbers = params["dimension_numbers"]
     spatial = len(numbers.lhs_spec) - 2
     to_last = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     if to_last != tuple(range(x.ndim)):
-        x = mark_input(lax.transpose(x, to_last))
+        x = marks.input(lax.transpose(x, to_last))
     kernel = np.transpose(
         w, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     )
@@ -142,48 +106,42 @@ def lowered_conv(
     spread = list(params["lhs_dilation"])
     if spatial == 1:
         # A column of height 1.
-        x = mark_input(x[:, None])
+        x = marks.input(x[:, None])
         kernel = kernel[None]
         strides, dilation, spread = [1, *strides], [1, *dilation], [1, *spread]
         padding = [(0, 0), *padding]
     if any(s > 1 for s in spread):
-        x = mark_input(
+        x = marks.input(
             _spread(x, jnp.zeros((), x.dtype), [0, *(s - 1 for s in spread), 0])
         )
     if any(low < 0 or high < 0 for low, high in padding):
         cuts = [(max(0, -low), max(0, -high)) for low, high in padding]
         slices = [slice(a, n - b) for (a, b), n in zip(cuts, x.shape[1:], strict=False)]
-        x = mark_input(x[:, slices[0], slices[1]])
+        x = marks.input(x[:, slices[0], slices[1]])
         padding = [(max(0, low), max(0, high)) for low, high in padding]
-    bias = None
-    if addend is not None:
-        addend = np.asarray(addend).reshape(-1)
-        bias = uneven(np.broadcast_to(addend, (kernel.shape[-1],)))
-    if mark_dynamic is not None:
+    if marks.dynamic is not None:
         sizes = [(n - 1) * d + 1 for n, d in zip(kernel.shape, dilation, strict=False)]
         same = lax.padtype_to_pads(x.shape[1:3], sizes, strides, "SAME")
         if padding != list(same):
             # The converter would put it between the annotation and the product.
             x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
             padding = [(0, 0), (0, 0)]
-        x = mark_dynamic(x)
+        x = marks.dynamic(x)
     out = lax.conv_general_dilated(
         x,
-        mark_weight(kernel, 3, bias),
+        marks.weight(kernel, 3),
         strides,
         padding,
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=params["feature_group_count"],
     )
-    if bias is not None:
-        out = out + bias
-    out = finish(out)
+    out = marks.finish(out)
     if spatial == 1:
-        out = mark(out[:, 0])
+        out = marks.output(out[:, 0])
     back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
-    if tuple(back) != tuple(range(out.ndim)):
-        out = mark(lax.transpose(out, tuple(int(a) for a in back)))
+    if back.tolist() != list(range(out.ndim)):
+        out = marks.output(lax.transpose(out, back.tolist()))
     return out
 
 
@@ -191,7 +149,7 @@ def lowered_pad(
     x: jax.Array,
     padding: jax.Array,
     config: Sequence[tuple[int, int, int]],
-    mark: Callable[[jax.Array], jax.Array],
+    mark: Mark,
 ) -> jax.Array:
     """An array with padding around it, and between its elements.
 
@@ -265,7 +223,7 @@ _POOL = (
 def lowered_pool(
     node: Node,
     operands: Sequence[Any],
-    mark: Callable[[jax.Array], jax.Array],
+    mark: Mark,
 ) -> jax.Array:
     """A maximum or average over windows, in two dimensions.
 
@@ -294,7 +252,7 @@ def _lowered_average(
     params: Mapping[str, Any],
     x: jax.Array,
     divisor: Any,
-    mark: Callable[[jax.Array], jax.Array],
+    mark: Mark,
 ) -> jax.Array:
     """An average over windows.
 

@@ -8,13 +8,14 @@ parts. What LiteRT has no integer form of is replaced by operations that it has 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train.odml.graph import Graph, Node, Value, known_value
+from qwix_train.odml.graph import MOVES, Graph, Node, Value, known_value
 from qwix_train.odml.ops import MASKED
 from qwix_train.odml.rewrites import (
     ANY_NUMBER,
@@ -23,12 +24,7 @@ from qwix_train.odml.rewrites import (
     substitute,
     template,
 )
-from qwix_train.odml.softmax import (
-    MOVES,
-    find_log_softmax,
-    find_softmax,
-    stands_along,
-)
+from qwix_train.odml.softmax import find_log_softmax, find_softmax, stands_along
 
 
 def find_patterns(graph: Graph) -> None:
@@ -59,13 +55,12 @@ def _mean(graph: Graph, root: Node) -> bool:
     if total is None or total.name != "reduce_sum" or divisor.number is None:
         return False
     count = np.prod([total.inputs[0].shape[axis] for axis in total.params["axes"]])
-    if count != divisor.number or not total.inputs[0].is_activation:
+    if count != divisor.number:
         return False
     nodes.append(total)
-    if not is_inside(nodes, root):
-        return False
-    fuse(graph, nodes, root, "mean", [total.inputs[0]], axes=total.params["axes"])
-    return True
+    return fuse(
+        graph, nodes, root, "mean", [total.inputs[0]], axes=total.params["axes"]
+    )
 
 
 def _avg_pool(graph: Graph, root: Node) -> bool:
@@ -74,19 +69,10 @@ def _avg_pool(graph: Graph, root: Node) -> bool:
     total = value.producer
     if total is None or total.name not in ("reduce_window_sum", "reduce_window"):
         return False
-    if not total.inputs[0].is_activation or not divisor.static:
+    inputs = [total.inputs[0], divisor]
+    if not divisor.static:
         return False
-    if not is_inside([root, total], root):
-        return False
-    fuse(
-        graph,
-        [total, root],
-        root,
-        "avg_pool",
-        [total.inputs[0], divisor],
-        **total.params,
-    )
-    return True
+    return fuse(graph, [total, root], root, "avg_pool", inputs, **total.params)
 
 
 def _variance(graph: Graph, root: Node) -> bool:
@@ -96,7 +82,7 @@ def _variance(graph: Graph, root: Node) -> bool:
     variance.
     """
     squares, square = (value.producer for value in root.inputs)
-    if root.in_batch_norm or squares is None or square is None:
+    if root.place.in_batch_norm or squares is None or square is None:
         return False
     squared, mean = squares.inputs[0].producer, _squared(square)
     average = None if mean is None else mean.producer
@@ -108,8 +94,6 @@ def _variance(graph: Graph, root: Node) -> bool:
     if x is None or average.inputs[0] is not x or axes != tuple(squares.params["axes"]):
         return False
     nodes = [squared, squares, square, root]
-    if not is_inside(nodes, root):
-        return False
     centered = _centered(x, mean)
     if not root.out.is_output and [c.name for c in root.out.consumers] == ["relu"]:
         # What keeps a difference from becoming negative; the new form is never.
@@ -124,10 +108,11 @@ def _variance(graph: Graph, root: Node) -> bool:
         kept = [1 if axis in axes else n for axis, n in enumerate(x.shape)]
         return of_centered(x - mean.reshape(kept))
 
-    if centered is not None:
-        substitute(graph, nodes, root, [centered], of_centered)
-    else:
-        substitute(graph, nodes, root, [x, mean], of_both)
+    inputs, function = (
+        ([x, mean], of_both) if centered is None else ([centered], of_centered)
+    )
+    if not substitute(graph, nodes, root, inputs, function):
+        return False
     graph.link()
     for node in list(graph.nodes):
         if node.name == "div" and _mean(graph, node):
@@ -142,12 +127,8 @@ def _centered(x: Value, mean: Value) -> Value | None:
     for node in x.consumers:
         if node.name != "sub" or node.inputs[0] is not x or node.out.shape != x.shape:
             continue
-        value = node.inputs[1]
-        while value is not mean and value.producer is not None:
-            if value.producer.name not in ("broadcast_in_dim", "reshape"):
-                break
-            value = value.producer.inputs[0]
-        if value is mean and stands_along(node.inputs[1], total):
+        shift = node.inputs[1]
+        if shift.before(MOVES) is mean and stands_along(shift, total):
             return node.out
     return None
 
@@ -190,19 +171,18 @@ def _relu_bounds(graph: Graph, root: Node) -> bool:
             break  # of bounds that exclude each other, the outer ones win
         (low, high), value = both, inner
         nodes.append(node)
-    if not nodes or not value.is_activation:
+    if not nodes:
         return False
     if low == -np.inf and high == np.inf:  # `max(-inf, x)`, as of a softmax
         graph.replace(nodes[::-1], [_alias(nodes[0], value)])
         return True
     names = {(0.0, np.inf): "relu", (0.0, 6.0): "relu6", (-1.0, 1.0): "relu_n1_to_1"}
     name = names.get((low, high), "clip")
-    fuse(graph, nodes, root, name, [value], bounds=(low, high))
-    return True
+    return fuse(graph, nodes, root, name, [value], bounds=(low, high))
 
 
 def _alias(node: Node, value: Value) -> Node:
-    return Node("copy", {}, [value], [node.out], node.module_path, lambda x: [x])
+    return Node("copy", {}, [value], [node.out], node.place, lambda x: [x])
 
 
 def _known_choice(graph: Graph, root: Node) -> bool:
@@ -237,70 +217,52 @@ def _dropout(graph: Graph, root: Node) -> bool:
     ):
         nodes.insert(0, scaled)
         value = scaled.inputs[0]
-    fuse(graph, nodes, root, "dropout", [value])
-    return True
+    return fuse(graph, nodes, root, "dropout", [value])
 
 
 def _dropout_factor(graph: Graph, root: Node) -> bool:
     """A product with random Booleans, scaled, as attention drops its weights."""
     for x, factor in (root.inputs, root.inputs[::-1]):
-        if x.is_activation and factor.random and _is_choice(factor):
-            fuse(graph, [root], root, "dropout", [x])
-            return True
+        if factor.random and _is_choice(factor):
+            return fuse(graph, [root], root, "dropout", [x])
     return False
 
 
 def _is_choice(value: Value) -> bool:
     """Whether a value is made of Booleans, by no more than a scale."""
+    value = value.before(MOVES)
     node = value.producer
-    while node is not None and value.dtype != bool:
-        if node.name not in (*MOVES, "div", "mul"):
-            return False
-        if len(node.inputs) > 1 and node.inputs[1].number is None:
-            return False
-        value = node.inputs[0]
-        node = value.producer
-    return value.dtype == bool
+    if node is None or node.name not in ("div", "mul") or node.inputs[1].number is None:
+        return value.dtype == bool
+    return _is_choice(node.inputs[0])
 
 
 def _power(graph: Graph, root: Node) -> bool:
     """A power of a whole number, as products."""
     power = root.params["y"]
-    if power < 2 or not root.inputs[0].is_activation:
+    if power < 2:
         return False
 
     def product(x):
-        out = x
-        for _ in range(power - 1):
-            out = out * x
-        return out
+        return functools.reduce(operator.mul, [x] * power)
 
-    substitute(graph, [root], root, [root.inputs[0]], product)
-    return True
+    return substitute(graph, [root], root, root.inputs, product)
 
 
-def _square(graph: Graph, root: Node) -> bool:
-    if root.in_batch_norm:
-        return False
-    substitute(graph, [root], root, [root.inputs[0]], lambda x: x * x)
-    return True
+def _rewritten(function, allowed=lambda node: True):
+    """A search for an operation to put a function of its operands in its place."""
+
+    def find(graph: Graph, root: Node) -> bool:
+        return allowed(root) and substitute(graph, [root], root, root.inputs, function)
+
+    return find
 
 
-def _negative(graph: Graph, root: Node) -> bool:
-    """A change of sign, as the product with -1."""
-    if not root.inputs[0].is_activation:
-        return False
-    substitute(graph, [root], root, [root.inputs[0]], lambda x: x * -1.0)
-    return True
-
-
-def _quotient(graph: Graph, root: Node) -> bool:
-    """A division by a constant, as the product with its reciprocal."""
-    value, divisor = root.inputs
-    if not value.is_activation or not divisor.static:
-        return False
-    substitute(graph, [root], root, [value, divisor], lambda x, y: x * (1 / y))
-    return True
+# Squares of a batch only make its statistics.
+_square = _rewritten(lambda x: x * x, lambda node: not node.place.in_batch_norm)
+_negative = _rewritten(lambda x: x * -1.0)
+# A division by a constant, as the product with its reciprocal.
+_quotient = _rewritten(lambda x, y: x * (1 / y), lambda node: node.inputs[1].static)
 
 
 def _reassociated(graph: Graph, root: Node) -> bool:
@@ -311,20 +273,13 @@ def _reassociated(graph: Graph, root: Node) -> bool:
     """
     for x, product in (root.inputs, root.inputs[::-1]):
         inner = product.producer
-        if inner is None or inner.name != "mul" or len(product.consumers) != 1:
-            continue
-        if product.is_output or not product.is_activation or not x.is_activation:
+        if inner is None or inner.name != "mul" or not product.is_activation:
             continue
         for row, scale in (inner.inputs, inner.inputs[::-1]):
             if scale.static and np.prod(row.shape) < np.prod(root.out.shape):
-                substitute(
-                    graph,
-                    [inner, root],
-                    root,
-                    [x, row, scale],
-                    lambda x, row, scale: (x * row) * scale,
-                )
-                return True
+                values, nodes = [x, row, scale], [inner, root]
+                if substitute(graph, nodes, root, values, lambda x, y, z: (x * y) * z):
+                    return True
     return False
 
 
@@ -334,7 +289,7 @@ def _additive_mask(graph: Graph, root: Node) -> bool:
     As attention masks are: a choice between the sum and minus infinity.
     """
     for x, mask in (root.inputs, root.inputs[::-1]):
-        if not x.is_activation or x.shape != root.out.shape:
+        if x.shape != root.out.shape:
             continue
         value = known_value(mask)
         if value is None or not (value <= MASKED).any():
@@ -346,8 +301,7 @@ def _additive_mask(graph: Graph, root: Node) -> bool:
             y = x + rest if rest.any() else x
             return jnp.where(masked, jnp.asarray(-1e9, x.dtype), y)
 
-        substitute(graph, [root], root, [x], chosen)
-        return True
+        return substitute(graph, [root], root, [x], chosen)
     return False
 
 

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import functools
+import collections
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from qwix_train import ops as op_kinds
 from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import ops
-from qwix_train.odml.fusion import find_fusions, weight_channels
-from qwix_train.odml.graph import (
-    Node,
-    Value,
-    build_graph,
-    ids_of,
-    statistics_nodes,
+from qwix_train.odml.fusion import (
+    channelwise,
+    find_fusions,
+    weight_axes,
+    weight_channels,
+    weight_side,
 )
+from qwix_train.odml.graph import Graph, Node, Value, build_graph, statistics_nodes
 from qwix_train.odml.masks import find_masks
 from qwix_train.odml.ops import Kind, OpSpec
 from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
-from qwix_train.ops import CONV
+from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
-from qwix_train.planning.plan import is_whole
+from qwix_train.planning.plan import is_whole, param_plans
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.trace import bodies
+from qwix_train.trace import bodies, scopes
+from qwix_train.trace.analyze import Op, Operand
 from qwix_train.trace.function import TracedCall
+from qwix_train.trace.provenance import Weight
+
+_Ends = tuple[float, float]
 
 
 def make_odml_plan(
     traced: TracedCall,
     rules: Sequence[QuantizationRule],
     *,
-    fixed_range_for_inputs: tuple[float, float] | None = None,
-    fixed_range_for_outputs: tuple[float, float] | None = None,
+    fixed_range_for_inputs: _Ends | None = None,
+    fixed_range_for_outputs: _Ends | None = None,
+    per_tensor_weights: bool = False,
 ) -> OdmlPlan:
     """Decides what happens to every tensor of a traced call.
 
@@ -41,112 +49,180 @@ def make_odml_plan(
       rules: the rules, in order of precedence.
       fixed_range_for_inputs: the range of the inputs of the model.
       fixed_range_for_outputs: the range of its outputs.
+      per_tensor_weights: whether a weight has one scale.
     """
     graph = build_graph(traced)
     find_patterns(graph)
     if fixed_range_for_outputs is not None:
         graph.copy_outputs()
-    planner = _Planner(OdmlPlan(graph, rules, is_whole(traced)), traced)
-    planner.inputs, planner.outputs = fixed_range_for_inputs, fixed_range_for_outputs
-    planner.plan_nodes()
-    planner.plan_tensors()
-    return planner.plan
+    planner = _NodePlanner(traced, rules, per_tensor_weights)
+    plan = OdmlPlan(
+        rules=tuple(rules),
+        ops=(),
+        params=planner.params,
+        whole=is_whole(traced),
+        graph=graph,
+        by_node=planner.plan_nodes(graph),
+    )
+    fixed = fixed_range_for_inputs, fixed_range_for_outputs
+    _TensorPlanner(plan, traced.method, *fixed).plan_tensors()
+    return dataclasses.replace(
+        plan, ops=tuple(node for node in plan.nodes if not node.moves)
+    )
 
 
-class _Planner:
-    inputs: tuple[float, float] | None
-    outputs: tuple[float, float] | None
+class _NodePlanner:
+    """Decides which operations run in integers, and which params they quantize."""
 
-    def __init__(self, plan: OdmlPlan, traced: TracedCall):
-        self.plan = plan
-        self.traced = traced
-        self.ignored = statistics_nodes(plan.graph)
-        # Such as what prints a value.
-        self.ignored |= {id(n) for n in plan.graph.nodes if not n.outputs}
-        self.masks = find_masks(plan.graph)
+    def __init__(self, traced, rules, per_tensor_weights):
+        self.traced: TracedCall = traced
+        self.rules: Sequence[QuantizationRule] = rules
+        self.per_tensor_weights: bool = per_tensor_weights
+        self.params = param_plans(traced)
 
-    def plan_nodes(self) -> None:
-        graph = self.plan.graph
-        counted = [
-            (node, ops.op_name(node.name))
-            for node in graph.nodes
-            if node.is_activation
-            and id(node) not in self.ignored
-            and any(value.is_float for value in (*node.inputs, *node.outputs))
-        ]
-        fusions = find_fusions([n for n, _ in counted], self.ignored)
-        for (node, name), op_id in zip(counted, ids_of(counted), strict=True):
-            self.plan._node[id(node)] = self.plan_node(node, name, op_id)
-        self.plan.nodes = tuple(self.plan._node.values())
-        for fusion in fusions:
-            first = self.plan._node[id(fusion.anchor)]
-            if not first.quantized:
+    def plan_nodes(self, graph: Graph) -> dict[int, NodePlan]:
+        ignored = _ignored(graph)
+        counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        plans: dict[int, NodePlan] = {}
+        counted = []
+        for node in graph.nodes:
+            floats = any(value.is_float for value in (*node.inputs, *node.outputs))
+            if not node.is_activation or id(node) in ignored or not floats:
                 continue
-            first.fusion = fusion
+            counted.append(node)
+            path, name = node.place.module_path, ops.op_name(node.name)
+            op = _op(node, name, f"{name}{counts[path, name]}")
+            plans[id(node)] = self.plan_node(node, op)
+            counts[path, name] += 1
+        for fusion in find_fusions(counted, ignored):
+            key = id(fusion.anchor)
+            if not plans[key].in_integers:
+                continue
+            plans[key] = dataclasses.replace(plans[key], fusion=fusion)
             for node in fusion.rest:
-                part = self.plan._node[id(node)]
-                part.fused_into, part.quantized = first, True
-                part.unsupported, part.reason = False, ""
+                plans[id(node)] = dataclasses.replace(
+                    plans[id(node)],
+                    fused_into=fusion.anchor,
+                    in_integers=True,
+                    unsupported=False,
+                    reason="",
+                )
+        return {key: self.with_params(plan) for key, plan in plans.items()}
 
-    def plan_node(self, node: Node, name: str, op_id: str) -> NodePlan:
-        path = node.module_path.removeprefix(self.traced.module_path)
-        spec = ops.OPS.get(name)
-        plan = NodePlan(node, name, op_id, path.removeprefix("/"), spec)
+    def plan_node(self, node: Node, op: Op) -> NodePlan:
+        path = op.module_path.removeprefix(self.traced.module_path).removeprefix("/")
+        return NodePlan(op=op, node=node, module_path=path, **self.decide(node, op))
+
+    def decide(self, node: Node, op: Op) -> dict[str, Any]:
+        """What the rules do to an operation, as fields of its plan."""
+        spec = ops.OPS.get(op.name)
         if spec is None and not any(
             v.is_float and v.is_activation for v in node.inputs
         ):
-            plan.spec = OpSpec(Kind.INTEGER, "")
-            return plan
-        if name in ops.LAYOUT:
-            return plan
-        if node.in_float:
-            plan.reason = "its call is in_float"
-            return plan
-        for index, rule in enumerate(self.plan.rules):
-            if rule.matches(node.module_path, name, op_id):
-                plan.rule_index, plan.rule = index, rule
+            return {"spec": OpSpec(Kind.INTEGER, "")}
+        found: dict[str, Any] = {"spec": spec}
+        if op.name in ops.LAYOUT:
+            return found
+        if op.in_float:
+            return found | {"reason": "its call is in_float"}
+        for index, rule in enumerate(self.rules):
+            if rule.matches(op.module_path, op.name, op.id):
+                found |= {"rule_index": index, "rule": rule}
                 break
         else:
-            plan.reason = "no rule matches"
-            return plan
-        rule = plan.rule
+            return found | {"reason": "no rule matches"}
         if rule.weight_qtype is None:
-            plan.reason = "the rule sets no weight_qtype"
-            return plan
-        if name in ops.PRODUCTS:
-            plan.weight = _weight_side(node)
-        elif name == "take" and node.inputs[0].static:
-            plan.weight = 0
-        if obstacle := _product_obstacle(plan):
-            plan.unsupported, plan.weight, plan.reason = True, None, obstacle
-            return plan
-        if rule.act_qtype is None:
-            return plan
-        if rule.act_static_scale is False:
-            plan.dynamic = plan.weight is not None and name in ops.PRODUCTS
-            return plan
+            return found | {"reason": "the rule sets no weight_qtype"}
+        is_dynamic = rule.act_qtype is not None and rule.act_static_scale is False
+        if op.name in ops.PRODUCTS:
+            weight = weight_side(node)
+            if obstacle := _product_obstacle(node, weight, is_dynamic):
+                return found | {"unsupported": True, "reason": obstacle}
+            if weight is not None:
+                found |= {"weight": weight, "weight_how": self.how(node, weight, rule)}
+                if is_dynamic:
+                    how = _dynamic_how(node, 1 - weight, rule)
+                    acts = (how, None) if weight == 1 else (None, how)
+                    found |= {"dynamic": True, "activations": acts}
+        if rule.act_qtype is None or is_dynamic:
+            if op.name == "take" and node.inputs[0].static:
+                reason = "a table is quantized where activations have static ranges"
+                return found | {"reason": reason}
+            return found
+        reason = ""
         if spec is None or spec.kind is Kind.UNSUPPORTED:
-            plan.unsupported = True
-            plan.reason = _unsupported_reason(name, spec)
-            return plan
-        if spec.kind is Kind.INTEGER or spec.kind is Kind.FLOAT_INPUT:
-            return plan
-        if plan.act_qtype == "int16" and not spec.int16:
-            plan.unsupported = True
-            plan.reason = "LiteRT, or its converter, has no 16-bit form of it"
-            return plan
-        plan.quantized = name != "take" or plan.weight is not None
-        return plan
+            reason = _unsupported_reason(op.name, spec)
+        elif spec.kind in (Kind.INTEGER, Kind.FLOAT_INPUT):
+            return found
+        elif activation_qtype(rule) == "int16" and not spec.int16:
+            reason = "LiteRT, or its converter, has no 16-bit form of it"
+        if reason:
+            return found | {"unsupported": True, "reason": reason}
+        return found | {"in_integers": op.name != "take" or node.inputs[0].static}
+
+    def how(self, node: Node, side: int, rule: QuantizationRule) -> HowToQuantize:
+        """How a weight is quantized, on the axes of the operand."""
+        return HowToQuantize(
+            qtype=f"{rule.weight_qtype}_narrow",
+            channelwise_axes=() if self.per_tensor_weights else weight_axes(node, side),
+            calibration_method=rule.weight_calibration_method,
+        )
+
+    def with_params(self, plan: NodePlan) -> NodePlan:
+        """The plan of an operation with the params that it reads quantized."""
+        hows: dict[int, HowToQuantize] = {}
+        notes = [plan.reason]
+        if plan.constants and plan.act_qtype == "int8":
+            how = HowToQuantize(qtype="int8", calibration_method="minmax")
+            hows = dict.fromkeys(plan.constants, how)
+        if plan.folds:
+            notes.append("its weight is quantized with what follows multiplied in")
+        elif plan.weight is not None and plan.weight_how is not None:
+            hows[plan.weight] = plan.weight_how
+        paths: dict[Path, None] = {}
+        for side, how in hows.items():
+            value = plan.node.inputs[side]
+            origin = value.origin if _is_moved(value) else None
+            for view in origin.views if isinstance(origin, Weight) else ():
+                paths[view.path] = None
+                axes = weights.Axes(tuple(how.channelwise_axes), {})
+                axes = weights.stored_axes(view, axes)
+                notes.append(self.record(plan, view.path, how, axes))
+        reason = "; ".join(dict.fromkeys(filter(None, notes)))
+        return dataclasses.replace(plan, weights=tuple(paths), reason=reason)
+
+    def record(self, plan, path, how, axes) -> str:
+        """Records how a param is quantized; says so if another op has it otherwise."""
+        how = dataclasses.replace(
+            how, channelwise_axes=axes.channelwise, tiled_axes=axes.tiled
+        )
+        param = self.params[path]
+        if param.how is None or param.op is None:
+            self.params[path] = dataclasses.replace(param, how=how, op=plan)
+        elif param.how != how:
+            other = param.op.op.where
+            return f"{'/'.join(path)} is in the file twice: {other} has another grid"
+        return ""
+
+
+class _TensorPlanner:
+    """Decides which tensors have ranges of their own, and which share one."""
+
+    def __init__(self, plan, method, fixed_range_for_inputs, fixed_range_for_outputs):
+        self.plan: OdmlPlan = plan
+        self.method: str = method
+        self.inputs: _Ends | None = fixed_range_for_inputs
+        self.outputs: _Ends | None = fixed_range_for_outputs
+        self.masks = find_masks(plan.graph)
+        self.order = {id(node): i for i, node in enumerate(plan.graph.nodes)}
+        self.outputs_at = {id(v): i for i, v in enumerate(plan.graph.outputs)}
 
     def plan_tensors(self) -> None:
         graph = self.plan.graph
-        self.order = {id(node): i for i, node in enumerate(graph.nodes)}
         inputs = [v for v in graph.inputs if v.is_activation]
-        values = [*inputs, *(v for node in graph.nodes for v in node.outputs)]
-        for value in values:
+        for value in (*inputs, *(v for node in graph.nodes for v in node.outputs)):
             if value.is_activation and value.is_float:
                 self.plan_tensor(value)
-        self.plan.tensors = tuple(self.plan._tensor.values())
         for plan in self.plan.nodes:
             self.check_types(plan)
 
@@ -156,7 +232,7 @@ class _Planner:
         The converter would have the operation before compute the other type, too, which
         LiteRT does not load, or computes wrongly.
         """
-        if not plan.quantized or plan.rule is None or plan.fused_into is not None:
+        if not plan.in_integers or plan.rule is None or plan.fused_into is not None:
             return
         for value in plan.node.inputs:
             if not value.is_activation or not value.is_float:
@@ -164,51 +240,47 @@ class _Planner:
             source = self.plan.range_of(value)
             qtype = source.qtype if isinstance(source, TensorPlan) else "int8"
             if source is not None and qtype != plan.act_qtype:
-                plan.unsupported = True
-                plan.reason = (
+                reason = (
                     f"it reads {qtype} codes, and computes {plan.act_qtype}; give what "
                     "is before it the same act_qtype"
+                )
+                self.plan.by_node[id(plan.node)] = dataclasses.replace(
+                    plan, unsupported=True, reason=reason
                 )
 
     def plan_tensor(self, value: Value) -> None:
         node = value.producer
         plan = None if node is None else self.plan.of(node)
-        if node is not None and plan is None:
+        if plan is None and node is not None:
             return  # only statistics are made from it
-        if plan is not None and self.is_within(plan, value):
-            return
-        if plan is not None and plan.fused_into is not None:
-            plan = plan.fused_into
-        kind = None if plan is None or plan.spec is None else plan.spec.kind
-        if plan is not None and kind in _SHARING:
-            if plan.quantized or plan.name in ops.LAYOUT:
-                source = next((x for x in plan.node.inputs if x.is_activation), None)
-                shared = None if source is None else self.plan.range_of(source)
-                if source is not None and shared is not None:
-                    own = self.range_of_copy(value, plan, shared)
-                    if own is None:
-                        self.plan._shared[id(value)] = source
-                    else:
-                        self.plan._tensor[id(value)] = own
-                    return
-                if source is None or source.is_float:
-                    return
-                plan = None  # integers that become floats, as at an input
-        if plan is not None and kind is Kind.LOOKUP and plan.quantized:
-            self.plan._shared[id(value)] = plan.node.inputs[0]
+        if plan is not None:
+            plan = self.plan.first_of(plan)
+            if plan.fusion is not None and self.plan.end_of(plan) is not value:
+                return
+        if plan is not None and _shares(plan):
+            source = next((x for x in plan.node.inputs if x.is_activation), None)
+            shared = None if source is None else self.plan.range_of(source)
+            if source is not None and shared is not None:
+                own = self.range_of_copy(value, plan, shared)
+                if own is None:
+                    self.plan.shared[id(value)] = source
+                else:
+                    self.plan.by_value[id(value)] = own
+                return
+            if source is None or source.is_float:
+                return
+            plan = None  # integers that become floats, as at an input
+        produced = plan if plan is not None and plan.in_integers else None
+        if produced is not None and produced.kind is Kind.LOOKUP:
+            self.plan.shared[id(value)] = produced.node.inputs[0]
             return
         readers = list(self.readers(value))
-        asking = [r for r in readers if r[0] is not None and r[0].quantized]
-        produced = plan is not None and plan.quantized
-        if not produced and not asking:
+        asking = (reader for reader, _ in readers if reader and reader.in_integers)
+        owner = produced or next(asking, None)
+        if owner is None or self.adopts(value, plan, readers):
             return
-        if self.adopts(value, plan, readers):
-            return
-        owner = plan if produced else asking[0][0]
-        assert owner is not None and owner.rule is not None
-        assert owner.rule_index is not None
         path = self.path_of(value, plan, readers)
-        self.plan._tensor[id(value)] = self.make_tensor(value, plan, owner, path)
+        self.plan.by_value[id(value)] = self.make_tensor(value, produced, owner, path)
 
     def range_of_copy(
         self, value: Value, plan: NodePlan, source: TensorPlan | Value
@@ -226,7 +298,7 @@ class _Planner:
         if source.how == how:
             return None
         path = self.path_of(value, plan, list(self.readers(value)))
-        return TensorPlan(value, path, how, source.rule_index, source.qtype)
+        return TensorPlan(value, path, how, source.rule, source.qtype)
 
     def gives_outputs(self, value: Value) -> bool:
         """Whether results of the model are all that shares the range of a value."""
@@ -234,18 +306,9 @@ class _Planner:
             plan = self.plan.of(node)
             if plan is None:
                 continue  # only statistics are made from it
-            kind = None if plan.spec is None else plan.spec.kind
-            shares = kind in _SHARING and (plan.quantized or plan.name in ops.LAYOUT)
-            if not shares or not all(map(self.gives_outputs, node.outputs)):
+            if not _shares(plan) or not all(map(self.gives_outputs, node.outputs)):
                 return False
         return value.is_output or bool(value.consumers)
-
-    def is_within(self, plan: NodePlan, value: Value) -> bool:
-        """Whether a value is computed, and read, within one fused operation."""
-        if plan.fusion is not None:
-            return True
-        first = plan.fused_into
-        return first is not None and self.plan.end_of(first) is not value
 
     def readers(self, value: Value) -> Iterator[tuple[NodePlan | None, int]]:
         """What reads a value, in order, through what only moves it, and at which side.
@@ -257,15 +320,13 @@ class _Planner:
         while stack:
             current = stack.pop()
             if current.is_output:
-                index = next(
-                    i for i, v in enumerate(self.plan.graph.outputs) if v is current
-                )
+                index = self.outputs_at[id(current)]
                 found.append((len(self.order) + index, None, index))
             for node in dict.fromkeys(current.consumers):
                 plan = self.plan.of(node)
                 if plan is None:
                     continue
-                if plan.name in ops.LAYOUT:
+                if plan.moves:
                     stack += node.outputs
                     continue
                 side = next(i for i, v in enumerate(node.inputs) if v is current)
@@ -278,17 +339,15 @@ class _Planner:
         if len(readers) != 1 or value.is_output or len(value.consumers) != 1:
             return False
         reader, _ = readers[0]
-        if reader is None or not reader.quantized or reader.spec is None:
+        if reader is None or not reader.in_integers or reader.kind is not Kind.TIED:
             return False
-        if reader.spec.kind is not Kind.TIED or value.consumers[0] is not reader.node:
+        if value.consumers[0] is not reader.node:
             return False
         if plan is None:  # an input of the model
             return self.inputs is None
-        if plan.rule is None or plan.act_qtype != reader.act_qtype:
+        if not plan.in_integers or plan.act_qtype != reader.act_qtype:
             return False
-        if not plan.quantized or plan.spec is None:
-            return False
-        return plan.spec.kind is not Kind.FIXED and plan.spec.rounding == "even"
+        return plan.kind is not Kind.FIXED and plan.spec.rounding == "even"
 
     def path_of(self, value, plan, readers) -> Path:
         """The path of a range: after the first quantized op that reads the tensor.
@@ -297,67 +356,112 @@ class _Planner:
         """
         for reader, side in sorted(readers, key=_is_activation_function):
             if reader is None:
-                method = self.traced.method
-                name = "final" if method == "__call__" else method
+                name = "final" if self.method == "__call__" else self.method
                 return OperandName("", name, f"output{self.output_number(side)}").path
-            if reader.quantized:
+            if reader.in_integers:
                 operand = _operand_name(reader, side)
-                return OperandName(reader.module_path, reader.id, operand).path
+                return OperandName(reader.module_path, reader.op.id, operand).path
         assert plan is not None
-        return OperandName(plan.module_path, plan.id, "output").path
+        return OperandName(plan.module_path, plan.op.id, "output").path
 
     def output_number(self, index: int) -> int:
         """The number of a result among those that are activations."""
         outputs = self.plan.graph.outputs
         return sum(v.is_activation and v.is_float for v in outputs[:index])
 
-    def make_tensor(self, value, plan, owner, path) -> TensorPlan:
-        rule = owner.rule
-        method = rule.act_calibration_method or "minmax"
-        qtype = activation_qtype(rule)
-        # Ranges of 16 bits are measured as those of 8.
-        make = functools.partial(HowToQuantize, qtype="int8")
-        tensor = TensorPlan(
-            value, path, make(calibration_method=method), owner.rule_index, qtype
-        )
-        spec = plan.spec if plan is not None and plan.quantized else None
-        if spec is not None and spec.scale is not None:
-            tensor.scale, tensor.zero_point = spec.scale, spec.zero_point
-        if spec is not None:
-            tensor.rounding = spec.rounding
-        tensor.mask = self.masks.get(id(value))
+    def make_tensor(self, value, produced, owner, path) -> TensorPlan:
+        spec = OpSpec(Kind.QUANTIZED, "") if produced is None else produced.spec
+        mask = self.masks.get(id(value))
         fixed = None
         if value.producer is None:
-            is_mask = tensor.mask is not None and tensor.mask.added
-            fixed = None if is_mask else self.inputs
-        elif spec is None or spec.scale is None:
-            if value.is_output or self.gives_outputs(value):
-                fixed = self.outputs
-        if fixed is not None:
-            tensor.how = _fixed(fixed)
-        return tensor
+            fixed = None if mask is not None and mask.added else self.inputs
+        elif spec.scale is None and (value.is_output or self.gives_outputs(value)):
+            fixed = self.outputs
+        method = owner.rule.act_calibration_method or "minmax"
+        return TensorPlan(
+            value,
+            path,
+            # Ranges of 16 bits are measured as those of 8.
+            HowToQuantize(qtype="int8", calibration_method=method)
+            if fixed is None
+            else _fixed(fixed),
+            owner.rule,
+            owner.act_qtype,
+            spec.scale,
+            spec.zero_point,
+            mask,
+            spec.rounding,
+        )
 
 
 def _is_activation_function(reader: tuple[NodePlan | None, int]) -> bool:
     plan, _ = reader
-    return plan is not None and plan.spec is not None and plan.spec.kind in _CLIPPING
+    return plan is not None and plan.kind in (Kind.ACTIVATION, Kind.CLIP)
 
 
-_CLIPPING = (Kind.ACTIVATION, Kind.CLIP)
-_SHARING = (Kind.SAME, Kind.ROUNDED, Kind.CLIP)
+def _shares(plan: NodePlan) -> bool:
+    """Whether the output of an operation has the range of its input."""
+    sharing = (Kind.SAME, Kind.ROUNDED, Kind.CLIP)
+    return plan.kind in sharing and (plan.in_integers or plan.moves)
 
 
-def _fixed(ends: tuple[float, float]) -> HowToQuantize:
+def _ignored(graph: Graph) -> set[int]:
+    """The ids of operations that a converted model does not have."""
+    # Such as what prints a value.
+    return statistics_nodes(graph) | {id(n) for n in graph.nodes if not n.outputs}
+
+
+def _is_moved(value: Value) -> bool:
+    """Whether the elements of a value are those of inputs, and nothing is computed."""
+    node = value.producer
+    if node is None:
+        return value.index is not None
+    name = ops.op_name(node.name)
+    if name == "concatenate":
+        return all(map(_is_moved, node.inputs))
+    return name in ops.LAYOUT and _is_moved(node.inputs[0])
+
+
+def _op(node: Node, name: str, op_id: str) -> Op:
+    """An operation of the graph as one of a trace."""
+    kind, place = op_kinds.by_name(node.name), node.place
+    return Op(
+        key=(),
+        primitive=node.name if kind is None else kind.primitive,
+        name=name,
+        id=op_id,
+        module_path=place.module_path,
+        params=node.params,
+        operands=tuple(Operand(v.shape, v.dtype, v.origin) for v in node.inputs),
+        out_shape=node.out.shape,
+        in_float=scopes.is_in_float(place.scope),
+        scans=place.scans,
+        name_stack=place.scope,
+    )
+
+
+def _dynamic_how(node: Node, side: int, rule: QuantizationRule) -> HowToQuantize:
+    """How an activation is quantized when the model runs.
+
+    It has a range for each index of the axes that LiteRT has ranges for: the rows of a
+    matrix, the images of a batch.
+    """
+    return HowToQuantize(
+        qtype=rule.act_qtype,
+        channelwise_axes=channelwise(node, side),
+        calibration_method=rule.act_calibration_method or "minmax",
+    )
+
+
+def _fixed(ends: _Ends) -> HowToQuantize:
     low, high = ends
     return HowToQuantize(qtype="int8", calibration_method=f"fixed,{low},{high}")
 
 
-def _product_obstacle(plan: NodePlan) -> str:
+def _product_obstacle(node: Node, weight: int | None, is_dynamic: bool) -> str:
     """Why LiteRT has no quantized form of a product; empty if it has one."""
-    node, rule = plan.node, plan.rule
-    if plan.name not in CONV.names:
-        dynamic = rule is not None and rule.act_qtype and rule.act_static_scale is False
-        if dynamic and plan.weight is not None and weight_channels(node) is None:
+    if node.name not in op_kinds.CONV.names:
+        if is_dynamic and weight is not None and weight_channels(node) is None:
             return (
                 "LiteRT quantizes no activation when it runs (act_static_scale=False) "
                 "whose weight has batch axes"
@@ -371,11 +475,6 @@ def _product_obstacle(plan: NodePlan) -> str:
     if not node.inputs[1].static:
         return "its kernel is computed from the inputs of the model"
     return ""
-
-
-def _weight_side(node: Node) -> int | None:
-    static = [value.static for value in node.inputs[:2]]
-    return static.index(True) if sum(static) == 1 else None
 
 
 def _operand_name(plan: NodePlan, side: int) -> str:

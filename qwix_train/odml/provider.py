@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,10 @@ from qwix_train.calib.observe import Tagging
 from qwix_train.core.calibration import calibrate
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.grid import Grid
-from qwix_train.core.how import HowToQuantize, needs_zero_point
+from qwix_train.core.how import needs_zero_point
 from qwix_train.core.numerics import is_int16
-from qwix_train.observers.statistics import (
-    Statistics,
-    make_statistics,
-)
 from qwix_train.odml import integer_grid
-from qwix_train.odml.evaluate import dynamic_axes, run_plan
+from qwix_train.odml.evaluate import Quantizer, run_plan
 from qwix_train.odml.plan import (
     NodePlan,
     OdmlPlan,
@@ -128,13 +124,14 @@ class OdmlQatProvider(QuantizationProvider):
         # Those that a call may update, of the provider that runs it.
         self._ranges: RunningRanges | None = None
 
-    def plan(self, traced: TracedCall) -> OdmlPlan:  # type: ignore[override]
+    def plan(self, traced: TracedCall) -> OdmlPlan:
         """What happens to every operation and tensor of a traced call."""
         return make_odml_plan(
             traced,
             self.rules,
             fixed_range_for_inputs=self.fixed_range_for_inputs,
             fixed_range_for_outputs=self.fixed_range_for_outputs,
+            per_tensor_weights=self.disable_per_channel_weights,
         )
 
     def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
@@ -145,7 +142,7 @@ class OdmlQatProvider(QuantizationProvider):
             run in integers.
         """
         self.check_supported(plan)
-        self.check_rules_match(plan)  # type: ignore[arg-type]
+        self.check_rules_match(plan)
 
     def check_supported(self, plan: OdmlPlan) -> None:
         """Complains of what a rule matches and LiteRT cannot run in integers.
@@ -160,7 +157,7 @@ class OdmlQatProvider(QuantizationProvider):
             message = unsupported_message(node)
             if self.strict:
                 raise ValueError(message)
-            if self.first_time(node.where):
+            if self.first_time(node.op.where):
                 warnings.warn(message, stacklevel=2)
 
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
@@ -178,38 +175,27 @@ class OdmlQatProvider(QuantizationProvider):
         ranges = self._ranges
         if ranges is None:
             known = calibrations_in(plan, self.quant_stats or {})
-            return self.run(plan, values, lambda tensor, _: known[tensor.name])
+            quantizer = _FakeQuantizer(lambda tensor, _: known[tensor.name])
+            return run_plan(plan, values, quantizer)
         states = {t.name: ranges.state(t.path) for t in plan.measured}
 
         def calibration_of(tensor, observed):
-            statistics = statistics_of(tensor, self.rules)
             state = states[tensor.name]
-            return ranges.calibration((tensor.path,), statistics, observed, state)
+            paths = (tensor.path,)
+            return ranges.calibration(paths, tensor.statistics, observed, state)
 
-        return self.run(plan, values, calibration_of)
-
-    def run(
-        self, plan: OdmlPlan, values: Sequence[Any], calibration_of: Any
-    ) -> list[Any]:
-        """The results of a planned graph, with ranges that are given.
-
-        Args:
-          plan: the plan.
-          values: an array for each input of the traced call.
-          calibration_of: gives the range of a tensor that has to be measured, from its
-            plan, and what its range is to be measured of.
-        """
-        quantizer = _FakeQuantizer(self.disable_per_channel_weights, calibration_of)
-        return run_plan(plan, values, quantizer)
+        return run_plan(plan, values, _FakeQuantizer(calibration_of))
 
     def initial_quant_stats(self, plan: OdmlPlan) -> dict[str, Any]:  # type: ignore[override]
         """The statistics that a Linen model holds at first."""
-        states = {}
-        for tensor in plan.measured:
-            statistics = statistics_of(tensor, self.rules)
-            value = tensor.value
-            states[tensor.path] = statistics.init(value.shape, value.dtype)
-        return as_quant_stats(states)
+        return as_quant_stats(
+            {
+                tensor.path: tensor.statistics.init(
+                    tensor.value.shape, tensor.value.dtype
+                )
+                for tensor in plan.measured
+            }
+        )
 
     def run_with_quant_stats(
         self,
@@ -252,21 +238,19 @@ class _Tagging(Tagging):
         super().__init__(provider.rules)
         self.provider = provider
 
-    def plan(self, traced: TracedCall) -> OdmlPlan:  # type: ignore[override]
+    def plan(self, traced: TracedCall) -> OdmlPlan:
         return self.provider.plan(traced)
 
     def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
         self.provider.check_supported(plan)
-        self.check_rules_match(plan)  # type: ignore[arg-type]
+        self.check_rules_match(plan)
 
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
         return traced.rebuild(run_plan(plan, traced.inputs, _Tagger(self)))
 
 
-class _Tagger:
+class _Tagger(Quantizer):
     """Tags what has a range that is to be measured, and leaves all as it is."""
-
-    per_tensor_weights = False
 
     def __init__(self, tagging: _Tagging):
         self.tagging = tagging
@@ -274,30 +258,19 @@ class _Tagger:
     def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
         if not plan.measured:
             return x
-        statistics = statistics_of(plan, self.tagging.rules)
-        tagged = self.tagging.tag(plan.path, statistics, observed, ())
+        tagged = self.tagging.tag(plan.path, plan.statistics, observed, ())
         if observed is x:
             return tagged
         return lax.optimization_barrier((x, tagged))[0]
 
-    def rounded(self, plan, x, rounding):
-        return x
 
-    def weight(self, plan, w, channels):
-        return w
-
-    def constant(self, plan, x):
-        return x
-
-    def dynamic(self, plan, x):
-        return x
-
-
-class _FakeQuantizer:
+class _FakeQuantizer(Quantizer):
     """Fake-quantizes what it is given."""
 
-    def __init__(self, per_tensor_weights: bool, calibration_of: Any):
-        self.per_tensor_weights = per_tensor_weights
+    folds = True
+
+    def __init__(self, calibration_of: Callable[[TensorPlan, Any], Any]):
+        # Gives the range of a tensor that has to be measured, from what is observed.
         self.calibration_of = calibration_of
         # The range of each tensor, once it is known.
         self.ranges: dict[int, Any] = {}
@@ -305,67 +278,36 @@ class _FakeQuantizer:
     def tensor(self, plan: TensorPlan, x: Any, observed: Any) -> Any:
         if plan.measured:
             self.ranges[id(plan)] = self.calibration_of(plan, observed)
-        return integer_grid.on_grid(x, self.grid(plan), plan.rounding)
-
-    def grid(self, plan: TensorPlan) -> Grid:
-        grid = known_grid(plan)
-        if grid is None:
-            grid = integer_grid.of_calibration(self.ranges[id(plan)], plan.qtype)
-        scale, zero_point = (
-            lax.stop_gradient(jnp.reshape(x, ())) for x in (grid.scale, grid.zero_point)
-        )
-        return Grid(scale, zero_point, plan.qtype)
+        return self.rounded(plan, x, plan.rounding)
 
     def rounded(self, plan: TensorPlan, x: Any, rounding: str) -> Any:
-        return integer_grid.on_grid(x, self.grid(plan), rounding)
+        grid = tensor_grid(plan, self.ranges.get(id(plan)))
+        return integer_grid.on_grid(x, grid, rounding)
 
-    def weight(self, plan: NodePlan, w: Any, channels: Sequence[int]) -> Any:
-        return integer_grid.on_grid(w, weight_grid(plan, w, channels))
-
-    def constant(self, plan: NodePlan, x: Any) -> Any:
-        return integer_grid.on_grid(jnp.asarray(x), constant_grid(plan, x))
-
-    def dynamic(self, plan: NodePlan, x: Any) -> Any:
-        how = HowToQuantize(
-            qtype=plan.act_qtype,
-            channelwise_axes=dynamic_axes(plan),
-            calibration_method=plan.rule.act_calibration_method or "minmax",  # type: ignore[union-attr]
-        )
-        return fake_quant(x, how)
+    def operand(self, plan: NodePlan, side: int, x: Any) -> Any:
+        if side == plan.weight and plan.weight_how is not None:
+            return integer_grid.on_grid(x, integer_grid.of_weight(x, plan.weight_how))
+        how = plan.activations[side] if plan.dynamic else None
+        if how is not None:
+            return fake_quant(x, how)
+        grid = integer_grid.of_constant(jnp.asarray(x), plan.act_qtype)
+        return integer_grid.on_grid(jnp.asarray(x), grid)
 
 
-def weight_grid(
-    plan: NodePlan, w: Any, channels: Sequence[int], least: Any = 0
-) -> Grid:
-    """The grid of a weight, as the rule of its operation says.
+def tensor_grid(tensor: TensorPlan, calibration: Any = None) -> Grid:
+    """The grid of a tensor, with one scale.
 
     Args:
-      plan: the operation.
-      w: the weight.
-      channels: the axes along which each index has a scale.
-      least: the smallest scales, in a shape that broadcasts to the scales.
+      tensor: what happens to the tensor.
+      calibration: its range, if that is measured.
     """
-    assert plan.rule is not None
-    method = plan.rule.weight_calibration_method
-    return integer_grid.of_weight(
-        jnp.asarray(w), plan.rule.weight_qtype, method, channels, least
-    )
-
-
-def constant_grid(plan: NodePlan, x: Any) -> Grid:
-    """The grid of a constant that is no weight of a product."""
-    return integer_grid.of_constant(jnp.asarray(x), plan.act_qtype)
-
-
-def known_grid(plan: TensorPlan) -> Grid | None:
-    """The grid of a tensor whose range is not measured; None for any other."""
-    if plan.scale is not None:
-        if plan.qtype == "int16":
+    if tensor.scale is not None:
+        if tensor.qtype == "int16":
             return Grid(np.float32(2**-15), np.int32(0), "int16")
-        return Grid(np.float32(plan.scale), np.int32(plan.zero_point or 0))
-    if plan.measured:
-        return None
-    return integer_grid.of_calibration(calibrate(jnp.zeros(1), plan.how), plan.qtype)
+        return Grid(np.float32(tensor.scale), np.int32(tensor.zero_point or 0))
+    if calibration is None:
+        calibration = calibrate(jnp.zeros(1), tensor.how)
+    return integer_grid.scalar(integer_grid.of_calibration(calibration, tensor.qtype))
 
 
 def calibrations_in(
@@ -386,29 +328,14 @@ def calibrations_in(
     }
 
 
-def statistics_of(tensor: TensorPlan, rules: Sequence[QuantizationRule]) -> Statistics:
-    """What is collected of a tensor, as the rule that asks for it says."""
-    rule = rules[tensor.rule_index]
-    try:
-        return make_statistics(
-            rule.act_observer or tensor.how.calibration_method,
-            rule.act_averaging,
-            how=tensor.how,
-            batch_axes=rule.act_batch_axes,
-            finite_only=rule.act_finite_only,
-        )
-    except ValueError as error:
-        raise ValueError(f"{tensor.name}: {error}") from None
-
-
 def _static(rule: QuantizationRule) -> bool:
     return rule.act_qtype is not None and rule.act_static_scale is not False
 
 
 def _check_derivatives(plan: OdmlPlan) -> None:
     for node in plan.nodes:
-        source = node.node.derivative
-        if source is not None and (node.quantized or node.weight is not None):
+        source = node.node.place.derivative
+        if source is not None and (node.in_integers or node.weight is not None):
             raise ValueError(
                 f"{node.where} is part of {source}, a function with a derivative rule "
                 "of its own (custom_jvp or custom_vjp), which would be lost: its "

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwix_train.odml.graph import Graph, Node, Value, graph_of
+from qwix_train.odml.graph import Graph, Node, Place, Value, graph_of, run_nodes
 
 # A number in a template that stands for any number.
 ANY_NUMBER = 0.12345678
@@ -26,59 +26,43 @@ def template(function, name, rebuild=None):
     """
 
     def find(graph: Graph, root: Node) -> bool:
-        shape = root.out.shape
-        template = _trace(function, shape, str(root.out.dtype))
-        if template is None:
+        template = _trace(function, root.out.shape, str(root.out.dtype))
+        found = None if template is None else _match(template, root)
+        if found is None:
             return False
-        found = _match(template, root)
-        if found is None or not found.source.is_activation:
-            return False
-        if not is_inside(found.nodes, root):
-            return False
+        nodes, source = found
         if rebuild is None:
-            fuse(graph, found.nodes, root, name, [found.source])
-        else:
-            substitute(graph, found.nodes, root, [found.source], rebuild)
-        return True
+            return fuse(graph, nodes, root, name, [source])
+        return substitute(graph, nodes, root, [source], rebuild)
 
     return find
 
 
-class _Found:
-    def __init__(self):
-        self.nodes: list[Node] = []
-        self.bound: dict[int, Value] = {}
-        self.source: Value = None  # type: ignore[assignment]
-
-
-def _match(template: Graph, root: Node) -> _Found | None:
-    """The part of a graph, up from a node, that equals a template."""
-    found = _Found()
+def _match(template: Graph, root: Node) -> tuple[list[Node], Value] | None:
+    """The nodes of a graph that equal a template, up to the last, and their input."""
+    nodes: list[Node] = []
+    bound: dict[int, Value] = {}
 
     def same(expected: Value, value: Value) -> bool:
-        if id(expected) in found.bound:
-            return found.bound[id(expected)] is value
+        if id(expected) in bound:
+            return bound[id(expected)] is value
         if expected.index is not None:
-            if expected.shape != value.shape:
-                return False
-            found.bound[id(expected)] = value
-            found.source = value
-            return True
-        number = expected.number
-        if number is not None:
+            is_same = expected.shape == value.shape
+        elif (number := expected.number) is not None:
             if value.number is None:
                 return False
             if np.isclose(number, ANY_NUMBER):
                 return True
             return bool(np.isclose(number, value.number)) or number == value.number
-        if expected.producer is None or value.producer is None:
-            return False
-        if not same_node(expected.producer, value.producer):
-            return False
-        found.bound[id(expected)] = value
-        return True
+        else:
+            is_same = same_node(expected.producer, value.producer)
+        if is_same:
+            bound[id(expected)] = value
+        return is_same
 
-    def same_node(expected: Node, node: Node) -> bool:
+    def same_node(expected: Node | None, node: Node | None) -> bool:
+        if expected is None or node is None:
+            return False
         if expected.name != node.name or len(expected.inputs) != len(node.inputs):
             return False
         if expected.out.shape != node.out.shape:
@@ -87,13 +71,14 @@ def _match(template: Graph, root: Node) -> _Found | None:
             return False
         if not all(map(same, expected.inputs, node.inputs)):
             return False
-        if node not in found.nodes:
-            found.nodes.append(node)
+        if node not in nodes:
+            nodes.append(node)
         return True
 
-    if not same_node(template.outputs[0].producer, root):  # type: ignore[arg-type]
+    (source,) = template.inputs
+    if not same_node(template.outputs[0].producer, root) or id(source) not in bound:
         return None
-    return found if found.source is not None else None
+    return nodes, bound[id(source)]
 
 
 def _text(params: Mapping[str, Any]) -> str:
@@ -119,8 +104,22 @@ def is_inside(nodes: Sequence[Node], root: Node) -> bool:
     )
 
 
-def fuse(graph, nodes, root, name, inputs, **params) -> None:
-    """Makes one node of several."""
+def fuse(graph, nodes, root, name, inputs, **params) -> bool:
+    """Makes one node of several, unless they do more than compute the last.
+
+    Args:
+      graph: the graph.
+      nodes: the nodes.
+      root: the last of them.
+      name: the name of the new node.
+      inputs: what it reads, an activation first, before anything else that they read.
+      **params: its parameters.
+
+    Returns:
+      Whether it did.
+    """
+    if not inputs[0].is_activation or not is_inside(nodes, root):
+        return False
     order = [node for node in graph.nodes if node in nodes]
     made = {id(value) for node in order for value in node.outputs}
     others = [
@@ -133,31 +132,25 @@ def fuse(graph, nodes, root, name, inputs, **params) -> None:
 
     def run(*values):
         env = dict(zip(map(id, known), values, strict=True))
-
-        def read(value):
-            return env[id(value)] if id(value) in env else value.constant
-
-        for node in order:
-            results = node.run(*map(read, node.inputs))
-            env.update(zip(map(id, node.outputs), results, strict=True))
-        return [env[id(root.out)]]
+        return [run_nodes(order, env)(root.out)]
 
     node = Node(
         name=name,
         params=params,
         inputs=known,
         outputs=[root.out],
-        module_path=root.module_path,
+        place=_place(order, root),
         run=run,
-        in_batch_norm=root.in_batch_norm,
-        derivative=next((n.derivative for n in order if n.derivative), None),
         parts=tuple(order),
     )
     graph.replace(order, [node])
+    return True
 
 
-def substitute(graph, nodes, root, inputs, function) -> None:
-    """Puts the operations of a function in the place of others."""
+def substitute(graph, nodes, root, inputs, function) -> bool:
+    """Puts the operations of a function in the place of others; see `fuse`."""
+    if not inputs[0].is_activation or not is_inside(nodes, root):
+        return False
     avals = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs]
     new = graph_of(function, *avals)
     places = dict(zip(map(id, new.inputs), inputs, strict=True))
@@ -165,9 +158,7 @@ def substitute(graph, nodes, root, inputs, function) -> None:
     for node in new.nodes:
         node.inputs = [places.get(id(value), value) for value in node.inputs]
         node.outputs = [places.get(id(value), value) for value in node.outputs]
-        node.module_path = root.module_path
-        node.in_batch_norm = root.in_batch_norm
-        node.derivative = next((n.derivative for n in nodes if n.derivative), None)
+        node.place = _place(nodes, root)
         for value in node.outputs:
             if value is not root.out:
                 value.static = all(x.static for x in node.inputs)
@@ -175,3 +166,10 @@ def substitute(graph, nodes, root, inputs, function) -> None:
                     x.is_activation for x in node.inputs
                 )
     graph.replace([n for n in graph.nodes if n in nodes], new.nodes)
+    return True
+
+
+def _place(nodes: Sequence[Node], root: Node) -> Place:
+    """The place of what stands for several operations: that of the last one."""
+    derivatives = (n.place.derivative for n in nodes if n.place.derivative)
+    return root.place._replace(derivative=next(derivatives, None))

@@ -5,90 +5,52 @@ from __future__ import annotations
 import jax
 
 from qwix_train.odml.fusion import varying_axes
-from qwix_train.odml.graph import Graph, Node, Value
+from qwix_train.odml.graph import CONVERSIONS, MOVES, Graph, Node, Value
 
 
 def find_softmax(graph: Graph, root: Node) -> bool:
     """`exp(x - m) / sum(exp(x - m))`, whatever is subtracted from all elements."""
-    exponential = _unconverted(root.inputs[0]).producer
+    exponential = root.inputs[0].before(CONVERSIONS).producer
     if exponential is None or exponential.name != "exp":
         return False
-    axis = _summed_axis(root.inputs[1], exponential.out)
-    if axis is None:
-        return False
-    return _put_softmax(graph, root, _unshifted(exponential.inputs[0], axis), axis)
+    total = root.inputs[1].before(MOVES).producer
+    return _put(graph, root, exponential, total, jax.nn.softmax)
 
 
 def find_log_softmax(graph: Graph, root: Node) -> bool:
     """`x - m - log(sum(exp(x - m)))`, whatever `m` is for all elements."""
-    x, logarithm = root.inputs[0], _moved(root.inputs[1])
+    logarithm = root.inputs[1].before(MOVES).producer
     if logarithm is None or logarithm.name != "log":
         return False
-    summed = _moved(logarithm.inputs[0])
-    exponential = None if summed is None else _unconverted(summed.inputs[0]).producer
+    total = logarithm.inputs[0].before(MOVES).producer
+    if total is None or total.name != "reduce_sum":
+        return False
+    exponential = total.inputs[0].before(CONVERSIONS).producer
     if exponential is None or exponential.name != "exp":
         return False
-    if exponential.inputs[0] is not x:
+    if exponential.inputs[0] is not root.inputs[0]:
         return False
-    axis = _summed_axis(root.inputs[1], exponential.out)
-    if axis is None:
-        return False
-    return _put_softmax(
-        graph, root, _unshifted(x, axis), axis, "log_softmax", jax.nn.log_softmax
-    )
+    return _put(graph, root, exponential, total, jax.nn.log_softmax)
 
 
-def _put_softmax(graph, root, x, axis, name="softmax", function=jax.nn.softmax) -> bool:
+def _put(graph, root, exponential, total, function) -> bool:
+    """Puts a softmax in the place of a node, if a total is that along one axis."""
+    if total is None or total.name != "reduce_sum" or len(total.params["axes"]) != 1:
+        return False
+    (axis,) = total.params["axes"]
+    x = _unshifted(exponential.inputs[0], axis)
+    summands = total.inputs[0].before(CONVERSIONS)
+    if summands is not exponential.out or not stands_along(root.inputs[1], total):
+        return False
     if not x.is_activation:
         return False
 
     def run(x):
         return [function(x, axis=axis).astype(root.out.dtype)]
 
-    node = Node(
-        name=name,
-        params={"axis": axis},
-        inputs=[x],
-        outputs=[root.out],
-        module_path=root.module_path,
-        run=run,
-        derivative=root.derivative,
-    )
+    node = Node(function.__name__, {"axis": axis}, [x], [root.out], root.place, run)
     graph.replace([root], [node])
     return True
-
-
-MOVES = ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy")
-
-
-def _moved(value: Value) -> Node | None:
-    """What computes a value, before it is given other axes of length 1."""
-    node = value.producer
-    while node is not None and node.name in MOVES:
-        node = node.inputs[0].producer
-    return node
-
-
-def _unconverted(value: Value) -> Value:
-    """A value before it was converted to another type."""
-    node = value.producer
-    while node is not None and node.name in ("convert_element_type", "copy"):
-        value = node.inputs[0]
-        node = value.producer
-    return value
-
-
-def _summed_axis(value: Value, summands: Value) -> int | None:
-    """The axis along which a value is the sum of others, to be read next to them."""
-    total = _moved(value)
-    if total is not None and total.name == "log":
-        total = _moved(total.inputs[0])
-    if total is None or total.name != "reduce_sum":
-        return None
-    axes = total.params["axes"]
-    if _unconverted(total.inputs[0]) is not summands or len(axes) != 1:
-        return None
-    return int(axes[0]) if stands_along(value, total) else None
 
 
 def stands_along(value: Value, reduction: Node) -> bool:

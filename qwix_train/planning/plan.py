@@ -26,10 +26,11 @@ from qwix_train.core.how import (
 )
 from qwix_train.core.numerics import is_int16
 from qwix_train.core.rotation import Rotation
+from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
-from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.planning.rules import QuantizationRule, check_rules, statistics_at
 from qwix_train.stages.rotate import Rotate, RotateWeight
 from qwix_train.stages.stage import Stage
 from qwix_train.trace import provenance
@@ -314,6 +315,14 @@ class Plan(RuleUse):
         """The size of all params after quantization, in bytes."""
         return sum(param.quantized_bytes for param in self.params.values())
 
+    def statistics_at(self, path: Path) -> Statistics:
+        """What is collected for the range at a path.
+
+        Raises:
+          ValueError: if it asks for none.
+        """
+        return statistics_at(self.rules, path)
+
     def records(self) -> list[dict[str, Any]]:
         """A dictionary for each op, with the columns of the table as values."""
         return [
@@ -397,6 +406,21 @@ def is_whole(traced: TracedCall) -> bool:
     return traced.method == "__call__" and not traced.module_path
 
 
+def param_plans(traced: TracedCall) -> dict[Path, ParamPlan]:
+    """The params of a traced call, before any is quantized, by path."""
+    return {
+        p.path: ParamPlan(
+            p.path,
+            tuple(p.value.shape),
+            p.value.dtype,
+            layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
+            mapped_axes=traced.mapped_axes(p),
+        )
+        for p in traced.params
+        if p is not None
+    }
+
+
 def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     """Decides what happens to every op of a traced call.
 
@@ -424,17 +448,7 @@ class _Planner:
     def __init__(self, rules: tuple[QuantizationRule, ...], traced: TracedCall):
         self.rules = rules
         self.module_path = traced.module_path
-        self.params = {
-            p.path: ParamPlan(
-                p.path,
-                tuple(p.value.shape),
-                p.value.dtype,
-                layer_axes=tuple(sorted(traced.layer_axes.get(p.path, ()))),
-                mapped_axes=traced.mapped_axes(p),
-            )
-            for p in traced.params
-            if p is not None
-        }
+        self.params = param_plans(traced)
 
     def decide(self, op: Op) -> OpPlan:
         if op.in_float:

@@ -52,8 +52,11 @@ def granularity(how: HowToQuantize | None) -> str:
 def table(plan: Plan) -> str:
     """The plan as a table of ops, followed by its summary."""
     notes: dict[str, int] = {}
-    rows = [["module", "op", "shapes", "weight", "type", "act", "rule", "note"]]
-    for entry in plan.records():
+    # LiteRT's plans have names of ranges, too.
+    records = plan.records()
+    more = [key for key in ("range",) if records and key in records[0]]
+    rows = [["module", "op", "shapes", "weight", "type", "act", *more, "rule", "note"]]
+    for entry in records:
         weight, act = entry["weight_qtype"], entry["act_qtype"]
         static = " static" if entry["act_static_scale"] else ""
         rows.append(
@@ -64,6 +67,7 @@ def table(plan: Plan) -> str:
                 ", ".join(entry["weights"]) or "-",
                 f"{weight} {entry['weight_granularity']}" if weight else "float",
                 f"{act} {entry['act_granularity']}{static}" if act else "float",
+                *(entry[key] or "-" for key in more),
                 "-" if entry["rule"] is None else str(entry["rule"]),
                 _cited(entry["reason"], notes),
             ]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import nnx, traverse_util
+from flax import nnx
 from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer

@@ -21,8 +21,8 @@ def litert():
 def test_codes_in_the_place_of_floats(litert, inputs, outputs):
     changed = odml.LiteRTModel(edit.integer_ends(litert.content, inputs, outputs))
     (info,) = flatbuffer.signatures_in(changed.content).values()
-    assert info.inputs["x"].dtype == ("int8" if inputs else "float32")
-    assert info.outputs["output_0"].dtype == ("int8" if outputs else "float32")
+    assert info.takes["x"].dtype == ("int8" if inputs else "float32")
+    assert info.gives["output_0"].dtype == ("int8" if outputs else "float32")
     names = [op.name for op in changed.ops()]
     assert ("QUANTIZE" in names, "DEQUANTIZE" in names) == (not inputs, not outputs)
     assert changed.is_full_integer

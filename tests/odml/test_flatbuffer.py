@@ -37,15 +37,15 @@ def test_a_range_is_that_of_all_codes(litert):
 
 def test_signatures_with_the_scales_of_outputs(litert):
     (info,) = flatbuffer.signatures_in(litert.content).values()
-    assert list(info.inputs) == ["x"] and list(info.outputs) == ["output_0"]
-    assert info.inputs["x"].dtype == info.outputs["output_0"].dtype == "float32"
+    assert info.inputs == ("x",) and info.outputs == ("output_0",)
+    assert info.takes["x"].dtype == info.gives["output_0"].dtype == "float32"
     last = flatbuffer.ops_in(litert.content)[-1]
     assert info.output_scales == {"output_0": last.inputs[0].scale[0]}
 
 
 def test_floats_within_a_model_are_no_full_integer_model(litert):
     """Without an operation that computes with them."""
-    assert flatbuffer.is_full_integer(flatbuffer.ops_in(litert.content))
+    assert flatbuffer.float_ops(flatbuffer.ops_in(litert.content)) == []
     model = flatbuffer.read_model(litert.content)
     (graph,) = model.subgraphs
     quantize, first, second, dequantize = graph.operators

@@ -225,7 +225,7 @@ def test_statistics_of_a_batch_are_static():
     outputs = {value.shape: value for value in found.outputs}
     assert outputs[X.shape].is_activation
     assert outputs[4,].static  # the running averages
-    assert all(n.in_batch_norm for n in found.nodes if n.name == "reduce_sum")
+    assert all(n.place.in_batch_norm for n in found.nodes if n.name == "reduce_sum")
     check(found.run(values), fn(variables, X))
 
 
@@ -252,8 +252,8 @@ def test_numbers_are_found_through_what_keeps_them():
 )
 def test_functions_with_a_derivative_rule_of_their_own(fn, source):
     found, _ = graph(lambda p, x: jax.jit(fn)(x) + 1)
-    found_sources = {node.derivative for node in found.nodes[:-1]}
-    assert found.nodes[-1].derivative is None
+    found_sources = {node.place.derivative for node in found.nodes[:-1]}
+    assert found.nodes[-1].place.derivative is None
     if source is None:
         assert found_sources == {None}
     else:
@@ -269,7 +269,7 @@ def test_einsums_and_modules_have_their_names():
 
     variables = Model().init(jax.random.key(0), X)
     found, _ = graph(Model().apply, variables)
-    paths = {node.name: node.module_path for node in found.nodes}
+    paths = {node.name: node.place.module_path for node in found.nodes}
     assert paths["dot_general"] == "first"
     assert paths["einsum"] == ""
 

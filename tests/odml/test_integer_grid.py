@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 from jax import numpy as jnp
 
 from qwix_train.core.grid import Grid
+from qwix_train.core.how import HowToQuantize
 from qwix_train.odml import integer_grid
 
 ROUND = {
@@ -29,6 +30,10 @@ def reference(x, scale, zero_point, low, high, rounding="even"):
     return np.clip(codes.astype(np.int64), low, high)
 
 
+def narrow_how(qtype, channels):
+    return HowToQuantize(qtype=f"{qtype}_narrow", channelwise_axes=channels)
+
+
 @pytest.mark.parametrize("rounding", ROUND)
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
@@ -47,7 +52,7 @@ def test_values_are_those_of_integers(
     bits = {"int8": 8, "int4": 4}[qtype]
     low, high = -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
     zero_point = int(np.clip(zero_point, low, high))
-    grid = Grid(scale, np.int32(zero_point), qtype, narrow)
+    grid = Grid(scale, np.int32(zero_point), f"{qtype}_narrow" if narrow else qtype)
     codes = reference(x, scale, zero_point, low, high, rounding)
     y = integer_grid.on_grid(jnp.asarray(x), grid, rounding)
     np.testing.assert_array_equal(y, (codes - zero_point) * scale)
@@ -119,7 +124,7 @@ def test_the_scale_gets_no_gradient():
 @pytest.mark.parametrize("channels", [(), (1,), (0, 2)])
 def test_weights_are_symmetric_without_the_lowest_code(qtype, high, channels):
     w = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
-    grid = integer_grid.of_weight(jnp.asarray(w), qtype, "absmax", channels)
+    grid = integer_grid.of_weight(jnp.asarray(w), narrow_how(qtype, channels))
     shared = tuple(a for a in range(3) if a not in channels)
     absmax = np.abs(w).max(shared, keepdims=True)
     np.testing.assert_allclose(grid.scale, absmax / high, 1e-6)
@@ -140,7 +145,7 @@ def test_the_largest_weight_of_a_channel_has_its_gradient(seed):
 
     def total(w):
         return integer_grid.on_grid(
-            w, integer_grid.of_weight(w, "int8", "absmax", (1,))
+            w, integer_grid.of_weight(w, narrow_how("int8", (1,)))
         ).sum()
 
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(w), np.ones((5, 40)))
@@ -148,7 +153,7 @@ def test_the_largest_weight_of_a_channel_has_its_gradient(seed):
 
 def test_a_channel_of_zeros_stays_zero():
     w = jnp.array([[0.0, 1.0], [0.0, -2.0]])
-    grid = integer_grid.of_weight(w, "int8", "absmax", (1,))
+    grid = integer_grid.of_weight(w, narrow_how("int8", (1,)))
     np.testing.assert_allclose(grid.scale, [[1, 2 / 127]], 1e-6)
     np.testing.assert_array_equal(integer_grid.on_grid(w, grid)[:, 0], 0)
     grads = jax.grad(lambda w: integer_grid.on_grid(w, grid).sum())(w)

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from qwix_train.frontends.model import trace_function
 from qwix_train.odml import lowering
+from qwix_train.odml.evaluate import per_channel
 from qwix_train.odml.graph import build_graph
 from qwix_train.odml.patterns import find_patterns
 
@@ -27,13 +28,24 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-class Marks:
-    """Marks that change nothing, and what they saw."""
+class Seen:
+    """What marks that change nothing saw."""
 
     def __init__(self):
         self.weights, self.shapes = [], []
 
-    def weight(self, w, axis, bias=None):
+    def marks(self, node, addend, least):
+        """The marks of a product to which a number for each channel is added."""
+        bias = 0 if addend is None else per_channel(node, addend).reshape(-1)
+        return lowering.Marks(
+            weight=self.weight,
+            input=self.same,
+            output=self.same,
+            finish=lambda x: jnp.maximum(x + bias, least),
+            dynamic=None,
+        )
+
+    def weight(self, w, axis):
         self.weights.append((w.shape, axis))
         return jnp.asarray(w)
 
@@ -83,23 +95,15 @@ def test_dot(name, side, bias):
         addend = normal(*sizes, *[1] * after, seed=2)
     elif bias == "axis":
         addend = np.float32(0.5)
-    marks = Marks()
-    out = lowering.lowered_dot(
-        node,
-        jnp.asarray(x),
-        w,
-        side,
-        marks.weight,
-        addend,
-        lambda x: jnp.maximum(x, -0.5),
-        marks.same,
-    )
+    seen = Seen()
+    marks = seen.marks(node, addend, -0.5)
+    out = lowering.lowered_dot(node, side, jnp.asarray(x), w, marks)
     expected = fn(w.astype(np.float64), x.astype(np.float64))
     expected = np.asarray(expected) + (0 if addend is None else addend)
     np.testing.assert_allclose(out, np.maximum(expected, -0.5), 1e-5, 1e-5)
     # One matrix, with the scales along its columns.
     depth = int(np.prod([w.shape[a] for a in contracted_w]))
-    assert marks.weights == [((depth, w.size // depth), 1)]
+    assert seen.weights == [((depth, w.size // depth), 1)]
 
 
 CONVS = {
@@ -163,25 +167,17 @@ def test_conv(name, bias):
     addend = None
     if bias:
         addend = normal(*(8 if a == "C" else 1 for a in out), seed=2)
-    marks = Marks()
-    actual = lowering.lowered_conv(
-        node,
-        jnp.asarray(x),
-        w,
-        marks.weight,
-        addend,
-        lambda x: jnp.maximum(x, -1),
-        marks.same,
-        marks.same,
-    )
+    seen = Seen()
+    marks = seen.marks(node, addend, -1)
+    actual = lowering.lowered_conv(node, jnp.asarray(x), w, marks)
     expected = fn(w, x) if addend is None else fn(w, x) + addend
     assert actual.shape == node.out.shape
     np.testing.assert_allclose(actual, jnp.maximum(expected, -1), 1e-5, 1e-5)
     height = 1 if len(lhs) == 3 else 3
     width = 3 if len(lhs) == 3 else 2
-    assert marks.weights == [((height, width, 4 // groups, 8), 3)]
+    assert seen.weights == [((height, width, 4 // groups, 8), 3)]
     # LiteRT pads no array of more than four axes.
-    assert all(len(shape) <= 4 for shape in marks.shapes)
+    assert all(len(shape) <= 4 for shape in seen.shapes)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])

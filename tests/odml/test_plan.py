@@ -95,7 +95,7 @@ def test_fused_operations_have_one_range():
     plan = plan_of(lambda self, x: nn.relu(nn.Dense(4)(x)))
     assert names(plan) == ["Dense_0/dot_general0_lhs", "final_output0"]
     product, add, relu = plan.ops
-    assert add.fused_into is relu.fused_into is product
+    assert plan.first_of(add) is plan.first_of(relu) is product
     assert plan.end_of(product) is plan.graph.outputs[0]
 
 
@@ -214,7 +214,7 @@ def test_a_range_knows_what_stands_for_minus_infinity():
 def test_a_table_of_embeddings_is_the_range_of_what_is_looked_up():
     plan = plan_of(lambda self, i: nn.Embed(7, 3)(i) * 2, jnp.arange(4))
     (lookup,) = [n for n in plan.nodes if n.name == "take"]
-    assert lookup.weight == 0
+    assert lookup.constants == (0,)
     table = plan.range_of(lookup.node.out)
     assert not isinstance(table, TensorPlan) and table.static
     assert names(plan) == ["final_output0"]
@@ -274,9 +274,10 @@ def test_weights_alone():
     assert plan.tensors == ()
     products = [n for n in plan.ops if n.name == "dot_general"]
     assert [n.weight for n in products] == [1, 1]
-    assert not any(n.quantized or n.dynamic for n in plan.ops)
+    assert not any(n.in_integers or n.dynamic for n in plan.ops)
     assert [n.where for n in plan.quantized_ops] == [n.where for n in products]
-    assert [r["weight"] for r in plan.records() if r["weight"]] == ["int4"] * 2
+    types = [r["weight_qtype"] for r in plan.records() if r["weights"]]
+    assert types == ["int4_narrow"] * 2
 
 
 def test_activations_that_are_quantized_when_they_run():
@@ -286,7 +287,8 @@ def test_activations_that_are_quantized_when_they_run():
     plan = plan_of(Two(), rules=[rule])
     assert plan.tensors == ()
     assert [n.dynamic for n in plan.ops if n.name == "dot_general"] == [True, True]
-    assert "int8 dynamic" in str(plan)
+    acts = {r["act_granularity"] for r in plan.records() if r["act_qtype"]}
+    assert acts == {"channel 0"} and " static" not in str(plan)
 
 
 def test_one_operation_by_its_id():
@@ -311,17 +313,23 @@ def test_a_plan_says_what_happens_to_every_operation():
     assert first == {
         "module_path": "first",
         "op": "dot_general0",
+        "shapes": ((2, 6), (6, 5)),
+        "weights": ("first/kernel",),
+        "weight_qtype": "int8_narrow",
+        "weight_granularity": "channel 1",
+        "act_qtype": "int8",
+        "act_granularity": "tensor",
+        "act_static_scale": True,
         "rule": 0,
-        "weight": "int8",
-        "activations": "int8",
+        "quantized": True,
         "range": "exp0",
-        "note": "",
+        "reason": "",
     }
-    assert records[1]["note"] == records[2]["note"] == "part of first/dot_general0"
+    assert records[1]["reason"] == records[2]["reason"] == "part of first/dot_general0"
     lines = str(plan).splitlines()
-    assert lines[0].split()[:2] == ["module_path", "op"]
-    assert len(lines) == len(records) + 2
-    assert str(plan_of(lambda self, x: x)) == "no ops"
+    assert lines[0].split()[:2] == ["module", "op"] and "range" in lines[0]
+    assert "exp0" in lines[2] and "6 of 6 ops quantized" in lines[-1]
+    assert "0 of 0 ops" in str(plan_of(lambda self, x: x))
 
 
 # What LiteRT cannot do.
