@@ -75,7 +75,7 @@ def test_the_report_measures_weights_as_litert_has_them():
     def step(state, x):
         return state, jnp.sum(state.apply_fn({"params": state.params}, x))
 
-    state = qwix_train.with_quant_stats(state, provider, X)
+    state = qwix_train.attach(state, provider, X)
     state, _ = qwix_train.wrap_train_step(step, provider)(state, X)
     report(1, state=state)
     scale, values = on_litert_grid(w, top=7)
@@ -119,7 +119,7 @@ def test_a_step_is_planned_with_its_ranges():
         loss = jnp.sum(model.apply({"params": state.params}, x))
         return state, loss
 
-    state = qwix_train.with_quant_stats(state, provider, X)
+    state = qwix_train.attach(state, provider, X)
     planned = qwix_train.plan(qwix_train.wrap_eval_step(step, provider), state, X)
     (record,) = planned.records()
     assert record["call"] == 0 and record["weights"] == ("kernel",)

@@ -201,7 +201,7 @@ def as_it_is(state, rules):
 
 
 def with_ranges(state, rules):
-    return qwix_train.with_quant_stats(state, rules, X)
+    return qwix_train.attach(state, rules, X)
 
 
 def with_leaves(state, rules):
