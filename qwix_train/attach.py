@@ -138,9 +138,12 @@ def attach(
       2106.09685.
 
     Example:
+      >>> import jax
       >>> import optax
+      >>> from flax import linen as nn
       >>> from flax.training.train_state import TrainState
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, attach, attached
       >>> model, x = nn.Dense(2), jnp.ones((8, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> state = TrainState.create(
@@ -225,7 +228,10 @@ def detach(
       ValueError: if the rules are for adapters.
 
     Example:
+      >>> import jax
+      >>> from flax import linen as nn
       >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, attach, detach
       >>> model, x = nn.Dense(2), jnp.ones((8, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> rules = [

@@ -52,6 +52,8 @@ def ranges(
       UserWarning: if ranges are far below what was seen, or batches differ much.
 
     Example:
+      >>> from jax import numpy as jnp
+      >>> from qwix_train import QuantizationRule, ranges
       >>> rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8",
       ...     act_calibration_method="pact")]
       >>> params = {"dot_general0_lhs_alpha": jnp.full((1, 1), 6.0)}

@@ -28,6 +28,7 @@ def learned_scale_mask(params: Any) -> Any:
       it, or a scale, offset or clipping level of an activation.
 
     Example:
+      >>> from qwix_train.qat import learned_scale_mask
       >>> learned_scale_mask({"kernel": 1.0, "kernel_scale": 0.1, "scale": 1.0})
       {'kernel': False, 'kernel_scale': True, 'scale': False}
     """
