@@ -164,6 +164,7 @@ def test_ranges_next_to_the_params_of_an_nnx_part_are_known_to_it():
     models.assert_close(out, qat.apply({"params": params}, X))
 
 
+@pytest.mark.slow
 def test_statistics_in_the_collection_of_an_nnx_part_are_known_to_it():
     model = quantize_model(OfNnx(), QtProvider(STATIC))
     variables = model.init(KEY, X)

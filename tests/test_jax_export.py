@@ -126,6 +126,7 @@ def test_large_tiles_that_stay_quantized():
     check(*ptq.quantize(function, {"w": data(256, 3)}, rules, x), x, "b, 256")
 
 
+@pytest.mark.slow
 def test_lookups_and_broadcast_weights():
     def function(p, tokens):
         x = p["table"][tokens] + p["position"][: tokens.shape[1]]

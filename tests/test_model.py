@@ -206,7 +206,7 @@ LINEN = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINEN)
 def test_weights_of_linen_models_are_quantized_wherever_they_are_read(name):
     # The model with fake-quantized params is the reference: values and gradients.

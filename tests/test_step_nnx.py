@@ -78,7 +78,7 @@ CALLS = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_step_updates_the_very_objects(name):
     model, optimizer = make()

@@ -186,6 +186,7 @@ def test_gradients_of_a_narrow_array_are_summed_in_float32():
     np.testing.assert_allclose(gradient.item(), want, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_scale_comes_back_from_zero_and_below():
     x = jnp.array([[0.3], [2.0]])
 

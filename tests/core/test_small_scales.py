@@ -88,6 +88,7 @@ def test_only_zeros_are_empty():
     assert smallest_scale(jnp.float16) == 2**-24
 
 
+@pytest.mark.slow
 def test_large_float16_values_keep_a_finite_range():
     x = jnp.array([-6e4, 6e4, 3e4], jnp.float16)
     for method, qtype in [("minmax", "int8"), ("rms,1", "int8"), ("absmax", "nf4")]:

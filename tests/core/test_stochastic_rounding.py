@@ -67,6 +67,7 @@ def test_values_beyond_the_ends_saturate_and_nan_is_what_it_is_without_noise(qty
     np.testing.assert_array_equal(got.astype(jnp.float32), nearest.astype(jnp.float32))
 
 
+@pytest.mark.slow
 def test_noise_without_noise_is_rounding_to_nearest():
     x = jax.random.normal(jax.random.key(0), (2000,)) * 10
     for qtype in ("int4", "float8_e4m3fn", "float8_e5m2"):

@@ -132,7 +132,6 @@ def test_reversals(array, data):
     )
 
 
-@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_slices(array, data):
@@ -156,7 +155,6 @@ def test_slices(array, data):
     )
 
 
-@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_splits(array, data):
@@ -272,6 +270,7 @@ def test_joins(data, qtype, count, axis):
         np.testing.assert_array_equal(values_of(joined), expected)
 
 
+@pytest.mark.slow
 @few
 @given(st.data(), st.sampled_from(TYPES), st.integers(0, 2))
 def test_stacks(data, qtype, axis):

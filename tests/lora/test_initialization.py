@@ -143,6 +143,7 @@ def test_dora_starts_as_the_model_and_follows_equation_5():
         np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_qat_computes_what_the_merged_weight_will_quantized():
     # With a margin no largest element is a tie, which may be broken either way.
     how = {"weight_qtype": "int4", "weight_calibration_method": "absmax,1.1"}

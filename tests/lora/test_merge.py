@@ -143,6 +143,7 @@ def test_a_quantized_base_is_quantized_again_as_it_was(qtype):
         np.testing.assert_allclose(got, weight, 2e-6, 2e-6)
 
 
+@pytest.mark.slow
 def test_the_merged_tree_runs_with_ptq_and_is_saved(tmp_path):
     rules = [
         lora.LoraRule(module_path="Dense_0", **RULE, **INT4),

@@ -303,6 +303,7 @@ def test_a_model_with_batch_statistics():
     assert max(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.slow
 def test_plain_functions_and_lists_of_params():
     params = [
         {"w": jnp.ones((64, 8)) * 0.1, "b": jnp.zeros(8)},

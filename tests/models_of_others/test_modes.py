@@ -32,7 +32,7 @@ def plan_of(case, rules):
     return qwix_train.plan(case.params(), rules, *case.inputs)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @every_case
 def test_the_plan_lists_every_weight_and_its_channels(case):
     plan = plan_of(case, INT8)
@@ -44,7 +44,7 @@ def test_the_plan_lists_every_weight_and_its_channels(case):
     assert found == case.weights
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @every_case
 def test_an_unchanged_train_step_sees_rounded_weights(case):
     def train_step(params):
@@ -64,7 +64,7 @@ def test_an_unchanged_train_step_sees_rounded_weights(case):
     assert_differ(got, plain(case.params()))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @every_case
 def test_the_quantized_model_computes_with_rounded_weights(case):
     params = case.params()
@@ -101,7 +101,7 @@ def test_ranges_of_an_eval_loop_quantize_activations(case):
     assert error < 0.05
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LINEN)
 def test_adapters_begin_as_the_model_and_train_alone(name):
     case = CASES[name]

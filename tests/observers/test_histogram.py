@@ -30,6 +30,7 @@ def reference_counts(x: np.ndarray) -> dict[tuple[int, bool, int], int]:
     return counts
 
 
+@pytest.mark.slow
 def test_bins_against_numpy():
     x = np.random.default_rng(0).normal(size=5000).astype(np.float32)
     bins = histogram.signed_bins(histogram_of(x))

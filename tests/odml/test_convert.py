@@ -91,6 +91,7 @@ def test_weights_alone(mlp, bits):
     assert out.scale is None and out.max_steps < 1e-2
 
 
+@pytest.mark.slow
 def test_learned_ranges_of_activations():
     learned = QuantizationRule(
         weight_qtype="int8", act_qtype="int8", act_calibration_method="lsq"
@@ -267,6 +268,7 @@ def test_ranges_in_the_variables(mlp):
     assert litert.is_full_integer
 
 
+@pytest.mark.slow
 def test_ranges_in_an_nnx_model(nnx_mlp):
     model, stats = nnx_mlp
     kept = nnx.clone(model)
@@ -564,6 +566,7 @@ def test_the_fixed_range_of_an_output_that_shares_a_range(call):
     assert out.scale == pytest.approx(18 / 255)
 
 
+@pytest.mark.slow
 def test_the_fixed_range_of_an_output_is_not_that_of_what_else_reads_it():
     def call(self, x):
         y = 8 * nn.Dense(6)(x)

@@ -79,7 +79,7 @@ def calibrated(case, inputs):
 
 # Models that have most kinds of layers between them; the others are slow tests.
 DEFAULT = frozenset(
-    """concat embedding squeeze_excite outputs function nnx_cnn dense_general
+    """embedding outputs function nnx_cnn concat
     conv_transposed hard_swish""".split()
 )
 

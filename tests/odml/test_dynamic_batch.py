@@ -110,6 +110,7 @@ def test_what_depends_on_the_length_is_an_error(call, message):
         converted(model, init(model, x), x, dynamic_batch=True)
 
 
+@pytest.mark.slow
 def test_a_length_that_is_baked_in_is_found(monkeypatch):
     """Where the comparison of two files would miss it."""
     x = normal(4, 8)

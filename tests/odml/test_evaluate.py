@@ -194,6 +194,7 @@ class Masked(nn.Module):
         return nn.softmax(jnp.where(mask, x, jnp.finfo(jnp.float32).min))
 
 
+@pytest.mark.slow
 def test_what_is_masked_is_no_part_of_the_range():
     x, mask = jnp.asarray(X), np.arange(6) < 4
     quantized = quantize_model(Masked(), odml.OdmlQatProvider(RULES))
@@ -228,6 +229,7 @@ def test_the_sigmoid_of_a_silu_is_quantized():
     assert np.abs(out - plain).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_average_pooling_and_clips_stay_on_the_grid_of_their_input():
     class Pool(nn.Module):
         @nn.compact

@@ -87,7 +87,7 @@ def test_the_range_of_inputs_is_not_that_of_a_mask():
     assert error(model, normal(2, 6, 8), mask, provider=provider) < 0.03
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_of", [lambda mask: mask, bert])
 def test_the_file_masks_what_training_does(mask_of):
     x = normal(2, 6, 8)

@@ -346,6 +346,7 @@ def test_what_litert_does_not_have_is_an_error(name):
         odml.OdmlQatProvider([QuantizationRule(**rule)], **options)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_a_step_is_named():
     model, x = nn.Dense(2), jnp.ones((3, 4))
     params = [model.init(jax.random.key(seed), x) for seed in (0, 1)]

@@ -233,6 +233,7 @@ def test_ptq_computes_what_qat_has_trained(options):
         assert found.count("preferred_element_type=int32") == 2
 
 
+@pytest.mark.slow
 def test_both_backward_products_are_of_codes():
     rules = [
         QtRule(
@@ -471,6 +472,7 @@ def test_experts_within_transformations(around):
         assert_close(got, np.stack([dense({"w": w}, X) for w in W]), 1e-5)
 
 
+@pytest.mark.slow
 def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
     """The sizes are values that the step computes, as those of a router are."""
     square = 0.4 * RNG.normal(size=(2, 3, 8, 8)).astype(np.float32)

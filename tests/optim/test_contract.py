@@ -260,6 +260,7 @@ def test_empty_trees(make):
         assert run(make(adam()), params, params)[0] == params
 
 
+@pytest.mark.slow
 @MAKE
 def test_bfloat16(make):
     low = run(make(adam()), tree(0, jnp.bfloat16), tree(1, jnp.bfloat16))[0]
@@ -297,6 +298,7 @@ class Model(nnx.Module):
         self.layer = Layer(PARAMS["layer"])
 
 
+@pytest.mark.slow
 @MAKE
 def test_nnx_optimizer(make):
     model = Model()

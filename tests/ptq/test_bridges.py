@@ -65,6 +65,7 @@ def test_init_of_a_linen_model_with_nnx_layers():
     assert array.scale.metadata["out_sharding"] == (None, None)
 
 
+@pytest.mark.slow
 def test_linen_layers_of_an_nnx_model_are_quantized():
     model = nnx.bridge.ToNNX(models.Mlp(), rngs=nnx.Rngs(0)).lazy_init(X)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -52,6 +52,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_static_ranges_stand_beside_the_params(name):
     fn, make, scale = CASES[name]

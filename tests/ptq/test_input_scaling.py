@@ -45,7 +45,7 @@ def scaled_dense(params, x, act_bits=8, scale=None):
     return x @ dequantize(params["kernel"].array) + params["bias"]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "rules"), [(ptq.Awq, [WEIGHTS]), (ptq.SmoothQuant, BOTH)]
 )

@@ -13,6 +13,7 @@ def bits_of(codes, bits):
     return sum((code + 2 ** (bits - 1)) << (i * bits) for i, code in enumerate(codes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", PACKED_BITS)
 @given(data=st.data())
 def test_codes_are_consecutive_bits(bits, data):

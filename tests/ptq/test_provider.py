@@ -352,7 +352,7 @@ assert not any(name.startswith("qwix") for name in sys.modules)
 """
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [INT8, WEIGHTS], ids=["int8", "weights"])
 def test_an_exported_model_runs_without_this_package(rules, tmp_path):
     model = quantize_model(Mlp(), PtqProvider(rules))

@@ -42,6 +42,7 @@ def leaf(shape=(8, 6), qtype="int8", **layout):
     return WithAux(jax.jit(lambda x: quantize_array(x, how))(x), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reference_process.cases(CASES, BY_DEFAULT))
 def test_their_models_compute_the_same_from_our_params(reference, name):
     outputs = dict(reference[name]["outputs"])

@@ -40,6 +40,7 @@ class Tied(nnx.Module):
         return self.head(x @ self.table) @ self.embed.embedding.T
 
 
+@pytest.mark.slow
 def test_a_param_of_an_nnx_model_is_saved_once(tmp_path):
     model, params = ptq.quantize(Tied(), None, models.INT8, X)
     assert set(params) == {"embed", "head"}

@@ -45,7 +45,7 @@ def check_mlp(layers, quantized):
         x = np.maximum(x @ np.asarray(kernel) + np.asarray(bias), 0)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["state", "eager", "nnx"])
 def test_an_eval_loop(framework):
     method = ptq.Gptq(RULES)

@@ -138,6 +138,7 @@ def test_convolutions_have_gradients(name):
     models.assert_close(got, jax.jit(jax.value_and_grad(hand, (0, 1)))(params, x), 1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_integers():
     params, x = {"w": W.astype(jnp.bfloat16)}, X.astype(jnp.bfloat16)
     out = quantize_fn(lambda p, x: x @ p["w"], PROVIDER)(params, x)

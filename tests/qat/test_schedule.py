@@ -345,6 +345,7 @@ def test_a_sharded_state_keeps_its_sharding():
 STATIC = [models.rule("int8", "int8", act_static_scale=True)]
 
 
+@pytest.mark.slow
 def test_static_ranges_are_measured_before_activations_begin():
     schedule = Schedule(start_step=1, act_start_step=2, ramp_steps=1)
     step = jax.jit(wrap_train_step(train_step, STATIC, schedule=schedule))
