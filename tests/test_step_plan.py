@@ -181,6 +181,7 @@ def decorated(step):
     return called
 
 
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("form", ["partial", "jitted partial", "decorated", "both"])
 def test_what_is_around_a_wrapped_step_is_seen_through(form, ran):

@@ -26,6 +26,7 @@ def examples(*sizes):
     return [rng.normal(size=(n, 6)).astype(np.float32) for n in sizes]
 
 
+@pytest.mark.slow
 def test_a_range_far_below_what_was_seen_is_warned_of():
     batches = examples(8, 8, 8, 8)
     batches[2] *= 20

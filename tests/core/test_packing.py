@@ -38,6 +38,7 @@ def reference(codes, qtype, axis):
     return np.moveaxis(packed, -1, axis)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)  # each compiles two programs
 @given(
     qtype=st.sampled_from(PACKED),

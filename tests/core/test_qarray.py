@@ -116,7 +116,7 @@ def test_quantizing_again_with_the_same_scale_changes_nothing(x, qtype, method):
     )
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
 def test_special_arrays(qtype):
     zero = quantize(jnp.zeros((2, 3)), qtype)

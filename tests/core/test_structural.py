@@ -204,6 +204,7 @@ def test_dynamic_slices(array, data):
     )
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_reshapes(array, data):

@@ -181,6 +181,7 @@ def test_refuses_to_be_called_without_a_schedule():
         Ours()(1)
 
 
+@pytest.mark.slow
 def test_imports_neither_clu_nor_tensorflow():
     done = subprocess.run(
         [sys.executable, "-c", NO_CLU], capture_output=True, text=True, check=True

@@ -172,6 +172,7 @@ def test_what_is_read_is_what_was_written(tmp_path, params, case):
         }
 
 
+@pytest.mark.slow
 def test_the_tensors_are_those_of_the_merged_weight(tmp_path, params):
     """In NumPy, from the definition of LoRA in PyTorch's layout."""
     state = state_of(rules_of("plain"), params)

@@ -81,7 +81,7 @@ def test_a_step_trains_adapters_alone(base):
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["float", "int8", "qlora"])
 def test_outputs_and_gradients_are_those_of_the_merged_weights(base):
     state = state_of(**BASES[base])

@@ -89,7 +89,7 @@ def squared_error(x, scale, zero, levels):
     return np.mean((nearest * scale - x) ** 2)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "qtype", ["int8", "int4", "int2", "int1", "nf4", "float8_e5m2"]
 )

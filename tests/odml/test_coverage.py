@@ -79,8 +79,7 @@ def calibrated(case, inputs):
 
 # Models that have most kinds of layers between them; the others are slow tests.
 DEFAULT = frozenset(
-    """embedding outputs function nnx_cnn concat
-    conv_transposed hard_swish""".split()
+    "embedding outputs function nnx_cnn conv_transposed hard_swish".split()
 )
 
 

@@ -57,6 +57,7 @@ def test_a_mask_that_is_an_input(value, scaled_last):
     assert error(model, normal(2, 6, 8), mask) < 0.03
 
 
+@pytest.mark.slow
 def test_a_constant_mask_of_ten_thousand():
     model = attention(lambda: jnp.where(CAUSAL, 0, -1e4), scaled_last=True)
     assert error(model, normal(2, 6, 8)) < 0.03

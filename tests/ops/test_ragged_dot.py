@@ -337,6 +337,7 @@ def test_static_ranges_are_collected_and_used():
     assert_close(model.apply({"params": params}, X), want, 1e-5)
 
 
+@pytest.mark.slow
 def test_gptq_has_a_hessian_for_each_expert_and_names_those_without_tokens():
     rules = [rule(weight_qtype="int4", weight_calibration_method="absmax,1.1")]
     sizes = np.array([40, 0, 24])

@@ -50,7 +50,7 @@ def test_ends():
     )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_codes_are_those_of_the_nearest_values(unsigned):
     rng = np.random.default_rng(0)

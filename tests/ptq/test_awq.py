@@ -57,7 +57,7 @@ def inputs(seed=0, columns=32):
     return x
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [None, 8])
 def test_the_definition(tile):
     x, model = inputs(), nn.Dense(16, use_bias=False)

@@ -78,7 +78,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.thinned(12)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_as_the_array_that_it_stands_for(name):
     which, function = FUNCTIONS[name]

@@ -83,7 +83,7 @@ def is_quantized(leaf):
 TOKENS = jnp.array([[1, 2, 9], [0, -1, -10], [10, -11, 100]])
 
 
-@pytest.mark.thinned(14)
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [None, 4])
 @pytest.mark.parametrize(
     "qtype, method",

@@ -225,13 +225,10 @@ def nnx_step(model, optimizer, x, y):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [
-        "jit",
-        pytest.param("jitted before", marks=pytest.mark.slow),
-        pytest.param("eager", marks=pytest.mark.slow),
-    ],
+    ["jit", "jitted before", "eager"],
 )
 def test_nnx_models(how):
     counted, traces = trace_count.counted(nnx_step)

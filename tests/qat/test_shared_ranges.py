@@ -129,6 +129,7 @@ def on_grid(kernel):
     return np.clip(np.round(kernel / scale), -128, 127) * scale
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", LEARNED)
 def test_what_is_trained_is_what_is_served(method):
     rules = LEARNED[method]
@@ -244,6 +245,7 @@ def test_it_is_rounded_once(kind):
         assert rounded(step, state, X) == each * arrays + others
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "codes", "static codes"])
 def test_steps_are_those_of_three_equal_arrays(kind, remat):
