@@ -226,6 +226,10 @@ bench-qlora: $(VENV)/.stamp-bench
 bench-recipes: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.recipes $(ARGS)
 
+# All environments; `make -j 3` makes them side by side.
+.PHONY: environments
+environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
+
 .PHONY: clean
 clean:
 	rm -rf $(VENV) $(LATEST) $(INTERCHANGE) $(JAX_CACHE) .pytest_cache .ruff_cache \

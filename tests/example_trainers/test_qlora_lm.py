@@ -153,13 +153,10 @@ def test_table():
     assert line.split() == expected.split()
 
 
+# The next test runs that of NNX.
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_quick_run(framework, tmp_path, capsys):
+def test_quick_run(tmp_path, capsys):
     config = config_lib.get_quick_config()
-    config.framework = framework
-    if framework == "nnx":
-        config.methods = ("full", "lora", "qlora_nf4")
 
     results = experiment.train_and_evaluate(config, tmp_path)
 
