@@ -39,7 +39,7 @@ OBSERVED: dict[str, tuple[dict[str, str], float]] = {
     "absmax, mean": ({"act_observer": "absmax"}, RANGES),
     "absmax, ema": ({"act_observer": "absmax", "act_averaging": "ema,0.99"}, RANGES),
     "absmax, minmax": ({"act_observer": "absmax", "act_averaging": "minmax"}, RANGES),
-    "minmax, mean": ({"act_observer": "minmax"}, RANGES),
+    "minmax, mean": ({"act_calibration_method": "minmax"}, RANGES),
     "percentile": ({"act_observer": "percentile,99.99"}, HISTOGRAMS),
     "mse": ({"act_observer": "mse"}, HISTOGRAMS),
     "entropy": ({"act_observer": "entropy"}, HISTOGRAMS),
