@@ -16,7 +16,6 @@ from qwix_train.core.shortened import shortened
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects, random_keys
 from qwix_train.frontends.model import (
-    checked_plan,
     hold_params,
     run_quantized,
 )
@@ -31,7 +30,7 @@ from qwix_train.frontends.targets import (
 )
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import Leaf, Path
-from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.provider import QuantizationProvider, checked_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.qat.initial_scales import initial_leaves, learned_paths
 from qwix_train.qat.provider import QtProvider

@@ -9,6 +9,7 @@ XLA would fuse, and so round, other operations together.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from jax import numpy as jnp
 
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
-from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.provider import QuantizationProvider, changed
 from qwix_train.qat.blending import blended
 from qwix_train.qat.phases import Amounts, Phase
 from qwix_train.trace import jax_versions
@@ -86,9 +87,15 @@ def _step_of(
     rules = [dataclasses.replace(rule, schedule=None) for rule in provider.rules]
     if phase.amounts.whole and phase.rules == tuple(rules):
         return quantized(provider)
-    provider = provider.with_rules(phase.rules)
+    if not provider.follows_schedules:
+        raise TypeError(
+            f"{type(provider).__name__} follows no schedule but a start_step that is "
+            "the same for weights and activations of all rules. Give that, or rules, "
+            "or a QtProvider(rules)."
+        )
+    provider = copy.copy(provider)
     # That some rule matches is checked in the last phase.
-    provider.allow_unmatched = True
+    provider.rules, provider.allow_unmatched = phase.rules, True
     if not phase.amounts.ramps:
         if phase.amounts.whole:
             return quantized(provider)
@@ -104,7 +111,7 @@ def _step_of(
 
 
 def _blended(provider: QuantizationProvider, amounts: Amounts) -> QuantizationProvider:
-    return provider.changed(functools.partial(blended, amounts=amounts))
+    return changed(provider, functools.partial(blended, amounts=amounts))
 
 
 def _switch(

@@ -17,11 +17,11 @@ from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, mark_wrapped, wrap
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.running_ranges import RangeUpdates, RunningRanges
 from qwix_train.planning.schedule import Schedule
 from qwix_train.qat import QtProvider
 from qwix_train.qat import state as state_lib
 from qwix_train.qat.phases import phases_of
-from qwix_train.qat.running_ranges import RangeUpdates, RunningRanges
 from qwix_train.trace import harvest
 
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -284,7 +284,7 @@ def _with_ranges(
     def call_with(ranges, args, kwargs):
         # The ranges are values of this very call, so a trace that is cached under its
         # session must not serve another: each call has a session of its own.
-        return wrap(step, provider.running(ranges))(*args, **kwargs)
+        return wrap(step, provider.with_ranges(ranges))(*args, **kwargs)
 
     def call(*args, **kwargs):
         states = states_of(args, kwargs)

@@ -13,11 +13,9 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
-from qwix_train.core.errors import located
-from qwix_train.core.how import HowToQuantize
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import wrap
-from qwix_train.observers.statistics import Statistics, make_statistics, per_layer
+from qwix_train.observers.statistics import Statistics, per_layer
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
@@ -243,42 +241,6 @@ def _has_batches(state: Mapping[str, Any]) -> bool:
     return bool(np.all(np.asarray(state["count"]) > 0))
 
 
-def statistics_of(
-    plan: OpPlan, side: int, rules: Sequence[QuantizationRule]
-) -> Statistics:
-    """What is collected of an activation, as the rule of its op says.
-
-    Args:
-      plan: what happens to the op.
-      side: 0 for its left operand, 1 for its right one.
-      rules: the rules that the plan was made from.
-    """
-    how = plan.activations[side]
-    assert how is not None and plan.rule_index is not None
-    return statistics_by(rules[plan.rule_index], how, plan.range_path(side))
-
-
-def statistics_by(rule: QuantizationRule, how: HowToQuantize, path: Path) -> Statistics:
-    """What is collected for a range.
-
-    Args:
-      rule: the rule that asks for it.
-      how: how its activation is quantized.
-      path: its path.
-
-    Raises:
-      ValueError: if the rule does not fit the activation.
-    """
-    with located("/".join(path)):
-        return make_statistics(
-            rule.range_observer or how.calibration_method,
-            rule.act_averaging,
-            how=how,
-            batch_axes=rule.act_batch_axes,
-            finite_only=rule.act_finite_only,
-        )
-
-
 class Tagging(QuantizationProvider):
     """Tags arrays of a model that stays in float, for statistics of them.
 
@@ -350,7 +312,7 @@ class RangeTagging(Tagging):
         def observed(op: OpPlan, side: int) -> tuple[Observe, ...]:
             if op.activations[side] is None:
                 return ()
-            path, statistics = op.range_path(side), statistics_of(op, side, self.rules)
+            path, statistics = op.range_path(side), plan.statistics_of(op, side)
             note = functools.partial(self.note, path, statistics, bool(op.learned))
             return (Observe(op.before(side), "/".join(path), note),)
 

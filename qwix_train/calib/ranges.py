@@ -9,8 +9,8 @@ from typing import Any
 from qwix_train.calib.observe import Tagged, quant_stats_of
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.plan import Plan
-from qwix_train.planning.rules import QuantizationRule, statistics_at
-from qwix_train.trace.function import by_path
+from qwix_train.planning.quant_stats import statistics_at
+from qwix_train.planning.rules import QuantizationRule
 
 
 def collected_ranges(
@@ -42,15 +42,3 @@ def collected_ranges(
     found = [Tagged(path, at(path), None, None) for path in states]
     named = {"/".join(path): state for path, state in states.items()}
     return quant_stats_of({range_.name: range_ for range_ in found}, named)
-
-
-def states_in(quant_stats: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """The statistics in a nested dictionary, by the path of their range.
-
-    Args:
-      quant_stats: the nested dictionary; at each path, a dictionary of arrays.
-    """
-    states: dict[Path, dict[str, Any]] = {}
-    for path, value in by_path(quant_stats).items():
-        states.setdefault(path[:-1], {})[path[-1]] = value
-    return states

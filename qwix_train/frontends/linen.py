@@ -224,6 +224,7 @@ class Call(NamedTuple):
         # initialization.
         params = module.variables.get("params", {})
         traced = self.traced(counters, {**at_first, "params": params})
+        traced = dataclasses.replace(traced, initializing=True)
         _check_reads_params(module, traced)
         with session.suspended():
             values, result = initialize(traced)

@@ -14,17 +14,23 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
     call_mode,
+    linen_ranges,
     marks,
     nested,
+    nnx_keys,
     nnx_objects,
     other_methods,
     random_keys,
 )
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.planning.leaves import Path
+from qwix_train.planning.leaves import LEFT_OUT, Path, adapter_part
 from qwix_train.planning.plan import Plan
-from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.provider import (
+    QuantizationProvider,
+    checked_plan,
+    rewrite,
+)
 from qwix_train.trace import function, session, subclasses
 from qwix_train.values import stored
 
@@ -140,11 +146,23 @@ def hold_params(
     traced = dataclasses.replace(traced, boxes=nnx_objects.variables_of(model))
     if rngs is not None:
         traced = dataclasses.replace(traced, make_rng=lambda name: rngs[name]())
-    nnx_objects.replace_params(
-        model, store(traced, plan), stored.box, provider.variable
-    )
-    nnx_objects.remove_params(model, provider.used_up(traced, plan))
-    provider.prepare_nnx(model, rngs)
+    values = store(traced, plan)
+    kept = {path: x for path, x in values.items() if x is not LEFT_OUT}
+    nnx_objects.replace_params(model, kept, stored.box, _new_variable)
+    nnx_objects.remove_params(model, values.keys() - kept.keys())
+    if provider.random_stream:
+        nnx_keys.hold(model, provider.random_stream, rngs)
+
+
+def _new_variable(path: Path, value: Any) -> nnx.Variable:
+    """The variable of an NNX model for what stands beside its params."""
+    if isinstance(value, nnx.Variable):
+        return value
+    if adapter_part(path):
+        return nnx.LoRAParam(value)
+    if stored.is_quantized(value):
+        return stored.box(value, nnx.Param(None))
+    return nnx_objects.attached(value)
 
 
 def run_quantized(
@@ -192,7 +210,7 @@ def quantize_fn(
 
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
-        return rewrite_function(fn, args, kwargs, provider.rewrite)
+        return rewrite_function(fn, args, kwargs, functools.partial(rewrite, provider))
 
     return quantized
 
@@ -313,10 +331,6 @@ def _first_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
     return next((name for name in names if name in kwargs), next(iter(kwargs)))
 
 
-# The Linen collection of the statistics of static ranges.
-QUANT_STATS = "quant_stats"
-
-
 def _quantized_class(
     cls: type, provider: QuantizationProvider, methods: tuple[str, ...]
 ) -> type:
@@ -329,8 +343,8 @@ def _quantized_class(
         fields |= {name: _by_name(cls, name) for name in ("apply", "init_with_output")}
 
     def within(self, rewrite):
-        mode = provider if is_linen else provider.of_nnx(self)
-        return mode.within(rewrite)
+        inner = provider.within(rewrite)
+        return inner if is_linen else nnx_keys.drawn(self, inner)
 
     # Linen would take it for a method of the model, and have its calls intercepted.
     fields[subclasses.WITHIN] = nn.nowrap(within)
@@ -366,9 +380,9 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
         original = functools.partial(method, self)
         call = linen_calls.Call(self, name, original, args, kwargs)
         if provider.keeps_quant_stats:
-            return _with_quant_stats(call, provider)
+            return linen_ranges.call_with_statistics(call, provider)
         if linen_calls.can_rewrite(self):
-            return call.rewritten(provider.rewrite)
+            return call.rewritten(functools.partial(rewrite, provider))
         if provider.stores_params or provider.adds_params:
             return call.initialized(functools.partial(_initialize, provider))
         return call.unchanged()
@@ -378,59 +392,13 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
     return quantized
 
 
-def _with_quant_stats(call: linen_calls.Call, provider: QuantizationProvider) -> Any:
-    """The result of a call of a module that holds statistics in a collection."""
-    module = call.module
-    held = dict(module.variables.get(QUANT_STATS, {}))
-    found: dict[str, Any] = {}
-
-    def initialize(traced):
-        plan = checked_plan(provider, traced)
-        found.update(provider.initial_quant_stats(plan))
-        if not provider.adds_params:
-            return {}, session.UNCHANGED
-        params = provider.store_params(traced, plan)
-        called = traced.with_params(params), plan, found, False
-        return params, provider.run_with_quant_stats(*called)[0]
-
-    def rewrite(traced):
-        plan = checked_plan(provider, traced)
-        if not provider.matches(plan):
-            return session.UNCHANGED
-        update = module.is_mutable_collection(QUANT_STATS)
-        out, after = provider.run_with_quant_stats(traced, plan, held, update)
-        if update:
-            found.update(after)
-        return out
-
-    if linen_calls.can_rewrite(module):
-        out = call.rewritten(rewrite)
-    else:
-        out = call.initialized(initialize)
-    for key, value in found.items():
-        module.put_variable(QUANT_STATS, key, value)
-    return out
-
-
-def checked_plan(provider: QuantizationProvider, traced: function.TracedCall) -> Plan:
-    """What a mode does to a call, checked.
-
-    Raises:
-      ValueError: if no rule matches an op, unless the mode allows that.
-    """
-    plan = provider.plan(traced)
-    provider.check(plan)
-    if not provider.matches(plan) and not provider.allow_unmatched:
-        raise ValueError(provider.no_match_message(plan))
-    return plan
-
-
 def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     """The params that a model is to hold, and the result of a call with them."""
     plan = checked_plan(provider, traced)
-    if not provider.matches(plan):
+    if not plan.has_effect:
         return {}, session.UNCHANGED
-    return provider.initialize(traced, plan)
+    params = provider.store_params(traced, plan)
+    return params, provider.transform(traced.with_params(params), plan)
 
 
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
@@ -441,7 +409,8 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
     def quantized(*args, **kwargs):
         if session.marking():
             return in_trace(*args, **kwargs)
-        rewrite = provider.of_nnx(args[0]).rewrite
-        return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
+        mode = functools.partial(rewrite, provider)
+        mode = nnx_keys.drawn(args[0], mode)
+        return nnx_calls.rewrite_call(method, args, kwargs, mode)
 
     return quantized

@@ -24,7 +24,11 @@ from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import param_trees, step_models
 from qwix_train.frontends.param_trees import CalledTrees
 from qwix_train.planning.plan import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
-from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.provider import (
+    QuantizationProvider,
+    rewrite,
+    warn_of_unmatched,
+)
 from qwix_train.trace import session
 
 
@@ -209,16 +213,16 @@ class _Wrapped:
             _collecting.calls.append(PlannedCall(_collecting.when, annotated))
         if self.seen.plans is not None and isinstance(plan, RuleUse):
             self.seen.plans.append(plan)
-        if self.provider.matches(plan):
+        if plan.has_effect:
             self.seen.quantized = True
             self.seen.trees.add(traced)
         elif plan.ops:
-            self.seen.unmatched.add(self.provider.no_match_message(plan))
-        return self.provider.rewrite(traced, plan)
+            self.seen.unmatched.add(plan.no_match_message())
+        return rewrite(self.provider, traced, plan)
 
     def quantizes(self, traced):
         """Whether a call is quantized."""
-        return self.provider.matches(self.provider.plan(traced))
+        return self.provider.plan(traced).has_effect
 
     @contextlib.contextmanager
     def checking(self, checked, given):
@@ -237,7 +241,7 @@ class _Wrapped:
             if plans and not self.quantized:
                 # A rule may be for one of several models, or calls. In later calls
                 # some of them may be compiled already.
-                self.provider.warn_of_unmatched(RuleUseInCalls(plans))
+                warn_of_unmatched(self.provider, RuleUseInCalls(plans))
             self.quantized = True
             self.tolerated |= unmatched
         elif not checked:
@@ -267,7 +271,7 @@ class _Wrapped:
 
     def check_trees(self, trees, run, args, kwargs):
         """Warns, once, of two trees of params of one model."""
-        if not trees.may_be_several or not self.provider.first_time((self.name,)):
+        if not trees.may_be_several or not self.provider.told.first_time((self.name,)):
             return
 
         key = self.session.shared_key

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from qwix_train.calib.quantization_error import decibels
-from qwix_train.calib.ranges import states_in
 from qwix_train.core import numerics
 from qwix_train.core.shortened import shortened
 from qwix_train.files import processes
@@ -27,6 +26,7 @@ from qwix_train.hooks.weight_measures import (
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import Leaf, Path
 from qwix_train.planning.plan import Plan
+from qwix_train.planning.quant_stats import states_in
 from qwix_train.values import stored
 
 _DRIFTS = ("scale_drift", "scale_drift_total")

@@ -11,12 +11,11 @@ from flax import nnx
 from jax.core import Tracer
 
 from qwix_train.core import numerics
-from qwix_train.frontends import marks, nnx_objects
+from qwix_train.frontends import marks, nnx_keys, nnx_objects
 from qwix_train.frontends.model import quantize_model
 from qwix_train.lora import merge_report, parts
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.merge_report import MergeReport
-from qwix_train.lora.provider import DROPOUT
 from qwix_train.lora.train_state import LoraTrainState, by_path
 from qwix_train.planning.plan import Path
 from qwix_train.ptq.provider import PtqProvider
@@ -232,8 +231,7 @@ def _merged_model(
     nnx_objects.replace_params(merged, values, _like, lambda path, value: value)
     for layout in layouts.values():
         nnx_objects.remove_params(merged, layout.shapes)
-    if hasattr(merged, DROPOUT):
-        delattr(merged, DROPOUT)
+    nnx_keys.remove(merged)
     if to_float or not any(map(stored.is_quantized, values.values())):
         return merged
     _, methods = subclasses.mode(model) or (None, ())

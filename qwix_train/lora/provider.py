@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 
 from qwix_train import ops
 from qwix_train.lora.adapter_stages import Adapted, Adapter, DropOut, MergeAdapter
-from qwix_train.lora.layout import (
-    AdapterLayout,
-    find_layouts,
-    rules_without_weight,
-    too_large,
-)
+from qwix_train.lora.layout import AdapterLayout, find_layouts, rules_without_weight
+from qwix_train.lora.plan import LoraPlan, unmatched_message, with_adapters
 from qwix_train.lora.rules import LoraRule
-from qwix_train.lora.start import Starter
-from qwix_train.planning import static_range, weights
-from qwix_train.planning.leaves import adapter_part
+from qwix_train.lora.start import started
+from qwix_train.planning import provider, static_range, weights
 from qwix_train.planning.plan import OpPlan, Path, Plan
-from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.provider import PtqProvider, check_params, on_codes
 from qwix_train.qat.qt_rule import refuse_backward
 from qwix_train.stages.fake_quantize import FakeQuantize
 from qwix_train.stages.rotate import in_basis
-from qwix_train.stages.run import run
+from qwix_train.stages.run import CallStages
 from qwix_train.trace import session
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
-
-# The attribute of an NNX model that says whether adapters drop out, and with what key.
-DROPOUT = "lora_dropout"
 
 
 class LoraProvider(PtqProvider):
@@ -113,8 +101,8 @@ class LoraProvider(PtqProvider):
                 "act_calibration_method, such as 'absmax'."
             )
         self.deterministic = deterministic
-        # The random key of one call of an NNX model, and whether it has no dropout.
-        self._drawn: tuple[Any, bool] | None = None
+        if any(isinstance(rule, LoraRule) and rule.dropout for rule in self.rules):
+            self.random_stream = "dropout"
 
     def __eq__(self, other: object) -> bool:
         # So that two states with the same rules are trees of the same structure, and a
@@ -130,45 +118,9 @@ class LoraProvider(PtqProvider):
     def __hash__(self) -> int:
         return hash((type(self), len(self.rules)))
 
-    def check(self, plan: Plan) -> None:
-        """See `QuantizationProvider.check`."""
-        super().check(plan)
-        found = find_layouts(plan)
-        for path, problem in too_large({p: x for p, (x, _) in found.items()}).items():
-            module = "/".join(path[:-1])
-            self._warn(
-                f"{problem}: what is above that costs memory and adds nothing. To "
-                f"avoid it, put LoraRule(module_path={module!r}, "
-                f"rank={min(found[path][0].matrix_shape)}, ...) before the rule that "
-                "matches it now."
-            )
-
-    def matches(self, plan: Plan) -> bool:
-        """See `QuantizationProvider.matches`."""
-        return bool(find_layouts(plan)) or super().matches(plan)
-
-    def no_match_message(self, plan: Plan) -> str:
-        """See `QuantizationProvider.no_match_message`."""
-        return _unmatched(plan, rules_without_weight(plan)[0])
-
-    def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
-        """See `QuantizationProvider.annotate`: adds which ops read adapters."""
-        found = find_layouts(plan)
-        annotated = []
-        for op in super().annotate(traced, plan).ops:
-            ranks = {
-                "/".join(view.path): found[view.path][0].rank
-                for _, view in weights.weights_of(op.op)
-                if view.path in found
-            }
-            notes = [
-                f"adapter of rank {rank} on {name}" for name, rank in ranks.items()
-            ]
-            if op.quantized and op.reason:
-                notes.append(op.reason)
-            reason = "; ".join(notes) or op.reason
-            annotated.append(dataclasses.replace(op, reason=reason))
-        return dataclasses.replace(plan, ops=tuple(annotated))
+    def plan(self, traced: TracedCall) -> LoraPlan:
+        """See `QuantizationProvider.plan`."""
+        return with_adapters(super().plan(traced))
 
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`: bases and adapters.
@@ -177,9 +129,7 @@ class LoraProvider(PtqProvider):
           ValueError: if a `LoraRule` matches no weight.
         """
         self.check_rules_matched(plan)
-        key = traced.make_rng("params")
-        key = jax.random.key(0) if key is None else key
-        starter = Starter(plan, key, traced.boxes)
+        starter = started(traced, plan)
         named = traced.named
         params = {
             param.path: base
@@ -190,39 +140,15 @@ class LoraProvider(PtqProvider):
         added = starter.adapters | static_range.initial(plan)
         return params | {path: x for path, x in added.items() if path not in named}
 
-    def variable(self, path: Path, value: Any) -> nnx.Variable:
-        """See `QuantizationProvider.variable`."""
-        if adapter_part(path):
-            return value if isinstance(value, nnx.Variable) else nnx.LoRAParam(value)
-        return super().variable(path, value)
-
-    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:
-        """See `QuantizationProvider.prepare_nnx`."""
-        if any(isinstance(rule, LoraRule) and rule.dropout for rule in self.rules):
-            setattr(model, DROPOUT, LoraDropout(rngs))
-
-    def of_nnx(self, model: nnx.Module) -> LoraProvider:
-        """See `QuantizationProvider.of_nnx`: draws the key of the dropout."""
-        dropout = getattr(model, DROPOUT, None)
-        if dropout is None:
-            return self
-        drawn, off = copy.copy(self), bool(dropout.deterministic)
-        drawn._drawn = None if off else dropout.key(), off
-        return drawn
-
-    def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
-        """See `QuantizationProvider.rewrite`."""
-        # Not as a `PtqProvider` does: rules without adapters are an error, also of a
-        # model whose params are quantized already.
-        return QuantizationProvider.rewrite(self, traced, plan)
-
     def within(self, rewrite: session.Rewrite) -> session.Rewrite:
         """See `QuantizationProvider.within`: another mode runs the base."""
 
         def rewrite_adapted(traced):
             plan = self.plan(traced)
             out = rewrite(self.adapt(traced, plan))
-            return self.rewrite(traced, plan) if out is session.UNCHANGED else out
+            if out is session.UNCHANGED:
+                return provider.rewrite(self, traced, plan)
+            return out
 
         return rewrite_adapted
 
@@ -230,28 +156,17 @@ class LoraProvider(PtqProvider):
         """The result of a traced call with adapters.
 
         Raises:
-          ValueError: if an adapter is missing, or is of another model or rank.
+          ValueError: if an adapter is missing, or is of another model or rank; if the
+            base is not quantized as the rules say.
         """
-        return self.run(self.adapt(traced, plan), plan)
+        if traced.own_stages is None:
+            traced = self.adapt(traced, plan)
+        return super().transform(traced, plan)
 
-    def run(self, adapted: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, with the adapters that it has.
-
-        Args:
-          adapted: the call.
-          plan: what the rules do to it.
-
-        Raises:
-          ValueError: if its base is not quantized as the rules say.
-        """
-        check_params(adapted, self._stored_plan(plan))
-        return run(adapted, on_codes(adapted, plan))
-
-    def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
-        """See `QuantizationProvider.initialize`."""
-        params = self.store_params(traced, plan)
-        adapted = self.adapt(traced.with_params(params), plan)
-        return params, run(adapted, on_codes(adapted, plan, static_range.initial(plan)))
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`: those of the base."""
+        check_params(traced, self._stored_plan(plan))
+        return on_codes(traced, plan)
 
     def adapt(
         self,
@@ -266,10 +181,6 @@ class LoraProvider(PtqProvider):
           plan: what the rules do to it.
           adapters: the adapters, by path, where they are not among the params.
         """
-        if self._drawn is not None:
-            key, off = self._drawn
-            make_rng = functools.partial(_same, key)
-            traced = dataclasses.replace(traced, make_rng=make_rng, deterministic=off)
         named = traced.named if adapters is None else adapters
         in_float = {
             param.path
@@ -296,7 +207,7 @@ class LoraProvider(PtqProvider):
         for index in rules_without_weight(plan):
             if self.allow_unmatched:
                 continue
-            raise ValueError(_unmatched(plan, index))
+            raise ValueError(unmatched_message(plan, index))
 
     def _stored_plan(self, plan: Plan) -> Plan:
         """The plan without the params that stay in float for fake quantization."""
@@ -331,32 +242,6 @@ class LoraProvider(PtqProvider):
             key_of_layers = jax.random.split(own, layers) if layers else own
             found.append((op.op, DropOut(rate, key_of_layers)))
         return found
-
-
-class LoraDropout(nnx.Module):
-    """Says whether the adapters of an NNX model drop out, and draws their keys.
-
-    `model.train()` and `model.eval()` switch it, as they do `nnx.Dropout`.
-    """
-
-    def __init__(self, rngs: nnx.Rngs | None):
-        """Takes a stream of keys.
-
-        Args:
-          rngs: what the stream is forked from.
-        """
-        self.deterministic = False
-        self.rngs = nnx.Rngs(0 if rngs is None else rngs.dropout())
-
-    def key(self) -> jax.Array:
-        """A new key."""
-        return self.rngs()
-
-
-def _same(key: Any, name: str) -> Any:
-    """The key of a call, whatever stream it is asked for."""
-    del name
-    return key
 
 
 def _adapter(layout: AdapterLayout, named: Mapping[Path, Any]) -> Adapter:
@@ -404,23 +289,3 @@ def _no_key(op: OpPlan, rate: float, deterministic: bool | None) -> str:
         "train=False), or, for a model that has none, with "
         "LoraProvider(rules, deterministic=True), or state.deterministic()."
     )
-
-
-def _unmatched(plan: Plan, index: int) -> str:
-    rule = plan.rules[index]
-    near = plan.near_misses(index)
-    lines = [
-        f"Rule {index}, LoraRule(module_path={rule.module_path!r}, "
-        f"op_names={tuple(rule.op_names)!r}), matches no op that reads a weight. Ops "
-        "exist at these module paths:",
-        *(f"  {path!r}" for path in plan.module_paths),
-    ]
-    if near:
-        lines.append(f"Near misses: {', '.join(map(repr, near))}.")
-    if shadowed := plan.shadowed_by(index):
-        lines.append(f"Earlier rules decided for what it matches: {shadowed}.")
-    lines.append(
-        "A rule's module_path is a regular expression that must match the whole path; "
-        "lookups in tables need op_names=('gather',)."
-    )
-    return "\n".join(lines)

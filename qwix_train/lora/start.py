@@ -15,7 +15,19 @@ from qwix_train.lora.placement import placed
 from qwix_train.lora.rules import LoraRule
 from qwix_train.planning.leaves import ADAPTER_PARTS
 from qwix_train.planning.plan import Path, Plan
+from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
+
+
+def started(traced: TracedCall, plan: Plan) -> Starter:
+    """What becomes of the params of a call.
+
+    Args:
+      traced: the call; a random key comes from its stream `params`, if it has one.
+      plan: what the rules do to it.
+    """
+    key = traced.make_rng("params")
+    return Starter(plan, jax.random.key(0) if key is None else key, traced.boxes)
 
 
 class Starter:

@@ -23,6 +23,7 @@ from qwix_train.lora.start import Starter
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import Leaf, Path
 from qwix_train.planning.plan import Plan
+from qwix_train.planning.provider import check
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import session
 from qwix_train.trace.function import TracedCall, param_path
@@ -69,7 +70,7 @@ class AdaptedApply:
         first = {**variables, "params": frozen} if self.in_collection else frozen
         traced = self.traced(first, args, kwargs)
         plan = self.provider.plan(traced)
-        self.provider.check(plan)
+        check(self.provider, plan)
         parts = by_path(adapters)
         self._check_known(parts)
         adapted = self.provider.adapt(traced, plan, parts)
@@ -79,7 +80,7 @@ class AdaptedApply:
                 out = open_session.rewrite(adapted)
                 if out is not session.UNCHANGED:
                     return out
-            return self.provider.run(adapted, plan)
+            return self.provider.transform(adapted, plan)
 
     def traced(
         self, first: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -364,7 +365,7 @@ def begin(
         )
     traced = adapted.traced(_shapes(first), [_shapes(x) for x in inputs], kwargs)
     plan = provider.plan(traced)
-    provider.check(plan)
+    check(provider, plan)
     provider.check_rules_matched(plan)
     _check_ranges(plan, traced)
     leaves, structure = jax.tree_util.tree_flatten_with_path(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,9 +22,10 @@ from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, InJax, LiteRTModel
 from qwix_train.odml.plan import OdmlPlan, TensorPlan
 from qwix_train.odml.provider import OdmlQatProvider
+from qwix_train.planning.provider import checked_plan
+from qwix_train.planning.quant_stats import nested
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quant_stat import quant_stats_in
-from qwix_train.qat.running_ranges import nested
 
 
 def convert(
@@ -177,10 +178,7 @@ def _exported(
 ) -> tuple[OdmlPlan, Callable[..., Any], Sequence[Any]]:
     """The plan, the function to export, and the shapes of its arguments."""
     traced, _ = call.traced if arrays is call.arrays else call.trace(arrays)
-    plan = provider.plan(traced)
-    provider.check(plan)
-    if not plan.quantized_ops and not provider.allow_unmatched:
-        raise ValueError(plan.no_match_message())
+    plan = cast(OdmlPlan, checked_plan(provider, traced))
     _check_float32(plan)
     inputs = list(zip(traced.inputs, traced.held, strict=True))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qwix_train.calib.observe import statistics_by
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import is_int16, qtype_name
 from qwix_train.observers.statistics import Statistics
@@ -21,6 +20,7 @@ from qwix_train.odml.graph import Graph, Node, Value
 from qwix_train.odml.masks import Mask
 from qwix_train.odml.ops import OpSpec
 from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.quant_stats import CollectedRange, statistics_by
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.planning.table import granularity
 
@@ -247,6 +247,17 @@ class OdmlPlan(Plan):
     def measured(self) -> tuple[TensorPlan, ...]:
         """The tensors whose range is found by running the model."""
         return tuple(tensor for tensor in self.tensors if tensor.measured)
+
+    def complaints(self) -> list[str]:
+        """See `Plan.complaints`."""
+        return [unsupported_message(node) for node in self.unsupported]
+
+    def collected_ranges(self) -> list[CollectedRange]:
+        """See `Plan.collected_ranges`."""
+        return [
+            CollectedRange(x.path, x.statistics, x.value.shape, x.value.dtype)
+            for x in self.measured
+        ]
 
     def statistics_at(self, path: Path) -> Statistics:
         """See `Plan.statistics_at`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,23 +19,13 @@ from qwix_train.core.how import needs_zero_point
 from qwix_train.core.numerics import is_int16
 from qwix_train.odml import integer_grid
 from qwix_train.odml.evaluate import Quantizer, run_plan
-from qwix_train.odml.plan import (
-    NodePlan,
-    OdmlPlan,
-    TensorPlan,
-    activation_qtype,
-    unsupported_message,
-)
+from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.odml.planner import make_odml_plan
 from qwix_train.planning import static_range
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.running_ranges import RunningRanges
 from qwix_train.qat.qt_rule import refuse_backward
-from qwix_train.qat.running_ranges import (
-    RunningRanges,
-    as_quant_stats,
-    run_with_quant_stats,
-)
 from qwix_train.trace.function import TracedCall
 
 _WEIGHT_TYPES = ("int8", "int4")
@@ -134,32 +123,6 @@ class OdmlQatProvider(QuantizationProvider):
             per_tensor_weights=self.disable_per_channel_weights,
         )
 
-    def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
-        """See `QuantizationProvider.check`.
-
-        Raises:
-          ValueError: if the provider is strict, and a rule matches what LiteRT cannot
-            run in integers.
-        """
-        self.check_supported(plan)
-        self.check_rules_match(plan)
-
-    def check_supported(self, plan: OdmlPlan) -> None:
-        """Complains of what a rule matches and LiteRT cannot run in integers.
-
-        Args:
-          plan: the plan.
-
-        Raises:
-          ValueError: if the provider is strict.
-        """
-        for node in plan.unsupported:
-            message = unsupported_message(node)
-            if self.strict:
-                raise ValueError(message)
-            if self.first_time(node.op.where):
-                warnings.warn(message, stacklevel=2)
-
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
         """The result of a traced call, with fake quantization as planned."""
         _check_derivatives(plan)
@@ -186,27 +149,6 @@ class OdmlQatProvider(QuantizationProvider):
 
         return run_plan(plan, values, _FakeQuantizer(calibration_of))
 
-    def initial_quant_stats(self, plan: OdmlPlan) -> dict[str, Any]:  # type: ignore[override]
-        """The statistics that a Linen model holds at first."""
-        return as_quant_stats(
-            {
-                tensor.path: tensor.statistics.init(
-                    tensor.value.shape, tensor.value.dtype
-                )
-                for tensor in plan.measured
-            }
-        )
-
-    def run_with_quant_stats(
-        self,
-        traced: TracedCall,
-        plan: OdmlPlan,  # type: ignore[override]
-        quant_stats: Any,
-        update: bool,
-    ) -> tuple[Any, Any]:
-        """The result of a traced call, and the statistics after it."""
-        return run_with_quant_stats(self, traced, plan, quant_stats, update)  # type: ignore[arg-type]
-
     def tagging(self) -> Tagging:
         """See `QuantizationProvider.tagging`."""
         if not any(map(_static, self.rules)):
@@ -216,17 +158,15 @@ class OdmlQatProvider(QuantizationProvider):
             )
         return _Tagging(self)
 
-    def with_ranges(self, quant_stats: Mapping[str, Any]) -> OdmlQatProvider:
+    def with_ranges(self, ranges: Mapping[str, Any] | RunningRanges) -> OdmlQatProvider:
         """See `QuantizationProvider.with_ranges`."""
-        fixed = copy.copy(self)
-        fixed.quant_stats, fixed.keeps_quant_stats = quant_stats, False
-        return fixed
-
-    def running(self, ranges: RunningRanges) -> OdmlQatProvider:
-        """See `QuantizationProvider.running`."""
-        running = copy.copy(self)
-        running.keeps_quant_stats, running._ranges = False, ranges
-        return running
+        changed = copy.copy(self)
+        changed.keeps_quant_stats = False
+        if isinstance(ranges, RunningRanges):
+            changed._ranges = ranges
+        else:
+            changed.quant_stats = ranges
+        return changed
 
 
 class _Tagging(Tagging):
@@ -237,13 +177,10 @@ class _Tagging(Tagging):
     def __init__(self, provider: OdmlQatProvider):
         super().__init__(provider.rules)
         self.provider = provider
+        self.strict, self.told = provider.strict, provider.told
 
     def plan(self, traced: TracedCall) -> OdmlPlan:
         return self.provider.plan(traced)
-
-    def check(self, plan: OdmlPlan) -> None:  # type: ignore[override]
-        self.provider.check_supported(plan)
-        self.check_rules_match(plan)
 
     def transform(self, traced: TracedCall, plan: OdmlPlan) -> Any:  # type: ignore[override]
         return traced.rebuild(run_plan(plan, traced.inputs, _Tagger(self)))

@@ -40,6 +40,9 @@ Part: TypeAlias = ParamPart | OperandPart
 SIDES = ("lhs", "rhs")
 """The names of the operands of a product."""
 
+LEFT_OUT: Any = object()
+"""Stands in the place of a param that a model no longer has."""
+
 _OF_PARAMS: tuple[ParamPart, ...] = get_args(ParamPart)
 _OF_OPERANDS: tuple[OperandPart, ...] = get_args(OperandPart)
 _PARTS: tuple[Part, ...] = tuple(dict.fromkeys((*_OF_PARAMS, *_OF_OPERANDS)))

@@ -30,7 +30,12 @@ from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
-from qwix_train.planning.rules import QuantizationRule, check_rules, statistics_at
+from qwix_train.planning.quant_stats import (
+    CollectedRange,
+    statistics_at,
+    statistics_by,
+)
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.stages.rotate import Rotate, RotateWeight
 from qwix_train.stages.stage import Stage
 from qwix_train.trace import provenance
@@ -314,6 +319,45 @@ class Plan(RuleUse):
     def quantized_bytes(self) -> int:
         """The size of all params after quantization, in bytes."""
         return sum(param.quantized_bytes for param in self.params.values())
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether the rules do anything to the model."""
+        return bool(self.quantized_ops)
+
+    def complaints(self) -> list[str]:
+        """What the rules ask for that cannot be done, a sentence each."""
+        return [
+            f"{op.op.where} matches rule {op.rule_index} but stays in float: it is "
+            f"{op.reason}."
+            for op in self.unsupported
+        ]
+
+    def collected_ranges(self) -> list[CollectedRange]:
+        """The ranges of activations that are to be collected."""
+        return [
+            CollectedRange(
+                op.range_path(side),
+                self.statistics_of(op, side),
+                op.op.operands[side].shape,
+                op.op.operands[side].dtype,
+                op.op.layers,
+            )
+            for op in self.ops
+            for side, how in enumerate(op.activations)
+            if op.collected and how is not None
+        ]
+
+    def statistics_of(self, op: OpPlan, side: int) -> Statistics:
+        """What is collected of an activation, as the rule of its op says.
+
+        Args:
+          op: what happens to the op.
+          side: 0 for its left operand, 1 for its right one.
+        """
+        how = op.activations[side]
+        assert how is not None and op.rule_index is not None
+        return statistics_by(self.rules[op.rule_index], how, op.range_path(side))
 
     def statistics_at(self, path: Path) -> Statistics:
         """What is collected for the range at a path.

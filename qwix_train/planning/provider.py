@@ -1,4 +1,4 @@
-"""What a mode of quantization is: its rules, and what becomes of a traced call."""
+"""What a mode of quantization is, and how a traced call is rewritten by one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from qwix_train import ops
 from qwix_train.planning.plan import Path, Plan, RuleUse, make_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.planning.running_ranges import RunningRanges
 from qwix_train.stages.run import CallStages, run
-from qwix_train.trace import function, session
+from qwix_train.trace import session
+from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
 
 # The methods by which providers of `qwix` take the place of operations, of params, and
@@ -34,16 +34,18 @@ _PATCHING_METHODS = (
 class QuantizationProvider:
     """A mode of quantization, with its rules.
 
-    Subclasses say in `stages` what happens to the operands and params of a traced call,
-    and in `plan`, where rules do not say it all, what is to become of its ops. One that
-    does something else to a call overrides `transform`. Methods for single ops, such
-    as `dot_general` of a provider of `qwix`, are refused, since nothing calls them. A
-    mode that trains params in float may be given to `wrap_train_step` and
-    `wrap_eval_step` in the place of rules; one whose ranges are collected, to
-    `calib.Calibrator`, `calib.observe` and `attach`, too (see `tagging`,
-    `with_ranges` and `running`).
+    A mode says in `plan` what is to become of the ops of a traced call, where its rules
+    do not say it all; in `stages` what happens to their operands and to params; and in
+    `store_params` what a model holds in the place of float params, or next to them. One
+    that does something else to a call overrides `transform`. Methods for single ops,
+    such as `dot_general` of a provider of `qwix`, are refused, since nothing calls
+    them. A mode that trains params in float may be given to `wrap_train_step` and
+    `wrap_eval_step` in the place of rules; one that has ranges of activations, to
+    `calib.Calibrator`, `calib.observe` and `attach`, too.
 
     Attributes:
+      rules: the rules.
+      allow_unmatched: whether a model that no rule matches is left in float.
       stores_params: whether models hold quantized params (see `store_params`).
       adds_params: whether models hold params next to those of the float model (see
         `store_params`).
@@ -51,9 +53,18 @@ class QuantizationProvider:
       collects_by_default: whether activations have static ranges unless a rule says
         `act_static_scale=False`.
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
-        models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
-        step in its state (see `running`).
+        models in a collection `quant_stats`, by a wrapped step in its state. The mode
+        for each call is `with_ranges(running)` then.
+      follows_schedules: whether there is nothing to it but its rules, so that others
+        may take their place in a phase of a schedule.
+      strict: whether it is an error that a rule asks for what cannot be done.
+      random_stream: the stream of random keys that a call draws from, such as
+        `"dropout"`; an NNX model is given one of its own. Empty if it draws none.
+      rewrite_key: says, for JAX's caches, what the mode does to a call (see
+        `session.Session`). Modes that do the same to every call may have equal keys.
+        None if no other does the same for sure.
       changes: what is changed in the stages that the mode chooses (see `changed`).
+      told: what a user was told already.
     """
 
     stores_params = False
@@ -61,6 +72,10 @@ class QuantizationProvider:
     takes_static_ranges = False
     keeps_quant_stats = False
     collects_by_default = False
+    follows_schedules = False
+    strict = False
+    random_stream = ""
+    rewrite_key: Hashable | None = None
     changes: tuple[Callable[[CallStages, Plan], CallStages], ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -97,9 +112,20 @@ class QuantizationProvider:
             for rule in self.rules:
                 rule.check_collects()
         self.allow_unmatched = allow_unmatched
-        self._warned: set[Any] = set()
+        self.told = Told()
 
-    def stages(self, traced: function.TracedCall, plan: Plan) -> CallStages:
+    def plan(self, traced: TracedCall) -> Plan:
+        """What this mode does to every op of a traced call.
+
+        Args:
+          traced: the traced call.
+
+        Raises:
+          ValueError: if a rule asks for what does not fit an op.
+        """
+        return make_plan(traced, self.rules)
+
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
         """What happens to each operand and param of a traced call.
 
         Args:
@@ -111,7 +137,7 @@ class QuantizationProvider:
             "transform(traced, plan) what becomes of a call."
         )
 
-    def transform(self, traced: function.TracedCall, plan: Plan) -> Any:
+    def transform(self, traced: TracedCall, plan: Plan) -> Any:
         """The result of a traced call, quantized as planned.
 
         Args:
@@ -123,76 +149,50 @@ class QuantizationProvider:
             stages = change(stages, plan)
         return run(traced, stages)
 
-    def changed(
-        self, change: Callable[[CallStages, Plan], CallStages]
-    ) -> QuantizationProvider:
-        """This mode, with a change to the stages that it chooses.
+    def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
+        """The plan with what only this mode can say of the call."""
+        return plan
 
-        Args:
-          change: gives the stages in the place of others, and of a plan.
-        """
-        mode = copy.copy(self)
-        mode.changes = (*self.changes, change)
-        return mode
-
-    def plan(self, traced: function.TracedCall) -> Plan:
-        """What this mode does to every op of a traced call.
-
-        Args:
-          traced: the traced call.
-
-        Raises:
-          ValueError: if a rule asks for what does not fit an op.
-        """
-        return make_plan(traced, self.rules)
-
-    def rewrite(self, traced: function.TracedCall, plan: Plan | None = None) -> Any:
-        """The result of a traced call; `session.UNCHANGED` if no rule matches.
-
-        Args:
-          traced: the traced call.
-          plan: what `plan` says of it; made here if None.
-
-        Raises:
-          ValueError: if no rule matches, unless `allow_unmatched`; if params are
-            quantized already, and this mode keeps them in float.
-        """
-        if not self.stores_params and traced.own_stages is None:
-            _check_float(traced, type(self).__name__)
-        plan = self.plan(traced) if plan is None else plan
-        self.check(plan)
-        if not self.matches(plan):
-            if not self.allow_unmatched:
-                raise ValueError(self.no_match_message(plan))
-            return session.UNCHANGED
-        return self.transform(traced, plan)
-
-    def store_params(self, traced: function.TracedCall, plan: Plan) -> dict[Path, Any]:
+    def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """What stands in the place of float params, and next to them, by path.
 
         Args:
           traced: a call of the model with float params, or their shapes.
           plan: what the rules do to it.
+
+        Returns:
+          The values; `leaves.LEFT_OUT` for a param that the model loses.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps params in float.")
 
-    def used_up(self, traced: function.TracedCall, plan: Plan) -> set[Path]:
-        """The paths of params that a model no longer has after `store_params`.
+    def tagging(self) -> Any:
+        """What collects the ranges of activations: a `calib.observe.Tagging`.
+
+        Raises:
+          TypeError: if this mode collects none.
+          ValueError: if the rules ask for none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} collects no ranges of activations. Collect them "
+            "with rules, or with a provider such as QtProvider(rules)."
+        )
+
+    def with_ranges(
+        self, ranges: Mapping[str, Any] | RunningRanges
+    ) -> QuantizationProvider:
+        """This mode with ranges of activations from elsewhere.
 
         Args:
-          traced: the call that `store_params` was given.
-          plan: what the rules do to it.
+          ranges: ranges that stay as they are, such as those of a `calib.Calibrator`;
+            or those of one call, which it may update.
+
+        Raises:
+          TypeError: if this mode takes none.
         """
-        del traced, plan
-        return set()
-
-    def matches(self, plan: Plan) -> bool:
-        """Whether the rules do anything to a model."""
-        return bool(plan.quantized_ops)
-
-    def no_match_message(self, plan: Plan) -> str:
-        """Says that the rules do nothing to a model."""
-        return plan.no_match_message()
+        raise TypeError(
+            f"{type(self).__name__} takes no quant_stats. Leave them out, or give "
+            "rules, or a provider such as QtProvider(rules)."
+        )
 
     def within(self, rewrite: session.Rewrite) -> session.Rewrite:
         """What another mode does to a call of a model of this one.
@@ -211,181 +211,132 @@ class QuantizationProvider:
             "float model in the step that is wrapped, or do not wrap it."
         )
 
-    def prepare_nnx(self, model: nnx.Module, rngs: nnx.Rngs | None) -> None:
-        """Adds to an NNX model, in place, what this mode keeps in it next to params.
 
-        Args:
-          model: the model.
-          rngs: where random keys come from; None if none were given.
-        """
+class Told:
+    """What a user was told already, so that it is said once."""
 
-    def of_nnx(self, model: nnx.Module) -> QuantizationProvider:
-        """The provider for one call of an NNX model."""
-        del model
-        return self
+    def __init__(self):
+        self._said: set[Any] = set()
 
-    def variable(self, path: Path, value: Any) -> Any:
-        """The NNX variable for a param that the float model does not have."""
-        del path
-        if stored.is_quantized(value):
-            return stored.box(value, nnx.Param(None))
-        return nnx.Param(value)
-
-    def initialize(
-        self, traced: function.TracedCall, plan: Plan
-    ) -> tuple[dict[Path, Any], Any]:
-        """What `store_params` gives, and the result of a call with these params."""
-        params = self.store_params(traced, plan)
-        return params, self.transform(traced.with_params(params), plan)
-
-    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
-        """The statistics that a model holds at first, as a nested dictionary."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
-
-    def run_with_quant_stats(
-        self,
-        traced: function.TracedCall,
-        plan: Plan,
-        quant_stats: Any,
-        update: bool,
-    ) -> tuple[Any, Any]:
-        """The result of a traced call, and the statistics after it.
-
-        Args:
-          traced: the call.
-          plan: what the rules do to it.
-          quant_stats: the statistics that the model holds.
-          update: whether they may change.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
-
-    def tagging(self) -> Any:
-        """What collects the ranges of activations: a `calib.observe.Tagging`.
-
-        Raises:
-          TypeError: if this mode collects none.
-          ValueError: if the rules ask for none.
-        """
-        raise TypeError(
-            f"{type(self).__name__} collects no ranges of activations. Collect them "
-            "with rules, or with a provider such as QtProvider(rules)."
-        )
-
-    def with_ranges(self, quant_stats: Mapping[str, Any]) -> QuantizationProvider:
-        """This mode with ranges of activations that stay as they are.
-
-        Args:
-          quant_stats: the ranges, such as those of a `calib.Calibrator`.
-
-        Raises:
-          TypeError: if this mode takes none.
-        """
-        raise TypeError(
-            f"{type(self).__name__} takes no quant_stats. Leave them out, or give "
-            "rules, or a provider such as QtProvider(rules)."
-        )
-
-    def with_rules(self, rules: Sequence[QuantizationRule]) -> QuantizationProvider:
-        """This mode with other rules, for a phase of a schedule.
-
-        Args:
-          rules: the rules.
-
-        Raises:
-          TypeError: if there is more to this mode than its rules.
-        """
-        raise TypeError(
-            f"{type(self).__name__} follows no schedule but a start_step that is the "
-            "same for weights and activations of all rules. Give that, or rules, or a "
-            "QtProvider(rules)."
-        )
-
-    def running(self, ranges: Any) -> QuantizationProvider:
-        """This mode for one call of a step, with ranges that the step keeps.
-
-        Args:
-          ranges: the `qat.running_ranges.RunningRanges` of the call.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
-
-    def annotate(self, traced: function.TracedCall, plan: Plan) -> Plan:
-        """The plan with what only this mode can say of the call."""
-        return plan
-
-    @property
-    def rewrite_key(self) -> Hashable | None:
-        """Says, for JAX's caches, what `rewrite` does to a call; see `session.Session`.
-
-        Modes that do the same to every call may have equal keys. None if no other does
-        the same for sure.
-        """
-        return None
-
-    def first_time(self, what: Any) -> bool:
+    def first_time(self, what: Hashable) -> bool:
         """Whether this is the first time that a user is told of something.
 
         Args:
-          what: identifies it: any hashable object.
+          what: identifies it.
         """
-        first = what not in self._warned
-        self._warned.add(what)
+        first = what not in self._said
+        self._said.add(what)
         return first
 
-    def check(self, plan: Plan) -> None:
-        """Warns, once, of ops that a rule matches and that cannot be quantized.
-
-        And of rules that match no op of a model, where others match some.
-
-        Raises:
-          ValueError: if a rule asks for what this mode does not do.
-        """
-        for op in plan.quantized_ops:
-            if op.static and not self.takes_static_ranges:
-                raise ValueError(
-                    f"{op.op.module_path}/{op.op.id}: act_static_scale=True needs "
-                    "ranges that were collected. Collect them with calib.Calibrator, "
-                    f"and give them to {type(self).__name__} as quant_stats."
-                )
-        for op in plan.unsupported:
-            where = "/".join(filter(None, (op.op.module_path, op.op.id)))
-            self._warn(
-                f"{where} matches rule {op.rule_index} but stays in float: it is "
-                f"{op.reason}."
-            )
-        self.check_rules_match(plan)
-
-    def check_rules_match(self, plan: Plan) -> None:
-        """Warns, once, of rules that match no op of a model, where others match some.
-
-        Args:
-          plan: what the rules do to a call, which may be only a part of the model's.
-        """
-        if plan.whole and not self.allow_unmatched and self.matches(plan):
-            self.warn_of_unmatched(plan)
-
-    def warn_of_unmatched(self, use: RuleUse) -> None:
-        """Warns, once, of each rule that matches no op.
-
-        Args:
-          use: what the rules decided for, in all that they are for.
-        """
-        for said in use.unmatched_rules().values():
-            self._warn(f"A rule matches nothing: {said}.")
-
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Warns of something, once."""
         if self.first_time(message):
             warnings.warn(message, stacklevel=4)
 
 
-def _check_float(traced: function.TracedCall, provider: str) -> None:
-    names = [
+def changed(
+    mode: QuantizationProvider, change: Callable[[CallStages, Plan], CallStages]
+) -> QuantizationProvider:
+    """A mode, with a change to the stages that it chooses.
+
+    Args:
+      mode: the mode.
+      change: gives the stages in the place of others, and of a plan.
+    """
+    mode = copy.copy(mode)
+    mode.changes = (*mode.changes, change)
+    return mode
+
+
+def rewrite(
+    mode: QuantizationProvider, traced: TracedCall, plan: Plan | None = None
+) -> Any:
+    """The result of a traced call; `session.UNCHANGED` if no rule matches.
+
+    Args:
+      mode: the mode.
+      traced: the traced call.
+      plan: what the mode plans for it; made here if None.
+
+    Raises:
+      ValueError: if no rule matches, unless `allow_unmatched`; if params are
+        quantized already, and the mode keeps them in float.
+    """
+    quantized = [
         "/".join(param.path)
         for param in traced.params
         if param is not None and stored.is_quantized(param.value)
     ]
-    if names:
+    if quantized and not mode.stores_params and traced.own_stages is None:
         raise ValueError(
-            f"{provider} takes float params, and {len(names)} are quantized, among "
-            f"them {names[0]!r}. Run them with a PtqProvider, or give the float params "
-            "that they were made from."
+            f"{type(mode).__name__} takes float params, and {len(quantized)} are "
+            f"quantized, among them {quantized[0]!r}. Run them with a PtqProvider, or "
+            "give the float params that they were made from."
         )
+    plan = mode.plan(traced) if plan is None else plan
+    check(mode, plan)
+    # A model with quantized params cannot run as it is, whatever the rules say.
+    if not plan.has_effect and not (quantized and mode.stores_params):
+        _check_may_be_unmatched(mode, plan)
+        return session.UNCHANGED
+    return mode.transform(traced, plan)
+
+
+def checked_plan(mode: QuantizationProvider, traced: TracedCall) -> Plan:
+    """What a mode does to a call, checked.
+
+    Args:
+      mode: the mode.
+      traced: the call.
+
+    Raises:
+      ValueError: as `check`; if no rule matches, unless the mode allows that.
+    """
+    plan = mode.plan(traced)
+    check(mode, plan)
+    _check_may_be_unmatched(mode, plan)
+    return plan
+
+
+def check(mode: QuantizationProvider, plan: Plan) -> None:
+    """Warns, once, of what the rules ask for and cannot be done.
+
+    And of rules that match no op of a model, where others match some.
+
+    Args:
+      mode: the mode.
+      plan: what it does to a call, which may be only a part of the model's.
+
+    Raises:
+      ValueError: if a rule asks for what the mode does not do; if it is strict, and
+        there is something to warn of.
+    """
+    for op in plan.quantized_ops:
+        if op.static and not mode.takes_static_ranges:
+            raise ValueError(
+                f"{op.op.where}: act_static_scale=True needs ranges that were "
+                "collected. Collect them with calib.Calibrator, and give them to "
+                f"{type(mode).__name__} as quant_stats."
+            )
+    for message in plan.complaints():
+        if mode.strict:
+            raise ValueError(message)
+        mode.told.warn(message)
+    if plan.whole and not mode.allow_unmatched and plan.has_effect:
+        warn_of_unmatched(mode, plan)
+
+
+def warn_of_unmatched(mode: QuantizationProvider, use: RuleUse) -> None:
+    """Warns, once, of each rule that matches no op.
+
+    Args:
+      mode: the mode that the rules are of.
+      use: what the rules decided for, in all that they are for.
+    """
+    for said in use.unmatched_rules().values():
+        mode.told.warn(f"A rule matches nothing: {said}.")
+
+
+def _check_may_be_unmatched(mode: QuantizationProvider, plan: Plan) -> None:
+    if not plan.has_effect and not mode.allow_unmatched:
+        raise ValueError(plan.no_match_message())

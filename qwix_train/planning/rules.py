@@ -17,7 +17,7 @@ from qwix_train.core.numerics import is_int16
 from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
 from qwix_train.observers.named import parse_observer
-from qwix_train.observers.statistics import Statistics, make_statistics
+from qwix_train.observers.statistics import make_statistics
 from qwix_train.planning import field_types
 from qwix_train.planning.leaves import OperandName, Path
 from qwix_train.planning.schedule import OF_WHOLE_STEPS, Schedule
@@ -446,29 +446,6 @@ def rule_of_range(
     name = OperandName.parse(path)
     op = name.module_path, _op_name(name.op_id), name.op_id
     return next((rule for rule in rules if rule.matches(*op)), None)
-
-
-def statistics_at(rules: Sequence[QuantizationRule], path: Path) -> Statistics:
-    """What is collected for a range, as the rule of its op says.
-
-    Args:
-      rules: the rules.
-      path: the path of the range.
-
-    Raises:
-      ValueError: if no rule gives the op a static range.
-    """
-    rule = rule_of_range(rules, path)
-    if rule is None or not rule.static_act_ranges:
-        raise ValueError(
-            f"There are quant_stats for {'/'.join(path)!r}, and no rule gives that "
-            "a static range. Pass the rules that the statistics were made with."
-        )
-    return make_statistics(
-        rule.range_observer or rule.act_method,
-        rule.act_averaging,
-        how=how.HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method),
-    )
 
 
 def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ...]:

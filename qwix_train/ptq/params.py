@@ -15,7 +15,7 @@ from flax.core import DenyList, FrozenDict, freeze, unfreeze
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from qwix_train.calib.ranges import collected_ranges, states_in
+from qwix_train.calib.ranges import collected_ranges
 from qwix_train.core.errors import located
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
@@ -27,8 +27,10 @@ from qwix_train.frontends.other_methods import check_no_product_in_float, resolv
 from qwix_train.frontends.plan_of import plan_model
 from qwix_train.planning import static_range
 from qwix_train.planning import table as plan_table
-from qwix_train.planning.leaves import Leaf, Path, range_of, scale_path
+from qwix_train.planning.leaves import LEFT_OUT, Leaf, Path, range_of, scale_path
 from qwix_train.planning.plan import Plan
+from qwix_train.planning.provider import checked_plan
+from qwix_train.planning.quant_stats import states_in
 from qwix_train.planning.rules import QuantizationRule, rule_of_range
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
@@ -160,11 +162,11 @@ def quantize_tree(
     quantized = []
     for index, (names, param) in enumerate(flat):
         if names in given.used:
-            quantized.append(_LEFT_OUT)
+            quantized.append(LEFT_OUT)
         elif names in target:
             quantized.append(quantize_leaf(names, param, target[names], given))
         elif allow_extra_params:
-            quantized.append(_LEFT_OUT)
+            quantized.append(LEFT_OUT)
         else:
             raise ValueError(_unknown(names, target))
         if donate and last[id(param)] == index:
@@ -409,12 +411,8 @@ def _abstract(
     provider = PtqProvider(rules)
     params = jax.tree.map(_shape, stored.unbox(params))
     traced = trace_function(fn, (params, *inputs), kwargs)
-    planned = provider.plan(traced)
-    provider.check(planned)
-    if not planned.quantized_ops:
-        raise ValueError(planned.no_match_message())
-    values = dict.fromkeys(provider.used_up(traced, planned), _LEFT_OUT)
-    values |= provider.store_params(traced, planned)
+    planned = checked_plan(provider, traced)
+    values = provider.store_params(traced, planned)
     values = {(*_collection(params), *path): x for path, x in values.items()}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     quantized = [values.pop(param_path(path), leaf) for path, leaf in leaves]
@@ -486,16 +484,12 @@ def _delete(param: Any, quantized: Sequence[Any]) -> None:
         param.delete()
 
 
-# Stands for a param that the quantized model does not have.
-_LEFT_OUT = object()
-
-
 def _rebuilt(structure: Any, leaves: Sequence[Any], added: Mapping[Path, Any]) -> Any:
     """A tree of params from its leaves, without those left out, and with others."""
     tree = jax.tree.unflatten(structure, leaves)
-    if any(leaf is _LEFT_OUT for leaf in leaves):
+    if any(leaf is LEFT_OUT for leaf in leaves):
         tree = _pruned(tree)
-        tree = {} if tree is _LEFT_OUT else tree
+        tree = {} if tree is LEFT_OUT else tree
     for path, value in added.items():
         tree = inserted(tree, path, value)
     return tree
@@ -505,12 +499,12 @@ def _pruned(tree: Any) -> Any:
     """A nested dictionary without what is left out, or would be empty."""
     if isinstance(tree, WithLeaves):
         leaves = _pruned(tree.leaves)
-        return tree.params if leaves is _LEFT_OUT else WithLeaves(tree.params, leaves)
+        return tree.params if leaves is LEFT_OUT else WithLeaves(tree.params, leaves)
     if not isinstance(tree, Mapping):
         return tree
     kept = {key: _pruned(value) for key, value in tree.items()}
-    left = {key: value for key, value in kept.items() if value is not _LEFT_OUT}
-    return left if left or not tree else _LEFT_OUT
+    left = {key: value for key, value in kept.items() if value is not LEFT_OUT}
+    return left if left or not tree else LEFT_OUT
 
 
 def _is_float(target: Mapping[Path, Any], flat: Sequence[tuple[Path, Any]]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ import jax
 from qwix_train import ops
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import static_range
-from qwix_train.planning.plan import Path, Plan
+from qwix_train.planning.leaves import LEFT_OUT, Path
+from qwix_train.planning.plan import Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, pre_quant_scale
@@ -67,35 +68,24 @@ class PtqProvider(QuantizationProvider):
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`.
 
-        Codes and scales, static ranges, and scales of input channels.
+        Codes and scales, static ranges, and scales of input channels. Scales that were
+        trained stand in the codes and ranges, and are left out.
 
         Raises:
           ValueError: if a scale that a rule trains is not among the params.
         """
-        return self._stored(traced, plan, given_scales.check_learned)
-
-    def used_up(self, traced: TracedCall, plan: Plan) -> set[Path]:
-        """See `QuantizationProvider.used_up`: scales that stand in codes and ranges."""
         given = given_scales.among_inputs(traced, plan)
-        return set(given.used - given.ranges.keys())
-
-    def _stored(
-        self,
-        traced: TracedCall,
-        plan: Plan,
-        check: Callable[[Path, HowToQuantize], None],
-    ) -> dict[Path, Any]:
-        """See `store_params`; checks each param that no scale is given for."""
-        given = given_scales.among_inputs(traced, plan)
-        params = {}
+        params: dict[Path, Any] = {}
         for param in traced.params:
             how = None if param is None else plan.params[param.path].how
             if param is None or how is None or stored.is_quantized(param.value):
                 continue
             value = given.quantized(param.path, param.value, how)
             if value is None:
-                if not isinstance(param.value, jax.ShapeDtypeStruct):
-                    check(param.path, how)
+                is_shape = isinstance(param.value, jax.ShapeDtypeStruct)
+                # Random params have no learned scales: they begin as those do.
+                if not (is_shape or traced.initializing):
+                    given_scales.check_learned(param.path, how)
                 value = stored.quantize_param(param.value, how)
             params[param.path] = value
         params |= given.ranges
@@ -103,37 +93,19 @@ class PtqProvider(QuantizationProvider):
         added = static_range.initial(plan)
         if self.pre_quant_scale:
             added |= pre_quant_scale.initial(plan)
-        return params | {path: x for path, x in added.items() if path not in named}
+        params |= {path: x for path, x in added.items() if path not in named}
+        left_out = () if traced.initializing else given.used
+        return dict.fromkeys(left_out, LEFT_OUT) | params
 
-    def rewrite(self, traced: TracedCall, plan: Plan | None = None) -> Any:
-        """See `QuantizationProvider.rewrite`."""
-        plan = self.plan(traced) if plan is None else plan
-        # A model with quantized params cannot run as it is, whatever the rules say.
-        if any(p is not None and stored.is_quantized(p.value) for p in traced.params):
-            self.check(plan)
-            return self.transform(traced, plan)
-        return super().rewrite(traced, plan)
-
-    def transform(self, traced: TracedCall, plan: Plan) -> Any:
-        """The result of a traced call, computed from quantized params.
+    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
+        """See `QuantizationProvider.stages`.
 
         Raises:
           ValueError: if a param that a rule quantizes is a float array, or has codes
             of another type.
         """
         check_params(traced, plan)
-        return super().transform(traced, plan)
-
-    def stages(self, traced: TracedCall, plan: Plan) -> CallStages:
-        """See `QuantizationProvider.stages`."""
         return on_codes(traced, plan)
-
-    def initialize(self, traced: TracedCall, plan: Plan) -> tuple[dict[Path, Any], Any]:
-        """See `QuantizationProvider.initialize`. No static range is known yet."""
-        # Random params have no learned scales: they begin as those do.
-        params = self._stored(traced, plan, lambda path, how: None)
-        call = traced.with_params(params)
-        return params, run(call, on_codes(call, plan, static_range.initial(plan)))
 
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`: adds where params are dequantized."""
@@ -143,27 +115,24 @@ class PtqProvider(QuantizationProvider):
             found.setdefault(path, {})[primitive] = None
 
         def find(inputs: list[Any]) -> None:
-            call = traced.with_inputs(inputs)
-            params = self._stored(call, plan, lambda path, how: None)
-            call = call.with_params(params)
-            run(call, on_codes(call, plan, static_range.initial(plan)), listen)
+            call = dataclasses.replace(traced.with_inputs(inputs), initializing=True)
+            call = call.with_params(PtqProvider.store_params(self, call, plan))
+            run(call, on_codes(call, plan), listen)
 
         jax.eval_shape(find, list(traced.inputs))
         dequantized = {path: tuple(by) for path, by in found.items()}
         return dataclasses.replace(plan, dequantized=dequantized)
 
 
-def on_codes(
-    traced: TracedCall, plan: Plan, unknown: Mapping[Path, Any] | None = None
-) -> CallStages:
+def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
     """The stages of a traced call that is computed from quantized params.
 
     Args:
       traced: the call.
       plan: what happens to its ops.
-      unknown: what stands for static ranges where none are known yet.
     """
     named, found = traced.named, {}
+    unknown = static_range.initial(plan) if traced.initializing else None
     for op in plan.quantized_ops:
         # What takes elements of a weight, such as a lookup, the weight does itself.
         if not ops.is_product(op.op.primitive):

@@ -16,12 +16,12 @@ from jax import numpy as jnp
 
 from qwix_train.calib.calibrator import Collector, Step, merge_stats
 from qwix_train.calib.observe import Observed
-from qwix_train.calib.ranges import states_in
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import as_float, is_concrete
 from qwix_train.core.qarray import MaybeQArray, QArray, WithAux
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import SIDES, OperandName, Path, pre_quant_scale_path
+from qwix_train.planning.quant_stats import states_in
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.input_statistics import InputTagging, WeightInput

@@ -9,7 +9,6 @@ from jax import lax
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.plan import OpPlan, Path, Plan
-from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.quantized_products import KeepCodes, QuantizedProducts
 from qwix_train.stages.fake_quantize import FakeQuantize, Quantize, RangeOf
 from qwix_train.stages.learned import LearnedActivation, LearnedWeight
@@ -24,7 +23,6 @@ from qwix_train.values import stored
 def fake_quantized(
     traced: TracedCall,
     plan: Plan,
-    rules: tuple[QuantizationRule, ...],
     range_of: Callable[[static_range.StaticOperand], RangeOf],
 ) -> CallStages:
     """The stages of a traced call, with fake-quantized weights and activations.
@@ -32,13 +30,12 @@ def fake_quantized(
     Args:
       traced: the call.
       plan: what the rules do to it.
-      rules: the rules.
       range_of: gives what the range of an activation is, where it is collected.
 
     Raises:
       ValueError: if a scale that is trained is not among the params.
     """
-    products = QuantizedProducts(traced, plan, rules)
+    products = QuantizedProducts(traced, plan, plan.rules)
     named = traced.named
 
     def op_stages(op: OpPlan) -> OpStages:

@@ -7,19 +7,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from qwix_train.calib.observe import RangeTagging
-from qwix_train.frontends import nnx_objects
 from qwix_train.planning import static_range
 from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule, check_rules
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.running_ranges import RunningRanges
 from qwix_train.qat.fake_quantized import fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
-from qwix_train.qat.running_ranges import (
-    RunningRanges,
-    as_quant_stats,
-    initial_states,
-    run_with_quant_stats,
-)
 from qwix_train.stages.fake_quantize import RangeOf
 from qwix_train.stages.run import CallStages
 from qwix_train.trace.function import TracedCall
@@ -42,6 +36,8 @@ class QtProvider(QuantizationProvider):
       >>> from qwix_train import QtProvider, QuantizationRule
       >>> provider = QtProvider([QuantizationRule(weight_qtype="int8")])
     """
+
+    follows_schedules = True
 
     def __init__(
         self,
@@ -83,13 +79,13 @@ class QtProvider(QuantizationProvider):
         def range_of(static: static_range.StaticOperand) -> RangeOf:
             if running is None:
                 return static_range.find(static.op, static.side, ranges)
-            return running.range_of(static, self.rules)
+            return running.range_of(static, plan)
 
-        return fake_quantized(traced, plan, self.rules, range_of)
+        return fake_quantized(traced, plan, range_of)
 
     @property
-    def rewrite_key(self) -> Hashable | None:
-        """See `QuantizationProvider.rewrite_key`."""
+    def rewrite_key(self) -> Hashable | None:  # pyright: ignore
+        """See `QuantizationProvider`."""
         own = self.quant_stats, self._running
         if type(self) is not QtProvider or self.changes or own != (None, None):
             return None
@@ -103,30 +99,19 @@ class QtProvider(QuantizationProvider):
         """See `QuantizationProvider.store_params`: scales that are trained."""
         return initial_leaves(traced, plan, self.rules)
 
-    def variable(self, path: Path, value: Any) -> Any:
-        """See `QuantizationProvider.variable`."""
-        return nnx_objects.attached(value)
-
-    def initial_quant_stats(self, plan: Plan) -> dict[str, Any]:
-        """The statistics that a Linen model holds at first."""
-        return as_quant_stats(initial_states(plan, self.rules))
-
-    def run_with_quant_stats(
-        self, traced: TracedCall, plan: Plan, quant_stats: Any, update: bool
-    ) -> tuple[Any, Any]:
-        """The result of a traced call, and the statistics after it."""
-        return run_with_quant_stats(self, traced, plan, quant_stats, update)
-
     def tagging(self) -> RangeTagging:
         """See `QuantizationProvider.tagging`."""
         return RangeTagging(self.rules)
 
-    def with_ranges(self, quant_stats: Mapping[str, Any]) -> QtProvider:
+    def with_ranges(self, ranges: Mapping[str, Any] | RunningRanges) -> QtProvider:
         """See `QuantizationProvider.with_ranges`."""
-        fixed = copy.copy(self)
-        fixed.quant_stats = self._checked(quant_stats)
-        fixed.keeps_quant_stats = False
-        return fixed
+        changed = copy.copy(self)
+        changed.keeps_quant_stats = False
+        if isinstance(ranges, RunningRanges):
+            changed._running = ranges
+        else:
+            changed.quant_stats = self._checked(ranges)
+        return changed
 
     def _checked(self, quant_stats: Any) -> Any:
         static_range.check_quant_stats(quant_stats)
@@ -137,15 +122,3 @@ class QtProvider(QuantizationProvider):
                 "leave them out."
             )
         return quant_stats
-
-    def with_rules(self, rules: Sequence[QuantizationRule]) -> QtProvider:
-        """See `QuantizationProvider.with_rules`."""
-        changed = copy.copy(self)
-        changed.rules = check_rules(rules)
-        return changed
-
-    def running(self, ranges: RunningRanges) -> QtProvider:
-        """See `QuantizationProvider.running`."""
-        running = copy.copy(self)
-        running.keeps_quant_stats, running._running = False, ranges
-        return running

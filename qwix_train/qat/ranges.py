@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from qwix_train.calib.ranges import collected_ranges, states_in
+from qwix_train.calib.ranges import collected_ranges
 from qwix_train.core import numerics
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends.nested import inserted
@@ -16,6 +16,7 @@ from qwix_train.frontends.targets import params_of
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.quant_stats import states_in
 from qwix_train.planning.rules import QuantizationRule, check_rules, rule_of_range
 from qwix_train.qat.state import held_states
 from qwix_train.values import stored

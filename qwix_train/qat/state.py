@@ -10,7 +10,6 @@ from typing import Any
 from flax import nnx, struct
 from flax.training import train_state
 
-from qwix_train.calib.ranges import states_in
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import held, nnx_objects
 from qwix_train.frontends.targets import (
@@ -19,9 +18,9 @@ from qwix_train.frontends.targets import (
     is_tree,
     nnx_model,
 )
-from qwix_train.planning.plan import Path
+from qwix_train.planning.leaves import Path
+from qwix_train.planning.quant_stats import States, as_quant_stats, nested, states_in
 from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
-from qwix_train.qat.running_ranges import States, as_quant_stats, nested
 
 
 class QuantTrainState(train_state.TrainState):

@@ -91,6 +91,8 @@ class TracedCall:
       own_stages: what becomes of the stages that a mode chooses for the call, where
         its params have some whatever the mode, such as adapters; see `stages.run`.
       once: what becomes of arrays that several ops read, for handlers of `run`.
+      initializing: whether its params were just drawn at random, so that none is
+        trained, and no range is known.
     """
 
     body: jax_versions.Body
@@ -115,6 +117,7 @@ class TracedCall:
     )
     own_stages: Callable[[Any], Any] | None = None
     once: evaluate.Once = dataclasses.field(default_factory=evaluate.Once)
+    initializing: bool = False
 
     def run(
         self,

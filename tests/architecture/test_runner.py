@@ -1,6 +1,7 @@
 """One module hands the operations of a traced call to what replaces them."""
 
 import ast
+import re
 
 from tests.architecture import source
 
@@ -25,6 +26,46 @@ def test_modes_choose_stages_and_the_runner_applies_them():
     found = {file for file, tree in source.library().items() if list(runs(tree))}
     # The transposed product of quantized training is traced by itself.
     assert found == {"stages/run.py", "qat/backward_product.py"}
+
+
+def modes():
+    """The classes of modes, with the module that each stands in."""
+    found, last = {"QuantizationProvider"}, None
+    while found != last:
+        last = set(found)
+        for tree in source.library().values():
+            for node in ast.walk(tree):
+                bases = [ast.unparse(b) for b in getattr(node, "bases", ())]
+                if isinstance(node, ast.ClassDef) and found & set(bases):
+                    found.add(node.name)
+    for file, tree in source.library().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name in found:
+                yield file, node
+
+
+def public_methods(cls):
+    return {
+        node.name
+        for node in cls.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def test_a_mode_has_eight_methods_to_know():
+    classes = {cls.name: cls for _, cls in modes()}
+    assert {"QtProvider", "PtqProvider", "LoraProvider", "Tagging"} <= classes.keys()
+    assert len(public_methods(classes["QuantizationProvider"])) <= 8
+
+
+def test_modes_know_no_framework_and_no_box():
+    named = re.compile(r"flax\.(linen|nnx)|\bnnx\b|linen|box", re.IGNORECASE)
+    for file, cls in modes():
+        names = {ast.unparse(n) for n in ast.walk(cls) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(cls) if isinstance(n, ast.Attribute)}
+        names |= {n.arg for n in ast.walk(cls) if isinstance(n, ast.arg)}
+        names |= public_methods(cls)
+        assert not [name for name in names if named.search(name)], (file, cls.name)
 
 
 def test_stages_know_no_mode_and_no_plan():

@@ -4,37 +4,28 @@ The forward of each step measures the activations, updates the statistics with t
 and quantizes by the range that they give then (with delayed scaling, by the one that
 they gave before). What was measured is tagged on the way,
 so that the statistics come out of a step that does not return them (see
-`trace.harvest`): `QtProvider` with a collection `quant_stats` harvests them from the
-call of the model, `wrap_train_step` from the whole step.
+`trace.harvest`): those of a Linen model, in its collection `quant_stats`, are harvested
+from its call, and `wrap_train_step` harvests from the whole step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
-from flax import traverse_util
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.calib.observe import statistics_of
-from qwix_train.calib.ranges import states_in
 from qwix_train.core.calibration import compute_scale_zero_point
-from qwix_train.observers.statistics import RangeObserver, Statistics, in_layout_of_qwix
+from qwix_train.observers.statistics import RangeObserver, Statistics
 from qwix_train.planning import static_range
 from qwix_train.planning.plan import Path, Plan
-from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.quant_stats import States
 from qwix_train.stages.fake_quantize import Range
-from qwix_train.trace import function, harvest
-from qwix_train.trace.function import TracedCall
-
-# The statistics of each range, by its path.
-States = Mapping[Path, Mapping[str, Any]]
+from qwix_train.trace import harvest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +96,12 @@ class RunningRanges:
             )
         return self.states[path]
 
-    def range_of(
-        self, static: static_range.StaticOperand, rules: Sequence[QuantizationRule]
-    ) -> RunningRange:
+    def range_of(self, static: static_range.StaticOperand, plan: Plan) -> RunningRange:
         """The range of an activation, for a stage.
 
         Args:
           static: the activation.
-          rules: the rules that its plan was made from.
+          plan: the plan that it is of.
         """
         op, side = static.op, static.side
         names = op.ranges[side]
@@ -122,7 +111,7 @@ class RunningRanges:
             names,
             tuple(length > 0 for length in op.op.scans),
             static.how.qtype,
-            statistics_of(op, side, rules),
+            plan.statistics_of(op, side),
             self,
             state,
         )
@@ -202,89 +191,6 @@ class RunningRange:
             self.names, self.statistics, x, self.state, self.layers
         )
         return Range(*compute_scale_zero_point(calibration, self.qtype))
-
-
-def run_with_quant_stats(
-    provider: QuantizationProvider,
-    traced: TracedCall,
-    plan: Plan,
-    quant_stats: Any,
-    update: bool,
-) -> tuple[Any, Any]:
-    """The result of a traced call, and the statistics after it.
-
-    Args:
-      provider: the provider, which says how to run with ranges that it may update.
-      traced: the call.
-      plan: what the provider does to it.
-      quant_stats: the statistics, as a Linen model holds them.
-      update: whether they change.
-    """
-    states = {
-        path: {"skipped": jnp.zeros_like(state["count"]), **state}
-        for path, state in states_in(quant_stats).items()
-    }
-    ranges = RunningRanges(states, RangeUpdates(update))
-    running = provider.running(ranges)
-    if not update:
-        return running.transform(traced, plan), quant_stats
-    out, states = _harvest_call(running, ranges, traced, plan)
-    return out, as_quant_stats(states)
-
-
-def as_quant_stats(states: Mapping[Path, Any]) -> dict[str, Any]:
-    """Statistics as a Linen model holds them, in the layout of `qwix`."""
-    return nested({path: in_layout_of_qwix(state) for path, state in states.items()})
-
-
-def _harvest_call(
-    provider: QuantizationProvider,
-    ranges: RunningRanges,
-    traced: TracedCall,
-    plan: Plan,
-) -> tuple[Any, dict[Path, Any]]:
-    """The result of a traced call, and the statistics after it.
-
-    It may be differentiated, as part of a user's own loss function.
-
-    Args:
-      provider: the provider that quantizes with these ranges.
-      ranges: the ranges of the call.
-      traced: the call.
-      plan: what the provider does to it.
-    """
-
-    def call(inputs):
-        return provider.transform(traced.with_inputs(inputs), plan)
-
-    add = functools.partial(ranges.add, updates=ranges.updates)
-    outer = function.trace(call, (list(traced.inputs),), lambda key_path: None)
-    named = {"/".join(path): state for path, state in ranges.states.items()}
-    found = {name: named[name] for name in harvest.names_in(outer.body)}
-    outs, after = harvest.harvest(outer.body, outer.inputs, found, add)
-    updated = {tuple(name.split("/")): state for name, state in after.items()}
-    return outer.rebuild(outs), {**ranges.states, **updated}
-
-
-def initial_states(
-    plan: Plan, rules: Sequence[QuantizationRule]
-) -> dict[Path, dict[str, Any]]:
-    """The statistics before any batch, for each range that a plan asks for."""
-    states = {}
-    for static in static_range.static_operands(plan):
-        if static.op.collected:
-            statistics = statistics_of(static.op, static.side, rules)
-            layers = static.op.op.layers
-            states[static.path] = jax.tree.map(
-                lambda x, layers=layers: jnp.broadcast_to(x, (*layers, *x.shape)),
-                statistics.init(static.operand.shape, static.operand.dtype),
-            )
-    return states
-
-
-def nested(states: States) -> dict[str, Any]:
-    """The nested dictionary of statistics, from those by path."""
-    return traverse_util.unflatten_dict(dict(states))
 
 
 class _Collected:
