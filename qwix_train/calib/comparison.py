@@ -23,7 +23,8 @@ from qwix_train.observers.statistics import (
     Statistics,
     make_statistics,
 )
-from qwix_train.planning.plan import OpPlan, Plan, make_plan
+from qwix_train.planning.plan import OpPlan, Plan
+from qwix_train.planning.planner import make_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 

@@ -15,7 +15,8 @@ from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
-from qwix_train.planning.plan import Plan, StepPlan, make_plan
+from qwix_train.planning.plan import Plan, StepPlan
+from qwix_train.planning.planner import make_plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import subclasses

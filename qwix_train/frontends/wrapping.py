@@ -23,12 +23,13 @@ from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import param_trees, step_models
 from qwix_train.frontends.param_trees import CalledTrees
-from qwix_train.planning.plan import PlannedCall, RuleUse, RuleUseInCalls, StepPlan
+from qwix_train.planning.plan import PlannedCall, StepPlan
 from qwix_train.planning.provider import (
     QuantizationProvider,
     rewrite,
     warn_of_unmatched,
 )
+from qwix_train.planning.rule_use import RuleUse, RuleUseInCalls
 from qwix_train.trace import session
 
 

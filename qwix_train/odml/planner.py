@@ -24,7 +24,7 @@ from qwix_train.odml.patterns import find_patterns
 from qwix_train.odml.plan import NodePlan, OdmlPlan, TensorPlan, activation_qtype
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, OperandName, Path
-from qwix_train.planning.plan import is_whole, param_plans
+from qwix_train.planning.planner import is_whole, param_plans
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.trace import bodies, scopes
 from qwix_train.trace.analyze import Op, Operand

@@ -8,7 +8,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from qwix_train import ops
-from qwix_train.planning.plan import Path, Plan, RuleUse, make_plan
+from qwix_train.planning.leaves import Path
+from qwix_train.planning.plan import Plan
+from qwix_train.planning.planner import make_plan
+from qwix_train.planning.rule_use import RuleUse
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.planning.running_ranges import RunningRanges
 from qwix_train.stages.run import CallStages, run

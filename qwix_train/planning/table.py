@@ -11,7 +11,8 @@ from qwix_train.planning.leaves import Leaf
 
 if TYPE_CHECKING:
     from qwix_train.core.how import HowToQuantize
-    from qwix_train.planning.plan import OpPlan, ParamPlan, Plan, RuleUse
+    from qwix_train.planning.plan import OpPlan, ParamPlan, Plan
+    from qwix_train.planning.rule_use import RuleUse
 
 _NOTE_WIDTH = 80
 """Longer notes stand below the table, so that its rows keep their width."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwix_train.core import numerics
-from qwix_train.planning.plan import OpPlan, ParamPlan, Path, Plan, make_plan
+from qwix_train.planning.plan import OpPlan, ParamPlan, Path, Plan
+from qwix_train.planning.planner import make_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from qwix_train import lora
 from qwix_train.frontends.model import trace_function
 from qwix_train.lora.layout import find_layouts
-from qwix_train.planning.plan import make_plan
+from qwix_train.planning.planner import make_plan
 from qwix_train.trace.function import param_path
 from tests.spellings import CASES
 
