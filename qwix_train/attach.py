@@ -169,9 +169,7 @@ def attach(
         states = _empty_states(target, provider, model, step, inputs, kwargs)
     store = provider.store_params
     if quant_stats is not None:
-        store = functools.partial(
-            initial_leaves, rules=provider.rules, quant_stats=quant_stats
-        )
+        store = functools.partial(initial_leaves, quant_stats=quant_stats)
     held = nnx_model(target)
     if provider.adds_params and held is not None:
         optimizer = target if optimizer is None else optimizer

@@ -35,7 +35,7 @@ def fake_quantized(
     Raises:
       ValueError: if a scale that is trained is not among the params.
     """
-    products = QuantizedProducts(traced, plan, plan.rules)
+    products = QuantizedProducts(traced, plan)
     named = traced.named
 
     def op_stages(op: OpPlan) -> OpStages:

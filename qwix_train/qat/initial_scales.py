@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.learned_scale import Leaves
 from qwix_train.planning.leaves import Leaf, Path, scale_path
 from qwix_train.planning.plan import OpPlan, Plan
-from qwix_train.planning.rules import QuantizationRule
 from qwix_train.planning.static_range import StaticOperand
 from qwix_train.trace import function
 from qwix_train.trace.function import TracedCall
@@ -34,7 +33,6 @@ from qwix_train.values import stored
 def initial_leaves(
     traced: TracedCall,
     plan: Plan,
-    rules: Sequence[QuantizationRule],
     quant_stats: Mapping[str, Any] | None = None,
 ) -> dict[Path, Any]:
     """The learned scales that a plan asks for and a call does not have.
@@ -45,7 +43,6 @@ def initial_leaves(
     Args:
       traced: a call of the model; its inputs are what activations are measured with.
       plan: what the rules do to it.
-      rules: the rules.
       quant_stats: ranges of activations, in the place of measuring them.
 
     Returns:
@@ -89,9 +86,7 @@ def initial_leaves(
         and not _has_leaves(static, named)
     ]
     if missing:
-        calibration_of = (
-            _given(quant_stats) if quant_stats else _measured(traced, plan, rules)
-        )
+        calibration_of = _given(quant_stats) if quant_stats else _measured(traced, plan)
     for static in missing:
         begun = _act_leaves(static, calibration_of(static.path))
         for leaf, value in learned_scale.each(static.path, begun).items():
@@ -151,16 +146,14 @@ class _LearnedTagging(RangeTagging):
         return bool(op.learned)
 
 
-def _measured(
-    traced: TracedCall, plan: Plan, rules: Sequence[QuantizationRule]
-) -> Callable[[Path], Calibration]:
+def _measured(traced: TracedCall, plan: Plan) -> Callable[[Path], Calibration]:
     """The ranges that activations of the float model have in a call."""
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in traced.inputs):
         raise TypeError(
             "Learned scales of activations begin with the ranges of a batch, and "
             "shapes were given for it: give arrays, or the ranges as quant_stats."
         )
-    tagging = _LearnedTagging(rules)
+    tagging = _LearnedTagging(plan.rules)
 
     def call(inputs):
         return tagging.transform(traced.with_inputs(inputs), plan)

@@ -97,7 +97,7 @@ class QtProvider(QuantizationProvider):
 
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`: scales that are trained."""
-        return initial_leaves(traced, plan, self.rules)
+        return initial_leaves(traced, plan)
 
     def tagging(self) -> RangeTagging:
         """See `QuantizationProvider.tagging`."""

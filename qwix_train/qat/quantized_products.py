@@ -24,7 +24,6 @@ from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
 from qwix_train.planning.plan import OpPlan, Path, Plan
-from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.backward_product import BackwardProduct
 from qwix_train.qat.qt_rule import QtRule
 from qwix_train.stages.fake_quantize import WithCodes
@@ -46,15 +45,12 @@ class QuantizedProducts:
       weights: the paths of the params that they read.
     """
 
-    def __init__(
-        self, traced: TracedCall, plan: Plan, rules: Sequence[QuantizationRule]
-    ):
+    def __init__(self, traced: TracedCall, plan: Plan):
         """Finds the ops.
 
         Args:
           traced: the call.
           plan: what the rules do to it.
-          rules: the rules.
 
         Raises:
           ValueError: if a rule asks for tiles in the backward of a convolution.
@@ -62,7 +58,7 @@ class QuantizedProducts:
         self._rules: dict[Any, QtRule] = {}
         self.weights: set[Path] = set()
         for op in plan.quantized_ops:
-            rule = None if op.rule_index is None else rules[op.rule_index]
+            rule = None if op.rule_index is None else plan.rules[op.rule_index]
             if not isinstance(rule, QtRule) or rule.bwd_qtype is None:
                 continue
             if not ops.is_product(op.op.primitive):

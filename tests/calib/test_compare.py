@@ -279,6 +279,7 @@ def test_errors():
         calib.compare(step, [rule], batches)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_left_out_where_a_rule_says_so():
     """As if the padded rows, of NaN, were not there."""
     rows = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)

@@ -55,7 +55,7 @@ def data(stats):
     }
 
 
-@pytest.mark.thinned(16)
+@pytest.mark.slow
 @pytest.mark.parametrize(("observer", "averaging"), OBSERVERS)
 def test_a_sharded_batch_gives_what_it_gives_on_one_device(observer, averaging):
     mesh = jax.make_mesh((8,), ("data",))

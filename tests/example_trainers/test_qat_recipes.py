@@ -69,6 +69,7 @@ def test_a_gain_within_the_spread_is_reported(metric):
     assert f"{report.PLAIN} has" in message
 
 
+@pytest.mark.slow
 def test_train_batches_are_those_of_the_iterator():
     task = tasks.make_task("digits", config_lib.get_quick_config())
     batches = task.train_batches(seed=3, steps=4)

@@ -82,7 +82,7 @@ REFUSED = ("contracted outer part", "contracted inner part")
 @pytest.mark.parametrize(
     ("name", "dora"), [(name, i % 2 == 1) for i, name in enumerate(CASES)]
 )
-@pytest.mark.thinned(27)
+@pytest.mark.slow
 def test_every_spelling(name, dora):
     case = CASES[name]
     provider = lora.LoraProvider(rules(dora=dora), allow_unmatched=True)

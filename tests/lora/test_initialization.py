@@ -76,6 +76,7 @@ def test_pissa_splits_off_the_principal_part():
         np.testing.assert_allclose(gram, np.diag(s) / layout.scaling, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pissa_of_each_layer_of_a_stack():
     a, b, base, layout = started(STACK, apply_stack, init="pissa")
     assert a.shape == (3, 24, 3) and b.shape == (3, 3, 16)

@@ -211,7 +211,7 @@ class LinenEnsemble(nn.Module):
         return members(self.features, use_bias=False, name="members")(x)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("x_axis", [None, 0])
 def test_members_of_a_linen_ensemble_need_no_word(axis, x_axis):

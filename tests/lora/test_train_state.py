@@ -153,6 +153,7 @@ def test_no_gradient_of_the_base_is_computed():
     assert not {shape[::-1] for shape in shapes} & set(made)
 
 
+@pytest.mark.slow
 def test_accumulation_and_scan_over_micro_batches():
     tx = optax.MultiSteps(optax.sgd(0.1), 2)
     state = state_of(tx=tx)

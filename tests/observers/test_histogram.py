@@ -52,6 +52,7 @@ def test_bins_against_numpy():
     assert np.all(np.diff(lower) >= 0) and np.all(upper >= lower)
 
 
+@pytest.mark.slow
 def test_a_bin_is_narrow_relative_to_its_values():
     state = histogram_of(np.float32([1.99, -1.99]))
     _, lower, upper = (np.asarray(part[0]) for part in histogram.magnitude_bins(state))

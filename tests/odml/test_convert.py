@@ -209,7 +209,7 @@ def test_fixed_ranges(mlp):
     assert out.max_steps <= 1.01 and out.equal > 0.9
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_several_functions(mlp, dynamic_batch, tmp_path):
     variables, stats = mlp

@@ -129,6 +129,7 @@ def test_a_length_that_is_baked_in_is_found(monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_operators_that_differ():
     x = normal(4, 8)
     variables = init(Mlp(), x)

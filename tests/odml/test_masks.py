@@ -63,6 +63,7 @@ def test_a_constant_mask_of_ten_thousand():
     assert error(model, normal(2, 6, 8)) < 0.03
 
 
+@pytest.mark.slow
 def test_a_mask_that_holds_other_numbers_too():
     distances = np.abs(np.arange(6) - np.arange(6)[:, None])
     mask = np.where(CAUSAL, -0.5 * distances, -1e9).astype(np.float32)

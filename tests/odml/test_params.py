@@ -52,6 +52,7 @@ def test_it_is_a_plan_with_ops_params_and_sizes():
     assert "5 of 5 ops quantized" in str(plan)
 
 
+@pytest.mark.slow
 def test_the_report_measures_weights_as_litert_has_them():
     class Writer:
         def write_scalars(self, step, scalars):

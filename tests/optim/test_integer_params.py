@@ -127,6 +127,7 @@ def test_what_is_wrapped_sees_floats():
     assert jnp.abs(moved - sums).max() <= params["kernel"].scale.max() * 1.01
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_trained():
     rules = [models.rule("int8")]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32))

@@ -105,6 +105,7 @@ def test_static_ranges_are_those_of_the_scaled_inputs():
     assert np.square(out - exact).sum() < 0.2 * np.square(without - exact).sum()
 
 
+@pytest.mark.slow
 def test_ranges_that_do_not_follow_from_those_of_channels():
     rules = [models.rule("int8", "int8", act_static_scale=True, act_observer="mse")]
     with pytest.raises(ValueError, match="'Dense_0/dot_general0_lhs' is scaled, and"):

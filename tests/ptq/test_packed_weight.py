@@ -129,6 +129,7 @@ def is_same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path):
     params = {**params_of("plain"), "layers": params_of("layers"), "bias": jnp.ones(3)}
     ptq.save(tmp_path / "own", params, rules=RULES)

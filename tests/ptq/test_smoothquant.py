@@ -29,7 +29,7 @@ def case():
     return x, kernel, nn.Dense(12, use_bias=False)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
 def test_equation_4(alpha):
     x, kernel, model = case()

@@ -241,7 +241,7 @@ def test_the_pure_form_in_scan_and_on_a_mesh():
     models.assert_close(quantized, run(again, model, params, *BATCHES), 1e-5)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ptq.Gptq, ptq.SmoothQuant])
 def test_parts_of_a_tree_donation_and_shapes(make):
     model, params, method = models.Mlp(), mlp_params(), make(RULES)

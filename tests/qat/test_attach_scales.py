@@ -119,6 +119,7 @@ def test_what_is_trained_is_what_is_served(act):
     models.assert_close(jax.jit(forward)(params, IMAGE), want)
 
 
+@pytest.mark.slow
 def test_pact():
     rules = [QuantizationRule(module_path="Dense_0"), rule(act="pact", qtype="int8")]
     model = models.Mlp()

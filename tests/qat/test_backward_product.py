@@ -58,6 +58,7 @@ def test_a_matrix_product_by_hand(tile):
     np.testing.assert_allclose(dw, qx.T @ (q * s), 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_one_scale_for_the_whole_array_by_hand():
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)
     out, pull = vjp_of(rule(disable_channelwise_axes=True), lambda w, x: x @ w, w, x)

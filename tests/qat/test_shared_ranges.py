@@ -297,6 +297,7 @@ def by_name(tree):
     }
 
 
+@pytest.mark.slow
 def test_learned_ranges_of_layers():
     params = models.params_of(Layers(), X)
     params = with_values(qwix_train.attach(params, LSQ, X, model=Layers()))
