@@ -1,13 +1,20 @@
 """The values that codes stand for."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qwix_train.core import numerics
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "zero_point"],
+    meta_fields=["qtype"],
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
     """The values that the codes of an array stand for: ``(code - zero_point) * scale``.

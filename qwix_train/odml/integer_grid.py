@@ -23,6 +23,12 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import is_int16, qtype_name
 
 
+# An eager call, as a conversion makes for each tensor, is one program, and not one for
+# each operation in it.
+_compiled = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_compiled, static_argnames="qtype")
 def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
     """The grid of the range of an activation.
 
@@ -44,6 +50,7 @@ def of_calibration(calibration: Mapping[str, Any], qtype: Any) -> Grid:
     return Grid(scale, zero_point, qtype_name(qtype))
 
 
+@functools.partial(_compiled, static_argnames="how")
 def of_weight(w: jax.Array, how: HowToQuantize, least: Any = 0) -> Grid:
     """The grid of a weight: symmetric, without the lowest code.
 
@@ -57,6 +64,7 @@ def of_weight(w: jax.Array, how: HowToQuantize, least: Any = 0) -> Grid:
     return dataclasses.replace(grid, scale=scale)
 
 
+@functools.partial(_compiled, static_argnames="qtype")
 def of_constant(x: jax.Array, qtype: Any) -> Grid:
     """The grid of a constant: from its smallest to its largest value, and zero."""
     how = HowToQuantize(qtype="int8", calibration_method="minmax")
@@ -64,6 +72,7 @@ def of_constant(x: jax.Array, qtype: Any) -> Grid:
     return scalar(of_calibration(calibrate(x, how), qtype))
 
 
+@_compiled
 def scalar(grid: Grid) -> Grid:
     """A grid with one scale, which has no axes."""
     scale, zero_point = (jnp.reshape(x, ()) for x in (grid.scale, grid.zero_point))
