@@ -156,10 +156,8 @@ def hold_params(
 
 def _new_variable(path: Path, value: Any) -> nnx.Variable:
     """The variable of an NNX model for what stands beside its params."""
-    if isinstance(value, nnx.Variable):
-        return value
     if adapter_part(path):
-        return nnx.LoRAParam(value)
+        return value if isinstance(value, nnx.Variable) else nnx.LoRAParam(value)
     if stored.is_quantized(value):
         return stored.box(value, nnx.Param(None))
     return nnx_objects.attached(value)

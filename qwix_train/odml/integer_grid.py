@@ -22,7 +22,6 @@ from qwix_train.core.grid import Grid
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.numerics import is_int16, qtype_name
 
-
 # An eager call, as a conversion makes for each tensor, is one program, and not one for
 # each operation in it.
 _compiled = functools.partial(jax.jit, inline=True)

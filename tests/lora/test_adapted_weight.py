@@ -93,7 +93,7 @@ def test_every_spelling(name, dora):
         return
     layouts = {path: layout for path, (layout, _) in find_layouts(plan).items()}
     adapters = random_adapters(layouts)
-    got = provider.run(provider.adapt(traced, plan, adapters), plan)
+    got = provider.transform(provider.adapt(traced, plan, adapters), plan)
 
     def merged(path, value):
         if path in layouts:

@@ -27,6 +27,7 @@ from qwix_train import (
 from qwix_train.core import records
 from qwix_train.core.hadamard import Hadamard
 from qwix_train.core.how import HowToQuantize
+from qwix_train.planning.provider import changed
 from qwix_train.qat.blending import blended
 from qwix_train.qat.phases import Amounts
 from qwix_train.values import stored
@@ -277,7 +278,8 @@ def test_int4_activations_with_outliers_lose_less():
 
 def test_a_ramp_blends_what_is_quantized_and_not_the_rotation():
     amounts = Amounts((jnp.float32(0.25),), (jnp.float32(0.25),))
-    provider = QtProvider([rule()]).changed(functools.partial(blended, amounts=amounts))
+    change = functools.partial(blended, amounts=amounts)
+    provider = changed(QtProvider([rule()]), change)
     out = quantize_model(MODEL, provider).apply({"params": PARAMS}, X)
     x, w = rotated(X, 1), rotated(W, 0)
     want = (x + 0.25 * (rounded(x, 1) - x)) @ (w + 0.25 * (rounded(w, 0) - w))
