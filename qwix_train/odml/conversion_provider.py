@@ -7,7 +7,7 @@ from typing import Any
 
 from jax import core
 
-from qwix_train.odml.conversion import run_annotated
+from qwix_train.odml.annotation import run_annotated
 from qwix_train.odml.plan import OdmlPlan
 from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.planning.rules import QuantizationRule

@@ -15,8 +15,8 @@ from jax import numpy as jnp
 
 from qwix_train.odml import dynamic_batch as batches
 from qwix_train.odml import flatbuffer
+from qwix_train.odml.annotation import grids_of, run_annotated
 from qwix_train.odml.calls import ModelCall
-from qwix_train.odml.conversion import grids_of, run_annotated
 from qwix_train.odml.converter import to_flatbuffer
 from qwix_train.odml.edit import integer_ends, merged, with_metadata
 from qwix_train.odml.litert_model import DEFAULT_SIGNATURE, InJax, LiteRTModel

@@ -64,7 +64,7 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
                 "are for LiteRT alone, with an OdmlQatProvider."
             )
     planner = _Planner(check_rules(rules), traced)
-    ops = planner.with_ranges([planner.decide(op) for op in traced.ops])
+    ops = planner.share_ranges([planner.decide(op) for op in traced.ops])
     planned = tuple(map(planner.annotate, ops))
     return Plan(planner.rules, planned, planner.params, whole=is_whole(traced))
 
@@ -160,7 +160,7 @@ class _Planner:
             reason="; ".join(dict.fromkeys(notes)),
         )
 
-    def with_ranges(self, plans: Sequence[OpPlan]) -> list[OpPlan]:
+    def share_ranges(self, plans: Sequence[OpPlan]) -> list[OpPlan]:
         """Names the ranges of activations.
 
         Ops of one region that quantize an array alike share its range.

@@ -20,7 +20,6 @@ from qwix_train.frontends.wrapping import check_step, wrap
 from qwix_train.planning.plan import Path
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.qat.op_groups import OpGroup, TypedPlans
 from qwix_train.qat.sensitivity_passes import (
     DiscoveryProvider,
     OffsetProvider,
@@ -29,6 +28,7 @@ from qwix_train.qat.sensitivity_passes import (
     weight_tags,
 )
 from qwix_train.qat.sensitivity_report import OpSensitivity, Sensitivity
+from qwix_train.qat.shared_params import OpGroup, TypedPlans
 from qwix_train.trace import harvest
 
 QTYPES = ("int2", "int3", "int4", "int8")

@@ -22,7 +22,7 @@ from jax import numpy as jnp
 from qwix_train.planning import static_range, weights
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.qat.op_groups import OpGroup, OpName, TypedPlans, op_name
+from qwix_train.qat.shared_params import OpGroup, OpName, TypedPlans, op_name
 from qwix_train.stages.fake_quantize import FakeQuantize
 from qwix_train.stages.run import CallStages, OpStages
 from qwix_train.stages.stage import At, Constant, ParamStage, Stage

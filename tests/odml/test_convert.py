@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import QuantizationRule, odml, qat, quantize_model
-from qwix_train.odml import conversion, lowering
+from qwix_train.odml import annotation, lowering
 from qwix_train.qat.quant_stat import QuantStat
 from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
@@ -535,7 +535,7 @@ def test_the_file_is_checked(monkeypatch):
 
 
 def test_the_scales_of_outputs_are_checked(monkeypatch):
-    monkeypatch.setattr(conversion._Annotated, "apart", lambda self, value, x, grid: x)
+    monkeypatch.setattr(annotation._Annotated, "apart", lambda self, value, x, grid: x)
 
     def call(self, x):
         t = jnp.tanh(x)

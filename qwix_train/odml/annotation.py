@@ -129,7 +129,7 @@ class _Annotated:
                 bias = uneven(per_channel(node, addend).reshape(-1))
         source = None if plan.dynamic else self.grid(value)
         if bias is not None and source is not None:
-            least = _least_scale(bias, source)
+            least = _least_weight_scale(bias, source)
 
         def mark_weight(w, axis):
             if how.channelwise_axes:
@@ -274,7 +274,7 @@ class _Annotated:
         return lowering.lowered_pad(x, padding, node.params["padding_config"], mark)
 
 
-def _least_scale(bias: np.ndarray, source: Grid) -> np.ndarray:
+def _least_weight_scale(bias: np.ndarray, source: Grid) -> np.ndarray:
     """The least scales of a weight with which a bias fits into its 32 bits.
 
     The scale of a bias is that of the input times that of the weight; half of its range
