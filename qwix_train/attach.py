@@ -442,21 +442,38 @@ def _empty_states(
             "No rule that matches an op sets act_static_scale=True, so there is no "
             "range to keep."
         )
-    return _kept(held_states(target), states)
+    owners = {x.path: x.owner or x.path for x in found.values()}
+    return _kept(held_states(target), states, owners)
 
 
-def _kept(before: Mapping[Path, Any], states: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Statistics, and in their place those that there are already, of the same kind."""
+def _kept(
+    before: Mapping[Path, Any], states: Mapping[Path, Any], owners: Mapping[Path, Path]
+) -> dict[Path, Any]:
+    """Statistics, and in their place those that there are already, of the same kind.
+
+    The ranges of an array that several ops read are one range.
+
+    Args:
+      before: those that there are.
+      states: the statistics, empty.
+      owners: for each path of a range the first path of its array.
+    """
 
     def shapes(state):
         return jax.tree.map(jnp.shape, state)
 
-    changed = {
-        path: state
-        for path, state in states.items()
-        if shapes(before.get(path)) != shapes(state)
-    }
-    return {**before, **changed}
+    kept: dict[Path, Any] = {}
+    for path, state in states.items():
+        if shapes(before.get(path)) == shapes(state):
+            kept.setdefault(owners[path], before[path])
+
+    def state_of(path):
+        held = kept.get(owners[path])
+        if held is None or held is before.get(path):
+            return states[path] if held is None else held
+        return jax.tree.map(jnp.copy, held)  # a step may donate each
+
+    return {**before, **{path: state_of(path) for path in states}}
 
 
 def _with_adapters(

@@ -21,6 +21,7 @@ from jax import numpy as jnp
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
 from qwix_train.planning.provider import QuantizationProvider
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.blending import blended
 from qwix_train.qat.phases import Amounts, Phase
 from qwix_train.trace import jax_versions
@@ -83,8 +84,9 @@ def _step_of(
     """The step of one phase."""
     if phase.in_float:
         return step
-    rules = [dataclasses.replace(rule, schedule=None) for rule in provider.rules]
-    if phase.amounts.whole and phase.rules == tuple(rules):
+    if phase.amounts.whole and _without_schedules(phase.rules) == _without_schedules(
+        provider.rules
+    ):
         return quantized(provider)
     provider = provider.with_rules(phase.rules)
     # That some rule matches is checked in the last phase.
@@ -101,6 +103,10 @@ def _step_of(
         return quantized(_blended(provider, amounts))(*args, **kwargs)
 
     return ramp
+
+
+def _without_schedules(rules: Sequence[QuantizationRule]) -> list[QuantizationRule]:
+    return [dataclasses.replace(rule, schedule=None) for rule in rules]
 
 
 def _blended(provider: QuantizationProvider, amounts: Amounts) -> QuantizationProvider:

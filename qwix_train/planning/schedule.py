@@ -125,6 +125,22 @@ class Schedule:
         whole = {field: getattr(Schedule, field) for field in OF_WHOLE_STEPS}
         return dataclasses.replace(self, **whole)
 
+    def until(self, step: int) -> Schedule:
+        """The schedule without the types that come after a step.
+
+        Args:
+          step: the step.
+        """
+
+        def begun(qtypes):
+            if qtypes is None:
+                return None
+            first = next(iter(qtypes))
+            return {at: x for at, x in qtypes.items() if at <= max(step, first)}
+
+        qtypes = {f: begun(getattr(self, f)) for f in ("weight_qtypes", "act_qtypes")}
+        return dataclasses.replace(self, **qtypes)
+
     def weight_qtype_at(self, step: int) -> Any:
         """The type of weights at a step; None if it is that of the rule throughout."""
         return _at(self.weight_qtypes, step)

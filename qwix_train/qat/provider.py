@@ -83,7 +83,7 @@ class QtProvider(QuantizationProvider):
         def range_of(static: static_range.StaticOperand) -> RangeOf:
             if running is None:
                 return static_range.find(static.op, static.side, ranges)
-            return running.range_of(static, self.rules)
+            return running.range_of(static, self.rules, traced.once)
 
         return fake_quantized(traced, plan, self.rules, range_of)
 

@@ -31,6 +31,7 @@ from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.stages.fake_quantize import Range
 from qwix_train.trace import function, harvest
+from qwix_train.trace.evaluate import Once
 from qwix_train.trace.function import TracedCall
 
 # The statistics of each range, by its path.
@@ -106,13 +107,17 @@ class RunningRanges:
         return self.states[path]
 
     def range_of(
-        self, static: static_range.StaticOperand, rules: Sequence[QuantizationRule]
+        self,
+        static: static_range.StaticOperand,
+        rules: Sequence[QuantizationRule],
+        once: Once,
     ) -> RunningRange:
         """The range of an activation, for a stage.
 
         Args:
           static: the activation.
           rules: the rules that its plan was made from.
+          once: what is made once for the call.
         """
         op, side = static.op, static.side
         names = op.ranges[side]
@@ -124,6 +129,7 @@ class RunningRanges:
             static.how.qtype,
             statistics_of(op, side, rules),
             self,
+            once,
             state,
         )
 
@@ -186,6 +192,7 @@ class RunningRange:
       qtype: the type of its codes.
       statistics: what is measured, and how batches combine.
       ranges: the ranges of the call.
+      once: measures an array once, whatever stages read it.
       state: the statistics of the first of its ranges, as `ranges` has them.
     """
 
@@ -194,14 +201,19 @@ class RunningRange:
     qtype: Any = flax.struct.field(pytree_node=False)
     statistics: Statistics = flax.struct.field(pytree_node=False)
     ranges: RunningRanges = flax.struct.field(pytree_node=False)
+    once: Once = flax.struct.field(pytree_node=False)
     state: Any
 
     def of(self, x: Any) -> Range:
         """See `stages.fake_quantize.RangeOf`."""
-        calibration = self.ranges.calibration(
-            self.names, self.statistics, x, self.state, self.layers
-        )
-        return Range(*compute_scale_zero_point(calibration, self.qtype))
+
+        def measured() -> Range:
+            calibration = self.ranges.calibration(
+                self.names, self.statistics, x, self.state, self.layers
+            )
+            return Range(*compute_scale_zero_point(calibration, self.qtype))
+
+        return self.once(self.names, x, measured)
 
 
 def run_with_quant_stats(
