@@ -62,7 +62,8 @@ def follow(
             return out
         count = count_of(args, kwargs)
         if isinstance(count, core.Tracer):
-            places = jnp.asarray(later, count.dtype)
+            # A count of 8 bits does not hold the steps of most phases.
+            places, count = jnp.asarray(later, jnp.int32), count.astype(jnp.int32)
             index = jnp.searchsorted(places, count, side="right")
             return _switch(index, steps, phases, args, kwargs)
         if not checked:

@@ -59,8 +59,8 @@ class Schedule:
 
     Raises:
       TypeError: if a step is no int.
-      ValueError: if a step is negative, types are not in the order of their steps, the
-        first comes after the start, or a type is unknown.
+      ValueError: if a step is negative, or larger than an int32; if types are not in
+        the order of their steps, the first comes after the start, or a type is unknown.
 
     Example:
       >>> from qwix_train import Schedule
@@ -94,6 +94,12 @@ class Schedule:
                 self._check_qtypes(field, qtypes, start)
                 # Hashable, as rules are.
                 object.__setattr__(self, field, core.FrozenDict(qtypes))
+        last, most = max(self.ends_at, self.quant_stats_warmup), np.iinfo(np.int32).max
+        if last > most:
+            raise ValueError(
+                f"Schedule: step {last} is never reached, as steps are counted in "
+                f"int32, up to {most}."
+            )
 
     @property
     def act_start(self) -> int:

@@ -46,6 +46,7 @@ INT8 = dict(
     weight_calibration_method=WIDE,
     act_calibration_method=WIDE,
 )
+INT4 = [QuantizationRule(module_path="other", weight_qtype="int4")]
 LITERT = {f"{x}_calibration_method": "absmax" for x in ("weight", "act")}
 rule = functools.partial(QuantizationRule, **INT8, rotation="hadamard")
 
@@ -358,10 +359,10 @@ def test_what_cannot_be_rotated_says_so():
     with pytest.raises(ValueError, match="contracts no axis of an input with a whole"):
         qwix_train.plan(grouped, [rule()], np.ones((1, 5, 8), np.float32))
     params = ptq.quantize(MODEL, PARAMS, [rule()], X)[1]
-    method = ptq.Gptq([rule()])
-    method.wrap(MODEL.apply)({"params": PARAMS}, X)
-    with pytest.raises(ValueError, match="rotation='hadamard' are not supported here"):
-        method.quantize_params(PARAMS, params)
+    for method in (ptq.Gptq, ptq.Awq, ptq.SmoothQuant):
+        reason = f"Rule 1 .*{method.title} quantizes weights in their own basis"
+        with pytest.raises(ValueError, match=reason):
+            method([*INT4, rule()])
     with pytest.raises(ValueError, match="kernel.*no counterpart in qwix.*own"):
         ptq.to_qwix(params)
     with pytest.raises(ValueError, match="LiteRT quantizes tensors in their own basis"):
