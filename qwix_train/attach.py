@@ -12,6 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.calib.observe import observe
+from qwix_train.core.operands import is_concrete
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects, random_keys
@@ -23,6 +24,8 @@ from qwix_train.frontends.nested import inserted, removed
 from qwix_train.frontends.step_models import as_model
 from qwix_train.frontends.targets import (
     ModelCall,
+    check_beside,
+    check_target,
     is_tree,
     model_call,
     nnx_model,
@@ -125,7 +128,8 @@ def attach(
 
     Raises:
       TypeError: if the target has no model, or none is given; if shapes are given where
-        real data is needed; if `rng` is no random key.
+        real data is needed; if `rng` is no random key; if an argument is given that
+        has no use, such as an `optimizer` with a train state.
       ValueError: if the rules need no leaf, or match no op; if a `LoraRule` matches no
         weight; if an activation has no range, or PACT is to clip one that was seen to
         have negative elements; if a param is quantized already, or the model computes
@@ -161,9 +165,12 @@ def attach(
       ['bias', 'kernel', 'kernel_scale']
     """
     if not _are_rules(rules):
-        return _with_grids(target, rules)
+        return _with_grids(target, rules, alone=not (inputs or kwargs or model))
     provider = _provider_of(rules)
-    _check_asked(provider, inputs, kwargs, step, quant_stats)
+    _check_needs(provider, "attach")
+    of_adapters = {"rng": rng is not None, "donate": donate}
+    _check_asked(provider, inputs, kwargs, step, quant_stats, of_adapters)
+    check_beside(target, model, optimizer)
     states = {}
     if provider.keeps_quant_stats:
         states = _empty_states(target, provider, model, step, inputs, kwargs)
@@ -221,8 +228,9 @@ def detach(
       The target without the leaves: what `attach` was given, with the params of now.
 
     Raises:
-      TypeError: if inputs are needed, and there are none.
-      ValueError: if the rules are for adapters.
+      TypeError: if inputs are needed, and there are none; if the target holds no
+        params; if an argument is given that has no use.
+      ValueError: if the rules are for adapters, or need no leaf.
 
     Example:
       >>> import jax
@@ -245,6 +253,9 @@ def detach(
             "params to go back to. Put adapters into their base with lora.merge, or "
             "take the two apart with lora.split."
         )
+    _check_needs(provider, "detach")
+    check_target(target)
+    check_beside(target, model, optimizer)
     held, paths = nnx_model(target), set()
     if provider.adds_params:
         if not inputs and not kwargs:
@@ -273,10 +284,14 @@ def attached(target: Any) -> dict[str, str]:
     leaf of another is listed, too.
 
     Args:
-      target: what `attach` gave.
+      target: what `attach` gave, or its shapes.
+
+    Raises:
+      TypeError: if it is no train state, no NNX model, and no tree of arrays.
     """
+    check_target(target)
     found = {
-        "/".join(path): f"range of {int(state['count'].max())} batches"
+        "/".join(path): f"range of {_batches(state['count'])} batches"
         for path, state in held_states(target).items()
     }
     named = stored.by_path(stored.unbox(params_of(target)))
@@ -288,15 +303,20 @@ def attached(target: Any) -> dict[str, str]:
     return found
 
 
+def _batches(count: Any) -> Any:
+    """The number of batches that a range has seen; ``?`` for the shape of a state."""
+    return int(count.max()) if is_concrete(count) else "?"
+
+
 def _are_rules(rules: Any) -> bool:
-    """Whether these are rules, or a mode, and not the state of an optimizer."""
-    return isinstance(rules, QuantizationProvider) or (
+    """Whether these are rules, one rule or a mode, not the state of an optimizer."""
+    return isinstance(rules, QuantizationProvider | QuantizationRule) or (
         isinstance(rules, Sequence)
         and all(isinstance(rule, QuantizationRule) for rule in rules)
     )
 
 
-def _with_grids(target: Any, opt_state: Any) -> Any:
+def _with_grids(target: Any, opt_state: Any, *, alone: bool) -> Any:
     # Late, as what is imported takes long, and other leaves do not need it.
     from qwix_train.qat import grid_scales
 
@@ -304,6 +324,11 @@ def _with_grids(target: Any, opt_state: Any) -> Any:
         raise TypeError(
             "Expected rules, a provider, or the state of an optimizer that "
             f"optim.proximal is a part of, got {shortened(opt_state)}."
+        )
+    if not alone or not is_tree(target):
+        raise TypeError(
+            "The grids of an optimizer are put beside params, and need no model: "
+            f"attach(params, opt_state), not of {shortened(target)} with more."
         )
     return grid_scales.with_grid_scales(target, opt_state)
 
@@ -320,21 +345,43 @@ def _provider_of(rules: Any) -> QuantizationProvider:
     return QtProvider(rules)
 
 
+def _check_needs(provider: QuantizationProvider, what: str) -> None:
+    """Complains of a mode that needs no leaf."""
+    if not provider.adds_params and not provider.keeps_quant_stats:
+        raise ValueError(
+            f"There is nothing to {what}: no rule of {type(provider).__name__} sets "
+            "act_static_scale=True, for ranges that training keeps; trains a scale, by "
+            "weight_calibration_method='lsq' or 'lsq+' or act_calibration_method="
+            "'lsq', 'lsq+' or 'pact'; or is a LoraRule, for adapters."
+        )
+
+
 def _check_asked(
     provider: QuantizationProvider,
     inputs: Any,
     kwargs: Any,
     step: Any,
     quant_stats: Any,
+    takes: Mapping[str, Any],
 ) -> None:
-    """Complains of a mode that needs no leaf, and of what it does not take."""
-    if not provider.adds_params and not provider.keeps_quant_stats:
-        raise ValueError(
-            f"There is nothing to attach: no rule of {type(provider).__name__} sets "
-            "act_static_scale=True, for ranges that training keeps; trains a scale, by "
-            "weight_calibration_method='lsq' or 'lsq+' or act_calibration_method="
-            "'lsq', 'lsq+' or 'pact'; or is a LoraRule, for adapters."
-        )
+    """Complains of what a mode does not take, and of inputs that are missing.
+
+    Args:
+      provider: the mode.
+      inputs: the inputs.
+      kwargs: the keyword inputs.
+      step: the step, if one is given.
+      quant_stats: ranges, if they are given.
+      takes: what is for adapters alone, by its name.
+
+    Raises:
+      TypeError: if there is one.
+    """
+    for name, value in takes.items():
+        if value and not provider.stores_params:
+            raise TypeError(
+                f"{name}= is for adapters, and there is no LoraRule: leave it out."
+            )
     if not inputs and not kwargs:
         raise TypeError(
             "attach needs inputs of the model, or, for static ranges, step= and what "
@@ -392,21 +439,38 @@ def _empty_states(
             "No rule that matches an op sets act_static_scale=True, so there is no "
             "range to keep."
         )
-    return _kept(held_states(target), states)
+    owners = {x.path: x.owner or x.path for x in found.values()}
+    return _kept(held_states(target), states, owners)
 
 
-def _kept(before: Mapping[Path, Any], states: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Statistics, and in their place those that there are already, of the same kind."""
+def _kept(
+    before: Mapping[Path, Any], states: Mapping[Path, Any], owners: Mapping[Path, Path]
+) -> dict[Path, Any]:
+    """Statistics, and in their place those that there are already, of the same kind.
+
+    The ranges of an array that several ops read are one range.
+
+    Args:
+      before: those that there are.
+      states: the statistics, empty.
+      owners: for each path of a range the first path of its array.
+    """
 
     def shapes(state):
         return jax.tree.map(jnp.shape, state)
 
-    changed = {
-        path: state
-        for path, state in states.items()
-        if shapes(before.get(path)) != shapes(state)
-    }
-    return {**before, **changed}
+    kept: dict[Path, Any] = {}
+    for path, state in states.items():
+        if shapes(before.get(path)) == shapes(state):
+            kept.setdefault(owners[path], before[path])
+
+    def state_of(path):
+        held = kept.get(owners[path])
+        if held is None or held is before.get(path):
+            return states[path] if held is None else held
+        return jax.tree.map(jnp.copy, held)  # a step may donate each
+
+    return {**before, **{path: state_of(path) for path in states}}
 
 
 def _with_adapters(

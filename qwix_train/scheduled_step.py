@@ -22,6 +22,7 @@ from jax import numpy as jnp
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import calls_when, is_planning
 from qwix_train.planning.provider import QuantizationProvider, changed
+from qwix_train.planning.rules import QuantizationRule
 from qwix_train.qat.blending import blended
 from qwix_train.qat.phases import Amounts, Phase
 from qwix_train.trace import jax_versions
@@ -62,7 +63,8 @@ def follow(
             return out
         count = count_of(args, kwargs)
         if isinstance(count, core.Tracer):
-            places = jnp.asarray(later, count.dtype)
+            # A count of 8 bits does not hold the steps of most phases.
+            places, count = jnp.asarray(later, jnp.int32), count.astype(jnp.int32)
             index = jnp.searchsorted(places, count, side="right")
             return _switch(index, steps, phases, args, kwargs)
         if not checked:
@@ -84,8 +86,9 @@ def _step_of(
     """The step of one phase."""
     if phase.in_float:
         return step
-    rules = [dataclasses.replace(rule, schedule=None) for rule in provider.rules]
-    if phase.amounts.whole and phase.rules == tuple(rules):
+    if phase.amounts.whole and _without_schedules(phase.rules) == _without_schedules(
+        provider.rules
+    ):
         return quantized(provider)
     if not provider.follows_schedules:
         raise TypeError(
@@ -108,6 +111,10 @@ def _step_of(
         return quantized(_blended(provider, amounts))(*args, **kwargs)
 
     return ramp
+
+
+def _without_schedules(rules: Sequence[QuantizationRule]) -> list[QuantizationRule]:
+    return [dataclasses.replace(rule, schedule=None) for rule in rules]
 
 
 def _blended(provider: QuantizationProvider, amounts: Amounts) -> QuantizationProvider:

@@ -1,5 +1,6 @@
 """Leaves beside the params: attached, listed, and taken off again."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, struct
 from flax.training.train_state import TrainState
 from jax import numpy as jnp
 
@@ -304,6 +305,70 @@ def test_what_cannot_be_attached_says_why():
         detach(state, [LEARNED])
     with pytest.raises(TypeError, match="An NNX model holds its params"):
         attach(PARAMS, [LEARNED], X, model=nnx_model())
+
+
+@pytest.mark.parametrize(
+    ("target", "rules", "options", "message"),
+    [
+        ("state", [LEARNED], {"donate": True}, "donate= is for adapters"),
+        ("state", [STATIC], {"rng": KEY}, "rng= is for adapters"),
+        ("state", [LEARNED], {"optimizer": optax.adam(0.1)}, "A train state has its"),
+        ("model", [LEARNED], {"optimizer": optax.adam(0.1)}, "expected the nnx.Optim"),
+        ("model", [LEARNED], {"optimizer": "other"}, "that of another model"),
+        ("model", [LEARNED], {"model": MODEL}, "a Linear is the model that is called"),
+        ("state", LEARNED, {}, "got one rule: pass"),
+        (TrainState, [STATIC], {}, "params and the model that takes them"),
+        ("weights", [LEARNED], {}, "Weights has no field params"),
+    ],
+)
+def test_arguments_that_have_no_use_are_refused(target, rules, options, message):
+    named = {"state": new_state, "model": nnx_model, "weights": lambda: Weights(PARAMS)}
+    target = named[target]() if isinstance(target, str) else target
+    if options.get("optimizer") == "other":
+        other = nnx.ModelAndOptimizer(nnx_model(), optax.sgd(0.1), wrt=nnx.Param)
+        options = {"optimizer": other}
+    with pytest.raises(TypeError, match=message):
+        attach(target, rules, X, **options)
+
+
+def test_what_holds_no_leaves_says_so():
+    for target in (None, MODEL, TrainState, 3):
+        with pytest.raises(TypeError, match="Expected a train state, an NNX model"):
+            attached(target)
+        with pytest.raises(TypeError, match="Expected a train state, an NNX model"):
+            ranges(target, [STATIC])
+    with pytest.raises(ValueError, match="nothing to detach: no rule of QtProvider"):
+        detach(new_state(), models.INT8)
+    with pytest.raises(TypeError, match="expected the ranges of activations in a nes"):
+        ranges(attach(new_state(), [STATIC], X), [STATIC], 7)
+    learned = dataclasses.replace(models.INT8[0], act_calibration_method="lsq")
+    empty = {"dot_general0_lhs": {"count": 1}}
+    with pytest.raises(ValueError, match=r"dot_general0_lhs' give no range: beside"):
+        attach(new_state(), [learned], X, quant_stats=empty)
+
+
+def test_shapes_of_a_state_are_listed():
+    shapes = jax.eval_shape(lambda: attach(new_state(), MIXED, X))
+    assert attached(shapes)["dot_general0_lhs"] == "range of ? batches"
+    with pytest.raises(TypeError, match="ranges reads values"):
+        ranges(shapes, MIXED)
+
+
+@struct.dataclass
+class Weights:
+    """A state that calls its params something else."""
+
+    weights: Any
+
+
+def test_a_state_without_params_has_ranges():
+    def step(state, x):
+        return state, MODEL.apply({"params": state.weights}, x)
+
+    state = attach(Weights(PARAMS), [STATIC], X, step=step)
+    state, _ = wrap_train_step(step, [STATIC])(state, X)
+    assert attached(state) == {"dot_general0_lhs": "range of 1 batches"}
+    assert list(ranges(state, [STATIC])) == ["dot_general0_lhs"]
 
 
 def test_attached_is_public():

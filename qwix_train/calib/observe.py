@@ -39,6 +39,8 @@ class Tagged:
       shape: the shape of the array, in one layer; None if it is not known.
       dtype: its dtype.
       learned: whether training only begins with its range.
+      owner: the path of the range that an array has which several operations read
+        alike; that of the first of these.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Tagged:
     shape: Any
     dtype: Any
     learned: bool = dataclasses.field(default=False, kw_only=True)
+    owner: Path = dataclasses.field(default=(), kw_only=True)
 
     @property
     def name(self) -> str:
@@ -267,22 +270,21 @@ class Tagging(QuantizationProvider):
           layers: for each `scan` of the model around it, outermost first, whether it
             goes over layers; see `harvest.tag`.
         """
-        self.note(path, statistics, False, array)
+        self.note(path, statistics, array)
         return harvest.tag(array, "/".join(path), layers)
 
     def note(
-        self, path: Path, statistics: Statistics, learned: bool, array: Any
+        self, path: Path, statistics: Statistics, array: Any, **fields: Any
     ) -> None:
         """Takes note of an array that is tagged.
 
         Args:
           path: the path of its range.
           statistics: what is measured, and how batches combine.
-          learned: whether the range is only what training begins with.
           array: the array.
+          **fields: other fields of `Tagged`.
         """
-        shape, dtype = array.shape, array.dtype
-        found = Tagged(path, statistics, shape, dtype, learned=learned)
+        found = Tagged(path, statistics, array.shape, array.dtype, **fields)
         self.ranges[found.name] = found
 
 
@@ -313,7 +315,8 @@ class RangeTagging(Tagging):
             if op.activations[side] is None:
                 return ()
             path, statistics = op.range_path(side), plan.statistics_of(op, side)
-            note = functools.partial(self.note, path, statistics, bool(op.learned))
+            fields = {"learned": bool(op.learned), "owner": op.range_owner(side)}
+            note = functools.partial(self.note, path, statistics, **fields)
             return (Observe(op.before(side), "/".join(path), note),)
 
         ops = {

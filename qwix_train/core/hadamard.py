@@ -19,6 +19,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core import numerics
+from qwix_train.core.operands import is_explicitly_sharded, with_sharding
 from qwix_train.core.rotation import Rotation
 
 # A block is rotated in factors of at most this size, one small product each.
@@ -49,15 +50,17 @@ class Hadamard(Rotation):
     )
 
     @classmethod
-    def parse(cls, numbers: tuple[int, ...], axis: int, length: int) -> Self:
+    def parse(cls, numbers: tuple[int, ...], axis: int, length: int | None) -> Self:
         """See `Rotation.parse`: the block, by default the largest, and the seed."""
         if len(numbers) > 2 or min(numbers, default=0) < 0:
             raise ValueError("it takes up to two numbers, none of them negative")
         block, *seed = (*numbers, 0)[: max(len(numbers), 1)]
         if block and (block < 2 or block & (block - 1)):
             raise ValueError(f"a block of {block} is not a power of two")
+        if length is None:
+            return cls(axis, block, *seed)
         block = block or length & -length
-        if length and (block < 2 or length % block):
+        if block < 2 or length % block:
             raise ValueError(
                 f"no blocks of {max(block, 2)} divide an axis of length {length}"
             )
@@ -79,7 +82,10 @@ class Hadamard(Rotation):
         sizes = _factors(self.block)
         before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
         wide = x.astype(numerics.compute_dtype(x.dtype))
-        parts = wide.reshape(*before, -1, *sizes, *after)
+        count = x.shape[self.axis] // self.block
+        held = jax.typeof(x).sharding
+        wide = _with_whole_blocks(wide, self.axis, count)
+        parts = wide.reshape(*before, count, *sizes, *after)
         for place, size in enumerate(sizes, len(before) + 1):
             matrix = jnp.asarray(_matrix(size), wide.dtype)
             numbers = (((place,), (0,)), ((), ()))
@@ -87,7 +93,9 @@ class Hadamard(Rotation):
                 parts, matrix, numbers, precision=lax.Precision.HIGHEST
             )
             parts = jnp.moveaxis(product, -1, place)
-        return parts.reshape(x.shape).astype(x.dtype)
+        result = parts.reshape(x.shape).astype(x.dtype)
+        # Where a sharding is part of the type, what follows goes by that of before.
+        return with_sharding(result, held) if is_explicitly_sharded(x) else result
 
     def _signs(self, x: jax.Array) -> jax.Array | None:
         if self.seed is None:
@@ -98,6 +106,17 @@ class Hadamard(Rotation):
         bits = np.unpackbits(np.frombuffer(digest, np.uint8))[:length]
         shape = [length if axis == self.axis else 1 for axis in range(x.ndim)]
         return jnp.asarray(1 - 2.0 * bits, x.dtype).reshape(shape)
+
+
+def _with_whole_blocks(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """An array with no block in two shards, where a sharding is part of the type."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    if count % math.prod(sharding.mesh.shape[name] for name in names) == 0:
+        return x
+    spec = [None if a == axis else names for a, names in enumerate(sharding.spec)]
+    return with_sharding(x, sharding.update(spec=spec))
 
 
 def _factors(block: int) -> list[int]:

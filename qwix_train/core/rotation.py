@@ -31,13 +31,13 @@ class Rotation(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def parse(cls, numbers: tuple[int, ...], axis: int, length: int) -> Self:
+    def parse(cls, numbers: tuple[int, ...], axis: int, length: int | None) -> Self:
         """The rotation that numbers behind its name ask for.
 
         Args:
           numbers: the numbers.
           axis: the axis.
-          length: the length of the axis; 0 if it is not known yet.
+          length: the length of the axis; None if it is not known yet.
 
         Raises:
           ValueError: if the numbers are wrong, or do not fit the axis.

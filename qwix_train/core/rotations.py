@@ -24,13 +24,13 @@ def register(cls: type[Rotation]) -> None:
     KINDS[cls.name] = cls
 
 
-def parse(text: str, axis: int = 0, length: int = 0) -> Rotation:
+def parse(text: str, axis: int = 0, length: int | None = None) -> Rotation:
     """The rotation that a text names.
 
     Args:
       text: its name, and perhaps numbers, as its class says.
       axis: the axis.
-      length: the length of the axis; 0 to check the text alone.
+      length: the length of the axis; None to check the text alone.
 
     Raises:
       ValueError: if the text is wrong, or does not fit the axis.

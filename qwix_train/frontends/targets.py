@@ -76,6 +76,12 @@ def model_call(target: Any, model: Any = None) -> ModelCall:
         whole = has_collections(target)
         variables = dict(target) if whole else {"params": target}
     else:
+        if not hasattr(target, "params"):
+            raise TypeError(
+                f"{type(target).__name__} has no field params. Give its params and the "
+                "model that takes them, attach(state.weights, rules, *inputs, "
+                "model=model), or, for static ranges, step=train_step."
+            )
         whole = model is None
         variables = {"params": target.params, **collections_of(target)}
         model = getattr(target, "apply_fn", None) if whole else model
@@ -118,7 +124,52 @@ def nnx_model(target: Any) -> nnx.Module | None:
 def is_tree(target: Any) -> bool:
     """Whether a target is params or variables, and not a state or an NNX model."""
     is_state = dataclasses.is_dataclass(target) and hasattr(target, "replace")
-    return not is_state and nnx_model(target) is None
+    return not (is_state and not isinstance(target, type)) and nnx_model(target) is None
+
+
+def check_target(target: Any) -> None:
+    """Complains of what holds no params.
+
+    Raises:
+      TypeError: if it is no train state, no NNX model, and no tree of arrays.
+    """
+    is_leaf = target is None or jax.tree_util.all_leaves([target])
+    if is_tree(target) and is_leaf and not hasattr(target, "shape"):
+        raise TypeError(
+            "Expected a train state, an NNX model, the variables of a Linen model, or "
+            f"params, got {shortened(target)}."
+        )
+
+
+def check_beside(target: Any, model: Any, optimizer: Any) -> None:
+    """Complains of a model beside an NNX model, and of an optimizer of no such model.
+
+    Args:
+      target: what leaves are attached to.
+      model: the model that is given beside it, or None.
+      optimizer: the optimizer that is given beside it, or None.
+
+    Raises:
+      TypeError: if there is one.
+    """
+    held = nnx_model(target)
+    if held is not None and model is not None:
+        raise TypeError(
+            f"{shortened(target)} is the model that is called, so model= says nothing: "
+            "leave it out."
+        )
+    if optimizer is None:
+        return
+    if held is None or not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            f"optimizer={shortened(optimizer)}: expected the nnx.Optimizer of an NNX "
+            "model. A train state has its own, and params have none: leave it out."
+        )
+    if getattr(optimizer, "model", held) is not held:
+        raise TypeError(
+            "The nnx.ModelAndOptimizer that is given as optimizer= is that of another "
+            "model."
+        )
 
 
 def has_collections(tree: Any) -> bool:
@@ -129,13 +180,16 @@ def has_collections(tree: Any) -> bool:
 
 
 def params_of(target: Any) -> Any:
-    """The params of a state, an NNX model or variables, or params as they are."""
+    """The params of a state, an NNX model or variables, or params as they are.
+
+    A state of one's own that calls them something else has none.
+    """
     model = nnx_model(target)
     if model is not None:
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
     if has_collections(target):
         return target.get("params", {})
-    return target if is_tree(target) else target.params
+    return target if is_tree(target) else getattr(target, "params", {})
 
 
 def frozen_like(tree: Any, new: Any) -> Any:

@@ -26,6 +26,7 @@ from qwix_train.planning.plan import Path, Plan
 from qwix_train.planning.quant_stats import States
 from qwix_train.stages.fake_quantize import Range
 from qwix_train.trace import harvest
+from qwix_train.trace.evaluate import Once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,15 @@ class RunningRanges:
             )
         return self.states[path]
 
-    def range_of(self, static: static_range.StaticOperand, plan: Plan) -> RunningRange:
+    def range_of(
+        self, static: static_range.StaticOperand, plan: Plan, once: Once
+    ) -> RunningRange:
         """The range of an activation, for a stage.
 
         Args:
           static: the activation.
           plan: the plan that it is of.
+          once: what is made once for the call.
         """
         op, side = static.op, static.side
         names = op.ranges[side]
@@ -113,6 +117,7 @@ class RunningRanges:
             static.how.qtype,
             plan.statistics_of(op, side),
             self,
+            once,
             state,
         )
 
@@ -175,6 +180,7 @@ class RunningRange:
       qtype: the type of its codes.
       statistics: what is measured, and how batches combine.
       ranges: the ranges of the call.
+      once: measures an array once, whatever stages read it.
       state: the statistics of the first of its ranges, as `ranges` has them.
     """
 
@@ -183,14 +189,19 @@ class RunningRange:
     qtype: Any = flax.struct.field(pytree_node=False)
     statistics: Statistics = flax.struct.field(pytree_node=False)
     ranges: RunningRanges = flax.struct.field(pytree_node=False)
+    once: Once = flax.struct.field(pytree_node=False)
     state: Any
 
     def of(self, x: Any) -> Range:
         """See `stages.fake_quantize.RangeOf`."""
-        calibration = self.ranges.calibration(
-            self.names, self.statistics, x, self.state, self.layers
-        )
-        return Range(*compute_scale_zero_point(calibration, self.qtype))
+
+        def measured() -> Range:
+            calibration = self.ranges.calibration(
+                self.names, self.statistics, x, self.state, self.layers
+            )
+            return Range(*compute_scale_zero_point(calibration, self.qtype))
+
+        return self.once(self.names, x, measured)
 
 
 class _Collected:

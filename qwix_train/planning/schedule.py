@@ -59,8 +59,8 @@ class Schedule:
 
     Raises:
       TypeError: if a step is no int.
-      ValueError: if a step is negative, types are not in the order of their steps, the
-        first comes after the start, or a type is unknown.
+      ValueError: if a step is negative, or larger than an int32; if types are not in
+        the order of their steps, the first comes after the start, or a type is unknown.
 
     Example:
       >>> from qwix_train import Schedule
@@ -94,6 +94,12 @@ class Schedule:
                 self._check_qtypes(field, qtypes, start)
                 # Hashable, as rules are.
                 object.__setattr__(self, field, core.FrozenDict(qtypes))
+        last, most = max(self.ends_at, self.quant_stats_warmup), np.iinfo(np.int32).max
+        if last > most:
+            raise ValueError(
+                f"Schedule: step {last} is never reached, as steps are counted in "
+                f"int32, up to {most}."
+            )
 
     @property
     def act_start(self) -> int:
@@ -124,6 +130,22 @@ class Schedule:
         """What it says of the ops of a rule, without what is for the whole step."""
         whole = {field: getattr(Schedule, field) for field in OF_WHOLE_STEPS}
         return dataclasses.replace(self, **whole)
+
+    def until(self, step: int) -> Schedule:
+        """The schedule without the types that come after a step.
+
+        Args:
+          step: the step.
+        """
+
+        def begun(qtypes):
+            if qtypes is None:
+                return None
+            first = next(iter(qtypes))
+            return {at: x for at, x in qtypes.items() if at <= max(step, first)}
+
+        qtypes = {f: begun(getattr(self, f)) for f in ("weight_qtypes", "act_qtypes")}
+        return dataclasses.replace(self, **qtypes)
 
     def weight_qtype_at(self, step: int) -> Any:
         """The type of weights at a step; None if it is that of the rule throughout."""

@@ -125,10 +125,17 @@ def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Arr
             f"The quant_stats of {where!r} are empty: its op was not reached while "
             "ranges were collected."
         )
-    return {
+    found = {
         end: _mean(jnp.asarray(value), count) if kind == "sum" else jnp.asarray(value)
         for (kind, end), value in ends_in(statistics).items()
     }
+    if found.keys() not in ({"absmax"}, {"min", "max"}):
+        raise ValueError(
+            f"The quant_stats of {where!r} give no range: beside 'count' they have "
+            f"{sorted(set(statistics) - {'count'})}, where sum_of_absmax is expected, "
+            "or sum_of_min and sum_of_max."
+        )
+    return found
 
 
 def calibration_of(path: Path, quant_stats: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -181,9 +181,19 @@ class WeightMethod(Collector, abc.ABC):
 
         Args:
           rules: the rules, those that the model is to be quantized by.
+
+        Raises:
+          ValueError: if one has a rotation.
         """
         super().__init__()
         self.rules = check_rules(rules)
+        for index, rule in enumerate(self.rules):
+            if rule.rotation is not None:
+                raise ValueError(
+                    f"Rule {index} (rotation={rule.rotation!r}): {self.title} "
+                    "quantizes weights in their own basis. Leave the rotation out, or "
+                    "round to nearest in it, with ptq.quantize."
+                )
         self.report: WeightReport | None = None
         self._tagging = InputTagging(
             self.rules, second_moment=self.second_moment, rows=self.rows

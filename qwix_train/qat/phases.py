@@ -72,8 +72,9 @@ class Phase:
 
     Attributes:
       begins_at: the first step.
-      rules: the rules, with the types of the phase. One whose ops stay in float sets no
-        type.
+      rules: the rules, with the types of the phase, and their schedules until then: an
+        array whose readers have followed different ones has a range for each. One
+        whose ops stay in float sets no type.
       amounts: how much of the quantization there is.
     """
 
@@ -198,4 +199,4 @@ def _rule_at(
         "act_qtype": schedule.act_qtype_at(step),
     }
     changed = {name: qtype for name, qtype in qtypes.items() if qtype is not None}
-    return dataclasses.replace(rule, schedule=None, **changed)
+    return dataclasses.replace(rule, schedule=schedule.until(step), **changed)

@@ -79,7 +79,7 @@ class QtProvider(QuantizationProvider):
         def range_of(static: static_range.StaticOperand) -> RangeOf:
             if running is None:
                 return static_range.find(static.op, static.side, ranges)
-            return running.range_of(static, plan)
+            return running.range_of(static, plan, traced.once)
 
         return fake_quantized(traced, plan, range_of)
 

@@ -10,9 +10,10 @@ from jax import numpy as jnp
 
 from qwix_train.calib.ranges import collected_ranges
 from qwix_train.core import numerics
+from qwix_train.core.operands import is_concrete
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends.nested import inserted
-from qwix_train.frontends.targets import params_of
+from qwix_train.frontends.targets import check_target, params_of
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.provider import QuantizationProvider
@@ -46,6 +47,8 @@ def ranges(
       `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
 
     Raises:
+      TypeError: if `target` holds no params, or holds shapes or traced arrays;
+        if `quant_stats` is not a nested dictionary.
       ValueError: if there is no range; if one has seen no batch, or is not finite; or
         if it is not one that the rule of its op asks for.
 
@@ -66,6 +69,8 @@ def ranges(
     if isinstance(rules, QuantizationProvider):
         rules, by_default = rules.rules, rules.collects_by_default
     rules = check_rules(rules)
+    check_target(target)
+    static_range.check_quant_stats(quant_stats)
     states = held_states(target)
     named = stored.by_path(stored.unbox(params_of(target)))
     trained = list(filter(None, map(learned_scale.trained_leaf, named)))
@@ -74,6 +79,12 @@ def ranges(
             f"There is no range of an activation in {shortened(target)}: neither "
             "statistics of static ranges nor trained scales. Make room for them with "
             "attach(state, rules, *inputs), and train."
+        )
+    values = [*jax.tree.leaves(states), *(named[leaf.path] for leaf in trained)]
+    if not all(map(is_concrete, values)):
+        raise TypeError(
+            f"ranges reads values, and {shortened(target)} holds shapes, or is traced: "
+            "call it outside of jit, with arrays."
         )
     found = dict(quant_stats or {})
     # Where tensors have ranges that no rule names, those of no observer are ready.

@@ -14,7 +14,7 @@ import flax.struct
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.rotation import Rotation
 from qwix_train.stages.stage import At, ParamStage, Stage
-from qwix_train.trace.carried import value_of
+from qwix_train.trace import carried
 from qwix_train.values.rotated import RotatedWeight
 
 
@@ -49,7 +49,9 @@ class RotateWeight(Stage):
         """See `Stage.apply`."""
         if isinstance(x, RotatedWeight) and x.rotation == self.rotation:
             return x.base
-        return self.rotation.apply(value_of(x))
+        assert at is not None
+        # It tells who listens: a quantized weight is dequantized here.
+        return self.rotation.apply(carried.read(x, at.op.primitive))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,10 @@ from jax.core import Tracer
 
 from qwix_train.core.compiled import quantize_compiled
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.operands import is_concrete, with_sharding
 from qwix_train.core.packed_array import PackedQArray, pack, quantize_packed, unpack
 from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
+from qwix_train.core.rotation import Rotation
 from qwix_train.trace import function
 
 # Where boxes keep the names of axes.
@@ -108,7 +110,19 @@ def quantize_param_packed(
 
 
 def _rotated(param: Any, how: HowToQuantize) -> Any:
-    return param if how.rotation is None else how.rotation.apply(jnp.asarray(param))
+    """A param in the basis that it is quantized in, on the devices that it is on."""
+    if how.rotation is None:
+        return param
+    array = jnp.asarray(param)
+    known = is_concrete(array) and array.committed
+    return _in_basis(array, how.rotation, array.sharding if known else None)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _in_basis(array: jax.Array, rotation: Rotation, sharding: Any) -> jax.Array:
+    result = rotation.apply(array)
+    # A block that is longer than a shard would make a copy of the axis on each device.
+    return result if sharding is None else with_sharding(result, sharding)
 
 
 def check_own_basis(leaf: Any) -> None:

@@ -407,6 +407,8 @@ def test_a_provider_takes_a_start_alone():
         ({"weight_qtypes": {0: "int8", 5: "int9"}}, "Unknown quantized type 'int9'"),
         ({"weight_qtypes": {5: "int8", 0: "int4"}}, "in increasing order"),
         ({"act_qtypes": {5: "int8"}}, "no type before step 5"),
+        ({"start_step": 2**31 - 1, "ramp_steps": 1}, "step 2147483648 is never"),
+        ({"quant_stats_warmup": 2**31}, "never reached, as steps are counted in int32"),
     ],
 )
 def test_wrong_schedules(fields, message):
@@ -428,6 +430,15 @@ def test_what_is_for_the_whole_step_is_refused_by_rules(field):
     # Beside rules that all have a schedule of their own.
     own = [models.rule("int8", schedule=START)]
     wrap_train_step(train_step, own, schedule=make(**{field: 3}))
+
+
+def test_a_count_in_a_byte():
+    schedule = Schedule(start_step=300)  # 44 in a byte
+    step = wrap_train_step(train_step, RULES, schedule=schedule)
+    state = new_state().replace(step=jnp.uint8(50))
+    models.assert_close(
+        jax.jit(step)(state, BATCH), jax.jit(train_step)(state, BATCH), 1e-6
+    )
 
 
 def test_the_end_of_a_schedule_is_that_of_all_that_changes():

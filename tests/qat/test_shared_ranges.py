@@ -1,5 +1,6 @@
 """An array that several ops read: one range, and one fake quantization."""
 
+import dataclasses
 import functools
 import sys
 
@@ -17,6 +18,7 @@ from qwix_train import (
     QtProvider,
     QtRule,
     QuantizationRule,
+    Schedule,
     calib,
     ptq,
     quantize_model,
@@ -262,6 +264,62 @@ def test_steps_are_those_of_three_equal_arrays(kind, remat):
         for name in OPS:
             models.assert_same(stats[name], stats["query"])
             assert stats[name]["dot_general0_lhs"]["count"] == 2
+
+
+def ranges_of_steps(model, rules, batches, state):
+    """The losses, and the ranges afterwards, of steps that are not compiled."""
+    step, losses = qwix_train.wrap_train_step(train_step, rules), []
+    for batch in batches:
+        state, loss = step(state, batch)
+        losses.append(loss)
+    return state.quant_stats, losses
+
+
+def new_state(model, rules):
+    tx = optax.sgd(0.0)
+    state = TrainState.create(apply_fn=model.apply, params=PARAMS, tx=tx)
+    return qwix_train.attach(state, rules, X)
+
+
+def test_an_op_that_begins_later_has_a_range_of_its_own_in_each_phase():
+    later = Schedule(start_step=1, ramp_steps=2)
+    rules = [dataclasses.replace(STATIC[0], module_path="query", schedule=later)]
+    rules += STATIC
+    batches = [8 * X, X, X, X]
+    results = [
+        ranges_of_steps(model, rules, batches, new_state(model, rules))
+        for model in (ONE, APART)
+    ]
+    models.assert_close(*results, 1e-5)
+    counts = [results[0][0][n]["dot_general0_lhs"]["count"].item() for n in OPS]
+    assert counts == [3, 4, 4]
+
+
+def test_an_array_is_measured_once_though_its_readers_are_blended_in_apart():
+    rules = [dataclasses.replace(STATIC[0], module_path="query", weight_qtype="int4")]
+    rules += STATIC
+    schedule = Schedule(ramp_steps=2)
+    step = qwix_train.wrap_train_step(train_step, rules, schedule=schedule)
+    state, _ = step(new_state(ONE, rules), X)
+    for name in OPS:
+        assert state.quant_stats[name]["dot_general0_lhs"]["count"] == 1
+
+
+def test_ranges_that_are_attached_later_begin_as_the_one_of_their_array():
+    first = [dataclasses.replace(STATIC[0], module_path="key")]
+    state = new_state(ONE, first)
+    state, _ = qwix_train.wrap_train_step(train_step, first)(state, 8 * X)
+    before = state.quant_stats["key"]
+    state = qwix_train.attach(state, STATIC, X)
+    for name in OPS:
+        models.assert_same(state.quant_stats[name], before)
+    state, _ = qwix_train.wrap_train_step(train_step, STATIC)(state, X)
+    found = qwix_train.ranges(state, STATIC)
+    model, served = ptq.quantize(ONE, state.params, STATIC, X, quant_stats=found)
+    eval_step = qwix_train.wrap_eval_step(
+        lambda state: state.apply_fn({"params": state.params}, X), STATIC
+    )
+    models.assert_close(model.apply({"params": served}, X), eval_step(state), 1e-5)
 
 
 class Layers(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.sharding import AxisType
 from scipy.linalg import hadamard
 
 import qwix_train
@@ -46,6 +47,7 @@ INT8 = dict(
     weight_calibration_method=WIDE,
     act_calibration_method=WIDE,
 )
+INT4 = [QuantizationRule(module_path="other", weight_qtype="int4")]
 LITERT = {f"{x}_calibration_method": "absmax" for x in ("weight", "act")}
 rule = functools.partial(QuantizationRule, **INT8, rotation="hadamard")
 
@@ -134,6 +136,46 @@ def test_what_else_reads_a_weight_finds_it_in_its_own_basis():
     served = quantize_fn(tied, PtqProvider(rules))
     stored = ptq.quantize_params(params, ptq.abstract_params(tied, params, rules, X))
     assert_close(served(stored, X), want, atol=1e-4)
+
+
+def test_a_product_along_another_axis_than_that_of_the_basis_is_named():
+    def both(params, x):
+        return x @ params["w"] + x @ params["w"].T
+
+    w = RNG.normal(size=(24, 24)).astype(np.float32)
+    plan = qwix_train.plan(both, PtqProvider([rule()]), {"w": w}, X)
+    assert plan.dequantized == {"w": ("dot_general",)}
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
+def test_an_empty_batch(shape):
+    x = np.ones(shape, np.float32)
+    model, params = ptq.quantize(MODEL, PARAMS, [rule()], x)
+    for out in (
+        qat_of([rule()]).apply({"params": PARAMS}, x),
+        model.apply({"params": params}, x),
+    ):
+        assert out.shape == (*shape[:-1], 4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_axis_that_is_sharded(kind):
+    def forward(params, x):
+        return jnp.tanh(x @ params["w"]), params["w"][:2]
+
+    # A block of 8 reaches over two shards, of 12 rows each.
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(kind,))
+    rows = jax.NamedSharding(mesh, jax.P("rows"))
+    rules, whole = [rule()], {"w": jnp.asarray(W)}
+    params = {"w": jax.device_put(W, rows)}
+    abstract = ptq.abstract_params(forward, whole, rules, X)
+    codes = ptq.quantize_params(params, abstract)["w"].array.qvalue
+    assert codes.sharding.is_equivalent_to(rows, codes.ndim)
+    assert_same(codes, ptq.quantize_params(whole, abstract)["w"].array.qvalue)
+    trained = quantize_fn(forward, QtProvider(rules))
+    with jax.set_mesh(mesh):
+        out = jax.jit(trained)(params, X)
+    assert_close(out, trained(whole, X), atol=1e-5)
 
 
 def test_layers_of_a_scan():
@@ -313,14 +355,16 @@ def test_rules_are_checked(changes, message):
 def test_what_cannot_be_rotated_says_so():
     with pytest.raises(ValueError, match="no blocks of 16 divide an axis of length 24"):
         qwix_train.plan(MODEL, [rule(rotation="hadamard,16")], X)
+    with pytest.raises(ValueError, match="no blocks of 2 divide an axis of length 0"):
+        qwix_train.plan(lambda w, x: x @ w, [rule()], W[:0], X[:, :0])
     grouped = nn.Conv(8, (2,), feature_group_count=2)
     with pytest.raises(ValueError, match="contracts no axis of an input with a whole"):
         qwix_train.plan(grouped, [rule()], np.ones((1, 5, 8), np.float32))
     params = ptq.quantize(MODEL, PARAMS, [rule()], X)[1]
-    method = ptq.Gptq([rule()])
-    method.wrap(MODEL.apply)({"params": PARAMS}, X)
-    with pytest.raises(ValueError, match="rotation='hadamard' are not supported here"):
-        method.quantize_params(PARAMS, params)
+    for method in (ptq.Gptq, ptq.Awq, ptq.SmoothQuant):
+        reason = f"Rule 1 .*{method.title} quantizes weights in their own basis"
+        with pytest.raises(ValueError, match=reason):
+            method([*INT4, rule()])
     with pytest.raises(ValueError, match="kernel.*no counterpart in qwix.*own"):
         ptq.to_qwix(params)
     with pytest.raises(ValueError, match="LiteRT quantizes tensors in their own basis"):
