@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwix_train.core import numerics
+from qwix_train.core.formats import Scales
 from qwix_train.core.how import (
     HowToQuantize,
     needs_zero_point,
@@ -162,13 +163,17 @@ class ParamPlan:
         """The size with codes packed, and scales in the param's own dtype, in bytes."""
         if self.how is None:
             return self.float_bytes
-        bits = numerics.qtype_bits(self.how.qtype)
-        method = self.how.calibration_method
+        entry = numerics.format_of(self.how.qtype)
+        bits, method = entry.bits, self.how.calibration_method
         fixed = parse_calibration_method(method)[0] == "fixed"
         scales = 1 if fixed else math.prod(self.how.scale_shape(self.shape))
         codes = -(-math.prod(self.shape) * bits // 8)
         zero_points = -(-scales * bits // 8) if needs_zero_point(method) else 0
-        return codes + scales * self.dtype.itemsize + zero_points
+        of_scale = 1 if entry.coded_scales else self.dtype.itemsize
+        of_tensors = 0
+        if entry.scales is Scales.TWO_LEVELS:
+            of_tensors = 4 * math.prod(self.shape[a] for a in self.how.tensor_axes)
+        return codes + scales * of_scale + of_tensors + zero_points
 
 
 @dataclasses.dataclass(frozen=True)

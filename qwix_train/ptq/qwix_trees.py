@@ -9,19 +9,24 @@ this:
 - `qwix` has no ``int1`` (every code is 0). The codes -1 and +1 are handed to it as
   ``int2``, a type that holds them, with the same scale.
 - `qwix` has no tiles of unequal length, and its models look up no quantized table.
+- Scales of ``mxfp8``, ``mxfp4`` and ``nvfp4`` are floats there, of the same values; and
+  ``nvfp4`` has no scale of the tensor, which is 1 for what comes from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
-from qwix_train.core import numerics, tiling
+from qwix_train.core import formats, numerics, tiling
 from qwix_train.core.errors import imported, located
+from qwix_train.core.formats import Scales
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq.trees import plain, to_tree
@@ -85,7 +90,7 @@ def to_qwix(params: Any, like: Any = None) -> Any:
         array = leaf.array
         if isinstance(array, QArray):
             _check_tiles(where, array)
-            array = _reshape(where, array, target)
+            array = _with_float_scale(_reshape(where, array, target))
             if pure:
                 return plain(WithAux(array, leaf.how))
             parts = array.qvalue, array.scale, array.zero_point
@@ -148,12 +153,12 @@ def from_qwix(params: Any, like: Any = None) -> Any:
             dtype = numerics.storage_dtype(how.qtype)
             zero = array.zero_point
             array = QArray(
-                _cast(array.qvalue, dtype),
+                _codes_from_qwix(array.qvalue, how.qtype),
                 array.scale,
                 None if zero is None else _cast(zero, dtype),
                 how.qtype,
             )
-            array = _reshape(where, array, target)
+            array = _with_coded_scale(_reshape(where, array, target))
         return WithAux(array, how if target is None else target.how)
 
     return _map_leaves(convert, stored.unbox(params), like, "the model")
@@ -270,9 +275,61 @@ def _converted(how: Any, cls: Any, qtype: Any) -> Any:
     )
 
 
+def _with_float_scale(array: QArray) -> QArray:
+    """The same with codes and scales that are floats, as `qwix` has them."""
+    entry = numerics.format_of(array.qtype)
+    _qtype_to_qwix(entry.name)  # Complains of a type that it does not have.
+
+    def change(array):
+        codes, scale = array.qvalue, array.scale
+        if entry.has_bits:
+            codes = numerics.codes_to_float(codes, entry.name, jnp.float32)
+            codes = codes.astype(jnp.float4_e2m1fn)
+        if formats.is_coded(scale):
+            scale = array.float_scale.astype(array.dtype)
+        return codes, scale
+
+    codes, scale = stored.result_of(change, array)
+    return dataclasses.replace(
+        array, qvalue=codes, scale=scale, tensor_scale=None, float_dtype=None
+    )
+
+
+def _with_coded_scale(array: QArray) -> QArray:
+    """The same with scales as the type has them; for those of blocks `qwix` has 1."""
+    entry = numerics.format_of(array.qtype)
+    if not entry.coded_scales:
+        return array
+
+    two_levels = entry.scales is Scales.TWO_LEVELS
+    scale = _cast(array.scale, formats.E4M3 if two_levels else formats.E8M0)
+    tensor = jnp.ones((1,) * array.ndim, jnp.float32) if two_levels else None
+    if isinstance(scale, jax.ShapeDtypeStruct) and tensor is not None:
+        tensor = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+    return QArray(
+        array.qvalue, scale, None, array.qtype, tensor, float_dtype=array.dtype
+    )
+
+
+def _codes_from_qwix(codes: Any, qtype: Any) -> Any:
+    entry = numerics.format_of(qtype)
+    if not entry.has_bits:
+        return _cast(codes, entry.storage)
+
+    def change(codes):
+        return numerics.round_to_qtype(codes.astype(jnp.float32), entry.name)
+
+    return stored.result_of(change, codes)
+
+
 def _qtype_to_qwix(qtype: Any) -> str:
-    name = numerics.qtype_name(qtype)
-    return "int2" if name == "int1" else name
+    entry = numerics.format_of(qtype)
+    of_qwix = ("nf4", "mxfp8", "mxfp4", "nvfp4")
+    if entry.name == "ternary" or (
+        (entry.table is not None or entry.block) and entry.name not in of_qwix
+    ):
+        raise ValueError(f"qwix has no type {entry.name}.")
+    return "int2" if entry.name == "int1" else entry.name
 
 
 def _how_from_qwix(where: str, how: Any) -> HowToQuantize:

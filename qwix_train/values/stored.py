@@ -94,7 +94,7 @@ def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
     if isinstance(quantized.array, PackedQArray):
         return quantized
     change = functools.partial(pack, layer_axes=_leading(layers))
-    return WithAux(_result(change, quantized.array), quantized.how)
+    return WithAux(result_of(change, quantized.array), quantized.how)
 
 
 def quantize_param_packed(
@@ -106,7 +106,7 @@ def quantize_param_packed(
     def change(array):
         return quantize_packed(_rotated(jnp.asarray(array), how), in_basis, leading)
 
-    return WithAux(_result(change, param), how)
+    return WithAux(result_of(change, param), how)
 
 
 def _rotated(param: Any, how: HowToQuantize) -> Any:
@@ -138,7 +138,7 @@ def check_own_basis(leaf: Any) -> None:
         )
 
 
-def _result(function: Callable[[Any], Any], array: Any) -> Any:
+def result_of(function: Callable[[Any], Any], array: Any) -> Any:
     """The result of a function of an array; the shape of it for that of an array."""
     is_shape = isinstance(jax.tree.leaves(array)[0], jax.ShapeDtypeStruct)
     return jax.eval_shape(function, array) if is_shape else function(array)
@@ -178,7 +178,7 @@ def dequantized(quantized: WithAux) -> jax.Array:
         values = dequantize(array)
         return values if rotation is None else rotation.undo(values)
 
-    return _result(change, array)
+    return result_of(change, array)
 
 
 def unbox(tree: Any) -> Any:
@@ -220,6 +220,7 @@ def box(quantized: Any, boxed: Any) -> Any:
     by_layer = {
         name: box_part(getattr(array, name), boxed, named)
         for name in ("scale_steps", "scale_mean")
+        if getattr(array, name) is not None
     }
     whole = jax.tree.map(lambda part: box_part(part, boxed), array)
     return WithAux(whole.replace(**by_layer), quantized.how)
