@@ -22,6 +22,7 @@ from qwix_train.frontends import (
 )
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning import current_rule
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.provider import QuantizationProvider
@@ -109,9 +110,12 @@ def quantize_model(
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
             model_inputs_kwargs.pop("rngs", None)
-        with nnx_calls.tracing_call(
-            method, (model, *model_inputs), model_inputs_kwargs
-        ) as (traced, _):
+        with (
+            current_rule.answering(provider.rules),
+            nnx_calls.tracing_call(
+                method, (model, *model_inputs), model_inputs_kwargs
+            ) as (traced, _),
+        ):
             plan = checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
             hold_params(quantized, provider, provider.store_params, traced, plan, rngs)
@@ -192,7 +196,8 @@ def quantize_fn(
 
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
-        return rewrite_function(fn, args, kwargs, provider.rewrite)
+        with current_rule.answering(provider.rules):
+            return rewrite_function(fn, args, kwargs, provider.rewrite)
 
     return quantized
 
@@ -224,11 +229,12 @@ def rewrite_function(
 ) -> Any:
     """Calls a function whose first argument is a tree of params, rewritten."""
     traced = trace_function(fn, args, kwargs)
-    with session.suspended():
+    with session.suspended(current_rule.key):
         out = rewrite(traced)
-        if out is session.UNCHANGED:
+    if out is session.UNCHANGED:
+        with session.suspended():
             out = nested.taking_params(fn)(*args, **kwargs)
-        return out
+    return out
 
 
 def trace_function(
@@ -365,13 +371,14 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
             return method(self, *args, **kwargs)
         original = functools.partial(method, self)
         call = linen_calls.Call(self, name, original, args, kwargs)
-        if provider.keeps_quant_stats:
-            return _with_quant_stats(call, provider)
-        if linen_calls.can_rewrite(self):
-            return call.rewritten(provider.rewrite)
-        if provider.stores_params or provider.adds_params:
-            return call.initialized(functools.partial(_initialize, provider))
-        return call.unchanged()
+        with current_rule.answering(provider.rules):
+            if provider.keeps_quant_stats:
+                return _with_quant_stats(call, provider)
+            if linen_calls.can_rewrite(self):
+                return call.rewritten(provider.rewrite)
+            if provider.stores_params or provider.adds_params:
+                return call.initialized(functools.partial(_initialize, provider))
+            return call.unchanged()
 
     for attribute in other_methods.COPIED_MARKS:  # Linen wraps it as a plain method
         quantized.__dict__.pop(attribute, None)
@@ -442,6 +449,7 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
         if session.marking():
             return in_trace(*args, **kwargs)
         rewrite = provider.of_nnx(args[0]).rewrite
-        return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
+        with current_rule.answering(provider.rules):
+            return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
 
     return quantized

@@ -29,6 +29,7 @@ from qwix_train.core.rotation import Rotation
 from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
+from qwix_train.planning.current_rule import was_given
 from qwix_train.planning.leaves import SIDES, OperandName, Path
 from qwix_train.planning.rules import QuantizationRule, check_rules, statistics_at
 from qwix_train.stages.rotate import Rotate, RotateWeight
@@ -243,7 +244,7 @@ class RuleUse(abc.ABC):
         return {
             index: plan_table.unused(self, index)
             for index in self.unused_rules
-            if not self.shadowed_by(index)
+            if not self.shadowed_by(index) and not was_given(self.rules[index])
         }
 
     def near_misses(self, rule_index: int) -> list[str]:
@@ -279,6 +280,7 @@ class Plan(RuleUse):
         form, each with the primitives that do. Filled in for `PtqProvider`s.
       whole: whether the call is that of a model as a whole: not that of a part of one,
         nor of one of several methods.
+      requests: what kernels of the model asked for; see `current_rule`.
     """
 
     rules: tuple[QuantizationRule, ...]
@@ -286,14 +288,22 @@ class Plan(RuleUse):
     params: Mapping[Path, ParamPlan]
     dequantized: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     whole: bool = False
+    requests: tuple[Decision, ...] = ()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """The rule that decided for each op."""
-        return tuple(
+        """The rule that decided for each op, and for what kernels asked for."""
+        ops = (
             Decision(op.rule_index, op.op.module_path, op.op.name, op.op.id)
             for op in self.ops
         )
+        return (*ops, *self.requests)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether kernels got a rule, of which not all that are compiled tell."""
+        answered = any(x.rule_index is not None for x in self.requests)
+        return answered or any(map(was_given, self.rules))
 
     @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
@@ -441,7 +451,24 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     planner = _Planner(check_rules(rules), traced)
     ops = planner.with_ranges([planner.decide(op) for op in traced.ops])
     planned = tuple(map(planner.annotate, ops))
-    return Plan(planner.rules, planned, planner.params, whole=is_whole(traced))
+    return Plan(
+        planner.rules,
+        planned,
+        planner.params,
+        whole=is_whole(traced),
+        requests=requests_of(traced, planner.rules),
+    )
+
+
+def requests_of(
+    traced: TracedCall, rules: Sequence[QuantizationRule]
+) -> tuple[Decision, ...]:
+    """Which rules kernels got that asked for one while a call was traced."""
+    found = []
+    for path, name in traced.requests:
+        decided = (i for i, rule in enumerate(rules) if rule.matches(path, name, name))
+        found.append(Decision(next(decided, None), path, name, name))
+    return tuple(found)
 
 
 class _Planner:

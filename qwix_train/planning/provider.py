@@ -188,7 +188,7 @@ class QuantizationProvider:
 
     def matches(self, plan: Plan) -> bool:
         """Whether the rules do anything to a model."""
-        return bool(plan.quantized_ops)
+        return bool(plan.quantized_ops or plan.has_answers)
 
     def no_match_message(self, plan: Plan) -> str:
         """Says that the rules do nothing to a model."""
