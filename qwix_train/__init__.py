@@ -2,7 +2,7 @@
 
 Rules: `QuantizationRule`, or `QtRule` with quantized backward products, `LoraRule` with
 adapters. `Schedule` says when they begin. `plan` shows what they do (a `Plan`, or a
-`StepPlan` of a wrapped step).
+`StepPlan` of a wrapped step). A kernel asks for its own with `current_rule`.
 
 Steps: `wrap_train_step`, `wrap_eval_step`; `as_model` and `in_float` mark functions and
 teachers in them.
@@ -46,6 +46,7 @@ from qwix_train.frontends.step_models import as_model as as_model
 from qwix_train.frontends.step_models import in_float as in_float
 from qwix_train.ops.ragged_dot import ragged_dot as ragged_dot
 from qwix_train.ops.ragged_dot import ragged_dot_general as ragged_dot_general
+from qwix_train.planning.current_rule import current_rule as current_rule
 from qwix_train.planning.plan import Plan as Plan
 from qwix_train.planning.plan import StepPlan as StepPlan
 from qwix_train.planning.provider import QuantizationProvider as QuantizationProvider

@@ -28,8 +28,8 @@ STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
         ({"weight_qtype": "int8", "act_static_scale": True}, "needs an act_qtype"),
         ({"module_path": "a("}, "not a regular expression"),
         ({"module_path": 3}, "module_path=3): it must be a str"),
-        ({"op_names": "einsum"}, "collection"),
-        ({"op_names": ("matmul",)}, "'matmul' is no op"),
+        ({"op_names": ("dot_generl",)}, "'dot_generl' is no op; do you mean 'dot_g"),
+        ({"op_names": ("",)}, "'' is no op"),
         ({"weight_calibration_method": "max"}, "weight_calibration_method='max'"),
         ({"act_calibration_method": "rms"}, "act_calibration_method='rms'"),
         (
@@ -84,7 +84,7 @@ STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
         ({"pad_tiles": 1}, "pad_tiles=1"),
         ({"disable_channelwise_axes": "yes"}, "disable_channelwise_axes='yes'"),
         ({"weight_calibration_method": None}, "weight_calibration_method=None"),
-        ({"op_names": (1,)}, "op_names=(1,)): it must be a collection of strs"),
+        ({"op_names": (1,)}, "op_names=(1,)): it must be a str, or a collection of"),
         ({"act_observer": 99.9}, "act_observer=99.9): it must be a name"),
         ({"act_averaging": 0.99}, "act_averaging=0.99): it must be a name"),
         (
@@ -121,6 +121,7 @@ def test_matches(fields, op, expected):
 def test_rules_are_values():
     rule = QuantizationRule(op_names=["einsum"], weight_qtype=jnp.int8)
     assert rule == QuantizationRule(op_names=("einsum",), weight_qtype=jnp.int8)
+    assert rule == QuantizationRule(op_names="einsum", weight_qtype=jnp.int8)
     assert hash(rule) == hash(dataclasses.replace(rule))
     assert rule.act_method == "absmax"
     with pytest.raises(dataclasses.FrozenInstanceError):

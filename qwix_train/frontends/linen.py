@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qwix_train.frontends import call_mode, marks, random_keys
+from qwix_train.planning import current_rule
 from qwix_train.trace import function, passed, session, subclasses
 from qwix_train.values import stored
 
@@ -134,12 +135,13 @@ class Call(NamedTuple):
             # called on its own draws what it would within the model.
             return apply(variables, args, kwargs, rngs=dict(scope.rngs))
 
-        with marks.tracing() as seen:
+        path = "/".join(module.path)
+        with marks.tracing(path) as seen:
             traced = function.trace(
                 pure,
                 (dict(variables), self.args, self.kwargs),
                 param_name,
-                module_path="/".join(module.path),
+                module_path=path,
             )
 
         def make_rng(name):
@@ -171,9 +173,10 @@ class Call(NamedTuple):
         module = self.module
         counters = _counters_of(module)
         traced = self.traced(counters)
-        with session.suspended():
+        with session.suspended(current_rule.key):
             out = rewrite(traced)
-            if out is session.UNCHANGED:
+        if out is session.UNCHANGED:
+            with session.suspended():
                 return self.unchanged()
         scope = _scope_of(module)
         _update_counters(scope.rng_counters, counters)
@@ -215,7 +218,7 @@ class Call(NamedTuple):
         for path, value in held.items():
             zeros = jnp.zeros(value.shape, value.dtype)
             _put_param(module, path, stored.box_array(value, zeros))
-        with session.tracing():  # so that submodules do not put values of their own
+        with marks.tracing():  # so that submodules do not put values of their own
             out = self.unchanged()
         for path, value in held.items():
             _put_param(module, path, value)
@@ -226,7 +229,7 @@ class Call(NamedTuple):
         traced = self.traced(counters, {**at_first, "params": params})
         traced = dataclasses.replace(traced, initializing=True)
         _check_reads_params(module, traced)
-        with session.suspended():
+        with session.suspended(current_rule.key):
             values, result = initialize(traced)
         if result is session.UNCHANGED:
             return out

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import core, nnx
@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from qwix_train.frontends import nnx_objects
+from qwix_train.planning import current_rule
 from qwix_train.planning.leaves import Path
 from qwix_train.trace import scopes, session, subclasses
 from qwix_train.values import stored
@@ -51,8 +52,11 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[Seen]:
+def tracing(path: str = "") -> Iterator[Seen]:
     """While a model is traced: no session is in force, and modules mark scopes.
+
+    Args:
+      path: the path of the Linen module that is traced, in a larger model.
 
     Yields:
       What was seen of the modules; complete when the trace is.
@@ -63,10 +67,32 @@ def tracing() -> Iterator[Seen]:
     )
     marking = functools.partial(_of_linen, seen.linen)
     try:
-        with session.tracing(), nn.intercept_methods(marking):
+        with (
+            scopes.part_of(path),
+            session.tracing(current_rule.key()),
+            nn.intercept_methods(marking),
+        ):
             yield seen
     finally:
         _thread.seen = outer
+
+
+@contextlib.contextmanager
+def _in_module(
+    path: str,
+    kind: Literal["linen", "nnx"] | None = None,
+    *,
+    batch_norm: bool = False,
+) -> Iterator[None]:
+    """A context that marks what a module does, see `scopes.module_scope`.
+
+    What JAX keeps of it is used again where kernels get the same answers.
+    """
+    with (
+        scopes.module_scope(path, kind, batch_norm=batch_norm),
+        session.tracing(current_rule.key()),
+    ):
+        yield
 
 
 def _of_linen(
@@ -81,11 +107,10 @@ def _of_linen(
     bridge = contextlib.nullcontext()
     if isinstance(module, nnx.bridge.ToLinen):
         bridge = _marking_parts(module, shapes)
+    path, batch_norm = "/".join(module.path), isinstance(module, nn.BatchNorm)
     with (
         session.calls_of(module),
-        scopes.module_scope(
-            "/".join(module.path), "linen", batch_norm=isinstance(module, nn.BatchNorm)
-        ),
+        _in_module(path, "linen", batch_norm=batch_norm),
         bridge,
     ):
         out = next_function(*args, **kwargs)
@@ -110,7 +135,7 @@ def of_nnx(module: Any, path: str) -> contextlib.AbstractContextManager[Any]:
                 here = tuple(filter(None, (*path.split("/"), name)))
                 seen.nnx[here].add(jnp.shape(nnx_objects.raw(value)))
     batch_norm = isinstance(module, nnx.BatchNorm)
-    return scopes.module_scope(path, "nnx", batch_norm=batch_norm)
+    return _in_module(path, "nnx", batch_norm=batch_norm)
 
 
 @contextlib.contextmanager

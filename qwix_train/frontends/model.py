@@ -24,6 +24,7 @@ from qwix_train.frontends import (
 )
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
+from qwix_train.planning import current_rule
 from qwix_train.planning.leaves import LEFT_OUT, Path, adapter_part
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.provider import (
@@ -115,9 +116,12 @@ def quantize_model(
         method = getattr(cls, methods[0])
         if not takes_rngs(method):
             model_inputs_kwargs.pop("rngs", None)
-        with nnx_calls.tracing_call(
-            method, (model, *model_inputs), model_inputs_kwargs
-        ) as (traced, _):
+        with (
+            current_rule.answering(provider.rules),
+            nnx_calls.tracing_call(
+                method, (model, *model_inputs), model_inputs_kwargs
+            ) as (traced, _),
+        ):
             plan = checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
             hold_params(quantized, provider, provider.store_params, traced, plan, rngs)
@@ -208,7 +212,9 @@ def quantize_fn(
 
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
-        return rewrite_function(fn, args, kwargs, functools.partial(rewrite, provider))
+        with current_rule.answering(provider.rules):
+            mode = functools.partial(rewrite, provider)
+            return rewrite_function(fn, args, kwargs, mode)
 
     return quantized
 
@@ -240,11 +246,12 @@ def rewrite_function(
 ) -> Any:
     """Calls a function whose first argument is a tree of params, rewritten."""
     traced = trace_function(fn, args, kwargs)
-    with session.suspended():
+    with session.suspended(current_rule.key):
         out = rewrite(traced)
-        if out is session.UNCHANGED:
+    if out is session.UNCHANGED:
+        with session.suspended():
             out = nested.taking_params(fn)(*args, **kwargs)
-        return out
+    return out
 
 
 def trace_function(
@@ -377,13 +384,14 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
             return method(self, *args, **kwargs)
         original = functools.partial(method, self)
         call = linen_calls.Call(self, name, original, args, kwargs)
-        if provider.keeps_quant_stats:
-            return linen_ranges.call_with_statistics(call, provider)
-        if linen_calls.can_rewrite(self):
-            return call.rewritten(functools.partial(rewrite, provider))
-        if provider.stores_params or provider.adds_params:
-            return call.initialized(functools.partial(_initialize, provider))
-        return call.unchanged()
+        with current_rule.answering(provider.rules):
+            if provider.keeps_quant_stats:
+                return linen_ranges.call_with_statistics(call, provider)
+            if linen_calls.can_rewrite(self):
+                return call.rewritten(functools.partial(rewrite, provider))
+            if provider.stores_params or provider.adds_params:
+                return call.initialized(functools.partial(_initialize, provider))
+            return call.unchanged()
 
     for attribute in other_methods.COPIED_MARKS:  # Linen wraps it as a plain method
         quantized.__dict__.pop(attribute, None)
@@ -407,8 +415,8 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
     def quantized(*args, **kwargs):
         if session.marking():
             return in_trace(*args, **kwargs)
-        mode = functools.partial(rewrite, provider)
-        mode = nnx_keys.drawn(args[0], mode)
-        return nnx_calls.rewrite_call(method, args, kwargs, mode)
+        mode = nnx_keys.drawn(args[0], functools.partial(rewrite, provider))
+        with current_rule.answering(provider.rules):
+            return nnx_calls.rewrite_call(method, args, kwargs, mode)
 
     return quantized

@@ -22,6 +22,7 @@ from flax import nnx
 from flax.nnx import graphlib
 
 from qwix_train.frontends import marks, nnx_objects
+from qwix_train.planning import current_rule
 from qwix_train.trace import function, session, subclasses
 
 _CLASS = "_qwix_train_class"
@@ -196,7 +197,7 @@ def rewrite_call(
       path: the path of the module within the model.
     """
     with tracing_call(method, args, kwargs, path) as (traced, finish):
-        with session.suspended():
+        with session.suspended(current_rule.key):
             out = rewrite(traced)
         if out is not session.UNCHANGED:
             return finish(out)

@@ -15,6 +15,7 @@ from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
+from qwix_train.planning import current_rule
 from qwix_train.planning.plan import Plan, StepPlan
 from qwix_train.planning.planner import make_plan
 from qwix_train.planning.provider import QuantizationProvider
@@ -142,7 +143,12 @@ def plan_model(
     **kwargs: Any,
 ) -> Plan:
     """What rules would do to every op of a model; see `plan`."""
+    given = rules.rules if isinstance(rules, QuantizationProvider) else rules
+    with current_rule.answering(given):
+        return _planned(model, rules, inputs, variables, method, rngs, kwargs)
 
+
+def _planned(model, rules, inputs, variables, method, rngs, kwargs) -> Plan:
     def planned(traced):
         if isinstance(rules, QuantizationProvider):
             return rules.annotate(traced, rules.plan(traced))

@@ -23,6 +23,7 @@ from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import param_trees, step_models
 from qwix_train.frontends.param_trees import CalledTrees
+from qwix_train.planning import current_rule
 from qwix_train.planning.plan import PlannedCall, StepPlan
 from qwix_train.planning.provider import (
     QuantizationProvider,
@@ -66,6 +67,7 @@ def wrap(
             nn.intercept_methods(linen_calls.interceptor),
             # Another step may not know of what this one holds, and has it in float.
             open_session.open(shared, held),
+            current_rule.answering(provider.rules),
         ):
             out = function(*args, **kwargs)
         nnx_calls.release_all(out)

@@ -19,7 +19,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "float": (float | int, "a number"),
     "str": (str, "a str"),
     "Collection[int]": (tuple, "a collection of ints, such as (0,)"),
-    "Collection[str]": (tuple, "a collection of strs"),
+    "Collection[str]": (tuple, "a str, or a collection of strs"),
     "Mapping[str, Any]": (Mapping, "a mapping"),
     "Mapping[int, Any]": (Mapping, "a mapping"),
 }
@@ -54,6 +54,8 @@ def converted(field: dataclasses.Field[Any], value: Any) -> Any:
     kinds = [name for name in names if name != "None"]
     if any(kind not in _KINDS for kind in kinds):
         return value
+    if kinds == ["Collection[str]"] and isinstance(value, str):
+        value = (value,)
     plain = _plain(value)
     if any(_is(plain, kind) for kind in kinds):
         return plain

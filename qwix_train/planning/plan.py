@@ -24,6 +24,7 @@ from qwix_train.core.rotation import Rotation
 from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
+from qwix_train.planning.current_rule import was_given
 from qwix_train.planning.leaves import SIDES, OperandName, Path
 from qwix_train.planning.quant_stats import (
     CollectedRange,
@@ -188,6 +189,7 @@ class Plan(RuleUse):
         form, each with the primitives that do. Filled in for `PtqProvider`s.
       whole: whether the call is that of a model as a whole: not that of a part of one,
         nor of one of several methods.
+      requests: what kernels of the model asked for; see `current_rule`.
     """
 
     rules: tuple[QuantizationRule, ...]
@@ -195,14 +197,22 @@ class Plan(RuleUse):
     params: Mapping[Path, ParamPlan]
     dequantized: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     whole: bool = False
+    requests: tuple[Decision, ...] = ()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """The rule that decided for each op."""
-        return tuple(
+        """The rule that decided for each op, and for what kernels asked for."""
+        ops = (
             Decision(op.rule_index, op.op.module_path, op.op.name, op.op.id)
             for op in self.ops
         )
+        return (*ops, *self.requests)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether kernels got a rule, of which not all that are compiled tell."""
+        answered = any(x.rule_index is not None for x in self.requests)
+        return answered or any(map(was_given, self.rules))
 
     @property
     def quantized_ops(self) -> tuple[OpPlan, ...]:
@@ -227,7 +237,7 @@ class Plan(RuleUse):
     @property
     def has_effect(self) -> bool:
         """Whether the rules do anything to the model."""
-        return bool(self.quantized_ops)
+        return bool(self.quantized_ops or self.has_answers)
 
     def complaints(self) -> list[str]:
         """What the rules ask for that cannot be done, a sentence each."""

@@ -21,6 +21,7 @@ from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.leaves import SIDES, Path
 from qwix_train.planning.plan import OpPlan, ParamPlan, Plan
+from qwix_train.planning.rule_use import Decision
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
@@ -67,7 +68,24 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
     planner = _Planner(check_rules(rules), traced)
     ops = planner.share_ranges([planner.decide(op) for op in traced.ops])
     planned = tuple(map(planner.annotate, ops))
-    return Plan(planner.rules, planned, planner.params, whole=is_whole(traced))
+    return Plan(
+        planner.rules,
+        planned,
+        planner.params,
+        whole=is_whole(traced),
+        requests=requests_of(traced, planner.rules),
+    )
+
+
+def requests_of(
+    traced: TracedCall, rules: Sequence[QuantizationRule]
+) -> tuple[Decision, ...]:
+    """Which rules kernels got that asked for one while a call was traced."""
+    found = []
+    for path, name in traced.requests:
+        decided = (i for i, rule in enumerate(rules) if rule.matches(path, name, name))
+        found.append(Decision(next(decided, None), path, name, name))
+    return tuple(found)
 
 
 class _Planner:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwix_train.planning import table as plan_table
+from qwix_train.planning.current_rule import was_given
 from qwix_train.planning.rules import QuantizationRule
 
 
@@ -81,7 +82,7 @@ class RuleUse(abc.ABC):
         return {
             index: plan_table.unused(self, index)
             for index in self.unused_rules
-            if not self.shadowed_by(index)
+            if not self.shadowed_by(index) and not was_given(self.rules[index])
         }
 
     def near_misses(self, rule_index: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -46,7 +47,9 @@ class QuantizationRule:
         `"conv_general_dilated"`, `"ragged_dot"` (the matrices of experts), `"gather"`
         (a lookup in a table of embeddings, per row), or one op by its id in the plan,
         such as `"einsum1"`. If empty, all products and convolutions; lookups only where
-        they are named. For LiteRT, all ops that `odml.table()` has.
+        they are named. For LiteRT, all ops that `odml.table()` has. A name that is none
+        of these is for kernels that ask for it: see `current_rule`. One name may
+        be given as a str.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"ternary"`, `"nf4"`,
         `"float8_e4m3fn"`, `"mxfp8"`, `"mxfp4"`, `"nvfp4"` and others: see
         `docs/formats.md`; or the `jax.numpy` type of that name.
@@ -162,12 +165,11 @@ class QuantizationRule:
             if not known and not hasattr(value, "observe") | hasattr(value, "update"):
                 raise self._error(field, f"it must be a name, or {kind}")
         for name in self.op_names:
-            if not {name, _op_name(name)} & {*ops.names(), *LITERT_OP_NAMES}:
-                raise self._error(
-                    "op_names",
-                    f"{name!r} is no op; the ops are {', '.join(ops.names())}, and for "
-                    f"LiteRT also {', '.join(LITERT_OP_NAMES)}",
-                )
+            known = [*ops.names(), *LITERT_OP_NAMES]
+            near = difflib.get_close_matches(name, known, cutoff=0.85)
+            if not {name, _op_name(name)} & {*known} and (near or not name):
+                meant = f"do you mean {near[0]!r}?" if near else "it has no letters"
+                raise self._error("op_names", f"{name!r} is no op; {meant}")
         for field in ("weight_qtype", "act_qtype"):
             qtype = getattr(self, field)
             if qtype is not None and not (field == "act_qtype" and is_int16(qtype)):

@@ -112,6 +112,9 @@ def _summary(plan: Plan) -> list[str]:
             f"{path} is dequantized for what has no quantized form: "
             f"{', '.join(primitives)}"
         )
+    for number, path, name, _ in plan.requests:
+        rule = "no rule matches" if number is None else f"rule {number}"
+        lines.append(f"a kernel in {path or '(root)'} asked for {name}: {rule}")
     unexpected = [i for i in plan.unused_rules if not plan.is_default(i)]
     return lines + [unused(plan, index) for index in unexpected]
 

@@ -55,7 +55,8 @@ class QtRule(QuantizationRule):
         errors.
       additional_qt_config: of the settings of the reference, only
         `{"use_original_residuals": False}` has a meaning: backward products take what
-        the forward has quantized. That is so in any case, and becomes None.
+        the forward has quantized. That is so in any case, and becomes None, as settings
+        do that are None themselves, such as `{"sparsity_rule": None}`.
 
     Delayed scaling, where the range of a batch is that of batches before it, is for
     activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
@@ -137,6 +138,8 @@ class QtRule(QuantizationRule):
         if config is None:
             return
         for name, value in config.items():
+            if value is None:  # such as `sparsity_rule`: nothing is asked for
+                continue
             if name != "use_original_residuals":
                 reason = f"{name!r} has no counterpart here; use the fields of QtRule"
                 raise self._error(field, reason)

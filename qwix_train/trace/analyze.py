@@ -15,12 +15,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import core
+from jax.extend import core as jex
 
 from qwix_train.trace import bodies, jax_versions, provenance
 from qwix_train.trace.bodies import Key
 from qwix_train.trace.constants import Constants, moves_elements
 from qwix_train.trace.provenance import Provenance
-from qwix_train.trace.scopes import is_in_float, module_path_of
+from qwix_train.trace.scopes import is_in_float, module_path_of, name_asked_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +165,13 @@ class Found(NamedTuple):
     Attributes:
       ops: its ops, in the order in which they run.
       layer_axes: for params that a `scan` goes over, the axes that it does so along.
+      requests: the paths of modules and the names of ops that code in them asked for;
+        see `scopes.asks_for`.
     """
 
     ops: list[Op]
     layer_axes: Mapping[tuple[str, ...], Collection[int]]
+    requests: tuple[tuple[str, str], ...]
 
 
 def find_ops(
@@ -183,7 +187,7 @@ def find_ops(
     """
     walker = _Walker(body, prefix)
     walker.walk(body, list(map(provenance.own, inputs)))
-    return Found(walker.ops, walker.layer_axes)
+    return Found(walker.ops, walker.layer_axes, tuple(walker.requests))
 
 
 def find_tagged(
@@ -212,6 +216,7 @@ class _Walker(bodies.Domain[Provenance]):
     def __init__(self, body: jax_versions.Body, prefix: str):
         self.prefix = prefix
         self.ops: list[Op] = []
+        self.requests: dict[tuple[str, str], None] = {}
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         # What each compiled body read when it was first met; the modules that take
         # the place of those that the body being walked names; and the length of the
@@ -240,6 +245,10 @@ class _Walker(bodies.Domain[Provenance]):
         if self.is_found(eqn, operands):
             scope = _join(self.scope, str(eqn.source_info.name_stack))
             self.add(eqn, operands, key, scope, self.opaque_name)
+        if all(isinstance(atom, jex.Literal) for atom in eqn.invars):
+            scope = _join(self.scope, str(eqn.source_info.name_stack))
+            if (name := name_asked_for(scope)) is not None:
+                self.requests[self.path_in(scope), name] = None
         source = provenance.restated(eqn.primitive.name, operands)
         if source is not None:
             return [self.restatement(eqn, source)]
@@ -269,13 +278,7 @@ class _Walker(bodies.Domain[Provenance]):
         return kind is not None and kind.is_found(operands, shapes)
 
     def add(self, eqn, operands, key, scope, opaque):
-        path = module_path_of(scope)
-        if module_path_of(scope[self.outside :]):
-            for old, new in self.renamed.items():
-                if path == old or path.startswith(f"{old}/"):
-                    path = new + path.removeprefix(old)
-                    break
-        path = _join(self.prefix, path)
+        path = self.path_in(scope)
         name = kinds[eqn.primitive.name].name_in(scope)
         count = self.counts[path, name]
         self.counts[path, name] += 1
@@ -300,6 +303,16 @@ class _Walker(bodies.Domain[Provenance]):
                 name_stack=scope,
             )
         )
+
+    def path_in(self, scope: str) -> str:
+        """The path of the module that runs what is in a scope."""
+        path = module_path_of(scope)
+        if module_path_of(scope[self.outside :]):
+            for old, new in self.renamed.items():
+                if path == old or path.startswith(f"{old}/"):
+                    path = new + path.removeprefix(old)
+                    break
+        return _join(self.prefix, path)
 
     def moves(self, eqn, operands) -> bool:
         """Whether an equation multiplies an activation by a constant that selects."""

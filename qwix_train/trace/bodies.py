@@ -132,6 +132,11 @@ def inside_of(eqn: Any) -> Inside | None:
     return Inside(kind, name, inner, carry)
 
 
+def has_forward_rule(eqn: Any) -> bool:
+    """Whether JAX calls code of the user's for a derivative of an equation."""
+    return eqn.primitive.name == "custom_vjp_call"
+
+
 def call_scope(eqn: Any) -> str:
     """The scope that a call gives, where it is compiled, to what is in it."""
     return f"jit({eqn.params.get('name', '')})"

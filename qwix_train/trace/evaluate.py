@@ -19,7 +19,7 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
-from qwix_train.trace import bodies, carried, jax_versions, passed
+from qwix_train.trace import bodies, carried, jax_versions, passed, scopes
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.bodies import Key, Kind, inside_of
 from qwix_train.trace.carried import Carried, value_of
@@ -140,11 +140,20 @@ class Evaluation(abc.ABC):
 
         last_use = _last_uses(jaxpr)
         pending: list[Any] = []  # equations to run as they are, in one go
+        # Forward rules, which are called now, may ask for the path of their module.
+        asks = scopes.is_asked()
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*key, index)
             chosen = here in self.replaced or here in self.inside
+            chosen = chosen or (asks and _holds_forward_rule(eqn))
             if not chosen and not _reads_carried(eqn, env):
-                pending.append(eqn)
+                if asks and bodies.has_forward_rule(eqn):
+                    _run_unchanged(pending, env, last_use, index)
+                    within = scopes.code_within(str(eqn.source_info.name_stack))
+                    _run_unchanged([eqn], env, last_use, index + 1, within)
+                    pending = []
+                else:
+                    pending.append(eqn)
                 continue
             if not chosen and not _is_needed(eqn, last_use):
                 continue  # so that nothing is made for a result that nobody reads
@@ -328,7 +337,8 @@ class Evaluation(abc.ABC):
         """The parts of the state that are written inside of an equation."""
         if not self.states:
             return {}
-        names = dict.fromkeys(self.replaced[at].name for at in self.inside[key])
+        inside = self.inside.get(key, ())
+        names = dict.fromkeys(self.replaced[at].name for at in inside)
         return {name: self.states[name] for name in names}
 
     def _after(self, results, kept):
@@ -368,9 +378,26 @@ class _Replacement(Evaluation):
         return self.handler(self.replaced[key], operands, run, self.given.get(key))
 
 
-def _scope(name: str):
-    # A scope without a name would still leave a slash.
-    return jax.named_scope(name) if name else contextlib.nullcontext()
+@contextlib.contextmanager
+def _scope(name: str) -> Iterator[None]:
+    if not name:  # such a scope would still leave a slash
+        yield
+        return
+    path = scopes.within(name) if scopes.is_asked() else contextlib.nullcontext()
+    with path, jax.named_scope(name):
+        yield
+
+
+def _holds_forward_rule(eqn) -> bool:
+    """Whether there is one inside of an equation that can be rebuilt."""
+    inside = inside_of(eqn)
+    if inside is None or inside.kind in (Kind.CUSTOM, Kind.OPAQUE):
+        return False
+    return any(
+        bodies.has_forward_rule(inner)
+        for part in inside.bodies
+        for _, inner, _ in bodies.equations(part.body, lambda *_: True)
+    )
 
 
 def _reads_carried(eqn, env) -> bool:
@@ -453,8 +480,16 @@ def run_equation(eqn: Any, *values: Any) -> list[Any]:
     return jax_versions.evaluate_equations([call], names, eqn.outvars, values)
 
 
-def _run_unchanged(equations, env, last_use, end) -> None:
-    """Runs consecutive equations as traced; `end` is the index after the last."""
+def _run_unchanged(equations, env, last_use, end, within=None) -> None:
+    """Runs consecutive equations as traced.
+
+    Args:
+      equations: the equations.
+      env: the values of variables, which gets those that are computed.
+      last_use: see `_last_uses`.
+      end: the index after the last of them.
+      within: a context that says where they are, if that is known.
+    """
     if not equations:
         return
     made: dict[Any, None] = {}
@@ -465,7 +500,11 @@ def _run_unchanged(equations, env, last_use, end) -> None:
                 inputs[atom] = None
         made.update(dict.fromkeys(eqn.outvars))
     outputs = [var for var in made if last_use.get(var, -1) >= end]
-    values = jax_versions.evaluate_equations(
-        equations, list(inputs), outputs, [value_of(env[var]) for var in inputs]
-    )
+    if within is None:
+        asks = scopes.is_asked()
+        within = scopes.unknown() if asks else contextlib.nullcontext()
+    with within:
+        values = jax_versions.evaluate_equations(
+            equations, list(inputs), outputs, [value_of(env[var]) for var in inputs]
+        )
     env.update(zip(outputs, values, strict=True))

@@ -19,6 +19,7 @@ from qwix_train.trace import (
     jax_versions,
     passed,
     provenance,
+    scopes,
 )
 
 # The path of a param from the key path of a leaf within one argument, or None where
@@ -88,6 +89,8 @@ class TracedCall:
         author; None where it does not say.
       seen_shapes: the shapes that modules see of params, by path. Transformations
         around them, such as `vmap`, take axes off.
+      requests: the paths of modules whose code asked for a rule, and the names of ops
+        that it asked for.
       own_stages: what becomes of the stages that a mode chooses for the call, where
         its params have some whatever the mode, such as adapters; see `stages.run`.
       once: what becomes of arrays that several ops read, for handlers of `run`.
@@ -115,6 +118,7 @@ class TracedCall:
     seen_shapes: Mapping[tuple[str, ...], Collection[tuple[int, ...]]] = (
         dataclasses.field(default_factory=dict)
     )
+    requests: Sequence[tuple[str, str]] = ()
     own_stages: Callable[[Any], Any] | None = None
     once: evaluate.Once = dataclasses.field(default_factory=evaluate.Once)
     initializing: bool = False
@@ -282,7 +286,8 @@ def trace(
         _stored_types[type(value)].aval(value) if is_stored(value) else value
         for value in inputs
     ]
-    closed = jax.make_jaxpr(flat_function)(*avals)
+    with scopes.recording() as requests:
+        closed = jax.make_jaxpr(flat_function)(*avals)
     statics, joined = layout
     body = jax_versions.body_of(closed)
     origins = [
@@ -295,6 +300,7 @@ def trace(
         inputs=inputs,
         params=params,
         ops=found.ops,
+        requests=tuple(dict.fromkeys([*found.requests, *requests])),
         layer_axes=found.layer_axes,
         paths=paths,
         held=held,

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,9 +25,22 @@ from qwix_train.trace.function import TracedCall
 Rewrite = Callable[[TracedCall], Any]
 UNCHANGED = object()
 
-# The value while a model is traced. It is not None, so that a jitted function that
-# was traced before, without the marks of its modules, is traced again with them.
-_TRACING = object()
+
+class _Tracing(NamedTuple):
+    """The value while a model is traced.
+
+    It is not None, so that a jitted function that was traced before, without the marks
+    of its modules, is traced again with them.
+
+    Attributes:
+      key: what else the trace depends on.
+      marks: whether modules mark their scopes. Not where a trace is evaluated.
+    """
+
+    key: Hashable = None
+    marks: bool = True
+
+
 _context = jax.make_user_context(None)
 
 
@@ -150,13 +163,17 @@ def current() -> Session | None:
 
 def marking() -> bool:
     """Whether a model is being traced, so that modules must mark their scopes."""
-    return _context.value is _TRACING
+    return isinstance(_context.value, _Tracing) and _context.value.marks
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """While a model is traced: no session is in force, and modules mark scopes."""
-    with _context(_TRACING):
+def tracing(key: Hashable = None) -> Iterator[None]:
+    """While a model is traced: no session is in force, and modules mark scopes.
+
+    Args:
+      key: what the trace depends on, as part of the key of JAX's caches.
+    """
+    with _context(_Tracing(key)):
         yield
 
 
@@ -168,9 +185,25 @@ def retracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """While results are computed: no session is in force."""
-    with _context(None):
+def suspended(
+    key_of: Callable[[], Hashable | None] | None = None,
+) -> Iterator[None]:
+    """While results are computed: no session is in force.
+
+    Args:
+      key_of: gives what code depends on that JAX calls on the way, such as the forward
+        rule of a `jax.custom_vjp`, in the place where the evaluation is, as part of
+        the key of JAX's caches; or None where it depends on nothing.
+    """
+    if key_of is None or key_of() is None:
+        with _context(None), scopes.asking(None):
+            yield
+        return
+
+    def keyed():
+        return _context(_Tracing(key_of(), marks=False))
+
+    with keyed(), scopes.asking(keyed):
         yield
 
 
