@@ -295,7 +295,7 @@ def _with_ranges(
 
         def inner(*args, **kwargs):
             ranges = RunningRanges(states_of(args, kwargs), updates_of(args, kwargs))
-            running[:] = [ranges]
+            running[:] = [ranges.after()]
             return call_with(ranges, args, kwargs)
 
         named = {"/".join(path): state for path, state in states.items()}

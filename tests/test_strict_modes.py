@@ -82,6 +82,13 @@ def learned_step(x):
     return wrap_train_step(train_step, rules)(scaled, x)
 
 
+def static_step(x):
+    rules = [QuantizationRule(**INT8, act_static_scale=True, rotation="hadamard")]
+    with_ranges = qwix_train.attach(state(), rules, X)
+    after, value = wrap_train_step(train_step, rules)(with_ranges, x)
+    return after.params, after.quant_stats, value
+
+
 def step_on_codes(x):
     rules = [QtRule(**INT8, bwd_qtype="int8", bwd_stochastic_rounding="uniform")]
     model, rngs = quantize_model(Model(), QtProvider(rules)), {}
@@ -135,6 +142,7 @@ def optimizer(make):
 PATHS = {
     "qat": qat_step,
     "lsq": learned_step,
+    "static": static_step,
     "codes": step_on_codes,
     "int8": served(QuantizationRule(**INT8)),
     "asymmetric": served(
@@ -172,7 +180,9 @@ def test_a_path_can_be_traced(config, name):
 
 # Nothing is cached while leaks are looked for, so a few paths stand for all.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qat", "codes", "asymmetric", "mean", "lora"])
+@pytest.mark.parametrize(
+    "name", ["qat", "static", "codes", "asymmetric", "mean", "lora"]
+)
 def test_no_tracer_leaks(name):
     with CONFIGS["leaks"]():
         jax.eval_shape(PATHS[name], X)

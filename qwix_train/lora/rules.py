@@ -109,6 +109,8 @@ class LoraRule(QuantizationRule):
             raise self._error("init", "it cannot be combined with dora=True")
         if self.loftq_steps and self.weight_qtype is None:
             raise self._error("init", "LoftQ needs a weight_qtype")
+        if self.loftq_steps and self.rotation is not None:
+            raise self._error("init", "LoftQ fits weights in their own basis alone")
         if self.double_quant:
             qtype = self.weight_qtype
             if qtype is None or numerics.qtype_bits(qtype) != 4:

@@ -121,7 +121,7 @@ class ParamGrids:
 
         Raises:
             ValueError: No param is quantized, a pattern matches none, the scale of a
-                param is learned, or a param does not fit its ``how``.
+                param is learned, a param is rotated, or does not fit its ``how``.
         """
         names = jax.tree.leaves(_paths.param_paths(params))
         used: set[str] = set()
@@ -203,6 +203,12 @@ class ParamGrids:
                 f"(calibration_method={how.calibration_method!r}), so its grid is not "
                 "one that can be found from the param. Give it rules with another "
                 "method, such as absmax."
+            )
+        if how.rotation is not None:
+            raise ValueError(
+                f"{self.transform}: the param {name!r} is quantized in a rotated basis "
+                f"(rotation={how.rotation.name!r}), and its grid is not one of the "
+                "param's own elements. Give it rules without rotation."
             )
         shape = tuple(param.shape)
         if not self.patterns and shape != tuple(self.shapes[key]):

@@ -152,6 +152,12 @@ class RunningRanges:
                 state = self.updates.updated(state, statistics.add(state, measured))
         return _calibration(statistics, state, measured, self.updates.warmup)
 
+    def after(self) -> RunningRanges:
+        """What `add` takes after the call, without the arrays of its trace."""
+        ranges = RunningRanges({}, RangeUpdates())
+        ranges._found = self._found
+        return ranges
+
     def add(
         self, name: str, measured: Any, state: Any, *, updates: RangeUpdates
     ) -> Any:

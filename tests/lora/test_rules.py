@@ -29,6 +29,10 @@ from qwix_train import lora
         ({"init": "svd"}, "choose from pissa, loftq"),
         ({"init": "loftq,0", "weight_qtype": "int4"}, "choose from"),
         ({"init": "loftq"}, "LoftQ needs a weight_qtype"),
+        (
+            {"init": "loftq", "weight_qtype": "int4", "rotation": "hadamard"},
+            "LoftQ fits weights in their own basis",
+        ),
         ({"init": "pissa", "dora": True}, "cannot be combined with dora"),
         ({"init": "pissa", "alpha": -1.0}, "needs a positive one"),
         ({"double_quant": True}, "a weight_qtype of 4 bits"),

@@ -21,6 +21,7 @@ from qwix_train import (
     QuantizationRule,
     calib,
     odml,
+    optim,
     ptq,
     quantize_fn,
     quantize_model,
@@ -357,6 +358,9 @@ def test_what_cannot_be_rotated_says_so():
         qwix_train.plan(MODEL, [rule(rotation="hadamard,16")], X)
     with pytest.raises(ValueError, match="no blocks of 2 divide an axis of length 0"):
         qwix_train.plan(lambda w, x: x @ w, [rule()], W[:0], X[:, :0])
+    plan = qwix_train.plan(MODEL, [rule()], X)
+    with pytest.raises(ValueError, match="'kernel' is quantized in a rotated basis"):
+        optim.dampen_oscillations(plan, 0.1).init(PARAMS)
     grouped = nn.Conv(8, (2,), feature_group_count=2)
     with pytest.raises(ValueError, match="contracts no axis of an input with a whole"):
         qwix_train.plan(grouped, [rule()], np.ones((1, 5, 8), np.float32))
