@@ -24,9 +24,10 @@ Special ranges: an empty one, or one whose scale is below `smallest_scale`, has 
 1. A range with NaN has scale NaN, and one with an infinity has an infinite scale: the
 tile then dequantizes to NaN and infinities throughout, which a training loop sees. A
 range beyond 2**126 times the bound is cut to that, because the reciprocal of a larger
-scale is not a normal number.
+scale is not a normal number. Scales that are coded are found in `formats.scales`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import initial_range, numerics, tiling
+from qwix_train.core import formats, initial_range, numerics, tiling
+from qwix_train.core.formats import CodedScale, Scales
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.shortened import shortened
 
@@ -49,7 +51,8 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
     Returns:
         ``{'absmax': a}`` for a range from ``-a`` to ``a``, or ``{'min': l, 'max': h}``
         with ``l <= 0 <= h``; in the shape of the scale and the dtype of the array.
-        For ``fixed``, NumPy arrays of one element.
+        For ``fixed``, NumPy arrays of one element. With it, of a type that has a scale
+        for the tensor, ``tensor_absmax``: the largest of these in each tensor.
 
     Raises:
         ValueError: The array is not of a float dtype, or ``how`` does not fit it, or
@@ -73,6 +76,12 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
         low, high = (np.full((1,) * array.ndim, v, dtype) for v in numbers)
         return {"absmax": high} if -low == high else {"min": low, "max": high}
 
+    if numerics.format_of(how.qtype).scales is Scales.TWO_LEVELS:
+        own = dataclasses.replace(how, qtype="float4_e2m1fn", tensor_axes=())
+        absmax = calibrate(array, own)["absmax"]
+        axes = tuple(a for a in range(array.ndim) if a not in how.tensor_axes)
+        largest = jnp.max(absmax, axis=axes, initial=0, keepdims=True)
+        return {"absmax": absmax, "tensor_absmax": largest}
     padded = tiling.pad_to_tiles(array, scale_shape)
     tiles, axes = tiling.split_tiled_axes(padded, scale_shape)
     if name in ("lsq", "lsq+"):
@@ -80,6 +89,9 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
         initial = initial_range.lsq if name == "lsq" else initial_range.lsq_plus
         value = initial(tiles, axes, scale_shape, counts, how.qtype)
         return {"absmax": numerics.scale_in_dtype(value, dtype)}
+    if name == "absmean":
+        value = _mean_magnitude(tiles, axes, array.shape, scale_shape)
+        return {"absmax": _times(value, *numbers)}
     if name == "rms":
         value = _root_mean_square(tiles, axes, array.shape, scale_shape)
         return {"absmax": _times(value.reshape(scale_shape), numbers[0])}
@@ -102,14 +114,18 @@ def _largest_magnitude(tiles: jax.Array, axes: Any, ndim: int) -> jax.Array:
     return jnp.maximum(high, -jnp.min(tiles, axis=axes, initial=0))
 
 
-def covers_array(calibration_method: str) -> bool:
-    """Whether no element lies outside the range that a method finds.
+def passes_gradients(calibration_method: str) -> bool:
+    """Whether the straight-through gradient is the identity for every element.
 
-    >>> covers_array('minmax'), covers_array('absmax,0.9'), covers_array('rms,3')
-    (True, False, False)
+    So it is where no element lies outside the range, and in BitNet b1.58, whose
+    training lets weights beyond the mean magnitude move (arXiv 2402.17764).
+
+    >>> passes_gradients('minmax'), passes_gradients('absmax,0.9')
+    (True, False)
     """
     name, numbers = parse_calibration_method(calibration_method)
-    return name in ("absmax", "minmax") and (not numbers or numbers[0] >= 1)
+    covered = name in ("absmax", "minmax") and (not numbers or numbers[0] >= 1)
+    return covered or name == "absmean"
 
 
 def shows_nan(calibration_method: str) -> bool:
@@ -123,7 +139,7 @@ def shows_nan(calibration_method: str) -> bool:
 
 def compute_scale_zero_point(
     calibration: Mapping[str, Any], qtype: numerics.QType
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Any, jax.Array | None]:
     """Computes the scale, and for a range with two ends the zero point.
 
     With the bounds of `numerics`: ``scale = absmax / symmetric_bound``, or
@@ -131,12 +147,13 @@ def compute_scale_zero_point(
     ``zero_point = round(q_min - min / scale)``.
 
     Args:
-        calibration: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``.
+        calibration: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``, as `calibrate`
+            gives it.
         qtype: The type.
 
     Returns:
-        The scale in the dtype of the range, and the zero point in the dtype that
-        stores the codes, or None.
+        The scale in the dtype of the range, or a `CodedScale` where the type has such;
+        and the zero point in the dtype that stores the codes, or None.
 
     Raises:
         ValueError: The calibration has other keys, or the type has no zero points.
@@ -146,7 +163,10 @@ def compute_scale_zero_point(
     >>> scale.tolist(), zero_point.tolist()
     ([1.0], [-7])
     """
+    entry = numerics.format_of(qtype)
     keys = set(calibration)
+    if entry.coded_scales and "absmax" in keys:
+        return _coded_scale(calibration, entry), None
     if keys not in ({"absmax"}, {"min", "max"}):
         raise ValueError(f"A range has the keys absmax, or min and max; not {keys}.")
     # NumPy computes what is constant; see the top of this module.
@@ -181,6 +201,20 @@ def compute_scale_zero_point(
     zero_point = jnp.asarray(_rounded_step(low - lowest, dtype))
     zero_point = numerics.round_zero_point(_even_on_ties(zero_point, dtype), qtype)
     return jnp.asarray(scale, dtype), zero_point
+
+
+def _coded_scale(calibration: Mapping[str, Any], entry: formats.Format) -> CodedScale:
+    absmax = calibration["absmax"]
+    wide = numerics.compute_dtype(absmax.dtype)
+    tensor = calibration.get("tensor_absmax", absmax)
+    return formats.coded(
+        absmax.astype(wide),
+        tensor.astype(wide),
+        entry.scales,
+        entry.bound,
+        # Scales that are coded do not depend on the dtype of the array.
+        lambda scale: scale < smallest_scale(jnp.float32),
+    )
 
 
 def range_ends(calibration: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -263,6 +297,19 @@ def _times(value: jax.Array, factor: float | None = None) -> jax.Array:
     product = value.astype(wide) * np.asarray(factor, dtype).astype(wide)
     # The maximum keeps XLA from merging the factor with that of the scale.
     return numerics.scale_in_dtype(jnp.maximum(product, 0), dtype)
+
+
+def _mean_magnitude(
+    tiles: jax.Array,
+    axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+) -> jax.Array:
+    """Returns the mean magnitude of each tile; the padding does not count."""
+    wide = numerics.compute_dtype(tiles.dtype)
+    total = jnp.sum(jnp.abs(tiles.astype(wide)), axis=axes).reshape(scale_shape)
+    mean = total * _reciprocal(_counts(shape, scale_shape), wide)
+    return numerics.scale_in_dtype(mean, tiles.dtype)
 
 
 def _root_mean_square(

@@ -41,9 +41,9 @@ def conv_general_dilated(
 
     Codes are convolved if both operands have codes (or are arrays of 8-bit types) and
     scales and zero points follow the batch axis and the output features only.
-    Otherwise quantized operands are dequantized first: if one is a float array or nf4,
-    has scales along other axes, or tiles; with batch groups, if scales or zero points
-    follow the batch axis; and if an int32 sum could overflow.
+    Otherwise quantized operands are dequantized first: if one is a float array or has
+    codes from a table, has scales along other axes, or tiles; with batch groups, if
+    scales or zero points follow the batch axis; and if an int32 sum could overflow.
 
     Args:
         lhs: The input.
@@ -126,7 +126,7 @@ def conv_general_dilated(
     out = sums.astype(wide)
     for operand, side in ((lhs, "lhs"), (rhs, "rhs")):
         if isinstance(operand, QArray):
-            out = out * aligned(operand.scale, numbers, side, wide)
+            out = out * aligned(operand.float_scale, numbers, side, wide)
     return out.astype(result)
 
 
@@ -169,7 +169,7 @@ def _stays_quantized(
             return False
         grouped = operand is lhs and batch_group_count > 1
         counts = (1,) if grouped else (1, operand.shape[kept])
-        for part in jax.tree.leaves((operand.scale, operand.zero_point)):
+        for part in operand.layouts.values():
             if part.size != part.shape[kept] or part.size not in counts:
                 return False
     # Each output adds one product for every element of an output feature's kernel.

@@ -25,7 +25,7 @@ import numpy as np
 from jax import export
 
 from qwix_train.core import operands as ops
-from qwix_train.core import tiling
+from qwix_train.core import structural, tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.core.symbolic import is_symbolic, surely
@@ -54,10 +54,10 @@ def dot_general(
     """`jax.lax.dot_general` for arrays and quantized arrays.
 
     Codes are multiplied if both operands have codes (or are arrays of 8-bit types).
-    If one is a float array, is nf4, or has contracted axes with tiles that are padded,
-    of fewer than `MIN_TILE_SIZE` elements, or of another size than the other's, it is
-    the product of the dequantized operands, to rounding: a large one stays quantized,
-    see `weight_only`.
+    If one is a float array, has codes from a table, or has contracted axes with tiles
+    that are padded, of fewer than `MIN_TILE_SIZE` elements, or of another size than the
+    other's, it is the product of the dequantized operands, to rounding: a large one
+    stays quantized, see `weight_only`.
 
     Args:
         lhs: The left operand.
@@ -98,6 +98,7 @@ def dot_general(
         )
     numbers = _normalized(dimension_numbers, lhs.ndim, rhs.ndim)
     _check_sizes(lhs.shape, rhs.shape, numbers)
+    lhs, rhs = _with_kept_scales(lhs, numbers, 0), _with_kept_scales(rhs, numbers, 1)
     result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
     tiles = _contracted_tiles(lhs, rhs, numbers)
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
@@ -119,7 +120,7 @@ def dot_general(
     out = sums.astype(wide)
     for side, operand in enumerate((lhs, rhs)):
         if isinstance(operand, QArray):
-            scale = operand.scale.astype(wide)
+            scale = operand.float_scale.astype(wide)
             out = out * aligned(scale, numbers, (lhs.ndim, rhs.ndim), side)
     if tiles:
         out = jnp.sum(out, axis=tuple(range(batch, batch + len(tiles))))
@@ -216,6 +217,19 @@ def _entries(operand: MaybeQArray, axis: int) -> int:
     zero_point = operand.zero_point
     zeros = 1 if zero_point is None else zero_point.shape[axis]
     return max(operand.scale.shape[axis], zeros)
+
+
+def _with_kept_scales(
+    operand: MaybeQArray, numbers: _Numbers, side: int
+) -> MaybeQArray:
+    """The same, with a scale for each index of axes that are kept and have tiles."""
+    if not isinstance(operand, QArray):
+        return operand
+    for axis in range(operand.ndim):
+        tiled = _entries(operand, axis) not in (1, operand.shape[axis])
+        if axis not in numbers[0][side] and tiled:
+            operand = structural.spread(operand, axis)
+    return operand
 
 
 def _stays_quantized(lhs: MaybeQArray, rhs: MaybeQArray, numbers: _Numbers) -> bool:
@@ -352,9 +366,7 @@ def _sum_products(
         out = integer_dot(left, right, numbers, kwargs["precision"])
     else:
         pair = (left, right)
-        # Hardware for float8 multiplies its two types with each other: activations or
-        # weights of e4m3, and gradients of e5m2.
-        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in pair):
+        if not {x.dtype for x in pair} <= ops.MULTIPLIED:
             pair = ops.common_codes(left, right)
         out = jax.lax.dot_general(
             *pair,

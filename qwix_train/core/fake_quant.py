@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from qwix_train.core import calibration as calib
 from qwix_train.core import numerics
+from qwix_train.core.formats import CodedScale
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.scaling import round_trip
 
@@ -81,7 +82,7 @@ def fake_quant_with_calibration(
         for key, v in calibration.items()
     }
     qtype = numerics.canonical_qtype(qtype)
-    scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
+    scale, zero_point = _float_scale(calibration, qtype)
     bounds = calib.range_ends(calibration) if clip_gradient else None
     quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
     return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
@@ -131,15 +132,23 @@ def fake_quant_with_scale(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fake_quant(how: HowToQuantize, array: jax.Array) -> jax.Array:
     calibration = calib.calibrate(array, how)
-    scale, zero_point = calib.compute_scale_zero_point(calibration, how.qtype)
+    scale, zero_point = _float_scale(calibration, how.qtype)
     return round_trip(array, scale, zero_point, how.qtype, how.noise_fn)
+
+
+def _float_scale(
+    calibration: dict[str, Any], qtype: numerics.QType
+) -> tuple[jax.Array, jax.Array | None]:
+    """The scale, as the float that it stands for if it is coded, and the zero point."""
+    scale, zero_point = calib.compute_scale_zero_point(calibration, qtype)
+    return scale.value if isinstance(scale, CodedScale) else scale, zero_point
 
 
 @_fake_quant.defjvp
 def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
     (array,), (tangent,) = primals, tangents
     out = _fake_quant(how, array)
-    if not calib.covers_array(how.calibration_method):
+    if not calib.passes_gradients(how.calibration_method):
         how = dataclasses.replace(how, noise_fn=None)
         values = jax.lax.stop_gradient(array)
         ends = calib.range_ends(calib.calibrate(values, how))

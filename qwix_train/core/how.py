@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from qwix_train.core import numerics, tiling
+from qwix_train.core.formats import Scales
 from qwix_train.core.rotation import Rotation
 
 CALIBRATION_METHODS = {
     "absmax": "absmax[,factor]",
     "minmax": "minmax[,factor]",
+    "absmean": "absmean[,factor]",
     "rms": "rms,factor",
     "fixed": "fixed,bound or fixed,low,high",
     "lsq": "lsq",
@@ -54,8 +56,8 @@ def parse_calibration_method(text: str) -> tuple[str, tuple[float, ...]]:
         raise error("an argument is not a number") from None
     if not all(math.isfinite(number) for number in numbers):
         raise error("an argument is not finite")
-    allowed = {"absmax": (0, 1), "minmax": (0, 1), "rms": (1,), "fixed": (1, 2)}
-    if len(numbers) not in allowed.get(name, (0,)):
+    allowed = {"rms": (1,), "fixed": (1, 2), "lsq": (0,), "lsq+": (0,)}
+    if len(numbers) not in allowed.get(name, (0, 1)):
         raise error(f"{len(numbers)} arguments")
     if name == "fixed":
         low, high = numbers if len(numbers) == 2 else (-numbers[0], numbers[0])
@@ -103,7 +105,9 @@ class HowToQuantize:
             largest magnitude times the factor. ``minmax[,factor]``: from the smallest
             to the largest value, widened to hold 0, times the factor; codes get a
             zero point. ``rms,factor``: plus and minus the root mean square times the
-            factor. ``fixed,bound`` or ``fixed,low,high``: the range that is given,
+            factor; ``absmean[,factor]``: the mean magnitude times the factor, which
+            is what ``absmax`` without a factor stands for with ``ternary``.
+            ``fixed,bound`` or ``fixed,low,high``: the range that is given,
             one scale for the whole array. ``lsq``, ``lsq+``: a scale that is trained;
             the range is the one at which these methods begin, see `initial_range`.
         noise_fn: Noise for stochastic rounding, see `numerics.NoiseFn`.
@@ -113,6 +117,8 @@ class HowToQuantize:
         rotation: The basis in which the array is quantized, if not in its own. The
             other fields are about the rotated array. What takes no rotated arrays
             complains of it; see `in_basis`.
+        tensor_axes: Axes that stack tensors, each with a scale of its own where a type
+            (nvfp4) has a scale for the tensor beside those of blocks.
 
     Raises:
         ValueError: A field is wrong; the message names the value and the choices.
@@ -131,6 +137,7 @@ class HowToQuantize:
     noise_fn: numerics.NoiseFn | None = None
     pad_tiles: bool = False
     rotation: Rotation | None = None
+    tensor_axes: Collection[int] = ()
 
     def __post_init__(self):
         def put(field: str, value: Any) -> None:
@@ -154,11 +161,14 @@ class HowToQuantize:
             )
         put("channelwise_axes", tuple(sorted(set(self.channelwise_axes))))
         put("tiled_axes", tiling.TiledAxes(self.tiled_axes))
+        put("tensor_axes", tuple(sorted(set(self.tensor_axes))))
+        if self.calibration_method == "absmax":
+            put("calibration_method", numerics.format_of(self.qtype).method)
         parse_calibration_method(self.calibration_method)
         if needs_zero_point(self.calibration_method):
             numerics.asymmetric_bound(self.qtype)
         if is_learned(self.calibration_method):
-            numerics.code_range(self.qtype)
+            numerics.check_any_scale(self.qtype)
         for axis in self.channelwise_axes:
             if axis in self.tiled_axes:
                 raise ValueError(f"Axis {axis} is both channelwise and tiled.")
@@ -175,7 +185,8 @@ class HowToQuantize:
 
         Raises:
             ValueError: An axis does not exist, is both channelwise and tiled, or is
-                not divided by its tile size (without ``pad_tiles``).
+                not divided by its tile size (without ``pad_tiles``); or the type has
+                blocks, and the tiles are not such.
         """
         ndim = len(shape)
         channelwise = {tiling.normalize_axis(a, ndim) for a in self.channelwise_axes}
@@ -191,15 +202,41 @@ class HowToQuantize:
                 )
             tiled.add(axis)
             scale_shape[axis] = tiling.tile_count(axis, shape, size, self.pad_tiles)
+        self._check_blocks(tuple(shape), scale_shape)
         return tuple(scale_shape)
+
+    def _check_blocks(self, shape: tuple[int, ...], scale_shape: list[int]) -> None:
+        """Complains of tiles that are not the blocks of a type.
+
+        A block lies along one axis or several, is a square, or is as long as the axes
+        that share a scale, if these are shorter.
+        """
+        block = numerics.format_of(self.qtype).block
+        if block is None:
+            return
+        sizes = zip(shape, tiling.tile_sizes(shape, scale_shape), strict=True)
+        tiles = [(size, tile) for size, tile in sizes if tile > 1]
+        count = math.prod(tile for _, tile in tiles)
+        shorter = count < block and (
+            self.pad_tiles or all(size == tile for size, tile in tiles)
+        )
+        if count != block and not shorter and {tile for _, tile in tiles} != {block}:
+            name = numerics.qtype_name(self.qtype)
+            raise ValueError(
+                f"{name} has one scale for {block} elements, and an array of shape "
+                f"{shape} would have scales of shape {tuple(scale_shape)}. Tile the "
+                f"axis that is contracted: tiled_axes={{axis: {block}}}, and make the "
+                "others channelwise."
+            )
 
     def of_slice(self) -> "HowToQuantize | None":
         """How a slice along axis 0 is quantized so that it is a slice of the whole.
 
         Returns:
-            None if axis 0 has no scales of its own.
+            None if axis 0 has no scales of its own, or shares one for the tensor.
         """
-        if 0 not in self.channelwise_axes:
+        of_tensors = numerics.format_of(self.qtype).scales is Scales.TWO_LEVELS
+        if 0 not in self.channelwise_axes or (of_tensors and 0 not in self.tensor_axes):
             return None
         rotation = self.rotation
         return dataclasses.replace(
@@ -207,6 +244,7 @@ class HowToQuantize:
             channelwise_axes=tuple(a - 1 for a in self.channelwise_axes if a > 0),
             tiled_axes={axis - 1: tile for axis, tile in self.tiled_axes.items()},
             rotation=rotation and rotation.at(rotation.axis - 1),
+            tensor_axes=tuple(a - 1 for a in self.tensor_axes if a > 0),
         )
 
     @property

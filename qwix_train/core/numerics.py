@@ -1,20 +1,8 @@
-"""Quantized types: their ranges, how floats become codes, and codes floats.
+"""How floats become codes, and codes floats; and the dtypes that this is computed in.
 
 A *code* is the number that is stored for a value; dividing a value by its scale
 (and adding the zero point) gives the *scaled value*, which this module rounds to
-the nearest code of a type.
-
-=================  ====================  ===========  ===============  ============
-type               codes                 stored as    symmetric bound  asymmetric
-=================  ====================  ===========  ===============  ============
-``int2..int8``     -2**(b-1)..2**(b-1)-1 int4, int8   qmax + 0.5       qmin, qmax
-``int1``           -1 and +1             int4         2                -1, 1
-``float8_e4m3fn``  the floats            itself       448              none
-``float8_e5m2``    the floats            itself       57344            none
-``nf4``            0..15 (an index)      uint4        1                none
-``int4_narrow``    -7..7                 int4         qmax             qmin, qmax
-``int8_narrow``    -127..127             int8         qmax             qmin, qmax
-=================  ====================  ===========  ===============  ============
+the nearest code of a type. What a type is stands in `formats`.
 
 The symmetric bound is the largest scaled magnitude of a calibrated range. For
 integers it is half a step beyond the top code, so that the top bucket is as wide
@@ -32,19 +20,20 @@ also where float rounding put it a few last bits inside the range: the last bits
 activation differ between two ways to compute it, and must not decide on a whole code.
 
 Special values of a scaled value: an infinity saturates; NaN becomes NaN in the
-float8 types, and in the others the code nearest to 0 (+1 in ``int1``). Fake
-quantization (`round_to_level`) keeps NaN in every type.
+types of 8 bits that are floats, and in the others the code nearest to 0 (+1 in
+``int1``). Fake quantization (`round_to_level`) keeps NaN in every type.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import nf4
+from qwix_train.core import formats
+from qwix_train.core.formats import Format, SmallFloat, levels
 
 NoiseFn: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
 """Takes a shape; gives noise, broadcastable to it, in units of one rounding step.
@@ -58,42 +47,6 @@ QType: TypeAlias = Any
 """Anything `canonical_qtype` accepts: ``'int4'``, ``jnp.int8``, ``'nf4'``, ..."""
 
 
-class _Type(NamedTuple):
-    """What the library knows of a type; see the table above."""
-
-    bits: int
-    storage: np.dtype
-    bound: float
-    codes: tuple[int, int] | None = None  # The lowest and the highest, of integers.
-
-
-def _integer(bits: int) -> _Type:
-    high = 2 ** (bits - 1) - 1
-    bound, codes = (high + 0.5, (-high - 1, high)) if bits > 1 else (2.0, (-1, 1))
-    return _Type(bits, jnp.dtype(jnp.int4 if bits <= 4 else jnp.int8), bound, codes)
-
-
-def _narrow_integer(bits: int) -> _Type:
-    high = 2 ** (bits - 1) - 1
-    return _integer(bits)._replace(bound=float(high), codes=(-high, high))
-
-
-def _float8(dtype: Any) -> _Type:
-    return _Type(8, jnp.dtype(dtype), float(jnp.finfo(dtype).max))
-
-
-_TYPES = {
-    **{f"int{bits}": _integer(bits) for bits in range(1, 9)},
-    "float8_e4m3fn": _float8(jnp.float8_e4m3fn),
-    "float8_e5m2": _float8(jnp.float8_e5m2),
-    "nf4": _Type(4, jnp.dtype(jnp.uint4), 1.0),
-}
-_NARROW = {f"int{bits}_narrow": _narrow_integer(bits) for bits in (4, 8)}
-QTYPE_NAMES = tuple(_TYPES)
-"""The names of all types that rules may ask for."""
-_TYPES |= _NARROW
-
-
 def canonical_qtype(qtype: QType) -> Any:
     """Returns the one form of a type that the library carries around.
 
@@ -104,8 +57,7 @@ def canonical_qtype(qtype: QType) -> Any:
         qtype: A name, a NumPy dtype, or a JAX scalar type.
 
     Raises:
-        ValueError: The type is neither one of `QTYPE_NAMES` (unsigned types are not)
-            nor narrow.
+        ValueError: It is no type of the table in `formats`. (Unsigned ones are not.)
 
     >>> canonical_qtype('int8') == jnp.int8, canonical_qtype(jnp.int4) == 'int4'
     (True, True)
@@ -121,12 +73,13 @@ def canonical_qtype(qtype: QType) -> Any:
 @functools.lru_cache(maxsize=256)
 def _canonical_qtype(qtype: QType) -> Any:
     name = qtype if isinstance(qtype, str) else _dtype_name(qtype)
-    if name not in _TYPES:
+    entry = None if name is None else formats.find(name)
+    if entry is None:
         raise ValueError(_unknown(qtype))
     try:
-        return jnp.dtype(name)
+        return jnp.dtype(entry.name)
     except TypeError:
-        return name
+        return entry.name
 
 
 def _dtype_name(qtype: QType) -> str | None:
@@ -141,7 +94,8 @@ def _dtype_name(qtype: QType) -> str | None:
 
 
 def _unknown(qtype: QType) -> str:
-    return f"Unknown quantized type {qtype!r}; choose from {', '.join(QTYPE_NAMES)}."
+    names = ", ".join(entry.name for entry in formats.entries())
+    return f"Unknown quantized type {qtype!r}; choose from {names}."
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,9 +105,34 @@ def qtype_name(qtype: QType) -> str:
     return canonical if isinstance(canonical, str) else canonical.name
 
 
+def format_of(qtype: QType) -> Format:
+    """Returns all that is known of a type.
+
+    >>> format_of('mxfp4').block, format_of(jnp.int8).bits
+    (32, 8)
+    """
+    entry = formats.find(qtype_name(qtype))
+    assert entry is not None
+    return entry
+
+
+def check_any_scale(qtype: QType) -> None:
+    """Complains of a type whose scale is not any number, or whose codes no integers.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if not is_integer_qtype(qtype):
+        raise ValueError(
+            f"{qtype_name(qtype)} has no integer codes with a scale of any value, "
+            "which this needs: choose from int1 to int8 and ternary."
+        )
+
+
 def is_integer_qtype(qtype: QType) -> bool:
-    """Whether the codes of a type are integers on an even grid."""
-    return _TYPES[qtype_name(qtype)].codes is not None
+    """Whether the codes of a type are integers, with any scale and zero point."""
+    entry = format_of(qtype)
+    return entry.integers is not None and not entry.coded_scales
 
 
 def qtype_bits(qtype: QType) -> int:
@@ -162,7 +141,7 @@ def qtype_bits(qtype: QType) -> int:
     >>> qtype_bits('int3'), qtype_bits('nf4'), qtype_bits('float8_e5m2')
     (3, 4, 8)
     """
-    return _TYPES[qtype_name(qtype)].bits
+    return format_of(qtype).bits
 
 
 def storage_dtype(qtype: QType) -> np.dtype:
@@ -173,7 +152,7 @@ def storage_dtype(qtype: QType) -> np.dtype:
     >>> storage_dtype('int3'), storage_dtype('int6'), storage_dtype('nf4')
     (dtype(int4), dtype('int8'), dtype(uint4))
     """
-    return _TYPES[qtype_name(qtype)].storage
+    return format_of(qtype).storage
 
 
 def is_int16(qtype: Any) -> bool:
@@ -182,12 +161,12 @@ def is_int16(qtype: Any) -> bool:
 
 
 def code_range(qtype: QType) -> tuple[int, int]:
-    """Returns the lowest and highest code of an integer type.
+    """Returns the lowest and highest code of a type whose codes are integers.
 
     Raises:
         ValueError: The type is not an integer type.
     """
-    codes = _TYPES[qtype_name(qtype)].codes
+    codes = format_of(qtype).integers
     if codes is None:
         raise ValueError(f"{qtype_name(qtype)} has no integer codes.")
     return codes
@@ -199,20 +178,22 @@ def symmetric_bound(qtype: QType) -> float:
     >>> symmetric_bound('int8'), symmetric_bound('int1'), symmetric_bound('nf4')
     (127.5, 2.0, 1.0)
     """
-    return _TYPES[qtype_name(qtype)].bound
+    return format_of(qtype).bound
 
 
 def asymmetric_bound(qtype: QType) -> tuple[float, float]:
     """Returns the ends of the scaled range when a zero point is used.
 
     Raises:
-        ValueError: The type has no zero points (float8 and nf4).
+        ValueError: The type has no zero points: it is not of integers, or its scales
+            are coded.
 
     >>> asymmetric_bound('int4')
     (-8.0, 7.0)
     """
     if not is_integer_qtype(qtype):
-        integers = ", ".join(filter(is_integer_qtype, QTYPE_NAMES))
+        names = [entry.name for entry in formats.entries()]
+        integers = ", ".join(filter(is_integer_qtype, names))
         raise ValueError(
             f"{qtype_name(qtype)} has no zero points; ranges such as 'minmax' need "
             f"one of {integers}."
@@ -315,19 +296,15 @@ def round_to_qtype(
     >>> round_to_qtype(jnp.array([-0.5, 1.5, 9.0]), 'int4').tolist()
     [0, 2, 7]
     """
-    name = qtype_name(qtype)
-    if is_integer_qtype(name):
-        codes = _round_to_integer(x, name, noise_fn, dtype or x.dtype)
-        return codes.astype(storage_dtype(name))
-    if name == "nf4":
+    entry = format_of(qtype)
+    if entry.integers is not None:
+        codes = _round_to_integer(x, entry, noise_fn, dtype or x.dtype)
+        return codes.astype(entry.storage)
+    if entry.table is not None:
         if noise_fn is None:
-            return nf4.encode(x)
-        return nf4.encode_stochastically(x, noise_fn(x.shape))
-    bound = symmetric_bound(name)
-    x = jnp.clip(x, -bound, bound)
-    if noise_fn is not None:
-        x = jnp.clip(_round_to_float8(x, name, noise_fn), -bound, bound)
-    return x.astype(name)
+            return levels.encode(x, entry.table)
+        return levels.encode_stochastically(x, entry.table, noise_fn(x.shape))
+    return _round_to_float(x, entry, noise_fn).astype(entry.storage)
 
 
 def round_to_level(
@@ -342,27 +319,29 @@ def round_to_level(
     >>> round_to_level(jnp.array([jnp.nan, 1.2]), 'int4', jnp.float32).tolist()
     [nan, 1.0]
     """
-    name = qtype_name(qtype)
-    if is_integer_qtype(name):
-        level = _round_to_integer(x, name, noise_fn, dtype).astype(x.dtype)
+    entry = format_of(qtype)
+    if entry.integers is not None:
+        level = _round_to_integer(x, entry, noise_fn, dtype).astype(x.dtype)
         level = jnp.where(level == 0, 0, level)  # Integers know no negative zero.
+    elif entry.table is not None:
+        codes = round_to_qtype(x, entry.name, noise_fn)
+        level = levels.decode(codes, entry.table, dtype).astype(x.dtype)
     else:
-        codes = round_to_qtype(x, name, noise_fn, dtype=dtype)
-        level = codes_to_float(codes, name, dtype).astype(x.dtype)
+        level = _round_to_float(x, entry, noise_fn).astype(x.dtype)
     return jnp.where(jnp.isnan(x), x, level)
 
 
 def _round_to_integer(
-    x: jax.Array, name: str, noise_fn: NoiseFn | None, dtype: Any
+    x: jax.Array, entry: Format, noise_fn: NoiseFn | None, dtype: Any
 ) -> jax.Array:
-    low, high = code_range(name)
+    low, high = code_range(entry.name)
     if noise_fn is not None:
-        step = 2 if name == "int1" else 1
+        step = 2 if entry.name == "int1" else 1
         x = x.astype(compute_dtype(x.dtype)) + step * noise_fn(x.shape)
-    if name == "int1":
+    if entry.name == "int1":
         return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
     code = jnp.clip(jnp.round(x), low, high)
-    if noise_fn is not None or name in _NARROW:
+    if noise_fn is not None or entry.bound == high:
         return code
     return jnp.where(x <= (low + 0.5) * (1 - tie_width(dtype)), low, code)
 
@@ -379,15 +358,11 @@ def tie_width(dtype: Any) -> float:
     return width + (2**-11 if jnp.dtype(dtype) == jnp.float16 else 0)
 
 
-def _round_to_float8(x: jax.Array, name: str, noise_fn: NoiseFn) -> jax.Array:
-    """Rounds to the grid that a float8 type has in the binade of each value."""
-    info = jnp.finfo(name)
-    x = x.astype(compute_dtype(x.dtype))
-    # A value lies from 2**(exponent - 1) to below 2**exponent.
-    _, exponent = jnp.frexp(x)
-    exponent = jnp.maximum(exponent - 1, info.minexp) - info.nmant
-    step = jnp.ldexp(jnp.ones((), x.dtype), exponent)
-    return jnp.round(x / step + noise_fn(x.shape)) * step
+def _round_to_float(x: jax.Array, entry: Format, noise_fn: NoiseFn | None) -> jax.Array:
+    """Rounds to what the codes of a type of small floats stand for."""
+    assert isinstance(entry.elements, SmallFloat)
+    noise = None if noise_fn is None else noise_fn(x.shape)
+    return entry.elements.rounded(x.astype(compute_dtype(x.dtype)), noise)
 
 
 def round_zero_point(x: jax.Array, qtype: QType) -> jax.Array:
@@ -410,6 +385,5 @@ def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     >>> codes_to_float(jnp.array([0, 7, 15], jnp.uint4), 'nf4', jnp.float32).tolist()
     [-1.0, 0.0, 1.0]
     """
-    if qtype_name(qtype) == "nf4":
-        return nf4.decode(q, dtype)
-    return q.astype(dtype)
+    table = format_of(qtype).table
+    return q.astype(dtype) if table is None else levels.decode(q, table, dtype)

@@ -12,6 +12,9 @@ from qwix_train.core import numerics
 from qwix_train.core.qarray import MaybeQArray, QArray, dequantize
 
 INT32_MAX = 2**31 - 1
+MULTIPLIED = {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)}
+"""Floats that hardware multiplies, also with each other: activations or weights of the
+one, and gradients of the other."""
 
 
 def result_dtype(*operands: MaybeQArray, preferred: Any = None) -> np.dtype:
@@ -58,11 +61,11 @@ def zero_point_of(operand: MaybeQArray) -> jax.Array | None:
 def multiplies_codes(operand: MaybeQArray) -> bool:
     """Whether an operand can be multiplied before it is scaled.
 
-    That is not so for nf4, whose codes are no numbers, for float arrays of 16 bits
+    That is not so where codes are places in a table, for float arrays of 16 bits
     or more, which make the op a float op anyway, and for wide integers.
     """
     if isinstance(operand, QArray):
-        return operand.qtype != "nf4"
+        return numerics.format_of(operand.qtype).table is None
     return jnp.dtype(operand.dtype).itemsize == 1
 
 
@@ -96,14 +99,14 @@ def max_terms(lhs: MaybeQArray, rhs: MaybeQArray) -> int | None:
 def common_codes(lhs: MaybeQArray, rhs: MaybeQArray) -> tuple[jax.Array, jax.Array]:
     """Returns the codes in dtypes that every backend can multiply, without rounding.
 
-    Integers become int8, which holds all of their types. Two float8 types stay as they
-    are if they are the same. Anything else becomes bfloat16: it holds every float8
-    value and every integer of up to 8 bits.
+    Integers become int8, which holds all of their types. Two types of `MULTIPLIED` stay
+    as they are if they are the same. Anything else becomes bfloat16: it holds every
+    float of 8 bits and fewer, and every integer of up to 8 bits.
     """
     left, right = codes_of(lhs), codes_of(rhs)
     if is_integer(lhs) and is_integer(rhs):
         return _as_byte(left), _as_byte(right)
-    if left.dtype == right.dtype:
+    if left.dtype == right.dtype and left.dtype in MULTIPLIED:
         return left, right
     return left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
 
@@ -122,9 +125,7 @@ def accumulator_dtype(lhs: MaybeQArray, rhs: MaybeQArray, result: np.dtype) -> n
 
 def scale_dtype(*operands: MaybeQArray, result: np.dtype) -> np.dtype:
     """Returns the dtype that sums are scaled in: at least float32."""
-    dtypes = [
-        operand.scale.dtype for operand in operands if isinstance(operand, QArray)
-    ]
+    dtypes = [operand.dtype for operand in operands if isinstance(operand, QArray)]
     floats = [result] if jnp.issubdtype(result, jnp.floating) else []
     return numerics.promote_types(jnp.float32, *dtypes, *floats)
 

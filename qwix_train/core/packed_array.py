@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qwix_train.core import numerics, packing, tiling
+from qwix_train.core import formats, numerics, packing, tiling
+from qwix_train.core.formats import Scales
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_explicitly_sharded
 from qwix_train.core.qarray import (
@@ -73,13 +74,18 @@ class PackedLayout:
 class PackedQArray(NoArray):
     """A quantized array of 4 bits whose codes are packed and whose scales quantized.
 
+    Scales that are codes, as those of ``nvfp4``, stay as they are.
+
     Attributes:
         packed: The codes, uint8, with an axis of half the length; the code of the first
             half of a tile in the lower bits.
-        scale_codes: The codes of the scales, int8, in the layout of the scale.
+        scale_codes: The codes of the scales, in the layout of the scale: int8, or those
+            that the type has.
         scale_steps: The factors of these, float32: axes of layers, and one entry for
-            each `SCALE_BLOCK` scales of a layer, in their order in memory.
-        scale_mean: The mean of the scales of each layer, float32.
+            each `SCALE_BLOCK` scales of a layer, in their order in memory. None for the
+            codes of a type.
+        scale_mean: The mean of the scales of each layer, float32; next to codes of a
+            type what these are multiplied by.
         zero_point: The code that stands for 0, int8, or None where that is code 0.
         layout: How the codes are packed.
 
@@ -92,7 +98,7 @@ class PackedQArray(NoArray):
 
     packed: jax.Array
     scale_codes: jax.Array
-    scale_steps: jax.Array
+    scale_steps: jax.Array | None
     scale_mean: jax.Array
     zero_point: jax.Array | None
     layout: PackedLayout = flax.struct.field(pytree_node=False)
@@ -150,14 +156,14 @@ def pack(array: QArray, layer_axes: int = 0) -> PackedQArray:
     steps. A scale that is not finite makes all of its layer so.
 
     Args:
-        array: A quantized array of ``int4`` or ``nf4``, of rank 1 or more.
+        array: A quantized array of a type of 4 bits, of rank 1 or more.
         layer_axes: The number of leading axes that stack layers.
 
     Returns:
         The packed array; its arrays are sharded as the codes and scales are.
 
     Raises:
-        ValueError: The codes are of another type, or the rank is too low.
+        ValueError: The codes have more or fewer bits, or the rank is too low.
 
     >>> from qwix_train.core.qarray import quantize
     >>> q = quantize(jnp.array([[3., -1.], [1.5, 2.]]), 'int4', channelwise_axes=[0])
@@ -202,6 +208,15 @@ def unpack(array: PackedQArray) -> QArray:
     if zero_point is not None:
         zero_point = zero_point.astype(numerics.storage_dtype(layout.qtype))
     qvalue = packing.from_bits(_codes(array.packed, layout), layout.qtype)
+    entry = numerics.format_of(layout.qtype)
+    if entry.coded_scales:
+        tensor = None
+        if entry.scales is Scales.TWO_LEVELS:
+            others = (1,) * (array.ndim - array.layer_axes)
+            tensor = array.scale_mean.reshape(*array.scale_mean.shape, *others)
+        return QArray(
+            qvalue, array.scale_codes, None, layout.qtype, tensor, layout.dtype
+        )
     return QArray(qvalue, _unpacked_scale(array), zero_point, layout.qtype)
 
 
@@ -214,10 +229,14 @@ class _Arrangement(NamedTuple):
 
 
 def _arrangement(array: QArray, layer_axes: int, sharding: Any) -> _Arrangement:
-    if (name := numerics.qtype_name(array.qtype)) not in ("int4", "nf4"):
+    entry = numerics.format_of(array.qtype)
+    if entry.bits != 4:
         raise ValueError(
-            f"Codes of {name} are not packed in pairs: those of int4 and nf4 are."
+            f"Codes of {entry.name} are not packed in pairs: those of 4 bits are, such "
+            "as int4, nf4, mxfp4 and nvfp4."
         )
+    if entry.coded_scales and not formats.is_coded(array.scale):
+        raise ValueError(f"The scales of {entry.name} are floats here, and not codes.")
     if not 0 <= layer_axes < array.ndim:
         raise ValueError(
             f"An array of shape {array.shape} with {layer_axes} axes of layers has no "
@@ -268,7 +287,10 @@ def _scale_sharding(array: QArray, sharding: Any) -> NamedSharding | None:
 def _quantize_packed(
     array: jax.Array, how: HowToQuantize, arrangement: _Arrangement
 ) -> PackedQArray:
-    ranges, q = calibrate(array, how), quantize_array(array, how)
+    q = quantize_array(array, how)
+    if formats.is_coded(q.scale):
+        return _packed(q, arrangement, None)
+    ranges = calibrate(array, how)
     scale, zero_point = q.scale, q.zero_point
     # The range tells whether all is 0, where the scale is 1 that others have, too.
     # Reading the codes again would take as long as finding them.
@@ -283,13 +305,18 @@ def _quantize_packed(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _pack(array: QArray, arrangement: _Arrangement) -> PackedQArray:
+    if formats.is_coded(array.scale):
+        return _packed(array, arrangement, None)
     return _packed(array, arrangement, (array.scale != 1) | _has_values(array))
 
 
 def _packed(
-    array: QArray, arrangement: _Arrangement, matters: jax.Array
+    array: QArray, arrangement: _Arrangement, matters: jax.Array | None
 ) -> PackedQArray:
-    """Packs codes, and quantizes the scales; those that matter, in earnest."""
+    """Packs codes, and quantizes scales that are floats; those that matter, in earnest.
+
+    `matters` is None for scales that are codes.
+    """
     layer_axes, layout, scale_sharding = arrangement
     axis, codes = array.ndim + layout.axis, array.qvalue
     zero_point = array.zero_point
@@ -303,9 +330,14 @@ def _packed(
     packed = (low | high << 4).reshape(*before, -1, *after)
 
     layers = array.shape[:layer_axes]
-    scale = _by_layer(array.scale, layers).astype(jnp.float32)
-    matters = _by_layer(matters, layers)
-    scale_codes, steps, mean = _quantized_scale(scale, matters, layer_axes)
+    scale = _by_layer(array.scale, layers)
+    if matters is None:
+        scale_codes, steps, mean = scale, None, jnp.ones(layers, jnp.float32)
+        if array.tensor_scale is not None:
+            mean = _by_layer(array.tensor_scale, layers).reshape(layers)
+    else:
+        scale, matters = scale.astype(jnp.float32), _by_layer(matters, layers)
+        scale_codes, steps, mean = _quantized_scale(scale, matters, layer_axes)
     if scale_sharding is not None:
         scale_codes = jax.lax.with_sharding_constraint(scale_codes, scale_sharding)
     if zero_point is not None:
@@ -332,7 +364,8 @@ def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
 
 def _has_values(array: QArray) -> jax.Array:
     """Of each scale, whether a code that it scales stands for anything but 0."""
-    zero = 7 if array.qtype == "nf4" else 0
+    table = numerics.format_of(array.qtype).table
+    zero = 0 if table is None else table.index(0)
 
     def is_value(code, zero_point):
         return code != (
@@ -373,6 +406,7 @@ def _quantized_scale(
 
 def _unpacked_scale(array: PackedQArray) -> jax.Array:
     codes = array.scale_codes
+    assert array.scale_steps is not None
     layers = codes.shape[: array.layer_axes]
     steps = jnp.repeat(array.scale_steps, SCALE_BLOCK, axis=-1)
     steps = steps[..., : math.prod(codes.shape[len(layers) :])].reshape(codes.shape)

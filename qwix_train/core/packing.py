@@ -6,8 +6,8 @@ the first byte. The smallest group of codes that fills whole bytes is packed on 
 whole groups are packed where they are; the last group is filled up with zero bits. All
 other axes stay, and a packed array is sharded as its codes are.
 
-The bits of a code are those of its two's complement; of the index in ``nf4``; 0 for
-the code -1 and 1 for +1 in ``int1``.
+The bits of a code are those of its two's complement; of the place in a table; of a
+float its sign, exponent and mantissa; and 0 for the code -1 and 1 for +1 in ``int1``.
 """
 
 import functools
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from qwix_train.core import numerics
+from qwix_train.core.formats import SmallFloat
 
 
 def pack(codes: jax.Array, qtype: numerics.QType, axis: int = -1) -> jax.Array:
@@ -153,19 +154,24 @@ def group_size(qtype: numerics.QType) -> int:
 
 def bits_of(codes: jax.Array, qtype: numerics.QType) -> jax.Array:
     """Returns the bits of codes of fewer than 8 bits, each in a byte of its own."""
-    if numerics.qtype_name(qtype) == "int1":
+    entry = numerics.format_of(qtype)
+    if isinstance(entry.elements, SmallFloat):
+        return entry.elements.to_bits(codes.astype(jnp.float32), entry.bits)
+    if entry.name == "int1":
         codes = codes.astype(jnp.int8) > 0
     # A signed type of 8 bits first: uint8 takes no negative int4.
-    signed = jnp.uint8 if codes.dtype in (jnp.bool, jnp.uint4) else jnp.int8
-    return codes.astype(signed).astype(jnp.uint8) & (
-        2 ** numerics.qtype_bits(qtype) - 1
-    )
+    unsigned = codes.dtype in (jnp.bool, jnp.uint4, jnp.uint8)
+    codes = codes if unsigned else codes.astype(jnp.int8)
+    return codes.astype(jnp.uint8) & (2**entry.bits - 1)
 
 
 def from_bits(bits: jax.Array, qtype: numerics.QType) -> jax.Array:
     """Returns the codes that `bits_of` gave the bits of."""
-    dtype, count = numerics.storage_dtype(qtype), numerics.qtype_bits(qtype)
-    if qtype == "nf4":
+    entry = numerics.format_of(qtype)
+    dtype, count = entry.storage, entry.bits
+    if isinstance(entry.elements, SmallFloat):
+        return entry.elements.from_bits(bits, count, jnp.float32).astype(dtype)
+    if entry.table is not None:
         return bits.astype(dtype)
     signed = bits.astype(jnp.int8)
     if count == 1:

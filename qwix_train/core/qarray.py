@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qwix_train.core import numerics, scaling, shape_ops, tiling
+from qwix_train.core import formats, numerics, scaling, shape_ops, tiling
 from qwix_train.core.calibration import (
     calibrate,
     check_quantizable,
     compute_scale_zero_point,
 )
+from qwix_train.core.formats import CodedScale
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 
 
@@ -52,11 +53,15 @@ class QArray(NoArray):
     Attributes:
         qvalue: The codes, in the shape of the original array.
         scale: The scales; per axis 1 entry, one for each index, or one for each tile
-            (see `tiling`). Its dtype is that of the dequantized array.
+            (see `tiling`). Floats, or codes as the type has them (see `formats`).
         zero_point: The code that stands for 0, in a layout such as the scale's and
             in the dtype of ``qvalue``; None where that is code 0.
         qtype: The type of the codes, which may be narrower than their storage;
             taken from ``qvalue`` where it is not given.
+        tensor_scale: What scales that are codes are multiplied by, in a layout, too;
+            None for 1.
+        float_dtype: The dtype of the dequantized array, where scales are codes; where
+            they are floats it is theirs, unless it is given here.
 
     Raises:
         ValueError: ``qtype`` is not a quantized type.
@@ -74,12 +79,16 @@ class QArray(NoArray):
     scale: jax.Array
     zero_point: jax.Array | None = None
     qtype: Any = flax.struct.field(pytree_node=False, default=None)
+    tensor_scale: jax.Array | None = None
+    float_dtype: Any = flax.struct.field(pytree_node=False, default=None)
 
     _instead = "The array that its codes stand for is dequantize(array)."
 
     def __post_init__(self):
         qtype = self.qvalue.dtype if self.qtype is None else self.qtype
         object.__setattr__(self, "qtype", numerics.canonical_qtype(qtype))
+        if self.float_dtype is not None:
+            object.__setattr__(self, "float_dtype", jnp.dtype(self.float_dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,14 +108,28 @@ class QArray(NoArray):
     @property
     def dtype(self) -> Any:
         """The dtype of the dequantized array."""
-        return self.scale.dtype
+        return self.scale.dtype if self.float_dtype is None else self.float_dtype
+
+    @property
+    def layouts(self) -> dict[str, jax.Array]:
+        """Scales and zero points by name: what has an entry for many elements."""
+        names = ("scale", "zero_point", "tensor_scale")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def float_scale(self) -> jax.Array:
+        """The scales as floats, in the layout of `scale`: float32 if they are codes."""
+        return formats.scale_value(self.scale, self.tensor_scale)
 
     @property
     def nbytes(self) -> int:
         """The bytes that codes (packed), scales and zero points take."""
         bits = numerics.qtype_bits(self.qtype)
         zeros = 0 if self.zero_point is None else self.zero_point.size
-        return -(-self.size * bits // 8) + -(-zeros * bits // 8) + self.scale.nbytes
+        codes = -(-self.size * bits // 8) + -(-zeros * bits // 8)
+        of_tensor = 0 if self.tensor_scale is None else self.tensor_scale.nbytes
+        return codes + self.scale.nbytes + of_tensor
 
     @property
     def scale_tile_shape(self) -> tuple[int, ...]:
@@ -160,7 +183,10 @@ class QArray(NoArray):
         """
         if not numerics.is_quantizable(dtype):
             raise ValueError(f"A QArray dequantizes to floats, not to {dtype}.")
-        return self.replace(scale=self.scale.astype(dtype))  # pyright: ignore
+        if formats.is_coded(self.scale):
+            return self.replace(float_dtype=dtype)  # pyright: ignore
+        scale = self.scale.astype(dtype)
+        return self.replace(scale=scale, float_dtype=None)  # pyright: ignore
 
 
 MaybeQArray: TypeAlias = jax.Array | QArray
@@ -224,9 +250,8 @@ def validate_qarray(array: QArray) -> None:
     Raises:
         ValueError: A shape or dtype does not fit; the message names it.
     """
-    for name in ("scale", "zero_point"):
-        part = getattr(array, name)
-        if part is not None and not tiling.is_layout(array.shape, part.shape):
+    for name, part in array.layouts.items():
+        if not tiling.is_layout(array.shape, part.shape):
             raise ValueError(
                 f"The {name} of shape {part.shape} does not fit codes of shape "
                 f"{array.shape}: along each axis it has 1 entry, or one for each "
@@ -234,8 +259,18 @@ def validate_qarray(array: QArray) -> None:
             )
     if array.qvalue.dtype.itemsize > 1:
         raise ValueError(f"Codes of dtype {array.qvalue.dtype} are wider than a byte.")
-    if not numerics.is_quantizable(array.scale.dtype):
+    coded = formats.is_coded(array.scale)
+    if coded and not numerics.format_of(array.qtype).coded_scales:
+        raise ValueError(f"Scales of {array.qtype} are no codes ({array.scale.dtype}).")
+    if coded and array.float_dtype is None:
+        raise ValueError(
+            f"Scales of dtype {array.scale.dtype} do not say the dtype of the "
+            "dequantized array: give float_dtype, such as jnp.float32."
+        )
+    if not coded and not numerics.is_quantizable(array.scale.dtype):
         raise ValueError(f"A scale cannot be of dtype {array.scale.dtype}.")
+    if not coded and array.tensor_scale is not None:
+        raise ValueError("A tensor_scale belongs to scales that are codes.")
     if array.zero_point is not None and array.zero_point.dtype != array.qvalue.dtype:
         raise ValueError(
             f"The zero point is of dtype {array.zero_point.dtype}, and the codes are "
@@ -248,7 +283,7 @@ def _check_codes(array: QArray) -> None:
     codes = array.qvalue
     if isinstance(codes, Tracer) or not getattr(codes, "is_fully_addressable", True):
         return
-    if not numerics.is_integer_qtype(array.qtype):
+    if numerics.format_of(array.qtype).integers is None:
         return
     low, high = numerics.code_range(array.qtype)
     held = jnp.iinfo(array.qvalue.dtype)
@@ -265,7 +300,7 @@ def _check_codes(array: QArray) -> None:
 def quantize_with_scale_zero_point(
     array: jax.Array,
     qtype: numerics.QType,
-    scale: jax.Array,
+    scale: jax.Array | CodedScale,
     zero_point: jax.Array | None,
     noise_fn: numerics.NoiseFn | None = None,
 ) -> QArray:
@@ -275,7 +310,7 @@ def quantize_with_scale_zero_point(
         array: Any shape, a float dtype.
         qtype: The type.
         scale: In a layout for the array; cast to the dtype of the array by
-            `numerics.scale_in_dtype`.
+            `numerics.scale_in_dtype`, unless it is coded.
         zero_point: None, or in the shape of the scale.
         noise_fn: Noise for stochastic rounding.
 
@@ -283,6 +318,12 @@ def quantize_with_scale_zero_point(
         ValueError: A dtype, shape or type does not fit.
     """
     check_quantizable(array)
+    if isinstance(scale, CodedScale):
+        y = scaling.scaled_values(array, scale.value, None)
+        qvalue = numerics.round_to_qtype(y, qtype, noise_fn, dtype=array.dtype)
+        return QArray(
+            qvalue, scale.codes, None, qtype, scale.tensor, float_dtype=array.dtype
+        )
     if zero_point is not None and zero_point.shape != scale.shape:
         raise ValueError(
             f"The zero point of shape {zero_point.shape} does not fit the scale of "
@@ -307,7 +348,8 @@ def with_nan(quantized: QArray, array: jax.Array) -> QArray:
     [[nan, nan], [2.0, 3.0]]
     """
     found = tiling.reduced(jnp.any, jnp.isnan(array), quantized.scale.shape)
-    scale = jnp.where(found, jnp.nan, quantized.scale)
+    scale = quantized.scale
+    scale = jnp.where(found, jnp.asarray(jnp.nan, scale.dtype), scale)
     return quantized.replace(scale=scale)  # pyright: ignore
 
 
@@ -322,10 +364,10 @@ def quantize_array(array: jax.Array, how: HowToQuantize) -> QArray:
     [-8]
     """
     check_quantizable(array)
-    # Noise is not to be cached: each call may have its own. And XLA adds the squares of
-    # a root mean square in another order where it fuses the sum with what follows.
+    # Noise is not to be cached: each call may have its own. And XLA adds what a mean is
+    # taken of in another order where it fuses the sum with what follows.
     method, _ = parse_calibration_method(how.calibration_method)
-    whole = how.noise_fn is None and method != "rms"
+    whole = how.noise_fn is None and method not in ("rms", "absmean")
     return (_cached_quantize if whole else _quantize)(array, how)
 
 
@@ -353,8 +395,8 @@ def quantize(
         channelwise_axes: Axes along which every index has its own scale.
         tiled_axes: A mapping from an axis to its tile size, see `HowToQuantize`.
         calibration_method: How the range is found, see `HowToQuantize`.
-        scale_dtype: The dtype of the scale, and so of the dequantized array; that of
-            the array if None.
+        scale_dtype: The dtype of the dequantized array, and of the scale where that is
+            no code; that of the array if None.
 
     Raises:
         ValueError: An argument is wrong, or does not fit the array.
@@ -371,7 +413,8 @@ def quantize(
         tiled_axes=tiled_axes or {},
         calibration_method=calibration_method,
     )
-    if scale_dtype is None or scale_dtype != jnp.float16:
+    coded = numerics.format_of(qtype).coded_scales
+    if scale_dtype is None or scale_dtype != jnp.float16 or coded:
         qarray = quantize_array(array, how)
         return qarray if scale_dtype is None else qarray.astype(scale_dtype)
     # It may change a scale by a large part. Codes are to fit the one that is kept.
@@ -383,7 +426,7 @@ def quantize(
 
 
 def dequantize(array: QArray) -> jax.Array:
-    """Returns ``(qvalue - zero_point) * scale``, in the dtype of the scale.
+    """Returns ``(qvalue - zero_point) * scale``, in the dtype ``array.dtype``.
 
     NaN and infinite scales are those of an array that held such values, and show in
     the result; negative ones are those of an array that was negated. Codes that no
@@ -412,7 +455,8 @@ def dequantize(array: QArray) -> jax.Array:
 
 def _dequantize(array: QArray) -> jax.Array:
     levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
-    return scaling.rescaled_values(levels, array.scale, array.zero_point)
+    parts = array.float_scale, array.zero_point
+    return scaling.rescaled_values(levels, *parts, array.dtype)
 
 
 # An eager call is one program, and not one for each operation. Inlined, nothing of a

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jax import export
 
 from qwix_train.core import numerics, rotations
@@ -35,6 +36,9 @@ def to_record(value: Any, cls: Any = None) -> dict[str, Any]:
     if "tiled_axes" in record:
         # JSON has string keys.
         record["tiled_axes"] = [list(item) for item in value.tiled_axes.items()]
+    for name in ("tile_size", "act_tile_size"):
+        if isinstance(record.get(name), Mapping):
+            record[name] = [list(item) for item in record[name].items()]
     if isinstance(value, HowToQuantize):
         record["rotation"] = rotations.to_record(value.rotation)
     if isinstance(value, PackedLayout):
@@ -63,7 +67,8 @@ def how_of_record(record: Mapping[str, Any]) -> HowToQuantize:
 def _register() -> None:
     """Tells `jax.export` of what the trees of quantized arrays hold beside arrays."""
 
-    def of_how(how: HowToQuantize) -> dict[str, Any]:
+    def of_how(how: HowToQuantize, learned_as: Any) -> dict[str, Any]:
+        del learned_as
         if how.noise_fn is not None:
             raise ValueError(
                 f"A param quantized with noise_fn={how.noise_fn} cannot be serialized "
@@ -72,18 +77,27 @@ def _register() -> None:
             )
         return to_record(how)
 
-    # Each has one field beside its arrays.
+    def of_qarray(qtype: Any, float_dtype: Any) -> list[str | None]:
+        dtype = None if float_dtype is None else float_dtype.name
+        return [numerics.qtype_name(qtype), dtype]
+
+    def to_qarray(record: Any) -> tuple[Any, Any]:
+        # Older records have the type alone.
+        qtype, dtype = (record, None) if isinstance(record, str) else record
+        return numerics.canonical_qtype(qtype), dtype and np.dtype(dtype)
+
+    # What each holds beside its arrays, written and read.
     classes = {
-        QArray: (numerics.qtype_name, numerics.canonical_qtype),
-        PackedQArray: (to_record, lambda record: PackedLayout(**record)),
-        WithAux: (of_how, how_of_record),
+        QArray: (of_qarray, to_qarray),
+        PackedQArray: (to_record, lambda record: (PackedLayout(**record),)),
+        WithAux: (of_how, lambda record: (how_of_record(record),)),
     }
     for cls, (write, read) in classes.items():
         export.register_pytree_node_serialization(
             cls,
             serialized_name=f"qwix_train.{cls.__name__}",
-            serialize_auxdata=lambda aux, w=write: json.dumps(w(aux[0])).encode(),
-            deserialize_auxdata=lambda data, r=read: (r(json.loads(data)),),
+            serialize_auxdata=lambda aux, w=write: json.dumps(w(*aux)).encode(),
+            deserialize_auxdata=lambda data, r=read: r(json.loads(data)),
         )
 
 

@@ -11,6 +11,8 @@ division. A scaled value of a bfloat16 array is rounded to bfloat16 before the z
 point is added, and again before the rounding to codes, as eager bfloat16 would.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -41,10 +43,21 @@ def scaled_values(
 
 
 def rescaled_values(
-    levels: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    levels: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    dtype: Any = None,
 ) -> jax.Array:
-    """Returns ``(levels - zero_point) * scale`` in the dtype of the scale."""
-    dtype, wide = scale.dtype, numerics.compute_dtype(scale.dtype)
+    """Returns ``(levels - zero_point) * scale``.
+
+    Args:
+        levels: What codes stand for.
+        scale: In a layout for them, a float dtype.
+        zero_point: The same, or None.
+        dtype: The dtype of the result; that of the scale if None.
+    """
+    dtype = scale.dtype if dtype is None else dtype
+    wide = numerics.compute_dtype(dtype)
 
     def rescaled(x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         x = x.astype(wide)
@@ -62,7 +75,15 @@ def round_trip(
     qtype: numerics.QType,
     noise_fn: numerics.NoiseFn | None = None,
 ) -> jax.Array:
-    """Returns what codes of the array stand for, without making codes; NaN stays."""
+    """Returns what codes of the array stand for, without making codes; NaN stays.
+
+    Args:
+        array: Any shape, a float dtype.
+        scale: In a layout for the array, in its dtype or a wider one.
+        zero_point: The same, or None.
+        qtype: The type.
+        noise_fn: Noise for stochastic rounding.
+    """
     y = scaled_values(array, scale, zero_point)
     levels = numerics.round_to_level(y, qtype, array.dtype, noise_fn)
-    return rescaled_values(levels, scale, zero_point)
+    return rescaled_values(levels, scale, zero_point, array.dtype)

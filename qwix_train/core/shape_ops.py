@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 def with_parts(
     array: "QArray", qvalue: Any, change: Callable[[jax.Array], jax.Array]
 ) -> "QArray":
-    """Returns an array of other codes, with its scale and zero point changed alike."""
-    zero = None if array.zero_point is None else change(array.zero_point)
-    return array.replace(  # pyright: ignore
-        qvalue=qvalue, scale=change(array.scale), zero_point=zero
-    )
+    """Returns an array of other codes, with its scales and zero point changed alike."""
+    parts = jax.tree.map(change, array.layouts)
+    return array.replace(qvalue=qvalue, **parts)  # pyright: ignore
 
 
 def reshape(array: "QArray", *shape: Any) -> "QArray":

@@ -18,7 +18,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwix_train.core import tiling
+from qwix_train.core import formats, numerics, tiling
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import QArray
 from qwix_train.core.shape_ops import with_parts
@@ -137,7 +137,7 @@ def _attempt(change: Callable[[], list[QArray]]) -> list[QArray] | None:
 
 def _rev(params, array, others):
     axes = params["dimensions"]
-    parts = jax.tree.leaves((array.scale, array.zero_point))
+    parts = array.layouts.values()
     if any(array.shape[axis] % part.shape[axis] for part in parts for axis in axes):
         return None  # the last tile is shorter
     return [jax.tree.map(lambda part: lax.rev(part, axes), array)]
@@ -207,21 +207,28 @@ def _gather(params, array, others):
         )
 
     # Out of bounds, the code that stands for 1 is scaled by what the float array is
-    # filled with.
-    one = 15 if array.qtype == "nf4" else 1
+    # filled with. Scales that are codes know NaN, and not any number.
     fill_value = params["fill_value"]
-    scale = take(array.scale, jnp.nan if fill_value is None else fill_value)
-    zero_point = None if array.zero_point is None else take(array.zero_point, 0)
-    return [QArray(take(array.qvalue, one), scale, zero_point, array.qtype)]
+    fill_value = jnp.nan if fill_value is None else fill_value
+    levels = numerics.format_of(array.qtype).table
+    one = 1 if levels is None else levels.index(max(levels))
+    is_nan = isinstance(fill_value, float) and math.isnan(fill_value)
+    has_one = levels is None or levels[one] == 1
+    if not is_nan and (formats.is_coded(array.scale) or not has_one):
+        return None
+    fill = {"scale": fill_value, "zero_point": 0, "tensor_scale": 1}
+    parts = {name: take(part, fill[name]) for name, part in array.layouts.items()}
+    codes = take(array.qvalue, one)
+    return [dataclasses.replace(array, qvalue=codes, **parts)]
 
 
 def _concatenate(params, arrays):
     """One array of several: of one type, all or none with zero points."""
     axis, first = params["dimension"], arrays[0]
-    if len({(x.qtype, x.dtype, x.zero_point is None) for x in arrays}) > 1:
+    if len({(x.qtype, x.dtype, x.scale.dtype, *x.layouts) for x in arrays}) > 1:
         return None
     sizes = [x.shape[axis] for x in arrays]
-    parts = [(x.scale, x.zero_point) for x in arrays]
+    parts = [x.layouts for x in arrays]
     for values in zip(*map(jax.tree.leaves, parts), strict=True):
         counts = [{value.shape[a] for value in values} for a in range(first.ndim)]
         # Along other axes, one scale is repeated where another array has more.
@@ -236,8 +243,7 @@ def _concatenate(params, arrays):
         return lax.concatenate(values, axis)
 
     codes = lax.concatenate([x.qvalue for x in arrays], axis)
-    scale, zero_point = jax.tree.map(joined, *parts)
-    return QArray(codes, scale, zero_point, first.qtype)
+    return dataclasses.replace(first, qvalue=codes, **jax.tree.map(joined, *parts))
 
 
 def _stack(params, arrays):
@@ -263,11 +269,13 @@ def _aligned(sizes, values, axis):
 
 
 def _is_tiled(array: QArray, axis: int) -> bool:
-    parts = jax.tree.leaves((array.scale, array.zero_point))
+    parts = array.layouts.values()
     return any(part.shape[axis] not in (1, array.shape[axis]) for part in parts)
 
 
 def _negate(params, array, others):
+    if formats.is_coded(array.scale):  # They have no sign that is used.
+        return [dataclasses.replace(array, qvalue=-array.qvalue)]
     return [dataclasses.replace(array, scale=-array.scale)]
 
 

@@ -37,6 +37,7 @@ class _Spec:
     contracting: tuple[tuple[int, ...], tuple[int, ...]]
     precision: Any
     result: np.dtype
+    dtype: Any
 
 
 def weight_only_dot(
@@ -66,8 +67,8 @@ def weight_only_dot(
     ... ).round(1).tolist()
     [1.0, 2.0]
     """
-    spec = _Spec(weight.qtype, contracting, precision, jnp.dtype(result))
-    return _product(spec, x, weight.qvalue, weight.scale, weight.zero_point)
+    spec = _Spec(weight.qtype, contracting, precision, jnp.dtype(result), weight.dtype)
+    return _product(spec, x, weight.qvalue, weight.float_scale, weight.zero_point)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -146,7 +147,7 @@ def _general(
     kept = [axis for axis in range(codes.ndim) if axis not in contracted]
     scaled_after = (
         zero_point is None
-        and spec.qtype != "nf4"
+        and numerics.format_of(spec.qtype).table is None
         and all(scale.shape[axis] == 1 for axis in contracted)
         and all(scale.shape[axis] in (1, codes.shape[axis]) for axis in kept)
     )
@@ -156,7 +157,8 @@ def _general(
         precision=spec.precision,
     )
     if not scaled_after:
-        weight = dequantize(QArray(codes, scale, zero_point, spec.qtype))
+        weight = QArray(codes, scale, zero_point, spec.qtype, float_dtype=spec.dtype)
+        weight = dequantize(weight)
         return dot(x, weight, preferred_element_type=spec.result)
     # Every code is exact in every float dtype of 16 bits or more.
     wide = numerics.promote_types(spec.result, scale.dtype, jnp.float32)

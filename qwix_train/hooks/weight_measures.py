@@ -77,7 +77,7 @@ def measure(
         jnp.sum(jnp.square(noise), axes),
         jnp.sum(outside.astype(jnp.float32), axes),
         jnp.sum(((codes <= low) | (codes >= high)).astype(jnp.float32), axes),
-        quantized.scale,
+        quantized.float_scale,
     )
 
 
@@ -115,7 +115,7 @@ def drift(scale: Any, before: Any, layer_axes: tuple[int, ...]) -> tuple[Any, An
 
 def _ends_of_scale(quantized: QArray) -> tuple[Any, Any]:
     """The ends of the range that a scale and a zero point stand for."""
-    scale, zero_point = quantized.scale, quantized.zero_point
+    scale, zero_point = quantized.float_scale, quantized.zero_point
     if zero_point is None:
         bound = numerics.symmetric_bound(quantized.qtype)
         return -bound * scale, bound * scale
@@ -125,9 +125,9 @@ def _ends_of_scale(quantized: QArray) -> tuple[Any, Any]:
 
 
 def _end_codes(qtype: Any) -> tuple[float, float]:
-    if numerics.is_integer_qtype(qtype):
-        return numerics.code_range(qtype)
-    if numerics.qtype_name(qtype) == "nf4":
-        return 0, 15
-    bound = numerics.symmetric_bound(qtype)
-    return -bound, bound
+    entry = numerics.format_of(qtype)
+    if entry.integers is not None:
+        return entry.integers
+    if entry.table is not None:
+        return 0, len(entry.table) - 1
+    return -entry.bound, entry.bound

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from qwix_train.core import nf4, numerics
+from qwix_train.core import numerics
 from qwix_train.core.qarray import QArray, dequantize
 from qwix_train.files import text_table
 from qwix_train.lora.layout import AdapterLayout
@@ -139,26 +139,14 @@ def measure(
 
 def _steps(array: QArray) -> jax.Array:
     """For each element, half the distance between the values next to its code's."""
-    values = _values(array.qtype)
+    values = numerics.format_of(array.qtype).levels
     gaps = jnp.asarray(np.gradient(values), jnp.float32)
     levels = numerics.codes_to_float(array.qvalue, array.qtype, jnp.float32)
     found = gaps[jnp.searchsorted(jnp.asarray(values, jnp.float32), levels)]
-    unit = QArray(jnp.ones(array.shape, jnp.int8), array.scale.astype(jnp.float32))
+    unit = QArray(
+        jnp.ones(array.shape, jnp.int8), array.float_scale.astype(jnp.float32)
+    )
     return found * dequantize(unit)
-
-
-def _values(qtype: Any) -> np.ndarray:
-    """The values of a type that a scale multiplies, in order."""
-    if numerics.qtype_name(qtype) == "nf4":
-        return nf4.LEVELS.astype(np.float64)
-    if numerics.qtype_name(qtype) == "int1":
-        return np.array([-1.0, 1.0])
-    if numerics.is_integer_qtype(qtype):
-        low, high = numerics.code_range(qtype)
-        return np.arange(low, high + 1, dtype=np.float64)
-    codes = np.arange(256, dtype=np.uint8).view(numerics.storage_dtype(qtype))
-    values = np.unique(codes.astype(np.float64))
-    return values[np.isfinite(values)]
 
 
 def _share(part: float, whole: float) -> float | None:

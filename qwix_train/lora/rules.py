@@ -59,7 +59,8 @@ class LoraRule(QuantizationRule):
         was.
       double_quant: whether the codes of the base are packed two to a byte, and its
         scales are quantized to 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314,
-        section 3), as long as it is frozen. For types of 4 bits.
+        section 3), unless they are codes as it is; as long as it is frozen. For types
+        of 4 bits.
       qat: whether the base stays in float, and the forward fake-quantizes the weight
         with its adapter merged in, as merging and exporting it will. Needs a
         `weight_qtype`.
@@ -110,7 +111,7 @@ class LoraRule(QuantizationRule):
             raise self._error("init", "LoftQ needs a weight_qtype")
         if self.double_quant:
             qtype = self.weight_qtype
-            if qtype is None or numerics.qtype_name(qtype) not in ("nf4", "int4"):
+            if qtype is None or numerics.qtype_bits(qtype) != 4:
                 raise self._error("double_quant", "it needs a weight_qtype of 4 bits")
             if self.qat:
                 raise self._error("double_quant", "with qat=True the base is in float")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import nf4, numerics
+from qwix_train.core import numerics
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.observers import histogram
 
@@ -263,14 +263,7 @@ def _nearest(
 @functools.cache
 def _codebook(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the levels of a type, the thresholds between them, and integrals."""
-    if name == "int1":
-        levels = np.array([-1.0, 1.0])
-    elif name == "nf4":
-        levels = np.asarray(nf4.LEVELS, np.float64)
-    else:
-        codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(name))
-        levels = codes.astype(np.float64)
-        levels = np.unique(levels[np.isfinite(levels)])
+    levels = numerics.format_of(name).levels
     thresholds = (levels[:-1] + levels[1:]) / 2
     passed = ((thresholds - levels[:-1]) ** 3 - (thresholds - levels[1:]) ** 3) / 3
     sums = np.concatenate([[0], np.cumsum(passed)])

@@ -367,8 +367,9 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         raise error("act_qtype", f"LiteRT has {types} activations")
     if is_int16(rule.act_qtype) and rule.act_static_scale is False:
         raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
-    if rule.tile_size is not None:
-        raise error("tile_size", "LiteRT has no sub-channel quantization")
+    for field in ("tile_size", "act_tile_size"):
+        if getattr(rule, field) is not None:
+            raise error(field, "LiteRT has no sub-channel quantization")
     if rule.rotation is not None:
         raise error("rotation", "LiteRT quantizes tensors in their own basis")
     if rule.disable_channelwise_axes:

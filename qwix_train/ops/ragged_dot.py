@@ -127,7 +127,7 @@ def ragged_dot_general(
     out = sums.astype(wide)
     for side, operand in enumerate((lhs, rhs)):
         if isinstance(operand, QArray):
-            scale = operand.scale.astype(wide)
+            scale = operand.float_scale.astype(wide)
             if tiles > 1:
                 scale = jnp.expand_dims(scale, axes[side] + 1)
             shapes = left.shape, right.shape

@@ -21,6 +21,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "Collection[int]": (tuple, "a collection of ints, such as (0,)"),
     "Collection[str]": (tuple, "a collection of strs"),
     "Mapping[str, Any]": (Mapping, "a mapping"),
+    "Mapping[int, Any]": (Mapping, "a mapping"),
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from qwix_train import ops as op_kinds
 from qwix_train.core import numerics, rotations
 from qwix_train.core.errors import located
+from qwix_train.core.formats import Scales
 from qwix_train.core.how import (
     HowToQuantize,
     needs_zero_point,
@@ -164,13 +165,17 @@ class ParamPlan:
         """The size with codes packed, and scales in the param's own dtype, in bytes."""
         if self.how is None:
             return self.float_bytes
-        bits = numerics.qtype_bits(self.how.qtype)
-        method = self.how.calibration_method
+        entry = numerics.format_of(self.how.qtype)
+        bits, method = entry.bits, self.how.calibration_method
         fixed = parse_calibration_method(method)[0] == "fixed"
         scales = 1 if fixed else math.prod(self.how.scale_shape(self.shape))
         codes = -(-math.prod(self.shape) * bits // 8)
         zero_points = -(-scales * bits // 8) if needs_zero_point(method) else 0
-        return codes + scales * self.dtype.itemsize + zero_points
+        of_scale = 1 if entry.coded_scales else self.dtype.itemsize
+        of_tensors = 0
+        if entry.scales is Scales.TWO_LEVELS:
+            of_tensors = 4 * math.prod(self.shape[a] for a in self.how.tensor_axes)
+        return codes + scales * of_scale + of_tensors + zero_points
 
 
 class Decision(NamedTuple):
@@ -504,10 +509,12 @@ class _Planner:
         if not has_weight and not rule.act_act:
             reason = "a product without a weight, and the rule sets act_act=False"
             return dataclasses.replace(plan, reason=reason)
-        if rule.tile_size is not None and not kind.has_tiles:
+        tiles = [rule.weight_tiles, *([rule.act_tiles] if rule.act_qtype else [])]
+        if any(tile is not None for tile in tiles) and not kind.has_tiles:
+            asked = f"tile_size={rule.tile_size}, act_tile_size={rule.act_tile_size}"
             raise ValueError(
-                f"{op.where}: tile_size={rule.tile_size} is set, but {kind.plural} "
-                "have no sub-channel quantization. Put a rule without tile_size, for "
+                f"{op.where}: {asked} is set, or a type has blocks, but {kind.plural} "
+                "have no sub-channel quantization. Put a rule without, for "
                 f"op_names=({op.name!r},), before this one."
             )
         rotations = self.rotations(op, rule, origins)
@@ -582,7 +589,8 @@ class _Planner:
         return dataclasses.replace(plan, reason="; ".join([plan.reason, *notes]))
 
     def quantize_activation(self, op, side, rule) -> HowToQuantize:
-        axes = weights.operand_axes(op, side, rule.tile_size)
+        in_blocks = numerics.format_of(rule.act_qtype).block is not None
+        axes = weights.operand_axes(op, side, rule.act_tiles, in_blocks=in_blocks)
         channelwise = () if rule.disable_channelwise_axes else axes.channelwise
         if rule.static_act_ranges:
             # A range must not depend on the size of the batch, nor on the length of a
@@ -591,13 +599,15 @@ class _Planner:
             if not any(isinstance(o, provenance.Weight) for o in weights.roles(op)):
                 axes = weights.operand_axes(op, side, None)
         _check_tiles(op.where, op.operands[side].shape, axes, rule)
-        return HowToQuantize(
+        how = HowToQuantize(
             qtype=rule.act_qtype,
             channelwise_axes=channelwise,
             tiled_axes=axes.tiled,
             calibration_method=rule.act_method,
             pad_tiles=rule.pad_tiles,
         )
+        _check_blocks(op.where, op.operands[side].shape, how)
+        return how
 
     def rotations(
         self, op: Op, rule: QuantizationRule, origins: Sequence[provenance.Provenance]
@@ -636,7 +646,8 @@ class _Planner:
         """Records how a param is quantized; returns notes for the op's reason."""
         op = plan.op
         where = f"{op.where}, param {'/'.join(view.path)!r}"
-        axes = weights.operand_axes(op, side, rule.tile_size)
+        in_blocks = numerics.format_of(rule.weight_qtype).block is not None
+        axes = weights.operand_axes(op, side, rule.weight_tiles, in_blocks=in_blocks)
         if rule.disable_channelwise_axes:
             axes = dataclasses.replace(axes, channelwise=())
         _check_tiles(where, op.operands[side].shape, axes, rule)
@@ -655,6 +666,9 @@ class _Planner:
             rotation=rotation and rotation.at(view.dims[rotation.axis][0].axis),
         )
         param = self.params[view.path]
+        if numerics.format_of(how.qtype).scales is Scales.TWO_LEVELS:
+            how = dataclasses.replace(how, tensor_axes=param.layer_axes)
+        _check_blocks(where, view.shape, how)
         if param.how is None or param.op is None:
             self.params[view.path] = dataclasses.replace(param, how=how, op=plan)
             return []
@@ -705,7 +719,7 @@ def _with_ranges(plan: OpPlan, ranges: tuple[tuple[Path, ...], ...]) -> OpPlan:
 
 
 def _weight_fields(rule: QuantizationRule) -> str:
-    names = """weight_qtype weight_calibration_method tile_size pad_tiles
+    names = """weight_qtype weight_calibration_method weight_tiles pad_tiles
         disable_channelwise_axes rotation"""
     return ", ".join(f"{name}={getattr(rule, name)!r}" for name in names.split())
 
@@ -724,6 +738,12 @@ def _static_axes(
             f"are {tuple(channelwise)}."
         )
     return tuple(sorted(axes))
+
+
+def _check_blocks(where: str, shape: Sequence[int], how: HowToQuantize) -> None:
+    if numerics.format_of(how.qtype).block is not None:
+        with located(where):
+            how.scale_shape(shape)
 
 
 def _check_tiles(where, shape, axes, rule) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qwix_train import ops
-from qwix_train.core import how, numerics, rotations
+from qwix_train.core import how, numerics, rotations, tiling
 from qwix_train.core.numerics import is_int16
 from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
@@ -47,8 +47,9 @@ class QuantizationRule:
         (a lookup in a table of embeddings, per row), or one op by its id in the plan,
         such as `"einsum1"`. If empty, all products and convolutions; lookups only where
         they are named. For LiteRT, all ops that `odml.table()` has.
-      weight_qtype: the type for weights: `"int1"` to `"int8"`, `"nf4"`,
-        `"float8_e4m3fn"`, `"float8_e5m2"`, or the `jax.numpy` types of those names.
+      weight_qtype: the type for weights: `"int1"` to `"int8"`, `"ternary"`, `"nf4"`,
+        `"float8_e4m3fn"`, `"mxfp8"`, `"mxfp4"`, `"nvfp4"` and others: see
+        `docs/formats.md`; or the `jax.numpy` type of that name.
       act_qtype: the type for activations; they stay in float if None. For LiteRT also
         `"int16"`.
       tile_size: the number of elements, along the last contracted axis, that share a
@@ -57,12 +58,17 @@ class QuantizationRule:
         and is cut from the contracted axis before it: 64 is 2 heads of 32 of a weight
         of shape (12, 32, 512). Contracted axes that a tile does not reach share its
         scale. A float means one over the number of tiles along the last axis. Along all
-        that is contracted if None.
+        that is contracted if None; types with blocks, such as `"mxfp8"`, have theirs. A
+        mapping gives tiles of the weight by axis, as the op reads it: blocks of 128 x
+        128 are `{0: 128, 1: 128}`. Contracted axes that are not in it share a scale.
+      act_tile_size: the same for activations; that of `tile_size` if None, unless that
+        is a mapping.
       act_static_scale: whether activations are quantized with ranges that were
         collected beforehand.
       weight_calibration_method: how the range of a weight is found: `"absmax"`,
-        `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`; or `"lsq"` or `"lsq+"`,
-        which train its scale. See `attach`.
+        `"absmax,0.9"`, `"minmax"`, `"rms,4"`, `"absmean"` or `"fixed,-1,1"`; or `"lsq"`
+        or `"lsq+"`, which train its scale. See `attach`. The default stands for
+        `"absmean"` with `"ternary"`.
       act_calibration_method: the same for activations; `"absmax"` if None. Scales of
         activations, one each, are trained by `"lsq"`, by `"lsq+"`, which trains an
         offset, too, and by `"pact"`, which is for what a ReLU gives.
@@ -114,7 +120,8 @@ class QuantizationRule:
     op_names: Collection[str] = ()
     weight_qtype: Any = None
     act_qtype: Any = None
-    tile_size: int | float | None = None
+    tile_size: int | float | Mapping[int, Any] | None = None
+    act_tile_size: int | float | Mapping[int, Any] | None = None
     act_static_scale: bool | None = None
     weight_calibration_method: str = "absmax"
     act_calibration_method: str | None = None
@@ -187,7 +194,15 @@ class QuantizationRule:
                 known = "int8" if qtype is None or is_int16(qtype) else qtype
                 self._check(field, functools.partial(_how, known), method)
         self._check_observer()
-        self._check_tile_size("tile_size")
+        for name, field in (("weight", "tile_size"), ("act", "act_tile_size")):
+            self._check_tile_size(field)
+            self._check_blocks(field, getattr(self, f"{name}_qtype"))
+        if self.act_static_scale and _block(self.act_qtype) is not None:
+            raise self._error(
+                "act_static_scale",
+                f"the scales of {self.act_qtype} are those of blocks of one array, "
+                "which no range of other batches can be: leave it out",
+            )
         if self.disable_channelwise_axes and self.act_channelwise_axes:
             axes = self.act_channelwise_axes
             reason = f"act_channelwise_axes={axes} asks for the opposite: set only one"
@@ -224,6 +239,22 @@ class QuantizationRule:
         """
         method = self.act_calibration_method or "absmax"
         return _RANGES_OF_LEARNED.get(self.learned_act_method, method)
+
+    @property
+    def weight_tiles(self) -> int | float | Mapping[int, Any] | None:
+        """The tiles of weights: `tile_size`, or the block of the type."""
+        block = _block(self.weight_qtype)
+        return block if self.tile_size is None else self.tile_size
+
+    @property
+    def act_tiles(self) -> int | float | Mapping[int, Any] | None:
+        """The tiles of activations: `act_tile_size`, or what it stands for."""
+        if self.act_tile_size is not None:
+            return self.act_tile_size
+        block = _block(self.act_qtype)
+        if block is not None:
+            return block
+        return None if isinstance(self.tile_size, Mapping) else self.tile_size
 
     @property
     def learned_act_method(self) -> str:
@@ -282,9 +313,11 @@ class QuantizationRule:
                     "act_calibration_method trains none: set that, or choose 'mse'",
                 )
             return
-        if self.tile_size is not None:
+        for field in ("tile_size", "act_tile_size"):
+            if getattr(self, field) is None:
+                continue
             raise self._error(
-                "tile_size",
+                field,
                 f"act_calibration_method={self.act_calibration_method!r} trains one "
                 "scale for a whole activation",
             )
@@ -350,14 +383,35 @@ class QuantizationRule:
 
     def _check_tile_size(self, field):
         size = getattr(self, field)
+        if size is None:
+            return
+        if isinstance(size, Mapping):
+            size = tiling.TiledAxes(size)
+            object.__setattr__(self, field, size)
+            if not size or not all(isinstance(axis, int) for axis in size):
+                raise self._error(field, "it must map axes, such as 0 or -1, to sizes")
         # Not a number is not positive, either.
-        if size is not None and not (
-            0 < size <= 1 if isinstance(size, float) else size > 0
+        sizes = size.values() if isinstance(size, Mapping) else [size]
+        if not all(
+            isinstance(x, int | float)
+            and (0 < x <= 1 if isinstance(x, float) else x > 0)
+            for x in sizes
         ):
             raise self._error(
                 field,
                 "it must be a positive int, or a float of one over the tile count",
             )
+
+    def _check_blocks(self, field: str, qtype: Any) -> None:
+        """Complains of tiles that are not the blocks that a type has."""
+        block, size = _block(qtype), getattr(self, field)
+        if block is None or size in (None, block) or isinstance(size, Mapping):
+            return
+        raise self._error(
+            field,
+            f"{numerics.qtype_name(qtype)} has one scale for {block} elements: leave "
+            "it out",
+        )
 
     def _check_schedule(self) -> None:
         schedule = self.schedule
@@ -418,6 +472,13 @@ _RANGES_OF_LEARNED = {"lsq": "lsq", "lsq+": "minmax", "pact": "minmax"}
 
 def _method_name(method: Any) -> str:
     return method.partition(",")[0].strip().lower() if isinstance(method, str) else ""
+
+
+def _block(qtype: Any) -> int | None:
+    """The elements that share a scale, if a type says how many."""
+    if qtype is None or is_int16(qtype):
+        return None
+    return numerics.format_of(qtype).block
 
 
 def _how(qtype: Any, method: str) -> how.HowToQuantize:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 from qwix_train import ops
+from qwix_train.core import tiling
+from qwix_train.core.errors import located
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.trace.factors import Atom
@@ -62,7 +64,13 @@ def _is_weight(origin: provenance.Provenance, op: Op) -> TypeGuard[provenance.We
     return is_weight and not (origin.selected and ops.kind_of(op).is_product)
 
 
-def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
+TileSize: TypeAlias = int | float | Mapping[int, int | float] | None
+"""What rules say of tiles; see `QuantizationRule.tile_size`."""
+
+
+def operand_axes(
+    op: Op, side: int, tile_size: TileSize, *, in_blocks: bool = False
+) -> Axes:
     """The axes of an op's own operand, before any mapping to a param.
 
     A tile is cut from the last of the axes that the op contracts, in the order in which
@@ -74,14 +82,32 @@ def operand_axes(op: Op, side: int, tile_size: int | float | None) -> Axes:
       op: the op.
       side: 0 for its left operand, 1 for its right one.
       tile_size: elements per tile, or one over the number of tiles along the last
-        contracted axis. Not every kind of operation has tiles.
+        contracted axis; or, by axis, the elements of a tile or its share. Not every
+        kind of operation has tiles.
+      in_blocks: whether a tile is no longer than it says: axes that it does not reach
+        then have a scale for each element.
+
+    Raises:
+      ValueError: if it names an axis that the operand does not have.
     """
     kind, shape = ops.kind_of(op), op.operands[side].shape
     channelwise = kind.channelwise(op.params, side, len(shape))
     if not kind.has_tiles:
         return Axes(channelwise, {})
+    if isinstance(tile_size, Mapping):
+        with located(f"{op.where}: tile sizes {tile_size!r}"):
+            sizes = [
+                (tiling.normalize_axis(axis, len(shape)), size)
+                for axis, size in tile_size.items()
+            ]
+        tiled = {axis: absolute_tile(size, shape[axis]) for axis, size in sizes}
+        return Axes(tuple(axis for axis in channelwise if axis not in tiled), tiled)
     shared = [axis for axis in range(len(shape)) if axis not in channelwise]
-    return Axes(channelwise, _tiles(shape, shared, tile_size))
+    tiled = _tiles(shape, shared, tile_size)
+    if in_blocks:
+        reached = min(tiled, default=0)
+        channelwise = (*channelwise, *(axis for axis in shared if axis < reached))
+    return Axes(channelwise, tiled)
 
 
 def _tiles(shape, shared: Sequence[int], tile_size) -> dict[int, int]:

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.core.formats import CodedScale
 from qwix_train.core.qarray import (
     QArray,
     calibrate,
@@ -154,9 +155,11 @@ def _clipped(scaled: jax.Array, weight: Weight, scale: jax.Array, tile: int) -> 
     exact = weight.matrices(scaled) * back
 
     def narrowed(share):
-        return quantize_with_scale_zero_point(
-            scaled, how.qtype, widest * share.astype(widest.dtype), zero_point
-        )
+        if isinstance(widest, CodedScale):  # The nearest scale that there is.
+            scale = widest.recoded(widest.value * share)
+        else:
+            scale = widest * share.astype(widest.dtype)
+        return quantize_with_scale_zero_point(scaled, how.qtype, scale, zero_point)
 
     def error(share):
         parts = weight.matrices(narrowed(share)) * back - exact

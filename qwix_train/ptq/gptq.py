@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core import numerics
+from qwix_train.core.formats import CodedScale
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_concrete
 from qwix_train.core.qarray import (
@@ -162,6 +163,7 @@ def gptq_matrix(
     zero_point: jax.Array | None,
     how: HowToQuantize,
     options: Options,
+    tensor_absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Corrects the channels of one matrix, in order, for the rounding of those before.
 
@@ -173,6 +175,8 @@ def gptq_matrix(
       zero_point: the zero point of each element, or None.
       how: the type of the codes and, with `options.tile`, the range of a tile.
       options: the options.
+      tensor_absmax: the largest magnitude of the tensor, for types that have a scale
+        for it.
 
     Returns:
       The matrix that, rounded to nearest, gives the codes; the scale and the zero point
@@ -185,7 +189,10 @@ def gptq_matrix(
         zero_point = None if zero_point is None else zero_point[:, order]
         hessian = hessian[order][:, order]
     factor = inverse_factor(hessian, options.damping)
-    rounded = _correct(matrix, factor, scale, zero_point, how, options)
+    of_tile = functools.partial(
+        tile_scale, how=how, dtype=scale.dtype, tensor_absmax=tensor_absmax
+    )
+    rounded = _correct(matrix, factor, scale, zero_point, how, options, of_tile)
     if order is not None:
         back = jnp.argsort(order)
         rounded = jax.tree.map(lambda x: x[:, back], rounded)
@@ -214,7 +221,7 @@ def inverse_factor(hessian: jax.Array, damping: float) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(lower[::-1, ::-1], identity, lower=False)
 
 
-def _correct(matrix, factor, scale, zero_point, how, options):
+def _correct(matrix, factor, scale, zero_point, how, options, of_tile):
     """The loop over channels of `gptq_matrix`, in blocks."""
     rows, channels = matrix.shape
     block, tile = _block(channels, options)
@@ -237,7 +244,7 @@ def _correct(matrix, factor, scale, zero_point, how, options):
 
     def with_tile_scale(start, size: int, matrix, parts):
         # For all channels of the tile, some of which later blocks may hold.
-        own = tile_scale(columns_of(matrix, start, size), how, parts[0].dtype)
+        own = of_tile(columns_of(matrix, start, size))
         each = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, size)), own)
         return jax.tree.map(lambda whole, part: put(whole, part, start), parts, each)
 
@@ -293,17 +300,26 @@ def _block(channels: int, options: Options) -> tuple[int, int | None]:
 
 
 def tile_scale(
-    tile: jax.Array, how: HowToQuantize, dtype: Any
+    tile: jax.Array,
+    how: HowToQuantize,
+    dtype: Any,
+    tensor_absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale and zero point of a tile, one for each row.
+    """The scale, as a float, and zero point of a tile, one for each row.
 
     Args:
       tile: shape (rows, channels of the tile).
       how: the type and the range.
       dtype: the dtype that the scale is kept in.
+      tensor_absmax: the largest magnitude of the tensor, for types that have a scale
+        for it.
     """
-    own = dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={})
-    scale, zero_point = compute_scale_zero_point(calibrate(tile, own), how.qtype)
+    own = dataclasses.replace(how, channelwise_axes=(0,), tiled_axes={}, tensor_axes=())
+    found = calibrate(tile, own)
+    if tensor_absmax is not None:
+        found["tensor_absmax"] = jnp.full_like(found["tensor_absmax"], tensor_absmax)
+    scale, zero_point = compute_scale_zero_point(found, how.qtype)
+    scale = scale.value if isinstance(scale, CodedScale) else scale
     return numerics.scale_in_dtype(scale, dtype), zero_point
 
 
@@ -311,10 +327,15 @@ def tile_scale(
 def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
     """The codes of a stored param, and which Hessians were positive definite."""
     param, how, view = weight.param, weight.how, weight.view
-    scale, zero_point = compute_scale_zero_point(calibrate(param, how), how.qtype)
+    found = calibrate(param, how)
+    scale, zero_point = compute_scale_zero_point(found, how.qtype)
+    coded = scale if isinstance(scale, CodedScale) else None
+    scale = scale if coded is None else coded.value
 
     def one(parts):
-        return gptq_matrix(*parts, how=how, options=options)
+        *parts, tensor = parts
+        tensor = None if tensor is None else tensor[0, 0]
+        return gptq_matrix(*parts, how=how, options=options, tensor_absmax=tensor)
 
     spread = functools.partial(jax.tree.map, view.spread)
     matrices, scales, zeros, ok = lax.map(
@@ -322,7 +343,7 @@ def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
         (
             weight.matrices(),
             2 * weight.moments["second_moment"],
-            *spread((scale, zero_point)),
+            *spread((scale, zero_point, found.get("tensor_absmax"))),
         ),
     )
     if options.tile is not None:
@@ -332,7 +353,7 @@ def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
     array = quantize_with_scale_zero_point(
         view.from_matrices(matrices),
         how.qtype,
-        scale.astype(jnp.float32),
+        scale.astype(jnp.float32) if coded is None else coded.recoded(scale),
         zero_point,
     )
     return array.astype(param.dtype), ok

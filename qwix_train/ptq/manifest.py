@@ -64,6 +64,8 @@ class StoredParam:
         the array without its `WithAux`.
       layout: how the codes are packed in memory, if they are. Then its arrays are those
         of a `PackedQArray`.
+      float_dtype: the name of the dtype of the dequantized param, where scales are
+        codes, which do not say it.
     """
 
     path: TreePath
@@ -71,6 +73,7 @@ class StoredParam:
     qtype: str | None = None
     how: HowToQuantize | None = None
     layout: PackedLayout | None = None
+    float_dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +100,8 @@ class StoredParam:
         """The name of the dtype of the (dequantized) param."""
         if self.layout is not None:
             return self.layout.dtype.name
+        if self.float_dtype is not None:
+            return self.float_dtype
         return self.arrays["scale" if self.qtype else "value"].dtype
 
 
@@ -231,7 +236,12 @@ def rule_from_json(
         for name, value in record.items()
         if name.endswith("qtype") and value is not None
     }
-    return cls(**{**record, **qtypes})
+    tiles = {
+        name: dict(record[name])
+        for name in ("tile_size", "act_tile_size")
+        if isinstance(record.get(name), list)
+    }
+    return cls(**{**record, **qtypes, **tiles})
 
 
 def _versions() -> dict[str, str]:
@@ -258,6 +268,7 @@ def _param_to_json(param: StoredParam) -> dict[str, Any]:
         "qtype": param.qtype,
         "how": to_record(param.how) if param.how else None,
         "layout": to_record(param.layout) if param.layout else None,
+        "float_dtype": param.float_dtype,
         "arrays": {k: dataclasses.asdict(a) for k, a in param.arrays.items()},
     }
 
@@ -269,7 +280,14 @@ def _param_from_json(record: Mapping[str, Any]) -> StoredParam:
         name: StoredArray(**{**fields, "shape": tuple(fields["shape"])})
         for name, fields in record["arrays"].items()
     }
-    return StoredParam(tuple(record["path"]), arrays, record["qtype"], how, layout)
+    return StoredParam(
+        tuple(record["path"]),
+        arrays,
+        record["qtype"],
+        how,
+        layout,
+        record.get("float_dtype"),  # Older records have none.
+    )
 
 
 def _name_in(record: Any) -> str:

@@ -9,6 +9,8 @@ this:
 - `qwix` has no ``int1`` (every code is 0). The codes -1 and +1 are handed to it as
   ``int2``, a type that holds them, with the same scale.
 - `qwix` has no tiles of unequal length, and its models look up no quantized table.
+- Scales of ``mxfp8``, ``mxfp4`` and ``nvfp4`` are floats there, of the same values; and
+  ``nvfp4`` has no scale of the tensor, which is 1 for what comes from there.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
-from qwix_train.core import numerics, tiling
+from qwix_train.core import formats, numerics, tiling
 from qwix_train.core.errors import imported, located
+from qwix_train.core.formats import Scales
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.ptq.trees import plain, to_tree
@@ -85,7 +89,7 @@ def to_qwix(params: Any, like: Any = None) -> Any:
         array = leaf.array
         if isinstance(array, QArray):
             _check_tiles(where, array)
-            array = _reshape(where, array, target)
+            array = _with_float_scale(_reshape(where, array, target))
             if pure:
                 return plain(WithAux(array, leaf.how))
             parts = array.qvalue, array.scale, array.zero_point
@@ -153,7 +157,7 @@ def from_qwix(params: Any, like: Any = None) -> Any:
                 None if zero is None else _cast(zero, dtype),
                 how.qtype,
             )
-            array = _reshape(where, array, target)
+            array = _with_coded_scale(_reshape(where, array, target))
         return WithAux(array, how if target is None else target.how)
 
     return _map_leaves(convert, stored.unbox(params), like, "the model")
@@ -270,9 +274,38 @@ def _converted(how: Any, cls: Any, qtype: Any) -> Any:
     )
 
 
+def _with_float_scale(array: QArray) -> QArray:
+    """The same with scales that are floats, as `qwix` has them for every type."""
+    if not formats.is_coded(array.scale):
+        return array
+    scale = _cast(array.float_scale, array.dtype)
+    return QArray(array.qvalue, scale, None, array.qtype)
+
+
+def _with_coded_scale(array: QArray) -> QArray:
+    """The same with scales as the type has them; for those of blocks `qwix` has 1."""
+    entry = numerics.format_of(array.qtype)
+    if not entry.coded_scales:
+        return array
+
+    two_levels = entry.scales is Scales.TWO_LEVELS
+    scale = _cast(array.scale, formats.E4M3 if two_levels else formats.E8M0)
+    tensor = jnp.ones((1,) * array.ndim, jnp.float32) if two_levels else None
+    if isinstance(scale, jax.ShapeDtypeStruct) and tensor is not None:
+        tensor = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+    return QArray(
+        array.qvalue, scale, None, array.qtype, tensor, float_dtype=array.dtype
+    )
+
+
 def _qtype_to_qwix(qtype: Any) -> str:
-    name = numerics.qtype_name(qtype)
-    return "int2" if name == "int1" else name
+    entry = numerics.format_of(qtype)
+    of_qwix = ("nf4", "mxfp8", "mxfp4", "nvfp4")
+    if entry.name == "ternary" or (
+        (entry.table is not None or entry.block) and entry.name not in of_qwix
+    ):
+        raise ValueError(f"qwix has no type {entry.name}.")
+    return "int2" if entry.name == "int1" else entry.name
 
 
 def _how_from_qwix(where: str, how: Any) -> HowToQuantize:

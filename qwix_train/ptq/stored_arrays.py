@@ -41,9 +41,16 @@ ArrayKey = tuple[TreePath, str]
 """The path of a param, and the name of one of its arrays."""
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
-_PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
+_PACKED_AS = {
+    "int2": "int2",
+    "int4": "int4",
+    "uint4": "nf4",
+    "float4_e2m1fn": "float4_e2m1fn",
+}
+# Dtypes that TensorStore does not know, stored as bytes.
+_AS_BYTES = ("float8_e4m3",)
 # The parts of a quantized array that are finite and not negative.
-_SCALES = ("scale", "scale_steps", "scale_mean")
+_SCALES = ("scale", "tensor_scale", "scale_steps", "scale_mean")
 
 
 def params_of(tree: Any) -> list[StoredParam]:
@@ -67,19 +74,21 @@ def params_of(tree: Any) -> list[StoredParam]:
 
 
 def _param(path: TreePath, value: Any) -> StoredParam:
-    how, qtype, layout = None, None, None
+    how, qtype, layout, dtype = None, None, None, None
     if isinstance(value, WithAux):
         value, how = value.array, value.how
     arrays = {"value": value}
     if isinstance(value, stored.QUANTIZED_ARRAYS):
         arrays, qtype = stored.parts(value), numerics.qtype_name(value.qtype)
         layout = value.layout if isinstance(value, PackedQArray) else None
+        dtype = None if layout is not None else value.float_dtype
     for name, array in arrays.items():
         where = f"Param {path_name(path)!r}, {name}"
         if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(f"{where}: expected an array, got {type(array).__name__}.")
         _check_dtype(where, array.dtype)
-    return StoredParam(path, arrays, qtype, how, layout)
+    dtype = None if dtype is None else dtype.name
+    return StoredParam(path, arrays, qtype, how, layout, dtype)
 
 
 def _check_dtype(where: str, dtype: Any) -> None:
@@ -117,11 +126,10 @@ def value_of(param: StoredParam) -> Any:
     if param.qtype is None:
         value = param.arrays["value"]
     elif param.layout is not None:
-        value = PackedQArray(
-            **{"zero_point": None, **param.arrays}, layout=param.layout
-        )
+        absent = {"zero_point": None, "scale_steps": None}
+        value = PackedQArray(**{**absent, **param.arrays}, layout=param.layout)
     else:
-        value = QArray(**param.arrays, qtype=param.qtype)
+        value = QArray(**param.arrays, qtype=param.qtype, float_dtype=param.float_dtype)
     return value if param.how is None else WithAux(value, param.how)
 
 
@@ -146,11 +154,14 @@ def _encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
             if _PACKED_AS.get(record.dtype) != packed_as:
                 # The dtype holds more than the type does: nothing may get lost.
                 back = packing.unpack(packed, packed_as, array.shape[axis], axis)
-                codes_sound = jnp.all(back.astype(array.dtype) == array)
+                wide = array.astype(jnp.float32)
+                codes_sound = jnp.all(back.astype(jnp.float32) == wide)
             array = packed
             record = dataclasses.replace(record, packed_as=packed_as, axis=axis)
         elif param.qtype is not None and name in _SCALES:
             scales_sound = scales_sound & _are_scales(array)
+        if record.dtype in _AS_BYTES:
+            array = jax.lax.bitcast_convert_type(array, jnp.uint8)
         encoded[name], records[name] = array, record
     record = dataclasses.replace(param, arrays=records)
     return encoded, record, (codes_sound, scales_sound)
@@ -158,7 +169,8 @@ def _encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
 
 @jax.jit
 def _are_scales(array: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(array) & (array >= 0))
+    values = array.astype(jnp.float32)
+    return jnp.all(jnp.isfinite(values) & (values >= 0))
 
 
 def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
@@ -178,7 +190,8 @@ def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
 def _stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruct:
     """The array as it is stored, sharded as the target says where packing allows it."""
     if record.packed_as is None:
-        return jax.ShapeDtypeStruct(record.shape, record.dtype, sharding=target)
+        dtype = jnp.uint8 if record.dtype in _AS_BYTES else record.dtype
+        return jax.ShapeDtypeStruct(record.shape, dtype, sharding=target)
     shape, axis = record.shape or (1,), record.axis
     assert axis is not None
     packed = packing.packed_shape(shape, record.packed_as, axis)
@@ -194,6 +207,8 @@ def _stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruc
 
 def _decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array:
     """The array that is stored in such a form, sharded as the target says."""
+    if record.dtype in _AS_BYTES:
+        return jax.lax.bitcast_convert_type(array, jnp.dtype(record.dtype))
     if record.packed_as is None:
         return array
     shape, axis = record.shape or (1,), record.axis

@@ -19,6 +19,7 @@ from qwix_train import ops
 from qwix_train.core import calibration, numerics
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
+from qwix_train.core.operands import multiplies_codes
 from qwix_train.core.qarray import (
     MaybeQArray,
     QArray,
@@ -99,9 +100,9 @@ class BackwardProduct:
         self, g: jax.Array, other: QArray, operands: Sequence[MaybeQArray]
     ) -> tuple[jax.Array, MaybeQArray]:
         """Moves the scale of an operand to the gradient, where that has its axes."""
-        if other.zero_point is None and other.qtype != "nf4":
+        if other.zero_point is None and multiplies_codes(other):
             kind = ops.product_of(self.name)
-            scale = other.scale.astype(g.dtype)
+            scale = other.float_scale.astype(g.dtype)
             scale = kind.on_result(self.params, 1 - self.side, scale, operands)
             if scale is not None:
                 return g * scale, other
@@ -133,8 +134,11 @@ class BackwardProduct:
     def _quantized(self, op: Op, at: int, g: jax.Array, key: Any) -> QArray:
         """The codes of the gradient, as an operand of the backward product."""
         rule = self.rule
-        tile = rule.bwd_weight_grad_tile_size if self.of_weight else None
-        axes = weights.operand_axes(op, at, tile)
+        tile = numerics.format_of(rule.bwd_qtype).block
+        if self.of_weight and rule.bwd_weight_grad_tile_size is not None:
+            tile = rule.bwd_weight_grad_tile_size
+        in_blocks = numerics.format_of(rule.bwd_qtype).block is not None
+        axes = weights.operand_axes(op, at, tile, in_blocks=in_blocks)
         channelwise = () if rule.disable_channelwise_axes else axes.channelwise
         how = HowToQuantize(
             qtype=rule.bwd_qtype,

@@ -121,6 +121,7 @@ class QtRule(QuantizationRule):
             of_method = functools.partial(_how, self.bwd_qtype)
             self._check("bwd_calibration_method", of_method, method)
         self._check_tile_size("bwd_weight_grad_tile_size")
+        self._check_blocks("bwd_weight_grad_tile_size", self.bwd_qtype)
         self._check_additional_config()
 
     @property

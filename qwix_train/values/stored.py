@@ -206,6 +206,7 @@ def box(quantized: Any, boxed: Any) -> Any:
     by_layer = {
         name: box_part(getattr(array, name), boxed, named)
         for name in ("scale_steps", "scale_mean")
+        if getattr(array, name) is not None
     }
     whole = jax.tree.map(lambda part: box_part(part, boxed), array)
     return WithAux(whole.replace(**by_layer), quantized.how)

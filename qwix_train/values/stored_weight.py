@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import ops
-from qwix_train.core import numerics, structural
+from qwix_train.core import formats, numerics, structural
 from qwix_train.core.packed_array import PackedQArray, unpack
 from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import QArray, WithAux, dequantize
@@ -160,9 +160,13 @@ class StoredWeight(Carried):
             return None
         if primitive == "div" and operands[0] is not self:
             return None
-        scale = self.array.scale
+        name, scale = "scale", self.array.scale
+        if formats.is_coded(scale):
+            name, scale = "tensor_scale", self.array.tensor_scale
+            if scale is None:
+                scale = jnp.ones((1,) * self.array.ndim, jnp.float32)
         scale = scale * right if primitive == "mul" else scale / right
-        return [self._with(dataclasses.replace(self.array, scale=scale))]
+        return [self._with(dataclasses.replace(self.array, **{name: scale}))]
 
     def _cast(self, dtype) -> list[StoredWeight] | None:
         # The scale keeps its dtype, so that the weight is rounded once, to the last

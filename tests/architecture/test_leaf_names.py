@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 
+from qwix_train.core.qarray import QArray
 from qwix_train.planning import leaves, rules
 from tests.architecture import source
 
@@ -22,8 +23,12 @@ PARTS = {*get_args(leaves.ParamPart), *get_args(leaves.OperandPart)}
 ENDINGS = sorted({*PARTS, *leaves.SIDES})
 ENDING = re.compile(rf"_(?:\(\?:)?({'|'.join(ENDINGS)})(?![A-Za-z0-9_])")
 
-# Fields of rules, which dictionaries and tables of a plan have as keys.
-FIELDS = {field.name for field in dataclasses.fields(rules.QuantizationRule)}
+# Fields of rules, which dictionaries and tables of a plan have as keys; and of arrays.
+FIELDS = {
+    field.name
+    for cls in (rules.QuantizationRule, QArray)
+    for field in dataclasses.fields(cls)
+}
 
 # Names that belong to files of other projects, and strings that do not name a leaf.
 OTHERS = {

@@ -29,6 +29,15 @@ NF4 = (
 )
 
 
+QTYPE_NAMES = (
+    *(f"int{bits}" for bits in range(1, 9)),
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "nf4",
+)
+"""Types whose scales are floats; the others have tests of their own."""
+
+
 def scale_shape(shape, how) -> tuple[int, ...]:
     """One scale for a channel, for a tile, or for a whole axis."""
     counts = [1] * len(shape)

@@ -10,7 +10,7 @@ from qwix_train.core.calibration import (
     smallest_scale,
 )
 from qwix_train.core.how import HowToQuantize
-from tests.core.reference import reference_range
+from tests.core.reference import QTYPE_NAMES, reference_range
 
 LAYOUTS = [
     {},
@@ -38,7 +38,7 @@ def test_ranges_against_a_reference(layout, method):
         np.testing.assert_allclose(got[key], want[key], rtol=1e-6)
 
 
-@pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
+@pytest.mark.parametrize("qtype", QTYPE_NAMES)
 def test_scale_of_a_range(qtype):
     absmax = jnp.array([[1.0, 3.0, 0.0]])
     scale, zero_point = compute_scale_zero_point({"absmax": absmax}, qtype)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwix_train.core import numerics
 from qwix_train.core.conv import conv_general_dilated
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, dequantize, quantize, quantize_array
+from tests.core.reference import QTYPE_NAMES
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -57,7 +57,7 @@ def check(lhs, rhs, strides=(1, 1), padding="SAME", integers=True, **kwargs):
 
 PAIRS = [
     (a, b)
-    for a, b in itertools.product(numerics.QTYPE_NAMES, repeat=2)
+    for a, b in itertools.product(QTYPE_NAMES, repeat=2)
     if "int8" in (a, b) or (a, b) in [("int4", "int4"), ("int3", "int2")]
     or {a, b} == {"float8_e4m3fn", "float8_e5m2"}
 ]  # fmt: skip

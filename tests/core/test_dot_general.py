@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwix_train.core import numerics
 from qwix_train.core.dot_general import MIN_TILE_SIZE, dot, dot_general
 from qwix_train.core.qarray import QArray, dequantize, quantize
+from tests.core.reference import QTYPE_NAMES
 
 NUMBERS = (((2,), (1,)), ((0,), (0,)))
 LHS, RHS = (2, 3, 256), (2, 256, 4)
@@ -63,7 +63,7 @@ def primitives(fn, *args):
 # The types from both ends, against all.
 PAIRS = [
     (a, b)
-    for a, b in itertools.product(numerics.QTYPE_NAMES, repeat=2)
+    for a, b in itertools.product(QTYPE_NAMES, repeat=2)
     if {a, b} & {"int4", "int8", "float8_e4m3fn"} or (a, b) == ("int3", "int2")
 ]
 

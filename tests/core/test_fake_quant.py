@@ -12,6 +12,7 @@ from qwix_train.core.fake_quant import (
 )
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import calibrate, dequantize, quantize_array
+from tests.core.reference import QTYPE_NAMES
 from tests.pairwise import pairwise
 
 
@@ -28,7 +29,7 @@ def bits(x):
 @pytest.mark.parametrize(
     ("qtype", "method", "dtype"),
     pairwise(
-        numerics.QTYPE_NAMES,
+        QTYPE_NAMES,
         ["absmax", "minmax", "rms,1.5", "fixed,-1,2"],
         [jnp.float32, jnp.bfloat16, jnp.float16],
         # Only integers have a zero point.

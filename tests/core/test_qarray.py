@@ -7,7 +7,6 @@ from flax import linen as nn
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import pack
 from qwix_train.core.qarray import (
@@ -21,7 +20,7 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
     validate_qarray,
 )
-from tests.core.reference import expand, reference_dequantized
+from tests.core.reference import QTYPE_NAMES, expand, reference_dequantized
 
 INTEGERS = [f"int{bits}" for bits in range(1, 9)]
 LAYOUTS = [
@@ -34,7 +33,7 @@ METHODS = ["absmax", "absmax,0.6", "minmax", "rms,1.5", "fixed,-1,2"]
 
 
 def hows():
-    for qtype in numerics.QTYPE_NAMES:
+    for qtype in QTYPE_NAMES:
         for method in METHODS:
             if qtype in INTEGERS or method not in ("minmax", "fixed,-1,2"):
                 yield qtype, method
@@ -100,7 +99,7 @@ def test_codes_do_not_depend_on_the_unit(x, how, exponent):
 @pytest.mark.slow
 @hypothesis.given(
     arrays,
-    st.sampled_from(numerics.QTYPE_NAMES),
+    st.sampled_from(QTYPE_NAMES),
     st.sampled_from(["absmax", "rms,2", "fixed,3", "minmax"]),
 )
 @hypothesis.settings(max_examples=50)
@@ -117,7 +116,7 @@ def test_quantizing_again_with_the_same_scale_changes_nothing(x, qtype, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
+@pytest.mark.parametrize("qtype", QTYPE_NAMES)
 def test_special_arrays(qtype):
     zero = quantize(jnp.zeros((2, 3)), qtype)
     assert (zero.scale == 1).all()
@@ -138,7 +137,7 @@ def test_special_arrays(qtype):
     )
 
 
-@pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
+@pytest.mark.parametrize("qtype", QTYPE_NAMES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_tile_with_nan_or_infinity_shows(qtype, bad):
     x = jnp.array([[1.0, bad, -2.0], [1.0, 2.0, 3.0]])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import qwix
 
-from qwix_train.core import numerics
 from qwix_train.core.qarray import QArray, dequantize, quantize
+from tests.core.reference import QTYPE_NAMES
 
 pytestmark = pytest.mark.optimized
 
@@ -31,7 +31,7 @@ METHODS.append("fixed,-2,3")
 DTYPES = [jnp.float32, jnp.bfloat16]
 # The reference's `int1` quantizes everything to zero, and it takes zero points for
 # int8 and int4 only.
-QTYPES = [t for t in numerics.QTYPE_NAMES if t != "int1"]
+QTYPES = [t for t in QTYPE_NAMES if t != "int1"]
 SOME = ["int8", "int3", "float8_e4m3fn", "nf4"]
 
 

@@ -14,6 +14,7 @@ from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import dequantize, quantize_array
 from qwix_train.core.scaling import scaled_values
 from tests.compare import assert_same
+from tests.core.reference import QTYPE_NAMES
 from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.optimized
@@ -67,8 +68,8 @@ def cases():
         yield method, layout, qtype, dtype
 
 
-INTEGERS = [t for t in numerics.QTYPE_NAMES if numerics.is_integer_qtype(t)]
-OTHERS = [t for t in numerics.QTYPE_NAMES if t not in INTEGERS]
+INTEGERS = [t for t in QTYPE_NAMES if numerics.is_integer_qtype(t)]
+OTHERS = [t for t in QTYPE_NAMES if t not in INTEGERS]
 CASES = list(cases())
 
 
@@ -88,7 +89,7 @@ def test_same_codes_everywhere(case):
 
 
 def test_the_cases_have_all_types():
-    assert {qtype for _, _, qtype, _ in CASES} == set(numerics.QTYPE_NAMES)
+    assert {qtype for _, _, qtype, _ in CASES} == set(QTYPE_NAMES)
 
 
 @pytest.mark.slow

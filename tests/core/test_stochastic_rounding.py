@@ -9,8 +9,10 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwix_train.core import nf4, numerics
+from qwix_train.core import numerics
 from qwix_train.core import stochastic_rounding as noise
+from qwix_train.core.formats import levels as tables
+from tests.core.reference import QTYPE_NAMES
 
 DRAWS = 4000
 
@@ -18,7 +20,7 @@ DRAWS = 4000
 def levels(qtype):
     """All values of a type, ascending."""
     if qtype == "nf4":
-        return nf4.LEVELS.astype(np.float64)
+        return np.array(tables.NF4)
     if qtype.startswith("float8"):
         values = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, qtype))
         values = np.unique(values.astype(np.float64))
@@ -38,7 +40,7 @@ def values_between(grid):
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", noise.NOISE_NAMES)
-@pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
+@pytest.mark.parametrize("qtype", QTYPE_NAMES)
 def test_every_type_rounds_to_a_neighbor_and_is_unbiased(qtype, name):
     grid = levels(qtype)
     x = values_between(grid)

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(convert, params, like, message):
     "qtype, message",
     [
         ("int1", "Quantize the float params"),
-        ("mxfp8", "Unknown quantized type 'mxfp8'"),
+        ("mxfp5", "Unknown quantized type 'mxfp5'"),
     ],
 )
 def test_their_types_that_we_do_not_have(qtype, message):

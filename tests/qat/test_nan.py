@@ -29,6 +29,7 @@ from qwix_train.core.fake_quant import (
 )
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import quantize, with_nan
+from tests.core.reference import QTYPE_NAMES
 from tests.models import loss_of
 
 X = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, (4, 6)).astype(np.float32))
@@ -41,7 +42,7 @@ def only_the_bad_one_is_nan(out):
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("qtype", numerics.QTYPE_NAMES)
+@pytest.mark.parametrize("qtype", QTYPE_NAMES)
 def test_fake_quantization_with_a_range_that_is_given(qtype):
     how = HowToQuantize(qtype=qtype, calibration_method="fixed,2")
     only_the_bad_one_is_nan(fake_quant(BAD, how))
