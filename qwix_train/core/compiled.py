@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -46,10 +47,10 @@ def quantize_compiled(
     # XLA for CPUs writes half bytes one by one, with JAX 0.10 some twenty times slower
     # than whole bytes. JAX packs those in a loop of its own when it takes them over
     # from NumPy, which holds each code in a byte.
-    codes, scale, zero_point = _quantize_to_bytes(array, how, scale, zero_point)
+    quantized = _quantize_to_bytes(array, how, scale, zero_point)
     target = array.sharding if array.committed else None
-    packed = jax.device_put(np.asarray(codes).view(dtype), target)
-    return QArray(packed, scale, zero_point, how.qtype)
+    packed = jax.device_put(np.asarray(quantized.qvalue).view(dtype), target)
+    return dataclasses.replace(quantized, qvalue=packed)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -62,10 +63,11 @@ def _quantize(array: jax.Array, how: HowToQuantize, scale: Any, zero: Any) -> QA
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize_to_bytes(
     array: jax.Array, how: HowToQuantize, scale: Any, zero: Any
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes of 4 bits, each in a byte, their scale and zero point."""
+) -> QArray:
+    """The array with codes of 4 bits, each in a byte."""
     quantized = _quantize(array, how, scale, zero)
-    return quantized.qvalue.astype(jnp.int8), quantized.scale, quantized.zero_point
+    codes = quantized.qvalue.astype(jnp.int8)
+    return dataclasses.replace(quantized, qvalue=codes)
 
 
 def _on_one_cpu(array: jax.Array) -> bool:

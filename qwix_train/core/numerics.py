@@ -304,7 +304,16 @@ def round_to_qtype(
         if noise_fn is None:
             return levels.encode(x, entry.table)
         return levels.encode_stochastically(x, entry.table, noise_fn(x.shape))
-    return _round_to_float(x, entry, noise_fn).astype(entry.storage)
+    values = _round_to_float(x, entry, noise_fn)
+    assert isinstance(entry.elements, SmallFloat)
+    bits = entry.elements.to_bits(values, entry.bits)
+    if not entry.has_bits:
+        # Faster than XLA's conversion, which would round again.
+        nan = np.full((), np.nan, entry.storage).view(np.uint8)
+        bits = jnp.where(jnp.isnan(values), nan, bits)
+        return jax.lax.bitcast_convert_type(bits, entry.storage)
+    # As in `levels`: the barrier keeps the arithmetic out of a loop of half bytes.
+    return jax.lax.optimization_barrier(bits).astype(entry.storage)
 
 
 def round_to_level(
@@ -385,5 +394,34 @@ def codes_to_float(q: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     >>> codes_to_float(jnp.array([0, 7, 15], jnp.uint4), 'nf4', jnp.float32).tolist()
     [-1.0, 0.0, 1.0]
     """
-    table = format_of(qtype).table
-    return q.astype(dtype) if table is None else levels.decode(q, table, dtype)
+    entry = format_of(qtype)
+    if entry.table is not None:
+        return levels.decode(q, entry.table, dtype)
+    if entry.has_bits:
+        return bits_to_float(q, entry, dtype)
+    return q.astype(dtype)
+
+
+def bits_to_float(bits: jax.Array, entry: Format, dtype: Any) -> jax.Array:
+    """Returns what the bits of a type of small floats stand for.
+
+    Args:
+        bits: Any shape, an unsigned dtype.
+        entry: The type.
+        dtype: The dtype of the result.
+    """
+    assert isinstance(entry.elements, SmallFloat)
+    return entry.elements.from_bits(bits.astype(jnp.uint8), entry.bits, dtype)
+
+
+def negated(codes: jax.Array, qtype: QType) -> jax.Array:
+    """Returns the codes of the negative values, in a type that has these.
+
+    >>> negated(jnp.array([1, 15], jnp.uint4), 'float4_e2m1fn').tolist()
+    [9, 7]
+    """
+    entry = format_of(qtype)
+    if not entry.has_bits:
+        return -codes
+    flipped = codes.astype(jnp.uint8) ^ jnp.uint8(2 ** (entry.bits - 1))
+    return flipped.astype(codes.dtype)

@@ -61,11 +61,11 @@ def zero_point_of(operand: MaybeQArray) -> jax.Array | None:
 def multiplies_codes(operand: MaybeQArray) -> bool:
     """Whether an operand can be multiplied before it is scaled.
 
-    That is not so where codes are places in a table, for float arrays of 16 bits
-    or more, which make the op a float op anyway, and for wide integers.
+    That is not so where codes are bits or places in a table, for float arrays of 16
+    bits or more, which make the op a float op anyway, and for wide integers.
     """
     if isinstance(operand, QArray):
-        return numerics.format_of(operand.qtype).table is None
+        return numerics.format_of(operand.qtype).has_values
     return jnp.dtype(operand.dtype).itemsize == 1
 
 

@@ -364,15 +364,12 @@ def _by_layer(part: jax.Array, layers: tuple[int, ...]) -> jax.Array:
 
 def _has_values(array: QArray) -> jax.Array:
     """Of each scale, whether a code that it scales stands for anything but 0."""
-    table = numerics.format_of(array.qtype).table
-    zero = 0 if table is None else table.index(0)
+    codes = numerics.codes_to_float(array.qvalue, array.qtype, jnp.float32)
 
     def is_value(code, zero_point):
-        return code != (
-            jnp.asarray(zero, code.dtype) if zero_point is None else zero_point
-        )
+        return code != (0 if zero_point is None else zero_point.astype(code.dtype))
 
-    values = tiling.elementwise(is_value, array.qvalue, array.zero_point)
+    values = tiling.elementwise(is_value, codes, array.zero_point)
     return tiling.reduced(jnp.any, values, array.scale.shape)
 
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from qwix_train.core import numerics
-from qwix_train.core.formats import SmallFloat
 
 
 def pack(codes: jax.Array, qtype: numerics.QType, axis: int = -1) -> jax.Array:
@@ -155,8 +154,6 @@ def group_size(qtype: numerics.QType) -> int:
 def bits_of(codes: jax.Array, qtype: numerics.QType) -> jax.Array:
     """Returns the bits of codes of fewer than 8 bits, each in a byte of its own."""
     entry = numerics.format_of(qtype)
-    if isinstance(entry.elements, SmallFloat):
-        return entry.elements.to_bits(codes.astype(jnp.float32), entry.bits)
     if entry.name == "int1":
         codes = codes.astype(jnp.int8) > 0
     # A signed type of 8 bits first: uint8 takes no negative int4.
@@ -169,9 +166,7 @@ def from_bits(bits: jax.Array, qtype: numerics.QType) -> jax.Array:
     """Returns the codes that `bits_of` gave the bits of."""
     entry = numerics.format_of(qtype)
     dtype, count = entry.storage, entry.bits
-    if isinstance(entry.elements, SmallFloat):
-        return entry.elements.from_bits(bits, count, jnp.float32).astype(dtype)
-    if entry.table is not None:
+    if not entry.has_values:
         return bits.astype(dtype)
     signed = bits.astype(jnp.int8)
     if count == 1:

@@ -210,15 +210,13 @@ def _gather(params, array, others):
     # filled with. Scales that are codes know NaN, and not any number.
     fill_value = params["fill_value"]
     fill_value = jnp.nan if fill_value is None else fill_value
-    levels = numerics.format_of(array.qtype).table
-    one = 1 if levels is None else levels.index(max(levels))
+    one = numerics.format_of(array.qtype).one
     is_nan = isinstance(fill_value, float) and math.isnan(fill_value)
-    has_one = levels is None or levels[one] == 1
-    if not is_nan and (formats.is_coded(array.scale) or not has_one):
+    if not is_nan and (formats.is_coded(array.scale) or one is None):
         return None
     fill = {"scale": fill_value, "zero_point": 0, "tensor_scale": 1}
     parts = {name: take(part, fill[name]) for name, part in array.layouts.items()}
-    codes = take(array.qvalue, one)
+    codes = take(array.qvalue, 0 if one is None else one)  # Each of them is NaN.
     return [dataclasses.replace(array, qvalue=codes, **parts)]
 
 
@@ -275,7 +273,8 @@ def _is_tiled(array: QArray, axis: int) -> bool:
 
 def _negate(params, array, others):
     if formats.is_coded(array.scale):  # They have no sign that is used.
-        return [dataclasses.replace(array, qvalue=-array.qvalue)]
+        codes = numerics.negated(array.qvalue, array.qtype)
+        return [dataclasses.replace(array, qvalue=codes)]
     return [dataclasses.replace(array, scale=-array.scale)]
 
 

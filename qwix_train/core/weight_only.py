@@ -147,7 +147,7 @@ def _general(
     kept = [axis for axis in range(codes.ndim) if axis not in contracted]
     scaled_after = (
         zero_point is None
-        and numerics.format_of(spec.qtype).table is None
+        and numerics.format_of(spec.qtype).has_values
         and all(scale.shape[axis] == 1 for axis in contracted)
         and all(scale.shape[axis] in (1, codes.shape[axis]) for axis in kept)
     )

@@ -15,6 +15,7 @@ this:
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -152,7 +153,7 @@ def from_qwix(params: Any, like: Any = None) -> Any:
             dtype = numerics.storage_dtype(how.qtype)
             zero = array.zero_point
             array = QArray(
-                _cast(array.qvalue, dtype),
+                _codes_from_qwix(array.qvalue, how.qtype),
                 array.scale,
                 None if zero is None else _cast(zero, dtype),
                 how.qtype,
@@ -275,11 +276,23 @@ def _converted(how: Any, cls: Any, qtype: Any) -> Any:
 
 
 def _with_float_scale(array: QArray) -> QArray:
-    """The same with scales that are floats, as `qwix` has them for every type."""
-    if not formats.is_coded(array.scale):
-        return array
-    scale = _cast(array.float_scale, array.dtype)
-    return QArray(array.qvalue, scale, None, array.qtype)
+    """The same with codes and scales that are floats, as `qwix` has them."""
+    entry = numerics.format_of(array.qtype)
+    _qtype_to_qwix(entry.name)  # Complains of a type that it does not have.
+
+    def change(array):
+        codes, scale = array.qvalue, array.scale
+        if entry.has_bits:
+            codes = numerics.codes_to_float(codes, entry.name, jnp.float32)
+            codes = codes.astype(jnp.float4_e2m1fn)
+        if formats.is_coded(scale):
+            scale = array.float_scale.astype(array.dtype)
+        return codes, scale
+
+    codes, scale = stored.result_of(change, array)
+    return dataclasses.replace(
+        array, qvalue=codes, scale=scale, tensor_scale=None, float_dtype=None
+    )
 
 
 def _with_coded_scale(array: QArray) -> QArray:
@@ -296,6 +309,17 @@ def _with_coded_scale(array: QArray) -> QArray:
     return QArray(
         array.qvalue, scale, None, array.qtype, tensor, float_dtype=array.dtype
     )
+
+
+def _codes_from_qwix(codes: Any, qtype: Any) -> Any:
+    entry = numerics.format_of(qtype)
+    if not entry.has_bits:
+        return _cast(codes, entry.storage)
+
+    def change(codes):
+        return numerics.round_to_qtype(codes.astype(jnp.float32), entry.name)
+
+    return stored.result_of(change, codes)
 
 
 def _qtype_to_qwix(qtype: Any) -> str:

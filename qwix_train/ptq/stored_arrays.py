@@ -41,12 +41,7 @@ ArrayKey = tuple[TreePath, str]
 """The path of a param, and the name of one of its arrays."""
 
 # Sub-byte arrays that are no codes: the type of codes that has the same values.
-_PACKED_AS = {
-    "int2": "int2",
-    "int4": "int4",
-    "uint4": "nf4",
-    "float4_e2m1fn": "float4_e2m1fn",
-}
+_PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
 # Dtypes that TensorStore does not know, stored as bytes.
 _AS_BYTES = ("float8_e4m3",)
 # The parts of a quantized array that are finite and not negative.

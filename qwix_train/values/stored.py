@@ -92,7 +92,7 @@ def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
     if isinstance(quantized.array, PackedQArray):
         return quantized
     change = functools.partial(pack, layer_axes=_leading(layers))
-    return WithAux(_result(change, quantized.array), quantized.how)
+    return WithAux(result_of(change, quantized.array), quantized.how)
 
 
 def quantize_param_packed(
@@ -104,7 +104,7 @@ def quantize_param_packed(
     def change(array):
         return quantize_packed(_rotated(jnp.asarray(array), how), in_basis, leading)
 
-    return WithAux(_result(change, param), how)
+    return WithAux(result_of(change, param), how)
 
 
 def _rotated(param: Any, how: HowToQuantize) -> Any:
@@ -124,7 +124,7 @@ def check_own_basis(leaf: Any) -> None:
         )
 
 
-def _result(function: Callable[[Any], Any], array: Any) -> Any:
+def result_of(function: Callable[[Any], Any], array: Any) -> Any:
     """The result of a function of an array; the shape of it for that of an array."""
     is_shape = isinstance(jax.tree.leaves(array)[0], jax.ShapeDtypeStruct)
     return jax.eval_shape(function, array) if is_shape else function(array)
@@ -164,7 +164,7 @@ def dequantized(quantized: WithAux) -> jax.Array:
         values = dequantize(array)
         return values if rotation is None else rotation.undo(values)
 
-    return _result(change, array)
+    return result_of(change, array)
 
 
 def unbox(tree: Any) -> Any:

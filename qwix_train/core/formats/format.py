@@ -32,8 +32,9 @@ class Format:
         bits: The bits of a code where codes are packed.
         storage: The dtype of an array of codes.
         bound: The largest scaled magnitude of a range that is centered at zero.
-        elements: What the codes stand for: `Integers`, a `SmallFloat`, whose values
-            are stored as they are, or a table, whose places are.
+        elements: What the codes stand for: `Integers`; a `SmallFloat`, of which an
+            array holds the values, or the bits if its dtype is unsigned; or a table,
+            of which it holds the places.
         block: The elements that share a scale, where the type says how many.
         scales: How these are stored.
         method: What the calibration method ``absmax`` stands for.
@@ -62,6 +63,26 @@ class Format:
         """The levels, if codes are places in a table."""
         named = isinstance(self.elements, Integers | SmallFloat)
         return None if named else self.elements  # pyright: ignore
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether the codes are the bits of small floats."""
+        is_float = isinstance(self.elements, SmallFloat)
+        return is_float and jnp.issubdtype(self.storage, jnp.integer)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether codes are the numbers that they stand for, and can be multiplied."""
+        return self.table is None and not self.has_bits
+
+    @property
+    def one(self) -> int | None:
+        """The code that stands for 1; None if there is none."""
+        if self.table is not None:
+            return self.table.index(1) if 1 in self.table else None
+        if isinstance(self.elements, SmallFloat) and self.has_bits:
+            return (1 - self.elements.lowest) << self.elements.mantissa
+        return 1
 
     @property
     def coded_scales(self) -> bool:
@@ -113,7 +134,7 @@ def _narrow(bits: int, name: str, **fields: Any) -> Format:
 def _float(name: str, source: str) -> Format:
     dtype = jnp.dtype(name)
     kind = SmallFloat.of_dtype(dtype)
-    return Format(name, jnp.finfo(dtype).bits, dtype, kind.largest, kind, source=source)
+    return Format(name, 8, dtype, kind.largest, kind, source=source)
 
 
 _OCP = "OCP Microscaling Formats v1.0"
@@ -138,13 +159,9 @@ def _microscaling(name: str, *aliases: str, **fields: Any) -> list[Format]:
     return [up, down]
 
 
-def _of_float(bits: int, storage: Any, kind: SmallFloat | None = None) -> dict:
-    kind = kind or SmallFloat.of_dtype(storage)
-    if bits < 8:
-        kind = kind._replace(has_nan=False)
-    return dict(
-        bits=bits, storage=jnp.dtype(storage), bound=kind.largest, elements=kind
-    )
+def _of_float(bits: int, kind: SmallFloat, storage: Any) -> dict[str, Any]:
+    storage = jnp.dtype(storage)
+    return dict(bits=bits, storage=storage, bound=kind.largest, elements=kind)
 
 
 def of_table(name: str, table: levels.Table, source: str = "") -> Format:
@@ -163,10 +180,15 @@ def of_table(name: str, table: levels.Table, source: str = "") -> Format:
 _IEEE = "ml_dtypes, IEEE 754 style"
 _FNUZ = "arXiv 2206.02915"
 _OFP8 = "OCP OFP8 v1.0"
-_E2M1 = _of_float(4, jnp.float4_e2m1fn)
-# JAX has no arrays of 6 bits on a CPU. Their values are values of E4M3.
-_E2M3 = SmallFloat(mantissa=3, lowest=0, largest=7.5, has_nan=False)
-_E3M2 = SmallFloat(mantissa=2, lowest=-2, largest=28.0, has_nan=False)
+# JAX has no arrays of floats of 6 bits on a CPU, and XLA reads and writes those of 4
+# bits there one by one, where it compiles them at all. So arrays hold their bits.
+_E2M1 = _of_float(4, SmallFloat.of_dtype(jnp.float4_e2m1fn), jnp.uint4)
+_E2M3 = _of_float(6, SmallFloat(3, 0, largest=7.5, has_nan=False), jnp.uint8)
+_E3M2 = _of_float(6, SmallFloat(2, -2, largest=28.0, has_nan=False), jnp.uint8)
+_E4M3, _E5M2 = (
+    _of_float(8, SmallFloat.of_dtype(dtype), dtype)
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
+)
 
 _ENTRIES = [
     *(_integer(bits) for bits in range(1, 9)),
@@ -186,12 +208,12 @@ _ENTRIES = [
     _float("float8_e4m3b11fnuz", "arXiv 1909.05271"),
     _float("float8_e4m3fnuz", _FNUZ),
     _float("float8_e5m2fnuz", _FNUZ),
-    _float("float4_e2m1fn", _OCP),
+    Format("float4_e2m1fn", source=_OCP, **_E2M1),
     of_table("nf4", levels.NF4, "QLoRA, arXiv 2305.14314"),
-    *_microscaling("mxfp8", "mxfp8_e4m3", **_of_float(8, jnp.float8_e4m3fn)),
-    *_microscaling("mxfp8_e5m2", **_of_float(8, jnp.float8_e5m2)),
-    *_microscaling("mxfp6", "mxfp6_e2m3", **_of_float(6, jnp.float8_e4m3fn, _E2M3)),
-    *_microscaling("mxfp6_e3m2", **_of_float(6, jnp.float8_e4m3fn, _E3M2)),
+    *_microscaling("mxfp8", "mxfp8_e4m3", **_E4M3),
+    *_microscaling("mxfp8_e5m2", **_E5M2),
+    *_microscaling("mxfp6", "mxfp6_e2m3", **_E2M3),
+    *_microscaling("mxfp6_e3m2", **_E3M2),
     *_microscaling("mxfp4", **_E2M1),
     *_microscaling(
         "mxint8",

@@ -84,43 +84,50 @@ class SmallFloat(NamedTuple):
         """Returns the bits of values, as uint8: the sign, the exponent, the mantissa.
 
         Args:
-            values: Values of the type, float32.
+            values: Values of the type, none of them NaN.
             bits: The bits of the type.
 
         >>> SmallFloat.of_dtype(jnp.float4_e2m1fn).to_bits(
         ...     jnp.array([0.5, -6.0]), 4).tolist()
         [1, 15]
         """
+        values = values.astype(jnp.float32)
         magnitude = jnp.abs(values)
-        # Codes of neighbors are neighbors: the place is what it is in the binade, and
-        # as many for each one below.
-        _, exponent = jnp.frexp(magnitude)
-        binade = jnp.maximum(exponent - 1 - self.lowest, 0) * (magnitude > 0)
-        unit = jnp.ldexp(jnp.ones((), values.dtype), self.mantissa - self.lowest)
-        within = magnitude * unit * jnp.exp2(-binade.astype(values.dtype))
-        place = binade * 2**self.mantissa + within.astype(jnp.int32)
-        sign = jnp.signbit(values).astype(jnp.int32) << (bits - 1)
+        # The upper bits of a float32 are those of the small float, but for the exponent
+        # of 1. Below the smallest normal number that is a multiple of the step.
+        as_int = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+        normal = (as_int >> (23 - self.mantissa)) - (self._offset << self.mantissa)
+        small = (magnitude * 2.0 ** (self.mantissa - self.lowest)).astype(jnp.int32)
+        place = jnp.where(magnitude < 2.0**self.lowest, small, normal)
+        sign = jnp.where(jnp.signbit(values), 2 ** (bits - 1), 0)
         return (place | sign).astype(jnp.uint8)
 
     def from_bits(self, code: jax.Array, bits: int, dtype: Any) -> jax.Array:
-        """Returns the values of bits, in a float dtype; for types without infinities.
+        """Returns the values of bits, in a float dtype; NaN for those of no number.
 
         Args:
-            code: What `to_bits` gave, in any integer dtype.
+            code: What `to_bits` gave, in an unsigned dtype.
             bits: The bits of the type.
             dtype: The dtype.
 
         >>> SmallFloat.of_dtype(jnp.float4_e2m1fn).from_bits(
-        ...     jnp.array([1, 15]), 4, jnp.float32).tolist()
+        ...     jnp.array([1, 15], jnp.uint8), 4, jnp.float32).tolist()
         [0.5, -6.0]
         """
-        # In integers: the mantissa, moved by the exponent. Of all types of up to 6
-        # bits these are small.
         code = code.astype(jnp.int32)
         place = code & (2 ** (bits - 1) - 1)
-        exponent = jnp.maximum(place >> self.mantissa, 1) - 1
-        whole = (place - (exponent << self.mantissa)) << exponent
-        values = whole.astype(dtype) * jnp.asarray(
-            2.0 ** (self.lowest - self.mantissa), dtype
-        )
-        return jnp.where(code >> (bits - 1) == 1, -values, values)
+        as_int = (place << (23 - self.mantissa)) + (self._offset << 23)
+        normal = jax.lax.bitcast_convert_type(as_int, jnp.float32)
+        small = place.astype(jnp.float32) * 2.0 ** (self.lowest - self.mantissa)
+        values = jnp.where(place < 2**self.mantissa, small, normal)
+        if self.has_nan:
+            values = jnp.where(values > self.largest, jnp.nan, values)
+        negative = code >> (bits - 1) == 1
+        if not self.signed_zero:  # What would be -0 is NaN.
+            values = jnp.where(negative & (place == 0), jnp.nan, values)
+        return jnp.where(negative, -values, values).astype(dtype)
+
+    @property
+    def _offset(self) -> int:
+        """What the exponent of a float32 has more than the one that is stored."""
+        return 127 + self.lowest - 1
