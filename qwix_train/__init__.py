@@ -18,7 +18,7 @@ Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
 Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
 `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`.
 
-Packages: `qat`, `calib`, `ptq`, `lora`, `odml`, `optim`, `hooks`.
+Packages: `qat`, `calib`, `ptq`, `lora`, `odml`, `optim`, `hooks`; `formats`, the types.
 """
 
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from qwix_train import qat as qat
 from qwix_train.attach import attach as attach
 from qwix_train.attach import attached as attached
 from qwix_train.attach import detach as detach
+from qwix_train.core import formats as formats
 from qwix_train.core.conv import conv_general_dilated as conv_general_dilated
 from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general

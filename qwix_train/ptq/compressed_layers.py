@@ -57,7 +57,7 @@ def layer_format(qtype: Any, int8_format: str) -> str:
         return "float-quantized"
     if name == "int8":
         return int8_format
-    if name in ("int1", "nf4", "float8_e5m2"):
+    if name in ("int1", "ternary") or not numerics.is_integer_qtype(name):
         raise ValueError(
             f"compressed-tensors has no type {name}; it takes int2 to int8 and "
             "float8_e4m3fn"

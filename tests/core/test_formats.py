@@ -1,6 +1,7 @@
 """Types whose scales are coded, and other types beside the integers and OFP8."""
 
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -275,3 +276,8 @@ def test_blocks_on_two_axes_are_multiplied_in_codes():
     np.testing.assert_allclose(qwix_train.dot(a, b), exact, rtol=0, atol=1e-4)
     text = str(jax.make_jaxpr(qwix_train.dot)(a, b))
     assert "f8_e4m3fn[4,2,128]" in text.replace(" ", "")
+
+
+def test_the_documented_table_is_that_of_the_code():
+    document = pathlib.Path(__file__).parents[2] / "docs" / "formats.md"
+    assert formats.table() in document.read_text()

@@ -13,3 +13,4 @@ from qwix_train.core.formats.scales import coded as coded
 from qwix_train.core.formats.scales import is_coded as is_coded
 from qwix_train.core.formats.scales import scale_value as scale_value
 from qwix_train.core.formats.small_floats import SmallFloat as SmallFloat
+from qwix_train.core.formats.table import table as table

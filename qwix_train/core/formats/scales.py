@@ -39,7 +39,7 @@ class Scales(enum.Enum):
     PLAIN = "float"
     POWER_UP = "E8M0, rounded up"
     POWER_DOWN = "E8M0, as the specification rounds"
-    TWO_LEVELS = "E4M3, times a float32 for the tensor"
+    TWO_LEVELS = "E4M3 and a float32 for the tensor"
 
 
 E8M0 = jnp.dtype(jnp.float8_e8m0fnu)
