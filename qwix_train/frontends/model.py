@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, traverse_util
 
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
@@ -51,6 +51,9 @@ def quantize_model(
       methods: the methods to quantize, by name. `apply` of a Linen model takes them by
         name and as functions, such as `Model.encode`. Others run in float, and say so
         where they run ops that the rules quantize.
+        With a `QtProvider` whose rules have `act_static_scale=True`, each call of an
+        NNX model updates the statistics of ranges that it holds in `QuantStat`s; none
+        does while the model has a true attribute `disable_quant_stats_update`.
       **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
         an NNX model does not have in float; its method gets them, too, if it has a
         parameter of that name.
@@ -119,6 +122,10 @@ def quantize_model(
             plan = checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
             hold_params(quantized, provider, provider.store_params, traced, plan, rngs)
+        if provider.keeps_quant_stats:
+            held, _ = provider.quant_stats_of(quantized)
+            stats = merged(provider.initial_quant_stats(plan), held)
+            provider.put_quant_stats(quantized, stats)
     run_quantized(quantized, provider, methods)
     return quantized
 
@@ -440,6 +447,37 @@ def _initialize(provider: QuantizationProvider, traced: function.TracedCall):
     return provider.initialize(traced, plan)
 
 
+def _nnx_with_quant_stats(
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    provider: QuantizationProvider,
+) -> Any:
+    """The result of a call of an NNX model that holds statistics in variables."""
+    model = args[0]
+    held, update = provider.quant_stats_of(model)
+    found: dict[str, Any] = {}
+
+    def rewrite(traced):
+        plan = checked_plan(provider, traced)
+        if not provider.matches(plan):
+            return session.UNCHANGED
+        stats = merged(provider.initial_quant_stats(plan), held)
+        out, after = provider.run_with_quant_stats(traced, plan, stats, update)
+        found.update(after)
+        return out
+
+    out = nnx_calls.rewrite_call(method, args, kwargs, rewrite)
+    provider.put_quant_stats(model, found)
+    return out
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one; the second has precedence."""
+    flat = [traverse_util.flatten_dict(dict(tree)) for tree in (below, above)]
+    return traverse_util.unflatten_dict(flat[0] | flat[1])
+
+
 def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
     method = getattr(cls, name)
     in_trace = other_methods.marked(method)
@@ -450,6 +488,8 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
             return in_trace(*args, **kwargs)
         rewrite = provider.of_nnx(args[0]).rewrite
         with current_rule.answering(provider.rules):
+            if provider.keeps_quant_stats:
+                return _nnx_with_quant_stats(method, args, kwargs, provider)
             return nnx_calls.rewrite_call(method, args, kwargs, rewrite)
 
     return quantized

@@ -51,8 +51,9 @@ class QuantizationProvider:
       collects_by_default: whether activations have static ranges unless a rule says
         `act_static_scale=False`.
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
-        models in a collection `quant_stats` (see `run_with_quant_stats`), by a wrapped
-        step in its state (see `running`).
+        models in a collection `quant_stats` (see `run_with_quant_stats`), by NNX models
+        in variables (see `put_quant_stats`), by a wrapped step in its state (see
+        `running`).
       changes: what is changed in the stages that the mode chooses (see `changed`).
     """
 
@@ -256,6 +257,19 @@ class QuantizationProvider:
           plan: what the rules do to it.
           quant_stats: the statistics that the model holds.
           update: whether they may change.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def quant_stats_of(self, model: nnx.Module) -> tuple[dict[str, Any], bool]:
+        """The statistics that an NNX model holds, and whether its calls change them."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
+
+    def put_quant_stats(self, model: nnx.Module, quant_stats: Any) -> None:
+        """Gives an NNX model statistics, in place.
+
+        Args:
+          model: the model.
+          quant_stats: the statistics, as a nested dictionary.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no statistics.")
 

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from qwix_train.calib.observe import RangeTagging
 from qwix_train.frontends import nnx_objects
 from qwix_train.planning import static_range
@@ -14,6 +16,7 @@ from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.qat.fake_quantized import fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
+from qwix_train.qat.quant_stat import put_quant_stats, quant_stats_of
 from qwix_train.qat.running_ranges import (
     RunningRanges,
     as_quant_stats,
@@ -58,7 +61,8 @@ class QtProvider(QuantizationProvider):
             `act_static_scale=True`: those of a `calib.Calibrator`, or any that
             `quantize_params` takes. They stay as they are while training. If None, a
             Linen model holds statistics in a collection `quant_stats`: `init` makes
-            it, and `apply` updates it where it is mutable.
+            it, and `apply` updates it where it is mutable. An NNX model holds them in
+            `QuantStat`s, which its calls update.
           allow_unmatched: see `QuantizationProvider`.
 
         Raises:
@@ -116,6 +120,14 @@ class QtProvider(QuantizationProvider):
     ) -> tuple[Any, Any]:
         """The result of a traced call, and the statistics after it."""
         return run_with_quant_stats(self, traced, plan, quant_stats, update)
+
+    def quant_stats_of(self, model: nnx.Module) -> tuple[dict[str, Any], bool]:
+        """See `QuantizationProvider.quant_stats_of`."""
+        return quant_stats_of(model)
+
+    def put_quant_stats(self, model: nnx.Module, quant_stats: Any) -> None:
+        """See `QuantizationProvider.put_quant_stats`."""
+        put_quant_stats(model, quant_stats)
 
     def tagging(self) -> RangeTagging:
         """See `QuantizationProvider.tagging`."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, traverse_util
 
+from qwix_train.calib.ranges import states_in
 from qwix_train.frontends import nnx_objects
 from qwix_train.planning.plan import Path
 from qwix_train.trace.function import param_path
@@ -30,3 +31,33 @@ def quant_stats_in(tree: Any) -> Iterator[tuple[Path, QuantStat]]:
             for keys, leaf in leaves:
                 if isinstance(leaf, QuantStat):
                     yield (*path, attribute, *param_path(keys)), leaf
+
+
+def quant_stats_of(model: nnx.Module) -> tuple[dict[str, Any], bool]:
+    """The statistics of an NNX model, and whether its calls change them.
+
+    Args:
+      model: the model. Its calls do not while it has a true attribute
+        `disable_quant_stats_update`, as in `qwix`.
+
+    Returns:
+      The statistics as a nested dictionary, and the answer.
+    """
+    states = {path: dict(stat.get_value()) for path, stat in quant_stats_in(model)}
+    frozen = getattr(model, "disable_quant_stats_update", False)
+    return traverse_util.unflatten_dict(states), not frozen
+
+
+def put_quant_stats(model: nnx.Module, quant_stats: Any) -> None:
+    """Gives an NNX model statistics, in place.
+
+    Args:
+      model: the model.
+      quant_stats: the statistics, as a nested dictionary.
+    """
+    held = dict(quant_stats_in(model))
+    for path, state in states_in(quant_stats).items():
+        if path in held:
+            held[path].set_value(state)
+        else:
+            nnx_objects.put(model, path, QuantStat(state))
