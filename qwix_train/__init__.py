@@ -43,6 +43,7 @@ from qwix_train.frontends.model import apply_lora_to_model as apply_lora_to_mode
 from qwix_train.frontends.model import quantize_fn as quantize_fn
 from qwix_train.frontends.model import quantize_model as quantize_model
 from qwix_train.frontends.plan_of import plan as plan
+from qwix_train.frontends.quant_stat import QuantStat as QuantStat
 from qwix_train.frontends.step_models import as_model as as_model
 from qwix_train.frontends.step_models import in_float as in_float
 from qwix_train.ops.ragged_dot import ragged_dot as ragged_dot
@@ -55,7 +56,6 @@ from qwix_train.planning.rules import QuantizationRule as QuantizationRule
 from qwix_train.planning.schedule import Schedule as Schedule
 from qwix_train.qat import QtProvider as QtProvider
 from qwix_train.qat import QtRule as QtRule
-from qwix_train.qat.quant_stat import QuantStat as QuantStat
 from qwix_train.qat.ranges import ranges as ranges
 from qwix_train.qat.state import QuantTrainState as QuantTrainState
 from qwix_train.step import wrap_eval_step as wrap_eval_step

@@ -14,7 +14,7 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import (
     call_mode,
-    linen_ranges,
+    kept_ranges,
     marks,
     nested,
     nnx_keys,
@@ -57,6 +57,9 @@ def quantize_model(
       methods: the methods to quantize, by name. `apply` of a Linen model takes them by
         name and as functions, such as `Model.encode`. Others run in float, and say so
         where they run ops that the rules quantize.
+        With a `QtProvider` whose rules have `act_static_scale=True`, each call of an
+        NNX model updates the statistics of ranges that it holds in `QuantStat`s; none
+        does while the model has a true attribute `disable_quant_stats_update`.
       **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
         an NNX model does not have in float; its method gets them, too, if it has a
         parameter of that name.
@@ -125,6 +128,8 @@ def quantize_model(
             plan = checked_plan(provider, traced)
         if provider.stores_params or provider.adds_params:
             hold_params(quantized, provider, provider.store_params, traced, plan, rngs)
+        if provider.keeps_quant_stats:
+            kept_ranges.hold_initial(quantized, provider, plan)
     run_quantized(quantized, provider, methods)
     return quantized
 
@@ -386,7 +391,7 @@ def _linen_method(cls: type, name: str, provider: QuantizationProvider):
         call = linen_calls.Call(self, name, original, args, kwargs)
         with current_rule.answering(provider.rules):
             if provider.keeps_quant_stats:
-                return linen_ranges.call_with_statistics(call, provider)
+                return kept_ranges.linen_call(call, provider)
             if linen_calls.can_rewrite(self):
                 return call.rewritten(functools.partial(rewrite, provider))
             if provider.stores_params or provider.adds_params:
@@ -417,6 +422,8 @@ def _nnx_method(cls: type, name: str, provider: QuantizationProvider):
             return in_trace(*args, **kwargs)
         mode = nnx_keys.drawn(args[0], functools.partial(rewrite, provider))
         with current_rule.answering(provider.rules):
+            if provider.keeps_quant_stats:
+                return kept_ranges.nnx_call(method, args, kwargs, provider)
             return nnx_calls.rewrite_call(method, args, kwargs, mode)
 
     return quantized

@@ -90,6 +90,8 @@ class DropOut(Stage):
 
     def apply(self, x: Any, at: At | None = None) -> Any:
         """See `Stage.apply`."""
+        if self.rate == 1:
+            return jnp.zeros_like(x)
         keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 

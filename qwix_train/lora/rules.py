@@ -94,8 +94,13 @@ class LoraRule(QuantizationRule):
         if not math.isfinite(self.alpha) or self.alpha == 0:
             problem = "it must be a finite number other than 0, which trains nothing"
             raise self._error("alpha", problem)
-        if not 0 <= self.dropout < 1:
+        if not 0 <= self.dropout <= 1:
             raise self._error("dropout", "it must be at least 0 and below 1")
+        if self.dropout == 1:
+            reason = (
+                "it must be at least 0 and below 1, which leaves nothing to learn from"
+            )
+            self.refuse("dropout", reason)
         if self.param_dtype is not None:
             self._check("param_dtype", _check_float, self.param_dtype)
         for field in ("lora_a_initializer", "lora_b_initializer"):

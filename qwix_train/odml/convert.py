@@ -13,6 +13,7 @@ from flax import nnx
 from jax import core
 from jax import numpy as jnp
 
+from qwix_train.frontends.quant_stat import quant_stats_in
 from qwix_train.odml import dynamic_batch as batches
 from qwix_train.odml import flatbuffer
 from qwix_train.odml.annotation import grids_of, run_annotated
@@ -25,7 +26,6 @@ from qwix_train.odml.provider import OdmlQatProvider
 from qwix_train.planning.provider import checked_plan
 from qwix_train.planning.quant_stats import nested
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.qat.quant_stat import quant_stats_in
 
 
 def convert(

@@ -56,8 +56,11 @@ class QuantizationProvider:
       collects_by_default: whether activations have static ranges unless a rule says
         `act_static_scale=False`.
       keeps_quant_stats: whether statistics of ranges are kept while training: by Linen
-        models in a collection `quant_stats`, by a wrapped step in its state. The mode
-        for each call is `with_ranges(running)` then.
+        models in a collection `quant_stats`, by NNX models in variables, by a wrapped
+        step in its state. The mode for each call is `with_ranges(running)` then.
+      collect: what keeps statistics other than ranges: gives the result of a call, and
+        the statistics after it, from the traced call, its plan, the statistics before
+        it, and whether they change. None for ranges.
       follows_schedules: whether there is nothing to it but its rules, so that others
         may take their place in a phase of a schedule.
       strict: whether it is an error that a rule asks for what cannot be done.
@@ -75,6 +78,7 @@ class QuantizationProvider:
     takes_static_ranges = False
     keeps_quant_stats = False
     collects_by_default = False
+    collect: Callable[[TracedCall, Plan, Any, bool], tuple[Any, Any]] | None = None
     follows_schedules = False
     strict = False
     random_stream = ""

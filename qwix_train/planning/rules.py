@@ -175,7 +175,7 @@ class QuantizationRule:
             if qtype is not None and not (field == "act_qtype" and is_int16(qtype)):
                 self._check(field, numerics.canonical_qtype, qtype)
         if self.act_qtype is not None and self.weight_qtype is None:
-            raise self._error(
+            self.refuse(
                 "act_qtype",
                 "it needs a weight_qtype: an op's activations are quantized only "
                 "together with its weight",
@@ -184,7 +184,7 @@ class QuantizationRule:
             raise self._error("act_static_scale", "it needs an act_qtype")
         for field in ("act_batch_axes", "act_channelwise_axes"):
             if getattr(self, field) and not self.act_static_scale:
-                raise self._error(field, "it needs act_static_scale=True")
+                self.refuse(field, "it needs act_static_scale=True")
         self._check_learned()
         for name in ("weight", "act"):
             field = f"{name}_calibration_method"
@@ -451,6 +451,19 @@ class QuantizationRule:
                 f"{name}_qtypes and no step for the others: leave these out, or begin "
                 "with start_step and ramp_steps",
             )
+
+    def refuse(self, field: str, reason: str) -> None:
+        """Refuses what would have no effect, or not the one that is meant.
+
+        Args:
+          field: the field.
+          reason: what is wrong with it.
+
+        Raises:
+          ValueError: always. Rules with the names and defaults of `qwix` (`as_qwix`)
+            take it, as it does, and warn.
+        """
+        raise self._error(field, reason)
 
     def _check(self, field, function, value):
         try:

@@ -25,6 +25,7 @@ from qwix_train.frontends.model import quantize_fn, quantize_model, trace_functi
 from qwix_train.frontends.nested import WithLeaves, inserted
 from qwix_train.frontends.other_methods import check_no_product_in_float, resolved
 from qwix_train.frontends.plan_of import plan_model
+from qwix_train.frontends.quant_stat import quant_stats_in
 from qwix_train.planning import static_range
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import LEFT_OUT, Leaf, Path, range_of, scale_path
@@ -35,7 +36,6 @@ from qwix_train.planning.rules import QuantizationRule, rule_of_range
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
 from qwix_train.ptq.provider import PtqProvider
-from qwix_train.qat.quant_stat import quant_stats_in
 from qwix_train.trace import subclasses
 from qwix_train.trace.function import param_path
 from qwix_train.values import stored

@@ -54,7 +54,8 @@ class QtProvider(QuantizationProvider):
             `act_static_scale=True`: those of a `calib.Calibrator`, or any that
             `quantize_params` takes. They stay as they are while training. If None, a
             Linen model holds statistics in a collection `quant_stats`: `init` makes
-            it, and `apply` updates it where it is mutable.
+            it, and `apply` updates it where it is mutable. An NNX model holds them in
+            `QuantStat`s, which its calls update.
           allow_unmatched: see `QuantizationProvider`.
 
         Raises:

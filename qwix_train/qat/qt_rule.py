@@ -106,11 +106,11 @@ class QtRule(QuantizationRule):
         if self.bwd_qtype is None:
             for field in ("bwd_weight_grad_tile_size", "bwd_stochastic_rounding"):
                 if getattr(self, field) is not None:
-                    raise self._error(field, "it needs a bwd_qtype")
+                    self.refuse(field, "it needs a bwd_qtype")
         else:
             self._check("bwd_qtype", numerics.canonical_qtype, self.bwd_qtype)
             if self.weight_qtype is None:
-                raise self._error("bwd_qtype", "it needs a weight_qtype")
+                self.refuse("bwd_qtype", "it needs a weight_qtype")
             if self.learns_scales:
                 raise self._error(
                     "bwd_qtype",
@@ -142,9 +142,9 @@ class QtRule(QuantizationRule):
                 continue
             if name != "use_original_residuals":
                 reason = f"{name!r} has no counterpart here; use the fields of QtRule"
-                raise self._error(field, reason)
-            if value is not False:
-                raise self._error(
+                self.refuse(field, reason)
+            elif value is not False:
+                self.refuse(
                     field,
                     "gradients are those at the quantized operands, so "
                     "use_original_residuals can only be False",

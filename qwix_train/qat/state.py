@@ -12,6 +12,7 @@ from flax.training import train_state
 
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import held, nnx_objects
+from qwix_train.frontends.quant_stat import QuantStat, quant_stats_in
 from qwix_train.frontends.targets import (
     frozen_like,
     has_collections,
@@ -20,7 +21,6 @@ from qwix_train.frontends.targets import (
 )
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.quant_stats import States, as_quant_stats, nested, states_in
-from qwix_train.qat.quant_stat import QuantStat, quant_stats_in
 
 
 class QuantTrainState(train_state.TrainState):

@@ -23,6 +23,7 @@ LAYERS = (
     "odml",
     "lora",
     "hooks",
+    "like_qwix",
 )
 # Modules that stand beside the packages: the doors to them.
 MOST_DOORS = 8

@@ -39,6 +39,9 @@ OTHERS = {
     "lora/peft_config.py": {"lora_alpha"},
     # A number behind a name that two arguments of a LiteRT model share.
     "odml/calls.py": {"f'{name}_{index}'"},
+    # Statistics of the calibration providers of `qwix`.
+    "like_qwix/contrib/awq.py": {"act_scale"},
+    "like_qwix/contrib/smooth_quant.py": {"sq_scale", "inv_sq_scale"},
     # A parameter of `jax.lax.ragged_dot_general`.
     "ops/ragged_dot.py": {"group_offset"},
 }

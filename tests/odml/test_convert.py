@@ -10,8 +10,8 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import QuantizationRule, odml, qat, quantize_model
+from qwix_train.frontends.quant_stat import QuantStat
 from qwix_train.odml import annotation, lowering
-from qwix_train.qat.quant_stat import QuantStat
 from tests.odml.small import INT8, Mlp, converted, init, module, normal, stats_of
 
 SHAPE = (3, 8)
