@@ -343,16 +343,17 @@ def test_methods_that_look_at_inputs(method, qtype):
 
 def test_sensitivity_and_bits():
     """Types of one width of code are told apart by what they lose."""
-    x, w = models.normal(32, 64, seed=1), models.normal(64, 16, seed=2)
-    y = x @ w
+    model, x = nn.Dense(16), models.normal(32, 64, seed=1)
+    params = models.params_of(model, x)
+    y = model.apply({"params": params}, x)
 
     def loss(params, batch):
-        return jnp.mean((batch @ params["w"] - y) ** 2)
+        return jnp.mean((model.apply({"params": params}, batch) - y) ** 2)
 
     rules = [QuantizationRule(weight_qtype="mxfp4")]
     types = ["mxfp4", "nvfp4", "mxint8", "ternary"]
-    found = qat.sensitivity(loss, {"w": w}, rules, [x], qtypes=types)
-    lost = {record.qtype: record.loss_increase for record in found.records}
+    found = qat.sensitivity(loss, params, rules, [x], qtypes=types)
+    lost = {record.qtype: record.loss_increase for record in found.rows}
     assert lost["mxint8"] < lost["nvfp4"] < lost["mxfp4"] < lost["ternary"]
 
 
