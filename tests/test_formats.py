@@ -9,7 +9,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 import qwix_train
-from qwix_train import QtRule, QuantizationRule, ptq
+from qwix_train import QtRule, QuantizationRule, ptq, qat
 from qwix_train.core import formats, numerics
 from qwix_train.core.packed_array import PackedQArray
 from qwix_train.core.qarray import dequantize
@@ -341,7 +341,23 @@ def test_methods_that_look_at_inputs(method, qtype):
     assert np.linalg.norm(out - exact) < 0.6 * np.linalg.norm(exact)
 
 
-def test_training_on_mxfp8(tmp_path):
+def test_sensitivity_and_bits():
+    """Types of one width of code are told apart by what they lose."""
+    model, x = nn.Dense(16), models.normal(32, 64, seed=1)
+    params = models.params_of(model, x)
+    y = model.apply({"params": params}, x)
+
+    def loss(params, batch):
+        return jnp.mean((model.apply({"params": params}, batch) - y) ** 2)
+
+    rules = [QuantizationRule(weight_qtype="mxfp4")]
+    types = ["mxfp4", "nvfp4", "mxint8", "ternary"]
+    found = qat.sensitivity(loss, params, rules, [x], qtypes=types)
+    lost = {record.qtype: record.loss_increase for record in found.rows}
+    assert lost["mxint8"] < lost["nvfp4"] < lost["mxfp4"] < lost["ternary"]
+
+
+def test_training_on_mxfp8():
     """A step of training with quantized gradients lowers the loss as in float."""
     rule = QtRule(weight_qtype="mxfp8", act_qtype="mxfp8", bwd_qtype="mxfp8_e5m2")
     model, x = Layers(), models.normal(32, 64, seed=1)

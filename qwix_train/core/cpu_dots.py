@@ -101,7 +101,7 @@ def choose_form(rows: int, weight_size: int, qtype: Any) -> Form:
         weight_size: The number of weights.
         qtype: The type of the weight.
     """
-    if surely(rows, 1 if qtype == "nf4" else 2):
+    if surely(rows, 1 if numerics.format_of(qtype).table is not None else 2):
         return "rows"
     return "whole" if weight_size <= _WHOLE_MOST else "blocks"
 

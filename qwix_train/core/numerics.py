@@ -169,7 +169,7 @@ def code_range(qtype: QType) -> tuple[int, int]:
     codes = format_of(qtype).integers
     if codes is None:
         raise ValueError(f"{qtype_name(qtype)} has no integer codes.")
-    return codes
+    return codes.low, codes.high
 
 
 def symmetric_bound(qtype: QType) -> float:
@@ -343,11 +343,11 @@ def round_to_level(
 def _round_to_integer(
     x: jax.Array, entry: Format, noise_fn: NoiseFn | None, dtype: Any
 ) -> jax.Array:
-    low, high = code_range(entry.name)
+    assert entry.integers is not None
+    low, high, step = entry.integers
     if noise_fn is not None:
-        step = 2 if entry.name == "int1" else 1
         x = x.astype(compute_dtype(x.dtype)) + step * noise_fn(x.shape)
-    if entry.name == "int1":
+    if step == 2:  # The codes -1 and 1.
         return jnp.where(x < 0, jnp.asarray(low, x.dtype), high)
     code = jnp.clip(jnp.round(x), low, high)
     if noise_fn is not None or entry.bound == high:

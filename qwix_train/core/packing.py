@@ -154,7 +154,7 @@ def group_size(qtype: numerics.QType) -> int:
 def bits_of(codes: jax.Array, qtype: numerics.QType) -> jax.Array:
     """Returns the bits of codes of fewer than 8 bits, each in a byte of its own."""
     entry = numerics.format_of(qtype)
-    if entry.name == "int1":
+    if entry.bits == 1:
         codes = codes.astype(jnp.int8) > 0
     # A signed type of 8 bits first: uint8 takes no negative int4.
     unsigned = codes.dtype in (jnp.bool, jnp.uint4, jnp.uint8)

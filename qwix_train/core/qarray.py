@@ -329,10 +329,10 @@ def quantize_with_scale_zero_point(
             f"The zero point of shape {zero_point.shape} does not fit the scale of "
             f"shape {scale.shape}."
         )
-    scale = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
-    y = scaling.scaled_values(array, scale, zero_point)
+    values = numerics.scale_in_dtype(jnp.asarray(scale), array.dtype)
+    y = scaling.scaled_values(array, values, zero_point)
     qvalue = numerics.round_to_qtype(y, qtype, noise_fn, dtype=array.dtype)
-    return QArray(qvalue, scale, zero_point, qtype)
+    return QArray(qvalue, values, zero_point, qtype)
 
 
 def with_nan(quantized: QArray, array: jax.Array) -> QArray:

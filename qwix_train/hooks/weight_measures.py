@@ -127,7 +127,7 @@ def _ends_of_scale(quantized: QArray) -> tuple[Any, Any]:
 def _end_codes(qtype: Any) -> tuple[float, float]:
     entry = numerics.format_of(qtype)
     if entry.integers is not None:
-        return entry.integers
+        return entry.integers.low, entry.integers.high
     if entry.table is not None:
         return 0, len(entry.table) - 1
     return -entry.bound, entry.bound

@@ -288,7 +288,8 @@ def _check_levels(params: Any, hows: list[HowToQuantize | None]) -> None:
 
 def _step(how: HowToQuantize) -> int:
     """Returns the difference of two neighboring codes."""
-    return 2 if numerics.qtype_name(how.qtype) == "int1" else 1
+    integers = numerics.format_of(how.qtype).integers
+    return 1 if integers is None else integers.step
 
 
 def _check(

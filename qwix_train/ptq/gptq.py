@@ -328,9 +328,9 @@ def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
     """The codes of a stored param, and which Hessians were positive definite."""
     param, how, view = weight.param, weight.how, weight.view
     found = calibrate(param, how)
-    scale, zero_point = compute_scale_zero_point(found, how.qtype)
-    coded = scale if isinstance(scale, CodedScale) else None
-    scale = scale if coded is None else coded.value
+    stored, zero_point = compute_scale_zero_point(found, how.qtype)
+    coded = stored if isinstance(stored, CodedScale) else None
+    scale: Any = stored if coded is None else coded.value
 
     def one(parts):
         *parts, tensor = parts

@@ -300,11 +300,10 @@ def _with_coded_scale(array: QArray) -> QArray:
     entry = numerics.format_of(array.qtype)
     if not entry.coded_scales:
         return array
-
     two_levels = entry.scales is Scales.TWO_LEVELS
-    scale = _cast(array.scale, formats.E4M3 if two_levels else formats.E8M0)
-    tensor = jnp.ones((1,) * array.ndim, jnp.float32) if two_levels else None
-    if isinstance(scale, jax.ShapeDtypeStruct) and tensor is not None:
+    scale: Any = _cast(array.scale, formats.E4M3 if two_levels else formats.E8M0)
+    tensor: Any = jnp.ones((1,) * array.ndim, jnp.float32) if two_levels else None
+    if two_levels and isinstance(array.scale, jax.ShapeDtypeStruct):
         tensor = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
     return QArray(
         array.qvalue, scale, None, array.qtype, tensor, float_dtype=array.dtype

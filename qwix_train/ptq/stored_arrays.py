@@ -75,8 +75,10 @@ def _param(path: TreePath, value: Any) -> StoredParam:
     arrays = {"value": value}
     if isinstance(value, stored.QUANTIZED_ARRAYS):
         arrays, qtype = stored.parts(value), numerics.qtype_name(value.qtype)
-        layout = value.layout if isinstance(value, PackedQArray) else None
-        dtype = None if layout is not None else value.float_dtype
+        if isinstance(value, PackedQArray):
+            layout = value.layout
+        else:
+            dtype = value.float_dtype
     for name, array in arrays.items():
         where = f"Param {path_name(path)!r}, {name}"
         if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):

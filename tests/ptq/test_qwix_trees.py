@@ -230,3 +230,30 @@ def test_qwix_is_optional(monkeypatch):
     with pytest.raises(ImportError, match="pip install qwix"):
         to_qwix(params)
     assert isinstance(from_qwix(theirs)["w"], WithAux)
+
+
+@pytest.mark.parametrize("qtype", ["mxfp8", "mxfp4", "nvfp4"])
+def test_blocks_there_and_back(qtype):
+    """Their scales are floats, of the values that ours have."""
+    import qwix
+
+    block = 16 if qtype == "nvfp4" else 32
+    how = HowToQuantize(qtype=qtype, channelwise_axes=(1,), tiled_axes={0: block})
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32))
+    ours = {"w": WithAux(quantize_array(w, how), how)}
+    theirs = to_qwix(ours)["w"]
+    assert theirs.array.scale.dtype == jnp.float32
+    values = dequantize(ours["w"].array)
+    np.testing.assert_allclose(qwix.dequantize(theirs.array), values, rtol=1e-6)
+    of_them = qwix.quantize(w, qtype, channelwise_axes=(1,), tiled_axes={0: block})
+    back = from_qwix({"w": type(theirs)(of_them, theirs.how)})["w"]
+    assert back.array.scale.dtype == ours["w"].array.scale.dtype
+    assert jax.tree.structure(back) == jax.tree.structure(ours["w"])
+    np.testing.assert_array_equal(dequantize(back.array), qwix.dequantize(of_them))
+
+
+def test_blocks_that_qwix_does_not_have():
+    how = HowToQuantize(qtype="mxint8", channelwise_axes=(1,), tiled_axes={0: 32})
+    param = WithAux(quantize_array(jnp.ones((32, 4)), how), how)
+    with pytest.raises(ValueError, match="qwix has no type mxint8"):
+        to_qwix({"w": param})

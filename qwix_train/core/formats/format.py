@@ -17,10 +17,11 @@ from qwix_train.core.formats.small_floats import SmallFloat
 
 
 class Integers(NamedTuple):
-    """Codes that are whole numbers, from the lowest to the highest."""
+    """Codes that are whole numbers, from the lowest to the highest, so far apart."""
 
     low: int
     high: int
+    step: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +93,9 @@ class Format:
     @property
     def levels(self) -> np.ndarray:
         """All values that codes stand for, in order, float64."""
-        if self.name == "int1":
-            return np.array([-1.0, 1.0])
         if self.integers is not None:
-            return np.arange(self.integers.low, self.integers.high + 1.0)
+            low, high, step = self.integers
+            return np.arange(low, high + 1.0, step)
         if self.table is not None:
             return np.array(self.table)
         kind = self.elements
@@ -120,7 +120,7 @@ class Format:
 
 def _integer(bits: int) -> Format:
     high = 2 ** (bits - 1) - 1
-    bound, codes = (high + 0.5, (-high - 1, high)) if bits > 1 else (2.0, (-1, 1))
+    bound, codes = (high + 0.5, (-high - 1, high)) if bits > 1 else (2.0, (-1, 1, 2))
     storage = jnp.dtype(jnp.int4 if bits <= 4 else jnp.int8)
     return Format(f"int{bits}", bits, storage, bound, Integers(*codes))
 

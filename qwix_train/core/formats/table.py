@@ -51,8 +51,8 @@ def _row(entry: Format) -> list[str]:
 
 def _values(entry: Format) -> str:
     if entry.integers is not None:
-        low, high = entry.integers
-        return "-1, 1" if entry.bits == 1 else f"{low} to {high}"
+        low, high, step = entry.integers
+        return f"{low} to {high}" if step == 1 else f"{low}, {high}"
     if entry.table is not None:
         return f"{len(entry.table)} levels"
     kind = entry.elements

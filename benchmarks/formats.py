@@ -1,0 +1,264 @@
+"""What types of blocks lose, and what encoding and reading them costs.
+
+    python -m benchmarks.formats [--quick] [--sections error encode layers model] ...
+
+The error of quantizing normal numbers, the time that it takes, the time of a product
+with a quantized weight, and the loss of a language model, in one process. Every time is
+the median of rounds in which the variants take turns; the ratios are what to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+
+import qwix_train
+from benchmarks import models
+from benchmarks.ptq import HAS_QWIX, medians
+from benchmarks.qat_step import run_sections, table
+from qwix_train import QuantizationRule, ptq
+from qwix_train.core import formats
+from qwix_train.core.compiled import quantize_compiled
+
+if HAS_QWIX:
+    import qwix
+
+OUT = pathlib.Path(__file__).parent / "out" / "formats.json"
+OURS = ("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4")
+TRAINED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "int4")
+OTHERS = ("nf4", "int4", "int8")
+OF_QWIX = ("mxfp8", "mxfp4", "nvfp4", "nf4", "int4", "int8")
+TILE = 32  # Of types without blocks.
+TEXT_LENGTH = 64
+
+
+def main() -> None:
+    sections = {
+        "error": (bench_error, error_table),
+        "encode": (bench_encode, encode_table),
+        "layers": (bench_layers, layers_table),
+        "model": (bench_model, model_table),
+    }
+    run_sections(parse_options(), sections)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a small matrix and few steps")
+    add("--sections", nargs="*", default=["error", "encode", "layers", "model"])
+    add("--size", type=int, default=2048, help="rows and columns of the matrix")
+    add("--rows", type=int, nargs="*", default=[1, 16])
+    add("--rounds", type=int, default=11)
+    add("--width", type=int, default=128)
+    add("--layers", type=int, default=2)
+    add("--steps", type=int, default=600, help="of the model in float")
+    add("--qat-steps", type=int, default=200)
+    add("--out", type=pathlib.Path, default=OUT, help="where the JSON goes")
+    if parser.parse_args().quick:
+        parser.set_defaults(size=512, rounds=3, width=64, steps=60, qat_steps=20)
+    return parser.parse_args()
+
+
+def layout(qtype: str) -> dict[str, Any]:
+    entry = formats.find(qtype)
+    assert entry is not None
+    return dict(channelwise_axes=(1,), tiled_axes={0: entry.block or TILE})
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values.astype(np.float32))
+
+
+def bench_error(options) -> list[dict[str, Any]]:
+    """The relative error of normal numbers, for two standard deviations."""
+    results = []
+    for qtype in (*OURS, *OTHERS):
+        found: dict[str, Any] = {"type": qtype}
+        for sigma in (1.0, 1e-3):
+            x = sigma * normal(options.size, 512)
+            values = qwix_train.dequantize(
+                qwix_train.quantize(x, qtype, **layout(qtype))
+            )
+            found[f"qwix_train, {sigma:g}"] = _error(values, x)
+            if HAS_QWIX and qtype in OF_QWIX:
+                values = qwix.dequantize(qwix.quantize(x, qtype, **layout(qtype)))
+                found[f"qwix, {sigma:g}"] = _error(values, x)
+        results.append(found)
+    return results
+
+
+def _error(values: jax.Array, x: jax.Array) -> float:
+    return float(jnp.linalg.norm(values - x) / jnp.linalg.norm(x))
+
+
+def error_table(results) -> str:
+    columns = ["qwix_train, 1", "qwix, 1", "qwix_train, 0.001", "qwix, 0.001"]
+    rows = [["type", *columns]]
+    for found in results:
+        cells = [f"{100 * found[c]:.2f} %" if c in found else "-" for c in columns]
+        rows.append([found["type"], *cells])
+    return table(rows)
+
+
+def bench_encode(options) -> list[dict[str, Any]]:
+    """The time to quantize a matrix, as `quantize_params` does it."""
+    x, results = normal(options.size, options.size), []
+    for qtype in (*OURS, *OTHERS):
+        how = qwix_train.HowToQuantize(qtype=qtype, **layout(qtype))
+        calls: dict[str, Any] = {}
+        calls["qwix_train"] = functools.partial(quantize_compiled, x, how)
+        if HAS_QWIX and qtype in OF_QWIX:
+            theirs = functools.partial(qwix.quantize, qtype=qtype, **layout(qtype))
+            calls["qwix"] = functools.partial(theirs, x)
+            calls["qwix, jitted"] = functools.partial(jax.jit(theirs), x)
+        results.append({"type": qtype, **medians(calls, options.rounds)})
+    return results
+
+
+def encode_table(results) -> str:
+    rows = [["type", "qwix_train", "qwix", "qwix, jitted", "qwix / qwix_train"]]
+    for found in results:
+        times = [
+            f"{1e3 * found[name]:.1f} ms" if name in found else "-"
+            for name in ("qwix_train", "qwix", "qwix, jitted")
+        ]
+        ratio = "-"
+        if "qwix" in found:
+            ratio = f"{found['qwix'] / found['qwix_train']:.1f}"
+        rows.append([found["type"], *times, ratio])
+    return table(rows)
+
+
+def bench_layers(options) -> list[dict[str, Any]]:
+    """A product of float rows with a weight that is quantized beforehand."""
+    weight, results = normal(options.size, options.size), []
+    for rows in options.rows:
+        x = normal(rows, options.size, seed=1)
+        calls = {"float32": functools.partial(jax.jit(jnp.matmul), x, weight)}
+        for qtype in (*OURS, *OTHERS):
+            how = qwix_train.HowToQuantize(qtype=qtype, **layout(qtype))
+            quantized = quantize_compiled(weight, how)
+            calls[qtype] = functools.partial(jax.jit(qwix_train.dot), x, quantized)
+        results.append({"rows": rows, **medians(calls, options.rounds)})
+    return results
+
+
+def layers_table(results) -> str:
+    names = ["float32", *OURS, *OTHERS]
+    head = ["type", *(f"M={found['rows']}" for found in results)]
+    rows = [
+        [name, *(f"{1e3 * found[name]:.2f} ms" for found in results)] for name in names
+    ]
+    return table([head, *rows])
+
+
+def bench_model(options) -> list[dict[str, Any]]:
+    """The loss of a model of this repository's own text, in bits a byte."""
+    train, test = _texts()
+    model = models.Decoder(options.layers, options.width, vocabulary=256)
+    tokens = test["x"][:1]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    state = train_state.TrainState.create(
+        apply_fn=model.apply,
+        params=params,
+        tx=optax.adam(optax.cosine_decay_schedule(2e-3, options.steps)),
+    )
+    state = _trained(state, _step, train, options.steps)
+    exact = _loss(model, state.params, test)
+    results = [{"type": "float32", "PTQ": exact, "GPTQ": exact, "QAT": exact}]
+    fine_tuning = optax.adam(optax.cosine_decay_schedule(5e-4, options.qat_steps))
+    for qtype in TRAINED:
+        block = formats.find(qtype)
+        assert block is not None
+        tile = None if block.block else TILE
+        rules = [QuantizationRule(weight_qtype=qtype, tile_size=tile)]
+        quantized, tree = ptq.quantize(model, state.params, rules, tokens)
+        found = {"type": qtype, "PTQ": _loss(quantized, tree, test)}
+        method = ptq.Gptq(rules)
+        apply = method.wrap(jax.jit(model.apply))
+        for start in range(0, 64, 16):
+            apply({"params": state.params}, train["x"][start : start + 16])
+        abstract = jax.eval_shape(lambda tree=tree: tree)
+        tree = method.quantize_params(state.params, abstract)
+        found["GPTQ"] = _loss(quantized, tree, test)
+        tuned = state.replace(
+            step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
+        )
+        step = qwix_train.wrap_train_step(_step, rules)
+        tuned = _trained(tuned, step, train, options.qat_steps)
+        _, tree = ptq.quantize(model, tuned.params, rules, tokens)
+        found["QAT"] = _loss(quantized, tree, test)
+        results.append(found)
+    tuned = state.replace(
+        step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
+    )
+    tuned = _trained(tuned, _step, train, options.qat_steps)
+    results[0]["QAT"] = _loss(model, tuned.params, test)
+    return results
+
+
+def _texts() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    root = pathlib.Path(__file__).parents[1]
+    files = sorted([*root.glob("qwix_train/**/*.py"), *root.glob("docs/*.md")])
+    splits = []
+    for held_out in (False, True):
+        chosen = [f for i, f in enumerate(files) if (i % 10 == 0) == held_out]
+        text = np.frombuffer(b"".join(f.read_bytes() for f in chosen), np.uint8)
+        count = (len(text) - 1) // TEXT_LENGTH
+        x = text[: count * TEXT_LENGTH].reshape(count, TEXT_LENGTH)
+        y = text[1 : count * TEXT_LENGTH + 1].reshape(count, TEXT_LENGTH)
+        order = np.random.default_rng(0).permutation(count)
+        x, y = (jnp.asarray(part[order].astype(np.int32)) for part in (x, y))
+        splits.append({"x": x, "y": y})
+    train, test = splits
+    return train, {name: part[:256] for name, part in test.items()}
+
+
+def _step(state, batch):
+    def loss_fn(params):
+        logits = state.apply_fn({"params": params}, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["y"]
+        ).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+
+def _trained(state, step, data, steps: int):
+    step, batch = jax.jit(step), 16
+    for number in range(steps):
+        start = number * batch % (len(data["x"]) - batch)
+        state, _ = step(state, {k: v[start : start + batch] for k, v in data.items()})
+    return state
+
+
+def _loss(model, params, test) -> float:
+    logits = jax.jit(model.apply)({"params": params}, test["x"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, test["y"])
+    return float(loss.mean() / np.log(2))
+
+
+def model_table(results) -> str:
+    rows = [["type", "PTQ", "GPTQ", "QAT"]]
+    for found in results:
+        rows.append(
+            [found["type"], *(f"{found[name]:.4f}" for name in ("PTQ", "GPTQ", "QAT"))]
+        )
+    return table(rows)
+
+
+if __name__ == "__main__":
+    main()
