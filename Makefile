@@ -12,6 +12,7 @@
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-interchange  files against the libraries of their formats (torch)
+#   make test-clients  trainers that import qwix, on this library: Tunix
 #   make lint         ruff and pyright
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
@@ -24,7 +25,7 @@
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
-# test-interchange where there is no torch.
+# test-interchange and test-clients where their packages cannot be installed.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -37,6 +38,7 @@ ARGS ?=
 VENV := .venv
 LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
+TUNIX := .venv-tunix
 PIP := -m pip --disable-pip-version-check --quiet
 
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
@@ -92,7 +94,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,27p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,28p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -203,6 +205,30 @@ run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 	  $(call PYTEST,$(VENV)) -m interchange $(PYTEST_ARGS) \
 	  $(shell grep -rl --include='test_*.py' 'mark\.interchange' tests)
 
+# Tunix with `qwix`, and this library: what it trains with either is compared.
+$(TUNIX)/.stamp: pyproject.toml
+	@python=$$($(call find_python,3.12)) || { \
+	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
+	  exit 1; }; \
+	echo "make: installing google-tunix into $(TUNIX) from $$python"; \
+	"$$python" -m venv --clear $(TUNIX)
+	@$(TUNIX)/bin/python $(PIP) install google-tunix==0.1.7 qwix==0.1.8 -e .
+	@touch $@
+
+.PHONY: test-clients
+test-clients: $(VENV)/.stamp-test
+	@if $(MAKE) --no-print-directory $(TUNIX)/.stamp; then \
+	  $(MAKE) --no-print-directory run-test-clients; \
+	else \
+	  echo "make: TEST-CLIENTS WAS NOT RUN: google-tunix could not be installed" >&2; \
+	  [ -n "$(ALLOW_MISSING)" ]; \
+	fi
+
+.PHONY: run-test-clients
+run-test-clients: $(VENV)/.stamp-test $(TUNIX)/.stamp
+	QWIX_TRAIN_TUNIX_PYTHON=$(CURDIR)/$(TUNIX)/bin/python \
+	  $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients
+
 .PHONY: lint
 lint: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff check .
@@ -250,5 +276,5 @@ environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
 
 .PHONY: clean
 clean:
-	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(JAX_CACHE) .pytest_cache .ruff_cache \
+	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(TUNIX) $(JAX_CACHE) .pytest_cache .ruff_cache \
 	  .hypothesis

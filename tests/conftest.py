@@ -73,7 +73,7 @@ def pytest_collection_finish(session):
 def pytest_collection_modifyitems(config, items):
     _thin(items)
     _mark_fast(items)
-    _skip_interchange(items)
+    _skip_others(items)
     wanted = config.option.optimized
     others = [i for i in items if bool(i.get_closest_marker("optimized")) != wanted]
     if others:
@@ -99,7 +99,7 @@ def _mark_fast(items):
     """The first test of each module that runs by default stands for the module."""
     seen = set()
     for item in items:
-        others = ("slow", "interchange", "documentation")
+        others = ("slow", "interchange", "clients", "documentation")
         if any(item.get_closest_marker(other) for other in others):
             continue
         if item.path not in seen:
@@ -107,13 +107,18 @@ def _mark_fast(items):
             item.add_marker(pytest.mark.fast)
 
 
-def _skip_interchange(items):
-    if other_python.VARIABLE in os.environ:
-        return
-    reason = "needs PyTorch and the libraries: run `make test-interchange`"
-    for item in items:
-        if item.get_closest_marker("interchange"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+def _skip_others(items):
+    needs = {
+        "interchange": (other_python.VARIABLE, "PyTorch and the libraries"),
+        "clients": ("QWIX_TRAIN_TUNIX_PYTHON", "Tunix"),
+    }
+    for marker, (variable, what) in needs.items():
+        if variable in os.environ:
+            continue
+        reason = f"needs {what}: run `make test-{marker}`"
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_report_header():
