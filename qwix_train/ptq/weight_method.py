@@ -183,7 +183,7 @@ class WeightMethod(Collector, abc.ABC):
           rules: the rules, those that the model is to be quantized by.
         """
         super().__init__()
-        self.rules = check_rules(rules)
+        self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
         self.report: WeightReport | None = None
         self._tagging = InputTagging(
             self.rules, second_moment=self.second_moment, rows=self.rows
