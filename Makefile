@@ -13,7 +13,7 @@
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-interchange  files against the libraries of their formats (torch)
 #   make test-clients  trainers that import qwix, on this library: Tunix
-#   make lint         ruff and pyright
+#   make lint         ruff and pyright, which also checks that all names have types
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
 #   make test-wheel   the README's code with that wheel, in a fresh environment
@@ -234,12 +234,15 @@ lint: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pyright --verifytypes qwix_train \
+	  --ignoreexternal
 
 # Warnings are errors, and nothing is downloaded.
 .PHONY: docs
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
-	@echo "make: the site is build/site/index.html"
+	@echo "make: the site is build/site/index.html; to search in it, run" \
+	  "python -m http.server -d build/site"
 
 .PHONY: dist
 dist: $(VENV)/.stamp-dev

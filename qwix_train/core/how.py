@@ -139,7 +139,7 @@ class HowToQuantize:
     rotation: Rotation | None = None
     tensor_axes: Collection[int] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def put(field: str, value: Any) -> None:
             object.__setattr__(self, field, value)
 

@@ -14,7 +14,7 @@ from qwix_train.planning.quant_stats import states_in
 from qwix_train.trace.function import param_path
 
 
-class QuantStat(nnx.Variable):
+class QuantStat(nnx.Variable[Any]):
     """The statistics of one static range of an NNX model: a dictionary of arrays."""
 
 

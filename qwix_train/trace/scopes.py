@@ -173,7 +173,7 @@ def current_path() -> str | None:
     return None if _thread.stack is None else module_path_of(_thread.stack)
 
 
-def float_scope():
+def float_scope() -> contextlib.AbstractContextManager[Any]:
     """A context under which traced equations stay in float, whatever rules say."""
     return jax.named_scope(_IN_FLOAT)
 
