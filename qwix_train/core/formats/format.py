@@ -232,6 +232,9 @@ _ENTRIES = [
     # Those of LiteRT's weights: no rule asks for them.
     *(_narrow(bits, f"int{bits}_narrow", source="LiteRT") for bits in (4, 8)),
 ]
+BUILT_IN = tuple(entry for entry in _ENTRIES if not entry.name.endswith("_narrow"))
+"""The types that rules may ask for, but for tables that were registered."""
+
 _FORMATS: dict[str, Format] = {}
 
 

@@ -1,6 +1,6 @@
 """The table of types, as `docs/formats.md` has it."""
 
-from qwix_train.core.formats.format import Format, entries
+from qwix_train.core.formats.format import BUILT_IN, Format
 from qwix_train.core.formats.scales import Scales
 from qwix_train.core.formats.small_floats import SmallFloat
 
@@ -21,9 +21,10 @@ _HEADER = (
 def table() -> str:
     """Returns the types that rules may ask for, as a table in Markdown.
 
-    Variants whose scales are rounded down are left out.
+    Variants whose scales are rounded down, and tables that were registered, are left
+    out.
     """
-    known = [entry for entry in entries() if entry.scales is not Scales.POWER_DOWN]
+    known = [entry for entry in BUILT_IN if entry.scales is not Scales.POWER_DOWN]
     rows = [_HEADER, ["---"] * len(_HEADER), *map(_row, known)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
