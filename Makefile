@@ -7,12 +7,15 @@
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
 #   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests; ONLY=lora: of one package, with its doctests
-#   make test-docs    the doctests, and the code of the README
+#   make test-docs    the doctests, and the code of the README and of the documentation
 #   make test-fast    a test of each module, in a minute
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-interchange  files against the libraries of their formats (torch)
 #   make lint         ruff and pyright
+#   make docs         the documentation as a site, in build/site
+#   make dist         the wheel and the sdist, in dist
+#   make test-wheel   the README's code with that wheel, in a fresh environment
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
 #   make bench-calibration  the benchmark of calibration
@@ -89,7 +92,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,20p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,27p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -144,7 +147,7 @@ test-slow: $(VENV)/.stamp-test
 .PHONY: test-docs
 test-docs: $(VENV)/.stamp-test
 	$(call PYTEST,$(VENV)) --doctest-modules -m "not slow" $(PYTEST_ARGS) \
-	  tests/test_readme.py qwix_train
+	  tests/test_documents.py qwix_train
 
 .PHONY: test-fast
 test-fast: $(VENV)/.stamp-test
@@ -206,6 +209,21 @@ lint: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Warnings are errors, and nothing is downloaded.
+.PHONY: docs
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
+	@echo "make: the site is build/site/index.html"
+
+.PHONY: dist
+dist: $(VENV)/.stamp-dev
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
+
+.PHONY: test-wheel
+test-wheel: dist
+	$(VENV)/bin/python -m tests.wheel dist/*.whl
+
 .PHONY: bench
 bench: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qat_step $(ARGS)
@@ -232,5 +250,5 @@ environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) $(LATEST) $(INTERCHANGE) $(JAX_CACHE) .pytest_cache .ruff_cache \
+	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(JAX_CACHE) .pytest_cache .ruff_cache \
 	  .hypothesis

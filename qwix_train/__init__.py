@@ -59,6 +59,8 @@ from qwix_train.qat.state import QuantTrainState as QuantTrainState
 from qwix_train.step import wrap_eval_step as wrap_eval_step
 from qwix_train.step import wrap_train_step as wrap_train_step
 
+__version__ = "0.1.0"
+
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:
     from qwix_train import hooks as hooks
