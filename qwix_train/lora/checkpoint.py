@@ -24,7 +24,7 @@ from qwix_train.planning import table as plan_table
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import checkpoint
 
-_KEY = "lora"
+KEY = "lora"
 
 
 def save(
@@ -84,7 +84,7 @@ def save(
     )
     manifest = AdapterManifest(known, check_rules(rules), {}, metadata)
     checkpoint.save(
-        path, adapters, metadata={_KEY: manifest.to_json()}, overwrite=overwrite
+        path, adapters, metadata={KEY: manifest.to_json()}, overwrite=overwrite
     )
 
 
@@ -140,7 +140,7 @@ def read_manifest(path: epath.PathLike) -> AdapterManifest:
     """
     parts.check_path(path, "lora.read_manifest(path)")
     whole = checkpoint.read_manifest(path)
-    record = (whole.metadata or {}).get(_KEY)
+    record = (whole.metadata or {}).get(KEY)
     if record is None:
         raise ValueError(
             f"{path} holds params, and no adapters that lora.save wrote. Read them "

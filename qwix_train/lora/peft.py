@@ -42,7 +42,7 @@ from qwix_train.values import stored
 Names = Callable[[str], str] | Mapping[str, str]
 """The name of the module of a param, from its path, such as ``"head/kernel"``."""
 
-_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OTHER = "adapter_model.bin"
 # Of a `PeftModel` the tuner, and of that the model.
 _PREFIX = "base_model.model."
@@ -123,8 +123,8 @@ def save_peft(
         writing.finish(folder)
         _check_folder(folder, overwrite)
         contents: dict[str, writing.Content] = {
-            _FILE: lambda file: safetensors_files.write_file(file, tensors, metadata),
-            _CONFIG: text.encode(),
+            FILE: lambda file: safetensors_files.write_file(file, tensors, metadata),
+            CONFIG: text.encode(),
         }
         writing.write_together(folder, contents)
 
@@ -196,7 +196,7 @@ def load_peft(
         )
     if unread:
         warnings.warn(
-            f"{directory / _FILE} holds weights of the base, too, which are not read, "
+            f"{directory / FILE} holds weights of the base, too, which are not read, "
             f"and could not be held against the model's: {plan_table.some(unread, 3)}.",
             stacklevel=2,
         )
@@ -219,10 +219,10 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
         )
 
     def is_one() -> bool:
-        file = folder / _CONFIG
+        file = folder / CONFIG
         return file.exists() and "peft_type" in json_text.read(file)
 
-    for name in (_FILE, _CONFIG):
+    for name in (FILE, CONFIG):
         writing.check_target(
             folder / name, what="of adapters", is_one=is_one, overwrite=overwrite
         )
@@ -230,15 +230,15 @@ def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
 
 def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     writing.finish(directory)
-    for name in (_CONFIG, _FILE):
+    for name in (CONFIG, FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(f"There is no {name} in {directory}.")
-    config = json_text.read(directory / _CONFIG)
-    with located(str(directory / _CONFIG), "."):
+    config = json_text.read(directory / CONFIG)
+    with located(str(directory / CONFIG), "."):
         peft_config.check(config)
-    tensors, metadata = safetensors_files.read_file(directory / _FILE)
+    tensors, metadata = safetensors_files.read_file(directory / FILE)
     meaning = peft_config.meaning(config)
-    safetensors_files.check_config(metadata, meaning, directory / _CONFIG)
+    safetensors_files.check_config(metadata, meaning, directory / CONFIG)
     return config, {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
 
 

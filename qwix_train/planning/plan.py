@@ -35,6 +35,8 @@ from qwix_train.stages.rotate import Rotate, RotateWeight
 from qwix_train.stages.stage import Stage
 from qwix_train.trace.analyze import Op
 
+_NO_CALL = "The step calls no model that is quantized."
+
 
 @dataclasses.dataclass(frozen=True)
 class OpPlan:
@@ -298,6 +300,9 @@ class Plan(RuleUse):
     def __str__(self) -> str:
         return plan_table.table(self)
 
+    def _repr_html_(self) -> str:
+        return plan_table.html(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedCall:
@@ -332,13 +337,24 @@ class StepPlan:
         ]
 
     def __str__(self) -> str:
+        texts = [f"{title}:\n\n{call.plan}" for title, call in self._titled()]
+        return "\n\n".join(texts) or _NO_CALL
+
+    def _repr_html_(self) -> str:
+        texts = [
+            f"<p><b>{title}</b></p>\n{plan_table.html(call.plan)}"
+            for title, call in self._titled()
+        ]
+        return "\n".join(texts) or f"<p>{_NO_CALL}</p>"
+
+    def _titled(self) -> list[tuple[str, PlannedCall]]:
         # The calls of each phase of a schedule are counted by themselves.
         counts = collections.Counter(call.when for call in self.calls)
         seen: collections.Counter[str] = collections.Counter()
-        texts = []
+        titled = []
         for call in self.calls:
             seen[call.when] += 1
-            title = f"call {seen[call.when]} of {counts[call.when]}"
             when = f"{call.when}, " if call.when else ""
-            texts.append(f"{when}{title}:\n\n{call.plan}")
-        return "\n\n".join(texts) or "The step calls no model that is quantized."
+            title = f"{when}call {seen[call.when]} of {counts[call.when]}"
+            titled.append((title, call))
+        return titled

@@ -131,10 +131,14 @@ class QuantizationRule:
 
     def __repr__(self) -> str:
         # Of many fields most are left as they are, and say nothing.
-        fields = [
-            f"{field.name}={getattr(self, field.name)!r}"
+        values = {
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
+        }
+        fields = [
+            f"{name}={value.name if isinstance(value, np.dtype) else value!r}"
+            for name, value in values.items()
         ]
         return f"{type(self).__name__}({', '.join(fields)})"
 

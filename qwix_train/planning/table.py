@@ -1,9 +1,10 @@
-"""The plan as text, and as records."""
+"""The plan as text, as HTML, and as records."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from qwix_train.files.text_table import aligned
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 
 _NOTE_WIDTH = 80
 """Longer notes stand below the table, so that its rows keep their width."""
+
+_COLORS = {
+    "int8": "rgba(60, 120, 216, 0.25)",
+    "int16": "rgba(60, 120, 216, 0.12)",
+    "int4": "rgba(56, 158, 74, 0.28)",
+    "nf4": "rgba(0, 150, 160, 0.28)",
+    "float8": "rgba(150, 90, 200, 0.25)",
+    "fewer bits": "rgba(230, 130, 30, 0.30)",
+}
+"""Of the cells of a type, in HTML."""
 
 
 def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
@@ -52,9 +63,53 @@ def granularity(how: HowToQuantize | None) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as a table of ops, followed by its summary."""
+    return "\n".join([of_records(plan.records()), "", *_summary(plan)])
+
+
+def of_records(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records of ops as a table; long notes stand below it.
+
+    Args:
+      records: those of `Plan.records`, which may have been through JSON.
+    """
     notes: dict[str, int] = {}
+    header, *rows = _rows(records)
+    rows = [[*row[:-1], _cited(row[-1], notes)] for row in rows]
+    lines = aligned([header, *rows]).split("\n")
+    width = max(map(len, lines))
+    for note, number in notes.items():
+        lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
+    return "\n".join(lines)
+
+
+def html(plan: Plan) -> str:
+    """The plan as an HTML table with a color for each type, and its summary."""
+    header, *rows = _rows(plan.records())
+    lines = ["<table>", f"<tr>{''.join(f'<th>{name}</th>' for name in header)}</tr>"]
+    for row in rows:
+        cells = [_cell(name, text) for name, text in zip(header, row, strict=True)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    summary = "<br>".join(escape(line) for line in _summary(plan))
+    return "\n".join([*lines, "</table>", f"<p>{summary}</p>"])
+
+
+def _cell(column: str, text: str) -> str:
+    color = _color(text.split(" ")[0]) if column in ("type", "act") else ""
+    style = f' style="background: {color}"' if color else ""
+    return f"<td{style}>{escape(text)}</td>"
+
+
+def _color(qtype: str) -> str:
+    """The color of a type; none for floats. It shows on light and dark pages."""
+    if qtype == "float":
+        return ""
+    family = "float8" if qtype.startswith("float8") else qtype.removesuffix("_narrow")
+    return _COLORS.get(family, _COLORS["fewer bits"])
+
+
+def _rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of the table, its header first and the note last."""
     # LiteRT's plans have names of ranges, too.
-    records = plan.records()
     more = [key for key in ("range",) if records and key in records[0]]
     rows = [["module", "op", "shapes", "weight", "type", "act", *more, "rule", "note"]]
     for entry in records:
@@ -70,14 +125,10 @@ def table(plan: Plan) -> str:
                 f"{act} {entry['act_granularity']}{static}" if act else "float",
                 *(entry[key] or "-" for key in more),
                 "-" if entry["rule"] is None else str(entry["rule"]),
-                _cited(entry["reason"], notes),
+                entry["reason"],
             ]
         )
-    lines = aligned(rows).split("\n")
-    width = max(map(len, lines))
-    for note, number in notes.items():
-        lines += ["", *textwrap.wrap(f"({number}) {note}", width)]
-    return "\n".join([*lines, "", *_summary(plan)])
+    return rows
 
 
 def _cited(note: str, notes: dict[str, int]) -> str:
@@ -91,7 +142,7 @@ def _summary(plan: Plan) -> list[str]:
     before, after = plan.float_bytes, plan.quantized_bytes
     lines = [
         f"{len(plan.quantized_ops)} of {len(plan.ops)} ops quantized; params "
-        f"{_size(before)} -> {_size(after)}"
+        f"{size(before)} -> {size(after)}"
         + (f" ({before / after:.2f}x smaller)" if after else "")
     ]
     # Biases and norm scales are expected to stay in float; matrices are not, and a
@@ -136,7 +187,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "(" + ",".join(map(str, shape)) + ")"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """A number of bytes as text."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -245,13 +245,22 @@ def load_compressed_tensors(
     reader = _Reader(rename, recorded)
     for layer, parts in modules.items():
         prefix = f"{layer}." if layer else ""
-        if any(part.startswith(("weight_packed", "weight_scale")) for part in parts):
+        if is_layer(parts):
             scheme = compressed_config.find_scheme(config, layer)
             own = {p: parts.pop(p) for p in list(parts) if _QUANTIZED.match(p)}
             reader.add_layer(prefix, own, scheme)
         for part, tensor in parts.items():
             reader.add(prefix + part, jnp.asarray(tensor))
     return reader.tree()
+
+
+def is_layer(parts: Iterable[str]) -> bool:
+    """Returns whether the tensors of a module are those of a quantized layer.
+
+    Args:
+        parts: Their names within the module.
+    """
+    return any(part.startswith(("weight_packed", "weight_scale")) for part in parts)
 
 
 @dataclasses.dataclass

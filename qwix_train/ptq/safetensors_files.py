@@ -65,7 +65,7 @@ def write_file(
             )
     # The package writes the memory of an array as it lies, whatever its strides.
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    sums = {name: _checksum(x) for name, x in contiguous.items()}
+    sums = {name: checksum(x) for name, x in contiguous.items()}
     metadata = {**metadata, _CHECKSUMS: json.dumps(sums)}
     metadata[_SEAL] = _seal(metadata)
     _import("safetensors.numpy").save_file(contiguous, file, metadata=metadata)
@@ -194,6 +194,13 @@ def check_config(
             )
 
 
+def checksum(tensor: np.ndarray) -> str:
+    """Returns the checksum of a tensor, its dtype and its shape, in 16 digits."""
+    found = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
+    found.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
 def _verify(
     file: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
@@ -203,19 +210,13 @@ def _verify(
     if metadata.get(_SEAL) != _seal(metadata):
         raise ValueError(f"{file} is damaged: its metadata have another checksum.")
     sums = json_text.parse(metadata[_CHECKSUMS], f"{_CHECKSUMS} in {file}")
-    bad = [name for name, x in tensors.items() if sums.pop(name, "") != _checksum(x)]
+    bad = [name for name, x in tensors.items() if sums.pop(name, "") != checksum(x)]
     if bad or sums:
         names = plan_table.some([*bad, *sums], 3)
         raise ValueError(
             f"{file} is damaged: these tensors are missing or have another checksum: "
             f"{names}."
         )
-
-
-def _checksum(tensor: np.ndarray) -> str:
-    found = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
-    found.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[:16]
 
 
 def _seal(metadata: Mapping[str, str]) -> str:
