@@ -12,7 +12,7 @@
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-interchange  files against the libraries of their formats (torch)
-#   make lint         ruff and pyright
+#   make lint         ruff and pyright, which also checks that all names have types
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
 #   make test-wheel   the README's code with that wheel, in a fresh environment
@@ -208,6 +208,8 @@ lint: $(VENV)/.stamp-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pyright --verifytypes qwix_train \
+	  --ignoreexternal
 
 # Warnings are errors, and nothing is downloaded.
 .PHONY: docs

@@ -50,7 +50,7 @@ def attach(
     *inputs: Any,
     model: Any = None,
     step: Callable[..., Any] | None = None,
-    optimizer: nnx.Optimizer | None = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
     rng: Any = None,
     quant_stats: Mapping[str, Any] | None = None,
     donate: bool = False,
@@ -206,7 +206,7 @@ def detach(
     rules: Sequence[QuantizationRule] | QuantizationProvider,
     *inputs: Any,
     model: Any = None,
-    optimizer: nnx.Optimizer | None = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Takes off the leaves that `attach` gave, so that the float loop goes on.

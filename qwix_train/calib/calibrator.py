@@ -126,7 +126,9 @@ class Calibrator(Collector):
         super().__init__()
         provided = isinstance(rules, QuantizationProvider)
         self._given = rules if provided else check_rules(rules)
-        self.rules = tagging(self._given).rules  # complains if there are no ranges
+        self.rules: Sequence[QuantizationRule] = tagging(
+            self._given
+        ).rules  # complains if there are no ranges
         self._observed: list[Observed] = []
 
     def wrap(self, step: Step) -> Step:

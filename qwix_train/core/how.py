@@ -132,7 +132,7 @@ class HowToQuantize:
     pad_tiles: bool = False
     rotation: Rotation | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def put(field: str, value: Any) -> None:
             object.__setattr__(self, field, value)
 

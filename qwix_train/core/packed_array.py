@@ -64,7 +64,7 @@ class PackedLayout:
     tile: int
     length: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "qtype", numerics.canonical_qtype(self.qtype))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 

@@ -77,7 +77,7 @@ class QArray(NoArray):
 
     _instead = "The array that its codes stand for is dequantize(array)."
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         qtype = self.qvalue.dtype if self.qtype is None else self.qtype
         object.__setattr__(self, "qtype", numerics.canonical_qtype(qtype))
 

@@ -70,14 +70,14 @@ def release_all(tree: Any) -> None:
                 _release(module)
 
 
-def intercepted_graphdef(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+def intercepted_graphdef(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
     """A graph definition whose modules, once merged, have their calls rewritten."""
     return _map_graphdef(
         graphdef, lambda cls, path: intercepting_class(_original(cls), path)
     )
 
 
-def original_graphdef(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+def original_graphdef(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
     """A graph definition with the original classes of its modules."""
     return _map_graphdef(graphdef, lambda cls, path: _original(cls))
 
@@ -128,7 +128,7 @@ def in_float(module: Module) -> Module:
     return changed
 
 
-def graphdef_in_float(graphdef: nnx.GraphDef) -> nnx.GraphDef:
+def graphdef_in_float(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
     """A graph definition whose modules, once merged, have calls that stay in float."""
     return _map_graphdef(graphdef, lambda cls, path: float_class(cls))
 

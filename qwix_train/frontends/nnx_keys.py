@@ -29,7 +29,7 @@ class KeyStream(nnx.Module):
           rngs: what it is forked from; from seed 0 if None.
         """
         self.deterministic = False
-        self.rngs = nnx.Rngs(0 if rngs is None else rngs[stream]())
+        self.rngs: nnx.Rngs = nnx.Rngs(0 if rngs is None else rngs[stream]())
 
     def key(self) -> jax.Array:
         """A new key."""

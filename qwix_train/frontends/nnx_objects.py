@@ -61,7 +61,7 @@ def is_param(leaf: Any) -> bool:
     return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def attached(value: Any) -> nnx.Variable:
+def attached(value: Any) -> nnx.Variable[Any]:
     """A variable for what stands beside the params of a model, and says so of itself.
 
     Args:
@@ -131,7 +131,7 @@ def _slots(root: Any) -> Iterator[tuple[_Slot, Any]]:
                     yield _Slot(node, tuple(map(str, names)), attribute, keys), value
 
 
-def variables_of(root: Any) -> dict[tuple[str, ...], nnx.Variable]:
+def variables_of(root: Any) -> dict[tuple[str, ...], nnx.Variable[Any]]:
     """The variables of a graph, by path."""
     return {
         slot.path: value

@@ -49,7 +49,7 @@ class CalledTrees:
         """
         leaves = list(_arrays_in(given))
         self._given = set(map(id, leaves))
-        self.while_compiled = any(
+        self.while_compiled: bool = any(
             isinstance(leaf, _tracer_of_compiled()) for leaf in leaves
         )
         self._trees: dict[Model, set[tuple[int, ...]]] = collections.defaultdict(set)

@@ -176,14 +176,14 @@ class RewrittenApply:
     def __init__(self, function: Callable[..., Any]):
         self.function = function
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function, rewritten."""
         return call_function(self.function, args, kwargs)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return self.function == getattr(other, "function", other)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.function)
 
 

@@ -104,7 +104,7 @@ class Export(PeriodicAction):
         )
         if max_to_keep is not None and max_to_keep < 1:
             raise ValueError(f"max_to_keep={max_to_keep}: it must be 1 or more.")
-        self.path = epath.Path(path).expanduser().absolute()
+        self.path: epath.Path = epath.Path(path).expanduser().absolute()
         self._model = model
         self._rules = check_rules(rules)
         self._inputs = inputs

@@ -64,7 +64,7 @@ class AdapterSet(Mapping[str, Any]):
         """
         is_state = isinstance(layouts, LoraTrainState)
         self._like = layouts.params if is_state else None
-        self.layouts = dict(layouts_of(layouts))
+        self.layouts: dict[Path, AdapterLayout] = dict(layouts_of(layouts))
         if not self.layouts:
             raise ValueError(
                 "There are no layouts, so the set could hold no adapter. Give the "

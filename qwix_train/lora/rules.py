@@ -86,7 +86,7 @@ class LoraRule(QuantizationRule):
     double_quant: bool = False
     qat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
             raise self._error("rank", "it must be a positive int")

@@ -50,7 +50,9 @@ class Starter:
         self._plan = plan
         self._key = key
         self._found = find_layouts(plan)
-        self.layouts = {path: layout for path, (layout, _) in self._found.items()}
+        self.layouts: dict[Path, AdapterLayout] = {
+            path: layout for path, (layout, _) in self._found.items()
+        }
         self.adapters: dict[Path, Any] = {}
 
     def base(self, path: Path, param: Any) -> Any:

@@ -137,7 +137,7 @@ class _BoundFields:
     which the structure of a tree must not hold.
     """
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         dataclasses.dataclass(frozen=True, **kwargs)(cls)
         fields = {
             field.name: field.metadata.get("pytree_node", True)

@@ -242,7 +242,7 @@ class Ema(_Ends):
 
     prefix = "ema_of_"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(
                 f"The decay of an exponential moving average is {self.decay!r}, but "
@@ -350,7 +350,7 @@ class AmaxHistory(_Ends):
     prefix = "window_of_"
     delayed = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(
                 f"The length of an amax history is {self.length!r}, but must be an "

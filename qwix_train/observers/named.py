@@ -79,7 +79,7 @@ class CalibrationMethod:
 
     method: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         HowToQuantize(qtype="int8", calibration_method=self.method)
 
     def observe(
@@ -168,7 +168,7 @@ class Percentile(HistogramObserver):
     percentile: float
     symmetric: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise ValueError(
                 f"The percentile is {self.percentile!r}, but must be above 50 and at "

@@ -75,13 +75,15 @@ class ModelCall:
         )
         self._leaves = [_as_array(leaf) for leaf in leaves]
         self._places = [i for i, x in enumerate(self._leaves) if function.is_array(x)]
-        self.arrays = [self._leaves[i] for i in self._places]
+        self.arrays: list[Any] = [self._leaves[i] for i in self._places]
         if not self.arrays:
             raise ValueError(
                 "convert needs inputs of the model, or their shapes: "
                 "odml.convert(model, variables, rules, *inputs)."
             )
-        self.traced = self.trace(self.arrays)
+        self.traced: tuple[function.TracedCall, Callable[[Any], Any]] = self.trace(
+            self.arrays
+        )
 
     def trace(
         self, arrays: Sequence[Any]

@@ -172,9 +172,9 @@ class Graph:
     def __init__(
         self, nodes: list[Node], inputs: Sequence[Value], outputs: Sequence[Value]
     ):
-        self.nodes = nodes
-        self.inputs = tuple(inputs)
-        self.outputs = tuple(outputs)
+        self.nodes: list[Node] = nodes
+        self.inputs: tuple[Value, ...] = tuple(inputs)
+        self.outputs: tuple[Value, ...] = tuple(outputs)
         self.link()
 
     def link(self) -> None:

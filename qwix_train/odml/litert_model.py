@@ -57,7 +57,7 @@ class LiteRTModel:
           ValueError: if it is no `.tflite` file.
         """
         self.content = content
-        self.signatures = flatbuffer.signatures_in(content)
+        self.signatures: Mapping[str, Signature] = flatbuffer.signatures_in(content)
         self._in_jax = dict(in_jax or {})
         self._runners: dict[tuple[str, int | None], Any] = {}
 

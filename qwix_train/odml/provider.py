@@ -109,7 +109,9 @@ class OdmlQatProvider(QuantizationProvider):
         self.fixed_range_for_outputs = fixed_range_for_outputs
         self.strict = strict
         self.quant_stats = quant_stats
-        self.keeps_quant_stats = quant_stats is None and any(map(_static, self.rules))
+        self.keeps_quant_stats: bool = quant_stats is None and any(
+            map(_static, self.rules)
+        )
         # Those that a call may update, of the provider that runs it.
         self._ranges: RunningRanges | None = None
 

@@ -15,7 +15,11 @@ from qwix_train.odml.graph import Graph, Node, Place, Value, graph_of, run_nodes
 ANY_NUMBER = 0.12345678
 
 
-def template(function, name, rebuild=None):
+def template(
+    function: Callable[..., Any],
+    name: str | None,
+    rebuild: Callable[..., Any] | None = None,
+) -> Callable[[Graph, Node], bool]:
     """A search for what a function of one array is traced as.
 
     Args:
@@ -31,9 +35,10 @@ def template(function, name, rebuild=None):
         if found is None:
             return False
         nodes, source = found
-        if rebuild is None:
-            return fuse(graph, nodes, root, name, [source])
-        return substitute(graph, nodes, root, [source], rebuild)
+        if rebuild is not None:
+            return substitute(graph, nodes, root, [source], rebuild)
+        assert name is not None
+        return fuse(graph, nodes, root, name, [source])
 
     return find
 
@@ -104,7 +109,14 @@ def is_inside(nodes: Sequence[Node], root: Node) -> bool:
     )
 
 
-def fuse(graph, nodes, root, name, inputs, **params) -> bool:
+def fuse(
+    graph: Graph,
+    nodes: Sequence[Node],
+    root: Node,
+    name: str,
+    inputs: Sequence[Value],
+    **params: Any,
+) -> bool:
     """Makes one node of several, unless they do more than compute the last.
 
     Args:
@@ -147,7 +159,13 @@ def fuse(graph, nodes, root, name, inputs, **params) -> bool:
     return True
 
 
-def substitute(graph, nodes, root, inputs, function) -> bool:
+def substitute(
+    graph: Graph,
+    nodes: Sequence[Node],
+    root: Node,
+    inputs: Sequence[Value],
+    function: Callable[..., Any],
+) -> bool:
     """Puts the operations of a function in the place of others; see `fuse`."""
     if not inputs[0].is_activation or not is_inside(nodes, root):
         return False

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core.conv import aligned, conv_general_dilated
-from qwix_train.ops.kind import OperandAxes, OpKind
-from qwix_train.ops.low_rank import LowRankTerm, in_order, varies
-from qwix_train.ops.vectors import Patches
+from qwix_train.core.qarray import MaybeQArray
+from qwix_train.ops.kind import OperandAxes, OpKind, Params
+from qwix_train.ops.low_rank import Factors, LowRankTerm, in_order, varies
+from qwix_train.ops.vectors import Patches, Vectors
 
 _GROUPS = ("feature_group_count", "batch_group_count")
 _WINDOW = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
@@ -19,34 +23,40 @@ _WINDOW = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
 class Conv(OpKind):
     """A convolution of images (its left operand) with a kernel."""
 
-    primitive = lax.conv_general_dilated_p.name
-    names = ("conv_general_dilated",)
+    primitive: str = lax.conv_general_dilated_p.name
+    names: tuple[str, ...] = ("conv_general_dilated",)
     plural = "convolutions"
     has_tiles = False
 
-    def axes(self, params, side, ndim):
+    def axes(self, params: Params, side: int, ndim: int) -> OperandAxes:
         """See `OpKind.axes`: what is not an axis of the result is summed over."""
         numbers = params["dimension_numbers"]
         _, *contracted = (numbers.lhs_spec, numbers.rhs_spec)[side]
         return OperandAxes.of(ndim, contracted)
 
-    def scaled_axes(self, params, side, ndim):
+    def scaled_axes(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """See `OpKind.scaled_axes`: none."""
         return ()
 
-    def meeting_axes(self, params, ndims):
+    def meeting_axes(
+        self, params: Params, ndims: Sequence[int]
+    ) -> Sequence[tuple[int, ...]]:
         """See `OpKind.meeting_axes`: the input features, unless there are groups."""
         features = super().meeting_axes(params, ndims)[:1]
         return features if all(params[name] == 1 for name in _GROUPS) else []
 
-    def product(self, params, operands, dtype):
+    def product(
+        self, params: Params, operands: Sequence[MaybeQArray], dtype: Any
+    ) -> jax.Array:
         """See `OpKind.product`."""
         lhs, rhs = operands
         names = (*_WINDOW, "dimension_numbers", *_GROUPS, "precision")
         settings = {name: params[name] for name in names}
         return conv_general_dilated(lhs, rhs, **settings, preferred_element_type=dtype)
 
-    def on_result(self, params, side, part, operands):
+    def on_result(
+        self, params: Params, side: int, part: jax.Array, operands: Sequence[Any]
+    ) -> jax.Array | None:
         """See `OpKind.on_result`: scales of images, or of output features."""
         numbers = params["dimension_numbers"]
         kept = (numbers.lhs_spec, numbers.rhs_spec)[side][0]
@@ -56,7 +66,9 @@ class Conv(OpKind):
             return None
         return aligned(part, numbers, ("lhs", "rhs")[side], part.dtype)
 
-    def low_rank(self, params, side, weight, operands):
+    def low_rank(
+        self, params: Params, side: int, weight: Factors, operands: Sequence[Any]
+    ) -> LowRankTerm | None:
         """See `OpKind.low_rank`."""
         if side != 1 or params["batch_group_count"] != 1:
             return None
@@ -102,7 +114,9 @@ class Conv(OpKind):
             gain = weight.gain.reshape(sizes)
         return LowRankTerm(apply, gain)
 
-    def vectors(self, op, side, order, own_batch):
+    def vectors(
+        self, op: Any, side: int, order: Sequence[int], own_batch: Sequence[bool]
+    ) -> Vectors:
         """See `OpKind.vectors`: what the kernel sees at each place."""
         if side != 1:
             raise ValueError("its weight is not the kernel")
@@ -112,7 +126,7 @@ class Conv(OpKind):
         params = tuple((name, op.params[name]) for name in names)
         return Patches(op.operands[side].shape, tuple(order), params)
 
-    def particulars(self, params, side):
+    def particulars(self, params: Params, side: int) -> list[str]:
         """See `OpKind.particulars`: groups, dilations, and an input as the weight."""
         notes = [f"has {name}={params[name]}" for name in _GROUPS if params[name] != 1]
         notes += [

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core.dot_general import aligned, dot_general
-from qwix_train.core.qarray import QArray
-from qwix_train.ops.kind import OperandAxes, OpKind, scale_entries_match
-from qwix_train.ops.low_rank import LowRankTerm, in_order, varies
-from qwix_train.ops.vectors import Channels
+from qwix_train.core.qarray import MaybeQArray, QArray
+from qwix_train.ops.kind import OperandAxes, OpKind, Params, scale_entries_match
+from qwix_train.ops.low_rank import Factors, LowRankTerm, in_order, varies
+from qwix_train.ops.vectors import Channels, Vectors
 
 # The scope that `jnp.einsum` opens is named by its subscripts: "bi,io->bo", with
 # ellipses and spaces as they were written. A transformation stands around it.
@@ -22,21 +24,23 @@ _EINSUM_SCOPE = re.compile(r"(?:\w+\()*[\w. ]*(?:,[\w. ]*)*(?:,|->)[\w. ]*\)*")
 class Dot(OpKind):
     """A matrix product, with contracted and batch axes anywhere."""
 
-    primitive = lax.dot_general_p.name
-    names = ("dot_general", "einsum")
+    primitive: str = lax.dot_general_p.name
+    names: tuple[str, ...] = ("dot_general", "einsum")
     plural = "matrix products"
 
-    def name_in(self, scope):
+    def name_in(self, scope: str) -> str:
         """See `OpKind.name_in`: within the scope of an einsum it is one."""
         is_einsum = _EINSUM_SCOPE.fullmatch(scope.rpartition("/")[2])
         return self.names[1 if is_einsum else 0]
 
-    def axes(self, params, side, ndim):
+    def axes(self, params: Params, side: int, ndim: int) -> OperandAxes:
         """See `OpKind.axes`."""
         contracted, batch = params["dimension_numbers"]
         return OperandAxes.of(ndim, contracted[side], batch[side])
 
-    def product(self, params, operands, dtype):
+    def product(
+        self, params: Params, operands: Sequence[MaybeQArray], dtype: Any
+    ) -> jax.Array:
         """See `OpKind.product`."""
         lhs, rhs = operands
         return dot_general(
@@ -48,7 +52,9 @@ class Dot(OpKind):
             out_sharding=params["out_sharding"],
         )
 
-    def on_result(self, params, side, part, operands):
+    def on_result(
+        self, params: Params, side: int, part: jax.Array, operands: Sequence[Any]
+    ) -> jax.Array | None:
         """See `OpKind.on_result`: all scales that are constant along what is summed."""
         numbers = params["dimension_numbers"]
         if varies(part, numbers[0][side]):
@@ -58,7 +64,9 @@ class Dot(OpKind):
             return None
         return aligned(part, numbers, (operands[0].ndim, operands[1].ndim), side)
 
-    def low_rank(self, params, side, weight, operands):
+    def low_rank(
+        self, params: Params, side: int, weight: Factors, operands: Sequence[Any]
+    ) -> LowRankTerm | None:
         """See `OpKind.low_rank`."""
         contracting, batch = params["dimension_numbers"]
         axes, x_axes = contracting[side], contracting[1 - side]
@@ -98,14 +106,16 @@ class Dot(OpKind):
             gain = _with_axes(held.transpose(order), gain_names, out)
         return LowRankTerm(apply, gain)
 
-    def vectors(self, op, side, order, own_batch):
+    def vectors(
+        self, op: Any, side: int, order: Sequence[int], own_batch: Sequence[bool]
+    ) -> Vectors:
         """See `OpKind.vectors`."""
         contracting, batch = op.params["dimension_numbers"]
         contracted = tuple(contracting[1 - side][i] for i in order)
         own = zip(batch[1 - side], own_batch, strict=True)
         return Channels(contracted, tuple(axis for axis, is_own in own if is_own))
 
-    def flattens(self, name):
+    def flattens(self, name: str) -> bool:
         """See `OpKind.flattens`: as in `qwix`, an einsum keeps its axes."""
         return name == self.names[0]
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jax import lax
 from jax import numpy as jnp
 
-from qwix_train.ops.kind import OperandAxes, OpKind
+from qwix_train.ops.kind import OperandAxes, OpKind, Params
 from qwix_train.trace import provenance
 
 
 class Gather(OpKind):
     """A lookup in a table, which is its left operand."""
 
-    primitive = lax.gather_p.name
-    names = ("gather",)
+    primitive: str = lax.gather_p.name
+    names: tuple[str, ...] = ("gather",)
     plural = "lookups"
     sides = 1
     is_product = False
     by_name_only = True
 
-    def is_found(self, operands, shapes):
+    def is_found(
+        self,
+        operands: Sequence[provenance.Provenance],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> bool:
         """See `OpKind.is_found`: a lookup, not the choice of a loss's labels.
 
         The rows may be constants, as the positions of a sequence are where a model
@@ -33,21 +40,27 @@ class Gather(OpKind):
             return False
         return provenance.is_activation(indices) or math.prod(shapes[1][:-1]) > 1
 
-    def axes(self, params, side, ndim):
+    def axes(self, params: Params, side: int, ndim: int) -> OperandAxes:
         """See `OpKind.axes`: a lookup is a product with one-hot rows."""
         numbers = params["dimension_numbers"]
         rows = {*numbers.start_index_map, *numbers.operand_batching_dims}
         return OperandAxes.of(ndim, sorted(rows))
 
-    def channelwise(self, params, side, ndim):
+    def channelwise(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """See `OpKind.channelwise`: each row has a scale of its own, or some."""
         return self.axes(params, side, ndim).contracted
 
-    def scaled_axes(self, params, side, ndim):
+    def scaled_axes(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """See `OpKind.scaled_axes`: none."""
         return ()
 
-    def looked_up(self, params, shape, factor, indices):
+    def looked_up(
+        self,
+        params: Params,
+        shape: Sequence[int],
+        factor: jax.Array,
+        indices: Sequence[Any],
+    ) -> jax.Array | None:
         """See `OpKind.looked_up`: for factors that every row of the table shares."""
         numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from jax import numpy as jnp
 
 from qwix_train.core import operands as core_operands
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
-from qwix_train.ops.kind import OperandAxes, OpKind
-from qwix_train.ops.low_rank import LowRankTerm, in_order, varies
+from qwix_train.ops.kind import OperandAxes, OpKind, Params
+from qwix_train.ops.low_rank import Factors, LowRankTerm, in_order, varies
 from qwix_train.ops.vectors import Vectors
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
@@ -140,22 +141,24 @@ def ragged_dot_general(
 class RaggedDot(OpKind):
     """A product of groups of rows with a matrix for each group."""
 
-    primitive = "ragged_dot_general"
-    names = ("ragged_dot",)
+    primitive: str = "ragged_dot_general"
+    names: tuple[str, ...] = ("ragged_dot",)
     plural = "ragged products"
 
-    def axes(self, params, side, ndim):
+    def axes(self, params: Params, side: int, ndim: int) -> OperandAxes:
         """See `OpKind.axes`: groups are a batch of matrices."""
         numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
         groups = numbers.groups if side == 1 else ()
         batch = (*groups, *numbers.batch[side])
         return OperandAxes.of(ndim, numbers.contracted[side], batch)
 
-    def scaled_axes(self, params, side, ndim):
+    def scaled_axes(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """See `OpKind.scaled_axes`: none, since all groups have one input."""
         return ()
 
-    def product(self, params, operands, dtype):
+    def product(
+        self, params: Params, operands: Sequence[MaybeQArray], dtype: Any
+    ) -> jax.Array:
         """See `OpKind.product`."""
         lhs, rhs, group_sizes = operands
         assert not isinstance(group_sizes, QArray)
@@ -169,7 +172,9 @@ class RaggedDot(OpKind):
             group_offset=params["group_offset"],
         )
 
-    def on_result(self, params, side, part, operands):
+    def on_result(
+        self, params: Params, side: int, part: jax.Array, operands: Sequence[Any]
+    ) -> jax.Array | None:
         """See `OpKind.on_result`."""
         lhs, rhs, group_sizes = operands
         numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
@@ -183,7 +188,9 @@ class RaggedDot(OpKind):
             return None
         return numbers.aligned(part, side, group_sizes, (lhs.shape, rhs.shape))
 
-    def low_rank(self, params, side, weight, operands):
+    def low_rank(
+        self, params: Params, side: int, weight: Factors, operands: Sequence[Any]
+    ) -> LowRankTerm | None:
         """See `OpKind.low_rank`: each row meets the factors of its group."""
         numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
         contracted = numbers.contracted[1]
@@ -228,11 +235,11 @@ class RaggedDot(OpKind):
             gain = numbers.aligned(weight.gain, 1, group_sizes, shapes)
         return LowRankTerm(apply, gain)
 
-    def flattens(self, name):
+    def flattens(self, name: str) -> bool:
         """See `OpKind.flattens`: each group has an adapter of its own."""
         return True
 
-    def seen(self, params, side, operands):
+    def seen(self, params: Params, side: int, operands: Sequence[Any]) -> Any:
         """See `OpKind.seen`: the rows, and for each group which of them it has."""
         numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
         x, _, group_sizes = operands
@@ -244,7 +251,9 @@ class RaggedDot(OpKind):
         rows = jnp.where(member.any(1, keepdims=True), rows, 0)
         return jnp.concatenate([rows, member.astype(rows.dtype)], 1)
 
-    def vectors(self, op, side, order, own_batch):
+    def vectors(
+        self, op: Any, side: int, order: Sequence[int], own_batch: Sequence[bool]
+    ) -> Vectors:
         """See `OpKind.vectors`: those of each group."""
         numbers = _Numbers.of(op.params["ragged_dot_dimension_numbers"])
         if side != 1 or not numbers.is_plain(len(op.operands[0].shape)):

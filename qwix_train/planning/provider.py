@@ -81,7 +81,7 @@ class QuantizationProvider:
     rewrite_key: Hashable | None = None
     changes: tuple[Callable[[CallStages, Plan], CallStages], ...] = ()
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses methods that nothing would call.
 
         Raises:
@@ -110,12 +110,12 @@ class QuantizationProvider:
           allow_unmatched: whether a model that no rule matches is left in float.
             An error otherwise.
         """
-        self.rules = check_rules(rules)
+        self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
         if not self.collects_by_default:
             for rule in self.rules:
                 rule.check_collects()
         self.allow_unmatched = allow_unmatched
-        self.told = Told()
+        self.told: Told = Told()
 
     def plan(self, traced: TracedCall) -> Plan:
         """What this mode does to every op of a traced call.

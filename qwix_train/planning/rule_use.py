@@ -96,7 +96,7 @@ class RuleUseInCalls(RuleUse):
 
     def __init__(self, plans: Sequence[RuleUse]):
         """Takes the plans of the calls, which have the same rules."""
-        self.rules = plans[0].rules
+        self.rules: tuple[QuantizationRule, ...] = plans[0].rules
         self._decisions = tuple(d for plan in plans for d in plan.decisions)
 
     @property

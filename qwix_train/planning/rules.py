@@ -142,7 +142,7 @@ class QuantizationRule:
         ]
         return f"{type(self).__name__}({', '.join(fields)})"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             change = functools.partial(field_types.converted, field)
             value = self._check(field.name, change, getattr(self, field.name))

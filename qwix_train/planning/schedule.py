@@ -80,7 +80,7 @@ class Schedule:
     quant_stats_freeze_step: int | None = None
     batch_stats_freeze_step: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not field.name.endswith("qtypes") and value is not field.default:

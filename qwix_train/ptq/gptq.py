@@ -112,7 +112,7 @@ class Gptq(WeightMethod):
         self.damping = damping
         self.block_size = block_size
         self.act_order = act_order
-        self.static_groups = act_order if static_groups is None else static_groups
+        self.static_groups: bool = act_order if static_groups is None else static_groups
 
     def quantize_weight(self, weight: Weight) -> QuantizedWeight:
         """See `WeightMethod.quantize_weight`.

@@ -7,7 +7,7 @@ and each is a state of arrays that can be saved, merged and put back.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -215,7 +215,9 @@ class InputTagging(Tagging):
       reads: by which ops each param is read.
     """
 
-    def __init__(self, rules, *, second_moment: bool, rows: int = 0):
+    def __init__(
+        self, rules: Sequence[QuantizationRule], *, second_moment: bool, rows: int = 0
+    ):
         super().__init__(rules)
         self.second_moment = second_moment
         self.rows = rows

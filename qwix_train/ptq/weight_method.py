@@ -186,7 +186,7 @@ class WeightMethod(Collector, abc.ABC):
           ValueError: if one has a rotation.
         """
         super().__init__()
-        self.rules = check_rules(rules)
+        self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
         for index, rule in enumerate(self.rules):
             if rule.rotation is not None:
                 raise ValueError(

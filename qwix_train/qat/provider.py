@@ -62,11 +62,13 @@ class QtProvider(QuantizationProvider):
           ValueError: if there are `quant_stats`, and no rule asks for static ranges.
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
-        self.takes_static_ranges = any(rule.static_act_ranges for rule in self.rules)
-        self.quant_stats = self._checked(quant_stats)
+        self.takes_static_ranges: bool = any(
+            rule.static_act_ranges for rule in self.rules
+        )
+        self.quant_stats: Any = self._checked(quant_stats)
         collects = any(rule.act_static_scale for rule in self.rules)
-        self.keeps_quant_stats = collects and quant_stats is None
-        self.adds_params = any(rule.learns_scales for rule in self.rules)
+        self.keeps_quant_stats: bool = collects and quant_stats is None
+        self.adds_params: bool = any(rule.learns_scales for rule in self.rules)
         # The ranges of one call, if training keeps them.
         self._running: RunningRanges | None = None
 

@@ -92,7 +92,7 @@ class QtRule(QuantizationRule):
     channelwise_noise_axes: Collection[int] = (0,)
     additional_qt_config: Mapping[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         method = self.bwd_calibration_method
         self._check("bwd_calibration_method", how.parse_calibration_method, method)

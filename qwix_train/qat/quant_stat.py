@@ -13,7 +13,7 @@ from qwix_train.planning.plan import Path
 from qwix_train.trace.function import param_path
 
 
-class QuantStat(nnx.Variable):
+class QuantStat(nnx.Variable[Any]):
     """The statistics of one static range of an NNX model: a dictionary of arrays."""
 
 

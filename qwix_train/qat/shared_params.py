@@ -64,10 +64,12 @@ class TypedPlans:
         Raises:
           ValueError: if a type is unknown, listed twice, or does not go with a rule.
         """
-        self.rules = check_rules(rules)
+        self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
         if isinstance(qtypes, str) or not qtypes:
             raise ValueError(f"qtypes={qtypes!r}: give a list of weight types.")
-        self.qtypes = tuple(numerics.qtype_name(qtype) for qtype in qtypes)
+        self.qtypes: tuple[str, ...] = tuple(
+            numerics.qtype_name(qtype) for qtype in qtypes
+        )
         if len(set(self.qtypes)) < len(self.qtypes):
             raise ValueError(f"qtypes={self.qtypes}: a type is listed twice.")
         self._typed = [

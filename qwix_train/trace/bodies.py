@@ -248,7 +248,9 @@ class Domain(Walk[Value]):
         """Walks one body of an equation; gives its results."""
         return self.walk(inside.bodies[number].body, inputs, (*key, number))
 
-    def enter(self, eqn, inside, operands, key):
+    def enter(
+        self, eqn: Any, inside: Inside, operands: list[Value], key: Key
+    ) -> Sequence[Value]:
         """See `Walk.enter`."""
         if inside.kind is Kind.OPAQUE:
             for number, (body, _) in enumerate(inside.bodies):
@@ -259,14 +261,14 @@ class Domain(Walk[Value]):
             return self._loop(eqn, inside, operands, key)
         is_sharded = inside.kind is Kind.SHARD_MAP
         if is_sharded:
-            operands = self.shard(eqn, inside.bodies[0].body, operands)
+            operands = list(self.shard(eqn, inside.bodies[0].body, operands))
         each = [
             self.body(eqn, inside, number, [operands[i] for i in inner.operands], key)
             for number, inner in enumerate(inside.bodies)
         ]
         results = [functools.reduce(self.join, x) for x in zip(*each, strict=True)]
         if is_sharded:
-            results = self.unshard(eqn, inside.bodies[0].body, results)
+            return self.unshard(eqn, inside.bodies[0].body, results)
         return results
 
     def _loop(self, eqn, inside, operands, key):

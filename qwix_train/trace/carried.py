@@ -204,7 +204,7 @@ class Deferred(Carried):
         self.array = array
         self.transform = transform
         self.per_iteration = per_iteration
-        self.others = tuple(others)
+        self.others: tuple[Any, ...] = tuple(others)
 
     @functools.cached_property
     def value(self) -> Any:
@@ -231,7 +231,7 @@ class Deferred(Carried):
         """The untransformed input: a model that returns its params returns those."""
         return self.array
 
-    def sliced(self):
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., Carried]] | None:
         """Slices of the input, if there is a transform for those."""
         change = self.per_iteration
         if change is None:

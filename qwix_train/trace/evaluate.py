@@ -21,7 +21,7 @@ from jax.extend import core as jex
 
 from qwix_train.trace import bodies, carried, jax_versions, passed
 from qwix_train.trace.analyze import Op
-from qwix_train.trace.bodies import Key, Kind, inside_of
+from qwix_train.trace.bodies import Inside, Key, Kind, inside_of
 from qwix_train.trace.carried import Carried, value_of
 
 # handler(op, operands, run, given) -> result. `run(*operands)` is the op itself, and
@@ -121,15 +121,17 @@ class Evaluation(abc.ABC):
             for length in range(1, len(key), 2):
                 self.inside.setdefault(key[:length], []).append(key)
         self.given = given
-        self.states = dict(states)
-        self.once = Once()
+        self.states: dict[str, Any] = dict(states)
+        self.once: Once = Once()
         self.depth = 0
 
     @abc.abstractmethod
     def replace(self, eqn: Any, operands: Sequence[Any], key: Key) -> Any:
         """The result of an equation to replace."""
 
-    def run(self, body: jax_versions.Body, inputs: Sequence[Any], key: Key):
+    def run(
+        self, body: jax_versions.Body, inputs: Sequence[Any], key: Key
+    ) -> list[Any]:
         """The results of a body; `key` is where it is."""
         jaxpr = body.jaxpr
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, body.consts, strict=True))
@@ -162,7 +164,9 @@ class Evaluation(abc.ABC):
         _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def results_of(self, eqn, operands, key) -> Sequence[Any] | None:
+    def results_of(
+        self, eqn: Any, operands: Sequence[Any], key: Key
+    ) -> Sequence[Any] | None:
         """The results of one equation; None if it is to run as it was traced."""
         if key in self.replaced:
             return [self.replace(eqn, operands, key)]
@@ -175,7 +179,9 @@ class Evaluation(abc.ABC):
             return None
         return self.rebuild(eqn, inside, operands, key)
 
-    def rebuild(self, eqn, inside, operands, key) -> Sequence[Any]:
+    def rebuild(
+        self, eqn: Any, inside: Inside, operands: Sequence[Any], key: Key
+    ) -> Sequence[Any]:
         """The results of an equation with bodies, with its options kept."""
         rebuild = self._rebuilds.get(inside.kind)
         assert rebuild is not None, f"{inside.name} is opaque"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from qwix_train.core.symbolic import is_smaller
 
@@ -29,12 +30,14 @@ class Atom(NamedTuple):
     whole: bool = True
 
 
-def untracked(dim) -> tuple[Atom, ...]:
+def untracked(dim: Iterable[Atom]) -> tuple[Atom, ...]:
     """The same factors, where their order in the axis is no longer known."""
     return tuple(Atom(atom.axis, atom.size, 0, False) for atom in dim)
 
 
-def reshape_groups(old, new):
+def reshape_groups(
+    old: Sequence[Any], new: Sequence[Any]
+) -> list[tuple[range, range]] | None:
     """Pairs of runs of axes, old and new, that hold the same elements."""
     if math.prod(old) != math.prod(new) or 0 in old:
         return None
@@ -53,7 +56,12 @@ def reshape_groups(old, new):
     return groups
 
 
-def reshape_dims(dims, old, new, groups):
+def reshape_dims(
+    dims: Sequence[tuple[Atom, ...]],
+    old: Sequence[Any],
+    new: Sequence[Any],
+    groups: Sequence[tuple[range, range]],
+) -> tuple[tuple[Atom, ...], ...]:
     """The factors in each axis after a reshape.
 
     Args:

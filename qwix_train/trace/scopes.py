@@ -8,8 +8,9 @@ transformations stand around them.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -23,7 +24,7 @@ def module_scope(
     kind: Literal["linen", "nnx"] | None = None,
     *,
     batch_norm: bool = False,
-):
+) -> contextlib.AbstractContextManager[Any]:
     """A context under which traced equations belong to the module at `path`.
 
     Args:
@@ -36,7 +37,7 @@ def module_scope(
     return jax.named_scope(f"{name}{_BATCH_NORM}" if batch_norm else name)
 
 
-def float_scope():
+def float_scope() -> contextlib.AbstractContextManager[Any]:
     """A context under which traced equations stay in float, whatever rules say."""
     return jax.named_scope(_IN_FLOAT)
 

@@ -86,7 +86,7 @@ class AdaptedWeight(Carried):
             return self.value
         return self.base.returned if isinstance(self.base, Carried) else self.base
 
-    def sliced(self):
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., Carried]] | None:
         """The base and the factors of each slice along axis 0."""
         bases, of_slice = carried.slices(self.base)
         size = self.shape[0]
@@ -99,7 +99,13 @@ class AdaptedWeight(Carried):
 
         return (*bases, *others), one
 
-    def apply(self, primitive, params, operands, run):
+    def apply(
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
+    ) -> list[Any] | None:
         """See `Carried.apply`."""
         if ops.is_product(primitive):
             base = functools.partial(results_of, primitive, params, run=run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +75,7 @@ class RotatedWeight(Carried):
             return self.base.returned
         return self.value
 
-    def sliced(self):
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., Carried]] | None:
         """See `Carried.sliced`: slices along another axis than the rotation's."""
         if self.rotation.axis == 0:
             return None
@@ -83,7 +83,13 @@ class RotatedWeight(Carried):
         arrays, one = carried.slices(self.base)
         return arrays, lambda *x: RotatedWeight(one(*x), rotation, whole=False)
 
-    def apply(self, primitive, params, operands, run):
+    def apply(
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
+    ) -> list[Any] | None:
         """See `Carried.apply`."""
         others = operands[1:]
         if operands[0] is not self or any(isinstance(x, Carried) for x in others):

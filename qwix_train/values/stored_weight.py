@@ -89,7 +89,7 @@ class StoredWeight(Carried):
         self.read_by("return")
         return self.value
 
-    def sliced(self):
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., StoredWeight]]:
         """The codes and scales of each slice along axis 0."""
         array = structural.spread(self.array, 0)
 
@@ -99,7 +99,13 @@ class StoredWeight(Carried):
 
         return self._with(array).arrays, one
 
-    def apply(self, primitive, params, operands, run):
+    def apply(
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
+    ) -> list[Any] | None:
         """See `Carried.apply`."""
         del run
         if ops.is_product(primitive):
@@ -226,13 +232,19 @@ class PackedWeight(StoredWeight):
         packed = jax.tree.unflatten(jax.tree.structure(self.packed), arrays)
         return PackedWeight(packed, self.path, listener=self.listener, view=self.view)
 
-    def sliced(self):
+    def sliced(self) -> tuple[Sequence[Any], Callable[..., StoredWeight]]:
         """The packed arrays of each slice along axis 0, where that is one of layers."""
         if self.view or not self.packed.layer_axes:
             return super().sliced()
         return self.arrays, lambda *parts: self.inside(parts)
 
-    def apply(self, primitive, params, operands, run):
+    def apply(
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
+    ) -> list[Any] | None:
         """See `Carried.apply`."""
         moves = primitive in structural.CHANGES and len(operands) == 1
         if not moves and primitive != _CAST:
@@ -245,7 +257,9 @@ class PackedWeight(StoredWeight):
             return None
         return [later]
 
-    def multiplied(self, name: str, params: Mapping[str, Any], operands) -> jax.Array:
+    def multiplied(
+        self, name: str, params: Mapping[str, Any], operands: Sequence[Any]
+    ) -> jax.Array:
         """The product of this and an array, which are the factors in any order."""
         side = 0 if operands[0] is self else 1
 
