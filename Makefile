@@ -215,7 +215,8 @@ lint: $(VENV)/.stamp-dev
 .PHONY: docs
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
-	@echo "make: the site is build/site/index.html"
+	@echo "make: the site is build/site/index.html; to search in it, run" \
+	  "python -m http.server -d build/site"
 
 .PHONY: dist
 dist: $(VENV)/.stamp-dev
