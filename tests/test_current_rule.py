@@ -123,6 +123,7 @@ def test_linen_kernels_get_the_rule_of_their_module(kernel):
     )
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nnx_kernels_get_the_rule_of_their_module(kernel):
     model = Nnx(kernel)

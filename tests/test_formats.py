@@ -103,7 +103,7 @@ FRAMEWORKS = {
 }
 
 
-@pytest.mark.thinned(13)
+@pytest.mark.thinned(40)
 @pytest.mark.parametrize(
     ("framework", "schema", "qtype"),
     pairwise(
@@ -158,7 +158,7 @@ def test_weights_that_are_small_and_narrow(qtype, dtype):
     )
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(32)
 @pytest.mark.parametrize("weight_qtype", CODED)
 @pytest.mark.parametrize("bwd_qtype", ["mxfp8_e5m2", "mxfp4", "nvfp4"])
 def test_quantized_gradients(weight_qtype, bwd_qtype):
@@ -271,7 +271,7 @@ def test_layers_without_blocks():
         qwix_train.plan(nn.Dense(8), [far], inputs())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("qtype", ["mxfp4", "nvfp4", "float4_e2m1fn", "ternary"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_qlora(qtype, double_quant):
@@ -312,7 +312,7 @@ def test_qlora(qtype, double_quant):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("method", [ptq.Gptq, ptq.Awq, ptq.SmoothQuant])
 @pytest.mark.parametrize(
     "qtype", ["mxfp4", "nvfp4", "mxint8", "mxfp6_floor", "ternary"]
@@ -357,6 +357,7 @@ def test_sensitivity_and_bits():
     assert lost["mxint8"] < lost["nvfp4"] < lost["mxfp4"] < lost["ternary"]
 
 
+@pytest.mark.slow
 def test_training_on_mxfp8():
     """A step of training with quantized gradients lowers the loss as in float."""
     rule = QtRule(weight_qtype="mxfp8", act_qtype="mxfp8", bwd_qtype="mxfp8_e5m2")

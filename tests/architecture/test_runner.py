@@ -30,18 +30,20 @@ def test_modes_choose_stages_and_the_runner_applies_them():
 
 def modes():
     """The classes of modes, with the module that each stands in."""
+    classes = [
+        (file, node)
+        for file, tree in source.library().items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    ]
     found, last = {"QuantizationProvider"}, None
     while found != last:
         last = set(found)
-        for tree in source.library().values():
-            for node in ast.walk(tree):
-                bases = [ast.unparse(b) for b in getattr(node, "bases", ())]
-                if isinstance(node, ast.ClassDef) and found & set(bases):
-                    found.add(node.name)
-    for file, tree in source.library().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name in found:
-                yield file, node
+        for _, node in classes:
+            # Some are named with their module: `provider.QtProvider`.
+            if found & {ast.unparse(base).split(".")[-1] for base in node.bases}:
+                found.add(node.name)
+    return [(file, node) for file, node in classes if node.name in found]
 
 
 def public_methods(cls):

@@ -87,6 +87,7 @@ def test_nvfp4_of_small_blocks_and_of_zeros():
     assert not dequantize(quantize(zeros, "nvfp4", **tiled("nvfp4"))).any()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
 def test_ternary_is_bitnet(axes):
     x = normal((48, 16))
@@ -105,6 +106,7 @@ def test_ternary_passes_all_gradients():
     assert jax.grad(lambda x: fake_quant(x, how).sum())(x).tolist() == [1, 1, 1]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("entry", FLOATS, ids=lambda entry: entry.name)
 def test_small_floats_round_as_ml_dtypes(entry):
     dtype = reference.ELEMENTS.get(entry.name.removesuffix("_floor"), entry.storage)
@@ -124,6 +126,7 @@ def test_small_floats_round_as_ml_dtypes(entry):
     np.testing.assert_array_equal(np.unique(codes[np.isfinite(codes)]), entry.levels)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6", "mxfp6_e3m2", "ternary", "nvfp4"])
 def test_bits_of_codes_are_those_of_the_type(name):
     entry = formats.find(name)
@@ -166,7 +169,7 @@ def test_what_is_no_table(levels):
         register_table("bad", levels)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fake_quantization_gives_what_codes_stand_for(name, dtype):

@@ -56,7 +56,7 @@ def error(a, b):
     return float(jnp.abs(a - b).mean())
 
 
-METHODS = ["absmax", pytest.param("minmax", marks=pytest.mark.slow)]
+METHODS = [pytest.param(x, marks=pytest.mark.slow) for x in ("absmax", "minmax")]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,7 +138,8 @@ def test_gptq_of_an_nnx_model():
     assert error(out, quantized(x)) < before
 
 
-@pytest.mark.parametrize("module", [awq, smooth_quant], ids=["awq", "smooth_quant"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("module", [smooth_quant, awq], ids=["smooth_quant", "awq"])
 def test_input_scaling(module):
     sizes = np.where(np.arange(16) % 8 == 0, 50, 1)
     model, x = Mlp(), models.normal(24, 16) * sizes
@@ -182,7 +183,8 @@ def test_statistics_of_a_users_own():
     assert_close(found, np.abs(x).max(0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
 def test_params_that_were_quantized_elsewhere(method):
     rule = qwix.QuantizationRule(weight_qtype="int8", weight_calibration_method=method)
     model, x = NnxMlp(), models.normal(4, 16)
@@ -295,6 +297,7 @@ def test_what_ours_refuses_is_warned_of():
         qwix.apply_lora_to_model(nn.Dense(3), provider).init(jax.random.key(0), x)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_drops_all_of_its_input():
     x = models.normal(4, 16)
     with pytest.warns(UserWarning, match=r"dropout=1\.0"):
