@@ -22,6 +22,7 @@
 #   make bench-calibration  the benchmark of calibration
 #   make bench-qlora  the benchmark of fine-tuning
 #   make bench-recipes  the benchmark of recipes of QAT
+#   make bench-formats  the benchmark of types
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -268,6 +269,10 @@ bench-calibration: $(VENV)/.stamp-bench
 .PHONY: bench-qlora
 bench-qlora: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qlora $(ARGS)
+
+.PHONY: bench-formats
+bench-formats: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.formats $(ARGS)
 
 .PHONY: bench-recipes
 bench-recipes: $(VENV)/.stamp-bench

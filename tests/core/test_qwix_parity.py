@@ -135,3 +135,28 @@ def test_dequantizing_what_the_reference_stored(qtype):
         dequantize(ours).astype(jnp.float32),
         qwix.dequantize(stored).astype(jnp.float32),
     )
+
+
+@pytest.mark.parametrize("qtype", ["mxfp8", "mxfp4"])
+def test_blocks_have_the_values_of_the_reference(qtype):
+    """In bfloat16 it divides in that dtype, which may round a scale down."""
+    x = np.random.default_rng(0).normal(size=(64, 24)) * np.exp2(np.arange(24) - 12)
+    x = jnp.asarray(x.astype(np.float32))
+    layout = dict(channelwise_axes=(1,), tiled_axes={0: 32})
+    want, got = theirs(x, qtype, **layout), quantize(x, qtype, **layout)
+    np.testing.assert_array_equal(got.float_scale, want.scale.astype(jnp.float32))
+    assert got.dtype == want.dtype and got.qtype == want.qtype
+    values = [dequantize(got), qwix.dequantize(want)]
+    np.testing.assert_array_equal(*(v.astype(jnp.float32) for v in values))
+
+
+@pytest.mark.parametrize(
+    "qtype", ["float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"]
+)
+def test_floats_have_the_values_of_the_reference(qtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
+    layout = dict(channelwise_axes=(1,), tiled_axes={0: 8})
+    want = theirs(x, getattr(jnp, qtype), **layout)
+    got = quantize(x, qtype, **layout)
+    np.testing.assert_array_equal(got.scale, want.scale)
+    np.testing.assert_array_equal(dequantize(got), qwix.dequantize(want))
