@@ -16,6 +16,9 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax import numpy as jnp
+
 from qwix_train import ops as op_kinds
 from qwix_train.core import numerics, rotations
 from qwix_train.core.errors import located
@@ -58,6 +61,9 @@ class OpPlan:
       learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
+      layer_axis: the axis along which its module stacks the params of the layers that a
+        scan goes over; what stands beside them is stacked alike. Negative ones count
+        from the last.
     """
 
     op: Op
@@ -71,6 +77,19 @@ class OpPlan:
     learned: str = ""
     reason: str = ""
     unsupported: bool = False
+    layer_axis: int = 0
+
+    def as_stored(self, leaf: Any) -> Any:
+        """What stands beside its params, from an array with its layers in front."""
+        if not self.layer_axis:
+            return leaf
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.layer_axis), leaf)
+
+    def layers_first(self, leaf: Any) -> Any:
+        """An array with its layers in front, from what stands beside its params."""
+        if not self.layer_axis:
+            return leaf
+        return jax.tree.map(lambda x: jnp.moveaxis(x, self.layer_axis, 0), leaf)
 
     def range_path(self, side: int) -> Path:
         """The path of the range of an operand: its module, its op and its side.
@@ -493,7 +512,12 @@ class _Planner:
         path = op.module_path.removeprefix(self.module_path).removeprefix("/")
         nothing = (None,) * len(op.operands)
         plan = OpPlan(
-            op, index, activations=nothing, rotations=nothing, module_path=path
+            op,
+            index,
+            activations=nothing,
+            rotations=nothing,
+            module_path=path,
+            layer_axis=self.layer_axis(op, path),
         )
         left = functools.partial(dataclasses.replace, plan)
         if rule.weight_qtype is None:
@@ -510,6 +534,21 @@ class _Planner:
         if not all(map(numerics.is_quantizable, dtypes)):
             return left(reason=f"operands are {' and '.join(map(str, dtypes))}")
         return self.quantize(plan, rule)
+
+    def layer_axis(self, op: Op, module_path: str) -> int:
+        """See `OpPlan.layer_axis`: where all stacked params of a module have it."""
+        if len(op.layers) != 1:
+            return 0
+        module = tuple(filter(None, module_path.split("/")))
+        axes = [
+            {param.layer_axes[0], param.layer_axes[0] - len(param.shape)}
+            for param in self.params.values()
+            if param.path[:-1] == module and len(param.layer_axes) == 1
+        ]
+        common = set.intersection(*axes) if axes else {0}
+        if 0 in common or not common:
+            return 0
+        return -1 if -1 in common else max(common)
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op
