@@ -1,5 +1,7 @@
 """Every type in every mode: QAT is PTQ is what is restored, and the rest composes."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -21,6 +23,11 @@ from tests.pairwise import pairwise
 TYPES = [entry.name for entry in formats.entries()]
 CODED = [entry.name for entry in formats.entries() if entry.coded_scales]
 SCHEMAS = ["weights", "weights and activations", "activations in int8"]
+
+
+def each_with(names, *others):
+    """Each name with one of the others, which take turns."""
+    return list(zip(names, itertools.cycle(others), strict=False))
 
 
 class Dense(nn.Module):
@@ -129,8 +136,7 @@ def test_qat_is_ptq_is_what_is_restored(framework, schema, qtype, tmp_path):
 
 
 @pytest.mark.thinned(7)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("qtype", CODED)
+@pytest.mark.parametrize(("qtype", "dtype"), each_with(CODED, "bfloat16", "float16"))
 def test_weights_that_are_small_and_narrow(qtype, dtype):
     """Scales do not have the dtype of the weight, and lose nothing by it."""
     w = 1e-3 * models.normal(64, 8)
@@ -158,9 +164,10 @@ def test_weights_that_are_small_and_narrow(qtype, dtype):
     )
 
 
-@pytest.mark.thinned(32)
-@pytest.mark.parametrize("weight_qtype", CODED)
-@pytest.mark.parametrize("bwd_qtype", ["mxfp8_e5m2", "mxfp4", "nvfp4"])
+@pytest.mark.thinned(13)
+@pytest.mark.parametrize(
+    ("weight_qtype", "bwd_qtype"), each_with(CODED, "mxfp8_e5m2", "mxfp4", "nvfp4")
+)
 def test_quantized_gradients(weight_qtype, bwd_qtype):
     """The backward products are of what the gradient is rounded to, in blocks."""
     rule = QtRule(weight_qtype=weight_qtype, act_qtype="mxfp8", bwd_qtype=bwd_qtype)

@@ -128,7 +128,10 @@ def act_leaves(plan: OpPlan, side: int, named: Mapping[Path, Any]) -> Leaves:
         leaf = Leaf(path, part)
         if (value := leaf.among(named)) is None:
             raise _missing(leaf, f"act_calibration_method={plan.learned!r}")
-        found[part] = fitted(leaf, stored.unbox(value), shape)
+        value = stored.unbox(value)
+        if value.ndim == len(shape):
+            value = plan.layers_first(value)
+        found[part] = fitted(leaf, value, shape)
     return Leaves(**found)
 
 

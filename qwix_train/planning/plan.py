@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+from jax import numpy as jnp
+
 from qwix_train.core import numerics
 from qwix_train.core.formats import Scales
 from qwix_train.core.how import (
@@ -59,6 +62,9 @@ class OpPlan:
       learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
+      layer_axis: the axis along which its module stacks the params of the layers that a
+        scan goes over; what stands beside them is stacked alike. Negative ones count
+        from the last.
     """
 
     op: Op
@@ -72,6 +78,19 @@ class OpPlan:
     learned: str = ""
     reason: str = ""
     unsupported: bool = False
+    layer_axis: int = 0
+
+    def as_stored(self, leaf: Any) -> Any:
+        """What stands beside its params, from an array with its layers in front."""
+        if not self.layer_axis:
+            return leaf
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.layer_axis), leaf)
+
+    def layers_first(self, leaf: Any) -> Any:
+        """An array with its layers in front, from what stands beside its params."""
+        if not self.layer_axis:
+            return leaf
+        return jax.tree.map(lambda x: jnp.moveaxis(x, self.layer_axis, 0), leaf)
 
     def range_path(self, side: int) -> Path:
         """The path of the range of an operand: its module, its op and its side.

@@ -110,7 +110,12 @@ class _Planner:
         path = op.module_path.removeprefix(self.module_path).removeprefix("/")
         nothing = (None,) * len(op.operands)
         plan = OpPlan(
-            op, index, activations=nothing, rotations=nothing, module_path=path
+            op,
+            index,
+            activations=nothing,
+            rotations=nothing,
+            module_path=path,
+            layer_axis=self.layer_axis(op, path),
         )
         left = functools.partial(dataclasses.replace, plan)
         if rule.weight_qtype is None:
@@ -127,6 +132,21 @@ class _Planner:
         if not all(map(numerics.is_quantizable, dtypes)):
             return left(reason=f"operands are {' and '.join(map(str, dtypes))}")
         return self.quantize(plan, rule)
+
+    def layer_axis(self, op: Op, module_path: str) -> int:
+        """See `OpPlan.layer_axis`: where all stacked params of a module have it."""
+        if len(op.layers) != 1:
+            return 0
+        module = tuple(filter(None, module_path.split("/")))
+        axes = [
+            {param.layer_axes[0], param.layer_axes[0] - len(param.shape)}
+            for param in self.params.values()
+            if param.path[:-1] == module and len(param.layer_axes) == 1
+        ]
+        common = set.intersection(*axes) if axes else {0}
+        if 0 in common or not common:
+            return 0
+        return -1 if -1 in common else max(common)
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op

@@ -84,11 +84,11 @@ def initial(plan: Plan) -> dict[Path, Any]:
     params: dict[Path, Any] = {}
     for static in static_operands(plan):
         how, shape = static.how, static.scale_shape
-        scale = jnp.full(shape, jnp.nan, static.operand.dtype)
+        scale = static.op.as_stored(jnp.full(shape, jnp.nan, static.operand.dtype))
         params[scale_path(static.path)] = static.with_how(scale)
         if needs_zero_point(how.calibration_method):
             zero_point = jnp.zeros(shape, storage_dtype(how.qtype))
-            params[zero_point_path(static.path)] = zero_point
+            params[zero_point_path(static.path)] = static.op.as_stored(zero_point)
     return params
 
 
@@ -220,7 +220,10 @@ def collected(plan: Plan, quant_stats: Mapping[str, Any]) -> dict[Path, Any]:
         if static.op.collected:
             statistics = _statistics_at(static.path, quant_stats)
             found = from_statistics(static.path, statistics, static.how)
-            _check_shape(found[scale_path(static.path)].shape, static)
+            shape = found[scale_path(static.path)].shape
+            _check_shape(shape, static)
+            if len(shape) == len(static.scale_shape):
+                found = static.op.as_stored(found)
             params |= found
     return params
 
@@ -284,7 +287,8 @@ def find(
         scale = jnp.broadcast_to(scale, (*layers, *scale.shape))
         if zero_point is not None:
             zero_point = jnp.broadcast_to(zero_point, (*layers, *zero_point.shape))
-    return Range(scale, zero_point)
+        return Range(scale, zero_point)
+    return Range(plan.layers_first(scale), plan.layers_first(zero_point))
 
 
 def missing(path: Path, plan: OpPlan, remedy: str) -> ValueError:

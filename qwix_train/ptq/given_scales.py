@@ -128,6 +128,7 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
         leaves = learned_scale.leaves_at(owner, named)
         if static.op.learned and leaves.method:
             shape = jax.ShapeDtypeStruct(static.scale_shape, static.operand.dtype)
+            shape = jax.eval_shape(static.op.as_stored, shape)
             ranges |= _range(static.path, owner, leaves, static.with_how(shape))
             used |= {leaf.path for leaf in learned_scale.each(owner, leaves)}
     return GivenScales(weights, ranges, frozenset(used))

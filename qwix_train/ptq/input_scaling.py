@@ -102,7 +102,7 @@ def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
 
     Returns:
       The axes of layers, and then those of the input, of size 1 where the scale is the
-      same for every entry.
+      same for every entry; one axis of layers where the model stacks its params.
     """
     assert isinstance(found.channels, Channels)
     axes = *found.channels.groups, *found.channels.contracting
@@ -111,7 +111,8 @@ def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
     scale = scale.reshape(*found.layers, *sizes)
     order = np.argsort((*axes, *rest)) + len(found.layers)
     scale = scale.transpose((*range(len(found.layers)), *order))
-    return jnp.broadcast_to(scale, (*found.layers, *found.scaled_shape))
+    scale = jnp.broadcast_to(scale, (*found.layers, *found.scaled_shape))
+    return jnp.moveaxis(scale, 0, found.layer_axis) if found.layer_axis else scale
 
 
 def scaled_range(

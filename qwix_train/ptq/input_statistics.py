@@ -191,6 +191,7 @@ class WeightInput(Tagged):
       activation: how the input is quantized, if it is.
       static: the same, if that is with a range collected beforehand.
       observer: what measures such a range, if the rule names one.
+      layer_axis: the axis along which layers are stacked; see `OpPlan.layer_axis`.
     """
 
     channels: Vectors
@@ -200,6 +201,7 @@ class WeightInput(Tagged):
     activation: HowToQuantize | None
     static: HowToQuantize | None
     observer: Any
+    layer_axis: int = 0
 
 
 # For each quantized param, the ops that read it: what enters it or, as text, why that
@@ -305,6 +307,7 @@ class InputTagging(Tagging):
             activation=plan.activations[1 - side],
             static=plan.activations[1 - side] if plan.static else None,
             observer=rule.act_observer,
+            layer_axis=plan.layer_axis,
         )
 
 

@@ -544,6 +544,20 @@ def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any
     return ranges
 
 
+def _stacked_as(
+    wanted: tuple[int, ...], params: dict[Path, Any], num_layers: int
+) -> dict[Path, Any]:
+    """Ranges whose layers come first, stacked along the axis of the quantized model."""
+    ndim = len(wanted)
+    if num_layers != 1 or any(np.ndim(x) != ndim for x in jax.tree.leaves(params)):
+        return params
+    for axis in range(ndim):
+        moved = jax.tree.map(lambda x, axis=axis: jnp.moveaxis(x, 0, axis), params)
+        if all(x.shape == wanted for x in jax.tree.leaves(moved)):
+            return moved
+    return params
+
+
 def _range(
     path: Path, statistics: Mapping[str, Any], scale: WithAux
 ) -> dict[Path, Any]:
@@ -563,6 +577,7 @@ def _range(
             f"calibration method {method!r} takes {wanted}."
         )
     params = static_range.from_statistics(path, statistics, scale.how)
+    params = _stacked_as(scale.shape, params, jnp.ndim(statistics["count"]))
     shape = params[scale_path(path)].shape
     # More than one entry along an axis is a finer range than was asked for.
     if len(shape) != len(scale.shape) or any(

@@ -55,8 +55,9 @@ def initial(plan: Plan) -> dict[Path, jax.Array]:
         kind, operand = ops.kind_of(op.op), op.op.operands[1 - side]
         if not kind.scaled_axes(op.op.params, 1 - side, len(operand.shape)):
             continue
-        shape, dtype = scale_shape(op.op, 1 - side), operand.dtype
-        scales[pre_quant_scale_path(op.range_path(1 - side))] = jnp.ones(shape, dtype)
+        scale = jnp.ones(scale_shape(op.op, 1 - side), operand.dtype)
+        path = pre_quant_scale_path(op.range_path(1 - side))
+        scales[path] = op.as_stored(scale)
     return scales
 
 
@@ -73,7 +74,10 @@ def scales_of(plan: OpPlan, named: Mapping[Path, Any]) -> list[jax.Array | None]
     scales: list[jax.Array | None] = [None] * len(plan.op.operands)
     for side in range(ops.kind_of(plan.op).sides):
         leaf = Leaf(plan.range_path(side), "pre_quant_scale")
-        scale = scales[side] = leaf.among(named)
+        scale = leaf.among(named)
         if scale is not None:
-            leaf.check_shape(scale, scale_shape(plan.op, side))
+            shape = scale_shape(plan.op, side)
+            wanted = plan.as_stored(jnp.empty(shape))
+            leaf.check_shape(scale, wanted.shape)
+            scales[side] = plan.layers_first(scale)
     return scales

@@ -90,7 +90,7 @@ def initial_leaves(
     for static in missing:
         begun = _act_leaves(static, calibration_of(static.path))
         for leaf, value in learned_scale.each(static.path, begun).items():
-            leaves[leaf.path] = value
+            leaves[leaf.path] = static.op.as_stored(value)
     return leaves
 
 

@@ -12,7 +12,6 @@ from qwix_train.stages.product import Product, in_float
 from qwix_train.stages.stage import At, ParamStage, Stage, applied, on_param
 from qwix_train.trace import carried
 from qwix_train.trace.analyze import Key, Op
-from qwix_train.trace.carried import Carried
 from qwix_train.trace.evaluate import Once
 from qwix_train.trace.function import Param, TracedCall
 from qwix_train.trace.provenance import Activation
@@ -91,7 +90,7 @@ def run(
             )
         return base(*operands)
 
-    def substitute(param: Param) -> Carried | None:
+    def substitute(param: Param) -> Any:
         value = param.value
         if stored.is_quantized(value):
             rotation = value.how.rotation
@@ -99,8 +98,9 @@ def run(
             if rotation is not None and value is not None:
                 value = RotatedWeight(value, rotation)
         mine = stages.params.get(param.path, ())
-        if value is not None:  # a range is stored, too
-            value = on_param(mine, value)
+        if value is None:  # a range, whose axes a scan over layers may move
+            return param.value.array
+        value = on_param(mine, value)
         return None if value is param.value else value
 
     given = {key: arrays for key, (arrays, _) in flat.items()}

@@ -127,7 +127,7 @@ class TracedCall:
         self,
         replace: Sequence[analyze.Op],
         handler: evaluate.Handler,
-        substitute: Callable[[Param], carried.Carried | None],
+        substitute: Callable[[Param], Any],
         given: Mapping[analyze.Key, Any] | None = None,
     ) -> Any:
         """The result of the call, with some ops and params replaced.
@@ -135,7 +135,8 @@ class TracedCall:
         Args:
           replace: the ops to hand to `handler`.
           handler: what to do in their place.
-          substitute: what to evaluate in the place of a param, or None.
+          substitute: what to evaluate in the place of a param, a `Carried` or an array;
+            or None.
           given: see `evaluate.evaluate`.
 
         Raises:
@@ -146,13 +147,20 @@ class TracedCall:
                 "The params of this call have adapters, which TracedCall.run does not "
                 "apply: override stages(traced, plan) of the mode, not transform."
             )
-        inputs = [
-            (substitute(param) if param is not None else None) or value
-            for param, value in zip(self.params, self.inputs, strict=True)
-        ]
+        inputs, plain = list(self.inputs), set()
+        for index, param in enumerate(self.params):
+            instead = None if param is None else substitute(param)
+            if instead is not None:
+                inputs[index] = instead
+                if not isinstance(instead, carried.Carried):
+                    plain.add(index)
         outs = evaluate.evaluate(
             self.body, inputs, {op.key: op for op in replace}, handler, given, self.once
         )
+        if plain:  # what is handed on as it came comes out as it is stored
+            for index, source in enumerate(passed.sources(self.body)):
+                if source is not None and source in plain:
+                    outs[index] = self.inputs[source]
         return self.rebuild(outs)
 
     @property
