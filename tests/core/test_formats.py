@@ -172,7 +172,7 @@ def test_what_is_no_table(levels):
 
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize(
-    ("name", "dtype"), zip(BLOCKS, itertools.cycle(DTYPES), strict=False)
+    ("name", "dtype"), list(zip(BLOCKS, itertools.cycle(DTYPES), strict=False))
 )
 def test_fake_quantization_gives_what_codes_stand_for(name, dtype):
     x = jnp.asarray(normal((64, 12)) * 1e-3, dtype)
