@@ -138,7 +138,13 @@ def test_gptq_of_an_nnx_model():
     assert error(out, quantized(x)) < before
 
 
-@pytest.mark.parametrize("module", [awq, smooth_quant], ids=["awq", "smooth_quant"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(awq, id="awq", marks=pytest.mark.slow),
+        pytest.param(smooth_quant, id="smooth_quant"),
+    ],
+)
 def test_input_scaling(module):
     sizes = np.where(np.arange(16) % 8 == 0, 50, 1)
     model, x = Mlp(), models.normal(24, 16) * sizes
