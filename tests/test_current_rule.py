@@ -144,6 +144,7 @@ def test_the_plan_lists_what_kernels_ask_for():
     assert "a kernel in others asked for gmm: no rule matches" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "provider",
     [

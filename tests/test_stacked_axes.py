@@ -97,7 +97,13 @@ def static(axis, rules):
     return jax.jit(served.apply)({"params": quantized}, X), quantized
 
 
-@pytest.mark.parametrize("rules", [STATIC, MINMAX], ids=["absmax", "minmax"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(STATIC, id="absmax"),
+        pytest.param(MINMAX, id="minmax", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("axis", AXES)
 def test_static_ranges(axis, rules):
     want, first = static(0, rules)

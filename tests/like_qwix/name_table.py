@@ -77,6 +77,9 @@ NOTES = {
     "qwix.contrib.smooth_quant.SqCalibrationProvider": (
         "factors are those of largest magnitudes, as in the paper"
     ),
+    "qwix.contrib.smooth_quant.SqInferenceProvider": (
+        "activations are quantized as the rule says; in `qwix` they stay in float"
+    ),
     "qwix.contrib.smooth_quant.WithSqScale": (
         "a `WithAux`; the scale is a leaf beside it, as for AWQ"
     ),
