@@ -46,6 +46,7 @@ def test_import_leaves_packages(imported, package):
     assert not [name for name in imported if name.startswith(f"qwix_train.{package}")]
 
 
+@pytest.mark.slow
 def test_packages_leave_orbax_and_litert():
     found = modules_after("from qwix_train import hooks, lora, odml, ptq, qat")
     assert {"qwix_train.ptq.checkpoint", "qwix_train.odml.convert"} <= found

@@ -67,6 +67,7 @@ def test_a_permuted_weight_is_quantized():
     assert found.params["w",].how is not None
 
 
+@pytest.mark.slow
 def test_conv_local():
     """Its patches are exact; the product with its kernel is quantized."""
     model = nn.ConvLocal(2, (2, 2), use_bias=False)

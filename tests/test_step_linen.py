@@ -495,6 +495,7 @@ def test_axis_names(kind):
     models.assert_same(same.params, plain.params)
 
 
+@pytest.mark.slow
 def test_sharded_params_and_batch():
     mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
 

@@ -468,6 +468,7 @@ def test_a_batch_that_is_not_finite_changes_no_range():
     assert after["sum_of_absmax"] == before["sum_of_absmax"]
 
 
+@pytest.mark.slow
 def test_a_sharded_step_gives_the_same_ranges():
     mesh = jax.make_mesh((8,), ("data",))
     sharded = jax.sharding.NamedSharding(mesh, jax.P("data"))

@@ -279,6 +279,7 @@ def test_a_model_returns_its_params_quantized():
     assert jax.tree.structure(jitted) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_weight_normalization_and_shards_of_it():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     halves = jax.P(None, "d")

@@ -115,6 +115,7 @@ def test_nnx_modules_have_the_same_tiles():
         assert how.tiled_axes == {1: 4} and how.channelwise_axes == (2,)
 
 
+@pytest.mark.slow
 def test_the_scales_and_numbers_of_qwix():
     equation = "BTNH,NHD->BTD"
     x = data(2, 3, 2, 6)

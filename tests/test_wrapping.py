@@ -54,6 +54,7 @@ def expected_ranges():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [True, False])
 def test_ranges_are_collected_and_quantize_the_function(jitted):
     step = jax.jit(eval_step) if jitted else eval_step

@@ -166,6 +166,7 @@ def test_a_given_scale(zero_point):
     assert grad(x).tolist() == [1, 1 if zero_point is None else 0, 0]
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_anew_each_time():
     keys = iter(jax.random.split(jax.random.key(0), 4))
 

@@ -179,7 +179,7 @@ def test_zero_points():
     np.testing.assert_array_equal(as_bits(back.qvalue), as_bits(q.qvalue))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("a", "b"), P(None, "b"), P(("a", "b"))], ids=str)
 def test_sharded(spec, kind):

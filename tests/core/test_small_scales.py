@@ -117,6 +117,7 @@ def test_a_collected_range_of_small_float16_activations():
     assert error(x, got) < 0.02
 
 
+@pytest.mark.slow
 def test_trained_scales_of_small_float16_activations():
     x = jnp.abs(normal(1e-6))
     alpha = jnp.full((1, 1), 5e-6, jnp.float32)

@@ -132,6 +132,7 @@ def test_reversals(array, data):
     )
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_slices(array, data):
@@ -293,6 +294,7 @@ def test_arrays_of_two_types_or_dtypes_are_not_joined():
         assert structural.JOINS["concatenate"]({"dimension": 0}, parts) is None
 
 
+@pytest.mark.slow
 @few
 @given(arrays(), st.data())
 def test_a_scale_for_every_index(array, data):

@@ -60,6 +60,7 @@ def test_the_model_cannot_look_ahead():
     assert not np.allclose(before[:, 20:], after[:, 20:])
 
 
+@pytest.mark.slow
 def test_metrics_against_numpy():
     logits = np.random.default_rng(0).normal(size=(3, 5, 7))
     targets = np.random.default_rng(1).integers(0, 7, (3, 5), np.int32)

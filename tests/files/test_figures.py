@@ -10,7 +10,7 @@ def figure():
     return pytest.importorskip("matplotlib.figure").Figure(figsize=(1, 1))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 def test_a_figure_replaces_one_of_its_format(figure, tmp_path, ending):
     path = tmp_path / f"plot.{ending}"

@@ -123,6 +123,7 @@ def test_all_collections_of_a_linen_model(tmp_path):
     assert export.steps() == [1]
 
 
+@pytest.mark.slow
 def test_random_keys_of_a_model_that_draws_while_it_evaluates(tmp_path):
     """From a stream of its own, which its other collection depends on."""
 

@@ -123,6 +123,7 @@ def test_gptq_of_a_linen_model(scanned):
     )
 
 
+@pytest.mark.slow
 def test_gptq_of_an_nnx_model():
     model, x = NnxMlp(), models.normal(24, 16).cumsum(1)
     rules = [gptq.GptqRule(module_path="first", weight_qtype="int4")]
@@ -163,6 +164,7 @@ def test_input_scaling(module):
     assert error(out, served) < error(out, quantized.apply({"params": rounded}, x))
 
 
+@pytest.mark.slow
 def test_statistics_of_a_users_own():
     class Largest(calibration.SinglePassCalibrationProvider):
         def get_rule_type(self):

@@ -50,6 +50,7 @@ def saved(tmp_path_factory):
     return path, state
 
 
+@pytest.mark.slow
 def test_what_is_restored_is_what_was_saved(saved):
     path, state = saved
     other = state_of(seed=1)

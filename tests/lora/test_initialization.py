@@ -190,6 +190,7 @@ def test_rules_say_what_is_wrong(fields, message):
         lora.LoraRule(**{"rank": 2, "alpha": 2.0, **fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", [None, "pissa"])
 def test_a_rank_above_that_of_a_small_head_is_kept_and_named(init):
     rules = [lora.LoraRule(rank=4, alpha=6.0, init=init)]

@@ -66,7 +66,7 @@ class Heads(nn.Module):
         return nn.Conv(3, (3,))(x)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     "model", [Mlp(), Layers(), Heads()], ids=lambda m: type(m).__name__

@@ -441,6 +441,7 @@ class Positions(nn.Module):
         return nn.Dense(3)(x + nn.Embed(6, 8, name="positions")(positions))
 
 
+@pytest.mark.slow
 def test_adapters_are_the_same_however_the_model_is_called():
     model, tokens = Positions(), jnp.asarray([[1, 2, 3]])
     positions = jnp.asarray([0, 1, 2])

@@ -129,7 +129,7 @@ def explicit_traffic(said, **kwargs):
         return sent(step.lower(*given, held).compile())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [False, True])
 @pytest.mark.parametrize(
     "kwargs",

@@ -324,6 +324,7 @@ def test_plain_functions_and_lists_of_params():
     np.testing.assert_allclose(got, apply(params, X), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_may_be_numpy_arrays():
     model, tokens = nn.Embed(11, 8), np.array([1, 2])
     params = model.init(jax.random.key(0), tokens)["params"]
@@ -340,7 +341,7 @@ def test_tokens_may_be_numpy_arrays():
     np.testing.assert_array_equal(got, params["embedding"][tokens])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh_it_is_the_same(kind):
     kinds = (jax.sharding.AxisType[kind],) * 2

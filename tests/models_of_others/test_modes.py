@@ -132,6 +132,7 @@ def test_adapters_begin_as_the_model_and_train_alone(name):
     assert_differ(train_step(new)[1], before)
 
 
+@pytest.mark.slow
 def test_adapters_of_an_nnx_model():
     case = CASES["nnx decoder"]
     provider = qwix_train.LoraProvider(module_path=".*", rank=2, alpha=4.0)

@@ -97,6 +97,7 @@ def test_growth_by_any_factor_keeps_all_elements():
     assert masses[0] == 3 * (len(range(-120, 128, 9)) - 2)
 
 
+@pytest.mark.slow
 def test_special_magnitudes():
     largest, tiny = np.finfo(np.float32).max, np.finfo(np.float32).tiny
     x = np.float32([0, -0.0, tiny / 4, -tiny, largest, -largest])

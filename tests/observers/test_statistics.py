@@ -210,7 +210,7 @@ def test_merged_shards_are_one_big_batch(observer):
     assert_same(merged, statistics.calibration(whole))
 
 
-@pytest.mark.thinned(14)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("observer", [*RANGES, *STREAMS[:1]])
 def test_sharded_batches_have_the_same_state(observer, kind):

@@ -167,6 +167,7 @@ def test_the_file_is_smaller(mlp):
     assert weights / 2 < sizes["int4"] < 0.8 * weights
 
 
+@pytest.mark.slow
 def test_ranges_found_when_the_model_runs(mlp):
     variables, _ = mlp
     rules = [
@@ -195,6 +196,7 @@ def test_one_scale_for_a_weight(mlp):
     assert out.max_steps <= 1.01 and out.equal > 0.9
 
 
+@pytest.mark.slow
 def test_fixed_ranges(mlp):
     variables, stats = mlp
     provider = odml.OdmlQatProvider(
@@ -291,6 +293,7 @@ def test_shapes_and_numpy_arrays_as_inputs(mlp):
     assert of_array.signatures["serving_default"].inputs == ("x",)
 
 
+@pytest.mark.slow
 def test_outputs_of_any_kind():
     """An input, one value twice, indices, a constant, and what is no array."""
 

@@ -89,7 +89,7 @@ def test_padding_between_elements(config, value):
     assert out.equal == 1
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
 def test_pooling_of_a_sequence(pool):
     model, x = module(lambda self, x: pool(x, (3,), (2,), "SAME")), normal(2, 6, 4)

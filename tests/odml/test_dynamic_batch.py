@@ -49,7 +49,7 @@ MODELS = {
 SLOW = ("recurrent", "cnn", "attention")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -138,7 +138,7 @@ def test_a_fused_layer_is_that_of_integers(x, per_channel, norm):
     assert (np.abs(out - other) > 0.5 * 3.3 / 255).mean() > 0.02
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_training_folds_the_statistics_of_the_batch(per_channel):
     x = np.random.default_rng(2).normal(size=(16, 6)).astype(np.float32)

@@ -67,6 +67,7 @@ def test_values_are_those_of_integers(
         np.testing.assert_array_equal(again, y)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     x=hnp.arrays(np.float32, 12, elements=st.floats(-50, 50, width=32)),
@@ -151,6 +152,7 @@ def test_the_largest_weight_of_a_channel_has_its_gradient(seed):
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(w), np.ones((5, 40)))
 
 
+@pytest.mark.slow
 def test_a_channel_of_zeros_stays_zero():
     w = jnp.array([[0.0, 1.0], [0.0, -2.0]])
     grid = integer_grid.of_weight(w, narrow_how("int8", (1,)))

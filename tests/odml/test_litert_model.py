@@ -161,6 +161,7 @@ def test_inputs_by_name_and_in_dictionaries(two_inputs):
     assert [out.name for out in two_inputs.report(batch, scale)] == ["image", "sum"]
 
 
+@pytest.mark.slow
 def test_a_loaded_model_takes_inputs_in_the_same_order(two_inputs):
     loaded = odml.LiteRTModel(two_inputs.content)
     batch, scale = {"image": normal(3, 8), "ids": np.array([7, 0, 3])}, normal(3, 4)

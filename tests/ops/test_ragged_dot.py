@@ -278,6 +278,7 @@ def test_both_backward_products_are_of_codes():
     assert text.count("preferred_element_type=int32") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qtype", [None, "nf4"])
 def test_each_expert_has_an_adapter(qtype):
     rules = [
@@ -421,6 +422,7 @@ def test_the_sensitivity_of_experts():
         np.testing.assert_allclose(row.loss_increase, want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", ["scan", "vmap", "shard_map", "map"])
 def test_experts_within_transformations(around):
     """The same as the layers, examples, shards or experts one by one."""
@@ -513,6 +515,7 @@ def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
     assert_close(got(X, sizes), want(X, sizes), 1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_training_of_experts_on_each_device():
     """The same as that of the experts of each device alone."""
     rules = [

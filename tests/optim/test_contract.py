@@ -111,6 +111,7 @@ def run(tx, params=PARAMS, grads=GRADS, steps=3, **extra_args):
     return loop(params)
 
 
+@pytest.mark.slow
 @MAKE
 def test_jit(make):
     tx = make(adam())
@@ -273,6 +274,7 @@ def test_bfloat16(make):
         models.assert_close(low, high, 0.03)
 
 
+@pytest.mark.slow
 @MAKE
 def test_saved_and_restored(make, tmp_path):
     tx = make(adam())

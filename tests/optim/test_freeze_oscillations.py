@@ -149,6 +149,7 @@ def test_frozen_levels_are_what_ptq_stores():
     assert checked > 50
 
 
+@pytest.mark.slow
 def test_params_in_bfloat16():
     params = jnp.asarray(
         np.random.default_rng(0).normal(size=(8, 8)).astype(jnp.bfloat16)

@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 
 from qwix_train.optim import _noise
 
 
+@pytest.mark.slow
 def test_bits_are_uniform_and_independent():
     keys = jax.random.split(jax.random.key(0), 6)
     data = [jax.random.key_data(jax.random.fold_in(key, 3)) for key in keys]
@@ -25,6 +27,7 @@ def test_bits_are_uniform_and_independent():
     assert np.abs(correlations).max() < 5 / np.sqrt(count)
 
 
+@pytest.mark.slow
 def test_shapes():
     key = jnp.array([1, 2], jnp.uint32)
     assert _noise.bits(key, ()).shape == ()

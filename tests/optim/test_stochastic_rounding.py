@@ -148,6 +148,7 @@ def test_multi_steps():
     models.assert_same(updates, tx.update(grads, tx.init(params), params)[0])
 
 
+@pytest.mark.slow
 def test_sharded():
     mesh = jax.make_mesh((8,), ("model",), (AxisType.Auto,))
     params = jnp.ones((16, 32), jnp.bfloat16)

@@ -129,6 +129,7 @@ def test_channels_that_are_hardly_used():
     np.testing.assert_allclose(factors, [[100, 0.01], [1, 1]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_where_ranges_cannot_be_narrowed():
     """One range for the whole weight: the report says so."""
     rules = [

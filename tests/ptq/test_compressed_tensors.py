@@ -225,6 +225,7 @@ def test_the_library_reads_what_we_write(read_by_library, name, index):
         np.testing.assert_array_equal(got[key], values)
 
 
+@pytest.mark.slow
 def test_an_nnx_model_is_written(tmp_path):
     rules = [qwix_train.QuantizationRule(weight_qtype="int8")]
     provider = qwix_train.PtqProvider(rules)

@@ -67,6 +67,7 @@ def test_static_ranges_stand_beside_the_params(name):
     models.assert_close(eqx.filter_jit(function)(quantized, X), want(params, X))
 
 
+@pytest.mark.slow
 def test_learned_scales_stand_beside_the_params():
     rule = models.rule("int8", "int8", act_calibration_method="lsq")
     attached = qwix_train.attach(mlp(), [rule], X, model=forward)

@@ -112,6 +112,7 @@ def test_a_scale_that_the_model_computes_with_is_its_own():
     assert sorted(tree) == ["kernel", "kernel_scale"]
 
 
+@pytest.mark.slow
 def test_stacked_layers_of_nnx():
     class Stack(nnx.Module):
         def __init__(self, rngs):

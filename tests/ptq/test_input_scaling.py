@@ -212,6 +212,7 @@ def test_files_exports_and_donation(tmp_path):
     models.assert_close(both[1], out, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_scale_of_another_model():
     model, params, method = models.Mlp(), mlp_params(), ptq.Awq([WEIGHTS])
     quantized = run(method, model, params, *BATCHES)

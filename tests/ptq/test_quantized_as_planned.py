@@ -31,6 +31,7 @@ def test_a_product_that_a_linen_model_leaves_out_in_init():
     models.assert_close(out, qat.apply({"params": params}, X))
 
 
+@pytest.mark.slow
 def test_a_decoder_whose_cache_the_call_makes():
     attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
     params = attention.init(jax.random.key(0), X[None])["params"]

@@ -66,7 +66,7 @@ def test_params_are_quantized_where_they_are(name, names):
     assert "all-gather" not in text
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [models.rule("int8", "int8"), models.rule("int4"), models.rule("nf4", tile_size=4)],
@@ -168,7 +168,7 @@ def test_tiles_that_an_explicit_axis_does_not_divide(name, eager):
         models.assert_close(jit(quantized)(values, x), want)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("flax", ["linen", "nnx"])
 def test_flax_models_with_tiles_that_a_mesh_does_not_divide(flax):
     rules = [models.rule("int4", tile_size=8)]

@@ -188,6 +188,7 @@ def test_batches_count_by_their_vectors_and_bad_ones_not_at_all():
     np.testing.assert_allclose(state["second_moment"][0], moment, 1e-4, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ptq.Gptq, ptq.Awq, ptq.SmoothQuant])
 def test_vectors_of_padding_are_left_out(make):
     (rule,) = RULES

@@ -204,6 +204,7 @@ def quantized(rules, params, x=X):
     return apply(quantize_model(models.Mlp(), QtProvider(rules)), params, x)
 
 
+@pytest.mark.slow
 def test_nnx_models_hold_them():
     rules = [rule(act="lsq+")]
 
@@ -285,6 +286,7 @@ def test_init_makes_them_and_statistics_beside():
     assert state.quant_stats["Dense_1"]["dot_general0_lhs"]["count"] == 2
 
 
+@pytest.mark.slow
 def test_ranges_of_several_batches():
     rules = [rule(act="lsq", act_observer="absmax", act_averaging="minmax")]
     params = state_of(models.Mlp()).params

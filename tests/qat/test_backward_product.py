@@ -172,7 +172,7 @@ IN_FLOAT = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FLOAT)
 def test_operands_without_codes_to_multiply(name):
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)

@@ -80,6 +80,7 @@ def problems(draw):
     return grid(cost), sizes, low + int(share * (high - low))
 
 
+@pytest.mark.slow
 @hypothesis.given(problems())
 @hypothesis.settings(max_examples=60)
 def test_no_other_assignment_is_better(problem):

@@ -247,6 +247,7 @@ def test_one_program_for_all():
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_static_ranges():
     loss, params, *_ = make("params")
     rules = [models.rule("int8", "int8", "Dense_0", act_static_scale=True)]

@@ -116,7 +116,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_have_gradients(name):
     layer = nn.Conv(**CONVOLUTIONS[name])

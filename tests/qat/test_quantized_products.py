@@ -185,7 +185,7 @@ def run_steps(step, state, count=20):
     return state, losses
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -64,6 +64,7 @@ def test_records():
     assert [[row.bits for row in rows] for rows in found.groups] == [[2, 4], [2, 4]]
 
 
+@pytest.mark.slow
 def test_plot(tmp_path, monkeypatch):
     found = measured()
     figure = found.plot(tmp_path / "sensitivity.png")

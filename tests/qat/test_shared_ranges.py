@@ -101,6 +101,7 @@ def test_leaves_stand_under_the_first_name(method):
     assert [bool(leaves_of(crossed, name)) for name in OPS] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_gradients_of_lsq():
     """Those of the paper, in float64: the scale's is the sum over its readers."""
     params = with_values(qwix_train.attach(PARAMS, LSQ, X, model=ONE))
@@ -281,6 +282,7 @@ def new_state(model, rules):
     return qwix_train.attach(state, rules, X)
 
 
+@pytest.mark.slow
 def test_an_op_that_begins_later_has_a_range_of_its_own_in_each_phase():
     later = Schedule(start_step=1, ramp_steps=2)
     rules = [dataclasses.replace(STATIC[0], module_path="query", schedule=later)]
@@ -370,6 +372,7 @@ def test_learned_ranges_of_layers():
     models.assert_close(by_name(grads), want, 1e-4)
 
 
+@pytest.mark.slow
 def test_ranges_of_layers_in_the_state():
     stats = []
     stacked = models.params_of(Layers(), X)

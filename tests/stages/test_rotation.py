@@ -193,6 +193,7 @@ def test_layers_of_a_scan():
     assert_close(served(stored, X), out, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_convolution_is_rotated_along_its_features():
     model = nn.Conv(3, (2, 2), use_bias=False)
     x = RNG.normal(size=(2, 5, 5, 8)).astype(np.float32)
@@ -218,6 +219,7 @@ def test_experts():
     assert_close(out, want, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bwd_qtype", [None, "int8"])
 def test_gradients_are_those_of_the_rotated_product(bwd_qtype):
     rules = [QtRule(**INT8, rotation="hadamard", bwd_qtype=bwd_qtype)]
@@ -238,6 +240,7 @@ def test_gradients_are_those_of_the_rotated_product(bwd_qtype):
     assert_close(of_x, want_x, atol=atol)
 
 
+@pytest.mark.slow
 def test_static_ranges_are_those_of_the_rotated_input():
     rules = [rule(act_static_scale=True)]
     observed = calib.observe(MODEL.apply, rules)
