@@ -60,8 +60,8 @@ def test_an_unchanged_train_step_sees_rounded_weights(case):
     got = jit(qwix_train.wrap_train_step(train_step, INT8))(case.params())
     # The range is wider than the weights: nothing is clipped, and gradients pass.
     plain = jit(train_step)
-    want = plain(by_hand(case, case.params()))
-    assert_close(got, want, 1e-5, of_largest=True)
+    # Some gradients are sums that cancel.
+    assert_close(got, plain(by_hand(case, case.params())), 1e-4, atol=1e-5)
     assert_differ(got, plain(case.params()))
 
 
