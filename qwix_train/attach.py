@@ -228,7 +228,7 @@ def detach(
       The target without the leaves: what `attach` was given, with the params of now.
 
     Raises:
-      TypeError: if inputs are needed, and there are none; if the target holds no
+      TypeError: if inputs are needed and none are given; if the target holds no
         params; if an argument is given that has no use.
       ValueError: if the rules are for adapters, or need no leaf.
 
@@ -287,7 +287,7 @@ def attached(target: Any) -> dict[str, str]:
       target: what `attach` gave, or its shapes.
 
     Raises:
-      TypeError: if it is no train state, no NNX model, and no tree of arrays.
+      TypeError: if it is not a train state, an NNX model or a tree of arrays.
     """
     check_target(target)
     found = {

@@ -131,7 +131,7 @@ def check_target(target: Any) -> None:
     """Complains of what holds no params.
 
     Raises:
-      TypeError: if it is no train state, no NNX model, and no tree of arrays.
+      TypeError: if it is not a train state, an NNX model or a tree of arrays.
     """
     is_leaf = target is None or jax.tree_util.all_leaves([target])
     if is_tree(target) and is_leaf and not hasattr(target, "shape"):

@@ -42,7 +42,7 @@ def process_prequantized_params(
       A nested dictionary of arrays that `nnx.update(model, ...)` takes.
 
     Raises:
-      TypeError: if the template is no NNX model.
+      TypeError: if the template is not an NNX model.
       ValueError: if a param does not fit the one of the model.
     """
     if not isinstance(template_params, nnx.Module):

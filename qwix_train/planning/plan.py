@@ -231,7 +231,7 @@ class Plan(RuleUse):
 
     @property
     def has_answers(self) -> bool:
-        """Whether kernels got a rule, of which not all that are compiled tell."""
+        """Whether a kernel got a rule. Kernels that are compiled already do not ask."""
         answered = any(x.rule_index is not None for x in self.requests)
         return answered or any(map(was_given, self.rules))
 

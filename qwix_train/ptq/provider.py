@@ -116,6 +116,8 @@ class PtqProvider(QuantizationProvider):
 
         def find(inputs: list[Any]) -> None:
             call = dataclasses.replace(traced.with_inputs(inputs), initializing=True)
+            # Without what modes that derive from this one add, such as adapters: the
+            # plan is shown also where their rules match nothing.
             call = call.with_params(PtqProvider.store_params(self, call, plan))
             run(call, on_codes(call, plan), listen)
 

@@ -18,8 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import ops
 from qwix_train.core import formats, numerics, structural
+from qwix_train.core.dequantized_product import dequantized_product
 from qwix_train.core.packed_array import PackedQArray, unpack
-from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import QArray, WithAux, dequantize
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
@@ -276,7 +276,7 @@ class PackedWeight(StoredWeight):
             return product(name, params, [*factors, *others])
 
         x, others = operands[1 - side], operands[2:]
-        return packed_product(of_arrays, weight_of, x, self.packed, *others)
+        return dequantized_product(of_arrays, weight_of, x, self.packed, *others)
 
     def _unpacked(self, packed: PackedQArray) -> StoredWeight:
         for primitive, params in self.view:

@@ -33,9 +33,9 @@ class Format:
         bits: The bits of a code where codes are packed.
         storage: The dtype of an array of codes.
         bound: The largest scaled magnitude of a range that is centered at zero.
-        elements: What the codes stand for: `Integers`; a `SmallFloat`, of which an
-            array holds the values, or the bits if its dtype is unsigned; or a table,
-            of which it holds the places.
+        elements: What the codes stand for. `Integers`: the codes are the numbers. A
+            `SmallFloat`: the codes are its values, or its bits if they are stored in an
+            unsigned dtype. A table of levels: the codes are places in it.
         block: The elements that share a scale, where the type says how many.
         scales: How these are stored.
         method: What the calibration method ``absmax`` stands for.
@@ -78,7 +78,7 @@ class Format:
 
     @property
     def one(self) -> int | None:
-        """The code that stands for 1; None if there is none."""
+        """The code that stands for 1; None if the type cannot hold 1."""
         if self.table is not None:
             return self.table.index(1) if 1 in self.table else None
         if isinstance(self.elements, SmallFloat) and self.has_bits:
@@ -248,7 +248,7 @@ for _entry in _ENTRIES:
 
 
 def find(name: str) -> Format | None:
-    """Returns the type of a name, or of another of its names; None if there is none."""
+    """Returns the type with a name or alias; None if no type has it."""
     return _FORMATS.get(name)
 
 
@@ -266,8 +266,8 @@ def register_table(name: str, values: Any) -> None:
 
     Args:
         name: Its name, for rules.
-        values: From 2 to 256 levels, in ascending order, of which one is 0. The range
-            of an array is mapped to the largest magnitude among them.
+        values: From 2 to 256 levels, in ascending order; one of them must be 0. The
+            range of an array is mapped to the largest magnitude among them.
 
     Raises:
         ValueError: The levels are no such table, or the name is that of another type.
@@ -282,7 +282,7 @@ def register_table(name: str, values: Any) -> None:
     if not (2 <= len(table) <= 256 and in_order and 0.0 in table):
         raise ValueError(
             f"The levels of {name!r} are {values!r}: give from 2 to 256 finite numbers "
-            "in ascending order, of which one is 0."
+            "in ascending order, and one of them must be 0."
         )
     if not np.isfinite(table).all():
         raise ValueError(f"The levels of {name!r} are not finite: {values!r}.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Table: TypeAlias = tuple[float, ...]
-"""Levels in ascending order, of which one is 0; each exact in float32."""
+"""Levels in ascending order, 0 among them; each is exact in float32."""
 
 NF4: Table = tuple(
     float(np.float32(level))

@@ -36,8 +36,8 @@ class CalibrationProvider(Lenient, abc.ABC):
 
     They stand in the collection `quant_stats` of a Linen model, and in `QuantStat`s of
     an NNX model, beside the weight: `kernel_gptq` for `kernel`. Each holds a `count` of
-    batches, and sums over them. A weight of which a product contracts more than one
-    axis, or that meets groups of inputs, has none.
+    batches, and sums over them. Nothing is kept for a weight if its product contracts
+    more than one axis, or takes inputs in groups.
     """
 
     takes_static_ranges = True

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwix_train.core.dequantized_product import dequantized_product
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.packed_array import quantize_packed, unpack
-from qwix_train.core.packed_product import packed_product
 from qwix_train.core.qarray import dequantize
 from tests import compare
 
@@ -30,7 +30,7 @@ def weight_of(packed):
 
 
 def product(x, packed):
-    return packed_product(jnp.matmul, weight_of, x, packed)
+    return dequantized_product(jnp.matmul, weight_of, x, packed)
 
 
 def loss(x, packed):

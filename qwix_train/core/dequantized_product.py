@@ -15,7 +15,7 @@ from qwix_train.core import operands
 from qwix_train.core.packed_array import PackedQArray
 
 
-def packed_product(
+def dequantized_product(
     product: Callable[..., jax.Array],
     weight_of: Callable[[PackedQArray], jax.Array],
     x: jax.Array,
@@ -42,7 +42,7 @@ def packed_product(
     >>> packed = packed_array.pack(quantize(2 * jnp.eye(4), 'nf4'))
     >>> def product(x):
     ...     weight_of = lambda packed: dequantize(packed_array.unpack(packed))
-    ...     return packed_product(jnp.matmul, weight_of, x, packed)
+    ...     return dequantized_product(jnp.matmul, weight_of, x, packed)
     >>> jax.jit(jax.grad(lambda x: product(x)[1]))(jnp.ones(4)).tolist()
     [0.0, 2.0, 0.0, 0.0]
     """
