@@ -24,9 +24,13 @@ import hashlib
 import os
 import pathlib
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from etils import epath
@@ -35,7 +39,7 @@ Content = bytes | Callable[[pathlib.Path], None]
 """What a file holds, or a function that writes a file at a path."""
 
 _NEW, _OLD = ".qwix_train-new", ".qwix_train-old"
-_JOURNAL, _NAMES = ".qwix_train-journal", ".names"
+_JOURNAL, _NAMES, _LOCK = ".qwix_train-journal", ".names", ".lock"
 
 
 def check_target(
@@ -179,17 +183,13 @@ def finish(folder: pathlib.Path) -> None:
       OSError: if they cannot be moved, as in a folder that is read-only.
     """
     folder = _real(folder)
-    while journals := sorted(folder.glob(f"{_JOURNAL}-*")):
-        # Another process may do the same. What it has renamed is its own: all paths
-        # below are within a journal of this name, and fail once that is taken over.
-        own = folder / f"{_JOURNAL}-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileNotFoundError):
-            journals[0].rename(own)
-            _flush(folder)
-            if (own / _NAMES).exists():
-                first, *others = (own / _NAMES).read_text().split("\n")
-                _move_from(own, folder, first, others)
-            shutil.rmtree(own)
+    for journal in sorted(folder.glob(f"{_JOURNAL}-*")):
+        with _locked(journal) as is_there:
+            if is_there:
+                if (journal / _NAMES).exists():
+                    first, *others = (journal / _NAMES).read_text().split("\n")
+                    _move_from(journal, folder, first, others)
+                _remove_locked(journal)
 
 
 def beside(path: epath.Path) -> epath.Path:
@@ -236,6 +236,38 @@ def _move_from(
     _flush(folder)
 
 
+@contextlib.contextmanager
+def _locked(journal: pathlib.Path) -> Iterator[bool]:
+    """Keeps other processes from a journal; whether it is still there.
+
+    Renaming the journal would not do: a call that had found it under its old name goes
+    on within it.
+    """
+    try:
+        descriptor = os.open(journal / _LOCK, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:
+        yield False  # Another process has moved all of it.
+        return
+    try:
+        if sys.platform != "win32":  # which has no such lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The process that had the lock before may have removed it.
+        yield _is_at(journal / _LOCK, os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _remove_locked(journal: pathlib.Path) -> None:
+    """Removes a journal, its lock last, so that no other process takes up the rest."""
+    for path in journal.iterdir():
+        if path.name != _LOCK:
+            path.unlink()
+    (journal / _LOCK).unlink()
+    # A process that comes at this moment has a lock of its own, and removes the folder.
+    with contextlib.suppress(OSError):
+        journal.rmdir()
+
+
 def followed(path: epath.Path) -> epath.Path:
     """The absolute path of a folder, with symbolic links followed."""
     path = path.expanduser().absolute()
@@ -269,10 +301,17 @@ def _flush(path: pathlib.Path) -> None:
 
 def _check_ours(path: pathlib.Path, status: os.stat_result) -> None:
     """Checks that no other process has put something else at a path."""
-    if not path.exists() or not os.path.samestat(path.stat(), status):
+    if not _is_at(path, status):
         raise OSError(
             errno.EBUSY, "Another process writes to this place at the same time", path
         )
+
+
+def _is_at(path: pathlib.Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), status)
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def test_processes_that_finish_the_same_files_agree(tmp_path):
     run_killed(
         """
 folder = pathlib.Path(sys.argv[2])
-for count in range(5):
+for count in range(30):
     here = folder / str(count)
     writing.write_together(here, {"data": b"old", "config": b"old"})
     # As a kill leaves it: all is written, and nothing is moved.
