@@ -11,6 +11,7 @@
 #   make test-fast    a test of each module, in a minute
 #   make test-slow    the tests marked `slow`
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
+#   make test-lowest  a test of each module, with the oldest of all that we depend on
 #   make test-interchange  files against the libraries of their formats (torch)
 #   make test-clients  trainers that import qwix, on this library: Tunix
 #   make lint         ruff and pyright, which also checks that all names have types
@@ -39,6 +40,7 @@ ARGS ?=
 VENV := .venv
 LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
+LOWEST := .venv-lowest
 TUNIX := .venv-tunix
 PIP := -m pip --disable-pip-version-check --quiet
 
@@ -95,7 +97,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,28p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,29p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -178,6 +180,24 @@ test-latest:
 .PHONY: run-test-latest
 run-test-latest: $(LATEST)/.stamp-test
 	$(call run_tests,$(LATEST))
+
+# The lower bounds of pyproject.toml, which uv resolves; old versions of what we depend
+# on warn of what later ones mended.
+$(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-python
+	@echo "make: installing the oldest versions that are supported into $(LOWEST)"
+	@$(VENV)/bin/python -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python $(PIP) install uv
+	@$(LOWEST)/bin/uv pip compile --quiet --extra test --resolution lowest-direct \
+	  --python $(LOWEST)/bin/python --output-file $(LOWEST)/requirements.txt \
+	  pyproject.toml
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+	  -r $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -e .
+	@touch $@
+
+.PHONY: test-lowest
+test-lowest: $(LOWEST)/.stamp
+	$(call PYTEST,$(LOWEST)) -m fast -W ignore::DeprecationWarning $(PYTEST_ARGS) tests
 
 # Files of Hugging Face's compressed-tensors and PEFT libraries, written and read by the
 # libraries themselves: in an environment of its own, as they need torch, which we never
@@ -284,5 +304,5 @@ environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
 
 .PHONY: clean
 clean:
-	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(TUNIX) $(JAX_CACHE) .pytest_cache .ruff_cache \
-	  .hypothesis
+	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(TUNIX) $(LOWEST) \
+	  $(JAX_CACHE) .pytest_cache .ruff_cache .hypothesis
