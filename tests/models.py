@@ -66,7 +66,7 @@ def dense(params, x, weight_bits=8, act_bits=8):
 def normal(*shape, seed=0, dtype="float32"):
     """Normal numbers, without a program that JAX compiles for each shape."""
     values = np.random.default_rng([seed, *shape]).normal(size=shape)
-    return jnp.asarray(values.astype(jnp.dtype(dtype)))
+    return jax.device_put(values.astype(jnp.dtype(dtype)))
 
 
 def params_of(model, *inputs, seed=0, **kwargs):
@@ -80,7 +80,7 @@ def params_of(model, *inputs, seed=0, **kwargs):
         # Of the size that initializers give, and no two channels alike.
         std = max(1, leaf.size // leaf.shape[-1]) ** -0.5 if leaf.ndim > 1 else 0.1
         mean = float(path[-1] == jax.tree_util.DictKey("scale"))
-        return jnp.asarray(rng.normal(mean, std, leaf.shape).astype(leaf.dtype))
+        return jax.device_put(rng.normal(mean, std, leaf.shape).astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

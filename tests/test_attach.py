@@ -70,8 +70,8 @@ def train_step(state, x):
 
 def nnx_model():
     model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
-    model.kernel.set_value(jnp.asarray(PARAMS["kernel"]))
-    model.bias.set_value(jnp.asarray(PARAMS["bias"]))
+    model.kernel.set_value(jax.device_put(PARAMS["kernel"]))
+    model.bias.set_value(jax.device_put(PARAMS["bias"]))
     return model
 
 

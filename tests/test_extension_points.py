@@ -45,7 +45,7 @@ class Bfloat16(QuantizationProvider):
 
 
 def narrow(x):
-    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
+    return np.asarray(jax.device_put(x).astype(jnp.bfloat16), np.float64)
 
 
 def test_a_mode():

@@ -26,7 +26,7 @@ from tests import models
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 4)).astype(np.float32)
 KERNELS = RNG.normal(size=(2, 4, 3)).astype(np.float32)
-STUDENT, TEACHER = ({"params": {"kernel": jnp.asarray(k)}} for k in KERNELS)
+STUDENT, TEACHER = ({"params": {"kernel": jax.device_put(k)}} for k in KERNELS)
 MODEL = nn.Dense(3, use_bias=False)
 TWO_TREES = "2 different trees of params of one model.*'kernel'.*in_float"
 

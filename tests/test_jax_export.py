@@ -145,7 +145,7 @@ def test_lookups_and_broadcast_weights():
         QuantizationRule(op_names=["gather"], weight_qtype="int4"),
         QuantizationRule(weight_qtype="int8", act_qtype="int8"),
     ]
-    tokens = jnp.asarray(TOKENS)
+    tokens = jax.device_put(TOKENS)
     quantized, params = ptq.quantize(function, params, rules, tokens)
     sizes = export.symbolic_shape("b, t", constraints=["t <= 9"])
     symbolic = jax.ShapeDtypeStruct(sizes, tokens.dtype)

@@ -19,7 +19,7 @@ PERMUTATION = np.eye(3, dtype=np.float32)[[2, 0, 1]]
 def identity_kernel(x):
     kernel = np.zeros((3, 3, 1, 3), np.float32)
     kernel[1, 1] = 1
-    kernel = jnp.asarray(kernel)
+    kernel = jax.device_put(kernel)
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=3
     )
@@ -83,7 +83,7 @@ def test_the_numbers():
         return MOVES["patches"](x) @ p["w"]
 
     w = data(12, 5)
-    patches = np.asarray(MOVES["patches"](jnp.asarray(IMAGE)))
+    patches = np.asarray(MOVES["patches"](jax.device_put(IMAGE)))
     actual = quantize_fn(function, QtProvider(RULES))({"w": w}, IMAGE)
     expected = fq(patches, (0, 1, 2)) @ fq(w, (1,))
     np.testing.assert_allclose(actual, expected, 1e-5, 1e-5)

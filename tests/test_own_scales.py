@@ -5,11 +5,11 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import QtProvider, QuantizationRule, attach, ptq, quantize_fn
@@ -33,8 +33,8 @@ TAKEN = X @ on_grid(OWN.astype(np.float64))
 
 class Linen(nn.Module):
     def setup(self):
-        self.kernel = self.param("kernel", lambda key: jnp.asarray(KERNEL))
-        self.kernel_scale = self.param("kernel_scale", lambda key: jnp.asarray(OWN))
+        self.kernel = self.param("kernel", lambda key: jax.device_put(KERNEL))
+        self.kernel_scale = self.param("kernel_scale", lambda key: jax.device_put(OWN))
 
     def encode(self, x):
         return x @ self.kernel
@@ -45,9 +45,9 @@ class Linen(nn.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, own: Any = OWN, rngs: Any = None):
-        self.kernel = nnx.Param(jnp.asarray(KERNEL))
+        self.kernel = nnx.Param(jax.device_put(KERNEL))
         if own is not None:
-            self.kernel_scale = nnx.Param(jnp.asarray(own))
+            self.kernel_scale = nnx.Param(jax.device_put(own))
 
     def encode(self, x):
         return x @ self.kernel[...]
@@ -57,7 +57,7 @@ def evaluate(model, x) -> Any:
     return model.encode(x)
 
 
-PARAMS = {"kernel": jnp.asarray(KERNEL), "kernel_scale": jnp.asarray(OWN)}
+PARAMS = {"kernel": jax.device_put(KERNEL), "kernel_scale": jax.device_put(OWN)}
 
 
 @pytest.mark.parametrize("form", ["alone", "below", "bridged"])
@@ -105,7 +105,7 @@ def test_what_is_attached_to_an_nnx_model_is_known():
             return self.encode(x)
 
     model = attach(Alone(None), lsq, X)
-    model.kernel_scale.set_value(jnp.asarray(OWN))
+    model.kernel_scale.set_value(jax.device_put(OWN))
     model = nnx.merge(*nnx.split(model))
     assert_close(qwix_train.wrap_eval_step(evaluate, RULES)(model, X), TAKEN)
     quantized, _ = ptq.quantize(model, None, RULES, X)
@@ -117,7 +117,7 @@ def test_what_an_nnx_model_has_is_taken_and_told():
     with pytest.warns(UserWarning, match="'kernel_scale' is taken for the scale of"):
         assert_close(step(Nnx(), X), TAKEN)
     model = Nnx(None)
-    model.kernel_scale = nnx.Param(jnp.asarray(OWN), attached=True)
+    model.kernel_scale = nnx.Param(jax.device_put(OWN), attached=True)
     assert_close(step(model, X), TAKEN)
 
 

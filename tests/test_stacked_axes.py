@@ -70,7 +70,7 @@ class NnxScanned(nnx.Module):
         self.layers, self.run = make(nnx.Rngs(0)), run
         self.head = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
         for name, value in values.items():
-            getattr(self.layers, name).set_value(jnp.asarray(value))
+            getattr(self.layers, name).set_value(jax.device_put(value))
 
     def __call__(self, x):
         return self.head(self.run(self.layers, x))

@@ -16,7 +16,7 @@ from tests.qat.parity import Attention, Mlp
 from tests.spellings import data
 
 KEY = jax.random.key(0)
-X = jnp.asarray(data(6, 8, seed=1) - 0.3)
+X = jax.device_put(data(6, 8, seed=1) - 0.3)
 STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
 # The largest weight is no tie between two codes, where `qwix` may take the other.
 WIDE = "absmax,1.1"

@@ -272,7 +272,7 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
     np.testing.assert_allclose(second, own, 1e-5)
     assert abs(third - not_own) > 1e-5 * abs(not_own)
     cold = Schedule(quant_stats_warmup=99, start_step=7)
-    outlier = jnp.asarray(BATCHES[0]).at[0, 0].set(40.0)
+    outlier = jax.device_put(BATCHES[0]).at[0, 0].set(40.0)
     found = [
         qwix_train.wrap_eval_step(eval_step, RULES, schedule=schedule)(state, outlier)
         for schedule in (None, cold)

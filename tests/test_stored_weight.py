@@ -31,7 +31,7 @@ INDICES = jnp.array([0, -1, 9, 3, -20])
 
 
 def signed(*shape, seed):
-    return jnp.asarray(data(*shape, seed=seed) * np.where(data(*shape) > 0.4, 1, -1))
+    return jax.device_put(data(*shape, seed=seed) * np.where(data(*shape) > 0.4, 1, -1))
 
 
 PARAMS = {"w": signed(8, 6, seed=1), "g": signed(6, seed=2)}

@@ -131,7 +131,7 @@ def test_the_scales_and_numbers_of_qwix():
         for side in range(2)
     ]
     theirs = [
-        qwix_qarray.quantize(jnp.asarray(a), how)
+        qwix_qarray.quantize(jax.device_put(a), how)
         for a, how in zip((x, w), hows, strict=True)
     ]
 
@@ -192,8 +192,8 @@ class Flat(nn.Module):
 
 KERNEL = np.random.default_rng(2).normal(size=(48, 12)).astype(np.float32)
 INPUTS = np.random.default_rng(3).normal(size=(16, 48)).astype(np.float32)
-OF_GENERAL = {"out": {"kernel": jnp.asarray(KERNEL.reshape(6, 8, 12))}}
-OF_FLAT = {"out": {"kernel": jnp.asarray(KERNEL)}}
+OF_GENERAL = {"out": {"kernel": jax.device_put(KERNEL.reshape(6, 8, 12))}}
+OF_FLAT = {"out": {"kernel": jax.device_put(KERNEL)}}
 
 
 def test_twelve_heads_of_32_in_tiles_of_64():

@@ -24,8 +24,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 4)).astype(np.float32)
 PARAMS = {
     "Dense_0": {
-        "kernel": jnp.asarray(RNG.normal(size=(4, 3)).astype(np.float32)),
-        "bias": jnp.asarray(RNG.normal(size=3).astype(np.float32)),
+        "kernel": jax.device_put(RNG.normal(size=(4, 3)).astype(np.float32)),
+        "bias": jax.device_put(RNG.normal(size=3).astype(np.float32)),
     }
 }
 WANT = jax.jit(models.dense)(PARAMS["Dense_0"], X)

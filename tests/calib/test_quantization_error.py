@@ -131,7 +131,7 @@ def test_ranges_are_those_of_the_observers():
     for name in ("mse", "percentile,99.9", "entropy", "minmax", "absmax"):
         how = how_of("int8")
         statistics = make_statistics(name, how=how)
-        state = collect(statistics, (500,), jnp.asarray(batches))
+        state = collect(statistics, (500,), jax.device_put(batches))
         want = statistics.calibration(state)
         got = measured(batches, how, [name])[2][name].range
         for end, value in want.items():
@@ -216,7 +216,9 @@ def test_merged_states_are_those_of_all_batches():
     statistics = make_statistics(
         quantization_error.ErrorObserver(methods, how), how=how
     )
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 8)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(4, 64, 8)).astype(np.float32)
+    )
     x *= jnp.exp(jnp.arange(4.0))[:, None, None]
     whole = collect(statistics, (64, 8), x)
     a, b = (collect(statistics, (64, 8), part) for part in (x[:1], x[1:]))

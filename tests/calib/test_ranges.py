@@ -1,5 +1,6 @@
 """The ranges that statistics in a train state give, against those of a calibration."""
 
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -33,7 +34,7 @@ def observed(rule, batches):
     run = calib.observe(lambda x: MODEL.apply(PARAMS, x), [rule])
     stats = run.init(BATCHES[0])
     for x in batches:
-        stats, _ = run(stats, jnp.asarray(x))
+        stats, _ = run(stats, jax.device_put(x))
     return run.quant_stats(stats) if batches else None, {
         run.ranges[name].path[-1]: state for name, state in stats.items()
     }

@@ -78,7 +78,7 @@ def adapted(case, make=llama):
     for index, (_, variable) in enumerate(sorted(nnx.to_flat_state(state))):
         rng = np.random.default_rng(index)
         values = rng.normal(size=variable.shape).astype(np.float32) / 10
-        variable.set_value(jnp.asarray(values))
+        variable.set_value(jax.device_put(values))
     nnx.update(model, state)
     return model
 

@@ -31,7 +31,7 @@ def test_ranges_against_a_reference(layout, method):
     # All positive: the range must still hold 0, and padding must not pull it down.
     x = np.random.default_rng(0).uniform(1, 3, (12, 10)).astype(np.float32)
     how = HowToQuantize(qtype="int8", calibration_method=method, **layout)
-    got = calibrate(jnp.asarray(x), how)
+    got = calibrate(jax.device_put(x), how)
     want = reference_range(x, how)
     assert got.keys() == want.keys()
     for key in want:
@@ -51,7 +51,7 @@ def test_scale_of_a_range(qtype):
 def test_zero_point_of_a_range(qtype):
     low = np.array([[-1.0, 0.0, -4.0, -1.0]], np.float32)
     high = np.array([[2.0, 3.0, 0.0, 1.0]], np.float32)
-    calibration = {"min": jnp.asarray(low), "max": jnp.asarray(high)}
+    calibration = {"min": jax.device_put(low), "max": jax.device_put(high)}
     scale, zero_point = compute_scale_zero_point(calibration, qtype)
     q_low, q_high = numerics.asymmetric_bound(qtype)
     want = (high - low) / (q_high - q_low)

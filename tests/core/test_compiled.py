@@ -50,7 +50,7 @@ def test_the_same_bits(options, dtype, shape):
 
 def test_codes_stay_on_the_device_of_the_array():
     how = HowToQuantize(qtype="int4", channelwise_axes=(1,))
-    x = jnp.asarray(data(8, 6, seed=1))
+    x = jax.device_put(data(8, 6, seed=1))
     assert not quantize_compiled(x, how).qvalue.committed
     device = jax.devices()[3]
     moved = quantize_compiled(jax.device_put(x, device), how)

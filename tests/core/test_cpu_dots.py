@@ -38,7 +38,7 @@ def operands(layout, qtype, tile, method, rows=2):
     x_shape = [rows] + [0] * len(contracting[0])
     for a, b in zip(*contracting, strict=True):
         x_shape[a] = shape[b]
-    x = jnp.asarray(rng.normal(size=x_shape).astype(np.float32))
+    x = jax.device_put(rng.normal(size=x_shape).astype(np.float32))
     return x, weight, contracting, subscripts
 
 

@@ -22,7 +22,7 @@ assert_close = functools.partial(compare.assert_close, tolerance=1e-5, of_larges
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def weight_of(packed):

@@ -15,7 +15,7 @@ LHS, RHS = (2, 3, 256), (2, 256, 4)
 
 def operand(shape, side, qtype, method="absmax", tile=None, numbers=NUMBERS):
     rng = np.random.default_rng(len(shape) + (side == "rhs"))
-    x = jnp.asarray(rng.normal(0.3, 1, shape).astype(np.float32))
+    x = jax.device_put(rng.normal(0.3, 1, shape).astype(np.float32))
     if qtype is None:
         return x
     contracted = numbers[0][side == "rhs"]

@@ -13,7 +13,7 @@ def operands(subscripts, kinds):
     rng = np.random.default_rng(0)
     for subs, kind in zip(subscripts.split("->")[0].split(","), kinds, strict=True):
         shape = [SIZES[c] for c in subs.replace("...", "bn")]
-        x = jnp.asarray(rng.normal(size=shape).astype(np.float32))
+        x = jax.device_put(rng.normal(size=shape).astype(np.float32))
         yield quantize(x, kind, calibration_method="absmax") if kind else x
 
 
@@ -56,7 +56,7 @@ def test_against_numpy(subscripts, kinds):
 @pytest.mark.slow
 def test_zero_points_and_channelwise_scales():
     x, w = (
-        jnp.asarray(np.random.default_rng(i).normal(size=s))
+        jax.device_put(np.random.default_rng(i).normal(size=s))
         for i, s in enumerate([(3, 4, 8), (8, 2, 5)])
     )
     q = quantize(x, "int8", channelwise_axes=(0, 1), calibration_method="minmax")

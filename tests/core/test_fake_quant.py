@@ -17,7 +17,7 @@ from tests.pairwise import pairwise
 
 
 def sample(shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(0.2, 1, shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(0).normal(0.2, 1, shape).astype(dtype))
 
 
 def bits(x):

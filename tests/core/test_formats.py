@@ -54,7 +54,7 @@ def test_microscaling_is_that_of_the_specification(name):
     largest = np.float32(formats.find(name).bound)
     x[:32, 0] = np.linspace(-1, 1, 32) * largest
     x[0, 1] = 4 * np.nextafter(largest, np.float32(np.inf))
-    q = quantize(jnp.asarray(x), name, **tiled(name))
+    q = quantize(jax.device_put(x), name, **tiled(name))
     assert q.scale.dtype == jnp.float8_e8m0fnu and q.tensor_scale is None
     values, scales = np.zeros(x.shape), np.zeros((2, 12))
     for block, column in itertools.product(range(2), range(12)):
@@ -69,7 +69,7 @@ def test_microscaling_is_that_of_the_specification(name):
 @pytest.mark.parametrize("sigma", [1.0, 1e-3, 1e6])
 def test_nvfp4_has_a_scale_for_the_tensor(sigma):
     x = (normal((64, 12)) * sigma).astype(np.float32)
-    q = quantize(jnp.asarray(x), "nvfp4", **tiled("nvfp4"))
+    q = quantize(jax.device_put(x), "nvfp4", **tiled("nvfp4"))
     assert q.scale.dtype == jnp.float8_e4m3fn and q.scale.shape == (4, 12)
     assert q.tensor_scale.shape == (1, 1) and q.tensor_scale.dtype == jnp.float32
     blocks = x.T.reshape(-1, 16)
@@ -81,7 +81,7 @@ def test_nvfp4_has_a_scale_for_the_tensor(sigma):
 
 
 def test_nvfp4_of_small_blocks_and_of_zeros():
-    x = jnp.asarray(normal((64, 4))).at[:16].multiply(1e-9).at[16:32].set(0)
+    x = jax.device_put(normal((64, 4))).at[:16].multiply(1e-9).at[16:32].set(0)
     values = dequantize(quantize(x, "nvfp4", **tiled("nvfp4")))
     assert jnp.isfinite(values).all() and not values[:32].any()
     zeros = jnp.zeros((32, 4))
@@ -92,7 +92,7 @@ def test_nvfp4_of_small_blocks_and_of_zeros():
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
 def test_ternary_is_bitnet(axes):
     x = normal((48, 16))
-    q = quantize(jnp.asarray(x), "ternary", channelwise_axes=axes[1:])
+    q = quantize(jax.device_put(x), "ternary", channelwise_axes=axes[1:])
     want = reference.ternary(x.astype(np.float64))
     if len(axes) > 1:
         want = np.stack([reference.ternary(c) for c in x.T.astype(np.float64)], 1)
@@ -118,10 +118,10 @@ def test_small_floats_round_as_ml_dtypes(entry):
     x = np.clip(np.concatenate([x, middles]), -entry.bound, entry.bound)
     x = x.astype(np.float32)
     want = x.astype(dtype).astype(np.float32)
-    got = numerics.round_to_qtype(jnp.asarray(x), entry.name)
+    got = numerics.round_to_qtype(jax.device_put(x), entry.name)
     got = numerics.codes_to_float(got, entry.name, jnp.float32)
     np.testing.assert_array_equal(got, want)
-    level = numerics.round_to_level(jnp.asarray(x), entry.name, jnp.float32)
+    level = numerics.round_to_level(jax.device_put(x), entry.name, jnp.float32)
     assert np.asarray(level).tobytes() == np.asarray(got, np.float32).tobytes()
     codes = np.arange(2**entry.bits, dtype=np.uint8).view(dtype).astype(np.float64)
     np.testing.assert_array_equal(np.unique(codes[np.isfinite(codes)]), entry.levels)
@@ -152,7 +152,7 @@ def test_a_table_of_the_user(count):
     register_table(name, levels)
     register_table(name, levels)
     x = normal((40, 6), seed=1)
-    q = quantize(jnp.asarray(x), name, channelwise_axes=(1,))
+    q = quantize(jax.device_put(x), name, channelwise_axes=(1,))
     assert q.qvalue.dtype == (jnp.uint4 if count <= 16 else jnp.uint8)
     scale = np.abs(x).max(0, keepdims=True) / np.abs(levels).max()
     nearest = np.argmin(np.abs(x[..., None] / scale[..., None] - levels), -1)
@@ -188,7 +188,7 @@ def test_fake_quantization_gives_what_codes_stand_for(name, dtype):
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
 def test_what_moves_elements(name):
-    x = jnp.asarray(normal((64, 12)))
+    x = jax.device_put(normal((64, 12)))
     q = quantize(x, name, **tiled(name))
     values = dequantize(q)
     for change in (
@@ -201,7 +201,7 @@ def test_what_moves_elements(name):
 
 
 def test_nan_and_infinities_show():
-    x = jnp.asarray(normal((64, 2))).at[3, 0].set(jnp.nan).at[40, 1].set(jnp.inf)
+    x = jax.device_put(normal((64, 2))).at[3, 0].set(jnp.nan).at[40, 1].set(jnp.inf)
     for name in ("mxfp8", "mxfp4", "mxint8"):
         values = dequantize(quantize(x, name, **tiled(name)))
         assert jnp.isnan(values[:32, 0]).all() and jnp.isnan(values[32:, 1]).all()
@@ -240,7 +240,7 @@ def test_parts_that_do_not_fit():
 
 
 def test_layers_have_tensor_scales_of_their_own():
-    x = jnp.asarray(normal((3, 32, 4))) * jnp.array([1, 1e-4, 1e4])[:, None, None]
+    x = jax.device_put(normal((3, 32, 4))) * jnp.array([1, 1e-4, 1e4])[:, None, None]
     how = HowToQuantize(
         qtype="nvfp4", channelwise_axes=(0, 2), tiled_axes={1: 16}, tensor_axes=(0,)
     )
@@ -256,12 +256,12 @@ def test_layers_have_tensor_scales_of_their_own():
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "mxint8"])
 def test_products(name):
     a = quantize(
-        jnp.asarray(normal((5, 64))),
+        jax.device_put(normal((5, 64))),
         name,
         tiled_axes={1: formats.find(name).block},
         channelwise_axes=(0,),
     )
-    b = quantize(jnp.asarray(normal((64, 12), 1)), name, **tiled(name))
+    b = quantize(jax.device_put(normal((64, 12), 1)), name, **tiled(name))
     exact = np.asarray(dequantize(a), np.float64) @ np.asarray(
         dequantize(b), np.float64
     )
@@ -271,7 +271,7 @@ def test_products(name):
 
 
 def test_blocks_on_two_axes_are_multiplied_in_codes():
-    x, w = jnp.asarray(normal((4, 256))), jnp.asarray(normal((256, 256), 1))
+    x, w = jax.device_put(normal((4, 256))), jax.device_put(normal((256, 256), 1))
     a = quantize(x, "float8_e4m3fn", channelwise_axes=(0,), tiled_axes={1: 128})
     b = quantize(w, "float8_e4m3fn", tiled_axes={0: 128, 1: 128})
     assert a.scale.shape == (4, 2) and b.scale.shape == (2, 2)

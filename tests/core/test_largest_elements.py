@@ -61,7 +61,7 @@ def test_a_negative_extreme_of_a_whole_array_and_of_tiles():
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_a_range_centered_at_zero_has_the_zero_point_zero(dtype):
-    ends = jnp.asarray(RNG.uniform(0.1, 9, (5000, 1)).astype(dtype))
+    ends = jax.device_put(RNG.uniform(0.1, 9, (5000, 1)).astype(dtype))
     calibration = {"min": -ends, "max": ends}
     for qtype in ("int8", "int4"):
         _, zero_point = compute_scale_zero_point(calibration, qtype)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", [Deep(), Attention()], ids=["dense", "attention"])
 def test_the_forward_of_training_is_that_of_the_quantized_model(model):
-    x = jnp.asarray(RNG.normal(size=(512, 32)).astype(np.float32))
+    x = jax.device_put(RNG.normal(size=(512, 32)).astype(np.float32))
     params = model.init(jax.random.key(0), x)["params"]
     served, codes = ptq.quantize(model, params, RULES, x)
     qat = quantize_model(model, QtProvider(RULES))

@@ -106,7 +106,7 @@ def test_pact(qtype, v, scale):
 
 
 def sample(shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(0.2, 1, shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(0).normal(0.2, 1, shape).astype(dtype))
 
 
 METHODS = {

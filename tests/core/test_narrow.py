@@ -1,5 +1,6 @@
 """Integers without their lowest code, against NumPy in float64."""
 
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -13,7 +14,7 @@ W = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
 @pytest.mark.parametrize("bits, top", [(4, 7), (8, 127)])
 def test_the_range_ends_at_the_highest_code(bits, top):
-    q = quantize(jnp.asarray(W), f"int{bits}_narrow", channelwise_axes=(1,))
+    q = quantize(jax.device_put(W), f"int{bits}_narrow", channelwise_axes=(1,))
     scale = np.abs(W.astype(np.float64)).max(0, keepdims=True) / top
     np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
     np.testing.assert_array_equal(q.qvalue, np.round(W / scale))

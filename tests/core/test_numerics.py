@@ -63,7 +63,7 @@ def test_integers_round_half_to_even(qtype):
     low, high = numerics.code_range(qtype)
     x = np.arange(low - 2, high + 2, 0.25, np.float32)
     want = np.clip(np.round(x.astype(np.float64)), low, high)
-    got = numerics.round_to_qtype(jnp.asarray(x), qtype).astype(jnp.float32)
+    got = numerics.round_to_qtype(jax.device_put(x), qtype).astype(jnp.float32)
     np.testing.assert_array_equal(got, want)
 
 
@@ -93,7 +93,7 @@ def test_nf4_takes_the_nearest_level():
     )
     # As float32 computes the distances; `argmin` takes the lower level on a tie.
     want = np.argmin(np.abs(np.float32(tables.NF4) - x[:, None]), axis=1)
-    np.testing.assert_array_equal(tables.encode(jnp.asarray(x), tables.NF4), want)
+    np.testing.assert_array_equal(tables.encode(jax.device_put(x), tables.NF4), want)
 
 
 def test_nf4_materializes_no_axis_of_levels():
@@ -108,7 +108,7 @@ def test_nf4_materializes_no_axis_of_levels():
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("qtype", QTYPE_NAMES)
 def test_special_values(qtype):
-    x = jnp.asarray(SPECIAL)
+    x = jax.device_put(SPECIAL)
     eager = numerics.round_to_qtype(x, qtype)
     levels = numerics.codes_to_float(eager, qtype, jnp.float32)
     ends = numerics.codes_to_float(
@@ -129,7 +129,7 @@ def test_special_values(qtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_level_is_what_the_code_stands_for(qtype, dtype):
     x = np.random.default_rng(1).normal(0, 3, 3000).astype(np.float32)
-    x = jnp.concatenate([jnp.asarray(x), jnp.asarray(SPECIAL)])
+    x = jnp.concatenate([jax.device_put(x), jax.device_put(SPECIAL)])
     codes = numerics.round_to_qtype(x, qtype)
     want = numerics.codes_to_float(codes, qtype, dtype).astype(jnp.float32)
     want = jnp.where(jnp.isnan(x), x, want)

@@ -17,7 +17,7 @@ NF4 = HowToQuantize(qtype="nf4", channelwise_axes=(1,), tiled_axes={0: 64})
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def nibbles(packed, layout):

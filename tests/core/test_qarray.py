@@ -45,7 +45,7 @@ def test_nearest_values_against_a_reference(qtype, method):
     x = np.random.default_rng(0).normal(0.3, 1, (12, 6)).astype(np.float32)
     for layout in LAYOUTS:
         how = HowToQuantize(qtype=qtype, calibration_method=method, **layout)
-        q = quantize_array(jnp.asarray(x), how)
+        q = quantize_array(jax.device_put(x), how)
         got = np.asarray(dequantize(q), np.float64)
         want = reference_dequantized(x, how)
         # On a tie both neighbors are nearest, so errors are compared, not values.
@@ -69,8 +69,8 @@ integer_hows = st.builds(
 @hypothesis.given(arrays, integer_hows)
 @hypothesis.settings(max_examples=50)
 def test_round_trip_error_is_half_a_step_inside_the_range(x, how):
-    calibration = calibrate(jnp.asarray(x), how)
-    q = quantize_array(jnp.asarray(x), how)
+    calibration = calibrate(jax.device_put(x), how)
+    q = quantize_array(jax.device_put(x), how)
     step = expand(q.scale, x.shape) * (2 if how.qtype == "int1" else 1)
     low = expand(calibration.get("min", -calibration.get("absmax", 0)), x.shape)
     high = expand(calibration.get("max", calibration.get("absmax", 0)), x.shape)
@@ -88,8 +88,8 @@ def test_codes_do_not_depend_on_the_unit(x, how, exponent):
     hypothesis.assume(how.calibration_method != "fixed,-3,5")
     # A scale near the threshold counts as that of an empty range.
     hypothesis.assume(not ((np.abs(x) > 0) & (np.abs(x) < 1e-10)).any())
-    one = quantize_array(jnp.asarray(x), how)
-    other = quantize_array(jnp.asarray(x * np.float32(2.0**exponent)), how)
+    one = quantize_array(jax.device_put(x), how)
+    other = quantize_array(jax.device_put(x * np.float32(2.0**exponent)), how)
     # Powers of two are exact, so that even ties agree.
     np.testing.assert_array_equal(
         one.qvalue.astype(jnp.int32), other.qvalue.astype(jnp.int32)
@@ -105,7 +105,7 @@ def test_codes_do_not_depend_on_the_unit(x, how, exponent):
 @hypothesis.settings(max_examples=50)
 def test_quantizing_again_with_the_same_scale_changes_nothing(x, qtype, method):
     hypothesis.assume(method != "minmax" or qtype in INTEGERS)
-    q = quantize(jnp.asarray(x), qtype, calibration_method=method)
+    q = quantize(jax.device_put(x), qtype, calibration_method=method)
     again = quantize_with_scale_zero_point(
         dequantize(q), q.qtype, q.scale, q.zero_point
     )

@@ -59,7 +59,7 @@ def ties(x, q):
 
 
 def compare(dtype, layout, qtypes):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)).astype(dtype))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(32, 24)).astype(dtype))
     codes = on_ties = 0
     for qtype, method in itertools.product(qtypes, METHODS):
         if not supported(qtype, method):
@@ -116,7 +116,9 @@ def test_quantize_and_dequantize_every_type(dtype, layout, record_property):
 
 @pytest.mark.slow
 def test_compiled_reference_differs_on_ties_only():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
+    )
     for method in ("absmax", "minmax", "rms,3"):
         for axes in ((), (0,), (0, 1)):
             kwargs = dict(channelwise_axes=axes, calibration_method=method)
@@ -128,7 +130,9 @@ def test_compiled_reference_differs_on_ties_only():
 
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_dequantizing_what_the_reference_stored(qtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)).astype(jnp.bfloat16))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(32, 24)).astype(jnp.bfloat16)
+    )
     stored = theirs(x, qtype, tiled_axes={0: 8})
     ours = QArray(stored.qvalue, stored.scale, stored.zero_point, stored.qtype)
     np.testing.assert_array_equal(
@@ -141,7 +145,7 @@ def test_dequantizing_what_the_reference_stored(qtype):
 def test_blocks_have_the_values_of_the_reference(qtype):
     """In bfloat16 it divides in that dtype, which may round a scale down."""
     x = np.random.default_rng(0).normal(size=(64, 24)) * np.exp2(np.arange(24) - 12)
-    x = jnp.asarray(x.astype(np.float32))
+    x = jax.device_put(x.astype(np.float32))
     layout = dict(channelwise_axes=(1,), tiled_axes={0: 32})
     want, got = theirs(x, qtype, **layout), quantize(x, qtype, **layout)
     np.testing.assert_array_equal(got.float_scale, want.scale.astype(jnp.float32))
@@ -154,7 +158,9 @@ def test_blocks_have_the_values_of_the_reference(qtype):
     "qtype", ["float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"]
 )
 def test_floats_have_the_values_of_the_reference(qtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
+    )
     layout = dict(channelwise_axes=(1,), tiled_axes={0: 8})
     want = theirs(x, getattr(jnp, qtype), **layout)
     got = quantize(x, qtype, **layout)

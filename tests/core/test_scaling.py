@@ -38,7 +38,7 @@ LAYOUTS = [
 
 
 def sample(dtype, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).normal(size=SHAPE).astype(dtype))
 
 
 def run(x, how):
@@ -115,8 +115,8 @@ def test_a_scale_that_is_a_constant():
     for shape in [(1, 1), (1, 40), SHAPE]:
         scale = np.random.default_rng(2).uniform(0.01, 0.02, shape).astype(np.float32)
         zero = jnp.full(shape, -3, jnp.int8)
-        eager = scaled_values(x, jnp.asarray(scale), zero)
-        folded = jax.jit(lambda x: scaled_values(x, jnp.asarray(scale), zero))(x)
+        eager = scaled_values(x, jax.device_put(scale), zero)
+        folded = jax.jit(lambda x: scaled_values(x, jax.device_put(scale), zero))(x)
         assert_same(folded, eager)
 
 

@@ -11,7 +11,7 @@ from qwix_train.core.qarray import dequantize, quantize, validate_qarray
 def make(shape, **layout):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     method = layout.pop("method", "minmax")
-    return quantize(jnp.asarray(x), "int8", calibration_method=method, **layout)
+    return quantize(jax.device_put(x), "int8", calibration_method=method, **layout)
 
 
 LAYOUTS = [

@@ -130,9 +130,9 @@ def test_scale_in_dtype():
     scale = np.array([3e-8, 0, -1e-9, 1, np.nan, np.inf], np.float32)
     want = np.array([2**-24, 0, -(2**-24), 1, np.nan, np.inf], np.float32)
     assert_same(numerics.scale_in_dtype(scale, np.float16).astype(np.float32), want)
-    got = numerics.scale_in_dtype(jnp.asarray(scale), jnp.float16)
+    got = numerics.scale_in_dtype(jax.device_put(scale), jnp.float16)
     assert_same(got.astype(jnp.float32), want)
-    assert_same(numerics.scale_in_dtype(jnp.asarray(scale), jnp.float32), scale)
+    assert_same(numerics.scale_in_dtype(jax.device_put(scale), jnp.float32), scale)
 
 
 @pytest.mark.thinned(4)

@@ -41,9 +41,9 @@ def arrays(draw, shape=None, qtype=None):
     zero_point = None
     if qtype.startswith("int") and draw(st.booleans()):
         low, high = numerics.code_range(qtype)
-        zero_point = jnp.asarray(rng.integers(low, high + 1, counts).astype(dtype))
-    scale = jnp.asarray(rng.uniform(0.5, 1, counts).astype(np.float32))
-    return QArray(jnp.asarray(codes.astype(dtype)), scale, zero_point, qtype)
+        zero_point = jax.device_put(rng.integers(low, high + 1, counts).astype(dtype))
+    scale = jax.device_put(rng.uniform(0.5, 1, counts).astype(np.float32))
+    return QArray(jax.device_put(codes.astype(dtype)), scale, zero_point, qtype)
 
 
 def values_of(array: QArray) -> np.ndarray:

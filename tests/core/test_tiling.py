@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_elementwise_repeats_each_entry_over_its_tile(scale_shape):
         full = np.repeat(full, size, axis)
     full = full[: shape[0], : shape[1]]
     got = tiling.elementwise(
-        lambda x, s, n: x * s, jnp.asarray(x), jnp.asarray(scale), None
+        lambda x, s, n: x * s, jax.device_put(x), jax.device_put(scale), None
     )
     np.testing.assert_array_equal(got, x * full)
 

@@ -21,7 +21,7 @@ assert_close = functools.partial(compare.assert_close, tolerance=3e-6, of_larges
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def weight(qtype, shape=SIZE, tile=None, method="absmax", dtype=jnp.float32):

@@ -204,7 +204,7 @@ def test_a_function_of_params(tmp_path):
         tmp_path, lambda params, x: x @ params["w"], INT8, jnp.ones((2, 8)),
         on_steps=[1],
     )  # fmt: skip
-    export(1, state={"w": jnp.asarray(X)})
+    export(1, state={"w": jax.device_put(X)})
     assert ptq.restore(export.folder(1))["w"].array.qvalue.shape == (8, 4)
 
 

@@ -118,7 +118,7 @@ def test_ratio_of_weights_in_any_state(kind):
 
 
 def test_a_function_of_params():
-    params = {"w": jnp.asarray(X)}
+    params = {"w": jax.device_put(X)}
     layers = plan(lambda params, x: x @ params["w"], INT4, params, jnp.ones((2, 8)))
     scalars = hooks.QuantReport(Writer(), layers).scalars(params)
     np.testing.assert_allclose(scalars["w/sqnr_db"], sqnr_db(X), rtol=1e-4)
@@ -150,7 +150,7 @@ def test_follows_the_state_by_itself():
 
 def test_counts_what_is_clipped():
     rules = fixed("-1,1")
-    model, params = nn.Dense(4), {"kernel": jnp.asarray(X), "bias": jnp.zeros(4)}
+    model, params = nn.Dense(4), {"kernel": jax.device_put(X), "bias": jnp.zeros(4)}
     scalars = hooks.QuantReport(Writer(), plan(model, rules, jnp.ones((1, 8)))).scalars(
         params
     )

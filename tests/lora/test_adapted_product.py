@@ -20,7 +20,7 @@ SCALING = 2.0
 
 def data(*shape: int) -> jax.Array:
     rng = np.random.default_rng([3, *shape])
-    return jnp.asarray(rng.normal(scale=0.4, size=shape).astype(np.float32))
+    return jax.device_put(rng.normal(scale=0.4, size=shape).astype(np.float32))
 
 
 @dataclasses.dataclass

@@ -98,7 +98,7 @@ def test_every_spelling(name, dora):
     def merged(path, value):
         if path in layouts:
             value = reference_weight(layouts[path], value, adapters)
-        return jnp.asarray(value, jnp.asarray(value).dtype)
+        return jnp.asarray(value, jax.device_put(value).dtype)
 
     x = jax.tree.map(jnp.asarray, case.x)
     want = case.function(mapped(case.params, merged), x)

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def constant_state(sharding=None, **kwargs):
-    params = {"kernel": jnp.asarray(np.ones((6, 8), np.float32))}
+    params = {"kernel": jax.device_put(np.ones((6, 8), np.float32))}
     if sharding is not None:
         params = jax.device_put(params, sharding)
     rules = [lora.LoraRule(rank=2, alpha=2.0, **kwargs)]

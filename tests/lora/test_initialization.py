@@ -15,7 +15,7 @@ from tests import models
 from tests.spellings import data
 
 W = data(24, 16)
-X = jnp.asarray(data(4, 24, seed=1))
+X = jax.device_put(data(4, 24, seed=1))
 STACK = np.stack([data(24, 16, seed=i) for i in range(3)])
 
 
@@ -30,7 +30,7 @@ def apply_stack(params, x):
 
 def started(w=W, function=apply, **kwargs):
     rule = lora.LoraRule(**{"rank": 3, "alpha": 6.0, **kwargs})
-    params = {"w": jnp.asarray(w)}
+    params = {"w": jax.device_put(w)}
     adapters, frozen, layouts = lora.init(
         params, function, [rule], jax.random.key(0), X
     )
@@ -108,7 +108,7 @@ def test_rank_stabilized_scaling():
 @pytest.mark.slow
 def test_dora_starts_as_the_model_and_follows_equation_5():
     rule = lora.LoraRule(rank=3, alpha=6.0, dora=True)
-    params = {"w": jnp.asarray(W)}
+    params = {"w": jax.device_put(W)}
     adapters, frozen, layouts = lora.init(params, apply, [rule], jax.random.key(0), X)
     m = np.float64(adapters["w_lora_magnitude"])
     np.testing.assert_allclose(m, np.linalg.norm(np.float64(W), axis=0), rtol=1e-6)
@@ -149,10 +149,10 @@ def test_qat_computes_what_the_merged_weight_will_quantized():
     # With a margin no largest element is a tie, which may be broken either way.
     how = {"weight_qtype": "int4", "weight_calibration_method": "absmax,1.1"}
     rule = lora.LoraRule(rank=3, alpha=6.0, qat=True, **how)
-    params = {"w": jnp.asarray(W)}
+    params = {"w": jax.device_put(W)}
     adapters, frozen, layouts = lora.init(params, apply, [rule], jax.random.key(0), X)
     assert frozen["w"].dtype == jnp.float32
-    adapters["w_lora_b"] = jnp.asarray(data(3, 16, seed=3))
+    adapters["w_lora_b"] = jax.device_put(data(3, 16, seed=3))
     run = qwix_train.quantize_fn(apply, lora.LoraProvider([rule]))
     everything = {**frozen, **adapters}
     a, b = np.float64(adapters["w_lora_a"]), np.float64(adapters["w_lora_b"])
@@ -201,7 +201,7 @@ def test_a_rank_above_that_of_a_small_head_is_kept_and_named(init):
     )
     with pytest.warns(UserWarning, match=message):
         adapters, frozen, _ = lora.init(
-            {"head": {"w": jnp.asarray(head)}},
+            {"head": {"w": jax.device_put(head)}},
             lambda params, x: apply(params["head"], x),
             rules,
             jax.random.key(0),

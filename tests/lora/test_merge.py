@@ -24,7 +24,8 @@ INT4 = dict(weight_qtype="int4", tile_size=2)
 def random_like(adapters, seed=3):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)), adapters
+        lambda x: jax.device_put(rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)),
+        adapters,
     )
 
 

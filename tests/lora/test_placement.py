@@ -4,14 +4,13 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qwix_train
 from qwix_train import lora
 from tests import models
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
+X = jax.device_put(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
 NAMES = ("data", "model")
 PROVIDER = lora.LoraProvider(rank=2, alpha=1.0)
 

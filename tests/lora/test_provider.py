@@ -13,7 +13,7 @@ import qwix_train
 from qwix_train import lora
 from tests import models
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
+X = jax.device_put(np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
 
 
 class NnxModel(nnx.Module):
@@ -159,7 +159,7 @@ def test_dropout_drops_of_the_input_of_the_adapter_alone():
 
 @pytest.mark.slow
 def test_layers_under_scan_have_adapters_and_dropout_of_their_own():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
     for remat in (False, True):
         provider = lora.LoraProvider(
             rank=2, alpha=2.0, dropout=0.5, weight_qtype="int8"
@@ -235,7 +235,9 @@ def test_convolutions_of_all_groupings(groups, transposed):
         conv = nn.ConvTranspose(8, (3,), strides=(2,), transpose_kernel=True)
     else:
         conv = nn.Conv(8, (3,), feature_group_count=groups, strides=2)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 4)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(2, 9, 4)).astype(np.float32)
+    )
     model = qwix_train.apply_lora_to_model(conv, lora.LoraProvider(rank=2, alpha=1.0))
     params = dict(model.init(jax.random.key(0), x)["params"])
     b = params["kernel_lora_b"]

@@ -13,7 +13,7 @@ from qwix_train import lora
 from tests import models
 from tests.spellings import data
 
-X = jnp.asarray(data(4, 6))
+X = jax.device_put(data(4, 6))
 RULE = lora.LoraRule(rank=2, alpha=3.0)
 
 
@@ -65,7 +65,7 @@ def initial(model):
 def filled(params):
     flat = traverse_util.flatten_dict(params)
     flat = {
-        path: jnp.asarray(data(*leaf.shape, seed=seed)) / 3
+        path: jax.device_put(data(*leaf.shape, seed=seed)) / 3
         for seed, (path, leaf) in enumerate(sorted(flat.items()))
     }
     return traverse_util.unflatten_dict(flat)
@@ -184,7 +184,7 @@ def test_each_member_of_an_ensemble_has_an_adapter(axis, said):
     a, b = linear.kernel_lora_a, linear.kernel_lora_b
     assert a.shape == [(3, 6, 2), (6, 3, 2)][axis]
     assert b.shape == [(3, 2, 4), (2, 3, 4)][axis]
-    b.set_value(jnp.asarray(data(*b.shape, seed=1)))
+    b.set_value(jax.device_put(data(*b.shape, seed=1)))
     got = nnx.jit(lambda model, x: model(x))(model, X)
     for index in range(3):
         w, one_a, one_b = (
@@ -216,7 +216,7 @@ class LinenEnsemble(nn.Module):
 @pytest.mark.parametrize("x_axis", [None, 0])
 def test_members_of_a_linen_ensemble_need_no_word(axis, x_axis):
     model = LinenEnsemble(axis, x_axis=x_axis)
-    x = X if x_axis is None else jnp.asarray(data(3, 4, 6, seed=2))
+    x = X if x_axis is None else jax.device_put(data(3, 4, 6, seed=2))
     model = qwix_train.apply_lora_to_model(model, lora.LoraProvider([RULE]))
     params = filled(model.init(jax.random.key(0), x)["params"])
     one = params["members"]
@@ -244,7 +244,7 @@ def test_an_axis_that_the_sizes_do_not_tell_is_asked_for():
 
 
 def test_mapped_axes_that_are_contracted_are_refused():
-    params = {"w": jnp.asarray(data(3, 6, 4))}
+    params = {"w": jax.device_put(data(3, 6, 4))}
 
     def apply(params, x):
         return jax.vmap(lambda w: x @ w)(params["w"])

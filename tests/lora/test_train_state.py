@@ -18,8 +18,8 @@ import qwix_train
 from qwix_train import QuantizationRule, calib, lora
 from tests import models, trace_count
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32))
-Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32))
+X = jax.device_put(np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32))
+Y = jax.device_put(np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32))
 MODEL = models.Mlp(width=32)
 PARAMS = models.params_of(MODEL, X, seed=0)
 BASES = {
@@ -255,7 +255,7 @@ class BatchNormState(TrainState):
 @pytest.mark.slow
 def test_a_model_with_batch_statistics():
     model = models.Everything()
-    images = jnp.asarray(
+    images = jax.device_put(
         np.random.default_rng(2).normal(size=(8, 5, 5)).astype(np.float32)
     )
     variables = model.init(

@@ -1,7 +1,6 @@
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ update = jax.jit(histogram.update)
 
 
 def histogram_of(x):
-    return update(histogram.init((1,)), jnp.asarray(x))
+    return update(histogram.init((1,)), jax.device_put(x))
 
 
 def distributions(n=20_000):
@@ -187,11 +186,11 @@ def test_entropy_needs_even_levels(qtype):
 def test_channels_at_once(find):
     x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     x *= np.float32([1, 100, 0])
-    state = update(histogram.init((1, 3)), jnp.asarray(x))
+    state = update(histogram.init((1, 3)), jax.device_put(x))
     find = jax.jit(find)
     together = find(state)
     for i in range(3):
-        alone = find(update(histogram.init((1, 1)), jnp.asarray(x[:, i : i + 1])))
+        alone = find(update(histogram.init((1, 1)), jax.device_put(x[:, i : i + 1])))
         for end, value in alone.items():
             assert together[end].shape == (1, 3)
             np.testing.assert_allclose(together[end][:, i], value[0], rtol=1e-6)

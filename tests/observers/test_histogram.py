@@ -15,7 +15,7 @@ merge = jax.jit(histogram.merge)
 
 
 def histogram_of(x, groups=None):
-    x = jnp.asarray(x)
+    x = jax.device_put(x)
     return update(histogram.init(groups or (1,) * x.ndim), x)
 
 
@@ -82,7 +82,7 @@ def test_merging_in_any_order_is_one_pass(x, order, pairs):
     assert_same(merged, whole)
     stream = histogram.init((1,))
     for i in order:
-        stream = update(stream, jnp.asarray(x.reshape(4, 6)[i]))
+        stream = update(stream, jax.device_put(x.reshape(4, 6)[i]))
     assert_same(stream, whole)
     assert histogram.signed_bins(whole).masses.sum() == 24
 
@@ -136,7 +136,7 @@ def test_channels_are_histograms_of_their_own(axis):
     x = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
     x *= np.exp(np.arange(3.0))[:, None, None].astype(np.float32)
     groups = tuple(n if a == axis else 1 for a, n in enumerate(x.shape))
-    state = update(histogram_of(x[::-1], groups), jnp.asarray(x))
+    state = update(histogram_of(x[::-1], groups), jax.device_put(x))
     for i in range(x.shape[axis]):
         where = tuple(slice(i, i + 1) if a == axis else slice(None) for a in range(3))
         want = histogram_of(np.concatenate([x[::-1][where], x[where]]))
@@ -144,7 +144,7 @@ def test_channels_are_histograms_of_their_own(axis):
 
 
 def test_bfloat16_is_widened():
-    x = jnp.asarray(np.random.default_rng(2).normal(size=100).astype(jnp.bfloat16))
+    x = jax.device_put(np.random.default_rng(2).normal(size=100).astype(jnp.bfloat16))
     assert_same(histogram_of(x), histogram_of(x.astype(np.float32)))
 
 
@@ -161,7 +161,7 @@ def test_sharded_arrays_are_one():
 
 @pytest.mark.slow
 def test_vmap_and_scan():
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32))
     one = jax.vmap(lambda x: histogram.update(histogram.init((1,)), x))
     stacked = jax.jit(one)(x)
     for i in range(8):

@@ -1,6 +1,6 @@
 import re
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -72,7 +72,7 @@ def test_what_does_not_go_together(text, how, message):
 @pytest.mark.slow
 def test_a_state_of_one_is_read_by_another():
     how = HowToQuantize(qtype="int8")
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32))
     state = Entropy().update(Entropy().init(x.shape, how), x, how)
     for observer in Percentile(99.0), Mse():
         own = observer.update(observer.init(x.shape, how), x, how)

@@ -44,7 +44,7 @@ def jitted(statistics):
 def collect(statistics, batches):
     state = statistics.init(batches[0].shape, batches[0].dtype)
     for x in batches:
-        state = jitted(statistics)(state, jnp.asarray(x))
+        state = jitted(statistics)(state, jax.device_put(x))
     return state
 
 
@@ -232,7 +232,7 @@ def test_sharded_batches_have_the_same_state(observer, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("observer", ["absmax", "minmax", "rms,2", *STREAMS[:1]])
 def test_jit_vmap_scan_and_cond(observer):
-    statistics, batches = make(observer), jnp.asarray(data(3))
+    statistics, batches = make(observer), jax.device_put(data(3))
     want = collect(statistics, batches)
     init = statistics.init(batches[0].shape, batches.dtype)
     rtol = 1e-6 if observer.startswith("rms") else 0

@@ -51,7 +51,7 @@ def init(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
 
 def normal(*shape: int, seed: int = 0) -> jnp.ndarray:
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+    return jax.device_put(rng.normal(size=shape).astype(np.float32))
 
 
 def stats_of(provider: odml.OdmlQatProvider, run: Any, *args: Any) -> Any:

@@ -1,5 +1,6 @@
 """Annotated functions, and the converter."""
 
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -16,7 +17,7 @@ def test_the_file_has_the_grids():
     w = np.float32([[0.5, -0.75], [-3.5, 1.75], [1.0, 0.25]])
     grid = Grid(np.float32([[0.5, 0.25]]), np.zeros((1, 2), np.int64), "int4_narrow")
     content = to_flatbuffer(
-        lambda x: annotate(annotate(x, UNIT) @ annotate(jnp.asarray(w), grid), UNIT),
+        lambda x: annotate(annotate(x, UNIT) @ annotate(jax.device_put(w), grid), UNIT),
         [normal(2, 3)],
         "product",
         ("x",),

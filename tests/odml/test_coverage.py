@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, as_model, calib, odml
 from tests.odml.cases import CASES
@@ -22,9 +21,9 @@ def inputs_of(case, seed):
     rng = np.random.default_rng(seed)
     shapes = case.shape if isinstance(case.shape[0], tuple) else (case.shape,)
     if case.integers is not None:
-        return [jnp.asarray(rng.integers(case.integers, size=s)) for s in shapes]
+        return [jax.device_put(rng.integers(case.integers, size=s)) for s in shapes]
     arrays = [rng.normal(size=s).astype(np.float32) for s in shapes]
-    return [jnp.asarray(np.abs(x) + 0.3 if case.positive else x) for x in arrays]
+    return [jax.device_put(np.abs(x) + 0.3 if case.positive else x) for x in arrays]
 
 
 def made(case, inputs):
@@ -54,7 +53,7 @@ def made(case, inputs):
                 variable.set_value(variable.get_value() + noise.astype(np.float32))
         return model, None, lambda *xs: model(*xs)
     params = {
-        k: jnp.asarray(rng.normal(size=s).astype(np.float32))
+        k: jax.device_put(rng.normal(size=s).astype(np.float32))
         for k, s in case.params.items()
     }
     return case.model, params, lambda *xs: case.model(params, *xs)

@@ -127,7 +127,7 @@ def test_a_fused_layer_is_that_of_integers(x, per_channel, norm):
         disable_per_channel_weights=not per_channel,
         quant_stats=ranges(**{f"layer__{op}": (-2.1, 2.4), "final_output0": (0, 3.3)}),
     )
-    out = quantize_model(model, provider).apply(variables, jnp.asarray(x))
+    out = quantize_model(model, provider).apply(variables, jax.device_put(x))
     expected = by_hand(variables, x, ((-2.1, 2.4), (0, 3.3)), per_channel)
     # A sum in float32 that is next to a tie may go either way.
     steps = np.abs(out - expected) / (3.3 / 255)
@@ -150,7 +150,7 @@ def test_training_folds_the_statistics_of_the_batch(per_channel):
         quant_stats=ranges(layer__dot_general0_lhs=(-2.1, 2.4), final_output0=(0, 3.3)),
     )
     out, updated = quantize_model(model, provider).apply(
-        variables, jnp.asarray(x), mutable=["batch_stats"]
+        variables, jax.device_put(x), mutable=["batch_stats"]
     )
     expected = by_hand(
         variables, x, ((-2.1, 2.4), (0, 3.3)), per_channel, batch_statistics=True
@@ -171,7 +171,9 @@ def test_gradients_pass_through_the_folded_layer():
 
     def loss(params, quantized):
         out, _ = quantized.apply(
-            {**variables, "params": params}, jnp.asarray(IMAGE), mutable=["batch_stats"]
+            {**variables, "params": params},
+            jax.device_put(IMAGE),
+            mutable=["batch_stats"],
         )
         return jnp.mean((out - 1.0) ** 2)
 
@@ -196,7 +198,7 @@ class Masked(nn.Module):
 
 @pytest.mark.slow
 def test_what_is_masked_is_no_part_of_the_range():
-    x, mask = jnp.asarray(X), np.arange(6) < 4
+    x, mask = jax.device_put(X), np.arange(6) < 4
     quantized = quantize_model(Masked(), odml.OdmlQatProvider(RULES))
     stats = quantized.init(jax.random.key(0), x, mask)
     stats = jax.tree.map(jnp.zeros_like, stats)
@@ -220,7 +222,7 @@ def test_the_sigmoid_of_a_silu_is_quantized():
     provider = odml.OdmlQatProvider(
         RULES, quant_stats=ranges(silu0=(-3.0, 3.0), final_output0=(-0.3, 3.0))
     )
-    out = quantize_model(Silu(), provider).apply({}, jnp.asarray(X))
+    out = quantize_model(Silu(), provider).apply({}, jax.device_put(X))
     x = fq(X, -3.0, 3.0)
     gate = np.clip(np.round(256 / (1 + np.exp(-x))), 0, 255) / 256
     np.testing.assert_allclose(out, fq(x * gate, -0.3, 3.0), atol=1e-5)
@@ -237,7 +239,7 @@ def test_average_pooling_and_clips_stay_on_the_grid_of_their_input():
             return jnp.clip(nn.avg_pool(x, (2, 2), (1, 1)), -0.55, 0.69)
 
     provider = odml.OdmlQatProvider(RULES, quant_stats=ranges(avg_pool0=(-1.0, 2.0)))
-    out = quantize_model(Pool(), provider).apply({}, jnp.asarray(IMAGE))
+    out = quantize_model(Pool(), provider).apply({}, jax.device_put(IMAGE))
     scale, zero_point = np.float32(3 / 255), -43
     codes = reference(IMAGE, scale, zero_point, -128, 127)
     total = sum(codes[:, i : i + 4, j : j + 4] for i in (0, 1) for j in (0, 1))

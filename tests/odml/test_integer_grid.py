@@ -54,7 +54,7 @@ def test_values_are_those_of_integers(
     zero_point = int(np.clip(zero_point, low, high))
     grid = Grid(scale, np.int32(zero_point), f"{qtype}_narrow" if narrow else qtype)
     codes = reference(x, scale, zero_point, low, high, rounding)
-    y = integer_grid.on_grid(jnp.asarray(x), grid, rounding)
+    y = integer_grid.on_grid(jax.device_put(x), grid, rounding)
     np.testing.assert_array_equal(y, (codes - zero_point) * scale)
     assert grid.codes == (low, high)
     np.testing.assert_allclose(
@@ -81,7 +81,7 @@ def test_the_grid_of_a_range_is_near_every_value_in_it(x, ends):
     grid = integer_grid.of_calibration(calibration, "int8")
     step = (np.float64(high) - low) / 255
     np.testing.assert_allclose(grid.scale, step, 1e-6)
-    y = integer_grid.on_grid(jnp.asarray(x), grid)
+    y = integer_grid.on_grid(jax.device_put(x), grid)
     inside = (low <= x) & (x <= high)
     # Half a step, and as much at the ends, as the zero point is rounded.
     assert (np.abs(y - x)[inside] <= 1.001 * step).all()
@@ -125,14 +125,14 @@ def test_the_scale_gets_no_gradient():
 @pytest.mark.parametrize("channels", [(), (1,), (0, 2)])
 def test_weights_are_symmetric_without_the_lowest_code(qtype, high, channels):
     w = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
-    grid = integer_grid.of_weight(jnp.asarray(w), narrow_how(qtype, channels))
+    grid = integer_grid.of_weight(jax.device_put(w), narrow_how(qtype, channels))
     shared = tuple(a for a in range(3) if a not in channels)
     absmax = np.abs(w).max(shared, keepdims=True)
     np.testing.assert_allclose(grid.scale, absmax / high, 1e-6)
     assert not np.any(grid.zero_point)
     codes = integer_grid.codes_of(w, grid)
     assert codes.min() >= -high and np.abs(codes).max() == high
-    y = integer_grid.on_grid(jnp.asarray(w), grid)
+    y = integer_grid.on_grid(jax.device_put(w), grid)
     np.testing.assert_allclose(y, codes * np.float64(grid.scale), 1e-6)
     # The largest of each channel is exact.
     np.testing.assert_allclose(
@@ -166,8 +166,8 @@ def test_a_channel_of_zeros_stays_zero():
 @hypothesis.given(st.floats(np.float32(1e-6), np.float32(1e6), width=32), st.booleans())
 def test_a_number_is_exact(value, negative):
     x = np.float32(-value if negative else value)
-    grid = integer_grid.of_constant(jnp.asarray(x), "int8")
-    y = integer_grid.on_grid(jnp.asarray(x), grid)
+    grid = integer_grid.of_constant(jax.device_put(x), "int8")
+    y = integer_grid.on_grid(jax.device_put(x), grid)
     np.testing.assert_allclose(y, x, 2e-7)
     assert integer_grid.codes_of(x, grid) == (-128 if negative else 127)
 
@@ -186,6 +186,6 @@ def test_a_tie_that_floats_miss_is_rounded_away():
     scale = np.float32(0.3)
     x = np.float32(np.nextafter(np.float32(2.5) * scale, np.float32(0)))
     grid = Grid(scale, np.int32(0))
-    y = integer_grid.on_grid(jnp.asarray(x), grid, "away")
+    y = integer_grid.on_grid(jax.device_put(x), grid, "away")
     np.testing.assert_allclose(y, 3 * scale)
     np.testing.assert_allclose(integer_grid.on_grid(-x, grid, "away"), -3 * scale)

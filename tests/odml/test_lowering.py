@@ -47,7 +47,7 @@ class Seen:
 
     def weight(self, w, axis):
         self.weights.append((w.shape, axis))
-        return jnp.asarray(w)
+        return jax.device_put(w)
 
     def same(self, x):
         self.shapes.append(x.shape)
@@ -84,7 +84,7 @@ def test_dot(name, side, bias):
             operands, axes = operands[::-1], axes[::-1]
         return lax.dot_general(*operands, (tuple(axes), ((), ())))
 
-    node, found = node_of(fn, w, jnp.asarray(x))
+    node, found = node_of(fn, w, jax.device_put(x))
     assert found == side
     free_x, free_w = x.ndim - len(contracted_x), w.ndim - len(contracted_w)
     first = 0 if side == 0 else free_x
@@ -97,7 +97,7 @@ def test_dot(name, side, bias):
         addend = np.float32(0.5)
     seen = Seen()
     marks = seen.marks(node, addend, -0.5)
-    out = lowering.lowered_dot(node, side, jnp.asarray(x), w, marks)
+    out = lowering.lowered_dot(node, side, jax.device_put(x), w, marks)
     expected = fn(w.astype(np.float64), x.astype(np.float64))
     expected = np.asarray(expected) + (0 if addend is None else addend)
     np.testing.assert_allclose(out, np.maximum(expected, -0.5), 1e-5, 1e-5)
@@ -162,14 +162,14 @@ def test_conv(name, bias):
             x, w, strides, dimension_numbers=(lhs, rhs, out), **options
         )
 
-    node, side = node_of(fn, jnp.asarray(w), jnp.asarray(x))
+    node, side = node_of(fn, jax.device_put(w), jax.device_put(x))
     assert side == 1
     addend = None
     if bias:
         addend = normal(*(8 if a == "C" else 1 for a in out), seed=2)
     seen = Seen()
     marks = seen.marks(node, addend, -1)
-    actual = lowering.lowered_conv(node, jnp.asarray(x), w, marks)
+    actual = lowering.lowered_conv(node, jax.device_put(x), w, marks)
     expected = fn(w, x) if addend is None else fn(w, x) + addend
     assert actual.shape == node.out.shape
     np.testing.assert_allclose(actual, jnp.maximum(expected, -1), 1e-5, 1e-5)
@@ -187,10 +187,10 @@ def test_softmax(axis):
     def fn(w, x):
         return jax.nn.softmax(x, axis)
 
-    graph = build_graph(trace_function(fn, ({}, jnp.asarray(x)), {}))
+    graph = build_graph(trace_function(fn, ({}, jax.device_put(x)), {}))
     find_patterns(graph)
     (node,) = graph.nodes
-    out = lowering.lowered_softmax(node, jnp.asarray(x))
+    out = lowering.lowered_softmax(node, jax.device_put(x))
     z = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(out, z / z.sum(axis, keepdims=True), 1e-5, 1e-6)
 
@@ -198,7 +198,7 @@ def test_softmax(axis):
 @pytest.mark.parametrize("count_include_pad", [False, True])
 @pytest.mark.parametrize("padding", ["VALID", "SAME", ((1, 0), (0, 2))])
 def test_avg_pool(padding, count_include_pad):
-    x = jnp.asarray(normal(2, 6, 7, 3))
+    x = jax.device_put(normal(2, 6, 7, 3))
 
     def fn(w, x):
         return nn.avg_pool(
@@ -229,7 +229,7 @@ def graph_value(graph, value):
 
 
 def test_lookups_outside_of_the_table_find_its_ends():
-    table = jnp.asarray(normal(5, 3))
+    table = jax.device_put(normal(5, 3))
     indices = jnp.array([[4, 0], [7, -9]])
     graph = build_graph(trace_function(lambda p, i: p[i], (table, indices), {}))
     (node,) = [n for n in graph.nodes if n.name == "gather"]

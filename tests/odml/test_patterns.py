@@ -501,7 +501,7 @@ def test_a_custom_jvp_names_the_function():
 
 
 def test_a_choice_that_is_known_is_none():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))
     graph = graph_of(lambda x: jnp.var(x, axis=-1), x)
     find_patterns(graph)
     assert "select_n" not in {node.name for node in graph.nodes}

@@ -172,7 +172,7 @@ class LinenExperts(nn.Module):
 
 class NnxExperts(nnx.Module):
     def __init__(self):
-        self.up, self.down = (nnx.Param(jnp.asarray(w)) for w in PARAMS.values())
+        self.up, self.down = (nnx.Param(jax.device_put(w)) for w in PARAMS.values())
 
     def __call__(self, x):
         hidden = nnx.relu(lax.ragged_dot(x, self.up[...], SIZES))
@@ -254,10 +254,10 @@ def test_both_backward_products_are_of_codes():
     g = RNG.normal(size=(7, 5)).astype(np.float32)
 
     def step(params, x):
-        return jax.vjp(model, params, x)[1](jnp.asarray(g))
+        return jax.vjp(model, params, x)[1](jax.device_put(g))
 
     wrapped = qwix_train.wrap_train_step(step, rules)
-    args = ({"w": jnp.asarray(W)}, jnp.asarray(X))
+    args = ({"w": jax.device_put(W)}, jax.device_put(X))
     dw, dx = wrapped(*args)
     x, w = rounded(X, 8, 1), rounded(W, 8, 1)
     # Towards the input each row of the gradient, with the scales of the weight's
@@ -350,9 +350,9 @@ def test_gptq_has_a_hessian_for_each_expert_and_names_those_without_tokens():
         return lax.ragged_dot(x, params["w"], sizes)
 
     method = ptq.Gptq(rules)
-    method.wrap(lambda p, x: model(p, x))({"w": jnp.asarray(W)}, x)
-    _, rounded_params = ptq.quantize(model, {"w": jnp.asarray(W)}, rules, x)
-    params = method.quantize_params({"w": jnp.asarray(W)}, rounded_params)
+    method.wrap(lambda p, x: model(p, x))({"w": jax.device_put(W)}, x)
+    _, rounded_params = ptq.quantize(model, {"w": jax.device_put(W)}, rules, x)
+    params = method.quantize_params({"w": jax.device_put(W)}, rounded_params)
     codes = np.asarray(params["w"].array.qvalue, int)
     for expert, rows in ((0, x[:40]), (2, x[40:])):
         hessian = 2 * rows.astype(np.float64).T @ rows / len(x)
@@ -479,7 +479,7 @@ def test_experts_within_transformations(around):
 def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
     """The sizes are values that the step computes, as those of a router are."""
     square = 0.4 * RNG.normal(size=(2, 3, 8, 8)).astype(np.float32)
-    sizes = jnp.stack([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+    sizes = jnp.stack([jax.device_put(SIZES), jnp.array([1, 3, 3])])
 
     def layers(weights, x, sizes):
         def layer(x, layer):
@@ -490,7 +490,7 @@ def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
     class Layers(nn.Module):
         @nn.compact
         def __call__(self, x, sizes):
-            w = self.param("w", lambda _: jnp.asarray(square))
+            w = self.param("w", lambda _: jax.device_put(square))
             return layers(w, x, sizes)
 
     rules = [
@@ -527,9 +527,9 @@ def test_quantized_training_of_experts_on_each_device():
         )
     ]
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-    weights = jnp.asarray(np.concatenate([W, -W]))
-    x = jnp.asarray(np.concatenate([X, 2 * X]))
-    sizes = jnp.concatenate([jnp.asarray(SIZES), jnp.array([1, 3, 3])])
+    weights = jax.device_put(np.concatenate([W, -W]))
+    x = jax.device_put(np.concatenate([X, 2 * X]))
+    sizes = jnp.concatenate([jax.device_put(SIZES), jnp.array([1, 3, 3])])
 
     @as_model
     def one(params, x, sizes):

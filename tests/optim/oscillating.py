@@ -44,7 +44,7 @@ def levels(w, scale, zero):
     return np.clip(np.rint(w / scale + zero), -4, 3) - zero
 
 
-TARGETS = jnp.asarray(
+TARGETS = jax.device_put(
     np.random.default_rng(0).uniform(-2.9, 2.9, 200).astype(np.float32)
 )
 """Optima of weights whose levels are the integers."""

@@ -3,6 +3,7 @@
 import math
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ def whole_blocks(scale, shape):
 def test_error_is_half_a_step(qtype, shape, squared):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     x = x**2 if squared else x
-    codes, scale = _blocks.quantize(jnp.asarray(x), qtype, 16)
+    codes, scale = _blocks.quantize(jax.device_put(x), qtype, 16)
     assert codes.shape == shape and codes.dtype == _blocks.code_dtype(qtype)
     assert scale.shape == _blocks.scale_shape(shape, 16)
     values = np.asarray(_blocks.dequantize(codes, scale, qtype))
@@ -65,7 +66,7 @@ def test_error_is_half_a_step(qtype, shape, squared):
 def test_quantizing_again_changes_nothing(qtype):
     # In particular it does not shrink the largest magnitudes, of either sign.
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(64, 16)) * 10.0 ** rng.integers(-9, 3, (64, 1)))
+    x = jax.device_put(rng.normal(size=(64, 16)) * 10.0 ** rng.integers(-9, 3, (64, 1)))
     x = x.at[:8].set(x[:8] ** 2)
     codes, scale = _blocks.quantize(x, qtype, 16)
     values = _blocks.dequantize(codes, scale, qtype)
@@ -99,7 +100,9 @@ def test_what_is_not_finite_stays_in_its_block(qtype, bad):
 
 @QTYPES
 def test_bfloat16(qtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)).astype(jnp.bfloat16))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(8, 16)).astype(jnp.bfloat16)
+    )
     codes, scale = _blocks.quantize(x, qtype, 16)
     assert scale.dtype == jnp.bfloat16
     values = _blocks.dequantize(codes, scale, qtype)
@@ -117,7 +120,7 @@ def test_one_value_far_from_all_others_of_its_block(dtype, largest):
     x[1, 6] = 0
     x = np.asarray(x, dtype)
     values = _blocks.dequantize(
-        *_blocks.quantize(jnp.asarray(x), "dynamic", 16), "dynamic"
+        *_blocks.quantize(jax.device_put(x), "dynamic", 16), "dynamic"
     )
     values, x = np.asarray(values, np.float64), np.asarray(x, np.float64)
     biggest = float(jnp.finfo(dtype).max) / 4
@@ -133,5 +136,5 @@ def test_one_value_far_from_all_others_of_its_block(dtype, largest):
 def test_what_is_positive_is_not_rounded_to_zero():
     x = np.full((1, 16), 1e-12, np.float32)
     x[0, :2] = 1e38, 3e37
-    codes, scale = _blocks.quantize(jnp.asarray(x), "dynamic", 16)
+    codes, scale = _blocks.quantize(jax.device_put(x), "dynamic", 16)
     assert (np.asarray(_blocks.dequantize(codes, scale, "dynamic")) > 0).all()

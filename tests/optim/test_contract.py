@@ -67,7 +67,7 @@ SPECS = {
 def tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     leaves = {
-        k: jnp.asarray(rng.normal(size=s).astype(dtype)) for k, s in SHAPES.items()
+        k: jax.device_put(rng.normal(size=s).astype(dtype)) for k, s in SHAPES.items()
     }
     # Something to round stochastically: in bfloat16, and exact whatever the noise is.
     return {"layer": leaves | {"low": jnp.zeros(SHAPES["low"], jnp.bfloat16)}}

@@ -30,7 +30,7 @@ def trained(tx):
     digits = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = jnp.asarray(digits.data[order] / 16, jnp.float32)
-    labels = jnp.asarray(digits.target[order])
+    labels = jax.device_put(digits.target[order])
 
     def loss(params, images, labels):
         logits = forward(params, images)

@@ -46,7 +46,7 @@ def test_is_the_gradient_of_the_loss(name):
 @pytest.mark.parametrize("qtype", ["nf4", "float8_e4m3fn", "int1"])
 def test_other_types(qtype):
     how = HowToQuantize(qtype=qtype, channelwise_axes=[0])
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))
+    w = jax.device_put(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))
     tx = optim.dampen_oscillations({"": how}, 0.5)
     result, _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
     expected = w - fake_quant(w, how)
@@ -59,7 +59,7 @@ def test_other_types(qtype):
 
 def test_tiles():
     how = HowToQuantize(qtype="int4", channelwise_axes=[1], tiled_axes={0: 4})
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
+    w = jax.device_put(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
     tx = optim.dampen_oscillations({"": how}, 0.5)
     result, _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
     columns = dataclasses.replace(how, tiled_axes={})

@@ -65,7 +65,7 @@ def test_codes_are_those_of_the_nearest_values(unsigned):
     x = np.abs(x) if unsigned else np.concatenate([x, -x])
     x = x[(x >= values[0])]
 
-    codes = np.asarray(_dynamic_map.encode(jnp.asarray(x), jnp.array(unsigned)))
+    codes = np.asarray(_dynamic_map.encode(jax.device_put(x), jnp.array(unsigned)))
     distance = np.abs(x[:, None].astype(np.float64) - values)
     best = distance.argmin(1)
     if unsigned:  # What is positive stays so.

@@ -116,7 +116,7 @@ def test_the_largest_magnitude_stays():
 @pytest.mark.slow
 def test_frozen_levels_are_what_ptq_stores():
     rules = [models.rule("int4")]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
     model = models.Mlp()
     params = model.init(jax.random.key(0), x)["params"]
     plan = qwix_train.plan(model, rules, x)
@@ -151,7 +151,7 @@ def test_frozen_levels_are_what_ptq_stores():
 
 @pytest.mark.slow
 def test_params_in_bfloat16():
-    params = jnp.asarray(
+    params = jax.device_put(
         np.random.default_rng(0).normal(size=(8, 8)).astype(jnp.bfloat16)
     )
     rounding = optim.stochastic_rounding(optax.sgd(0.1))

@@ -78,7 +78,7 @@ def test_frozen_dicts_and_lists():
 @pytest.mark.slow
 def test_a_trained_nnx_model():
     rules = [models.rule("int4")]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
     model = nnx.Sequential(
         nnx.Linear(12, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(1))
     )

@@ -78,7 +78,9 @@ def test_a_range_grows_where_sums_leave_it(qtype):
 
 @pytest.mark.slow
 def test_codes_without_an_update_stay():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
+    )
     params = {
         "a": quantize(x, "int8"),
         "b": quantize(x, "int5", channelwise_axes=[0], scale_dtype=jnp.bfloat16),
@@ -88,7 +90,7 @@ def test_codes_without_an_update_stay():
 
 
 def test_small_steps_are_not_lost():
-    target = jnp.asarray(
+    target = jax.device_put(
         np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
     )
     param = quantize(target + 0.5, "int8", channelwise_axes=[1])
@@ -111,7 +113,9 @@ def test_small_steps_are_not_lost():
 
 def test_what_is_wrapped_sees_floats():
     rng = np.random.default_rng(0)
-    x, g = (jnp.asarray(rng.normal(size=(16, 8)).astype(np.float32)) for _ in range(2))
+    x, g = (
+        jax.device_put(rng.normal(size=(16, 8)).astype(np.float32)) for _ in range(2)
+    )
     params = {"kernel": quantize(x, "int8"), "bias": jnp.ones(8)}
     grads = {"kernel": g, "bias": jnp.ones(8)}
     inner = optax.adamw(0.1, weight_decay=0.1)
@@ -130,7 +134,9 @@ def test_what_is_wrapped_sees_floats():
 @pytest.mark.slow
 def test_a_quantized_model_is_trained():
     rules = [models.rule("int8")]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32)
+    )
     y = jnp.tanh(x[:, :3])
     model = models.Mlp()
     floats = model.init(jax.random.key(0), x)["params"]
@@ -169,7 +175,9 @@ def test_a_quantized_model_is_trained():
 @pytest.mark.slow
 def test_sharded():
     mesh = jax.make_mesh((8,), ("model",), (AxisType.Auto,))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
+    )
     param, updates = quantize(x, "int8", channelwise_axes=[0]), 0.01 * x
     sharded = jax.device_put((param, updates), NamedSharding(mesh, P("model")))
     models.assert_same(rounded(*sharded), rounded(param, updates))
@@ -182,7 +190,7 @@ def test_an_update_that_is_not_finite_costs_one_element_its_step(bad):
     step = np.float32(-3) * np.asarray(param.scale)
     updates = np.broadcast_to(step, (2, 4)).copy()
     updates[0, 1] = bad
-    result = rounded(param, jnp.asarray(updates))
+    result = rounded(param, jax.device_put(updates))
     models.assert_same(result.scale, param.scale)
     expected = np.asarray(param.qvalue).astype(int) - 3
     expected[0, 1] += 3

@@ -14,9 +14,11 @@ RNG = np.random.default_rng(0)
 PARAMS, GRADS = (
     {
         "dense": {
-            "kernel_lora_a": jnp.asarray(RNG.normal(size=(6, 2)).astype(np.float32)),
-            "kernel_lora_b": jnp.asarray(RNG.normal(size=(2, 4)).astype(np.float32)),
-            "kernel_lora_magnitude": jnp.asarray(RNG.normal(size=4).astype(np.float32)),
+            "kernel_lora_a": jax.device_put(RNG.normal(size=(6, 2)).astype(np.float32)),
+            "kernel_lora_b": jax.device_put(RNG.normal(size=(2, 4)).astype(np.float32)),
+            "kernel_lora_magnitude": jax.device_put(
+                RNG.normal(size=4).astype(np.float32)
+            ),
         }
     }
     for _ in range(2)

@@ -125,7 +125,7 @@ CASES += [(name, jnp.bfloat16) for name in HOWS if "int8" not in name]
 def test_params_end_on_the_grid_that_is_stored(name, dtype, method):
     how = HOWS[name]
     rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=(64, 24)).astype(dtype))
+    w = jax.device_put(rng.normal(size=(64, 24)).astype(dtype))
     tx = optim.proximal({"": how}, optax.linear_schedule(0.0, 1.0, 5), method)
 
     @jax.jit
@@ -163,7 +163,9 @@ def test_ranges_that_a_grid_reproduces(calibration_method, method):
         channelwise_axes=() if "fixed" in calibration_method else [1],
         calibration_method=calibration_method,
     )
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
+    w = jax.device_put(
+        np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
+    )
     tx = optim.proximal({"": how}, optax.linear_schedule(0.0, 1.0, 4), method)
     state = tx.init(w)
     for _ in range(6):
@@ -180,7 +182,7 @@ def test_what_is_learned_is_better_than_rounding(method):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 24)) @ (rng.normal(size=(24, 24)) + 0.5)
     x = jnp.asarray(x / np.linalg.norm(x, axis=0), jnp.float32)
-    best = jnp.asarray(rng.uniform(-3, 3, (24, 8)).astype(np.float32))
+    best = jax.device_put(rng.uniform(-3, 3, (24, 8)).astype(np.float32))
     steps = 1000
 
     def loss(w):

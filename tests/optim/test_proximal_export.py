@@ -20,7 +20,9 @@ def test_what_is_stored_is_what_was_trained(calibration_method, method):
             weight_qtype="int4", weight_calibration_method=calibration_method
         )
     ]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32))
+    x = jax.device_put(
+        np.random.default_rng(0).normal(size=(32, 12)).astype(np.float32)
+    )
     y = jnp.tanh(x[:, :3])
     model = models.Mlp()
     params = model.init(jax.random.key(0), x)["params"]

@@ -62,7 +62,7 @@ def test_the_sum_with_an_update_is_exact():
     near = -np.asarray(params, np.float64) * (1 + rng.normal(size=100_000) * 1e-5)
     steps = np.where(rng.random(100_000) < 0.3, near, numbers()).astype(np.float32)
     tx = optim.stochastic_rounding(optax.identity())
-    updates, _ = tx.update(jnp.asarray(steps), tx.init(params), params)
+    updates, _ = tx.update(jax.device_put(steps), tx.init(params), params)
     exact = np.asarray(params, np.float64) + np.asarray(updates, np.float64)
     below, above = neighbors(
         (np.asarray(params, np.float32) + steps).astype(np.float64)
@@ -95,8 +95,8 @@ def test_small_steps_are_not_lost():
 
 def test_moments_are_float32():
     rng = np.random.default_rng(0)
-    params = jnp.asarray(rng.normal(size=64).astype(jnp.bfloat16))
-    grads = jnp.asarray(rng.normal(size=64).astype(jnp.bfloat16))
+    params = jax.device_put(rng.normal(size=64).astype(jnp.bfloat16))
+    grads = jax.device_put(rng.normal(size=64).astype(jnp.bfloat16))
     tx = optim.stochastic_rounding(optax.adam(0.1))
     _, state = tx.update(grads, tx.init(params), params)
     wide = grads.astype(jnp.float32)

@@ -1,5 +1,6 @@
 """AWQ against its definition in NumPy, and against `qwix.contrib`."""
 
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -68,7 +69,7 @@ def test_the_definition(tile):
         )
     ]
     method = ptq.Awq(rules)
-    params = run(method, model, {"kernel": jnp.asarray(kernel)}, x)
+    params = run(method, model, {"kernel": jax.device_put(kernel)}, x)
     scales, expected = reference(kernel, x, tile or 32)
     stored = params["dot_general0_lhs_pre_quant_scale"]
     np.testing.assert_allclose(stored, [1 / scales], rtol=1e-4)
@@ -101,7 +102,7 @@ def test_parity_with_qwix(tile):
         calibration_method=WIDE,
     )
     theirs, factors = awq_core.quantize_weight(
-        jnp.asarray(kernel.T), jnp.asarray(size), how
+        jax.device_put(kernel.T), jax.device_put(size), how
     )
     # Every vector has all of these magnitudes; the signs have no correlation.
     signs = np.array([[1.0]])

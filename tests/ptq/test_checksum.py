@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +24,7 @@ def reference(array):
 
 def random_array(dtype, shape):
     x = np.random.default_rng(0).normal(size=shape) * 100
-    return jnp.asarray(x > 0 if dtype == "bool" else x).astype(dtype)
+    return jax.device_put(x > 0 if dtype == "bool" else x).astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,9 +23,14 @@ def case(rows=12, columns=32, seed=0):
 def codes_of(w, hessian, qtype, options, scale=None):
     how = HowToQuantize(qtype=qtype, channelwise_axes=(0,), calibration_method=WIDE)
     if scale is None:
-        scale = jnp.broadcast_to(quantize_array(jnp.asarray(w), how).scale, w.shape)
+        scale = jnp.broadcast_to(quantize_array(jax.device_put(w), how).scale, w.shape)
     corrected, scale, _, ok = jax.jit(gptq_matrix, static_argnames=("how", "options"))(
-        jnp.asarray(w), jnp.asarray(hessian), scale, None, how=how, options=options
+        jax.device_put(w),
+        jax.device_put(hessian),
+        scale,
+        None,
+        how=how,
+        options=options,
     )
     assert ok
     low, high, _ = BOUNDS[qtype]
@@ -59,7 +64,7 @@ def test_channels_with_large_inputs_first():
     how = HowToQuantize(
         qtype="int4", channelwise_axes=(0,), tiled_axes={1: 8}, calibration_method=WIDE
     )
-    scale = jnp.repeat(quantize_array(jnp.asarray(w), how).scale, 8, axis=1)
+    scale = jnp.repeat(quantize_array(jax.device_put(w), how).scale, 8, axis=1)
     options = Options(act_order=True, block_size=7)
     codes, scale = codes_of(w, hessian, "int4", options, scale)
     order = np.argsort(-np.diag(hessian), kind="stable")
@@ -70,7 +75,7 @@ def test_channels_with_large_inputs_first():
 
 def test_the_factor_of_the_inverse():
     _, hessian = case()
-    factor = np.asarray(inverse_factor(jnp.asarray(hessian), 0.05), np.float64)
+    factor = np.asarray(inverse_factor(jax.device_put(hessian), 0.05), np.float64)
     damped = hessian + 0.05 * np.diag(hessian).mean() * np.eye(len(hessian))
     np.testing.assert_allclose(factor, np.triu(factor))
     inverse = np.linalg.inv(damped.astype(np.float64))
@@ -97,8 +102,8 @@ def test_parity_with_qwix(tile):
         "calibration_method": "absmax,1.1",
     }
     theirs, _ = gptq_core.quantize_weight(
-        jnp.asarray(w),
-        jnp.asarray(hessian),
+        jax.device_put(w),
+        jax.device_put(hessian),
         qwix_qarray.HowToQuantize(**{**how, "qtype": jnp.int4}),
         blocksize=tile or 128,
     )
@@ -116,7 +121,7 @@ def quantized(kernel, hessian, how, options):
         tiled_axes={0: how.tiled_axes[1]} if how.tiled_axes else {},
         calibration_method=how.calibration_method,
     )
-    params = {"kernel": jnp.asarray(kernel)}
+    params = {"kernel": jax.device_put(kernel)}
     rule = QuantizationRule(
         weight_qtype=how.qtype,
         tile_size=how.tiled_axes.get(0),
@@ -139,7 +144,7 @@ def test_without_correlation_it_is_rounding_to_nearest():
     model = nn.Dense(8, use_bias=False)
     params = run(ptq.Gptq(rules), model, {"kernel": kernel}, x)
     how = HowToQuantize(qtype="int4", channelwise_axes=(1,), calibration_method=WIDE)
-    expected = quantize_array(jnp.asarray(kernel), how)
+    expected = quantize_array(jax.device_put(kernel), how)
     np.testing.assert_array_equal(params["kernel"].array.qvalue, expected.qvalue)
     np.testing.assert_array_equal(params["kernel"].array.scale, expected.scale)
 
@@ -150,7 +155,7 @@ def test_channels_without_input_are_rounded_to_nearest():
     x = correlated(64, 16)
     x[:, [3, 7]] = 0
     rules = [QuantizationRule(weight_qtype="int4", weight_calibration_method=WIDE)]
-    kernel = jnp.asarray(w.T)
+    kernel = jax.device_put(w.T)
     params = run(ptq.Gptq(rules), nn.Dense(12, use_bias=False), {"kernel": kernel}, x)
     how = HowToQuantize(qtype="int4", channelwise_axes=(1,), calibration_method=WIDE)
     nearest = quantize_array(kernel, how)

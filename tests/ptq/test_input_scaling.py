@@ -188,7 +188,7 @@ def test_an_nnx_model_in_a_checkpoint(tmp_path):
 def test_files_exports_and_donation(tmp_path):
     model, params, method = models.Mlp(), mlp_params(), ptq.SmoothQuant(BOTH)
     quantized = run(method, model, params, *BATCHES)
-    whole, x = quantize_model(model, method.provider), jnp.asarray(BATCHES[0])
+    whole, x = quantize_model(model, method.provider), jax.device_put(BATCHES[0])
     variables = whole.init(jax.random.key(0), x)["params"]
     assert jax.tree.structure(variables) == jax.tree.structure(quantized)
     assert (variables["Dense_0"]["dot_general0_lhs_pre_quant_scale"] == 1).all()

@@ -26,7 +26,7 @@ MARGIN = {
     "act_calibration_method": "absmax,1.1",
 }
 INT8 = QuantizationRule(weight_qtype="int8", act_qtype="int8", **MARGIN)
-X = jnp.asarray(data(3, 8, seed=1))
+X = jax.device_put(data(3, 8, seed=1))
 KEY = jax.random.key(0)
 
 
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
 @pytest.mark.slow
 def test_a_cache_is_initialized_for_the_longest_input():
     """The module with the cache takes a whole sequence once, and then single steps."""
-    x = jnp.asarray(data(2, 5, 8, seed=4))
+    x = jax.device_put(data(2, 5, 8, seed=4))
     model, floats, variables = quantized(Decoder(), [INT8], x)
     equal(model.init(KEY, x)["cache"], floats["cache"])
     qat = qwix_train.quantize_model(Decoder(), QtProvider([INT8]))

@@ -19,7 +19,7 @@ from tests.spellings import data
 
 RULES = [QuantizationRule(weight_qtype="nf4", tile_size=16)]
 CONVOLUTIONS = QuantizationRule(weight_qtype="nf4", op_names=("conv_general_dilated",))
-X = jnp.asarray(data(4, 32, seed=4) - 0.5)
+X = jax.device_put(data(4, 32, seed=4) - 0.5)
 
 
 def param(*shape, tiled, layers=(), seed=0):
@@ -28,7 +28,7 @@ def param(*shape, tiled, layers=(), seed=0):
         channelwise_axes=[a for a in range(len(shape)) if a != tiled],
         tiled_axes={tiled: 16},
     )
-    w = jnp.asarray(data(*shape, seed=seed) - 0.5)
+    w = jax.device_put(data(*shape, seed=seed) - 0.5)
     return jax.jit(lambda w: stored.quantize_param_packed(w, how, layers))(w)
 
 
@@ -107,7 +107,7 @@ def test_quantized_activations():
         QuantizationRule(weight_qtype="int4", act_qtype="int8"),
     ]
     how = HowToQuantize(qtype="int4", channelwise_axes=(1,))
-    params = {"w": stored.quantize_param(jnp.asarray(data(32, 16) - 0.5), how)}
+    params = {"w": stored.quantize_param(jax.device_put(data(32, 16) - 0.5), how)}
     packed = {"w": stored.packed(params["w"])}
     unpacked = {"w": stored.WithAux(unpack(packed["w"].array), how)}
     run = quantize_fn(lambda p, x: x @ p["w"], PtqProvider(rules))

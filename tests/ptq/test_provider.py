@@ -24,7 +24,7 @@ from qwix_train import (
 from tests import spellings
 
 KEY = jax.random.key(0)
-X = jnp.asarray(spellings.data(3, 8, seed=1))
+X = jax.device_put(spellings.data(3, 8, seed=1))
 INT8 = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 WEIGHTS = [QuantizationRule(weight_qtype="int8")]
 
@@ -310,7 +310,7 @@ class Attention(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("act_act", [True, False])
 def test_attention(act_act):
-    x = jnp.asarray(spellings.data(2, 5, 8, seed=3))
+    x = jax.device_put(spellings.data(2, 5, 8, seed=3))
     rules = [
         QuantizationRule(
             weight_qtype="int8",

@@ -38,7 +38,7 @@ def reference(request, tmp_path_factory):
 def leaf(shape=(8, 6), qtype="int8", **layout):
     layout = layout or {"channelwise_axes": (1,)}
     how = HowToQuantize(qtype=qtype, **layout)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    x = jax.device_put(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     return WithAux(jax.jit(lambda x: quantize_array(x, how))(x), how)
 
 
@@ -239,7 +239,7 @@ def test_blocks_there_and_back(qtype):
 
     block = 16 if qtype == "nvfp4" else 32
     how = HowToQuantize(qtype=qtype, channelwise_axes=(1,), tiled_axes={0: block})
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32))
+    w = jax.device_put(np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32))
     ours = {"w": WithAux(quantize_array(w, how), how)}
     theirs = to_qwix(ours)["w"]
     assert theirs.array.scale.dtype == jnp.float32

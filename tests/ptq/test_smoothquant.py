@@ -132,13 +132,13 @@ def test_each_of_stacked_matrices_is_smoothed_or_not():
     class PerHead(nn.Module):
         @nn.compact
         def __call__(self, x):
-            w = self.param("kernel", lambda _: jnp.asarray(kernel))
+            w = self.param("kernel", lambda _: jax.device_put(kernel))
             return jnp.einsum("bhi,hio->bho", x, w)
 
     fixed = "fixed,-1.875,1.875"
     rules = [QuantizationRule(weight_qtype="int4", weight_calibration_method=fixed)]
     method = ptq.SmoothQuant(rules)
-    params = run(method, PerHead(), {"kernel": jnp.asarray(kernel)}, x)
+    params = run(method, PerHead(), {"kernel": jax.device_put(kernel)}, x)
     (scale,) = (np.asarray(v)[0] for k, v in params.items() if "pre_quant" in k)
     assert (scale[0] == 1).all() and scale[1].max() < 1
     (record,) = method.report.weights

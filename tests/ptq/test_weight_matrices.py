@@ -176,7 +176,7 @@ def test_scales_of_elements(tiles):
     Observed(lambda p, x: model.apply({"params": p}, x), tagging).init(params, x)
     view = next(iter(tagging.reads["w",].values())).view
     scale = np.arange(np.prod(tiles), dtype=np.float32).reshape(tiles)
-    spread = view.spread(jnp.asarray(scale))
+    spread = view.spread(jax.device_put(scale))
     whole = np.broadcast_to(scale, (2, 3, 5)).reshape(6, 5)
     np.testing.assert_array_equal(spread, [whole.T])
     np.testing.assert_array_equal(view.gathered(spread, tiles), scale)

@@ -57,13 +57,13 @@ def trained(seed):
 
         def loss(params):
             logits = model.apply({"params": params}, images[rows])
-            return losses(logits, jnp.asarray(labels)[rows]).mean()
+            return losses(logits, jax.device_put(labels)[rows]).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    images = jnp.asarray(images)
+    images = jax.device_put(images)
     rng = np.random.default_rng(seed)
     rows = jnp.asarray([rng.integers(0, len(images), 64) for _ in range(250)])
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))

@@ -48,7 +48,7 @@ def vjp_of(rule, function, *operands):
 def test_a_matrix_product_by_hand(tile):
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)
     out, pull = vjp_of(rule(bwd_weight_grad_tile_size=tile), lambda w, x: x @ w, w, x)
-    dw, dx = pull(jnp.asarray(g))
+    dw, dx = pull(jax.device_put(g))
     (qx, sx), (qw, sw) = codes(x, 1), codes(w, 0)
     np.testing.assert_allclose(out, (qx @ qw) * sx * sw, 1e-5, 1e-6)
     q, s = codes(g * sw, 1)
@@ -62,7 +62,7 @@ def test_a_matrix_product_by_hand(tile):
 def test_one_scale_for_the_whole_array_by_hand():
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)
     out, pull = vjp_of(rule(disable_channelwise_axes=True), lambda w, x: x @ w, w, x)
-    dw, dx = pull(jnp.asarray(g))
+    dw, dx = pull(jax.device_put(g))
     (qx, sx), (qw, sw) = codes(x, (0, 1)), codes(w, (0, 1))
     np.testing.assert_allclose(out, (qx @ qw) * sx * sw, 1e-5, 1e-6)
     (q, s), (r, t) = codes(g * sw, (0, 1)), codes(g * sx, (0, 1))
@@ -75,7 +75,7 @@ def test_float8_by_hand():
     x, w, g = data(6, 8), data(8, 5, seed=1), data(6, 5, seed=2)
     fp8 = rule(bwd_qtype="float8_e5m2", **types)
     out, pull = vjp_of(fp8, lambda w, x: x @ w, w, x)
-    dw, dx = pull(jnp.asarray(g))
+    dw, dx = pull(jax.device_put(g))
 
     def of_type(x, shared, name):
         scale = 1.1 * np.abs(x).max(shared, keepdims=True) / float(jnp.finfo(name).max)
@@ -185,7 +185,7 @@ def test_operands_without_codes_to_multiply(name):
     }
     want, want_pull = vjp_of(QuantizationRule(**forward), lambda w, x: x @ w, w, x)
     models.assert_close(out, want)
-    for a, b in zip(pull(jnp.asarray(g)), want_pull(jnp.asarray(g)), strict=True):
+    for a, b in zip(pull(jax.device_put(g)), want_pull(jax.device_put(g)), strict=True):
         assert 1e-6 < np.abs(a - b).max() < 0.03 * np.abs(b).max()
 
 
@@ -204,7 +204,7 @@ def test_a_tile_that_does_not_fit_names_the_op():
 
 @pytest.mark.slow
 def test_codes_are_all_that_is_kept_and_multiplied():
-    x, w = jnp.asarray(data(64, 128)), jnp.asarray(data(128, 256, seed=1))
+    x, w = jax.device_put(data(64, 128)), jax.device_put(data(128, 256, seed=1))
     quantized = quantize_fn(lambda w, x: x @ w, QtProvider([INT8]))
     _, pull = jax.vjp(quantized, w, x)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))

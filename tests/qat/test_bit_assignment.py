@@ -151,7 +151,7 @@ def make(kind):
     rng = np.random.default_rng(0)
     params = {
         f"Dense_{i}": {
-            "kernel": jnp.asarray(rng.normal(size=shape).astype(np.float32)),
+            "kernel": jax.device_put(rng.normal(size=shape).astype(np.float32)),
             "bias": jnp.zeros(shape[1]),
         }
         for i, shape in enumerate([(8, 16), (16, 8), (8, 3)])

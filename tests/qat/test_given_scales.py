@@ -96,5 +96,8 @@ def test_a_scale_that_does_not_fit_is_an_error():
 def test_quantized_training_computes_its_own_scale_and_says_so():
     rules = [QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")]
     with pytest.raises(ValueError, match="'kernel' has a scale beside it"):
-        params = {"kernel": jnp.asarray(KERNEL), "kernel_scale": jnp.asarray(SCALE)}
+        params = {
+            "kernel": jax.device_put(KERNEL),
+            "kernel_scale": jax.device_put(SCALE),
+        }
         wrap_eval_step(evaluate, rules)(params, X)

@@ -32,7 +32,7 @@ from qwix_train.core.qarray import quantize, with_nan
 from tests.core.reference import QTYPE_NAMES
 from tests.models import loss_of
 
-X = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, (4, 6)).astype(np.float32))
+X = jax.device_put(np.random.default_rng(0).uniform(0.1, 1, (4, 6)).astype(np.float32))
 BAD = X.at[1, 2].set(jnp.nan)
 INT8 = dict(weight_qtype="int8", act_qtype="int8")
 

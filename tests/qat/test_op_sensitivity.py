@@ -334,7 +334,7 @@ def test_curvature_against_the_hessian(kind):
 
 
 def test_a_diagonal_hessian_needs_one_probe():
-    w = {"w": jnp.asarray(BATCHES[0])}
+    w = {"w": jax.device_put(BATCHES[0])}
     forward = as_model(lambda params, x: x @ params["w"])
     # With x = 1 the loss is the sum of (w - 1)**2 y, for y in the batch.
     found = qat.sensitivity(

@@ -39,7 +39,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 24)).astype(np.float32)
 MODEL = nn.Dense(4, use_bias=False)
 W = RNG.normal(size=(24, 4)).astype(np.float32)
-PARAMS = {"kernel": jnp.asarray(W)}
+PARAMS = {"kernel": jax.device_put(W)}
 # Wider than the data, so that no element is on a tie.
 WIDE = "absmax,1.01"
 INT8 = dict(
@@ -87,7 +87,7 @@ def test_a_rotation_is_that_of_the_matrix_and_is_undone(block):
     x = RNG.normal(size=(3, 2 * block, 2)).astype(np.float32)
     for seed in (None, 7):
         rotation = Hadamard(1, block, seed)
-        got = rotation.apply(jnp.asarray(x))
+        got = rotation.apply(jax.device_put(x))
         assert_close(got, rotated(x, 1, block, seed), atol=2e-5)
         assert_close(rotation.undo(got), x, atol=2e-5)
 
@@ -129,7 +129,7 @@ def test_what_else_reads_a_weight_finds_it_in_its_own_basis():
         rows = table[jnp.array([1, 3])]
         return x @ table.T, rows, table.sum(0)
 
-    params, rules = {"table": jnp.asarray(W.T)}, [rule()]
+    params, rules = {"table": jax.device_put(W.T)}, [rule()]
     table = rotated(rounded(rotated(W.T, 1), 1), 1)
     want = (product(X, W), table[[1, 3]], table.sum(0))
     out = quantize_fn(tied, QtProvider(rules))(params, X)
@@ -167,7 +167,7 @@ def test_an_axis_that_is_sharded(kind):
     # A block of 8 reaches over two shards, of 12 rows each.
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(kind,))
     rows = jax.NamedSharding(mesh, jax.P("rows"))
-    rules, whole = [rule()], {"w": jnp.asarray(W)}
+    rules, whole = [rule()], {"w": jax.device_put(W)}
     params = {"w": jax.device_put(W, rows)}
     abstract = ptq.abstract_params(forward, whole, rules, X)
     codes = ptq.quantize_params(params, abstract)["w"].array.qvalue
@@ -185,7 +185,7 @@ def test_layers_of_a_scan():
 
     w = RNG.normal(size=(2, 24, 24)).astype(np.float32)
     want = product(product(X, w[0]).astype(np.float32), w[1])
-    rules, params = [rule()], {"w": jnp.asarray(w)}
+    rules, params = [rule()], {"w": jax.device_put(w)}
     out = quantize_fn(layers, QtProvider(rules))(params, X)
     assert_close(out, want, atol=2e-2)
     served = quantize_fn(layers, PtqProvider(rules))
@@ -198,7 +198,7 @@ def test_a_convolution_is_rotated_along_its_features():
     model = nn.Conv(3, (2, 2), use_bias=False)
     x = RNG.normal(size=(2, 5, 5, 8)).astype(np.float32)
     kernel = RNG.normal(size=(2, 2, 8, 3)).astype(np.float32)
-    params = {"kernel": jnp.asarray(kernel)}
+    params = {"kernel": jax.device_put(kernel)}
     fake = rounded(rotated(x, 3), (1, 2, 3)), rounded(rotated(kernel, 2), (0, 1, 2))
     want = model.apply(
         {"params": {"kernel": jnp.float32(fake[1])}}, jnp.float32(fake[0])
@@ -215,7 +215,7 @@ def test_experts():
 
     w = RNG.normal(size=(2, 24, 4)).astype(np.float32)
     want = np.concatenate([product(X[:2], w[0]), product(X[2:], w[1])])
-    out = quantize_fn(experts, QtProvider([rule()]))({"w": jnp.asarray(w)}, X)
+    out = quantize_fn(experts, QtProvider([rule()]))({"w": jax.device_put(w)}, X)
     assert_close(out, want, atol=1e-4)
 
 

@@ -116,7 +116,8 @@ def test_layers_of_a_scan_have_their_part_of_a_stage():
     )
     for jitted in (False, True):
         mode = Chosen(
-            (Plus(jnp.asarray(of_input), HALF),), (Plus(jnp.asarray(of_param), HALF),)
+            (Plus(jax.device_put(of_input), HALF),),
+            (Plus(jax.device_put(of_param), HALF),),
         )
         model = quantize_fn(layers, mode)
         want = X

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from jax import lax
-from jax import numpy as jnp
 
 from qwix_train.trace.canonical_convs import run_as_at_top
 from qwix_train.trace.jax_versions import Body
@@ -32,7 +31,7 @@ CASES = {
 
 def integers(shape):
     """Small integers, whose sums are exact in any order."""
-    return jnp.asarray(RNG.integers(-3, 4, shape).astype(np.float32))
+    return jax.device_put(RNG.integers(-3, 4, shape).astype(np.float32))
 
 
 @pytest.mark.thinned(3)

@@ -97,7 +97,7 @@ def largest(xs):
 )
 def test_values_and_counts(step, batches, times, jitted):
     step = jax.jit(step) if jitted else step
-    inputs = [jnp.asarray(WEIGHTS), jnp.asarray(BATCHES)]
+    inputs = [jax.device_put(WEIGHTS), jax.device_put(BATCHES)]
     body = jax_versions.body_of(jax.make_jaxpr(step)(*inputs))
     names = harvest.names_in(body)
     assert names == {"layer": (3,), "out": ()}
@@ -121,7 +121,7 @@ def test_values_and_counts(step, batches, times, jitted):
 
 
 def test_a_backward_pass_alone_holds_no_values():
-    ws, x = jnp.asarray(WEIGHTS), jnp.asarray(BATCHES[0])
+    ws, x = jax.device_put(WEIGHTS), jax.device_put(BATCHES[0])
     _, backward = jax.vjp(jax.checkpoint(lambda ws: loss(ws, x)), ws)
     body = jax_versions.body_of(jax.make_jaxpr(backward)(1.0))
     with pytest.raises(ValueError, match="layer: its values cannot be collected"):

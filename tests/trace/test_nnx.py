@@ -136,7 +136,7 @@ class HoldsArrays(nnx.Module):
     """Its params are no variables."""
 
     def __init__(self):
-        self.first = nnx.data(jnp.asarray(KERNELS[0]))
+        self.first = nnx.data(jax.device_put(KERNELS[0]))
         self.rest = nnx.data([KERNELS[1]])
         self.count = nnx.data(jnp.arange(3))
 
