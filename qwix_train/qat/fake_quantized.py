@@ -81,7 +81,8 @@ def _param_stages(
         found = learned_scale.given_range(path, parts, how, planned.shape, value.dtype)
         stages = (FakeQuantize(how.in_basis, lax.stop_gradient(found)),)
     elif path in products.weights:
-        stages = FakeQuantize(how.in_basis), KeepCodes(how, path)
+        keep = KeepCodes(how, path, keeps_floats=path in products.original)
+        stages = FakeQuantize(how.in_basis), keep
     else:
         stages = (FakeQuantize(how.in_basis),)
     return in_basis(how, *stages)
