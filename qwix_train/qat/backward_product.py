@@ -16,8 +16,14 @@ import jax
 from jax import numpy as jnp
 
 from qwix_train import ops
-from qwix_train.core import calibration, numerics, rotations
+from qwix_train.core import numerics, rotations
 from qwix_train.core import stochastic_rounding as noise
+from qwix_train.core.calibration import (
+    calibrate,
+    compute_scale_zero_point,
+    shows_nan,
+    uncut,
+)
 from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import as_float, multiplies_codes
@@ -78,6 +84,7 @@ class BackwardProduct:
         g: jax.Array,
         residuals: Sequence[MaybeQArray],
         key: jax.Array | None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> jax.Array:
         """The gradient.
 
@@ -86,6 +93,8 @@ class BackwardProduct:
           residuals: the operands, as the forward has multiplied them or as they were
             before; and what else it has read.
           key: the random key for stochastic rounding; None to round to nearest.
+          calibration: the range of the gradient of the result, an array of one element;
+            None for the range that it has.
 
         Raises:
           ValueError: if the tile size for gradients does not fit, or the rotation.
@@ -95,7 +104,7 @@ class BackwardProduct:
         other, moved = residuals[1 - self.side], False
         if self.again is not None:
             other = as_float(other).astype(g.dtype)
-        elif isinstance(other, QArray):
+        elif isinstance(other, QArray) and calibration is None:
             g, other, moved = self._with_scale(g, other, residuals)
         traced = self._traced(residuals, g)
 
@@ -105,7 +114,9 @@ class BackwardProduct:
             factors = list(values)
             if self.of_weight and self.rule.bwd_weight_grad_rotation is not None:
                 factors[:2] = self._rotated(op, factors[:2])
-            factors[at] = self._quantized_gradient(op, at, factors[at], key)
+            factors[at] = self._quantized_gradient(
+                op, at, factors[at], key, calibration
+            )
             if self.again is not None:
                 factors[1 - at] = self._quantized(
                     op, 1 - at, factors[1 - at], self.again
@@ -183,19 +194,26 @@ class BackwardProduct:
                 for axis, x in zip(axes, factors, strict=True)
             ]
 
-    def _quantized_gradient(self, op: Op, at: int, g: jax.Array, key: Any) -> QArray:
+    def _quantized_gradient(
+        self, op: Op, at: int, g: jax.Array, key: Any, calibration: Any
+    ) -> QArray:
         """The codes of the gradient, as an operand of the backward product."""
         rule = self.rule
         tile = numerics.format_of(rule.bwd_qtype).block or rule.bwd_tile_size
         if self.of_weight and rule.bwd_weight_grad_tile_size is not None:
             tile = rule.bwd_weight_grad_tile_size
         groups = Groups(rule.bwd_qtype, tile, rule.bwd_calibration_method)
-        if key is None:
-            return self._quantized(op, at, g, groups)
-        assert rule.bwd_stochastic_rounding is not None
-        axes = rule.channelwise_noise_axes
-        noise_fn = noise.noise_fn(rule.bwd_stochastic_rounding, key, axes)
-        return self._quantized(op, at, g, groups, noise_fn)
+        noise_fn = None
+        if key is not None:
+            assert rule.bwd_stochastic_rounding is not None
+            axes = rule.channelwise_noise_axes
+            noise_fn = noise.noise_fn(rule.bwd_stochastic_rounding, key, axes)
+        if calibration is None:
+            return self._quantized(op, at, g, groups, noise_fn)
+        whole = jax.tree.map(lambda x: x.reshape((1,) * g.ndim), calibration)
+        # What overflows is to be seen, as loss scaling needs it to be.
+        seen = jnp.where(jnp.isfinite(g), g, jnp.nan)
+        return with_nan(_with_range(g, rule.bwd_qtype, whole, noise_fn), seen)
 
     def _quantized(
         self,
@@ -219,7 +237,7 @@ class BackwardProduct:
             pad_tiles=self.rule.pad_tiles,
         )
         try:
-            found = calibration.calibrate(x, how)
+            found = calibrate(x, how)
         except ValueError as error:
             raise ValueError(
                 f"{self.where}: an operand of the gradient of operand {self.side}, of "
@@ -227,13 +245,23 @@ class BackwardProduct:
                 f"is contracted. {error} See bwd_tile_size, bwd_weight_grad_tile_size "
                 "and pad_tiles."
             ) from None
-        if noise_fn is not None:
-            found = calibration.uncut(found, how.qtype)
-        parts = calibration.compute_scale_zero_point(found, how.qtype)
-        codes = quantize_with_scale_zero_point(x, how.qtype, *parts, noise_fn)
-        if calibration.shows_nan(how.calibration_method):
+        codes = _with_range(x, how.qtype, found, noise_fn)
+        if shows_nan(how.calibration_method):
             return codes
         return with_nan(codes, x)
+
+
+def _with_range(
+    x: jax.Array,
+    qtype: Any,
+    found: Mapping[str, Any],
+    noise_fn: numerics.NoiseFn | None,
+) -> QArray:
+    """The codes of an array, by a range as `calibrate` gives it."""
+    if noise_fn is not None:
+        found = uncut(found, qtype)
+    parts = compute_scale_zero_point(found, qtype)
+    return quantize_with_scale_zero_point(x, qtype, *parts, noise_fn)
 
 
 def _gradient_side(op: Op) -> int:

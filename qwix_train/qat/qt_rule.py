@@ -9,6 +9,8 @@ from typing import Any
 
 from qwix_train.core import how, numerics, rotations
 from qwix_train.core.stochastic_rounding import NOISE_NAMES
+from qwix_train.observers.averaging import parse_averaging
+from qwix_train.observers.statistics import Statistics, make_statistics
 from qwix_train.planning.rules import QuantizationRule
 
 
@@ -68,6 +70,12 @@ class QtRule(QuantizationRule):
         the gradient of a weight, along the last axis that it contracts, before they are
         quantized for it; written as `rotation`. It needs another `bwd_residuals` than
         `"quantized"` where activations are quantized.
+      bwd_averaging: delayed scaling of gradients, as `act_averaging` says it for
+        activations: `"amax_history,16"` quantizes a gradient by the largest magnitude
+        of those of the 16 steps before it, with one scale for the whole of it. It is
+        measured on the way back, and kept in the state of the step: `attach`, and
+        `wrap_train_step`. The range of the gradient itself if None. A factor of the
+        calibration method is the margin: `"absmax,2"` leaves one bit of it.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
         rounding of gradients, of every type; to nearest if None. The backward products
         are then unbiased where the range covers the gradient, as that of `"absmax"`
@@ -82,12 +90,11 @@ class QtRule(QuantizationRule):
         the forward has quantized. That is so in any case, and becomes None, as settings
         do that are None themselves, such as `{"sparsity_rule": None}`.
 
-    Delayed scaling, where the range of a batch is that of batches before it, is for
-    activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
-    and gradients have the range that they have at the time. What is measured of a
-    gradient could leave the backward pass only as the gradient of something else, which
-    the step would have to keep from its optimizer; and a gradient that is larger than
-    those before it would be cut off, which is a bias.
+    Delayed scaling, where the range of a batch is that of batches before it, is
+    `bwd_averaging` for gradients, and for activations `act_static_scale=True` with
+    `act_averaging="amax_history,16"`. Weights have the range that they have at the
+    time, which is known before any product, and which a quantized model has. What is
+    larger than all that was seen before is cut off.
 
     The noise has no state. Its key is made of the op, the gradient, and, where the
     model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
@@ -116,6 +123,7 @@ class QtRule(QuantizationRule):
     bwd_weight_grad_tile_size: int | float | None = None
     bwd_residuals: str = "quantized"
     bwd_weight_grad_rotation: str | None = None
+    bwd_averaging: str | None = None
     bwd_stochastic_rounding: str | None = None
     channelwise_noise_axes: Collection[int] = (0,)
     additional_qt_config: Mapping[str, Any] | None = None
@@ -155,6 +163,7 @@ class QtRule(QuantizationRule):
             self._check_tile_size(field)
             self._check_blocks(field, self.bwd_qtype)
         self._check_rotation()
+        self._check_averaging()
         self._check_additional_config()
 
     @property
@@ -163,6 +172,35 @@ class QtRule(QuantizationRule):
         if self.bwd_qtype is None:
             return ""
         return f"gradients {numerics.qtype_name(self.bwd_qtype)}"
+
+    @property
+    def gradient_statistics(self) -> Statistics | None:
+        """See `QuantizationRule.gradient_statistics`: of the largest magnitude."""
+        if self.bwd_averaging is None:
+            return None
+        how = _how(self.bwd_qtype, self.bwd_calibration_method)
+        return make_statistics(self.bwd_calibration_method, self.bwd_averaging, how=how)
+
+    def _check_averaging(self):
+        field = "bwd_averaging"
+        if self.bwd_averaging is None or self.bwd_qtype is None:
+            return
+        self._check(field, parse_averaging, self.bwd_averaging)
+        if numerics.format_of(self.bwd_qtype).coded_scales:
+            reason = f"the scales of {self.bwd_qtype} are those of blocks of one array"
+            raise self._error(field, reason)
+        method = _how(self.bwd_qtype, self.bwd_calibration_method).calibration_method
+        if how.parse_calibration_method(method)[0] != "absmax":
+            reason = "it needs bwd_calibration_method='absmax', or with a factor"
+            raise self._error(field, reason)
+        for other in (
+            "bwd_tile_size",
+            "bwd_weight_grad_tile_size",
+            "bwd_weight_grad_rotation",
+        ):
+            if getattr(self, other) is not None:
+                reason = f"a gradient has one scale then: leave out {other}"
+                raise self._error(field, reason)
 
     def _check_rotation(self):
         field = "bwd_weight_grad_rotation"
@@ -212,6 +250,7 @@ _OF_GRADIENTS = (
     "bwd_weight_grad_tile_size",
     "bwd_residuals",
     "bwd_weight_grad_rotation",
+    "bwd_averaging",
     "bwd_stochastic_rounding",
 )
 

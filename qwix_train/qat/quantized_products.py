@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 from jax import lax
 
@@ -24,9 +25,11 @@ from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
 from qwix_train.planning.plan import OpPlan, Path, Plan
+from qwix_train.planning.running_ranges import RunningRange
 from qwix_train.qat.backward_product import BackwardProduct, Groups
 from qwix_train.qat.qt_rule import QtRule
 from qwix_train.stages.fake_quantize import WithCodes
+from qwix_train.stages.observe import LargestMagnitude
 from qwix_train.stages.stage import ParamStage
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
@@ -110,9 +113,13 @@ class QuantizedProduct:
     key: jax.Array | None
 
     def __call__(
-        self, op: Op, operands: Sequence[Any], run: Callable[..., Any]
+        self,
+        op: Op,
+        operands: Sequence[Any],
+        run: Callable[..., Any],
+        gradient: RunningRange | NoRange | None = None,
     ) -> jax.Array:
-        """See `stages.product.Product`."""
+        """See `stages.product.Product`, and `OpStages.gradient`."""
         del run
         key = None
         if self.rule.bwd_stochastic_rounding is not None:
@@ -124,7 +131,30 @@ class QuantizedProduct:
         floats = None
         if self.rule.bwd_residuals == "original":
             floats = [_floats_of(x) for x in operands[: ops.kind_of(op).sides]]
-        return _product(op, self.plan, self.rule, values, codes, floats, key)
+        return _product(op, self.plan, self.rule, values, codes, floats, key, gradient)
+
+
+@flax.struct.dataclass
+class NoRange:
+    """Stands for the range of a gradient that nothing collects.
+
+    Attributes:
+      name: its name.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+
+    def calibration(self, x: Any) -> Mapping[str, Any]:
+        """Says that there is none.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            f"{self.name}: bwd_averaging is set, and ranges of gradients are kept by "
+            "wrap_train_step alone, with a state that has their statistics: "
+            "attach(state, rules, *inputs). Wrap the step, or take a rule without it."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +222,7 @@ def _product(
     codes: list[Any],
     floats: list[Any] | None,
     key: jax.Array | None,
+    gradient: RunningRange | NoRange | None,
 ) -> jax.Array:
     """A product of codes, with the derivative of one of values.
 
@@ -203,6 +234,7 @@ def _product(
       codes: their codes, `QArray`s or stored weights; None for those without.
       floats: the factors before they were quantized, where the way back reads these.
       key: the random key for stochastic rounding, if there is any.
+      gradient: the range of the gradient, if it is not its own.
     """
     sides = ops.kind_of(op).sides
     rest, values, codes = values[sides:], values[:sides], codes[:sides]
@@ -215,7 +247,7 @@ def _product(
         None if code is None else _again(plan, rule, side, of_weight)
         for side, code in enumerate(codes)
     ]
-    gradients = [
+    products = [
         BackwardProduct(
             op.primitive, params, side, weight, rule, op.where, again[1 - side]
         )
@@ -232,31 +264,34 @@ def _product(
         return [*factors, *rest]
 
     @jax.custom_vjp
-    def of_codes(values, codes, floats, rest, key):
-        del floats, key
+    def of_codes(values, codes, floats, rest, key, gradient):
+        del floats, key, gradient
         return product(op.primitive, params, operands_of(values, codes, rest))
 
-    def forward(values, codes, floats, rest, key):
-        out = of_codes(values, codes, floats, rest, key)
+    def forward(values, codes, floats, rest, key, gradient):
+        out = of_codes(values, codes, floats, rest, key, gradient)
         residuals = operands_of(values, codes, rest)
         for side, how in enumerate(again):
             if floats is not None and how is not None:
                 residuals[side] = floats[side]
-        return out, (residuals, key)
+        return out, (residuals, key, gradient)
 
     def backward(kept, g):
-        residuals, key = kept
+        residuals, key, gradient = kept
+        calibration = None
+        if gradient is not None:
+            calibration = gradient.calibration(LargestMagnitude().apply(g))
         keys = (None, None)
         if key is not None:
             keys = jax.random.split(noise.key_of_data(key, g))
         found = [
-            gradient(g, residuals, own).astype(dtype)
-            for gradient, own, dtype in zip(gradients, keys, dtypes, strict=True)
+            product(g, residuals, own, calibration).astype(dtype)
+            for product, own, dtype in zip(products, keys, dtypes, strict=True)
         ]
-        return found, None, None, None, None
+        return found, None, None, None, None, None
 
     of_codes.defvjp(forward, backward)
-    return of_codes(values, codes, floats, rest, key)
+    return of_codes(values, codes, floats, rest, key, gradient)
 
 
 def _again(
