@@ -339,7 +339,7 @@ class RangeTagging(Tagging):
 
         ops = {}
         for op in plan.quantized_ops:
-            operands = [()] * len(op.activations)
+            operands: list[tuple[Observe, ...]] = [()] * len(op.activations)
             if self.tags(op):
                 operands = [observed(op, side) for side in range(len(op.activations))]
             operands[0] = (*operands[0], *room(op))

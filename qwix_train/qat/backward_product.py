@@ -121,7 +121,7 @@ class BackwardProduct:
                 factors[1 - at] = self._quantized(
                     op, 1 - at, factors[1 - at], self.again
                 )
-            elif moved:
+            elif moved and isinstance(other, QArray):
                 # Views of the codes; they have one scale, 1.
                 ones = jnp.ones((1,) * factors[1 - at].ndim, g.dtype)
                 factors[1 - at] = QArray(factors[1 - at], ones, None, other.qtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ def run(
     def handler(op: Op, operands: Sequence[Any], run, arrays):
         found = stages.ops[op.key]
         own, beside, gradient = jax.tree.unflatten(flat[op.key][1], arrays)
-        product = found.product
+        product: Callable[..., Any] = found.product
         if gradient is not None:
             product = functools.partial(product, gradient=gradient)
 

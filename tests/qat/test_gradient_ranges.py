@@ -11,8 +11,20 @@ from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 from jax import numpy as jnp
+from jax.sharding import AxisType
 
-from qwix_train import QtProvider, QtRule, attach, quantize_model, wrap_train_step
+from qwix_train import (
+    QtProvider,
+    QtRule,
+    Schedule,
+    attach,
+    attached,
+    ptq,
+    quantize_model,
+    ranges,
+    wrap_eval_step,
+    wrap_train_step,
+)
 from tests import models
 from tests.core import formats_reference
 
@@ -195,3 +207,44 @@ def test_what_overflows_is_seen():
     assert np.isnan(dw["w"]).any()
     history = after.quant_stats[GRADIENT]
     assert history["skipped"] == 1 and history["count"] == 1
+
+
+@pytest.mark.slow
+def test_what_was_trained_so_is_evaluated_scheduled_and_served():
+    x = models.normal(6, 8, seed=1)
+    model = models.Mlp()
+    state = attach(state_of(model, x), [DELAYED], x)
+    schedule = Schedule(start_step=1)
+    step = jax.jit(wrap_train_step(train_step, [DELAYED], schedule=schedule))
+    for count in range(3):
+        history = state.quant_stats["Dense_0"][GRADIENT]
+        assert history["count"] == max(0, count - 1)  # none while in float
+        state, _ = step(state, x)
+
+    def eval_step(state, x):
+        return state.apply_fn({"params": state.params}, x)
+
+    wanted = jax.jit(wrap_eval_step(eval_step, [DELAYED]))(state, x)
+    for stats in (state.quant_stats, ranges(state, [DELAYED])):
+        served, params = ptq.quantize(
+            model, state.params, [DELAYED], x, quant_stats=stats
+        )
+        models.assert_close(served.apply({"params": params}, x), wanted, 1e-4)
+    assert set(ranges(state, [DELAYED])["Dense_0"]) == {"dot_general0_lhs"}
+    assert attached(state)[f"Dense_0/{GRADIENT}"] == "range of 2 batches"
+
+
+@pytest.mark.slow
+def test_an_explicit_mesh():
+    x, g = models.normal(8, 8, seed=1), models.normal(8, 4, seed=2)
+    state = attach(state_of(Product(), x, g), [DELAYED], x, g)
+    step = jax.jit(wrap_train_step(product_step, [DELAYED]))
+    wanted = step(step(state, {"x": x, "g": g})[0], {"x": x / 2, "g": g / 2})
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (AxisType.Explicit,))):
+        placed = jax.device_put((x, g), jax.P("data"))
+        first = {"x": placed[0], "g": placed[1]}
+        second = jax.tree.map(lambda x: x / 2, first)
+        found = step(step(jax.device_put(state, jax.P()), first)[0], second)
+        assert found[1][1].sharding.spec == jax.P("data", None)
+        models.assert_close(found[1], wanted[1], 1e-4)
+        models.assert_close(found[0].quant_stats, wanted[0].quant_stats)

@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.sharding import AxisType
 
 from qwix_train import QtProvider, QtRule, quantize_fn, quantize_model
 from qwix_train.core.hadamard import Hadamard
@@ -271,3 +272,33 @@ def test_gradients_of_nvfp4_are_unbiased():
         error = drawn.std(0) / np.sqrt(draws)
         assert np.all(np.abs(drawn.mean(0) - want) < 5 * error + 1e-6 * abs(want).max())
         assert np.median(drawn.std(0)) > 0.01 * np.abs(want).std()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "out"),
+    [(("model", None), jax.P("data", None)), ((None, "model"), None)],
+    ids=["rows", "columns"],
+)
+@pytest.mark.parametrize("name", [*RECIPES, "nvfp4"])
+def test_explicit_meshes(name, names, out):
+    """Gradients have the sharding of what they are for, and one device's numbers."""
+    rule = NVFP4 if name == "nvfp4" else RECIPES[name][0]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
+    x, w, g = (np.asarray(a, np.float32) for a in operands(256, 512, 512))
+    sharding = None
+
+    def function(w, x):
+        return jnp.einsum("bi,io->bo", x, w, out_sharding=sharding)
+
+    wanted = computed(rule, x, w, g, function)
+    with jax.set_mesh(mesh):
+        sharding = out
+        w = jax.device_put(w, jax.P(*names))
+        x = jax.device_put(x, jax.P("data", names[0]))
+        g = jax.device_put(g, jax.P("data", names[1]))
+        found = computed(rule, x, w, g, function)
+        assert found[1].sharding == x.sharding
+        assert found[2].sharding == w.sharding
+        for got, want in zip(found, wanted, strict=True):
+            models.assert_close(got, want, 2e-5 * float(np.abs(want).max()))
