@@ -21,7 +21,7 @@ import optax
 from flax.training import train_state
 
 import qwix_train
-from benchmarks import models
+from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX, medians
 from benchmarks.qat_step import run_sections, table
 from qwix_train import QuantizationRule, ptq
@@ -37,7 +37,6 @@ TRAINED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "int4")
 OTHERS = ("nf4", "int4", "int8")
 OF_QWIX = ("mxfp8", "mxfp4", "nvfp4", "nf4", "int4", "int8")
 TILE = 32  # Of types without blocks.
-TEXT_LENGTH = 64
 
 
 def main() -> None:
@@ -166,7 +165,7 @@ def layers_table(results) -> str:
 
 def bench_model(options) -> list[dict[str, Any]]:
     """The loss of a model of this repository's own text, in bits a byte."""
-    train, test = _texts()
+    train, test = text.texts()
     model = models.Decoder(options.layers, options.width, vocabulary=256)
     tokens = test["x"][:1]
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -175,8 +174,9 @@ def bench_model(options) -> list[dict[str, Any]]:
         params=params,
         tx=optax.adam(optax.cosine_decay_schedule(2e-3, options.steps)),
     )
-    state = _trained(state, _step, train, options.steps)
-    exact = _loss(model, state.params, test)
+    compiled = jax.jit(text.train_step)
+    state = text.trained(state, compiled, train, options.steps)
+    exact = text.loss(model, state.params, test)
     results = [{"type": "float32", "PTQ": exact, "GPTQ": exact, "QAT": exact}]
     fine_tuning = optax.adam(optax.cosine_decay_schedule(5e-4, options.qat_steps))
     for qtype in TRAINED:
@@ -185,70 +185,28 @@ def bench_model(options) -> list[dict[str, Any]]:
         tile = None if block.block else TILE
         rules = [QuantizationRule(weight_qtype=qtype, tile_size=tile)]
         quantized, tree = ptq.quantize(model, state.params, rules, tokens)
-        found = {"type": qtype, "PTQ": _loss(quantized, tree, test)}
+        found = {"type": qtype, "PTQ": text.loss(quantized, tree, test)}
         method = ptq.Gptq(rules)
         apply = method.wrap(jax.jit(model.apply))
         for start in range(0, 64, 16):
             apply({"params": state.params}, train["x"][start : start + 16])
         abstract = jax.eval_shape(lambda tree=tree: tree)
         tree = method.quantize_params(state.params, abstract)
-        found["GPTQ"] = _loss(quantized, tree, test)
+        found["GPTQ"] = text.loss(quantized, tree, test)
         tuned = state.replace(
             step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
         )
-        step = qwix_train.wrap_train_step(_step, rules)
-        tuned = _trained(tuned, step, train, options.qat_steps)
+        step = jax.jit(qwix_train.wrap_train_step(text.train_step, rules))
+        tuned = text.trained(tuned, step, train, options.qat_steps)
         _, tree = ptq.quantize(model, tuned.params, rules, tokens)
-        found["QAT"] = _loss(quantized, tree, test)
+        found["QAT"] = text.loss(quantized, tree, test)
         results.append(found)
     tuned = state.replace(
         step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
     )
-    tuned = _trained(tuned, _step, train, options.qat_steps)
-    results[0]["QAT"] = _loss(model, tuned.params, test)
+    tuned = text.trained(tuned, compiled, train, options.qat_steps)
+    results[0]["QAT"] = text.loss(model, tuned.params, test)
     return results
-
-
-def _texts() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    root = pathlib.Path(__file__).parents[1]
-    files = sorted([*root.glob("qwix_train/**/*.py"), *root.glob("docs/*.md")])
-    splits = []
-    for held_out in (False, True):
-        chosen = [f for i, f in enumerate(files) if (i % 10 == 0) == held_out]
-        text = np.frombuffer(b"".join(f.read_bytes() for f in chosen), np.uint8)
-        count = (len(text) - 1) // TEXT_LENGTH
-        x = text[: count * TEXT_LENGTH].reshape(count, TEXT_LENGTH)
-        y = text[1 : count * TEXT_LENGTH + 1].reshape(count, TEXT_LENGTH)
-        order = np.random.default_rng(0).permutation(count)
-        x, y = (jnp.asarray(part[order].astype(np.int32)) for part in (x, y))
-        splits.append({"x": x, "y": y})
-    train, test = splits
-    return train, {name: part[:256] for name, part in test.items()}
-
-
-def _step(state, batch):
-    def loss_fn(params):
-        logits = state.apply_fn({"params": params}, batch["x"])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["y"]
-        ).mean()
-
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    return state.apply_gradients(grads=grads), loss
-
-
-def _trained(state, step, data, steps: int):
-    step, batch = jax.jit(step), 16
-    for number in range(steps):
-        start = number * batch % (len(data["x"]) - batch)
-        state, _ = step(state, {k: v[start : start + batch] for k, v in data.items()})
-    return state
-
-
-def _loss(model, params, test) -> float:
-    logits = jax.jit(model.apply)({"params": params}, test["x"])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, test["y"])
-    return float(loss.mean() / np.log(2))
 
 
 def model_table(results) -> str:

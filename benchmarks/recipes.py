@@ -1,10 +1,11 @@
-"""What recipes of QAT cost: schedules, learned scales, transforms, quantized training.
+"""What recipes cost: schedules, learned scales, transforms, quantized training.
 
     python -m benchmarks.recipes [--quick] [--sections steps training transforms] ...
 
 Train steps of the same model on the same batch, and updates of the same params, in one
 process. Every time is the median of rounds in which the variants take turns, so that a
-busy machine slows all of them alike; the ratios are what to read.
+busy machine slows all of them alike; the ratios are what to read. The section `quality`
+has what recipes of quantized training lose.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training import train_state
 
 import qwix_train
-from benchmarks import models
+from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX
 from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
 from qwix_train import optim
@@ -34,12 +36,70 @@ OUT = pathlib.Path(__file__).parent / "out" / "recipes.json"
 INT8: dict[str, Any] = {"weight_qtype": "int8", "act_qtype": "int8"}
 INT4: dict[str, Any] = {"weight_qtype": "int4", "act_qtype": "int8"}
 
+SECTIONS = ["steps", "training", "transforms", "quality"]
+
 # Names of the variants. The rest of the file reads measurements by them.
 FLOAT, PLAIN = "float", "plain QAT"
 RAMP, RAMPED, BITS = "in a ramp", "after a ramp", "after bits by step"
 LSQ, LSQ_ACTIVATIONS = "LSQ", "LSQ, activations too"
 QUANTIZED, ROUNDED = "int8 backward", "int8 backward, stochastic"
 QWIX = "int8 backward, qwix"
+
+# Recipes of quantized training, of docs/quantized_training.md. Attention and the layer
+# that gives the logits stay in float, as in the papers.
+HEAD = qwix_train.QuantizationRule(module_path="Dense_0")
+FP8: dict[str, Any] = {
+    "weight_qtype": "float8_e4m3fn",
+    "act_qtype": "float8_e4m3fn",
+    "act_act": False,
+}
+TENSORWISE = {**FP8, "bwd_qtype": "float8_e5m2", "disable_channelwise_axes": True}
+BLOCKS: dict[str, Any] = {
+    "tile_size": {0: 128, 1: 128},
+    "act_tile_size": 128,
+    "bwd_tile_size": 128,
+    "bwd_residuals": "requantized",
+}
+MXFP8 = {f"{x}_qtype": "mxfp8" for x in ("weight", "act", "bwd")}
+NVFP4: dict[str, Any] = {
+    "weight_qtype": "nvfp4",
+    "act_qtype": "nvfp4",
+    "act_act": False,
+    "bwd_qtype": "nvfp4",
+    "tile_size": {0: 16, 1: 16},
+    "bwd_residuals": "original",
+    "bwd_weight_grad_rotation": "hadamard,16,7",
+    "bwd_stochastic_rounding": "uniform",
+    "channelwise_noise_axes": (0, 1, 2),
+}
+
+
+def _recipe(*first: qwix_train.QuantizationRule, **fields: Any) -> list[Any]:
+    return [HEAD, *first, qwix_train.QtRule(**fields)]
+
+
+BFLOAT16 = "bfloat16"
+DELAYED = {
+    "act_static_scale": True,
+    "act_averaging": "amax_history,16",
+    "bwd_averaging": "amax_history,16",
+}
+TRAINING_RECIPES: dict[str, list[Any]] = {
+    "float32": [],
+    BFLOAT16: [],
+    "fp8, one scale": _recipe(**TENSORWISE),
+    "fp8, delayed scaling": _recipe(**TENSORWISE, **DELAYED),
+    "fp8, rows": _recipe(**FP8, bwd_qtype="float8_e5m2", bwd_residuals="original"),
+    "fp8, blocks": _recipe(**FP8, **BLOCKS, bwd_qtype="float8_e4m3fn"),
+    "MXFP8": _recipe(**MXFP8, act_act=False, bwd_residuals="original"),
+    "NVFP4": _recipe(**NVFP4),
+    "NVFP4, last block in float": _recipe(
+        qwix_train.QuantizationRule(module_path="DecoderBlock_1/.*"), **NVFP4
+    ),
+    "NVFP4, rounded to nearest": _recipe(**NVFP4 | {"bwd_stochastic_rounding": None}),
+    "NVFP4, no Hadamard": _recipe(**NVFP4 | {"bwd_weight_grad_rotation": None}),
+    "NVFP4, weights in 1 x 16": _recipe(**NVFP4 | {"tile_size": None}),
+}
 
 # The most that a step may take, as a multiple of plain QAT's.
 STEP_TARGETS = {RAMPED: 1.02, BITS: 1.02, LSQ: 1.1, LSQ_ACTIVATIONS: 1.1}
@@ -52,6 +112,7 @@ def main() -> None:
         "steps": (bench_steps, steps_table),
         "training": (bench_training, training_table),
         "transforms": (bench_transforms, transforms_table),
+        "quality": (bench_quality, quality_table),
     }
     run_sections(parse_options(), sections)
 
@@ -62,7 +123,7 @@ def parse_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="small models and few rounds")
-    add("--sections", nargs="*", default=["steps", "training", "transforms"])
+    add("--sections", nargs="*", default=SECTIONS)
     add("--dtype", default="float32", help="dtype of the computation")
     add("--layers", type=int, default=4, help="of the model that is trained")
     add("--width", type=int, default=256)
@@ -71,10 +132,13 @@ def parse_options() -> argparse.Namespace:
     add("--update-layers", type=int, default=6, help="of the params that are updated")
     add("--update-width", type=int, default=768)
     add("--rounds", type=int, default=15)
+    add("--text-steps", type=int, default=400, help="of the model of bytes")
+    add("--seeds", type=int, default=2, help="of the model of bytes")
     add("--out", type=pathlib.Path, default=OUT, help="where the JSON goes")
     if parser.parse_args().quick:
         small = {"layers": 1, "width": 64, "tokens": 32}
         parser.set_defaults(update_layers=1, update_width=128, rounds=3, **small)
+        parser.set_defaults(text_steps=20, seeds=1)
     return parser.parse_args()
 
 
@@ -163,6 +227,58 @@ def bench_transforms(options) -> dict[str, Any]:
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {"params": count, "update": found}
+
+
+def bench_quality(options) -> list[dict[str, Any]]:
+    """The loss of a language model that is trained with each recipe, in bits a byte.
+
+    It is that of the forward of the recipe, and that of the same params in float.
+    """
+    train, test = text.texts()
+    tokens, results = test["x"][:1], []
+    for name, rules in TRAINING_RECIPES.items():
+        dtype = jnp.bfloat16 if name == BFLOAT16 else jnp.float32
+        model = models.Decoder(2, 128, vocabulary=256, dtype=dtype)
+        step, found = text.train_step, {"as trained": [], "in float": []}
+        if rules:
+            step = qwix_train.wrap_train_step(step, rules)
+        step = jax.jit(step)
+        for seed in range(options.seeds):
+            params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
+            state = train_state.TrainState.create(
+                apply_fn=model.apply,
+                params=params,
+                tx=optax.adam(optax.cosine_decay_schedule(2e-3, options.text_steps)),
+            )
+            if any(isinstance(x, qwix_train.QtRule) and x.bwd_averaging for x in rules):
+                state = qwix_train.attach(state, rules, train["x"][: text.BATCH])
+            state = text.trained(state, step, train, options.text_steps)
+            found["in float"].append(text.loss(model, state.params, test))
+            served = model
+            if rules:
+                stats = getattr(state, "quant_stats", None)
+                if stats is not None:
+                    stats = qwix_train.ranges(state, rules)
+                provider = qwix_train.QtProvider(rules, quant_stats=stats)
+                served = qwix_train.quantize_model(model, provider)
+            found["as trained"].append(text.loss(served, state.params, test))
+        results.append({"recipe": name, **found})
+        print(f"{name}: {found}", flush=True)
+    return results
+
+
+def quality_table(results: list[dict[str, Any]]) -> str:
+    rows = [["recipe", "loss as trained", "against float32", "params in float"]]
+    exact = results[0]["as trained"]
+    for found in results:
+        trained = found["as trained"]
+        gap = statistics.mean(a / b - 1 for a, b in zip(trained, exact, strict=True))
+        losses = [
+            " ".join(f"{x:.4f}" for x in found[key])
+            for key in ("as trained", "in float")
+        ]
+        rows.append([found["recipe"], losses[0], f"{100 * gap:+.2f} %", losses[1]])
+    return table(rows)
 
 
 def _task(options) -> models.Task:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import numpy as jnp
 
-from qwix_train.calib.observe import observe
+from qwix_train.calib.observe import Observed, RangeTagging
 from qwix_train.core.operands import is_concrete
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import nnx as nnx_calls
@@ -350,9 +350,10 @@ def _check_needs(provider: QuantizationProvider, what: str) -> None:
     if not provider.adds_params and not provider.keeps_quant_stats:
         raise ValueError(
             f"There is nothing to {what}: no rule of {type(provider).__name__} sets "
-            "act_static_scale=True, for ranges that training keeps; trains a scale, by "
-            "weight_calibration_method='lsq' or 'lsq+' or act_calibration_method="
-            "'lsq', 'lsq+' or 'pact'; or is a LoraRule, for adapters."
+            "act_static_scale=True or bwd_averaging, for ranges that training keeps; "
+            "trains a scale, by weight_calibration_method='lsq' or 'lsq+' or "
+            "act_calibration_method='lsq', 'lsq+' or 'pact'; or is a LoraRule, for "
+            "adapters."
         )
 
 
@@ -418,7 +419,11 @@ def _empty_states(
         found = model_call(state, as_model(model) if is_function else model)
         return found.function(found.first, *inputs, **{**found.kwargs, **kwargs})
 
-    observed = observe(step or call, provider)
+    if type(provider).tagging is QtProvider.tagging:
+        tagging = RangeTagging(provider.rules, with_gradients=True)
+    else:
+        tagging = provider.tagging()
+    observed = Observed(step or call, tagging)
     held = nnx_model(target)
     # A copy, as an NNX model may be updated by its call.
     traced = nnx.clone(target if step else held) if held is not None else target
@@ -436,8 +441,8 @@ def _empty_states(
     states = {x.path: stats[name] for name, x in found.items() if not x.learned}
     if not states and not provider.adds_params:
         raise ValueError(
-            "No rule that matches an op sets act_static_scale=True, so there is no "
-            "range to keep."
+            "No rule that matches an op sets act_static_scale=True or bwd_averaging, "
+            "so there is no range to keep."
         )
     owners = {x.path: x.owner or x.path for x in found.values()}
     return _kept(held_states(target), states, owners)

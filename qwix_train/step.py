@@ -290,11 +290,12 @@ def _with_ranges(
         states = states_of(args, kwargs)
         updates = updates_of(args, kwargs)
         if not updates.may_update:
-            return call_with(RunningRanges(states, updates), args, kwargs)
+            return call_with(RunningRanges(states, updates, of_step=True), args, kwargs)
         running: list[RunningRanges] = []
 
         def inner(*args, **kwargs):
-            ranges = RunningRanges(states_of(args, kwargs), updates_of(args, kwargs))
+            states, updates = states_of(args, kwargs), updates_of(args, kwargs)
+            ranges = RunningRanges(states, updates, of_step=True)
             running[:] = [ranges.after()]
             return call_with(ranges, args, kwargs)
 

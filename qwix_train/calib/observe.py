@@ -19,7 +19,7 @@ from qwix_train.observers.statistics import Statistics, per_layer
 from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.stages.observe import Observe
+from qwix_train.stages.observe import LargestMagnitude, Observe
 from qwix_train.stages.run import CallStages, OpStages
 from qwix_train.trace import harvest
 from qwix_train.trace.function import TracedCall
@@ -291,13 +291,23 @@ class Tagging(QuantizationProvider):
 class RangeTagging(Tagging):
     """Tags the activations that need ranges."""
 
-    def __init__(self, rules: Sequence[QuantizationRule]):
+    def __init__(
+        self, rules: Sequence[QuantizationRule], *, with_gradients: bool = False
+    ):
         """Checks the rules.
+
+        Args:
+          rules: the rules.
+          with_gradients: whether it makes room for statistics of gradients, too, which
+            a train step collects. What it tags for them is no gradient.
 
         Raises:
           ValueError: if none asks for ranges.
         """
         super().__init__(rules)
+        self.with_gradients = with_gradients
+        if with_gradients and any(rule.gradient_statistics for rule in self.rules):
+            return
         if not any(rule.static_act_ranges for rule in self.rules):
             raise ValueError(
                 "No rule sets act_static_scale=True, so there is no range to collect."
@@ -319,11 +329,20 @@ class RangeTagging(Tagging):
             note = functools.partial(self.note, path, statistics, **fields)
             return (Observe(op.before(side), "/".join(path), note),)
 
-        ops = {
-            op.op.key: OpStages(
-                op.op, tuple(observed(op, side) for side in range(len(op.activations)))
-            )
-            for op in plan.quantized_ops
-            if self.tags(op)
-        }
+        def room(op: OpPlan) -> tuple[Observe, ...]:
+            statistics = plan.gradient_statistics(op)
+            if statistics is None or not self.with_gradients:
+                return ()
+            path = op.gradient_path
+            note = functools.partial(self.note, path, statistics)
+            return (Observe((LargestMagnitude(),), "/".join(path), note),)
+
+        ops = {}
+        for op in plan.quantized_ops:
+            operands: list[tuple[Observe, ...]] = [()] * len(op.activations)
+            if self.tags(op):
+                operands = [observed(op, side) for side in range(len(op.activations))]
+            operands[0] = (*operands[0], *room(op))
+            if any(operands):
+                ops[op.op.key] = OpStages(op.op, tuple(operands))
         return CallStages({}, ops)

@@ -9,7 +9,7 @@ from typing import Any
 from qwix_train.calib.observe import Tagged, quant_stats_of
 from qwix_train.planning.leaves import Path
 from qwix_train.planning.plan import Plan
-from qwix_train.planning.quant_stats import statistics_at
+from qwix_train.planning.quant_stats import is_of_gradient, statistics_at
 from qwix_train.planning.rules import QuantizationRule
 
 
@@ -39,6 +39,8 @@ def collected_ranges(
         if isinstance(rules, Plan)
         else partial(statistics_at, rules)
     )
+    # Gradients have ranges in training alone.
+    states = {path: x for path, x in states.items() if not is_of_gradient(path)}
     found = [Tagged(path, at(path), None, None) for path in states]
     named = {"/".join(path): state for path, state in states.items()}
     return quant_stats_of({range_.name: range_ for range_ in found}, named)

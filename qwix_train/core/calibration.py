@@ -212,9 +212,40 @@ def _coded_scale(calibration: Mapping[str, Any], entry: formats.Format) -> Coded
         tensor.astype(wide),
         entry.scales,
         entry.bound,
-        # Scales that are coded do not depend on the dtype of the array.
-        lambda scale: scale < smallest_scale(jnp.float32),
+        _is_empty,
     )
+
+
+def _is_empty(scale: Any) -> Any:
+    # Scales that are coded do not depend on the dtype of the array.
+    return scale < smallest_scale(jnp.float32)
+
+
+def uncut(calibration: Mapping[str, Any], qtype: numerics.QType) -> dict[str, Any]:
+    """Returns a range that stochastic rounding cuts nothing off of, from another one.
+
+    The ends of an integer range that is centered at zero lie half a step beyond the
+    codes. Rounded to nearest they get the outermost code; at random, half of them would
+    get the code behind it, which does not exist. Where the scale of a block is a code
+    itself, it may be rounded to less than the block needs; here it is not.
+
+    Args:
+        calibration: As `calibrate` gives it.
+        qtype: The type.
+
+    >>> uncut({'absmax': jnp.array([127.])}, 'int8')['absmax'].tolist()
+    [127.5]
+    """
+    found, entry = dict(calibration), numerics.format_of(qtype)
+    if "absmax" in found and numerics.is_integer_qtype(qtype):
+        factor = numerics.symmetric_bound(qtype) / numerics.code_range(qtype)[1]
+        found["absmax"] = found["absmax"] * factor
+    elif entry.scales is Scales.TWO_LEVELS:
+        tensor = found.get("tensor_absmax", found["absmax"])
+        found["absmax"] = formats.covering(
+            found["absmax"], tensor, entry.bound, _is_empty
+        )
+    return found
 
 
 def range_ends(calibration: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -122,17 +122,16 @@ def split_tiled_axes(
     shards cut tiles is gathered where its sharding belongs to its type.
     """
     array = _whole_tiles(array, counts)
-    shape: list[int] = []
+    sizes = zip(array.shape, counts, strict=True)
+    split = cut(array, [c if c not in (1, n) else None for n, c in sizes])
     within: list[int] = []
+    place = 0
     for size, count in zip(array.shape, counts, strict=True):
-        if count == size:
-            shape.append(size)
-            continue
-        if count != 1:
-            shape.append(count)
-        within.append(len(shape))
-        shape.append(size // count if count else 0)
-    return (array.reshape(shape) if len(shape) > array.ndim else array), tuple(within)
+        place += count not in (1, size)
+        if count != size:
+            within.append(place)
+        place += 1
+    return split, tuple(within)
 
 
 def pad_to_tiles(array: jax.Array, counts: Sequence[int]) -> jax.Array:
@@ -163,7 +162,12 @@ def repeated(tiled: jax.Array, axis: int, size: int) -> jax.Array:
     >>> repeated(jnp.array([7, 8]), 0, 5).tolist()
     [7, 7, 7, 8, 8]
     """
-    tiled = jnp.repeat(tiled, -(-size // tiled.shape[axis]), axis)
+    # Not `jnp.repeat`, which does not know how the result is sharded.
+    wide = jnp.expand_dims(tiled, axis + 1)
+    shape = [*wide.shape]
+    shape[axis + 1] = -(-size // tiled.shape[axis])
+    split = [1 if a == axis else None for a in range(tiled.ndim)]
+    tiled = _joined(jnp.broadcast_to(wide, shape), split)
     return jax.lax.slice_in_dim(tiled, 0, size, axis=axis)
 
 
@@ -189,7 +193,7 @@ def elementwise(
         return fn(array, *tiled)
     split = [c if c not in (1, n) else None for c, n in zip(counts, shape, strict=True)]
     parts = (t if t is None else cut(t, split) for t in tiled)
-    return fn(cut(array, split), *parts).reshape(shape)
+    return _joined(fn(cut(array, split), *parts), split)
 
 
 def cut(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
@@ -202,15 +206,40 @@ def cut(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
     >>> cut(jnp.ones((6, 4)), (2, None)).shape, cut(jnp.ones((1, 4)), (2, None)).shape
     ((2, 3, 4), (1, 1, 4))
     """
+    if all(count is None for count in counts):
+        return array
     shape: list[int] = []
-    for size, count in zip(array.shape, counts, strict=True):
+    spec: list[Any] = []
+    held = jax.typeof(array).sharding.spec
+    for size, count, entry in zip(array.shape, counts, held, strict=True):
         if count is None:
             shape.append(size)
-        elif size == 1:
-            shape += (1, 1)
+            spec.append(entry)
         else:
-            shape += (count, size // count)
-    return array.reshape(shape)
+            shape += (1, 1) if size == 1 else (count, size // count if count else 0)
+            spec += (entry, None)
+    return _reshaped(array, shape, spec)
+
+
+def _joined(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
+    """An array of which `cut` has split axes, with these whole again."""
+    sizes = iter(array.shape)
+    shape = [next(sizes) if c is None else next(sizes) * next(sizes) for c in counts]
+    held = iter(jax.typeof(array).sharding.spec)
+    spec: list[Any] = []
+    for count in counts:
+        spec.append(next(held))
+        if count is not None:
+            next(held)
+    return _reshaped(array, shape, spec)
+
+
+def _reshaped(array: jax.Array, shape: Sequence[int], spec: list[Any]) -> jax.Array:
+    """An array in another shape, sharded so where its sharding belongs to its type."""
+    if all(entry is None for entry in spec):
+        return array.reshape(shape)
+    # JAX itself follows one axis that is split, or joined, and no more.
+    return array.reshape(shape, out_sharding=jax.P(*spec))
 
 
 def _spread(tiled: jax.Array, array: jax.Array) -> jax.Array:

@@ -152,6 +152,14 @@ class RaggedDot(OpKind):
         batch = (*groups, *numbers.batch[side])
         return OperandAxes.of(ndim, numbers.contracted[side], batch)
 
+    def meeting_axes(
+        self, params: Params, ndims: Sequence[int]
+    ) -> Sequence[tuple[int, ...]]:
+        """See `OpKind.meeting_axes`: rows meet those of their group alone."""
+        numbers = _Numbers.of(params["ragged_dot_dimension_numbers"])
+        pairs = super().meeting_axes(params, ndims)
+        return [axes for axes in pairs if axes[0] not in numbers.ragged]
+
     def scaled_axes(self, params: Params, side: int, ndim: int) -> tuple[int, ...]:
         """See `OpKind.scaled_axes`: none, since all groups have one input."""
         return ()

@@ -40,6 +40,9 @@ Part: TypeAlias = ParamPart | OperandPart
 SIDES = ("lhs", "rhs")
 """The names of the operands of a product."""
 
+GRADIENT = "grad"
+"""The name of the gradient of its result."""
+
 LEFT_OUT: Any = object()
 """Stands in the place of a param that a model no longer has."""
 
@@ -51,7 +54,7 @@ ADAPTER_PARTS: dict[AdapterPart, Part] = {
     "b": "lora_b",
     "magnitude": "lora_magnitude",
 }
-_OPERAND = re.compile(r"(.+?)(?:_(lhs|rhs|input\d+|output\d*))?", re.DOTALL)
+_OPERAND = re.compile(r"(.+?)(?:_(lhs|rhs|grad|input\d+|output\d*))?", re.DOTALL)
 
 
 class OperandName(NamedTuple):
@@ -60,8 +63,9 @@ class OperandName(NamedTuple):
     Attributes:
       module_path: the path of the module that runs the op, such as `encoder/Dense_0`.
       op_id: the op within its module, such as `dot_general0`.
-      side: `lhs` or `rhs`. LiteRT's operations have `input0`, `output` or nothing, too,
-        and the results of a model `output0`.
+      side: `lhs` or `rhs`, or `grad` for the gradient of its result. LiteRT's
+        operations have `input0`, `output` or nothing, too, and the results of a model
+        `output0`.
     """
 
     module_path: str

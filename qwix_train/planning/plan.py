@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qwix_train import ops as op_kinds
 from qwix_train.core import numerics
 from qwix_train.core.formats import Scales
 from qwix_train.core.how import (
@@ -28,7 +29,7 @@ from qwix_train.observers.statistics import Statistics
 from qwix_train.planning import table as plan_table
 from qwix_train.planning import weights
 from qwix_train.planning.current_rule import was_given
-from qwix_train.planning.leaves import SIDES, OperandName, Path
+from qwix_train.planning.leaves import GRADIENT, SIDES, OperandName, Path
 from qwix_train.planning.quant_stats import (
     CollectedRange,
     statistics_at,
@@ -99,6 +100,11 @@ class OpPlan:
           side: 0 for the left factor, 1 for the right one.
         """
         return OperandName(self.module_path, self.op.id, SIDES[side]).path
+
+    @property
+    def gradient_path(self) -> Path:
+        """The path of the range of the gradient of its result."""
+        return OperandName(self.module_path, self.op.id, GRADIENT).path
 
     def range_owner(self, side: int) -> Path:
         """The path of the range that an operand is quantized with in training.
@@ -293,6 +299,18 @@ class Plan(RuleUse):
         how = op.activations[side]
         assert how is not None and op.rule_index is not None
         return statistics_by(self.rules[op.rule_index], how, op.range_path(side))
+
+    def gradient_statistics(self, op: OpPlan) -> Statistics | None:
+        """What is collected of the gradient of the result of an op; None if nothing is.
+
+        Args:
+          op: what happens to the op.
+        """
+        if op.rule_index is None or not op.quantized:
+            return None
+        if not op_kinds.kind_of(op.op).is_product:
+            return None
+        return self.rules[op.rule_index].gradient_statistics
 
     def statistics_at(self, path: Path) -> Statistics:
         """What is collected for the range at a path.

@@ -16,7 +16,7 @@ from qwix_train.observers.statistics import (
     in_layout_of_qwix,
     make_statistics,
 )
-from qwix_train.planning.leaves import Path
+from qwix_train.planning.leaves import GRADIENT, OperandName, Path
 from qwix_train.planning.rules import QuantizationRule, rule_of_range
 from qwix_train.trace.function import by_path
 
@@ -57,6 +57,11 @@ def initial_states(ranges: Iterable[CollectedRange]) -> dict[Path, dict[str, Any
     }
 
 
+def is_of_gradient(path: Path) -> bool:
+    """Whether the range at a path is that of a gradient."""
+    return OperandName.parse(path).side == GRADIENT
+
+
 def statistics_by(rule: QuantizationRule, how: HowToQuantize, path: Path) -> Statistics:
     """What is collected for a range.
 
@@ -89,15 +94,18 @@ def statistics_at(rules: Sequence[QuantizationRule], path: Path) -> Statistics:
       ValueError: if no rule gives the op a static range.
     """
     rule = rule_of_range(rules, path)
-    if rule is None or not rule.static_act_ranges:
-        raise ValueError(
-            f"There are quant_stats for {'/'.join(path)!r}, and no rule gives that "
-            "a static range. Pass the rules that the statistics were made with."
+    if is_of_gradient(path) and rule is not None:
+        if rule.gradient_statistics is not None:
+            return rule.gradient_statistics
+    elif rule is not None and rule.static_act_ranges:
+        return make_statistics(
+            rule.range_observer or rule.act_method,
+            rule.act_averaging,
+            how=HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method),
         )
-    return make_statistics(
-        rule.range_observer or rule.act_method,
-        rule.act_averaging,
-        how=HowToQuantize(qtype=rule.act_qtype, calibration_method=rule.act_method),
+    raise ValueError(
+        f"There are quant_stats for {'/'.join(path)!r}, and no rule gives that a "
+        "static range. Pass the rules that the statistics were made with."
     )
 
 

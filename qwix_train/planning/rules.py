@@ -18,7 +18,7 @@ from qwix_train.core.numerics import is_int16
 from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
 from qwix_train.observers.named import parse_observer
-from qwix_train.observers.statistics import make_statistics
+from qwix_train.observers.statistics import Statistics, make_statistics
 from qwix_train.planning import field_types
 from qwix_train.planning.leaves import OperandName, Path
 from qwix_train.planning.schedule import OF_WHOLE_STEPS, Schedule
@@ -285,6 +285,11 @@ class QuantizationRule:
     def static_act_ranges(self) -> bool:
         """Whether activations have ranges that are not those of the batch."""
         return bool(self.act_static_scale or self.learned_act_method)
+
+    @property
+    def gradient_statistics(self) -> Statistics | None:
+        """What is collected of the gradients of results; None if nothing is."""
+        return None
 
     @property
     def range_observer(self) -> Any:

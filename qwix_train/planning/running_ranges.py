@@ -22,7 +22,7 @@ from jax import numpy as jnp
 from qwix_train.core.calibration import compute_scale_zero_point
 from qwix_train.observers.statistics import RangeObserver, Statistics
 from qwix_train.planning import static_range
-from qwix_train.planning.plan import Path, Plan
+from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.quant_stats import States
 from qwix_train.stages.fake_quantize import Range
 from qwix_train.trace import harvest
@@ -68,15 +68,17 @@ class RunningRanges:
       updates: when they change, and are used.
     """
 
-    def __init__(self, states: States, updates: RangeUpdates):
+    def __init__(self, states: States, updates: RangeUpdates, of_step: bool = False):
         """Takes the statistics.
 
         Args:
           states: the statistics before the call.
           updates: when they change, and are used.
+          of_step: whether those of a whole step, with its way back, are collected.
         """
         self.states = states
         self.updates = updates
+        self.of_step = of_step
         # What is collected, by the name of the range, for those that were reached.
         self._found: dict[str, _Collected] = {}
 
@@ -121,6 +123,24 @@ class RunningRanges:
             state,
         )
 
+    def range_of_gradient(self, op: OpPlan, plan: Plan) -> RunningRange | None:
+        """The range of the gradient of the result of an op.
+
+        Args:
+          op: what happens to the op.
+          plan: the plan that it is of.
+
+        Returns:
+          The range; None if what is collected is not that of a whole step.
+        """
+        statistics, path = plan.gradient_statistics(op), op.gradient_path
+        assert statistics is not None
+        if not self.of_step:
+            return None
+        layers = tuple(length > 0 for length in op.op.scans)
+        qtype, state = statistics.how.qtype, self.state(path)
+        return RunningRange((path,), layers, qtype, statistics, self, None, state)
+
     def calibration(
         self,
         paths: Sequence[Path],
@@ -128,6 +148,8 @@ class RunningRanges:
         x: Any,
         state: Any,
         layers: Sequence[bool] = (),
+        *,
+        backward: bool = False,
     ) -> Any:
         """The range of one activation; what is measured of it is tagged.
 
@@ -139,6 +161,7 @@ class RunningRanges:
             layer, where a `scan` goes over layers.
           layers: for each `scan` of the model around it, outermost first, whether it
             goes over layers; see `harvest.tag`.
+          backward: whether it is on the way back; see `harvest.tag`.
         """
         measured = statistics.measure(x)
         if self.updates.may_update:
@@ -146,7 +169,7 @@ class RunningRanges:
             packed = found.packed(measured)
             for name in map("/".join, paths):
                 self._found[name] = found
-                packed = harvest.tag(packed, name, layers)
+                packed = harvest.tag(packed, name, layers, backward=backward)
             measured = found.unpacked(packed)
             if not statistics.delayed:
                 state = self.updates.updated(state, statistics.add(state, measured))
@@ -186,7 +209,8 @@ class RunningRange:
       qtype: the type of its codes.
       statistics: what is measured, and how batches combine.
       ranges: the ranges of the call.
-      once: measures an array once, whatever stages read it.
+      once: measures an array once, whatever stages read it; None for a gradient, which
+        is read once.
       state: the statistics of the first of its ranges, as `ranges` has them.
     """
 
@@ -195,19 +219,21 @@ class RunningRange:
     qtype: Any = flax.struct.field(pytree_node=False)
     statistics: Statistics = flax.struct.field(pytree_node=False)
     ranges: RunningRanges = flax.struct.field(pytree_node=False)
-    once: Once = flax.struct.field(pytree_node=False)
+    once: Once | None = flax.struct.field(pytree_node=False)
     state: Any
 
     def of(self, x: Any) -> Range:
         """See `stages.fake_quantize.RangeOf`."""
 
         def measured() -> Range:
-            calibration = self.ranges.calibration(
-                self.names, self.statistics, x, self.state, self.layers
-            )
-            return Range(*compute_scale_zero_point(calibration, self.qtype))
+            return Range(*compute_scale_zero_point(self.calibration(x), self.qtype))
 
-        return self.once(self.names, x, measured)
+        return measured() if self.once is None else self.once(self.names, x, measured)
+
+    def calibration(self, x: Any) -> Mapping[str, Any]:
+        """The range of an array as `core.calibration` has it."""
+        given = self.names, self.statistics, x, self.state, self.layers
+        return self.ranges.calibration(*given, backward=self.once is None)
 
 
 class _Collected:

@@ -31,7 +31,7 @@ from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import LEFT_OUT, Leaf, Path, range_of, scale_path
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.provider import checked_plan
-from qwix_train.planning.quant_stats import states_in
+from qwix_train.planning.quant_stats import is_of_gradient, states_in
 from qwix_train.planning.rules import QuantizationRule, rule_of_range
 from qwix_train.ptq import given_scales, trees
 from qwix_train.ptq.given_scales import GivenScales
@@ -531,6 +531,8 @@ def _static_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any
     """The scales and zero points that collected ranges give."""
     ranges: dict[Path, Any] = {}
     for path, statistics in states_in(stored.unbox(quant_stats or {})).items():
+        if is_of_gradient(path):  # in training alone
+            continue
         # Params may stand in a collection, and the statistics in one of their own.
         places = [path, ("params", *path)]
         path = next((p for p in places if scale_path(p) in flat), path)

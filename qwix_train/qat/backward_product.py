@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from qwix_train import ops
-from qwix_train.core import calibration, numerics
+from qwix_train.core import numerics, rotations
 from qwix_train.core import stochastic_rounding as noise
+from qwix_train.core.calibration import (
+    calibrate,
+    compute_scale_zero_point,
+    shows_nan,
+    uncut,
+)
+from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize
-from qwix_train.core.operands import multiplies_codes
+from qwix_train.core.operands import as_float, multiplies_codes
 from qwix_train.core.qarray import (
     MaybeQArray,
     QArray,
@@ -32,7 +39,21 @@ from qwix_train.qat.qt_rule import QtRule
 from qwix_train.trace import function, provenance
 from qwix_train.trace.analyze import Op
 from qwix_train.values import stored
-from qwix_train.values.stored_weight import product
+from qwix_train.values.stored_weight import StoredWeight, product
+
+
+class Groups(NamedTuple):
+    """How an operand of a backward product is quantized along what that contracts.
+
+    Attributes:
+      qtype: its type.
+      tile_size: see `weights.operand_axes`.
+      calibration_method: how its range is found.
+    """
+
+    qtype: Any
+    tile_size: weights.TileSize
+    calibration_method: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +67,8 @@ class BackwardProduct:
       of_weight: whether that is a weight.
       rule: how gradients are quantized.
       where: the module and the op, for errors.
+      again: how the other operand is quantized for this product; None if it is
+        multiplied as it comes.
     """
 
     name: str
@@ -54,65 +77,84 @@ class BackwardProduct:
     of_weight: bool
     rule: QtRule
     where: str
+    again: Groups | None = None
 
     def __call__(
         self,
         g: jax.Array,
-        operands: Sequence[MaybeQArray],
+        residuals: Sequence[MaybeQArray],
         key: jax.Array | None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> jax.Array:
         """The gradient.
 
         Args:
           g: the gradient of the result.
-          operands: what the forward has multiplied.
+          residuals: the operands, as the forward has multiplied them or as they were
+            before; and what else it has read.
           key: the random key for stochastic rounding; None to round to nearest.
+          calibration: the range of the gradient of the result, an array of one element;
+            None for the range that it has.
 
         Raises:
-          ValueError: if the tile size for gradients of weights does not fit.
+          ValueError: if the tile size for gradients does not fit, or the rotation.
         """
         # Rounding to nearest before the stochastic one would be a bias.
         g = g.astype(numerics.compute_dtype(g.dtype))
-        other = operands[1 - self.side]
-        if isinstance(other, QArray):
-            g, other = self._with_scale(g, other, operands)
-        traced = self._traced(operands, g)
+        other, moved = residuals[1 - self.side], False
+        if self.again is not None:
+            other = as_float(other).astype(g.dtype)
+        elif isinstance(other, QArray) and calibration is None:
+            g, other, moved = self._with_scale(g, other, residuals)
+        traced = self._traced(residuals, g)
 
         def handler(op: Op, values: Sequence[Any], run: Any, given: Any) -> jax.Array:
             del run, given
             at = _gradient_side(op)
-            codes = self._quantized(op, at, values[at], key)
             factors = list(values)
-            if isinstance(other, QArray):
+            if self.of_weight and self.rule.bwd_weight_grad_rotation is not None:
+                factors[:2] = self._rotated(op, factors[:2])
+            factors[at] = self._quantized_gradient(
+                op, at, factors[at], key, calibration
+            )
+            if self.again is not None:
+                factors[1 - at] = self._quantized(
+                    op, 1 - at, factors[1 - at], self.again
+                )
+            elif moved and isinstance(other, QArray):
                 # Views of the codes; they have one scale, 1.
                 ones = jnp.ones((1,) * factors[1 - at].ndim, g.dtype)
                 factors[1 - at] = QArray(factors[1 - at], ones, None, other.qtype)
-                factors[at] = codes
-            else:
-                factors[at] = dequantize(codes)
+            elif not isinstance(other, QArray):
+                factors[at] = dequantize(factors[at])
             return product(op.primitive, op.params, factors)
 
+        def substitute(param: Any) -> StoredWeight | None:
+            if isinstance(other, QArray) and not moved:
+                return StoredWeight(other, g.dtype, "/".join(param.path))
+            return None
+
         factor = other.qvalue if isinstance(other, QArray) else other
-        arrays = [factor, g, *operands[2:]]
-        return traced.with_inputs(arrays).run(traced.ops, handler, lambda _: None)
+        arrays = [factor, g, *residuals[2:]]
+        return traced.with_inputs(arrays).run(traced.ops, handler, substitute)
 
     def _with_scale(
-        self, g: jax.Array, other: QArray, operands: Sequence[MaybeQArray]
-    ) -> tuple[jax.Array, MaybeQArray]:
+        self, g: jax.Array, other: QArray, residuals: Sequence[MaybeQArray]
+    ) -> tuple[jax.Array, QArray, bool]:
         """Moves the scale of an operand to the gradient, where that has its axes."""
         if other.zero_point is None and multiplies_codes(other):
             kind = ops.product_of(self.name)
             scale = other.float_scale.astype(g.dtype)
-            scale = kind.on_result(self.params, 1 - self.side, scale, operands)
+            scale = kind.on_result(self.params, 1 - self.side, scale, residuals)
             if scale is not None:
-                return g * scale, other
-        return g, dequantize(other).astype(g.dtype)
+                return g * scale, other, True
+        return g, other, False
 
     def _traced(
-        self, operands: Sequence[MaybeQArray], g: jax.Array
+        self, residuals: Sequence[MaybeQArray], g: jax.Array
     ) -> function.TracedCall:
         """The trace of the transposed product, as a function of floats."""
-        arrays = [x.qvalue if isinstance(x, QArray) else x for x in operands[:2]]
+        arrays = [x.qvalue if isinstance(x, QArray) else x for x in residuals[:2]]
         # On a mesh with explicit axes, the gradient is sharded as its operand is.
         ours, others = (
             stored.shape_of(arrays[side]).update(dtype=g.dtype)
@@ -127,61 +169,102 @@ class BackwardProduct:
 
             return jax.linear_transpose(forward, ours)(g)[0]
 
-        given = map(stored.shape_of, (g, *operands[2:]))
+        given = map(stored.shape_of, (g, *residuals[2:]))
         # The other operand is a param to the trace, to be told from the gradient.
         return function.trace(gradient, (others, *given), lambda path: ("other",))
 
-    def _quantized(self, op: Op, at: int, g: jax.Array, key: Any) -> QArray:
+    def _rotated(self, op: Op, factors: Sequence[jax.Array]) -> list[jax.Array]:
+        """Both operands in another basis along the last axis that they contract."""
+        rotation = self.rule.bwd_weight_grad_rotation
+        assert rotation is not None
+        kind, ndims = ops.kind_of(op), [x.ndim for x in factors]
+        at = _gradient_side(op)
+        axes = max(
+            kind.meeting_axes(op.params, ndims), key=lambda x: x[at], default=None
+        )
+        if axes is None:
+            raise ValueError(
+                f"{self.where}: bwd_weight_grad_rotation={rotation!r} is set, and "
+                f"the rows of {kind.plural} that meet are not those of one axis. Put a "
+                "rule without it, for this op, before this one."
+            )
+        with located(f"{self.where}, gradient of the weight"):
+            return [
+                rotations.parse(rotation, axis, x.shape[axis]).apply(x)
+                for axis, x in zip(axes, factors, strict=True)
+            ]
+
+    def _quantized_gradient(
+        self, op: Op, at: int, g: jax.Array, key: Any, calibration: Any
+    ) -> QArray:
         """The codes of the gradient, as an operand of the backward product."""
         rule = self.rule
-        tile = numerics.format_of(rule.bwd_qtype).block
+        tile = numerics.format_of(rule.bwd_qtype).block or rule.bwd_tile_size
         if self.of_weight and rule.bwd_weight_grad_tile_size is not None:
             tile = rule.bwd_weight_grad_tile_size
-        in_blocks = numerics.format_of(rule.bwd_qtype).block is not None
-        axes = weights.operand_axes(op, at, tile, in_blocks=in_blocks)
-        channelwise = () if rule.disable_channelwise_axes else axes.channelwise
-        how = HowToQuantize(
-            qtype=rule.bwd_qtype,
-            channelwise_axes=channelwise,
-            tiled_axes=axes.tiled,
-            calibration_method=rule.bwd_calibration_method,
-            pad_tiles=rule.pad_tiles,
-        )
-        try:
-            found = calibration.calibrate(g, how)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.where}: the gradient cannot be quantized with "
-                f"bwd_weight_grad_tile_size={tile}. {error}"
-            ) from None
+        groups = Groups(rule.bwd_qtype, tile, rule.bwd_calibration_method)
         noise_fn = None
         if key is not None:
             assert rule.bwd_stochastic_rounding is not None
-            noise_fn = noise.noise_fn(
-                rule.bwd_stochastic_rounding, key, rule.channelwise_noise_axes
-            )
-            found = _uncut(found, how.qtype)
-        parts = calibration.compute_scale_zero_point(found, how.qtype)
-        codes = quantize_with_scale_zero_point(g, how.qtype, *parts, noise_fn)
-        if calibration.shows_nan(how.calibration_method):
+            axes = rule.channelwise_noise_axes
+            noise_fn = noise.noise_fn(rule.bwd_stochastic_rounding, key, axes)
+        if calibration is None:
+            return self._quantized(op, at, g, groups, noise_fn)
+        whole = jax.tree.map(lambda x: x.reshape((1,) * g.ndim), calibration)
+        # What overflows is to be seen, as loss scaling needs it to be.
+        seen = jnp.where(jnp.isfinite(g), g, jnp.nan)
+        return with_nan(_with_range(g, rule.bwd_qtype, whole, noise_fn), seen)
+
+    def _quantized(
+        self,
+        op: Op,
+        at: int,
+        x: jax.Array,
+        groups: Groups,
+        noise_fn: numerics.NoiseFn | None = None,
+    ) -> QArray:
+        """The codes of an operand of the backward product."""
+        qtype, tile, method = groups
+        in_blocks = numerics.format_of(qtype).block is not None
+        axes = weights.operand_axes(op, at, tile, in_blocks=in_blocks)
+        how = HowToQuantize(
+            qtype=qtype,
+            channelwise_axes=()
+            if self.rule.disable_channelwise_axes
+            else axes.channelwise,
+            tiled_axes=axes.tiled,
+            calibration_method=method,
+            pad_tiles=self.rule.pad_tiles,
+        )
+        try:
+            found = calibrate(x, how)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.where}: an operand of the gradient of operand {self.side}, of "
+                f"shape {x.shape}, cannot be quantized with tiles of {tile} along what "
+                f"is contracted. {error} See bwd_tile_size, bwd_weight_grad_tile_size "
+                "and pad_tiles."
+            ) from None
+        codes = _with_range(x, how.qtype, found, noise_fn)
+        if shows_nan(how.calibration_method):
             return codes
-        return with_nan(codes, g)
+        return with_nan(codes, x)
+
+
+def _with_range(
+    x: jax.Array,
+    qtype: Any,
+    found: Mapping[str, Any],
+    noise_fn: numerics.NoiseFn | None,
+) -> QArray:
+    """The codes of an array, by a range as `calibrate` gives it."""
+    if noise_fn is not None:
+        found = uncut(found, qtype)
+    parts = compute_scale_zero_point(found, qtype)
+    return quantize_with_scale_zero_point(x, qtype, *parts, noise_fn)
 
 
 def _gradient_side(op: Op) -> int:
     """Which operand of a transposed product is the gradient."""
     is_other = [isinstance(x.provenance, provenance.Weight) for x in op.operands[:2]]
     return is_other.index(False)
-
-
-def _uncut(found: Mapping[str, Any], qtype: Any) -> dict[str, Any]:
-    """A range whose ends are codes.
-
-    Those of a range centered at zero lie half a step beyond. Rounded to nearest they
-    get the outermost code; at random, half of them would get the code behind it, which
-    does not exist.
-    """
-    if "absmax" not in found or not numerics.is_integer_qtype(qtype):
-        return dict(found)
-    factor = numerics.symmetric_bound(qtype) / numerics.code_range(qtype)[1]
-    return {"absmax": found["absmax"] * factor}

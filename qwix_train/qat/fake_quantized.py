@@ -9,7 +9,8 @@ from jax import lax
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.plan import OpPlan, Path, Plan
-from qwix_train.qat.quantized_products import KeepCodes, QuantizedProducts
+from qwix_train.planning.running_ranges import RunningRange
+from qwix_train.qat.quantized_products import KeepCodes, NoRange, QuantizedProducts
 from qwix_train.stages.fake_quantize import FakeQuantize, Quantize, RangeOf
 from qwix_train.stages.learned import LearnedActivation, LearnedWeight
 from qwix_train.stages.product import in_float
@@ -24,6 +25,7 @@ def fake_quantized(
     traced: TracedCall,
     plan: Plan,
     range_of: Callable[[static_range.StaticOperand], RangeOf],
+    gradient_of: Callable[[OpPlan], RunningRange | None],
 ) -> CallStages:
     """The stages of a traced call, with fake-quantized weights and activations.
 
@@ -31,6 +33,8 @@ def fake_quantized(
       traced: the call.
       plan: what the rules do to it.
       range_of: gives what the range of an activation is, where it is collected.
+      gradient_of: the same for the gradient of the result of an op; None where it is
+        not collected.
 
     Raises:
       ValueError: if a scale that is trained is not among the params.
@@ -49,7 +53,10 @@ def fake_quantized(
             static = static_range.StaticOperand(op, side, how)
             return (quantized(how, range_of(static) if op.static else None),)
 
-        return OpStages(op.op, op.operands(activation), product or in_float)
+        operands, gradient = op.operands(activation), None
+        if product and plan.gradient_statistics(op) is not None:
+            gradient = gradient_of(op) or NoRange("/".join(op.gradient_path))
+        return OpStages(op.op, operands, product or in_float, gradient=gradient)
 
     ops = {op.op.key: op_stages(op) for op in plan.quantized_ops}
     params = {
@@ -81,7 +88,8 @@ def _param_stages(
         found = learned_scale.given_range(path, parts, how, planned.shape, value.dtype)
         stages = (FakeQuantize(how.in_basis, lax.stop_gradient(found)),)
     elif path in products.weights:
-        stages = FakeQuantize(how.in_basis), KeepCodes(how, path)
+        keep = KeepCodes(how, path, keeps_floats=path in products.original)
+        stages = FakeQuantize(how.in_basis), keep
     else:
         stages = (FakeQuantize(how.in_basis),)
     return in_basis(how, *stages)

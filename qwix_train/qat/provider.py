@@ -8,10 +8,10 @@ from typing import Any
 
 from qwix_train.calib.observe import RangeTagging
 from qwix_train.planning import static_range
-from qwix_train.planning.plan import Path, Plan
+from qwix_train.planning.plan import OpPlan, Path, Plan
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.planning.running_ranges import RunningRanges
+from qwix_train.planning.running_ranges import RunningRange, RunningRanges
 from qwix_train.qat.fake_quantized import fake_quantized
 from qwix_train.qat.initial_scales import initial_leaves
 from qwix_train.stages.fake_quantize import RangeOf
@@ -67,7 +67,9 @@ class QtProvider(QuantizationProvider):
             rule.static_act_ranges for rule in self.rules
         )
         self.quant_stats: Any = self._checked(quant_stats)
-        collects = any(rule.act_static_scale for rule in self.rules)
+        collects = any(
+            rule.act_static_scale or rule.gradient_statistics for rule in self.rules
+        )
         self.keeps_quant_stats: bool = collects and quant_stats is None
         self.adds_params: bool = any(rule.learns_scales for rule in self.rules)
         # The ranges of one call, if training keeps them.
@@ -84,7 +86,10 @@ class QtProvider(QuantizationProvider):
                 return static_range.find(static.op, static.side, ranges)
             return running.range_of(static, plan, traced.once)
 
-        return fake_quantized(traced, plan, range_of)
+        def gradient_of(op: OpPlan) -> RunningRange | None:
+            return running and running.range_of_gradient(op, plan)
+
+        return fake_quantized(traced, plan, range_of, gradient_of)
 
     @property
     def rewrite_key(self) -> Hashable | None:  # pyright: ignore

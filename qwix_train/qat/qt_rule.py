@@ -7,8 +7,10 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from qwix_train.core import how, numerics
+from qwix_train.core import how, numerics, rotations
 from qwix_train.core.stochastic_rounding import NOISE_NAMES
+from qwix_train.observers.averaging import parse_averaging
+from qwix_train.observers.statistics import Statistics, make_statistics
 from qwix_train.planning.rules import QuantizationRule
 
 
@@ -32,8 +34,19 @@ class QtRule(QuantizationRule):
     for all functions with a rule of their own for the way back.
 
     Where an operand has no codes to multiply, its values are multiplied: one that
-    stays in float, has tiles or a zero point, is nf4, or reaches the op through
+    stays in float, has small tiles or a zero point, is nf4, or reaches the op through
     arithmetic.
+
+    Scales of the forward are constant along what the forward sums over. Published
+    recipes have scales that are constant along what each product sums over: then
+    `bwd_residuals` has the operands quantized once more for the way back,
+
+        dx = Q(g) @ Q(w)^T
+        dw = Q(x)^T @ Q(g)
+
+    with ``Q(w)`` in groups along the outputs, and ``Q(x)`` in groups along the rows.
+    Where tiles are a mapping by axis, or there is one scale for the whole array, these
+    are the codes of the forward. `docs/quantized_training.md` has the recipes.
 
     Attributes:
       bwd_qtype: the type of the gradients that enter the two backward products:
@@ -41,9 +54,28 @@ class QtRule(QuantizationRule):
         float if None.
       bwd_calibration_method: how the range of a gradient is found: `"absmax"`,
         `"absmax,0.9"`, `"minmax"`, `"rms,4"` or `"fixed,-1,1"`.
-      bwd_weight_grad_tile_size: for the gradient of a weight, the number of elements,
-        along the last contracted axis, that share a scale; as `tile_size`. That axis is
-        one of the activation's, such as the sequence's; a larger tile spans sequences.
+      bwd_tile_size: for the incoming gradient, the number of elements that share a
+        scale along the last axis that a backward product contracts, as `tile_size`:
+        along the outputs for the gradient of an activation. All of them if None.
+      bwd_weight_grad_tile_size: the same for the product that gives the gradient of a
+        weight, where it is not `bwd_tile_size`. The axis that this contracts is one of
+        the activation's, such as the sequence's; a larger tile spans sequences.
+      bwd_residuals: what meets the incoming gradient. `"quantized"`: the codes of the
+        forward. `"original"`: the operand as it was, quantized by the fields of the
+        forward, in groups along what the backward product contracts; it is kept for
+        the way back, in float. `"requantized"`: the same of the values that the codes
+        of the forward stand for, so that codes are all that is kept. Activations with
+        static ranges have the codes of the forward in any case.
+      bwd_weight_grad_rotation: a rotation of both operands of the product that gives
+        the gradient of a weight, along the last axis that it contracts, before they are
+        quantized for it; written as `rotation`. It needs another `bwd_residuals` than
+        `"quantized"` where activations are quantized.
+      bwd_averaging: delayed scaling of gradients, as `act_averaging` says it for
+        activations: `"amax_history,16"` quantizes a gradient by the largest magnitude
+        of those of the 16 steps before it, with one scale for the whole of it. It is
+        measured on the way back, and kept in the state of the step: `attach`, and
+        `wrap_train_step`. The range of the gradient itself if None. A factor of the
+        calibration method is the margin: `"absmax,2"` leaves one bit of it.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
         rounding of gradients, of every type; to nearest if None. The backward products
         are then unbiased where the range covers the gradient, as that of `"absmax"`
@@ -58,12 +90,11 @@ class QtRule(QuantizationRule):
         the forward has quantized. That is so in any case, and becomes None, as settings
         do that are None themselves, such as `{"sparsity_rule": None}`.
 
-    Delayed scaling, where the range of a batch is that of batches before it, is for
-    activations: `act_static_scale=True` with `act_averaging="amax_history,16"`. Weights
-    and gradients have the range that they have at the time. What is measured of a
-    gradient could leave the backward pass only as the gradient of something else, which
-    the step would have to keep from its optimizer; and a gradient that is larger than
-    those before it would be cut off, which is a bias.
+    Delayed scaling, where the range of a batch is that of batches before it, is
+    `bwd_averaging` for gradients, and for activations `act_static_scale=True` with
+    `act_averaging="amax_history,16"`. Weights have the range that they have at the
+    time, which is known before any product, and which a quantized model has. What is
+    larger than all that was seen before is cut off.
 
     The noise has no state. Its key is made of the op, the gradient, and, where the
     model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
@@ -88,7 +119,11 @@ class QtRule(QuantizationRule):
 
     bwd_qtype: Any = None
     bwd_calibration_method: str = "absmax"
+    bwd_tile_size: int | float | None = None
     bwd_weight_grad_tile_size: int | float | None = None
+    bwd_residuals: str = "quantized"
+    bwd_weight_grad_rotation: str | None = None
+    bwd_averaging: str | None = None
     bwd_stochastic_rounding: str | None = None
     channelwise_noise_axes: Collection[int] = (0,)
     additional_qt_config: Mapping[str, Any] | None = None
@@ -103,9 +138,12 @@ class QtRule(QuantizationRule):
         if self.bwd_stochastic_rounding not in (None, *NOISE_NAMES):
             reason = f"choose from {', '.join(NOISE_NAMES)}"
             raise self._error("bwd_stochastic_rounding", reason)
+        if self.bwd_residuals not in RESIDUALS:
+            reason = f"choose from {', '.join(RESIDUALS)}"
+            raise self._error("bwd_residuals", reason)
         if self.bwd_qtype is None:
-            for field in ("bwd_weight_grad_tile_size", "bwd_stochastic_rounding"):
-                if getattr(self, field) is not None:
+            for field in _OF_GRADIENTS:
+                if getattr(self, field) not in (None, "quantized"):
                     self.refuse(field, "it needs a bwd_qtype")
         else:
             self._check("bwd_qtype", numerics.canonical_qtype, self.bwd_qtype)
@@ -121,8 +159,11 @@ class QtRule(QuantizationRule):
             # Not every type has the zero point that a method may need.
             of_method = functools.partial(_how, self.bwd_qtype)
             self._check("bwd_calibration_method", of_method, method)
-        self._check_tile_size("bwd_weight_grad_tile_size")
-        self._check_blocks("bwd_weight_grad_tile_size", self.bwd_qtype)
+        for field in ("bwd_tile_size", "bwd_weight_grad_tile_size"):
+            self._check_tile_size(field)
+            self._check_blocks(field, self.bwd_qtype)
+        self._check_rotation()
+        self._check_averaging()
         self._check_additional_config()
 
     @property
@@ -131,6 +172,55 @@ class QtRule(QuantizationRule):
         if self.bwd_qtype is None:
             return ""
         return f"gradients {numerics.qtype_name(self.bwd_qtype)}"
+
+    @property
+    def gradient_statistics(self) -> Statistics | None:
+        """See `QuantizationRule.gradient_statistics`: of the largest magnitude."""
+        if self.bwd_averaging is None:
+            return None
+        how = _how(self.bwd_qtype, self.bwd_calibration_method)
+        return make_statistics(self.bwd_calibration_method, self.bwd_averaging, how=how)
+
+    def _check_averaging(self):
+        field = "bwd_averaging"
+        if self.bwd_averaging is None or self.bwd_qtype is None:
+            return
+        self._check(field, parse_averaging, self.bwd_averaging)
+        if numerics.format_of(self.bwd_qtype).coded_scales:
+            reason = f"the scales of {self.bwd_qtype} are those of blocks of one array"
+            raise self._error(field, reason)
+        method = _how(self.bwd_qtype, self.bwd_calibration_method).calibration_method
+        if how.parse_calibration_method(method)[0] != "absmax":
+            reason = "it needs bwd_calibration_method='absmax', or with a factor"
+            raise self._error(field, reason)
+        for other in (
+            "bwd_tile_size",
+            "bwd_weight_grad_tile_size",
+            "bwd_weight_grad_rotation",
+        ):
+            if getattr(self, other) is not None:
+                reason = f"a gradient has one scale then: leave out {other}"
+                raise self._error(field, reason)
+
+    def _check_rotation(self):
+        field = "bwd_weight_grad_rotation"
+        if self.bwd_weight_grad_rotation is None:
+            return
+        self._check(field, rotations.parse, self.bwd_weight_grad_rotation)
+        if self.act_qtype is None:
+            return
+        if self.bwd_residuals == "quantized":
+            reason = (
+                "codes of the forward are not rotated: set bwd_residuals='original', "
+                "or 'requantized'"
+            )
+            raise self._error(field, reason)
+        if self.static_act_ranges:
+            reason = (
+                "a static range is that of an activation as it is, not rotated: leave "
+                "it out, or act_static_scale"
+            )
+            raise self._error(field, reason)
 
     def _check_additional_config(self):
         field = "additional_qt_config"
@@ -146,10 +236,23 @@ class QtRule(QuantizationRule):
             elif value is not False:
                 self.refuse(
                     field,
-                    "gradients are those at the quantized operands, so "
-                    "use_original_residuals can only be False",
+                    "use_original_residuals can only be False; bwd_residuals says "
+                    "what backward products read",
                 )
         object.__setattr__(self, field, None)
+
+
+RESIDUALS = ("quantized", "requantized", "original")
+"""What the incoming gradient may be multiplied with; see `QtRule.bwd_residuals`."""
+
+_OF_GRADIENTS = (
+    "bwd_tile_size",
+    "bwd_weight_grad_tile_size",
+    "bwd_residuals",
+    "bwd_weight_grad_rotation",
+    "bwd_averaging",
+    "bwd_stochastic_rounding",
+)
 
 
 def refuse_backward(rules: Sequence[QuantizationRule], provider: str) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 from jax import lax
 
@@ -24,9 +25,11 @@ from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import MaybeQArray, QArray, with_nan
 from qwix_train.planning.plan import OpPlan, Path, Plan
-from qwix_train.qat.backward_product import BackwardProduct
+from qwix_train.planning.running_ranges import RunningRange
+from qwix_train.qat.backward_product import BackwardProduct, Groups
 from qwix_train.qat.qt_rule import QtRule
 from qwix_train.stages.fake_quantize import WithCodes
+from qwix_train.stages.observe import LargestMagnitude
 from qwix_train.stages.stage import ParamStage
 from qwix_train.trace import provenance
 from qwix_train.trace.analyze import Op
@@ -43,6 +46,8 @@ class QuantizedProducts:
 
     Attributes:
       weights: the paths of the params that they read.
+      original: those of them whose values the way back reads as they were before they
+        were quantized.
     """
 
     def __init__(self, traced: TracedCall, plan: Plan):
@@ -57,6 +62,7 @@ class QuantizedProducts:
         """
         self._rules: dict[Any, QtRule] = {}
         self.weights: set[Path] = set()
+        self.original: set[Path] = set()
         for op in plan.quantized_ops:
             rule = None if op.rule_index is None else plan.rules[op.rule_index]
             if not isinstance(rule, QtRule) or rule.bwd_qtype is None:
@@ -66,6 +72,8 @@ class QuantizedProducts:
             _check_op(op.op, rule)
             self._rules[op.op.key] = rule
             self.weights.update(op.weights)
+            if rule.bwd_residuals == "original":
+                self.original.update(op.weights)
         self._key = None
         if any(rule.bwd_stochastic_rounding for rule in self._rules.values()):
             drawn = traced.make_rng(STREAM)
@@ -105,9 +113,13 @@ class QuantizedProduct:
     key: jax.Array | None
 
     def __call__(
-        self, op: Op, operands: Sequence[Any], run: Callable[..., Any]
+        self,
+        op: Op,
+        operands: Sequence[Any],
+        run: Callable[..., Any],
+        gradient: RunningRange | NoRange | None = None,
     ) -> jax.Array:
-        """See `stages.product.Product`."""
+        """See `stages.product.Product`, and `OpStages.gradient`."""
         del run
         key = None
         if self.rule.bwd_stochastic_rounding is not None:
@@ -116,7 +128,33 @@ class QuantizedProduct:
             key = jax.random.fold_in(self.key, zlib.crc32(op.where.encode()))
         values = [value_of(x) for x in operands]
         codes = [_codes_of(x) for x in operands]
-        return _product(op, self.plan, self.rule, values, codes, key)
+        floats = None
+        if self.rule.bwd_residuals == "original":
+            floats = [_floats_of(x) for x in operands[: ops.kind_of(op).sides]]
+        return _product(op, self.plan, self.rule, values, codes, floats, key, gradient)
+
+
+@flax.struct.dataclass
+class NoRange:
+    """Stands for the range of a gradient that nothing collects.
+
+    Attributes:
+      name: its name.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+
+    def calibration(self, x: Any) -> Mapping[str, Any]:
+        """Says that there is none.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            f"{self.name}: bwd_averaging is set, and ranges of gradients are kept by "
+            "wrap_train_step alone, with a state that has their statistics: "
+            "attach(state, rules, *inputs). Wrap the step, or take a rule without it."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +164,17 @@ class KeepCodes(ParamStage):
     Attributes:
       how: how the weight is quantized.
       path: its path.
+      keeps_floats: whether it keeps what it was before, too.
     """
 
     how: HowToQuantize
     path: Path
+    keeps_floats: bool = False
 
     def on_param(self, value: Any) -> Carried:
         """See `ParamStage.on_param`."""
         hows = (self.how, self.how.of_slice())
-        return _Weight(value, hows, "/".join(self.path))
+        return _Weight(value, hows, "/".join(self.path), self.keeps_floats)
 
 
 def _codes_of(operand: Any) -> Any:
@@ -146,6 +186,15 @@ def _codes_of(operand: Any) -> Any:
     return _with_nan(operand.constant)
 
 
+def _floats_of(operand: Any) -> Any:
+    """An operand before it was quantized, without a gradient."""
+    if isinstance(operand, _Weight):
+        return operand.floats
+    if isinstance(operand, WithCodes):
+        return operand.constant.array
+    return lax.stop_gradient(value_of(operand))
+
+
 def _with_nan(quantized: WithCodes) -> QArray:
     by_method = calibration.shows_nan(quantized.how.calibration_method)
     if quantized.range is None and by_method:
@@ -154,14 +203,15 @@ def _with_nan(quantized: WithCodes) -> QArray:
 
 
 def _check_op(op: Op, rule: QtRule) -> None:
-    tile = rule.bwd_weight_grad_tile_size
     kind = ops.kind_of(op)
-    if tile is not None and not kind.has_tiles:
-        raise ValueError(
-            f"{op.where}: bwd_weight_grad_tile_size={tile} is set, but {kind.plural} "
-            "have no sub-channel quantization. Put a rule without it, for "
-            f"op_names=({op.name!r},), before this one."
-        )
+    for field in ("bwd_tile_size", "bwd_weight_grad_tile_size"):
+        tile = getattr(rule, field)
+        if tile is not None and not kind.has_tiles:
+            raise ValueError(
+                f"{op.where}: {field}={tile} is set, but {kind.plural} "
+                "have no sub-channel quantization. Put a rule without it, for "
+                f"op_names=({op.name!r},), before this one."
+            )
 
 
 def _product(
@@ -170,7 +220,9 @@ def _product(
     rule: QtRule,
     values: list[jax.Array],
     codes: list[Any],
+    floats: list[Any] | None,
     key: jax.Array | None,
+    gradient: RunningRange | NoRange | None,
 ) -> jax.Array:
     """A product of codes, with the derivative of one of values.
 
@@ -180,7 +232,9 @@ def _product(
       rule: how gradients are quantized.
       values: the operands; those behind the factors have no gradient.
       codes: their codes, `QArray`s or stored weights; None for those without.
+      floats: the factors before they were quantized, where the way back reads these.
       key: the random key for stochastic rounding, if there is any.
+      gradient: the range of the gradient, if it is not its own.
     """
     sides = ops.kind_of(op).sides
     rest, values, codes = values[sides:], values[:sides], codes[:sides]
@@ -188,11 +242,16 @@ def _product(
     result = op.params["preferred_element_type"]
     result = result or numerics.promote_types(*dtypes)
     params = {**op.params, "preferred_element_type": result}
-    gradients = [
+    of_weight = [_is_weight(op, plan, side) for side in range(sides)]
+    again = [
+        None if code is None else _again(plan, rule, side, of_weight)
+        for side, code in enumerate(codes)
+    ]
+    products = [
         BackwardProduct(
-            op.primitive, params, side, _is_weight(op, plan, side), rule, op.where
+            op.primitive, params, side, weight, rule, op.where, again[1 - side]
         )
-        for side in range(sides)
+        for side, weight in enumerate(of_weight)
     ]
     of_both = all(code is not None for code in codes)
 
@@ -205,27 +264,55 @@ def _product(
         return [*factors, *rest]
 
     @jax.custom_vjp
-    def of_codes(values, codes, rest, key):
-        del key
+    def of_codes(values, codes, floats, rest, key, gradient):
+        del floats, key, gradient
         return product(op.primitive, params, operands_of(values, codes, rest))
 
-    def forward(values, codes, rest, key):
-        out = of_codes(values, codes, rest, key)
-        return out, (operands_of(values, codes, rest), key)
+    def forward(values, codes, floats, rest, key, gradient):
+        out = of_codes(values, codes, floats, rest, key, gradient)
+        residuals = operands_of(values, codes, rest)
+        for side, how in enumerate(again):
+            if floats is not None and how is not None:
+                residuals[side] = floats[side]
+        return out, (residuals, key, gradient)
 
     def backward(kept, g):
-        operands, key = kept
+        residuals, key, gradient = kept
+        calibration = None
+        if gradient is not None:
+            calibration = gradient.calibration(LargestMagnitude().apply(g))
         keys = (None, None)
         if key is not None:
             keys = jax.random.split(noise.key_of_data(key, g))
         found = [
-            gradient(g, operands, own).astype(dtype)
-            for gradient, own, dtype in zip(gradients, keys, dtypes, strict=True)
+            product(g, residuals, own, calibration).astype(dtype)
+            for product, own, dtype in zip(products, keys, dtypes, strict=True)
         ]
-        return found, None, None, None
+        return found, None, None, None, None, None
 
     of_codes.defvjp(forward, backward)
-    return of_codes(values, codes, rest, key)
+    return of_codes(values, codes, floats, rest, key, gradient)
+
+
+def _again(
+    plan: OpPlan, rule: QtRule, side: int, of_weight: Sequence[bool]
+) -> Groups | None:
+    """How an operand is quantized for the product that gives the other's gradient.
+
+    Returns:
+      None if that product takes the codes of the forward: those that the rule asks for,
+      and those that the same elements would share a scale in again.
+    """
+    if rule.bwd_residuals == "quantized" or (plan.static and not of_weight[side]):
+        return None
+    groups = Groups(rule.act_qtype, rule.act_tiles, rule.act_method)
+    if of_weight[side]:
+        method = rule.weight_calibration_method
+        groups = Groups(rule.weight_qtype, rule.weight_tiles, method)
+    is_rotated = of_weight[1 - side] and rule.bwd_weight_grad_rotation is not None
+    whole = groups.tile_size is None and rule.disable_channelwise_axes
+    same = whole or isinstance(groups.tile_size, Mapping)
+    return None if same and not is_rotated else groups
 
 
 def _is_weight(op: Op, plan: OpPlan, side: int) -> bool:
@@ -243,7 +330,9 @@ class _Weight(Carried):
         fake: Any,
         hows: tuple[HowToQuantize | None, HowToQuantize | None],
         path: str,
+        keeps_floats: bool = False,
         stored_weight: StoredWeight | None = None,
+        floats: Any = None,
     ):
         """Takes the values and, unless they are of the whole weight, the codes.
 
@@ -251,12 +340,16 @@ class _Weight(Carried):
           fake: the fake-quantized weight: deferred, or an array of a view of it.
           hows: how the whole of it is quantized, and a slice of it along axis 0.
           path: the path of the param.
+          keeps_floats: whether it keeps what it was before it was quantized.
           stored_weight: the codes.
+          floats: what it was before, if it keeps that, unless it is the whole.
         """
         self._fake = fake
         self._hows = hows
         self._path = path
+        self._keeps_floats = keeps_floats
         self._known = stored_weight
+        self._floats = floats
 
     @property
     def value(self) -> Any:
@@ -277,22 +370,37 @@ class _Weight(Carried):
     @property
     def _stored(self) -> StoredWeight:
         if self._known is None:
-            array, how = lax.stop_gradient(self._fake.array), self._hows[0]
+            array, how = self._whole, self._hows[0]
             assert how is not None
-            if how.rotation is not None:
-                array = how.rotation.apply(array)
             codes = _with_nan(WithCodes(array, how.in_basis, None))
             self._known = StoredWeight(codes, array.dtype, self._path)
         return self._known
 
     @property
+    def _whole(self) -> jax.Array:
+        """The weight before it is quantized, in the basis in which that happens."""
+        array, how = lax.stop_gradient(self._fake.array), self._hows[0]
+        assert how is not None
+        return array if how.rotation is None else how.rotation.apply(array)
+
+    @property
+    def floats(self) -> Any:
+        """What it was before it was quantized; None if it does not keep that."""
+        if self._floats is None and self._keeps_floats:
+            self._floats = self._whole
+        return self._floats
+
+    @property
     def arrays(self) -> tuple[Any, ...]:
-        """The fake-quantized array, its codes, and the scales."""
-        return (self.value, *self._stored.arrays)
+        """The fake-quantized array, what it was if that is kept, codes and scales."""
+        floats = (self.floats,) if self._keeps_floats else ()
+        return (self.value, *floats, *self._stored.arrays)
 
     def inside(self, arrays: Sequence[Any]) -> _Weight:
         """See `Carried.inside`."""
-        return self._view(arrays[0], self._stored.inside(arrays[1:]))
+        value, *rest = arrays
+        floats = rest.pop(0) if self._keeps_floats else None
+        return self._view(value, self._stored.inside(rest), floats)
 
     @property
     def returned(self) -> Any:
@@ -306,9 +414,18 @@ class _Weight(Carried):
         if cut is not None:
             arrays, layer = cut
             hows = (self._hows[1], None)
-            return arrays, lambda *parts: _Weight(layer(*parts), hows, self._path)
+            return arrays, lambda *parts: _Weight(
+                layer(*parts), hows, self._path, self._keeps_floats
+            )
         parts, one = self._stored.sliced()
-        return (self.value, *parts), lambda value, *rest: self._view(value, one(*rest))
+        if not self._keeps_floats:
+            whole = (self.value, *parts)
+            return whole, lambda value, *rest: self._view(value, one(*rest))
+
+        def with_floats(value, floats, *rest):
+            return self._view(value, one(*rest), floats)
+
+        return (self.value, self.floats, *parts), with_floats
 
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`: what is done to the values is done to the codes."""
@@ -320,12 +437,27 @@ class _Weight(Carried):
             return None
         views = [x for x in results if isinstance(x, StoredWeight)]
         values = run(*map(value_of, operands))
-        return [self._view(*pair) for pair in zip(values, views, strict=True)]
+        floats = [None] * len(values)
+        if self._keeps_floats:
+            floats = run(*map(_floats_or_value, operands))
+        parts = zip(values, views, floats, strict=True)
+        return [self._view(*part) for part in parts]
 
     def constrained(self, sharding: Any) -> _Weight:
         """See `Carried.constrained`."""
-        value = lax.with_sharding_constraint(self.value, sharding)
-        return self._view(value, self._stored.constrained(sharding))
+        value, floats = self.value, self.floats
+        value = lax.with_sharding_constraint(value, sharding)
+        if floats is not None:
+            floats = lax.with_sharding_constraint(floats, sharding)
+        return self._view(value, self._stored.constrained(sharding), floats)
 
-    def _view(self, value: Any, stored_weight: StoredWeight) -> _Weight:
-        return _Weight(value, (None, None), self._path, stored_weight)
+    def _view(
+        self, value: Any, stored_weight: StoredWeight, floats: Any = None
+    ) -> _Weight:
+        keeps = self._keeps_floats
+        return _Weight(value, (None, None), self._path, keeps, stored_weight, floats)
+
+
+def _floats_or_value(operand: Any) -> Any:
+    floats = operand.floats if isinstance(operand, _Weight) else None
+    return value_of(operand) if floats is None else floats

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.struct
+import jax
 from jax import lax
+from jax import numpy as jnp
 
 from qwix_train import ops
+from qwix_train.core import numerics
 from qwix_train.stages.stage import At, Stage, applied
 from qwix_train.trace import harvest
 
@@ -50,6 +53,16 @@ class ObserveSeen(Stage):
         operands = [*at.operands[: at.side], x, *at.operands[at.side + 1 :]]
         seen = ops.kind_of(at.op).seen(at.op.params, at.side, operands)
         return _tagged(x, seen, self.name, at)
+
+
+@flax.struct.dataclass
+class LargestMagnitude(Stage):
+    """Gives the largest magnitude of an array, shape (1,), in float32 or wider."""
+
+    def apply(self, x: Any, at: At | None = None) -> jax.Array:
+        """See `Stage.apply`."""
+        magnitudes = jnp.abs(x.astype(numerics.compute_dtype(x.dtype)))
+        return jnp.max(magnitudes, initial=0).reshape(1)
 
 
 def _tagged(x: Any, seen: Any, name: str, at: At | None) -> Any:

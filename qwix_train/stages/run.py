@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +32,16 @@ class OpStages:
         array, such as a weight with its codes, and is left for the product as it is.
       product: how the result is computed.
       beside: the stages of what meets the adapter of a weight.
+      gradient: what the product is given beside the operands, as `gradient`, where it
+        quantizes the gradient of its result by a range of other steps: a pytree whose
+        arrays are as those of stages.
     """
 
     op: Op
     operands: tuple[tuple[Stage, ...], ...]
     product: Product = in_float
     beside: tuple[Stage, ...] = ()
+    gradient: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +74,23 @@ def run(
         stages = traced.own_stages(stages)
         traced = dataclasses.replace(traced, own_stages=None)
     flat = {
-        key: jax.tree.flatten((found.operands, found.beside))
+        key: jax.tree.flatten((found.operands, found.beside, found.gradient))
         for key, found in stages.ops.items()
     }
 
     def handler(op: Op, operands: Sequence[Any], run, arrays):
         found = stages.ops[op.key]
-        own, beside = jax.tree.unflatten(flat[op.key][1], arrays)
+        own, beside, gradient = jax.tree.unflatten(flat[op.key][1], arrays)
+        product: Callable[..., Any] = found.product
+        if gradient is not None:
+            product = functools.partial(product, gradient=gradient)
 
         def base(*operands):
             staged = [
                 _applied(traced.once, mine, x, At(op, side, operands)) if mine else x
                 for side, (mine, x) in enumerate(zip(own, operands, strict=True))
             ]
-            return found.product(op, staged, run)
+            return product(op, staged, run)
 
         if any(isinstance(x, AdaptedWeight) for x in operands):
             return adapted_weight.computed(

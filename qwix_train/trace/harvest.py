@@ -19,12 +19,15 @@ from qwix_train.trace.bodies import Key, Kind
 from qwix_train.trace.evaluate import Evaluation
 
 _PREFIX = "qwix_train:"
+_BACKWARD = "b"
 
 # update(name, value, state) -> state
 Update = Callable[[str, Any, Any], Any]
 
 
-def tag(value: Any, name: str, layers: Sequence[bool] = ()) -> Any:
+def tag(
+    value: Any, name: str, layers: Sequence[bool] = (), *, backward: bool = False
+) -> Any:
     """Tags a value, to be found by `harvest`.
 
     Args:
@@ -32,15 +35,17 @@ def tag(value: Any, name: str, layers: Sequence[bool] = ()) -> Any:
       name: the name of its state.
       layers: for each `scan` of the model around the value, outermost first, whether it
         goes over layers, each with a state of its own.
+      backward: whether it is computed on the way back alone. What a checkpoint computes
+        again for a derivative is left out, and this is not.
     """
-    code = "".join("01"[layer] for layer in layers)
+    code = "".join("01"[layer] for layer in layers) + _BACKWARD * backward
     return checkpoint_name(value, f"{_PREFIX}{code}:{name}")
 
 
 def name_of(eqn: Any) -> str | None:
     """The name of the tag that an equation is, or None."""
     found = _parse(eqn)
-    return None if found is None else found[1]
+    return None if found is None else found.name
 
 
 def check_not_batched(name: str, value: Any, ndim: int) -> None:
@@ -115,13 +120,22 @@ class _Tag(NamedTuple):
     scans: tuple[int, ...]
 
 
-def _parse(eqn: Any) -> tuple[tuple[bool, ...], str] | None:
-    """The code and the name of a tag; None for any other equation."""
+class _Text(NamedTuple):
+    """What the text of a tag says; see `tag`."""
+
+    layers: tuple[bool, ...]
+    backward: bool
+    name: str
+
+
+def _parse(eqn: Any) -> _Text | None:
+    """What a tag says; None for any other equation."""
     text = eqn.params.get("name") if eqn.primitive.name == "name" else None
     if not isinstance(text, str) or not text.startswith(_PREFIX):
         return None
     code, _, name = text.removeprefix(_PREFIX).partition(":")
-    return tuple(bit == "1" for bit in code), name
+    layers = tuple(bit == "1" for bit in code.removesuffix(_BACKWARD))
+    return _Text(layers, code.endswith(_BACKWARD), name)
 
 
 def _tags(
@@ -132,21 +146,24 @@ def _tags(
     Those that are computed again for a derivative are left out, unless asked for.
     """
     lengths: dict[Key, int] = {}
-
-    def enters(eqn, inside):
-        return recomputed or not _is_recomputed(eqn, inside)
-
-    for key, eqn, inside in bodies.equations(body, enters):
+    again: set[Key] = set()
+    for key, eqn, inside in bodies.equations(body, lambda eqn, inside: True):
         if inside is not None and inside.kind is Kind.SCAN:
             lengths[key] = eqn.params["length"]
+        if inside is not None and _is_recomputed(eqn, inside):
+            again.add(key)
         parsed = _parse(eqn)
-        if parsed is not None:
-            code, name = parsed
-            around = (lengths.get(key[:n]) for n in range(1, len(key), 2))
-            scans = [length for length in around if length is not None]
-            others = len(scans) - len(code)
-            layers = zip(code, scans[others:], strict=True)
-            yield key, _Tag(name, (0,) * others + tuple(b * n for b, n in layers))
+        if parsed is None:
+            continue
+        places = [key[:n] for n in range(1, len(key), 2)]
+        if not (recomputed or parsed.backward) and not again.isdisjoint(places):
+            continue
+        around = map(lengths.get, places)
+        scans = [length for length in around if length is not None]
+        others = len(scans) - len(parsed.layers)
+        layers = zip(parsed.layers, scans[others:], strict=True)
+        scans = (0,) * others + tuple(b * n for b, n in layers)
+        yield key, _Tag(parsed.name, scans)
 
 
 def _is_recomputed(eqn: Any, inside: bodies.Inside) -> bool:

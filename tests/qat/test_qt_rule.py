@@ -6,6 +6,7 @@ from qwix_train import LoraProvider, LoraRule, OdmlQatProvider, QtRule
 from qwix_train.ptq.manifest import rule_from_json, rule_to_json
 
 INT8 = dict(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
+REQUANTIZED = dict(INT8, bwd_residuals="requantized")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,24 @@ INT8 = dict(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
         ({**INT8, "bwd_calibration_method": "lsq"}, "no scale of a gradient is"),
         ({"bwd_stochastic_rounding": "uniform"}, "it needs a bwd_qtype"),
         ({"bwd_weight_grad_tile_size": 4}, "it needs a bwd_qtype"),
+        ({"bwd_tile_size": 4}, "it needs a bwd_qtype"),
+        ({"bwd_residuals": "original"}, "it needs a bwd_qtype"),
+        ({**INT8, "bwd_residuals": "float"}, "choose from quantized, requantized, or"),
+        ({**INT8, "bwd_tile_size": {0: 4}}, "must be a number or None"),
+        ({**INT8, "bwd_qtype": "mxfp8", "bwd_tile_size": 16}, "for 32 elements"),
+        ({**INT8, "bwd_weight_grad_rotation": "hadamard"}, "set bwd_residuals="),
+        (
+            {**REQUANTIZED, "bwd_weight_grad_rotation": "hadamard,3"},
+            "a block of 3 is not a power of two",
+        ),
+        (
+            {
+                **REQUANTIZED,
+                "bwd_weight_grad_rotation": "hadamard",
+                "act_static_scale": True,
+            },
+            "a static range is that of an activation as it is",
+        ),
         ({**INT8, "bwd_stochastic_rounding": "gauss"}, "choose from uniform, low_bit"),
         ({**INT8, "bwd_weight_grad_tile_size": 0}, "must be a positive int"),
         ({**INT8, "disable_channelwise_axes": 1}, "must be True or False"),

@@ -10,6 +10,7 @@ from qwix_train.core.formats.scales import E8M0 as E8M0
 from qwix_train.core.formats.scales import CodedScale as CodedScale
 from qwix_train.core.formats.scales import Scales as Scales
 from qwix_train.core.formats.scales import coded as coded
+from qwix_train.core.formats.scales import covering as covering
 from qwix_train.core.formats.scales import is_coded as is_coded
 from qwix_train.core.formats.scales import scale_value as scale_value
 from qwix_train.core.formats.small_floats import SmallFloat as SmallFloat

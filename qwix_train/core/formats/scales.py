@@ -115,13 +115,8 @@ def coded(
     """
     absmax = jnp.asarray(absmax)
     if kind is Scales.TWO_LEVELS:
-        tensor = jnp.asarray(tensor_absmax) / (largest * _LARGEST_E4M3)
-        tensor = jnp.where(is_empty(tensor), 1, tensor).astype(jnp.float32)
-        ratio = tiling.elementwise(
-            lambda b, t: b / largest / t, absmax.astype(jnp.float32), tensor
-        )
-        ratio = jnp.clip(ratio, _SMALLEST_E4M3, _LARGEST_E4M3)
-        return CodedScale(ratio.astype(E4M3), tensor)
+        tensor = _tensor_scale(tensor_absmax, largest, is_empty)
+        return CodedScale(_of_tensor(absmax, tensor, largest).astype(E4M3), tensor)
     # Both are found from exponents, in which nothing is rounded: absmax and the largest
     # value are m * 2**e with 1/2 <= m < 1.
     of_largest, highest = np.frexp(largest)
@@ -134,3 +129,44 @@ def coded(
     # A block with NaN or an infinity has the scale NaN, as E8M0 knows no infinity.
     code = jnp.where(jnp.isfinite(absmax), exponent + 127, 255).astype(jnp.uint8)
     return CodedScale(jax.lax.bitcast_convert_type(code, E8M0))
+
+
+def covering(
+    absmax: Any, tensor_absmax: Any, largest: float, is_empty: Callable[[Any], Any]
+) -> jax.Array:
+    """Returns ranges of blocks whose E4M3 scales, as `coded` rounds them, cover these.
+
+    Args:
+        absmax: The largest magnitude of each block.
+        tensor_absmax: That of each tensor, in a layout for ``absmax``.
+        largest: The largest value of an element.
+        is_empty: Whether a scale is that of a tensor of zeros.
+
+    >>> found = covering(
+    ...     jnp.array([6.0, 1.05]), jnp.array([6.0]), 6.0, lambda scale: scale == 0)
+    >>> [round(x, 4) for x in found.tolist()]
+    [6.0, 1.0714]
+    """
+    tensor = _tensor_scale(tensor_absmax, largest, is_empty)
+    ratio = _of_tensor(jnp.asarray(absmax), tensor, largest)
+    nearest = ratio.astype(E4M3)
+    bits = jax.lax.bitcast_convert_type(nearest, jnp.uint8) + jnp.uint8(1)
+    above = jax.lax.bitcast_convert_type(bits, E4M3)
+    code = jnp.where(nearest.astype(jnp.float32) < ratio, above, nearest)
+    wide = jnp.maximum(code.astype(jnp.float32) * largest, 0)
+    return tiling.elementwise(lambda x, t: x * t, wide, tensor).astype(absmax.dtype)
+
+
+def _tensor_scale(
+    tensor_absmax: Any, largest: float, is_empty: Callable[[Any], Any]
+) -> jax.Array:
+    tensor = jnp.asarray(tensor_absmax) / (largest * _LARGEST_E4M3)
+    return jnp.where(is_empty(tensor), 1, tensor).astype(jnp.float32)
+
+
+def _of_tensor(absmax: jax.Array, tensor: jax.Array, largest: float) -> jax.Array:
+    """The scales of blocks as multiples of that of the tensor, where E4M3 has some."""
+    ratio = tiling.elementwise(
+        lambda b, t: b / largest / t, absmax.astype(jnp.float32), tensor
+    )
+    return jnp.clip(ratio, _SMALLEST_E4M3, _LARGEST_E4M3)
