@@ -65,6 +65,13 @@ class _Shift(grain.transforms.RandomMap):
         return {name: x[start : start + length] for name, x in element.items()}
 
 
+def train_dataset(
+    text: np.ndarray, *, length: int, seed: int
+) -> grain.MapDataset[Batch]:
+    """Returns the endless sequence of what to train on, each element by its index."""
+    return loop.train_dataset(_Sequences(text, 2 * length), _Shift(), seed=seed)
+
+
 def train_iterator(
     text: np.ndarray, *, length: int, batch_size: int, seed: int
 ) -> grain.DatasetIterator[Batch]:

@@ -43,18 +43,20 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
     return optax.adam(schedule, b2=0.98)
 
 
+def train_dataset(
+    source: Any, transform: grain.transforms.RandomMap, *, seed: int
+) -> grain.MapDataset[Any]:
+    """The shuffled examples, over and over, each by its index."""
+    dataset = grain.MapDataset.source(source).seed(seed)
+    return dataset.shuffle().repeat().random_map(transform)
+
+
 def train_iterator(
     source: Any, transform: grain.transforms.RandomMap, *, batch_size: int, seed: int
 ) -> grain.DatasetIterator[Any]:
     """An endless iterator over shuffled batches, whose position can be saved."""
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(transform)
-        .batch(batch_size, drop_remainder=True)
-    )
+    dataset = train_dataset(source, transform, seed=seed)
+    dataset = dataset.batch(batch_size, drop_remainder=True)
     # One thread keeps a few batches ready: more would take cores from the training.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     return iter(dataset.to_iter_dataset(options))

@@ -1,9 +1,9 @@
 """Calibration: the ranges of activations, collected by loops that do not know of it.
 
-`Calibrator` keeps the statistics; `observe` is its pure form, and `merge_stats`
-combines those of several processes. `compare` measures the observers, as a
-`Comparison`. A class of yours may be an observer (`RangeObserver`, `StreamObserver`)
-or an averaging (`Averaging`) of a rule.
+`Calibrator` keeps the statistics, and `observe` is its pure form. `merge_stats`
+combines two, and `merge_processes` those of all processes. `compare` measures the
+observers, as a `Comparison`. A class of yours may be an observer (`RangeObserver`,
+`StreamObserver`) or an averaging (`Averaging`) of a rule.
 """
 
 from typing import TYPE_CHECKING
@@ -17,15 +17,17 @@ from qwix_train.observers.statistics import StreamObserver as StreamObserver
 # What not every program uses is imported when it is: see `late_names`.
 if TYPE_CHECKING:
     from qwix_train.calib.calibrator import Calibrator as Calibrator
-    from qwix_train.calib.calibrator import merge_stats as merge_stats
     from qwix_train.calib.comparison import compare as compare
     from qwix_train.calib.comparison_report import Comparison as Comparison
+    from qwix_train.calib.merging import merge_processes as merge_processes
+    from qwix_train.calib.merging import merge_stats as merge_stats
 else:
     __getattr__, __dir__ = _late_names(
         __name__,
         {
-            "calibrator": ("Calibrator", "merge_stats"),
+            "calibrator": ("Calibrator",),
             "comparison": ("compare",),
             "comparison_report": ("Comparison",),
+            "merging": ("merge_processes", "merge_stats"),
         },
     )

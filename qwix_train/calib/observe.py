@@ -13,6 +13,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.files import processes
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import wrap
 from qwix_train.observers.statistics import Statistics, per_layer
@@ -226,11 +227,11 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
     warn_of_ranges(
         (name, found.statistics, stats[name], found.shape)
         for name, found in ranges.items()
-        if name in stats and not found.learned and _has_batches(stats[name])
+        if name in stats and not found.learned and has_batches(stats[name])
     )
     for name, found in ranges.items():
         state = stats.get(name, {"count": 0})
-        if not _has_batches(state):
+        if not has_batches(state):
             raise ValueError(
                 f"No range was collected for {name!r}: its op was not reached, or "
                 "every batch was empty or not finite. Elements that are not, such as "
@@ -240,8 +241,9 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def _has_batches(state: Mapping[str, Any]) -> bool:
-    return bool(np.all(np.asarray(state["count"]) > 0))
+def has_batches(state: Mapping[str, Any]) -> bool:
+    """Whether a state was updated with a batch that counts, in every layer."""
+    return bool(np.all(processes.whole(state["count"]) > 0))
 
 
 class Tagging(QuantizationProvider):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qwix_train.files import processes
 from qwix_train.observers.statistics import Statistics, per_layer, range_width
 from qwix_train.planning import table as plan_table
 
@@ -36,9 +37,9 @@ def warn_of_ranges(
     for name, statistics, state, shape in found:
         if "widest" not in state:
             continue
-        widest, narrowest = (np.asarray(state[k]) for k in ("widest", "narrowest"))
+        widest, narrowest = (processes.whole(state[k]) for k in ("widest", "narrowest"))
         calibration = per_layer(statistics.calibration, state)(state)
-        width = np.asarray(range_width(calibration))
+        width = processes.whole(range_width(calibration))
         # That of the largest values: channels that hold next to nothing do not matter.
         at = np.unravel_index(np.argmax(widest), widest.shape)
         if not widest[at] > 0:
@@ -74,7 +75,7 @@ def _examples(state: Mapping[str, Any], shape: tuple[int, ...]) -> float:
     """Returns the mean length of the first axis of batches."""
     if "mean_size" not in state or len(shape) < 2 or shape[0] == 0:
         return np.inf
-    sizes = np.asarray(state["mean_size"])
+    sizes = processes.whole(state["mean_size"])
     layers = np.ndim(state["count"])
     in_batch = sizes.reshape(*sizes.shape[:layers], -1).sum(-1).max()
     return float(in_batch) / max(np.prod(shape[1:]), 1)

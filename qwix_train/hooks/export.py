@@ -16,7 +16,7 @@ from qwix_train.frontends.linen import abstract_variables
 from qwix_train.hooks import state as states
 from qwix_train.hooks.periodic import PeriodicAction
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.ptq.checkpoint import PendingSave
+from qwix_train.ptq.checkpoint import PendingSave, check_same_rules
 
 _DELETED = ".qwix_train-deleted"
 
@@ -152,6 +152,8 @@ class Export(PeriodicAction):
         self.wait_until_finished()
         state = states.current(state, self._state, type(self).__name__)
         self.path.mkdir(parents=True, exist_ok=True)
+        # Before it is computed: processes of other rules would wait for one another.
+        check_same_rules(self._rules)
         self._pending = ptq.save_async(
             self.folder(step),
             self._quantized(state),

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from qwix_train.core.errors import located
-from qwix_train.files import writing
+from qwix_train.files import processes, writing
 from qwix_train.lora import parts
 from qwix_train.lora.layout import AdapterLayout
 from qwix_train.lora.manifest import AdapterManifest
@@ -75,12 +75,15 @@ def save(
         is_state = isinstance(adapters, LoraTrainState)
         rules = adapters.provider.rules if is_state else ()
     adapters, known = parts.of_state(adapters, layouts, "lora.save")
+    processes.check_same("The layouts of adapters", map(str, known.values()))
     target = writing.followed(epath.Path(path))
-    writing.check_target(
-        target,
-        what="a checkpoint of adapters",
-        is_one=lambda: _is_one(target),
-        overwrite=overwrite,
+    processes.once(
+        lambda: writing.check_target(
+            target,
+            what="a checkpoint of adapters",
+            is_one=lambda: _is_one(target),
+            overwrite=overwrite,
+        )
     )
     manifest = AdapterManifest(known, check_rules(rules), {}, metadata)
     checkpoint.save(

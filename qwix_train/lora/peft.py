@@ -18,6 +18,7 @@ or dilation, of a stack of experts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import pathlib
@@ -101,13 +102,15 @@ def save_peft(
     """
     parts.check_path(directory, "lora.save_peft(directory, state)")
     adapters, known = parts.of_state(adapters, layouts, "lora.save_peft")
+    processes.check_same("The layouts of adapters", map(str, known.values()))
     held = parts.checked(adapters, known)
     modules: dict[str, AdapterLayout] = {}
     tensors: dict[str, np.ndarray] = {}
     for layout in known.values():
         peft_tensors.check(layout)
         arrays = processes.whole(parts.arrays_of(layout, held))
-        entries = peft_tensors.encode(layout, arrays)
+        encode = functools.partial(peft_tensors.encode, layout, arrays)
+        entries = processes.together(encode)
         for module, entry in zip(_modules(layout, names), entries, strict=True):
             _add_module(modules, module, layout)
             tensors |= {f"{_PREFIX}{module}.{name}": x for name, x in entry.items()}

@@ -143,7 +143,8 @@ def update(
     is_first = index == 0
     index = index + jnp.where(bits < 0, 0, _bins(state))
     group = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(groups)
-    index = (index + group * (2 * _bins(state))).reshape(-1)
+    # Not as a vector: XLA would send all of an array that is sharded along inner axes.
+    index = index + group * (2 * _bins(state))
 
     def added(key: str, what: jax.Array | int) -> jax.Array:
         flat = jnp.zeros(state[key].size, state[key].dtype)
@@ -155,13 +156,12 @@ def update(
     batch = {
         "min": low,
         "max": high,
-        "counts": added("counts", 1 if which is None else which.reshape(-1)),
+        "counts": added("counts", 1 if which is None else which),
         "carries": jnp.zeros_like(state["carries"]),
     }
     if "positions" in state:
         position = (bits & ((1 << shift) - 1)).astype(jnp.float32) * 2.0**-shift
-        position = jnp.where(is_first, 0, position).reshape(-1)
-        batch["positions"] = added("positions", position)
+        batch["positions"] = added("positions", jnp.where(is_first, 0, position))
     return merge(state, batch)
 
 

@@ -23,6 +23,7 @@ from jax import numpy as jnp
 
 from qwix_train.core import learned_quant, numerics
 from qwix_train.core.how import HowToQuantize, is_learned, needs_zero_point
+from qwix_train.files import processes
 from qwix_train.planning.leaves import (
     Leaf,
     OperandPart,
@@ -243,7 +244,7 @@ def check_finite(leaf: Leaf, value: Any) -> None:
     """
     if isinstance(value, core.Tracer | jax.ShapeDtypeStruct):
         return
-    if not np.isfinite(np.asarray(value, np.float32)).all():
+    if not np.isfinite(np.asarray(processes.whole(value), np.float32)).all():
         raise ValueError(
             f"Param {'/'.join(leaf.path)!r}, a learned scale, is not finite: training "
             "has diverged. Train it with a smaller learning rate than the weights."

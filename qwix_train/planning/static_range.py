@@ -22,6 +22,7 @@ from qwix_train.core.qarray import (
     WithAux,
 )
 from qwix_train.core.shortened import shortened
+from qwix_train.files import processes
 from qwix_train.planning.leaves import Leaf, Path, scale_path, zero_point_path
 from qwix_train.planning.plan import OpPlan, Plan
 from qwix_train.stages.fake_quantize import Range
@@ -120,7 +121,7 @@ def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Arr
     if "count" not in statistics:
         raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
     count = statistics["count"]
-    if is_concrete(count) and not np.all(np.asarray(count) > 0):
+    if is_concrete(count) and not np.all(processes.whole(count) > 0):
         raise ValueError(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
             "ranges were collected."

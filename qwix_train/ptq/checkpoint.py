@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,13 +26,20 @@ from jax.core import Tracer
 from qwix_train.core import numerics
 from qwix_train.core.errors import located
 from qwix_train.core.records import to_record
-from qwix_train.files import processes, writing
+from qwix_train.files import json_text, processes, writing
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq import stored_arrays, trees
-from qwix_train.ptq.manifest import Manifest, StoredParam, TreePath, path_name
+from qwix_train.ptq.manifest import (
+    Manifest,
+    StoredParam,
+    TreePath,
+    param_to_json,
+    path_name,
+    rule_to_json,
+)
 from qwix_train.values import stored
 
 if TYPE_CHECKING:
@@ -144,10 +151,12 @@ def save_async(
     # All processes have to find the same there.
     processes.once(lambda: _check_target(path, overwrite))
     exists = processes.agreed(path.exists())
-    held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
-    _check_values(held)
-    _check_types(held, rules, plan)
-    arrays, records = stored_arrays.to_arrays(held)
+    held, rules = processes.together(lambda: _checked(params, rules, plan))
+    check_same_rules(rules)
+    _check_same_params(map(stored_arrays.described, held))
+    arrays, records = processes.together(lambda: stored_arrays.to_arrays(held))
+    # What is not sharded may differ, and one process writes it.
+    _check_same_params(records)
     manifest = Manifest(
         params=records,
         rules=rules,
@@ -292,10 +301,7 @@ class PendingSave:
 
     def wait_until_finished(self) -> None:
         """Waits for the save, and raises what went wrong."""
-        if jax.process_index() > 0:
-            self._future.result()
-        # The first process moves the folder into place.
-        processes.once(self._future.result)
+        processes.together(self._future.result)
 
     def done(self) -> bool:
         """Whether the save has finished, or failed."""
@@ -316,6 +322,31 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
         is_one=is_one,
         overwrite=overwrite,
     )
+
+
+def check_same_rules(rules: Sequence[QuantizationRule]) -> None:
+    """Complains in all processes of rules that are not the same in all of them.
+
+    Raises:
+        ValueError, RuntimeError: See `processes.check_same`.
+    """
+    lines = (json_text.dump(rule_to_json(rule), "a rule") for rule in rules)
+    processes.check_same("The rules", lines)
+
+
+def _check_same_params(params: Iterable[StoredParam]) -> None:
+    lines = (json_text.dump(param_to_json(param), param.name) for param in params)
+    processes.check_same("The params", lines)
+
+
+def _checked(
+    params: Any, rules: Sequence[QuantizationRule], plan: Plan | None
+) -> tuple[list[StoredParam], Sequence[QuantizationRule]]:
+    """The params of a tree and the rules, if they can be saved together."""
+    held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
+    _check_values(held)
+    _check_types(held, rules, plan)
+    return held, rules
 
 
 def _check_values(params: Sequence[StoredParam]) -> None:

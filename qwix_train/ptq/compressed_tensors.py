@@ -16,12 +16,14 @@ implementation of it has, which is what makes a file load there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -117,6 +119,11 @@ def save_compressed_tensors(
     static = {}
     leaves = (WithAux, *stored.QUANTIZED_ARRAYS)
     flat = by_path(to_tree(params), lambda value: isinstance(value, leaves))
+    lines = (
+        f"{'/'.join(path)}: {jax.tree.map(stored.shape_of, leaf)}"
+        for path, leaf in flat.items()
+    )
+    processes.check_same("The params", lines)
     for path, leaf in flat.items():
         if path[-1] == "qvalue":
             raise ValueError(
@@ -128,7 +135,7 @@ def save_compressed_tensors(
         if path[-1] in _STATIC:
             static[path] = leaf
         else:
-            writer.add(path, leaf)
+            processes.together(functools.partial(writer.add, path, leaf))
     for path, leaf in static.items():
         symmetric = Leaf(range_of(path), "zero_point").path not in static
         writer.add_static(path, leaf, symmetric)

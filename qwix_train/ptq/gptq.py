@@ -23,6 +23,7 @@ from qwix_train.core.qarray import (
     dequantize,
     quantize_with_scale_zero_point,
 )
+from qwix_train.files import processes
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.weight_matrices import row_tile
 from qwix_train.ptq.weight_method import (
@@ -129,7 +130,7 @@ class Gptq(WeightMethod):
                 note += "scales from the float weight"
         options = Options(self.damping, self.block_size, self.act_order, size)
         array, ok = _quantize(weight, options)
-        if is_concrete(ok) and not np.all(np.asarray(ok)):
+        if is_concrete(ok) and not np.all(processes.whole(ok)):
             raise ValueError(
                 f"The Hessian of {weight.name} is not positive definite with "
                 f"damping={self.damping}: too few inputs were collected for its "

@@ -142,7 +142,7 @@ class Manifest:
             "rules": [rule_to_json(rule) for rule in self.rules],
             "plan": self.plan,
             "metadata": self.metadata,
-            "params": [_sealed(_param_to_json(param)) for param in self.params],
+            "params": [_sealed(param_to_json(param)) for param in self.params],
         }
         # Tuples become lists here, as they do in the file.
         text = json_text.dump(record, "the manifest, with its plan and metadata")
@@ -260,7 +260,8 @@ def _versions() -> dict[str, str]:
     return {"qwix_train": own, **from_modules}
 
 
-def _param_to_json(param: StoredParam) -> dict[str, Any]:
+def param_to_json(param: StoredParam) -> dict[str, Any]:
+    """What a manifest says of a param, as values that JSON can hold."""
     return {
         "path": param.path,
         "shape": param.shape,

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax import core, lax
 from jax import numpy as jnp
 
@@ -19,6 +18,7 @@ from qwix_train.core.qarray import (
     quantize_array,
     quantize_with_scale_zero_point,
 )
+from qwix_train.files import processes
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq.input_scaling import InputScaling, input_scale
 from qwix_train.ptq.weight_method import Finding, Weight
@@ -119,7 +119,7 @@ class SmoothQuant(InputScaling):
         """What the report says."""
         if isinstance(best, core.Tracer):
             return Finding(errors=errors)
-        best = np.asarray(best)
+        best = processes.whole(best)
         if not best.any():
             reason = "no smoothing makes its outputs better"
             return Finding(errors=errors, reason=reason)

@@ -14,11 +14,13 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax import numpy as jnp
 
-from qwix_train.calib.calibrator import Collector, Step, merge_stats
+from qwix_train.calib.calibrator import Collector, Step
+from qwix_train.calib.merging import merge_stats
 from qwix_train.calib.observe import Observed
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import as_float, is_concrete
 from qwix_train.core.qarray import MaybeQArray, QArray, WithAux
+from qwix_train.files import processes
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import SIDES, OperandName, Path, pre_quant_scale_path
 from qwix_train.planning.quant_stats import states_in
@@ -200,6 +202,11 @@ class WeightMethod(Collector, abc.ABC):
         )
 
     @property
+    def ranges(self) -> Mapping[str, Any]:
+        """The inputs whose statistics were found so far, by name."""
+        return self._tagging.ranges
+
+    @property
     def provider(self) -> PtqProvider:
         """The mode of the model that is to run what `quantize_params` gives."""
         return PtqProvider(self.rules, pre_quant_scale=self.scales_inputs)
@@ -241,7 +248,7 @@ class WeightMethod(Collector, abc.ABC):
           a: a state; those of an input that only one has are kept.
           b: another one.
         """
-        return merge_stats(self._tagging, a, b)
+        return merge_stats(self, a, b)
 
     def quantize_params(
         self,
@@ -308,7 +315,7 @@ class WeightMethod(Collector, abc.ABC):
             )
         for name in tagging.ranges:
             counts = self.state[name]["count"] if name in self.state else 0
-            if is_concrete(counts) and not np.all(np.asarray(counts)):
+            if is_concrete(counts) and not np.all(processes.whole(counts)):
                 raise ValueError(
                     f"No input was collected for {name!r}: its op was not reached, or "
                     "every batch was empty or not finite."
@@ -426,7 +433,8 @@ def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, 
 
     def stacked(value: Any) -> jax.Array:
         if is_concrete(value):
-            value = np.asarray(value)  # off the mesh of the step, which may be another
+            # Off the mesh of the step, which may be another.
+            value = processes.whole(value)
         return jnp.asarray(value).reshape(count, *value.shape[depth:])
 
     moments = {name: stacked(value) for name, value in state.items()}
@@ -443,7 +451,7 @@ def _without_input(weight: Weight) -> str:
     seen = weight.moments["absmean"]
     if not is_concrete(seen):
         return ""
-    unseen = np.flatnonzero(~np.any(np.asarray(seen) != 0, axis=-1)).tolist()
+    unseen = np.flatnonzero(~np.any(processes.whole(seen) != 0, axis=-1)).tolist()
     if not unseen:
         return ""
     names = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")

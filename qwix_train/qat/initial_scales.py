@@ -19,6 +19,7 @@ from qwix_train.core.calibration import (
 )
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.operands import is_concrete
+from qwix_train.files import processes
 from qwix_train.observers.averaging import Calibration
 from qwix_train.planning import learned_scale, static_range
 from qwix_train.planning.learned_scale import Leaves
@@ -188,7 +189,7 @@ def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
     if method == "lsq+":
         whole = {"min": low, "max": high}
         return Leaves(compute_scale_zero_point(whole, how.qtype)[0], offset=low)
-    if "min" in calibration and is_concrete(low) and np.any(np.asarray(low) < 0):
+    if "min" in calibration and is_concrete(low) and np.any(processes.whole(low) < 0):
         raise ValueError(
             f"{'/'.join(path)}: act_calibration_method='pact' clips an activation to "
             f"[0, alpha], and this one has elements as low as {np.min(low):.4g}: it is "
@@ -201,7 +202,7 @@ def _act_leaves(static: StaticOperand, calibration: Calibration) -> Leaves:
 
 def _check_range(path: Path, calibration: Calibration) -> None:
     for value in calibration.values():
-        if is_concrete(value) and not np.isfinite(np.asarray(value)).all():
+        if is_concrete(value) and not np.isfinite(processes.whole(value)).all():
             raise ValueError(
                 f"{'/'.join(path)}: its learned scale begins with the range of a "
                 "batch, and it has none: its op was not reached, or the batch was "

@@ -313,8 +313,13 @@ def trace(
         paths=paths,
         held=held,
         module_path=module_path,
-        rebuild=lambda outs: joined(outs, statics),
+        rebuild=lambda outs: joined(map(_as_array, outs), statics),
     )
+
+
+def _as_array(out: Any) -> Any:
+    # JAX holds a result that is a constant as one of NumPy.
+    return jnp.asarray(out) if isinstance(out, np.ndarray) else out
 
 
 def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,5 @@
 """Statistics are trees of arrays: sharded, saved, and merged."""
 
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -192,63 +186,3 @@ def test_errors():
     _, other = observe("minmax", "mean")
     with pytest.raises(ValueError, match=r"Dense_0/dot_general0_lhs.*same rules"):
         calib.merge_stats(observed, stats, other({}, BATCHES[0]))
-
-
-@pytest.mark.slow
-def test_processes_combine_what_they_saw():
-    code = """
-    import sys
-    import jax
-    import numpy as np
-
-    port, index = sys.argv[1], int(sys.argv[2])
-    jax.distributed.initialize(f"localhost:{port}", 2, index)
-    from jax.experimental import multihost_utils
-    from qwix_train import QuantizationRule, calib
-
-    rule = QuantizationRule(
-        weight_qtype="int8", act_qtype="int8", act_static_scale=True,
-        act_observer="mse",
-    )
-    from flax import linen as nn
-    model = nn.Dense(3)
-    batches = np.random.default_rng(0).normal(size=(4, 64, 8)).astype(np.float32)
-    batches *= np.float32([1, 30, 2, 5])[:, None, None]
-    params = model.init(jax.random.key(0), batches[0])
-    observed = calib.observe(jax.jit(model.apply), [rule])
-    run = jax.jit(lambda stats, x: observed(stats, params, x)[0])
-    empty = jax.device_get(observed.init(params, batches[0]))
-    whole = own = empty
-    for i, x in enumerate(batches):
-        whole = run(whole, x)
-        own = run(own, x) if i % 2 == index else own
-    both = multihost_utils.process_allgather(jax.device_get(own))
-    parts = [jax.tree.map(lambda x: x[i], both) for i in range(2)]
-    merged = calib.merge_stats(observed, *parts)
-    for got, want in zip(*map(jax.tree.leaves, (merged, whole)), strict=True):
-        np.testing.assert_array_equal(got, want)
-    print("merged", len(jax.tree.leaves(merged)))
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(port), str(i)],
-            env={**os.environ, "XLA_FLAGS": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [child.communicate(timeout=240) for child in children]
-    finally:
-        for child in children:  # one that failed leaves the other waiting for it
-            child.kill()
-            child.communicate()
-    for child, (out, err) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, err[-3000:]
-        # The library that connects the processes may print lines of its own.
-        assert "merged 6" in out.splitlines()

@@ -1,8 +1,5 @@
 """What devices send one another when a base that is sharded over them is quantized."""
 
-import math
-import re
-
 import jax
 import numpy as np
 import optax
@@ -14,26 +11,13 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_train import attach, lora
-from tests import models
+from tests import models, traffic
 
 WIDTH = 256
-BYTES = {"f32": 4, "s8": 1, "u8": 1, "s4": 1, "u4": 1}
-COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 MODEL = nn.Sequential([nn.Dense(WIDTH, use_bias=False), nn.tanh, nn.Dense(WIDTH)])
 
 
-def sent(compiled):
-    """The bytes that the collectives of a compiled function give, by their dtype."""
-    found = {}
-    for line in compiled.as_text().splitlines():
-        match = re.match(rf".* = (.*?) (?:{COLLECTIVES})(?:-start)?\(", line)
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1] if match else ""):
-            size = math.prod(int(n) for n in shape.split(",") if n)
-            found[dtype] = found.get(dtype, 0) + size * BYTES[dtype]
-    return found
-
-
-def traffic(**kwargs):
+def fsdp_traffic(**kwargs):
     """What a step of training sends: the params sharded as the batch is (FSDP)."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = (NamedSharding(mesh, PartitionSpec(*x)) for x in [(), ("data",)])
@@ -59,12 +43,14 @@ def traffic(**kwargs):
 
         given = (state.params, state.frozen)
     step = jax.jit(jax.grad(lambda *args: (call(*args) ** 2).mean()))
-    return sent(step.lower(*given, x).compile())
+    return traffic.bytes_by(
+        "dtype", traffic.collectives(step.lower(*given, x).compile())
+    )
 
 
 @pytest.fixture(scope="module")
 def in_float():
-    return sum(traffic().values())
+    return sum(fsdp_traffic().values())
 
 
 @pytest.mark.thinned(3)
@@ -79,7 +65,7 @@ def in_float():
     ids=["int8", "int4 tiles", "packed"],
 )
 def test_codes_are_gathered_and_not_what_is_dequantized(in_float, kwargs, most):
-    found = traffic(**kwargs)
+    found = fsdp_traffic(**kwargs)
     # In float32 are scales, the gradients of adapters, and adapters.
     assert found["f32"] < WIDTH * WIDTH
     assert sum(found.values()) < most * in_float
@@ -126,7 +112,9 @@ def explicit_traffic(said, **kwargs):
         error = np.abs(np.asarray(jax.jit(call)(*given, held)) - want).mean()
         assert error < 0.2 * np.abs(want).mean()
         step = jax.jit(jax.grad(lambda *args: (call(*args) ** 2).mean()))
-        return sent(step.lower(*given, held).compile())
+        return traffic.bytes_by(
+            "dtype", traffic.collectives(step.lower(*given, held).compile())
+        )
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ transformation and returns one.
 """
 
 import jax
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -14,26 +13,16 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from orbax import checkpoint as ocp
 
-from qwix_train import optim
-from qwix_train.core.how import HowToQuantize
 from tests import models
+from tests.optim.transforms import (
+    GRADS,
+    PARAMS,
+    SHAPES,
+    TRANSFORMS,
+    run,
+    tree,
+)
 
-GRIDS = {".*layer/kernel": HowToQuantize(qtype="int4", channelwise_axes=[1])}
-RAMP = optax.linear_schedule(0.0, 1.0, 2)
-TRANSFORMS = {
-    "lora_plus": lambda tx: optim.lora_plus(tx, ratio=4.0),
-    "freeze": lambda tx: optim.selective_transform(tx, freeze=".*layer/kernel"),
-    "train": lambda tx: optim.selective_transform(tx, train=".*_lora_[ab]"),
-    "dynamic": lambda tx: optim.quantized_state(tx, block_size=16, min_size=512),
-    "int8": lambda tx: optim.quantized_state(tx, "int8", block_size=16, min_size=512),
-    "stochastic_rounding": optim.stochastic_rounding,
-    "dampen": lambda tx: optax.chain(optim.dampen_oscillations(GRIDS, 0.1), tx),
-    "freeze_oscillations": lambda tx: optax.chain(
-        tx, optim.freeze_oscillations(GRIDS, 0.5, momentum=0.5)
-    ),
-    "proxquant": lambda tx: optax.chain(tx, optim.proximal(GRIDS, RAMP)),
-    "parq": lambda tx: optax.chain(tx, optim.proximal(GRIDS, RAMP, "parq", 2)),
-}
 # One runs by default, of those whose state is more than that of Optax.
 SLOW = tuple(name for name in TRANSFORMS if name != "dynamic")
 # Those that must see the updates as they will be added to the params.
@@ -47,13 +36,6 @@ MAKE = pytest.mark.parametrize(
         for name, make in TRANSFORMS.items()
     ],
 )
-SHAPES = {
-    "kernel": (16, 64),
-    "bias": (64,),
-    "kernel_lora_a": (16, 8),
-    "kernel_lora_b": (8, 64),
-    "low": (16,),
-}
 MESH = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 SPECS = {
     "kernel": P("data", "model"),
@@ -64,18 +46,6 @@ SPECS = {
 }
 
 
-def tree(seed, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    leaves = {
-        k: jax.device_put(rng.normal(size=s).astype(dtype)) for k, s in SHAPES.items()
-    }
-    # Something to round stochastically: in bfloat16, and exact whatever the noise is.
-    return {"layer": leaves | {"low": jnp.zeros(SHAPES["low"], jnp.bfloat16)}}
-
-
-PARAMS, GRADS = tree(0), tree(1)
-
-
 def adam(learning_rate=0.1):
     return optax.adam(learning_rate)
 
@@ -84,31 +54,6 @@ def assert_same_types(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
-
-
-def assert_can_be_added(updates, params):
-    """In the dtypes of the params, or wider: params keep theirs in either case."""
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
-        assert u.shape == p.shape
-        assert u.dtype == p.dtype or (u.dtype, p.dtype) == (jnp.float32, jnp.bfloat16)
-
-
-def run(tx, params=PARAMS, grads=GRADS, steps=3, **extra_args):
-    """The params and the state after some steps, of a compiled loop."""
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(grads, state, params, **extra_args)
-        assert_can_be_added(updates, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    @jax.jit
-    def loop(params):
-        # A carry of `scan` keeps its structure, shapes and dtypes.
-        return jax.lax.scan(step, (params, tx.init(params)), None, steps)[0]
-
-    return loop(params)
 
 
 @pytest.mark.slow

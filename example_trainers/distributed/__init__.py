@@ -1,0 +1,1 @@
+"""A language model, trained quantized by several processes as one JAX computation."""

@@ -1,0 +1,41 @@
+"""A step in several processes gives the numbers that it gives in one."""
+
+import numpy as np
+import pytest
+
+from tests.distributed import cases, several
+
+# A sum over processes has an order of its own.
+ROUNDING = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def assert_same_numbers(names, shape):
+    count = shape[0] * shape[1]
+    found = several.run(cases.run, count, names, shape)
+    wanted = cases.run(names, shape)
+    for name in names:
+        for process in found:
+            assert process[name].keys() == wanted[name].keys()
+            for path, want in wanted[name].items():
+                got = process[name][path]
+                assert got.dtype == want.dtype, (name, path)
+                message = f"{name} {path}"
+                if np.issubdtype(want.dtype, np.integer):
+                    np.testing.assert_array_equal(got, want, message)
+                else:
+                    as_floats = [x.astype(np.float32) for x in (got, want)]
+                    np.testing.assert_allclose(*as_floats, err_msg=message, **ROUNDING)
+
+
+def test_training_in_two_processes():
+    assert_same_numbers(cases.FEW, (2, 1))
+
+
+@pytest.mark.slow
+def test_every_mode_in_two_processes():
+    assert_same_numbers(tuple(cases.CASES), (1, 2))
+
+
+@pytest.mark.slow
+def test_four_processes():
+    assert_same_numbers(("in_training", "quantized_training", "gptq"), (2, 2))
