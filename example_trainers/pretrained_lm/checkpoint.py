@@ -53,6 +53,13 @@ class Architecture:
     def head_features(self) -> int:
         return self.features // self.heads
 
+    @property
+    def layer_bytes(self) -> int:
+        """What the matrices of a layer take in float32."""
+        narrow = self.key_value_heads * self.head_features
+        attention = 2 * self.features * (self.features + narrow)
+        return 4 * (attention + 3 * self.features * self.hidden)
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

@@ -12,17 +12,19 @@ def get_config() -> ml_collections.ConfigDict:
     # "smollm2", or a tiny "random" one, which needs no package.
     config.model = "smollm2"
     # What is done, in this order, see `experiment.PARTS`.
-    config.parts = ("ptq",)
+    config.parts = ("ptq", "static", "methods", "qlora", "qat", "export")
 
     # Perplexity: of so many sequences of held-out prose, of so many tokens each.
     config.sequence_length = 512
     config.test_batches = 2
     # What ranges, and the inputs of weights, are collected from: other prose.
-    config.calibration_length = 256
+    config.calibration_length = 512
     config.calibration_batches = 8
 
     config.train_length = 256
     config.train_batch_size = 1
+    # Every so many steps: evaluate, and save a checkpoint.
+    config.eval_every = 30
     config.seed = 0
     # QLoRA, on source code.
     config.qlora_steps = 30
@@ -48,6 +50,7 @@ def get_quick_config() -> ml_collections.ConfigDict:
     config.calibration_length = 32
     config.calibration_batches = 4
     config.train_length = 32
+    config.eval_every = 2
     config.qlora_steps = 4
     config.qat_steps = 4
     config.rank = 4

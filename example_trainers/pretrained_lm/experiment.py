@@ -14,19 +14,21 @@ import jax
 import ml_collections
 import numpy as np
 
+import qwix_train
 from example_trainers import byte_text, loop
 from example_trainers.digits_qat import metrics
 from example_trainers.digits_qat.train import claim_workdir
 from example_trainers.pretrained_lm import (
     checkpoint,
     data,
+    generate,
     memory,
     model_linen,
     model_nnx,
     report,
     variants,
 )
-from qwix_train import calib
+from qwix_train import calib, lora
 from qwix_train.files import json_text
 
 FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
@@ -65,6 +67,7 @@ def train_and_evaluate(
         "config": json.loads(settings.to_json()),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "test_tokens": config.sequence_length * config.test_batches,
+        "layer_bytes": experiment.sizes.layer_bytes,
         "rows": list(experiment.rows.values()),
     }
     report.write(results, workdir)
@@ -144,7 +147,7 @@ class Experiment:
     def evaluate(self, state: Any, text: str = "prose") -> float:
         """The loss on held-out text, in nats per token."""
         config = self.config
-        batches = self._batches(
+        batches = self.batches(
             getattr(self, text)["test"], config.sequence_length, config.test_batches
         )
         step = self.framework.jit(self.framework.eval_step)
@@ -154,7 +157,7 @@ class Experiment:
         """Has a calibrator, or a method such as GPTQ, look at the float model."""
         config = self.config
         step = collector.wrap(self.framework.jit(self.framework.eval_step))
-        for batch in self._batches(
+        for batch in self.batches(
             self.prose["validation"],
             config.calibration_length,
             config.calibration_batches,
@@ -188,10 +191,45 @@ class Experiment:
             }
             self.measure(part, about, lambda: (self.quantize(variant), {}))
 
-    def _batches(self, tokens: np.ndarray, length: int, count: int) -> Any:
+    def batches(self, tokens: np.ndarray, length: int, count: int) -> Any:
         return byte_text.eval_batches(
             tokens, length=length, batch_size=1, batches=count
         )
+
+    def train(
+        self,
+        name: str,
+        train_step: Callable[..., Any],
+        state: Any,
+        text: dict[str, np.ndarray],
+        steps: int,
+    ) -> Any:
+        """Trains, from the latest checkpoint if there is one."""
+        config, framework = self.config, self.framework
+        evaluate = framework.jit(framework.eval_step)
+        phase = loop.Phase(
+            name,
+            steps,
+            train_step,
+            lambda state, batch: evaluate(framework.model_of(state), batch),
+            framework.to_tree,
+            framework.from_tree,
+        )
+        batches = byte_text.train_iterator(
+            text["train"],
+            length=config.train_length,
+            batch_size=config.train_batch_size,
+            seed=config.seed,
+        )
+        state, _ = loop.run_phase(
+            phase,
+            state,
+            batches=batches,
+            validation=lambda: self.batches(text["validation"], config.train_length, 1),
+            eval_every=config.eval_every,
+            checkpoint_dir=self.workdir / "checkpoints" / name,
+        )
+        return state
 
 
 def run_ptq(experiment: Experiment) -> None:
@@ -199,4 +237,118 @@ def run_ptq(experiment: Experiment) -> None:
     experiment.measure_variants("ptq", variants.PTQ)
 
 
-PARTS: dict[str, Callable[[Experiment], None]] = {"ptq": run_ptq}
+def run_static(experiment: Experiment) -> None:
+    """int8 with static ranges."""
+    experiment.measure_variants("static", variants.STATIC)
+
+
+def run_methods(experiment: Experiment) -> None:
+    """int4 by methods that look at the inputs of weights."""
+    experiment.measure_variants("methods", variants.METHODS)
+
+
+def run_qlora(experiment: Experiment) -> None:
+    """Fine-tunes on source code, and writes the adapters as PEFT does."""
+    config, framework = experiment.config, experiment.framework
+    experiment.measure_float("code")
+    tx = loop.make_optimizer(config.qlora_learning_rate, config.qlora_steps)
+    options = {"rank": config.rank, "alpha": config.alpha}
+    quantized = {"tile_size": config.tile_size, "double_quant": True}
+
+    def finetune(name: str, base: dict[str, Any]) -> Any:
+        rules = [lora.LoraRule(module_path="layers/.*", **options, **base)]
+        state = framework.adapted_state(experiment.floating, tx, rules)
+        code = experiment.code
+        batch = next(experiment.batches(code["train"], config.train_length, 1))
+        temporary = framework.temporary_bytes(state, batch)
+        step = framework.compile_step(framework.train_step)
+        state = experiment.train(name, step, state, code, config.qlora_steps)
+        names = _hugging_face_names()
+        framework.save_peft(state, names, experiment.workdir / "adapters" / name)
+        return framework.model_of(state), {"temporary_bytes": temporary}
+
+    for weights, name, base in (
+        ("float", "LoRA", {}),
+        ("nf4, tile 64", "QLoRA", {"weight_qtype": "nf4", **quantized}),
+    ):
+        about = {"weights": weights, "activations": "float", "method": name}
+        make = functools.partial(finetune, name, base)
+        experiment.measure("qlora", about, make, "code")
+
+
+def run_qat(experiment: Experiment) -> None:
+    """int3: rounded to nearest, and trained to be like the float model."""
+    config, framework = experiment.config, experiment.framework
+    rules = variants.weight_rules("int3", tile_size=config.qat_tile_size)
+    weights = f"int3, tile {config.qat_tile_size}"
+    plain = variants.Variant(weights, "float", "to nearest", rules)
+    experiment.measure_variants("qat", [plain])
+
+    def train() -> Any:
+        tx = loop.make_optimizer(config.qat_learning_rate, config.qat_steps)
+        step = framework.compile_step(
+            qwix_train.wrap_train_step(framework.distill_step, rules)
+        )
+        state = experiment.train(
+            "QAT",
+            lambda state, batch: step(state, experiment.floating, batch),
+            framework.trained_state(experiment.floating, tx),
+            experiment.prose,
+            config.qat_steps,
+        )
+        trained = framework.model_of(state)
+        return framework.quantize(experiment.sizes, trained, rules), {}
+
+    method = f"QAT, distilled, {config.qat_steps} steps"
+    about = {"weights": weights, "activations": "float", "method": method}
+    experiment.measure("qat", about, train)
+
+
+def run_export(experiment: Experiment) -> None:
+    """Saves int8, restores it, and has it answer a question."""
+    config, framework = experiment.config, experiment.framework
+    rules, path = variants.int8_rules(), experiment.workdir / "exported"
+
+    def restored() -> Any:
+        quantized = framework.quantize(experiment.sizes, experiment.floating, rules)
+        framework.save(quantized, rules, path)
+        state = framework.restore(experiment.sizes, rules, path)
+        text = generate.answer(
+            framework,
+            state,
+            experiment.tokenizer,
+            config.prompt,
+            config.generated_tokens,
+        )
+        return state, {"prompt": config.prompt, "answer": text}
+
+    about = {"weights": "int8", "activations": "int8 dynamic", "method": "restored"}
+    experiment.measure("export", about, restored)
+
+
+def _hugging_face_names() -> dict[str, str]:
+    """The modules of Hugging Face's Llama, by the paths of our params."""
+    attention, feed_forward = "self_attn", "mlp"
+    modules = {
+        "query": (attention, "q_proj"),
+        "key": (attention, "k_proj"),
+        "value": (attention, "v_proj"),
+        "out": (attention, "o_proj"),
+        "gate": (feed_forward, "gate_proj"),
+        "up": (feed_forward, "up_proj"),
+        "down": (feed_forward, "down_proj"),
+    }
+    return {
+        f"layers/{ours}/kernel": ".".join(["model.layers.{layer}", *theirs])
+        for ours, theirs in modules.items()
+    }
+
+
+PARTS: dict[str, Callable[[Experiment], None]] = {
+    "ptq": run_ptq,
+    "static": run_static,
+    "methods": run_methods,
+    "qlora": run_qlora,
+    "qat": run_qat,
+    "export": run_export,
+}

@@ -110,7 +110,7 @@ def distill_step(state: train_state.TrainState, teacher: train_state.TrainState,
     return state.apply_gradients(grads=grads), measure(logits, batch)
 
 
-def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def compile_step(step: Callable[..., Any]) -> Any:
     """A compiled step by the convention of the loop: a state goes in and comes out."""
     return jax.jit(step, donate_argnums=0)
 
@@ -134,8 +134,10 @@ def adapted_state(
     rules: Rules,
 ) -> lora.LoraTrainState:
     """A state in which adapters are trained."""
-    # The optimizer needs no moments of the base.
-    state = train_state.TrainState(0, state.apply_fn, state.params, tx, opt_state=())
+    # A copy, because a train step takes over the buffers of the state it is given. The
+    # optimizer needs no moments of the base.
+    params = jax.tree.map(jnp.copy, state.params)
+    state = train_state.TrainState(0, state.apply_fn, params, tx, opt_state=())
     return qwix_train.attach(state, rules, example_input(), rng=jax.random.key(0))
 
 
@@ -197,7 +199,13 @@ def logits(state: train_state.TrainState, tokens: jax.Array) -> jax.Array:
 
 
 def params(state: train_state.TrainState) -> Any:
-    return state.params
+    return state.params, getattr(state, "frozen", {})
+
+
+def temporary_bytes(state: train_state.TrainState, batch) -> int:
+    """What the compiled train step takes besides its arguments and results."""
+    compiled = compile_step(train_step).lower(state, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def to_tree(state: train_state.TrainState) -> Any:

@@ -112,13 +112,13 @@ def distill_step(
 ):
     """One step towards the probabilities of a teacher, which stays in float."""
 
-    def loss_fn(model):
+    def loss_fn(model, teacher):
         logits = model(batch["input"])
         target = qwix_train.in_float(teacher)(batch["input"])
         return divergence(target, logits), logits
 
     grad_fn = nnx.value_and_grad(loss_fn, has_aux=True)
-    (_, logits), grads = grad_fn(model)
+    (_, logits), grads = grad_fn(model, teacher)
     optimizer.update(model, grads)
     return measure(logits, batch)
 
@@ -204,6 +204,18 @@ def logits(model: LanguageModel, tokens: jax.Array) -> jax.Array:
 
 def params(model: LanguageModel) -> Any:
     return ptq.to_tree(model)
+
+
+def temporary_bytes(state: TrainState, batch) -> int:
+    """What the compiled train step takes besides its arguments and results."""
+    graph, arrays = nnx.split(state)
+
+    def pure(arrays, batch):
+        merged = nnx.merge(graph, arrays)
+        return train_step(*merged, batch), nnx.state(merged)
+
+    compiled = jax.jit(pure, donate_argnums=0).lower(arrays, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def to_tree(state: TrainState) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import qwix_train
+from qwix_train import ptq
 
 Rules = Sequence[qwix_train.QuantizationRule]
 
@@ -53,17 +54,73 @@ def int8_rules(**options: Any) -> Rules:
     ]
 
 
-def _static(**options: Any) -> Rules:
+def static_rules(**options: Any) -> Rules:
+    """The same with ranges of activations that are collected."""
     return int8_rules(act_static_scale=True, **options)
 
 
+def recommended_static_rules() -> Rules:
+    """Static ranges where they cost little; what `docs/static_ranges.md` recommends.
+
+    A few tokens have inputs of `down` that are a thousand times as large as those of
+    all others: no range is for both, and each row has its own. The same goes for the
+    products of attention. A rotation spreads large channels over all.
+    """
+    dynamic = int8_rules(module_path="layers(/down)?", rotation="hadamard")
+    return [*dynamic, *static_rules(act_averaging="minmax", rotation="hadamard")]
+
+
+_NEAREST = "to nearest"
+
 PTQ = [
-    Variant("int8", "float", "to nearest", weight_rules("int8")),
-    Variant("int8", "int8 dynamic", "to nearest", int8_rules()),
-    Variant("mxfp8", "float", "to nearest", weight_rules("mxfp8")),
-    Variant("int4, tile 64", "float", "to nearest", weight_rules("int4", tile_size=64)),
-    Variant("int4, tile 32", "float", "to nearest", weight_rules("int4", tile_size=32)),
-    Variant("nf4, tile 64", "float", "to nearest", weight_rules("nf4", tile_size=64)),
-    Variant("mxfp4", "float", "to nearest", weight_rules("mxfp4")),
-    Variant("nvfp4", "float", "to nearest", weight_rules("nvfp4")),
+    Variant("int8", "float", _NEAREST, weight_rules("int8")),
+    Variant("int8", "int8 dynamic", _NEAREST, int8_rules()),
+    Variant("mxfp8", "float", _NEAREST, weight_rules("mxfp8")),
+    Variant("nvfp4", "float", _NEAREST, weight_rules("nvfp4")),
+    Variant("mxfp4", "float", _NEAREST, weight_rules("mxfp4")),
+    Variant("nf4, tile 64", "float", _NEAREST, weight_rules("nf4", tile_size=64)),
+    Variant("int4, tile 64", "float", _NEAREST, weight_rules("int4", tile_size=64)),
+    Variant("int4, tile 32", "float", _NEAREST, weight_rules("int4", tile_size=32)),
+]
+
+STATIC = [
+    Variant("int8", "int8 static", "absmax, mean", static_rules()),
+    Variant("int8", "int8 static", "minmax", static_rules(act_averaging="minmax")),
+    Variant("int8", "int8 static", "mse", static_rules(act_observer="mse")),
+    Variant(
+        "int8",
+        "int8 static",
+        "SmoothQuant, minmax",
+        static_rules(act_averaging="minmax"),
+        ptq.SmoothQuant,
+    ),
+    Variant(
+        "int8",
+        "int8 static",
+        "rotated, minmax",
+        static_rules(act_averaging="minmax", rotation="hadamard"),
+    ),
+    Variant(
+        "int8",
+        "int8, most static",
+        "rotated, minmax",
+        recommended_static_rules(),
+    ),
+    Variant("int8", "int8 dynamic", "rotated", int8_rules(rotation="hadamard")),
+]
+
+
+def _int4_rules(**options: Any) -> Rules:
+    """int4 with a zero point for each tile."""
+    minmax: dict[str, Any] = {"weight_calibration_method": "minmax", "tile_size": 32}
+    return weight_rules("int4", **minmax, **options)
+
+
+METHODS = [
+    Variant("int4, tile 32", "float", "minmax", _int4_rules()),
+    Variant(
+        "int4, tile 32", "float", "minmax, rotated", _int4_rules(rotation="hadamard")
+    ),
+    Variant("int4, tile 32", "float", "minmax, AWQ", _int4_rules(), ptq.Awq),
+    Variant("int4, tile 32", "float", "minmax, GPTQ", _int4_rules(), ptq.Gptq),
 ]

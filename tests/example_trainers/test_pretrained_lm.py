@@ -11,6 +11,8 @@ import pytest
 from example_trainers.pretrained_lm import (
     checkpoint,
     experiment,
+    generate,
+    losses,
     memory,
     model_linen,
     model_nnx,
@@ -125,13 +127,84 @@ def test_what_was_measured_is_not_measured_again(tmp_path, capsys, monkeypatch):
     assert _run(config, tmp_path, capsys) == (results, printed)
 
 
+def test_divergence_against_numpy():
+    target, logits = np.random.default_rng(0).normal(size=(2, 1, 3, 5))
+    teacher, student = (
+        np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (target, logits)
+    )
+    expected = (teacher * np.log(teacher / student)).sum(-1).mean()
+    found = losses.divergence(*(np.asarray(x, np.float32) for x in (target, logits)))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_is_the_most_likely_token_each_time():
+    class Framework:
+        jit = staticmethod(jax.jit)
+
+        @staticmethod
+        def logits(state, tokens):
+            # The byte after each byte is the next one.
+            return state * jax.nn.one_hot(tokens + 1, 256)
+
+    tokenizer = checkpoint.random_checkpoint().tokenizer
+    written = generate.answer(Framework, np.float32(1), tokenizer, "Who?", 3)
+    # The prompt ends with a new line, which is byte 10.
+    assert written == "\x0b\x0c\r"
+
+
+def _row(part, method, loss, text="prose", **found):
+    about = {"weights": "int3", "activations": "float", "method": method}
+    about |= {"part": part, "text": text, "loss": loss}
+    return about | {"bytes": 2**20, "seconds": 2, "peak_bytes": None} | found
+
+
+def test_table():
+    rows = [
+        _row("float", "-", math.log(10)),
+        _row("qat", "to nearest", math.log(40)),
+        _row("qat", "QAT", math.log(20)),
+        _row("float", "-", math.log(5), "code"),
+        _row("qlora", "QLoRA", math.log(4), "code", temporary_bytes=3 * 2**20),
+    ]
+    results = {"rows": rows, "test_tokens": 1024, "layer_bytes": 2**19}
+    table = report.format_table(results)
+    lines = [line.split() for line in table.splitlines()]
+    assert "int3 float QAT 20.00 +100.0% 1.0 MiB 2 s -".split() in lines
+    assert "int3 float QLoRA 4.00 -20.0% 1.0 MiB 2 s -".split() in lines
+    # Half of log(4).
+    assert report.recovered(results) == pytest.approx(0.5)
+    assert "QAT recovers 50%" in table
+    assert "QLoRA 3.0 MiB. A layer in float: 0.5 MiB" in table
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_quick_run_goes_through_everything(framework, tmp_path):
+def test_a_quick_run_goes_through_everything(framework, tmp_path, monkeypatch):
     config = config_lib.get_quick_config()
     config.framework = framework
+    # One of each is enough.
+    monkeypatch.setattr(variants, "PTQ", variants.PTQ[:1])
+    monkeypatch.setattr(variants, "STATIC", variants.STATIC[-2:-1])
+    monkeypatch.setattr(variants, "METHODS", variants.METHODS[-1:])
     results = experiment.train_and_evaluate(config, tmp_path)
-    assert {row["part"] for row in results["rows"]} >= {"float", *config.parts}
+    rows = {(row["part"], row["method"]): row for row in results["rows"]}
+    assert {part for part, _ in rows} == {"float", *config.parts}
+    floating = results["rows"][0]["loss"]
+    for row in results["rows"]:
+        if row["text"] == "prose":
+            assert row["loss"] == pytest.approx(floating, abs=0.1), row["method"]
+    exported = rows["export", "restored"]
+    assert len(exported["answer"].encode(errors="replace")) >= config.generated_tokens
+    # What was restored is what a model of the same rules is.
+    loaded = checkpoint.load(config.model)
+    dialect = FRAMEWORKS[framework]
+    rules = variants.int8_rules()
+    whole = dialect.create_state(loaded)
+    state = dialect.quantize(loaded.architecture, whole, rules)
+    again = experiment.Experiment(config, dialect, tmp_path).evaluate(state)
+    assert again == exported["loss"]
+    adapters = json.loads((tmp_path / "adapters/QLoRA/adapter_config.json").read_text())
+    assert "q_proj" in str(adapters["target_modules"])
 
 
 # The weights themselves, where they are installed.
