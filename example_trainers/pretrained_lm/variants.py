@@ -63,11 +63,15 @@ def recommended_static_rules() -> Rules:
     """Static ranges where they cost little; what `docs/static_ranges.md` recommends.
 
     A few tokens have inputs of `down` that are a thousand times as large as those of
-    all others: no range is for both, and each row has its own. The same goes for the
-    products of attention. A rotation spreads large channels over all.
+    all others, and the probabilities of attention are near one in some rows and near
+    zero in others. No range is for all of these: each row has its own. A rotation
+    spreads large channels over all.
     """
-    dynamic = int8_rules(module_path="layers(/down)?", rotation="hadamard")
-    return [*dynamic, *static_rules(act_averaging="minmax", rotation="hadamard")]
+    return [
+        *int8_rules(module_path="layers/down", rotation="hadamard"),
+        *int8_rules(module_path="layers", op_names=("einsum1",)),
+        *static_rules(act_averaging="minmax", rotation="hadamard"),
+    ]
 
 
 _NEAREST = "to nearest"
@@ -86,27 +90,21 @@ PTQ = [
 STATIC = [
     Variant("int8", "int8 static", "absmax, mean", static_rules()),
     Variant("int8", "int8 static", "minmax", static_rules(act_averaging="minmax")),
-    Variant("int8", "int8 static", "mse", static_rules(act_observer="mse")),
     Variant(
         "int8",
         "int8 static",
-        "SmoothQuant, minmax",
+        "minmax, rotated",
+        static_rules(act_averaging="minmax", rotation="hadamard"),
+    ),
+    Variant("int8", "int8, most static", "minmax, rotated", recommended_static_rules()),
+    Variant("int8", "int8 dynamic", "rotated", int8_rules(rotation="hadamard")),
+    Variant(
+        "int8",
+        "int8 static",
+        "minmax, SmoothQuant",
         static_rules(act_averaging="minmax"),
         ptq.SmoothQuant,
     ),
-    Variant(
-        "int8",
-        "int8 static",
-        "rotated, minmax",
-        static_rules(act_averaging="minmax", rotation="hadamard"),
-    ),
-    Variant(
-        "int8",
-        "int8, most static",
-        "rotated, minmax",
-        recommended_static_rules(),
-    ),
-    Variant("int8", "int8 dynamic", "rotated", int8_rules(rotation="hadamard")),
 ]
 
 
