@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_length = 256
     config.train_batch_size = 1
     # Every so many steps: evaluate, and save a checkpoint.
-    config.eval_every = 30
+    config.eval_every = 10
     config.seed = 0
     # QLoRA, on source code.
     config.qlora_steps = 30
@@ -33,8 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.alpha = 16.0
     config.tile_size = 64
     # QAT with distillation, on prose.
-    config.qat_steps = 60
-    config.qat_learning_rate = 1e-4
+    config.qat_steps = 40
+    config.qat_learning_rate = 5e-4
     config.qat_tile_size = 32
 
     config.prompt = "Explain in one sentence what a Python generator is."

@@ -203,10 +203,23 @@ class Experiment:
         state: Any,
         text: dict[str, np.ndarray],
         steps: int,
+        rules: variants.Rules = (),
     ) -> Any:
-        """Trains, from the latest checkpoint if there is one."""
+        """Trains, from the latest checkpoint if there is one.
+
+        Args:
+            name: The name of the phase.
+            train_step: A compiled step.
+            state: What it begins with.
+            text: What it trains on, by split.
+            steps: The number of its steps.
+            rules: What it quantizes, for the loss on the validation split.
+        """
         config, framework = self.config, self.framework
-        evaluate = framework.jit(framework.eval_step)
+        eval_step = framework.eval_step
+        if rules:
+            eval_step = qwix_train.wrap_eval_step(eval_step, rules)
+        evaluate = framework.jit(eval_step)
         phase = loop.Phase(
             name,
             steps,
@@ -295,6 +308,7 @@ def run_qat(experiment: Experiment) -> None:
             framework.trained_state(experiment.floating, tx),
             experiment.prose,
             config.qat_steps,
+            rules,
         )
         trained = framework.model_of(state)
         return framework.quantize(experiment.sizes, trained, rules), {}

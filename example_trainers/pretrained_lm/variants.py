@@ -62,9 +62,9 @@ def static_rules(**options: Any) -> Rules:
 def recommended_static_rules() -> Rules:
     """Static ranges where they cost little; what `docs/static_ranges.md` recommends.
 
-    A few tokens have inputs of `down` that are a thousand times as large as those of
-    all others, and the probabilities of attention are near one in some rows and near
-    zero in others. No range is for all of these: each row has its own. A rotation
+    The massive activations of a few tokens are inputs of `down`, and no range is for
+    these and for all others. The same goes for the product of attention's
+    probabilities and the values. In both each row keeps a range of its own. A rotation
     spreads large channels over all.
     """
     return [
