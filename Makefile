@@ -23,7 +23,7 @@
 #   make bench-ptq    the benchmark of quantized models
 #   make bench-calibration  the benchmark of calibration
 #   make bench-qlora  the benchmark of fine-tuning
-#   make bench-recipes  the benchmark of recipes of QAT
+#   make bench-recipes  the benchmark of recipes of QAT and quantized training
 #   make bench-formats  the benchmark of types
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",

@@ -126,6 +126,8 @@ def train_step(state, x):
 )
 def test_layers_under_scan_have_a_history_each(remat, rounding):
     rule = dataclasses.replace(DELAYED, bwd_stochastic_rounding=rounding)
+    if rounding is not None:  # of e5m2, with its two bits, the noise is large
+        rule = dataclasses.replace(rule, bwd_qtype="int8")
     batches = [models.normal(5, 6, seed=seed) for seed in range(4)]
 
     def trained(model, step, params=None):
@@ -149,7 +151,7 @@ def test_layers_under_scan_have_a_history_each(remat, rounding):
     wanted = trained(Unrolled(), train_step, params)
     history = found.quant_stats["layers"]["Dense_0"][GRADIENT]
     np.testing.assert_array_equal(history["count"], [4, 4, 4])
-    tolerance = 1e-4 if rounding is None else 0.5  # two bits, rounded at random
+    tolerance = 1e-4 if rounding is None else 0.1
     for index in range(3):
         of_layer = wanted.quant_stats[f"d{index}"][GRADIENT]["history_absmax"]
         np.testing.assert_allclose(

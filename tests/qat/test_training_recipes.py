@@ -145,6 +145,7 @@ def test_the_three_products_are_those_of_the_paper(name):
     assert_products(computed(rule, *arrays), reference(*arrays))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["rowwise", "deepseek"])
 def test_a_weight_that_the_model_changes_on_the_way(name):
     """It is cut from a larger param, transposed and cast."""
@@ -246,7 +247,7 @@ def test_gradients_of_nvfp4_are_unbiased():
     Blocks whose E4M3 scale was rounded down would be cut off, which is a bias.
     """
     x, w, g = operands(32, 48, 32)
-    draws = 2000
+    draws = 1000
 
     class Product(nn.Module):
         @nn.compact
