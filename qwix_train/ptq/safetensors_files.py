@@ -8,6 +8,7 @@ such a file is read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -117,12 +118,21 @@ def contents(
     return {INDEX: text.encode(), **{f: writer(names) for f, names in files.items()}}
 
 
-def check_folder(folder: pathlib.Path, names: Collection[str], overwrite: bool) -> None:
+def check_folder(
+    folder: pathlib.Path,
+    names: Collection[str],
+    *,
+    what: str,
+    is_one: Callable[[pathlib.Path], bool],
+    overwrite: bool,
+) -> None:
     """Checks that files of a checkpoint may be written to a folder.
 
     Args:
         folder: The folder.
         names: The names of all of them.
+        what: The kind of files.
+        is_one: Whether a file that is there is of this kind.
         overwrite: Whether to replace those that are there.
 
     Raises:
@@ -141,8 +151,8 @@ def check_folder(folder: pathlib.Path, names: Collection[str], overwrite: bool) 
     for name in names:
         writing.check_target(
             folder / name,
-            what="a file of such a checkpoint",
-            is_one=(folder / name).is_file,
+            what=what,
+            is_one=functools.partial(is_one, folder / name),
             overwrite=overwrite,
         )
 

@@ -13,6 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -157,9 +158,18 @@ class Axes:
         return _part(whole, [len(names) for names in self.param], index, dtype)
 
     def tensor_at(
-        self, param: np.ndarray, sizes: Mapping[str, int], at: Mapping[str, int]
-    ) -> np.ndarray:
-        """Returns the tensor that a param has at a position along `stacked` axes."""
+        self, param: Any, sizes: Mapping[str, int], at: Mapping[str, int]
+    ) -> Any:
+        """Returns the tensor that a param has at a position along `stacked` axes.
+
+        Args:
+            param: A NumPy array, of which views are taken, or a `QArray`.
+            sizes: The length of each axis.
+            at: The position.
+
+        Raises:
+            ValueError: A `QArray` shares scales among elements that would be separated.
+        """
         order = [name for names in self.param for name in names]
         split = param.reshape([sizes[name] for name in order])
         view = split[tuple(at.get(name, slice(None)) for name in order)]

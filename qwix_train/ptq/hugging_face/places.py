@@ -78,6 +78,11 @@ class Assembly:
         """Returns the name of the tensor at a position."""
         return self.names[tuple(position[name] for name in self.axes.stacked)]
 
+    def tensors(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Gives the name of each tensor, and its position."""
+        for place in positions({name: self.sizes[name] for name in self.axes.stacked}):
+            yield self.name_at(place), place
+
 
 def assemblies(
     mapping: TensorMapping,

@@ -13,7 +13,6 @@ from qwix_train.files import json_text, processes, writing
 from qwix_train.planning.leaves import Leaf
 from qwix_train.ptq import safetensors_files, stored_arrays, trees
 from qwix_train.ptq.hugging_face import places
-from qwix_train.ptq.hugging_face.axes import positions
 from qwix_train.ptq.hugging_face.places import Assembly, TensorMapping
 
 
@@ -94,10 +93,9 @@ def _tensors_of(
     assembly: Assembly, value: np.ndarray
 ) -> dict[str, Callable[[], np.ndarray]]:
     """What gives the tensors that a param is made of, by name."""
-    axes, sizes = assembly.axes, assembly.sizes
     return {
-        assembly.name_at(at): functools.partial(axes.tensor_at, value, sizes, at)
-        for at in positions({name: sizes[name] for name in axes.stacked})
+        name: functools.partial(assembly.axes.tensor_at, value, assembly.sizes, at)
+        for name, at in assembly.tensors()
     }
 
 
@@ -112,5 +110,11 @@ def _write(
                 f"{file} says how the tensors beside it are quantized, and float "
                 "params are to be written. Pass config, or another folder."
             )
-    safetensors_files.check_folder(folder, list(contents), overwrite)
+    safetensors_files.check_folder(
+        folder,
+        list(contents),
+        what="a file of such a checkpoint",
+        is_one=pathlib.Path.is_file,
+        overwrite=overwrite,
+    )
     writing.write_together(folder, contents)
