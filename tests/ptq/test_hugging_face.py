@@ -206,6 +206,21 @@ def test_onto_a_mesh(folder, qtype):
         hugging_face.load(folder, mapping, abstract, shardings=tree)
 
 
+@pytest.mark.parametrize("layers", [(0,), ()], ids=["by layer", "all layers"])
+def test_packed_codes_with_quantized_scales(folder, tmp_path, layers):
+    mapping, params = SCANNED
+    how = HOWS["int4 tiles"]
+    abstract = jax.tree.map(stored.shape_of, params)
+    kernel = stored.quantize_param(abstract["layers"]["q"]["kernel"], how)
+    abstract["layers"]["q"]["kernel"] = stored.packed(kernel, layers)
+    got = hugging_face.load(folder, mapping, abstract)
+    expected = stored.packed(stored.quantize_param(SPLIT["q"], how), layers)
+    assert_same(got["layers"]["q"]["kernel"], expected)
+    assert_same(qwix_train.quantize_params(params, abstract), got)
+    qwix_train.ptq.save(tmp_path / "packed", got)
+    assert_same(qwix_train.ptq.restore(tmp_path / "packed", abstract), got)
+
+
 def test_a_device_reads_its_part_alone(folder, monkeypatch):
     """What is read of a file: pages of a mapped array, which are counted here."""
     read = []

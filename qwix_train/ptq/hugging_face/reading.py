@@ -67,7 +67,8 @@ def load(
         abstract_params: The params of the model, or their shapes: for a Linen model
             ``jax.eval_shape(model.init, key, x)["params"]``; an NNX model itself,
             which may be abstract (``nnx.eval_shape``). Those of a model that
-            `quantize_model` gave are quantized. Numbers are cast to its dtypes.
+            `quantize_model` gave are quantized. Numbers are cast to its dtypes. What
+            stands beside params, such as adapters, is left out.
         shardings: Where the params go: a `jax.sharding.Sharding`, nested dictionaries
             of them as `ptq.restore` takes them, or a function that gives one, or None,
             for the path of a param, such as ``"layers_0/mlp/kernel"``. A process
@@ -133,7 +134,10 @@ def load(
             given_shardings.check(own, [], "/".join(names))
         else:
             own = given_shardings.at(shardings, param.path)
-        return values[names] if own is None else own
+        if own is not None:
+            return own
+        # Of a packed param it is packed codes that have the sharding of all codes.
+        return param.arrays["packed"] if param.layout is not None else values[names]
 
     if not any(map(stored.is_quantized, values.values())):
         read = {p.path: reader.array(n, values[n], given(n)) for n, p in wanted.items()}
@@ -144,7 +148,8 @@ def load(
         if not stored.is_quantized(target):
             return reader.array(names, param, given(names))
         given_scales.check_learned(names, target.how)
-        return reader.quantized(names, param, target.how, given(names))
+        quantized = reader.quantized(names, param, target.how, given(names))
+        return stored.packed_as(quantized, target)
 
     shapes = {
         wanted[names].path: jax.ShapeDtypeStruct(value.shape, value.dtype)
