@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -42,15 +43,34 @@ def quantize_compiled(
     """
     array = jnp.asarray(array)
     dtype = numerics.storage_dtype(how.qtype)
-    if dtype not in (jnp.int4, jnp.uint4) or not _on_one_cpu(array):
+    if isinstance(array, Tracer) or not wants_bytes(dtype, array.devices()):
         return _quantize(array, how, scale, zero_point)
-    # XLA for CPUs writes half bytes one by one, with JAX 0.10 some twenty times slower
-    # than whole bytes. JAX packs those in a loop of its own when it takes them over
-    # from NumPy, which holds each code in a byte.
     quantized = _quantize_to_bytes(array, how, scale, zero_point)
-    target = array.sharding if array.committed else None
-    packed = jax.device_put(np.asarray(quantized.qvalue).view(dtype), target)
-    return dataclasses.replace(quantized, qvalue=packed)
+    return dataclasses.replace(quantized, qvalue=of_bytes(quantized.qvalue, dtype))
+
+
+def wants_bytes(dtype: Any, devices: Collection[Any]) -> bool:
+    """Whether codes are to be computed in bytes on some devices, for `of_bytes`.
+
+    XLA for CPUs writes half bytes one by one, with JAX 0.10 some twenty times slower
+    than whole bytes.
+
+    Args:
+      dtype: the dtype that stores the codes.
+      devices: the devices.
+    """
+    on_one_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return dtype in (jnp.int4, jnp.uint4) and on_one_cpu
+
+
+def of_bytes(codes: jax.Array, dtype: Any) -> jax.Array:
+    """Codes of 4 bits that are in bytes, on the same device.
+
+    JAX packs them in a loop of its own when it takes them over from NumPy, which holds
+    each code in a byte.
+    """
+    target = codes.sharding if codes.committed else None
+    return jax.device_put(np.asarray(codes).view(dtype), target)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -68,10 +88,3 @@ def _quantize_to_bytes(
     quantized = _quantize(array, how, scale, zero)
     codes = quantized.qvalue.astype(jnp.int8)
     return dataclasses.replace(quantized, qvalue=codes)
-
-
-def _on_one_cpu(array: jax.Array) -> bool:
-    if isinstance(array, Tracer):
-        return False
-    devices = array.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"

@@ -5,9 +5,11 @@ shapes of quantized params (`abstract_params` for functions), and `quantize_para
 `to_tree` gives those of an NNX model. `Gptq`, `Awq` and `SmoothQuant` look at data.
 
 Files: `save`, `save_async`, `restore`, `read_manifest`; `save_compressed_tensors`,
-`load_compressed_tensors`. Trees of `qwix`: `to_qwix`, `from_qwix`.
+`load_compressed_tensors`; `hugging_face`, float checkpoints of the hub, quantized on
+the way. Trees of `qwix`: `to_qwix`, `from_qwix`.
 """
 
+from qwix_train.ptq import hugging_face as hugging_face
 from qwix_train.ptq.awq import Awq as Awq
 from qwix_train.ptq.checkpoint import read_manifest as read_manifest
 from qwix_train.ptq.checkpoint import restore as restore

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 from flax import nnx, traverse_util
-from flax.core import FrozenDict
 from jax.core import Tracer
 
 from qwix_train.core import numerics
@@ -31,16 +30,13 @@ from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.plan import Plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
-from qwix_train.ptq import stored_arrays, trees
+from qwix_train.ptq import given_shardings, stored_arrays, trees
 from qwix_train.ptq.manifest import (
     Manifest,
     StoredParam,
-    TreePath,
     param_to_json,
-    path_name,
     rule_to_json,
 )
-from qwix_train.values import stored
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -236,10 +232,11 @@ def restore(
         wanted = {p.path: p for p in stored_arrays.params_of(abstract)}
         model = [stored_arrays.described(param) for param in wanted.values()]
         _check_same_model(path, manifest.params, model)
-    _check_shardings(path, shardings, manifest.params)
+    names = [param.path for param in manifest.params]
+    given_shardings.check(shardings, names, f"the checkpoint at {path}")
     targets = {}
     for param in manifest.params:
-        given = _at(shardings, param.path)
+        given = given_shardings.at(shardings, param.path)
         if given is None and param.path in wanted:
             given = stored_arrays.value_of(wanted[param.path])
         targets[param.path] = stored_arrays.shardings_of(param, given)
@@ -396,40 +393,6 @@ def _finish(
         checkpointer.close()
     if target != path and jax.process_index() == 0:
         writing.replace_folder(path)
-
-
-def _at(tree: Any, path: TreePath) -> Any:
-    """What a tree of shardings has for a param; it may end above it."""
-    for key in path:
-        if not isinstance(tree, dict | FrozenDict):
-            break
-        tree = tree.get(key)
-    return tree
-
-
-def _check_shardings(
-    path: epath.Path, tree: Any, params: Sequence[StoredParam], at: TreePath = ()
-) -> None:
-    """Complains of shardings that would be passed over."""
-    if isinstance(tree, dict | FrozenDict):
-        for key, below in tree.items():
-            here = (*at, key)
-            if all(param.path[: len(here)] != here for param in params):
-                names = plan_table.some([param.name for param in params], 3)
-                raise ValueError(
-                    f"There is a sharding for {path_name(here)!r}, where the "
-                    f"checkpoint at {path} has no param. It has {names}."
-                )
-            _check_shardings(path, below, params, here)
-        return
-    for leaf in jax.tree.leaves(stored.unbox(tree)):
-        if not isinstance(leaf, jax.sharding.Sharding) and not hasattr(
-            leaf, "sharding"
-        ):
-            raise TypeError(
-                f"The sharding of {path_name(at) or 'all params'} is {leaf!r}. "
-                "Expected a jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
-            )
 
 
 def _check_same_model(

@@ -81,8 +81,7 @@ def encode_layer(
     if array.ndim != 2:
         raise ValueError(
             f"it has shape {tuple(array.shape)}, and only matrices can be written. "
-            "Give each layer of a stack a param of its own, and make one axis of the "
-            "heads of attention (QArray.reshape)"
+            "For stacks of layers, and axes of heads, pass `mapping`"
         )
     scale = np.asarray(array.scale)
     check_scale(scale)

@@ -35,6 +35,8 @@ from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.files import json_text, processes, writing
 from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
+from qwix_train.ptq.hugging_face import places
+from qwix_train.ptq.hugging_face.places import TensorMapping
 from qwix_train.ptq.trees import to_tree
 from qwix_train.trace.function import by_path
 from qwix_train.values import stored
@@ -54,8 +56,10 @@ def save_compressed_tensors(
     params: Any,
     *,
     rename: Callable[[str], str] | None = None,
+    mapping: TensorMapping | None = None,
     act_qtype: Any = None,
     int8_format: str = "int-quantized",
+    max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> None:
     """Writes quantized params as a compressed-tensors checkpoint.
@@ -76,10 +80,16 @@ def save_compressed_tensors(
         rename: Maps the path of a param, such as ``"layers_0/mlp/kernel"``, to the name
             of its tensor, such as ``"model.layers.0.mlp.weight"``; by default
             ``a/kernel`` is ``a.weight``; see `qwix_train.ptq.compressed_tensors`.
+        mapping: In the place of ``rename``, the `hugging_face.Place` of each tensor,
+            for params that stack layers or experts, or have an axis of heads: each
+            tensor is a matrix of its own. Such a file does not say which params its
+            tensors were.
         act_qtype: The type that readers shall quantize activations to at run time, per
             token; static ranges come first. None for weight-only.
         int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
             runs weight-only int8 from.
+        max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
+            more than one. Beyond that there are shards and their index.
         overwrite: Whether to replace the compressed-tensors checkpoint that is there.
 
     Raises:
@@ -107,6 +117,8 @@ def save_compressed_tensors(
     ((4, 2), True)
     """
     safetensors_files.check_installed()
+    if rename is not None and mapping is not None:
+        raise ValueError("Pass rename or mapping, not both: each names the tensors.")
     if int8_format not in ("int-quantized", "pack-quantized"):
         raise ValueError(
             f"Unknown int8_format {int8_format!r}; choose int-quantized or "
@@ -116,7 +128,7 @@ def save_compressed_tensors(
     if act_qtype is not None:
         activations = compressed_config.dynamic_activations(act_qtype)
     writer = _Writer(rename, activations, int8_format)
-    static = {}
+    static, others = {}, {}
     leaves = (WithAux, *stored.QUANTIZED_ARRAYS)
     flat = by_path(to_tree(params), lambda value: isinstance(value, leaves))
     lines = (
@@ -134,8 +146,12 @@ def save_compressed_tensors(
         leaf = processes.whole(leaf)
         if path[-1] in _STATIC:
             static[path] = leaf
-        else:
+        elif mapping is None:
             processes.together(functools.partial(writer.add, path, leaf))
+        else:
+            others[path] = leaf
+    if mapping is not None:
+        processes.together(functools.partial(writer.add_mapped, others, mapping))
     for path, leaf in static.items():
         symmetric = Leaf(range_of(path), "zero_point").path not in static
         writer.add_static(path, leaf, symmetric)
@@ -145,12 +161,13 @@ def save_compressed_tensors(
             "Quantize the params with ptq.quantize first."
         )
     folder = pathlib.Path(directory)
-    processes.once(lambda: _write(folder, writer, overwrite))
+    processes.once(lambda: _write(folder, writer, max_shard_bytes, overwrite))
 
 
-def _write(folder: pathlib.Path, writer: _Writer, overwrite: bool) -> None:
+def _write(
+    folder: pathlib.Path, writer: _Writer, max_shard_bytes: int, overwrite: bool
+) -> None:
     writing.finish(folder)
-    _check_folder(folder, overwrite)
     config_file = folder / safetensors_files.CONFIG
     entry = {_ENTRY: compressed_config.make_config(writer.layers)}
     metadata = {
@@ -159,46 +176,36 @@ def _write(folder: pathlib.Path, writer: _Writer, overwrite: bool) -> None:
         _PARAMS: json.dumps(writer.recorded),
         **safetensors_files.config_metadata(entry),
     }
+    files = safetensors_files.contents(
+        {name: functools.partial(np.asarray, x) for name, x in writer.tensors.items()},
+        {name: x.nbytes for name, x in writer.tensors.items()},
+        metadata,
+        max_shard_bytes,
+    )
+    _check_folder(folder, list(files), overwrite)
     config = {**_config(config_file), **entry}
     text = json_text.dump(config, str(config_file), indent=2) + "\n"
-    writing.write_together(
-        folder,
-        {
-            safetensors_files.FILE: lambda file: safetensors_files.write_file(
-                file, writer.tensors, metadata
-            ),
-            safetensors_files.CONFIG: text.encode(),
-        },
-    )
+    files[safetensors_files.CONFIG] = text.encode()
+    writing.write_together(folder, files)
 
 
-def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:
+def _check_folder(folder: pathlib.Path, names: list[str], overwrite: bool) -> None:
     """Checks that a checkpoint may be written to a folder."""
-    file = folder / safetensors_files.FILE
-    config_file = folder / safetensors_files.CONFIG
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
-    for other in sorted(folder.glob("*.safetensors*")):
-        # Readers prefer the index, or take all files for parts of one checkpoint.
-        if other.name not in (file.name, "adapter_model.safetensors"):
-            raise FileExistsError(
-                f"{folder} holds {other.name}, which readers would take for the "
-                "checkpoint, or for part of it. Remove it, or pass another folder."
-            )
+    entry = _config(folder / safetensors_files.CONFIG).get(_ENTRY)
+    is_any = isinstance(entry, dict) and entry.get("quant_method") == _METHOD
 
-    def is_one() -> bool:
-        entry = _config(config_file).get(_ENTRY)
-        is_ours = _PARAMS in safetensors_files.read_metadata(file)
-        is_any = isinstance(entry, dict) and entry.get("quant_method") == _METHOD
-        return is_ours or is_any
+    def is_one(file: pathlib.Path) -> bool:
+        del file  # One of them tells what all are.
+        read = safetensors_files.read_metadata
+        return is_any or any(_PARAMS in read(folder / name) for name in names)
 
-    for target in [file, config_file] if _ENTRY in _config(config_file) else [file]:
-        writing.check_target(
-            target,
-            what="of a compressed-tensors checkpoint",
-            is_one=is_one,
-            overwrite=overwrite,
-        )
+    safetensors_files.check_folder(
+        folder,
+        names if entry is None else [*names, safetensors_files.CONFIG],
+        what="of a compressed-tensors checkpoint",
+        is_one=is_one,
+        overwrite=overwrite,
+    )
 
 
 def _config(file: pathlib.Path) -> dict[str, Any]:
@@ -294,20 +301,8 @@ class _Writer:
 
     def add(self, path: tuple[str, ...], leaf: Any) -> None:
         where = "/".join(path)
-        if isinstance(leaf, stored.QUANTIZED_ARRAYS):
-            raise ValueError(
-                f"{where} is a {type(leaf).__name__} that does not say how it was "
-                "quantized. Pass it as WithAux(array, how)."
-            )
-        known = Leaf.parse(path)
-        if known is not None and known.part == "pre_quant_scale":
-            if not (np.asarray(leaf) == 1).all():
-                raise ValueError(
-                    f"{where} cannot be written: the format has no scales of input "
-                    "channels, and readers would run the layer without. Divide what "
-                    "comes before the layer by them, such as a norm's scale, or use "
-                    "ptq.save."
-                )
+        self._check(path, leaf)
+        if _is_pre_quant_scale(path):
             return
         name = _default_name(path, leaf.ndim)
         if self.rename is not None:
@@ -320,6 +315,29 @@ class _Writer:
         self.recorded[name] = (where, leaf.ndim)
         if _is_transposed(path, leaf.ndim):
             leaf = _transpose(leaf)
+        self._add_tensor(name, path, leaf)
+
+    def add_mapped(self, leaves: Mapping[Path, Any], mapping: TensorMapping) -> None:
+        """Adds params that are tensors as a mapping says."""
+        for path, leaf in leaves.items():
+            self._check(path, leaf)
+        shapes = {
+            path: tuple(leaf.shape)
+            for path, leaf in leaves.items()
+            if not _is_pre_quant_scale(path)
+        }
+        for found in places.assemblies(mapping, shapes, None, "the checkpoint"):
+            leaf = leaves[found.path]
+            for name, at in found.tensors():
+                array = leaf.array if isinstance(leaf, WithAux) else np.asarray(leaf)
+                with located(f"{name} cannot be written", "."):
+                    array = found.axes.tensor_at(array, found.sizes, at)
+                if isinstance(leaf, WithAux):
+                    array = WithAux(array, leaf.how)
+                self._add_tensor(name, found.path, array)
+
+    def _add_tensor(self, name: str, path: Path, leaf: Any) -> None:
+        where = "/".join(path)
         if not isinstance(leaf, WithAux):
             self.tensors[name] = np.asarray(leaf)
             return
@@ -329,6 +347,21 @@ class _Writer:
         layer = name.removesuffix("weight").removesuffix(".")
         self.layers[layer] = scheme
         self.layers_of.setdefault("/".join(path[:-1]), []).append(layer)
+
+    def _check(self, path: Path, leaf: Any) -> None:
+        where = "/".join(path)
+        if isinstance(leaf, stored.QUANTIZED_ARRAYS):
+            raise ValueError(
+                f"{where} is a {type(leaf).__name__} that does not say how it was "
+                "quantized. Pass it as WithAux(array, how)."
+            )
+        if _is_pre_quant_scale(path) and not (np.asarray(leaf) == 1).all():
+            raise ValueError(
+                f"{where} cannot be written: the format has no scales of input "
+                "channels, and readers would run the layer without. Divide what "
+                "comes before the layer by them, such as a norm's scale, or use "
+                "ptq.save."
+            )
 
     def _encode(self, name: str, array: Any) -> dict[str, Any]:
         if not isinstance(array, QArray):
@@ -454,6 +487,11 @@ def _static_ranges(
     if zero is not None and asymmetric:
         result["zero_point"] = (zero.astype(numerics.storage_dtype(qtype)), None)
     return result
+
+
+def _is_pre_quant_scale(path: Path) -> bool:
+    known = Leaf.parse(path)
+    return known is not None and known.part == "pre_quant_scale"
 
 
 def _is_transposed(path: tuple[str, ...], ndim: int) -> bool:

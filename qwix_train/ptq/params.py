@@ -78,8 +78,9 @@ def quantize_params(
 
     Returns:
       The quantized params: the same tree, with a `WithAux` for each array that is
-      quantized, and the scales of `quant_stats`. For an NNX model a dictionary
-      of arrays that `nnx.update(model, ...)` takes.
+      quantized (packed, where the quantized model has it packed), and the scales of
+      `quant_stats`. For an NNX model a dictionary of arrays that
+      `nnx.update(model, ...)` takes.
 
     Raises:
       TypeError: if a leaf of `params` is not an array, `quant_stats` is not a nested
@@ -209,11 +210,11 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
         )
     if not stored.is_quantized(target):
         return param
-    if names in given.weights:
-        return given.quantized(names, param, target.how)
-    given_scales.check_learned(names, target.how)
-    with located(f"Param {'/'.join(names)!r}"):
-        return stored.quantize_param(param, target.how)
+    if (quantized := given.quantized(names, param, target.how)) is None:
+        given_scales.check_learned(names, target.how)
+        with located(f"Param {'/'.join(names)!r}"):
+            quantized = stored.quantize_param(param, target.how)
+    return stored.packed_as(quantized, target)
 
 
 def quantize(

@@ -7,23 +7,27 @@ such a file is read.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from qwix_train.core.errors import imported
-from qwix_train.files import json_text
+from qwix_train.files import json_text, writing
 from qwix_train.planning import table as plan_table
 
 FILE, CONFIG = "model.safetensors", "config.json"
 INDEX = "model.safetensors.index.json"
+_SHARD_NAME = "model-{:05}-of-{:05}.safetensors"
 _SHARD = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 # In the metadata: the checksums of the tensors, and that of all other entries.
 _CHECKSUMS, _SEAL = "qwix_train.checksums", "qwix_train.checksum_of_metadata"
@@ -71,6 +75,88 @@ def write_file(
     _import("safetensors.numpy").save_file(contiguous, file, metadata=metadata)
 
 
+def contents(
+    tensors: Mapping[str, Callable[[], np.ndarray]],
+    sizes: Mapping[str, int],
+    metadata: Mapping[str, str],
+    max_shard_bytes: int,
+) -> dict[str, writing.Content]:
+    """Returns the files of a checkpoint, for `writing.write_together`.
+
+    Args:
+        tensors: What gives each tensor, when its file is written.
+        sizes: The bytes of each tensor.
+        metadata: The metadata, of each file.
+        max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
+            more than one.
+
+    Returns:
+        One file, or the index, and then the shards that it names.
+    """
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(tensors):
+        if shards[-1] and held + sizes[name] > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += sizes[name]
+
+    def writer(names: Sequence[str]) -> Callable[[pathlib.Path], None]:
+        return lambda file: write_file(
+            file, {name: tensors[name]() for name in names}, dict(metadata)
+        )
+
+    if len(shards) == 1:
+        return {FILE: writer(shards[0])}
+    files = {_SHARD_NAME.format(i + 1, len(shards)): n for i, n in enumerate(shards)}
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    return {INDEX: text.encode(), **{f: writer(names) for f, names in files.items()}}
+
+
+def check_folder(
+    folder: pathlib.Path,
+    names: Collection[str],
+    *,
+    what: str,
+    is_one: Callable[[pathlib.Path], bool],
+    overwrite: bool,
+) -> None:
+    """Checks that files of a checkpoint may be written to a folder.
+
+    Args:
+        folder: The folder.
+        names: The names of all of them.
+        what: The kind of files.
+        is_one: Whether a file that is there is of this kind.
+        overwrite: Whether to replace those that are there.
+
+    Raises:
+        FileExistsError: One is there and `overwrite` is not set; or another one that
+            readers would take for part of the checkpoint.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
+    for other in sorted(folder.glob("*.safetensors*")):
+        # Readers prefer the index, or take all files for parts of one checkpoint.
+        if other.name not in (*names, "adapter_model.safetensors"):
+            raise FileExistsError(
+                f"{folder} holds {other.name}, which readers would take for the "
+                "checkpoint, or for part of it. Remove it, or pass another folder."
+            )
+    for name in names:
+        writing.check_target(
+            folder / name,
+            what=what,
+            is_one=functools.partial(is_one, folder / name),
+            overwrite=overwrite,
+        )
+
+
 def check_installed() -> None:
     """Checks that files can be written and read.
 
@@ -93,38 +179,82 @@ def read_checkpoint(
         ImportError: `safetensors` is not installed.
         ValueError: A file is damaged, or files and index do not say the same.
     """
+    files, where = checkpoint_files(path)
+    tensors: dict[str, np.ndarray] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found, own = read_file(file)
+        tensors |= found
+        metadata |= own
+        check_index(path, where, file, found)
+    return tensors, metadata, files[0].parent / CONFIG
+
+
+def checkpoint_files(path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """Returns the files of a checkpoint, and the name of the file of each tensor.
+
+    Args:
+        path: A folder with one file or with shards and their index, or one file.
+
+    Returns:
+        Without an index the names are empty.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The folder holds two checkpoints, or the index names no files.
+    """
     if path.is_file():
-        return (*read_file(path), path.parent / CONFIG)
+        return [path], {}
     index, single = path / INDEX, path / FILE
     if not index.exists():
         if not single.exists():
             raise FileNotFoundError(f"There is no {FILE} in {path}.")
-        return (*read_file(single), path / CONFIG)
+        return [single], {}
     if single.exists():
         raise ValueError(
             f"{path} holds two checkpoints, {FILE} and the shards of {INDEX}. Remove "
             "the one that is not to be read."
         )
     where = _weight_map(index)
-    tensors: dict[str, np.ndarray] = {}
-    metadata: dict[str, str] = {}
-    for name in sorted(set(where.values())):
-        if not (path / name).exists():
-            raise FileNotFoundError(f"There is no {name} in {path}.")
-        found, own = read_file(path / name)
-        for tensor in found:
-            if where.get(tensor) != name:
-                raise ValueError(
-                    f"{tensor} is in {path / name}, and {INDEX} has it in "
-                    f"{where.get(tensor, 'no file')}."
-                )
-        tensors |= found
-        metadata |= own
-    if missing := sorted(where.keys() - tensors.keys()):
+    files = [path / name for name in sorted(set(where.values()))]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"There is no {file.name} in {path}.")
+    return files, where
+
+
+def check_index(
+    path: pathlib.Path,
+    where: Mapping[str, str],
+    file: pathlib.Path,
+    names: Collection[str],
+) -> None:
+    """Checks that a file has the tensors that the index says.
+
+    Args:
+        path: The folder, for messages.
+        where: The name of the file of each tensor, as the index has it; empty if there
+            is no index.
+        file: The file.
+        names: The tensors in it.
+
+    Raises:
+        ValueError: A tensor is in another file than the index says, or in none.
+    """
+    if not where:
+        return
+    for tensor in names:
+        if where.get(tensor) != file.name:
+            raise ValueError(
+                f"{tensor} is in {file}, and {INDEX} has it in "
+                f"{where.get(tensor, 'no file')}."
+            )
+    listed = {tensor for tensor, name in where.items() if name == file.name}
+    if missing := sorted(listed - set(names)):
         raise ValueError(
-            f"{index} has tensors that no shard holds: {plan_table.some(missing, 3)}."
+            f"{path / INDEX} has tensors that no shard holds: "
+            f"{plan_table.some(missing, 3)}."
         )
-    return tensors, metadata, path / CONFIG
 
 
 def read_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -138,32 +268,121 @@ def read_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     """
     safetensors = _import("safetensors")
     try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
+        metadata = _metadata(file)
         # Not `get_tensor`, which does not know float8 for any framework but PyTorch.
         stored = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}.") from None
     tensors = {}
     for name, tensor in stored:
-        if tensor["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{name} in {file} has dtype {tensor['dtype']}, unknown to JAX."
-            )
-        dtype = jnp.dtype(_DTYPES[tensor["dtype"]])
+        dtype = _dtype(file, name, tensor["dtype"])
         tensors[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-    _verify(file, tensors, metadata)
+    sums = _checksums(file, metadata, tensors)
+    bad = [name for name in sums if sums[name] != checksum(tensors[name])]
+    if bad:
+        raise ValueError(_damaged(file, bad))
     return tensors, metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInFile:
+    """A tensor that is not read yet.
+
+    Attributes:
+        file: The file.
+        name: Its name there.
+        dtype: Its dtype.
+        shape: Its shape.
+        offset: Where it begins in the file, in bytes.
+        checksum: What `checksum` gives, if the file says so.
+    """
+
+    file: pathlib.Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    checksum: str | None = None
+
+    def mapped(self) -> np.ndarray:
+        """Returns the tensor; of the file only what is used of it is read."""
+        if not math.prod(self.shape):
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def verify(self) -> None:
+        """Reads the tensor, and checks it against its checksum, if it has one.
+
+        Raises:
+            ValueError: It has another one; the message names the file and the tensor.
+        """
+        if self.checksum is not None and checksum(self.mapped()) != self.checksum:
+            raise ValueError(_damaged(self.file, [self.name]))
+
+
+def open_checkpoint(path: pathlib.Path) -> dict[str, TensorInFile]:
+    """Returns where the tensors of a checkpoint are, by name. No tensor is read.
+
+    Args:
+        path: A folder with one file or with shards and their index, or one file.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ImportError: `safetensors` is not installed.
+        ValueError: A file is damaged, or files and index do not say the same; or a
+            tensor has a dtype that NumPy and JAX do not have.
+    """
+    files, where = checkpoint_files(path)
+    tensors: dict[str, TensorInFile] = {}
+    for file in files:
+        found = _tensors_in(file)
+        check_index(path, where, file, found)
+        tensors |= found
+    return tensors
+
+
+def _tensors_in(file: pathlib.Path) -> dict[str, TensorInFile]:
+    safetensors = _import("safetensors")
+    try:
+        metadata = _metadata(file)  # which checks the header, and the file's length
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}.") from None
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json_text.parse(opened.read(length), f"The header of {file}")
+    header.pop("__metadata__", None)
+    sums = _checksums(file, metadata, header)
+    return {
+        name: TensorInFile(
+            file,
+            name,
+            _dtype(file, name, entry["dtype"]),
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            sums.get(name),
+        )
+        for name, entry in header.items()
+    }
 
 
 def read_metadata(file: pathlib.Path) -> dict[str, str]:
     """Returns the metadata of a file; none if it cannot be read."""
     safetensors = _import("safetensors")
     try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            return opened.metadata() or {}
+        return _metadata(file)
     except (OSError, safetensors.SafetensorError):
         return {}
+
+
+def _metadata(file: pathlib.Path) -> dict[str, str]:
+    with _import("safetensors").safe_open(file, framework="numpy") as opened:
+        return opened.metadata() or {}
+
+
+def _dtype(file: pathlib.Path, tensor: str, name: str) -> np.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{tensor} in {file} has dtype {name}, unknown to JAX.")
+    return jnp.dtype(_DTYPES[name])
 
 
 def config_metadata(entries: Mapping[str, Any]) -> dict[str, str]:
@@ -201,22 +420,25 @@ def checksum(tensor: np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
-def _verify(
-    file: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Checks a file against the checksums in it, if it has them."""
+def _checksums(
+    file: pathlib.Path, metadata: Mapping[str, str], names: Collection[str]
+) -> dict[str, str]:
+    """The checksums of the tensors of a file; none if it was written without."""
     if not {_CHECKSUMS, _SEAL} & metadata.keys():
-        return
+        return {}
     if metadata.get(_SEAL) != _seal(metadata):
         raise ValueError(f"{file} is damaged: its metadata have another checksum.")
     sums = json_text.parse(metadata[_CHECKSUMS], f"{_CHECKSUMS} in {file}")
-    bad = [name for name, x in tensors.items() if sums.pop(name, "") != checksum(x)]
-    if bad or sums:
-        names = plan_table.some([*bad, *sums], 3)
-        raise ValueError(
-            f"{file} is damaged: these tensors are missing or have another checksum: "
-            f"{names}."
-        )
+    if sums.keys() != set(names):
+        raise ValueError(_damaged(file, sorted(sums.keys() ^ set(names))))
+    return sums
+
+
+def _damaged(file: pathlib.Path, tensors: Sequence[str]) -> str:
+    return (
+        f"{file} is damaged: these tensors are missing or have another checksum: "
+        f"{plan_table.some(tensors, 3)}."
+    )
 
 
 def _seal(metadata: Mapping[str, str]) -> str:

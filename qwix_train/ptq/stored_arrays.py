@@ -230,10 +230,10 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
     given = stored.unbox(given)
     given = given.array if isinstance(given, WithAux) else given
     if isinstance(given, QArray | PackedQArray):
-        own = {name: _concrete(getattr(given, name)) for name in param.arrays}
+        own = {name: concrete_sharding(getattr(given, name)) for name in param.arrays}
     else:
         own = dict.fromkeys(param.arrays)
-    base = own[param.codes] or _concrete(given)
+    base = own[param.codes] or concrete_sharding(given)
     if base is None:
         # The default device or, under `jax.set_mesh`, all of the mesh: JAX refuses to
         # compute there with arrays that are elsewhere.
@@ -254,13 +254,29 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
     }
 
 
-def _concrete(given: Any) -> Sharding | None:
+def concrete_sharding(given: Any) -> Sharding | None:
+    """What a sharding is, or that of an array, if it names devices; None otherwise."""
     sharding = (
         given if isinstance(given, Sharding) else getattr(given, "sharding", None)
     )
     # Under `jax.set_mesh`, `eval_shape` gives meshes without devices.
     mesh = getattr(sharding, "mesh", None)
     return None if isinstance(mesh, AbstractMesh) else sharding
+
+
+def slice_sharding(
+    base: Sharding, shape: tuple[int, ...], of_slice: tuple[int, ...]
+) -> Sharding:
+    """The sharding of a slice of an array: that of the array, where it divides.
+
+    Args:
+        base: The sharding of the array.
+        shape: The shape of the array.
+        of_slice: The shape of the slice, of the same rank.
+    """
+    shards = base.shard_shape(shape)
+    pieces = [n // s if s else 1 for n, s in zip(shape, shards, strict=True)]
+    return _alike(base, of_slice, pieces, len(pieces))
 
 
 def _alike(

@@ -97,6 +97,18 @@ def packed(quantized: WithAux, layers: Collection[int] = ()) -> WithAux:
     return WithAux(result_of(change, quantized.array), quantized.how)
 
 
+def packed_as(quantized: WithAux, target: WithAux) -> WithAux:
+    """A quantized param, packed if another one is, with the same axes of layers.
+
+    Args:
+      quantized: the param, or its shapes.
+      target: the other one, or its shapes.
+    """
+    if not isinstance(target.array, PackedQArray):
+        return quantized
+    return packed(quantized, range(target.array.layer_axes))
+
+
 def quantize_param_packed(
     param: Any, how: HowToQuantize, layers: Collection[int] = ()
 ) -> WithAux:

@@ -171,7 +171,9 @@ def read_checkpoint(path):
 
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(config)
-    state = load_file(path / "model.safetensors")
+    state = {}
+    for file in path.glob("*.safetensors"):
+        state |= load_file(file)
     # The architecture, which a file does not say: of each layer its shape.
     layers, scales = {}, {}
     for key, tensor in state.items():

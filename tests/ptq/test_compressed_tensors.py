@@ -15,11 +15,12 @@ from flax import traverse_util
 import qwix_train
 from qwix_train.core import numerics
 from qwix_train.core.how import HowToQuantize, needs_zero_point
-from qwix_train.core.qarray import QArray, WithAux, dequantize
+from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
 from qwix_train.ptq.compressed_tensors import (
     load_compressed_tensors,
     save_compressed_tensors,
 )
+from qwix_train.ptq.hugging_face import Place
 from qwix_train.ptq.trees import to_tree
 from tests import other_python
 from tests.compare import assert_same
@@ -512,7 +513,7 @@ def test_two_tensors_for_one_param(tmp_path):
         (
             {"w": {"kernel": weight("int8", (3, 8, 4), channelwise_axes=(0, 2))}},
             {},
-            r"only matrices can be written. Give each layer of a stack a param",
+            r"only matrices can be written. For stacks of layers, and axes",
         ),
         (
             {"w": {"query": weight("int8", (8, 4))}},
@@ -576,3 +577,69 @@ def test_safetensors_is_optional(tmp_path, monkeypatch):
         load_compressed_tensors(tmp_path)
     with pytest.raises(ImportError, match=message):
         save_compressed_tensors(tmp_path, TREES["int8"])
+
+
+@pytest.mark.interchange
+def test_the_library_reads_shards_of_stacked_layers(tmp_path):
+    how = HowToQuantize(qtype="int4", channelwise_axes=[0, 2], tiled_axes={1: 32})
+    values = np.random.default_rng(0).normal(size=(3, 64, 8)).astype(np.float32)
+    kernel = WithAux(quantize_array(jnp.asarray(values), how), how)
+    save_compressed_tensors(
+        tmp_path / "stack",
+        {"fc": {"kernel": kernel}},
+        mapping={"l.{layer}.weight": Place("fc/kernel", "o i -> layer i o")},
+        max_shard_bytes=500,
+    )
+    assert len(list(tmp_path.glob("stack/model-*.safetensors"))) > 2
+    run_library("read", tmp_path)
+    got = np.load(tmp_path / "stack" / "reference.npz")
+    for index, expected in enumerate(np.asarray(dequantize(kernel.array))):
+        np.testing.assert_array_equal(got[f"l.{index}.weight"], expected.T)
+
+
+def test_stacked_layers_and_heads_are_matrices_of_their_own(tmp_path):
+    layers, heads, size, width = 3, 4, 16, 8
+    how = HowToQuantize(qtype="int8", channelwise_axes=[0, 2, 3])
+    query = np.random.default_rng(0).normal(size=(layers, size, heads, width))
+    query = query.astype(np.float32)
+    out = HowToQuantize(qtype="int4", channelwise_axes=[0, 3], tiled_axes={2: 4})
+    back = query.transpose(0, 2, 3, 1)
+    tree = {
+        "layers": {
+            "q_proj": {"kernel": WithAux(quantize_array(jnp.asarray(query), how), how)},
+            "norm": {"scale": jnp.ones((layers, size))},
+        },
+    }
+    mapping = {
+        "layers.{layer}.q_proj.weight": Place(
+            "layers/q_proj/kernel", "(h k) i -> layer i h k"
+        ),
+        "layers.{layer}.norm.weight": Place("layers/norm/scale", "d -> layer d"),
+    }
+    for shard in (10**9, 700):
+        folder = tmp_path / str(shard)
+        save_compressed_tensors(folder, tree, mapping=mapping, max_shard_bytes=shard)
+        assert (folder / "model.safetensors.index.json").exists() == (shard == 700)
+        got = load_compressed_tensors(folder)["layers"]
+        for index, layer in enumerate(query):
+            kernel = got[str(index)]["q_proj"]["kernel"]
+            matrix = layer.reshape(size, heads * width)
+            expected = np.abs(matrix).max(0, keepdims=True) / np.float32(127.5)
+            np.testing.assert_allclose(kernel.array.scale, expected, rtol=1e-6)
+            error = np.abs(dequantize(kernel.array) - matrix)
+            assert (error <= kernel.array.scale * 0.5001).all()
+            assert got[str(index)]["norm"]["scale"].shape == (size,)
+    save_compressed_tensors(
+        folder, tree, mapping=mapping, max_shard_bytes=700, overwrite=True
+    )
+    part = {name: place for name, place in mapping.items() if "q_proj" in name}
+    with pytest.raises(ValueError, match="without a place.*: layers/norm/scale"):
+        save_compressed_tensors(tmp_path / "no", tree, mapping=part)
+    # Tiles of one head that are no tiles of a row of the matrix.
+    kernel = WithAux(quantize_array(jnp.asarray(back), out), out)
+    tree = {"o_proj": {"kernel": kernel}}
+    mapping = {
+        "layers.{layer}.weight": Place("o_proj/kernel", "i (h k) -> layer h k i")
+    }
+    with pytest.raises(ValueError, match="layers.0.weight cannot be written: "):
+        save_compressed_tensors(tmp_path / "tiles", tree, mapping=mapping)
