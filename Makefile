@@ -5,6 +5,7 @@
 #   make example-static-range  a language model with static ranges, GPTQ and others
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
+#   make example-distributed  a language model, trained by two processes
 #   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests; ONLY=lora: of one package, with its doctests
 #   make test-docs    the doctests, and the code of the README and of the documentation
@@ -134,6 +135,10 @@ example-qlora: $(VENV)/.stamp-examples
 .PHONY: example-qat-recipes
 example-qat-recipes: $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m example_trainers.qat_recipes $(ARGS)
+
+.PHONY: example-distributed
+example-distributed: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.distributed $(ARGS)
 
 .PHONY: example-odml
 example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml
