@@ -6,6 +6,7 @@
 #   make example-qlora  a language model, fine-tuned whole, with LoRA and with QLoRA
 #   make example-qat-recipes  schedules, learned scales and others against plain QAT
 #   make example-pretrained  a pretrained language model, quantized in all ways
+#   make example-distributed  a language model, trained by two processes
 #   make example-odml  the digits network in integers, converted and run by LiteRT
 #   make test         the default tests; ONLY=lora: of one package, with its doctests
 #   make test-docs    the doctests, and the code of the README and of the documentation
@@ -147,6 +148,10 @@ $(VENV)/.stamp-weights: $(VENV)/.stamp-pretrained
 .PHONY: example-pretrained
 example-pretrained: $(VENV)/.stamp-examples $(VENV)/.stamp-weights
 	$(VENV)/bin/python -m example_trainers.pretrained_lm $(ARGS)
+
+.PHONY: example-distributed
+example-distributed: $(VENV)/.stamp-examples
+	$(VENV)/bin/python -m example_trainers.distributed $(ARGS)
 
 .PHONY: example-odml
 example-odml: $(VENV)/.stamp-examples $(VENV)/.stamp-odml

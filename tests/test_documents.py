@@ -165,7 +165,12 @@ def check_recipes(names, printed, folder):
     assert set(bits.values()) <= {"int2", "int4"}
 
 
+def check_scale(names, printed, folder):
+    assert printed in (ROOT / "docs" / "scale.md").read_text()
+
+
 CHECKS = {
+    "scale": check_scale,
     "start": check_start,
     "qat": check_qat,
     "ptq": check_ptq,

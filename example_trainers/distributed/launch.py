@@ -67,8 +67,10 @@ def start(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    device_count = f"--xla_force_host_platform_device_count={config.devices}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_count}
+    # The last of two flags counts.
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={config.devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     worker = [sys.executable, "-m", "example_trainers.distributed.worker"]
     command = [*worker, config.to_json(), str(workdir), port]
     return [

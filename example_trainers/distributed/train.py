@@ -142,7 +142,9 @@ def train_and_evaluate(
         for step in range(start + 1, config.steps + 1):
             state, measured = step_fn(state, next(source))
             collected.append(measured)
-            stopped = checkpoints.reached_preemption(step)
+            # The steps of this process: JAX has a signal that came before the first of
+            # them take effect in step 1, and no other.
+            stopped = checkpoints.reached_preemption(step - start)
             if not (stopped or step % config.save_every == 0 or step == config.steps):
                 continue
             merged = metrics.merge(collected)
@@ -182,7 +184,7 @@ def _export(
 
 def _shape(mesh: Mesh) -> str:
     axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
-    return f"{jax.process_count()} processes, mesh {axes}"
+    return f"processes: {jax.process_count()}, mesh: {axes}"
 
 
 def _say(text: str) -> None:

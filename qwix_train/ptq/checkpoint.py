@@ -338,7 +338,7 @@ def _check_same_params(params: Iterable[StoredParam]) -> None:
 
 def _checked(
     params: Any, rules: Sequence[QuantizationRule], plan: Plan | None
-) -> tuple[list[StoredParam], Sequence[QuantizationRule]]:
+) -> tuple[list[StoredParam], tuple[QuantizationRule, ...]]:
     """The params of a tree and the rules, if they can be saved together."""
     held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
     _check_values(held)

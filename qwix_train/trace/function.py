@@ -318,8 +318,9 @@ def trace(
 
 
 def _as_array(out: Any) -> Any:
-    # JAX holds a result that is a constant as one of NumPy.
-    return jnp.asarray(out) if isinstance(out, np.ndarray) else out
+    # JAX holds a result that is a constant as an array of NumPy or as a number.
+    constant = isinstance(out, np.ndarray | np.generic | int | float | complex)
+    return jnp.asarray(out) if constant else out
 
 
 def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,8 @@
 """A quantized step sends what the float step sends, and scales and ranges."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -135,6 +137,29 @@ def assert_sends_no_more(found, in_float, weight, extra=0):
 def test_a_step(name, layout):
     extra = HISTOGRAMS if name == "mse" else 0
     assert_sends_no_more(sent(layout, name), sent(layout), 4 * WIDTH**2, extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MESHES)
+def test_the_bytes_are_those_of_the_formulas(layout):
+    # Of docs/scale.md, which computes large models with them.
+    page = pathlib.Path(__file__).parents[2] / "docs" / "scale.md"
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0], names)
+    (data, model), _ = MESHES[layout]
+    rows = X.shape[0] * X.shape[1] // data
+    products = [(WIDTH, 4 * WIDTH, False), (4 * WIDTH, WIDTH, model > 1)] * 2
+    found = [
+        names["sent"](contracted, kept, rows, data, model, cut, item=4)
+        for contracted, kept, cut in products
+    ]
+    in_float, scales = np.sum(found, axis=0)
+    measured, quantized = (
+        sum(each.bytes for each in sent(layout, name)) for name in (None, "qat")
+    )
+    assert quantized - measured == scales
+    # Beside the products there are the loss and the scales of norms.
+    assert 0 <= measured - in_float <= 3 * 4 * WIDTH
 
 
 def pipeline(mesh, weights, x):

@@ -356,6 +356,18 @@ def test_static_ranges_are_measured_before_activations_begin():
     models.assert_same(step(state, BATCH), wrapped(state, BATCH))
 
 
+def test_a_constant_that_a_step_returns_is_an_array_in_every_phase():
+    def step(state, batch):
+        state, loss = train_step(state, batch)
+        return state, (loss, jnp.array(1))  # as the metrics of clu have it
+
+    state = qwix_train.attach(new_state(), STATIC, X)
+    wrapped = wrap_train_step(step, STATIC, schedule=Schedule(start_step=2))
+    after, (_, count) = jax.eval_shape(wrapped, state, BATCH)
+    assert (count.shape, count.dtype) == ((), jnp.int32)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
 @pytest.mark.slow
 def test_static_ranges_of_nnx_models_with_a_schedule():
     model: Any = models.NnxMlp(nnx.Rngs(0), 0.0)
