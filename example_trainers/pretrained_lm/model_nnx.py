@@ -1,5 +1,6 @@
 """The same model and steps in Flax NNX."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -70,10 +71,11 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(sizes.features, epsilon=sizes.epsilon, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        # Backward recomputes what a layer does: only its input is kept.
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @functools.partial(nnx.remat, prevent_cse=False)
         def through(x, layer):
-            # Backward recomputes what a layer does: only its input is kept.
-            return nnx.remat(Block.__call__, prevent_cse=False)(layer, x)
+            return layer(x)
 
         x = through(self.embedding(tokens), self.layers)
         return self.embedding.attend(self.norm(x))
