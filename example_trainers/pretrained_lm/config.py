@@ -27,8 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_every = 10
     config.seed = 0
     # QLoRA, on source code.
-    config.qlora_steps = 30
-    config.qlora_learning_rate = 2e-4
+    config.qlora_steps = 20
+    config.qlora_learning_rate = 1e-3
     config.rank = 16
     config.alpha = 16.0
     config.tile_size = 64

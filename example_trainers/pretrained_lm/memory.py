@@ -5,6 +5,8 @@ import gc
 import pathlib
 from collections.abc import Iterator
 
+import jax
+
 _PROCESS = pathlib.Path("/proc/self")
 
 
@@ -33,6 +35,15 @@ def peak() -> Iterator[Peak]:
     before = _status("VmRSS")
     yield found
     found.nbytes = _status("VmHWM") - before
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled program takes besides its arguments and results, in bytes.
+
+    None where the platform does not say.
+    """
+    found = compiled.memory_analysis()
+    return None if found is None else found.temp_size_in_bytes
 
 
 def _status(name: str) -> int:

@@ -38,7 +38,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     head = "weights, activations, method, perplexity, vs float, params, time, memory"
-    lines = [tuple(head.split(", "))]
+    lines: list[tuple[str, ...]] = [tuple(head.split(", "))]
     (floating,) = (row for row in rows if row["part"] == "float")
     for row in rows:
         ratio = math.exp(row["loss"] - floating["loss"])
@@ -59,21 +59,23 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def recovered(results: Mapping[str, Any]) -> float | None:
-    """The share of the loss that rounding to nearest adds that QAT takes away."""
-    rows = {row["part"]: row for row in results["rows"] if row["text"] == "prose"}
-    # Of each part the last row is there; QAT has rounding before it.
-    nearest = [row for row in results["rows"] if row["part"] == "qat"]
-    if len(nearest) < 2:
+    """The share of the loss that rounding int3 to nearest adds that QAT takes away.
+
+    None if QAT was not run.
+    """
+    rows = [row for row in results["rows"] if row["text"] == "prose"]
+    in_float, *qat = (row["loss"] for row in rows if row["part"] in ("float", "qat"))
+    if len(qat) < 2:
         return None
-    lost = nearest[0]["loss"] - rows["float"]["loss"]
-    return (nearest[0]["loss"] - rows["qat"]["loss"]) / lost
+    nearest, trained = qat
+    return (nearest - trained) / (nearest - in_float)
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     notes = []
     if (share := recovered(results)) is not None:
         notes.append(f"QAT recovers {share:.0%} of the loss that rounding adds.")
-    temporary = [row for row in results["rows"] if "temporary_bytes" in row]
+    temporary = [row for row in results["rows"] if row.get("temporary_bytes")]
     if temporary:
         each = ", ".join(
             f"{row['method']} {row['temporary_bytes'] / 2**20:.1f} MiB"
