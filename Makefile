@@ -15,7 +15,7 @@
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-lowest  a test of each module, with the oldest of all that we depend on
 #   make test-interchange  files against the libraries of their formats (torch)
-#   make test-clients  trainers that import qwix, on this library: Tunix
+#   make test-clients  trainers that import qwix, on this library: Tunix, gemma
 #   make lint         ruff and pyright, which also checks that all names have types
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
@@ -43,7 +43,6 @@ VENV := .venv
 LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
 LOWEST := .venv-lowest
-TUNIX := .venv-tunix
 PIP := -m pip --disable-pip-version-check --quiet
 
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
@@ -99,7 +98,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 
 .PHONY: help
 help:
-	@sed -n '4,29p' $(MAKEFILE_LIST) | cut -c3-
+	@sed -n '4,/^$$/p' $(MAKEFILE_LIST) | cut -c3-
 
 $(VENV)/.stamp-python:
 	@python="$(PYTHON)"; \
@@ -242,29 +241,33 @@ run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 	  $(call PYTEST,$(VENV)) -m interchange $(PYTEST_ARGS) \
 	  $(shell grep -rl --include='test_*.py' 'mark\.interchange' tests)
 
-# Tunix with `qwix`, and this library: what it trains with either is compared.
-$(TUNIX)/.stamp: pyproject.toml
+# Projects that import `qwix`, each with it and this library in an environment of its
+# own: what they compute with either is compared.
+CLIENTS := tunix gemma
+tunix := google-tunix==0.1.7
+gemma := gemma==4.0.1
+
+$(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml
 	@python=$$($(call find_python,3.12)) || { \
 	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
 	  exit 1; }; \
-	echo "make: installing google-tunix into $(TUNIX) from $$python"; \
-	"$$python" -m venv --clear $(TUNIX)
-	@$(TUNIX)/bin/python $(PIP) install google-tunix==0.1.7 qwix==0.1.8 -e .
+	echo "make: installing $($*) into .venv-$* from $$python"; \
+	"$$python" -m venv --clear .venv-$*
+	@.venv-$*/bin/python $(PIP) install $($*) qwix==0.1.8 -e .
 	@touch $@
 
 .PHONY: test-clients
-test-clients: $(VENV)/.stamp-test
-	@if $(MAKE) --no-print-directory $(TUNIX)/.stamp; then \
-	  $(MAKE) --no-print-directory run-test-clients; \
+test-clients: $(CLIENTS:%=test-%)
+
+.PHONY: $(CLIENTS:%=test-%)
+$(CLIENTS:%=test-%): test-%: $(VENV)/.stamp-test
+	@if $(MAKE) --no-print-directory .venv-$*/.stamp; then \
+	  env QWIX_TRAIN_$$(echo $* | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$*/bin/python \
+	    $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients/test_$*.py; \
 	else \
-	  echo "make: TEST-CLIENTS WAS NOT RUN: google-tunix could not be installed" >&2; \
+	  echo "make: TEST-CLIENTS WAS NOT RUN: $* could not be installed" >&2; \
 	  [ -n "$(ALLOW_MISSING)" ]; \
 	fi
-
-.PHONY: run-test-clients
-run-test-clients: $(VENV)/.stamp-test $(TUNIX)/.stamp
-	QWIX_TRAIN_TUNIX_PYTHON=$(CURDIR)/$(TUNIX)/bin/python \
-	  $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients
 
 .PHONY: lint
 lint: $(VENV)/.stamp-dev
@@ -320,5 +323,5 @@ environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
 
 .PHONY: clean
 clean:
-	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(TUNIX) $(LOWEST) \
-	  $(JAX_CACHE) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) $(LATEST) $(INTERCHANGE) $(LOWEST) \
+	  $(CLIENTS:%=.venv-%) $(JAX_CACHE) .pytest_cache .ruff_cache .hypothesis

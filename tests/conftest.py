@@ -33,6 +33,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import other_python  # noqa: E402
+from tests.clients import program  # noqa: E402
 
 # A first call compiles, so examples differ in time by orders of magnitude, and the
 # same examples on every run keep a failure reproducible.
@@ -108,17 +109,18 @@ def _mark_fast(items):
 
 
 def _skip_others(items):
-    needs = {
-        "interchange": (other_python.VARIABLE, "PyTorch and the libraries"),
-        "clients": ("QWIX_TRAIN_TUNIX_PYTHON", "Tunix"),
-    }
-    for marker, (variable, what) in needs.items():
-        if variable in os.environ:
+    """Skips what needs an environment of its own, where that is not given."""
+    for item in items:
+        if item.get_closest_marker("interchange"):
+            needed, target = other_python.VARIABLE, "test-interchange"
+        elif item.get_closest_marker("clients"):
+            client = item.path.stem.removeprefix("test_")
+            needed, target = program.variable(client), "test-clients"
+        else:
             continue
-        reason = f"needs {what}: run `make test-{marker}`"
-        for item in items:
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if needed not in os.environ:
+            reason = f"needs {needed}: run `make {target}`"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_report_header():

@@ -1,35 +1,18 @@
-"""Tunix, on this library and on `qwix`: `make test-clients` runs it.
-
-Its environment has Tunix, `qwix` and this library; `QWIX_TRAIN_TUNIX_PYTHON` is its
-interpreter.
-"""
+"""Tunix, on this library and on `qwix`."""
 
 import json
-import os
-import pathlib
-import subprocess
 
 import numpy as np
 import pytest
 
+from tests.clients import program
+
 pytestmark = pytest.mark.clients
-PROGRAM = pathlib.Path(__file__).with_name("tunix_program.py")
 CASES = ["lora", "qlora nf4"]
 
 
 def run(first, *folders):
-    """The results of the program, after an import."""
-    code = (
-        f"import runpy; {first}; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [os.environ["QWIX_TRAIN_TUNIX_PYTHON"], "-W", "ignore", "-c", code, *folders],
-        cwd=PROGRAM.parent,
-        env={**os.environ, "XLA_FLAGS": "", "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    program.run("tunix", first, *folders)
     return json.loads((folders[0] / "results.json").read_text("utf-8"))
 
 
