@@ -89,16 +89,31 @@ def loss_of(model, params):
     return float(losses(logits, labels).mean())
 
 
-def loss_after(method, params, quant_stats=None):
-    """The test loss with params that a method quantized; None rounds to nearest."""
+def loss_after(method, params, quant_stats=None, block=None):
+    """The test loss with params that a method quantized, or with rounded ones.
+
+    Args:
+      method: the method, or rules to round to nearest by.
+      params: the float params.
+      quant_stats: the ranges of activations, for rules.
+      block: see `ptq.quantize_in_sequence`; all at once if None.
+    """
     model, ((images, _), _) = Network(), data()
     if isinstance(method, list):
         whole, params = ptq.quantize(
             model, params, method, images[:1], quant_stats=quant_stats
         )
         return loss_of(whole, params)
-    collect(method, model, params, images[:640], images[640:1280])
-    quantized = method.quantize_params(params, abstract(method, model, images[:1]))
+    batches = images[:640], images[640:1280]
+    target = abstract(method, model, images[:1])
+    if block is None:
+        collect(method, model, params, *batches)
+        quantized = method.quantize_params(params, target)
+    else:
+        run = functools.partial(collect, method, model)
+        quantized = ptq.quantize_in_sequence(
+            method, lambda params: run(params, *batches), params, target, block=block
+        )
     assert all(record["applied"] for record in method.report.records())
     return loss_of(quantize_model(model, method.provider), quantized)
 
