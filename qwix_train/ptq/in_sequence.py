@@ -38,8 +38,9 @@ def quantize_in_sequence(
 
     Runs the user's loop once for each block, in the order in which the model reads
     their params. In each run the model computes in float, and the params of the blocks
-    before have the values that their codes stand for. Only inputs of the one block are
-    collected; then it is quantized, and its statistics are dropped.
+    before have the values that their codes stand for (times the scale of their input,
+    where the method scales that). Only inputs of the one block are collected; then it
+    is quantized, and its statistics are dropped.
 
     A run goes through the whole model, and a step is compiled for each: the time is
     that of as many evaluations as there are blocks. Layers that are stacked and
@@ -55,9 +56,10 @@ def quantize_in_sequence(
       abstract_quantized_params: see there. The model is one that `method.provider`
         quantizes.
       quant_stats: see `quantize_params` of the method.
-      block: a regular expression, such as ``r"layers_\d+"``. Params are of one block
-        if their paths, such as ``layers_0/Dense_0/kernel``, begin with the same match
-        of it. A param with another path is a block of its own.
+      block: a regular expression for the module path of a block, such as
+        ``r"layers_\d+"``. Params below the same path are one block, such as
+        ``layers_0/Dense_0/kernel`` and ``layers_0/Dense_1/kernel``. A param that is
+        below none is a block of its own.
       allow_extra_params: see `quantize_params`.
       donate: whether each float array is deleted once it is quantized and no longer
         needed, so that the values of codes take the place of float params.
@@ -67,7 +69,7 @@ def quantize_in_sequence(
 
     Raises:
       TypeError, ValueError: see `method.quantize_params`; and if no param that is
-        quantized begins with a match of `block`.
+        quantized is below a path that `block` matches.
 
     References:
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative
@@ -127,16 +129,14 @@ def quantize_in_sequence(
                 param.delete()
 
     def leaf(names, param, target, given):
-        return (
-            quantized[names]
-            if names in quantized
-            else job.leaf(names, param, target, given)
-        )
+        if names in quantized:
+            return quantized[names]
+        return job.leaf(names, param, target, given)
 
     done: tuple[str, ...] = ()
     try:
         while True:
-            current = _Block(re.compile(block), done)
+            current = _Block(block, done)
             method.restart(current.takes)
             run(jax.tree_util.tree_map_with_path(serve, params))
             quantize_block(current)
@@ -161,12 +161,18 @@ class _Block:
 
     Attributes:
       seen: the paths of all quantized params that the model read.
-      name: what the paths of the block begin with; that of the first param that was
-        read and is not of a block before.
+      name: its module path: that of the first param that was read and is not of a block
+        before.
       others: whether params were read that are of a block to come.
     """
 
-    def __init__(self, pattern: re.Pattern[str], done: Collection[str]):
+    def __init__(self, pattern: str, done: Collection[str]):
+        """Takes the pattern, and the names of the blocks before.
+
+        Args:
+          pattern: see `quantize_in_sequence`.
+          done: the names.
+        """
         self.pattern = pattern
         self.done = done
         self.seen: dict[Path, None] = {}
@@ -184,21 +190,31 @@ class _Block:
         return name == self.name
 
     def name_of(self, path: Path) -> str:
-        """The name of the block of a param."""
+        r"""The name of the block of a param.
+
+        >>> block = _Block(r"layers_\d+", done=())
+        >>> block.name_of(("layers_10", "up", "kernel")), block.name_of(("head", "w"))
+        ('layers_10', 'head/w')
+        >>> _Block(r"layers_\d", done=()).name_of(("layers_10", "kernel"))
+        'layers_10/kernel'
+        """
         name = "/".join(path)
-        found = self.pattern.match(name)
+        found = self._match(name)
         return found.group() if found else name
+
+    def _match(self, name: str) -> re.Match[str] | None:
+        return re.match(f"(?:{self.pattern})(?=/)", name)
 
     def check_matches(self, paths: Collection[Path]) -> None:
         """Complains of a pattern that describes no block.
 
         Raises:
-          ValueError: if it matches at no param, or before a param's first letter.
+          ValueError: if no param is below a path that it matches.
         """
         names = ["/".join(path) for path in paths]
-        if not any(found and found.group() for found in map(self.pattern.match, names)):
+        if names and not any(map(self._match, names)):
             raise ValueError(
-                f"block={self.pattern.pattern!r} matches the beginning of no quantized "
-                f"param, such as {names[0]!r}. Give a regular expression for that of "
-                "the params of one block."
+                f"block={self.pattern!r} matches the module path of no param that is "
+                f"quantized, such as {names[0]!r}. Give a regular expression for the "
+                "path, from its beginning, of the module that is one block."
             )

@@ -172,7 +172,8 @@ class WeightMethod(Collector, abc.ABC):
     """Collects the inputs of weights in a user's loop, then quantizes the weights.
 
     Wrap the eval step of the float model and run the loop; `quantize_params` then
-    takes the place of the function of that name. Several steps may be wrapped.
+    takes the place of the function of that name. Several steps may be wrapped. For one
+    block of the model after the other, see `quantize_in_sequence`.
 
     Attributes:
       rules: the rules.
