@@ -2,7 +2,8 @@
 
 `quantize` does all in one call. In steps: `PtqProvider` for `quantize_model`, the
 shapes of quantized params (`abstract_params` for functions), and `quantize_params`;
-`to_tree` gives those of an NNX model. `Gptq`, `Awq` and `SmoothQuant` look at data.
+`to_tree` gives those of an NNX model. `Gptq`, `Awq` and `SmoothQuant` look at data,
+`quantize_in_sequence` block by block.
 
 Files: `save`, `save_async`, `restore`, `read_manifest`; `save_compressed_tensors`,
 `load_compressed_tensors`; `hugging_face`, float checkpoints of the hub, quantized on
@@ -22,6 +23,7 @@ from qwix_train.ptq.compressed_tensors import (
     save_compressed_tensors as save_compressed_tensors,
 )
 from qwix_train.ptq.gptq import Gptq as Gptq
+from qwix_train.ptq.in_sequence import quantize_in_sequence as quantize_in_sequence
 from qwix_train.ptq.params import abstract_params as abstract_params
 from qwix_train.ptq.params import quantize as quantize
 from qwix_train.ptq.params import quantize_params as quantize_params

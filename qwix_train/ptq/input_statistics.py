@@ -7,7 +7,7 @@ and each is a state of arrays that can be saved, merged and put back.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -218,11 +218,26 @@ class InputTagging(Tagging):
     """
 
     def __init__(
-        self, rules: Sequence[QuantizationRule], *, second_moment: bool, rows: int = 0
+        self,
+        rules: Sequence[QuantizationRule],
+        *,
+        second_moment: bool,
+        rows: int = 0,
+        takes: Callable[[Path], bool] = lambda path: True,
     ):
+        """Takes what is collected.
+
+        Args:
+          rules: the rules.
+          second_moment: see `InputMoments`.
+          rows: see there.
+          takes: says of the path of a quantized param whether inputs that meet it are
+            tagged. It is asked in the order in which the model reads its params.
+        """
         super().__init__(rules)
         self.second_moment = second_moment
         self.rows = rows
+        self.takes = takes
         self.ranges: dict[str, WeightInput] = {}
         self.reads: Reads = {}
 
@@ -235,7 +250,7 @@ class InputTagging(Tagging):
                 path
                 for operand in op.op.operands[:2]
                 for path in provenance.paths_of(operand.provenance)
-                if plan.params[path].how is not None
+                if plan.params[path].how is not None and self.takes(path)
             )
             for path in paths:
                 found = self._found(op, path, plan)

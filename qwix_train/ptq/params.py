@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -149,15 +149,8 @@ def quantize_tree(
     """
     in_module = isinstance(abstract_quantized_params, nnx.Module)
     frozen, params = isinstance(params, FrozenDict), unfreeze(params)
-    target = stored.by_path(_target(abstract_quantized_params))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=stored.is_whole
-    )
-    flat = [(param_path(key_path), param) for key_path, param in leaves]
-    for names, param in flat:
-        if not _is_static(param, target.get(names)):
-            _check_array(names, param)
-    given = given_scales.among_params(dict(flat), target)
+    structure = jax.tree.structure(params, is_leaf=stored.is_whole)
+    flat, target, given = by_path(params, abstract_quantized_params)
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
@@ -187,6 +180,39 @@ def quantize_tree(
     if in_module:
         return trees.plain(tree)
     return freeze(tree) if frozen else tree
+
+
+class ByPath(NamedTuple):
+    """Float params, next to what a quantized model has in their places.
+
+    Attributes:
+      flat: the float params with their paths, in the order of their tree.
+      target: the params of the quantized model, by path.
+      given: the scales that are among the float params.
+    """
+
+    flat: list[tuple[Path, Any]]
+    target: Mapping[Path, Any]
+    given: GivenScales
+
+
+def by_path(params: Any, abstract_quantized_params: Any) -> ByPath:
+    """The params of a float and a quantized model by their paths.
+
+    Args:
+      params: see `quantize_params`.
+      abstract_quantized_params: see there.
+
+    Raises:
+      TypeError: if a float param is not an array.
+    """
+    target = stored.by_path(_target(abstract_quantized_params))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=stored.is_whole)
+    flat = [(param_path(key_path), param) for key_path, param in leaves]
+    for names, param in flat:
+        if not _is_static(param, target.get(names)):
+            _check_array(names, param)
+    return ByPath(flat, target, given_scales.among_params(dict(flat), target))
 
 
 def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> Any:

@@ -6,8 +6,8 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -67,10 +67,20 @@ class Weight:
         """The ops that read it."""
         return ", ".join(found.name for found in self.inputs)
 
-    def matrices(self, array: MaybeQArray | None = None) -> jax.Array:
-        """The param, or an array in its place, as matrices, in float32."""
+    def matrices(
+        self, array: MaybeQArray | None = None, scale: jax.Array | None = None
+    ) -> jax.Array:
+        """The matrices, in float32, that the input is multiplied by.
+
+        Args:
+          array: what stands in the place of the param; None for the param.
+          scale: what the input is multiplied by first, shape (matrices, channels).
+        """
         array = as_float(self.param if array is None else array)
-        return self.view.to_matrices(array).astype(jnp.float32)
+        matrices = self.view.to_matrices(array).astype(jnp.float32)
+        return (
+            matrices if scale is None else matrices * scale.astype(jnp.float32)[:, None]
+        )
 
     def divided(self, scale: jax.Array) -> jax.Array:
         """The param, divided by a scale of its input, shape (matrices, channels)."""
@@ -136,9 +146,7 @@ def output_error(
       array: what it was quantized to.
       scale: what its input is multiplied by, shape (matrices, channels), or None.
     """
-    matrices, approximate = weight.matrices(), weight.matrices(array)
-    if scale is not None:
-        approximate *= scale.astype(jnp.float32)[:, None]
+    matrices, approximate = weight.matrices(), weight.matrices(array, scale)
     moment = weight.moments["second_moment"]
     total = squared_outputs(matrices, moment).sum()
     return squared_outputs(matrices - approximate, moment).sum() / total
@@ -164,7 +172,8 @@ class WeightMethod(Collector, abc.ABC):
     """Collects the inputs of weights in a user's loop, then quantizes the weights.
 
     Wrap the eval step of the float model and run the loop; `quantize_params` then
-    takes the place of the function of that name. Several steps may be wrapped.
+    takes the place of the function of that name. Several steps may be wrapped. For one
+    block of the model after the other, see `quantize_in_sequence`.
 
     Attributes:
       rules: the rules.
@@ -197,14 +206,27 @@ class WeightMethod(Collector, abc.ABC):
                     "round to nearest in it, with ptq.quantize."
                 )
         self.report: WeightReport | None = None
-        self._tagging = InputTagging(
-            self.rules, second_moment=self.second_moment, rows=self.rows
+        self.restart()
+
+    def restart(self, takes: Callable[[Path], bool] = lambda path: True) -> None:
+        """Drops all statistics. Steps that are wrapped collect anew.
+
+        Args:
+          takes: says of the path of a param whether its inputs are collected from now
+            on; see `InputTagging`.
+        """
+        self.state = {}
+        self.tagging = InputTagging(
+            self.rules,
+            second_moment=self.second_moment,
+            rows=self.rows,
+            takes=takes,
         )
 
     @property
     def ranges(self) -> Mapping[str, Any]:
         """The inputs whose statistics were found so far, by name."""
-        return self._tagging.ranges
+        return self.tagging.ranges
 
     @property
     def provider(self) -> PtqProvider:
@@ -226,8 +248,18 @@ class WeightMethod(Collector, abc.ABC):
           ValueError: by the step, when it is called within a transformation, or if no
             rule quantizes a weight that it reads.
         """
-        observed = self.observe(step)
-        return self.collecting(step, observed, "method.observe(step)")
+
+        # Compiled for the inputs that are collected; `restart` may choose others.
+        @functools.lru_cache(maxsize=1)
+        def collecting(tagging: InputTagging) -> Step:
+            observed = Observed(step, tagging)
+            return self.collecting(step, observed, "method.observe(step)")
+
+        @functools.wraps(step)
+        def wrapped(*args, **kwargs):
+            return collecting(self.tagging)(*args, **kwargs)
+
+        return cast(Step, wrapped)
 
     def observe(self, step: Callable[..., Any]) -> Observed:
         """The pure form of `wrap`, for loops that jit, scan or shard the step.
@@ -239,7 +271,7 @@ class WeightMethod(Collector, abc.ABC):
           A function `observed(state, *args) -> (state, outputs)`, which starts from
           `observed.init(*args)`. Put the last state into `state` of this object.
         """
-        return Observed(step, self._tagging)
+        return Observed(step, self.tagging)
 
     def merge(self, a: State, b: State) -> State:
         """The statistics of the batches of two states, such as those of two hosts.
@@ -283,8 +315,8 @@ class WeightMethod(Collector, abc.ABC):
             quantized param was not reached in the steps that were run.
         """
         static_range.check_quant_stats(quant_stats)
-        self._check_collected()
-        job = _Job(self, isinstance(abstract_quantized_params, nnx.Module))
+        self.check_collected()
+        job = Job(self, isinstance(abstract_quantized_params, nnx.Module))
         tree = quantize_tree(
             params,
             abstract_quantized_params,
@@ -305,8 +337,13 @@ class WeightMethod(Collector, abc.ABC):
         del weight
         return ""
 
-    def _check_collected(self) -> None:
-        tagging = self._tagging
+    def check_collected(self) -> None:
+        """Complains of inputs that were not collected.
+
+        Raises:
+          ValueError: if there are any, or no input was found.
+        """
+        tagging = self.tagging
         # Where no weight has an input of use, there is none, and the report says why.
         if not tagging.reads or (tagging.ranges and not self.state):
             raise ValueError(
@@ -322,13 +359,22 @@ class WeightMethod(Collector, abc.ABC):
                 )
 
 
-class _Job:
-    """One call of `quantize_params`."""
+class Job:
+    """Quantizes the params of a tree, one after the other.
+
+    Attributes:
+      records: what became of each.
+    """
 
     def __init__(self, method: WeightMethod, in_module: bool):
+        """Starts with nothing.
+
+        Args:
+          method: the method.
+          in_module: whether the quantized model is an NNX module.
+        """
         self.method = method
         self.in_module = in_module
-        self.tagging = method._tagging
         self.records: list[WeightRecord] = []
         self.scales: dict[Path, jax.Array] = {}
         self.ranges: dict[Path, dict[str, jax.Array]] = {}
@@ -337,24 +383,32 @@ class _Job:
         self.unscaled: list[Path] = []
 
     def leaf(self, names: Path, param: Any, target: Any, given: GivenScales) -> Any:
-        """Quantizes one param."""
+        """Quantizes one param; see `params.QuantizeLeaf`."""
+        return self.leaf_and_values(names, param, target, given)[0]
+
+    def leaf_and_values(
+        self, names: Path, param: Any, target: Any, given: GivenScales
+    ) -> tuple[Any, Any]:
+        """`leaf`, and in float what the products compute with.
+
+        Returns:
+          The quantized param; and the function that gives the float array with which
+          the products of the float model are those of the quantized weight and, if the
+          method scales that, its scaled input.
+        """
         rounded = quantized_leaf(names, param, target, given)
         if not stored.is_quantized(target):
-            return rounded
+            return rounded, lambda: rounded
         where = f"Param {'/'.join(names)!r}"
         if isinstance(param, jax.ShapeDtypeStruct):
             raise TypeError(
                 f"{where} is a shape, and {self.method.title} looks at values. To have "
                 "shapes of the result, put the call into jax.eval_shape."
             )
-        path = names if names in self.tagging.reads else names[1:]
-        if path not in self.tagging.reads:
-            raise ValueError(
-                f"{where} was not reached: no op that reads it was in the steps that "
-                "were run. Run steps that reach it, or leave it out of the rules."
-            )
+        all_reads = self.method.tagging.reads
+        path = path_among(all_reads, names)
         prefix = names[: len(names) - len(path)]
-        reads = self.tagging.reads[path]
+        reads = all_reads[path]
         weight = self._weight(path, jnp.asarray(param), target.how)
         reason = weight if isinstance(weight, str) else self.method.obstacle(weight)
         if names in given.weights:
@@ -363,7 +417,7 @@ class _Job:
         if reason or isinstance(weight, str):
             self.records.append(record(False, reason))
             self.unscaled += [(*prefix, *name.split("/")) for name in reads]
-            return rounded
+            return rounded, lambda: stored.dequantized(rounded)
         array, said, scale = self.method.quantize_weight(weight)
         if scale is not None:
             (found,) = weight.inputs
@@ -379,7 +433,12 @@ class _Job:
         before, after = map(_known, errors or (None, None))
         note = "; ".join(filter(None, (said.note, _without_input(weight))))
         self.records.append(record(not said.reason, said.reason, before, after, note))
-        return WithAux(array, rounded.how)
+
+        def values():
+            matrices = weight.matrices(array, scale and scale.channels)
+            return weight.view.from_matrices(matrices).astype(weight.param.dtype)
+
+        return WithAux(array, rounded.how), values
 
     def finish(self, quant_stats: Any, target: Mapping[Path, Any]) -> Any:
         """The ranges, with those of scaled inputs, and the scales."""
@@ -402,7 +461,7 @@ class _Job:
 
     def _weight(self, path: Path, param: jax.Array, how: HowToQuantize) -> Weight | str:
         """The weight at a path; why the method does not apply, if that is so."""
-        reads = self.tagging.reads[path].values()
+        reads = self.method.tagging.reads[path].values()
         if reasons := [found for found in reads if isinstance(found, str)]:
             return "; ".join(dict.fromkeys(reasons))
         inputs = tuple(found for found in reads if isinstance(found, WeightInput))
@@ -421,6 +480,26 @@ class _Job:
         ]
         merge = inputs[0].statistics.merge
         return Weight(param, how, view, functools.reduce(merge, all_states), inputs)
+
+
+def path_among(paths: Collection[Path], names: Path) -> Path:
+    """The path of a param in a model, without the collection that it stands in.
+
+    Args:
+      paths: the paths of the params that the model was seen to read.
+      names: the path of the param in a tree.
+
+    Raises:
+      ValueError: if it is none of them.
+    """
+    path = names if names in paths else names[1:]
+    if path not in paths:
+        raise ValueError(
+            f"Param {'/'.join(names)!r} was not reached: no op that reads it was in "
+            "the steps that were run. Run steps that reach it, or leave it out of the "
+            "rules."
+        )
+    return path
 
 
 def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, Any]]:
