@@ -18,6 +18,7 @@ it dequantizes them; that of gpt-oss is ``[expert, in, out]``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -144,16 +145,14 @@ def joined(
         ValueError: ``config.json`` is wrong, or asks for what cannot be read.
     """
     found: dict[str, Tensor] = dict(tensors)
-    file = (path if path.is_dir() else path.parent) / safetensors_files.CONFIG
-    config = None
+    config = functools.cache(functools.partial(_config, path))
     for name, scales in tensors.items():
         base = name.removesuffix(_SCALE_INV)
         codes = tensors.get(base)
         if base != name and codes is not None and codes.dtype.name.startswith("float8"):
-            if config is None:
-                config = _config(file)
-            scheme = compressed_config.find_scheme(config, base.rpartition(".")[0])
-            found[base] = _Float8(base, codes, scales, scheme.get("weights") or {})
+            layer = base.rpartition(".")[0]
+            scheme = compressed_config.find_scheme(config(), layer)
+            found[base] = _Float8(base, codes, scales, scheme.get("weights", {}))
             del found[name]
         base = name.removesuffix(_SCALES)
         codes = tensors.get(base + _BLOCKS)
@@ -164,11 +163,13 @@ def joined(
     return found
 
 
-def _config(file: pathlib.Path) -> dict[str, Any]:
+def _config(path: pathlib.Path) -> dict[str, Any] | None:
+    file = (path if path.is_dir() else path.parent) / safetensors_files.CONFIG
     entry = "quantization_config"
-    config = (json_text.read(file) if file.exists() else {}).get(entry) or {}
-    with located(f"{file}, {entry}"):
-        compressed_config.check_config(config)
+    config = json_text.read(file).get(entry) if file.exists() else None
+    if config is not None:
+        with located(f"{file}, {entry}"):
+            compressed_config.check_config(config)
     return config
 
 
