@@ -14,7 +14,8 @@ block      ``[ceil(out / rows), ceil(in / columns)]``  a rectangle
 
 The codes are ``weight`` (int8 or float8), or ``weight_packed`` (see `int32_packing`)
 with ``weight_shape``. ``weight_zero_point`` has the layout of the scales; beside
-packed codes with scales for rows or groups it is packed too, along the rows.
+packed codes with scales for rows or groups it is packed too, along the rows. Types
+with blocks, whose scales are codes, are in `compressed_blocks`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import numpy as np
 from qwix_train.core import numerics, tiling
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
-from qwix_train.ptq import compressed_config, int32_packing
+from qwix_train.ptq import compressed_blocks, compressed_config, int32_packing
 
 PARTS = (
     "weight",
     "weight_packed",
     "weight_scale",
     "weight_scale_inv",
+    "weight_global_scale",
     "weight_zero_point",
     "weight_shape",
 )
@@ -57,10 +59,13 @@ def layer_format(qtype: Any, int8_format: str) -> str:
         return "float-quantized"
     if name == "int8":
         return int8_format
+    block_type = compressed_blocks.type_with_codes_of(name)
+    if block_type is not None:
+        return compressed_blocks.layer_format(block_type)
     if name in ("int1", "ternary") or not numerics.is_integer_qtype(name):
         raise ValueError(
-            f"compressed-tensors has no type {name}; it takes int2 to int8 and "
-            "float8_e4m3fn"
+            f"compressed-tensors has no type {name}; it takes int2 to int8, "
+            f"float8_e4m3fn, {', '.join(compressed_blocks.TYPES)}"
         )
     packed = numerics.qtype_bits(name) in int32_packing.PACKED_BITS
     return "pack-quantized" if packed else "int-quantized"
@@ -85,6 +90,10 @@ def encode_layer(
         )
     scale = np.asarray(array.scale)
     check_scale(scale)
+    if numerics.format_of(array.qtype).coded_scales:
+        if array.tensor_scale is not None:
+            check_scale(np.asarray(array.tensor_scale))
+        return compressed_blocks.encode(array)
     layout = _layout_args(array.shape, scale.shape)
     is_float = format == "float-quantized"
     bits = numerics.qtype_bits(array.qtype)
@@ -132,13 +141,16 @@ def _layout_args(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> dict:
 
 
 def decode_layer(
-    tensors: Mapping[str, np.ndarray], args: Mapping[str, Any] | None
+    tensors: Mapping[str, np.ndarray],
+    args: Mapping[str, Any] | None,
+    dtype: Any = jnp.float32,
 ) -> WithAux:
     """Returns the matrix ``[out, in]`` of a layer.
 
     Args:
         tensors: The tensors, by their names in `PARTS`.
         args: The ``weights`` entry of the config; None if there is no config.
+        dtype: The dtype of the dequantized matrix, where scales do not say it.
 
     Raises:
         ValueError: The tensors are of another format, or do not fit together.
@@ -149,6 +161,12 @@ def decode_layer(
         raise ValueError(f"its scheme is not supported: it has {', '.join(unknown)}")
     if args.get("actorder") in ("group", "dynamic", True):
         raise ValueError("columns that were reordered by activation are not supported")
+    block_type = compressed_blocks.find(tensors, args)
+    if block_type is not None:
+        array = compressed_blocks.decode(tensors, block_type, dtype)
+        for part in array.layouts.values():
+            check_scale(np.asarray(part))
+        return WithAux(array, _how(array, "absmax"))
     codes, bits = _codes(tensors, args)
     is_float = codes.dtype != np.int8
     qtype = codes.dtype.name if is_float else f"int{bits}"
@@ -162,18 +180,22 @@ def decode_layer(
     zero = _zero_point(tensors, args, bits, codes.shape, scale.shape)
     if zero is not None and is_float:
         raise ValueError("zero points of float8 codes are not supported")
-    counts = enumerate(zip(codes.shape, scale.shape, strict=True))
-    entries = [(axis, n, s) for axis, (n, s) in counts if s > 1]
-    how = HowToQuantize(
-        qtype=qtype,
-        channelwise_axes=[axis for axis, n, s in entries if s == n],
-        tiled_axes={axis: n // s for axis, n, s in entries if s != n},
-        calibration_method="absmax" if zero is None else "minmax",
-    )
     stored = numerics.storage_dtype(qtype)
     qvalue = jnp.asarray(codes).astype(stored)
     zero_point = None if zero is None else jnp.asarray(zero).astype(stored)
-    return WithAux(QArray(qvalue, jnp.asarray(scale), zero_point, qtype), how)
+    array = QArray(qvalue, jnp.asarray(scale), zero_point, qtype)
+    return WithAux(array, _how(array, "absmax" if zero is None else "minmax"))
+
+
+def _how(array: QArray, method: str) -> HowToQuantize:
+    counts = enumerate(zip(array.shape, array.scale.shape, strict=True))
+    entries = [(axis, n, s) for axis, (n, s) in counts if s > 1]
+    return HowToQuantize(
+        qtype=array.qtype,
+        channelwise_axes=[axis for axis, n, s in entries if s == n],
+        tiled_axes={axis: n // s for axis, n, s in entries if s != n},
+        calibration_method=method,
+    )
 
 
 def check_codes(codes: np.ndarray, bits: int, what: str) -> None:

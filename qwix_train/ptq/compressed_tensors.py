@@ -68,7 +68,9 @@ def save_compressed_tensors(
     take for a checkpoint. Several processes all call this, and the first one writes.
 
     int8 codes are written as they are, int2 and int4 packed ("pack-quantized"), other
-    integers as int8, and float8_e4m3fn as it is ("float-quantized").
+    integers as int8, and float8_e4m3fn as it is ("float-quantized"); nvfp4, mxfp4 and
+    mxfp8 as `compressed_blocks` says. The reciprocal that is written for the scale of
+    an nvfp4 tensor is rounded to float32.
 
     Args:
         directory: The folder, made if it does not exist. ``model.safetensors`` is
@@ -218,8 +220,16 @@ def load_compressed_tensors(
     """Reads a checkpoint in the compressed-tensors layout, or a plain fp8 one.
 
     Layers may be int8, packed int2, int4 or int8, other integers stored as int8, or
-    float8, with scales for the tensor, rows, groups or blocks. Nothing is rounded:
-    `dequantize` gives what the library of the format gives.
+    float8, with scales for the tensor, rows, groups or blocks; or nvfp4, mxfp4 or
+    mxfp8. Codes and scales are those of the file, and `dequantize` gives what the
+    library of the format gives. (Scales of nvfp4 tensors are stored as reciprocals,
+    which are rounded to float32. The library rounds the values of nvfp4 to bfloat16,
+    which is not done here.)
+
+    Weights of types with blocks are dequantized to the ``dtype`` (or ``torch_dtype``)
+    that ``config.json`` has for the model, and to float32 if it has none. What the
+    input of an nvfp4 layer is divided by (``input_global_scale``) is left out: here
+    nvfp4 finds it from the input itself.
 
     Args:
         path: The folder, or one safetensors file, with ``config.json`` beside it.
@@ -256,7 +266,7 @@ def load_compressed_tensors(
         layer, _, part = name.rpartition(".")
         modules.setdefault(layer, {})[part] = tensor
 
-    reader = _Reader(rename, recorded)
+    reader = _Reader(rename, recorded, _float_dtype(whole))
     for layer, parts in modules.items():
         prefix = f"{layer}." if layer else ""
         if is_layer(parts):
@@ -266,6 +276,12 @@ def load_compressed_tensors(
         for part, tensor in parts.items():
             reader.add(prefix + part, jnp.asarray(tensor))
     return reader.tree()
+
+
+def _float_dtype(config: Mapping[str, Any]) -> Any:
+    """The dtype of a model's floats, as its config says it."""
+    name = config.get("dtype", config.get("torch_dtype"))
+    return jnp.dtype(name if name in ("float16", "bfloat16") else "float32")
 
 
 def is_layer(parts: Iterable[str]) -> bool:
@@ -405,12 +421,14 @@ class _Reader:
     Attributes:
         rename: As in `load_compressed_tensors`.
         recorded: The path and rank of params, by the names of their tensors.
+        dtype: The dtype of dequantized arrays, where scales do not say it.
         params: The params, by path.
         names: The names of the tensors that they come from, by path.
     """
 
     rename: Callable[[str], str] | None
     recorded: Mapping[str, tuple[str, int]]
+    dtype: Any
     params: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
     names: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
 
@@ -450,8 +468,11 @@ class _Reader:
     ) -> None:
         given: dict[Part, Any]
         given = {kind: tensors.pop(f"input_{kind}", None) for kind in _KINDS}
+        tensors.pop("input_global_scale", None)
         with located(f"{prefix}weight cannot be read", "."):
-            weight = compressed_layers.decode_layer(tensors, scheme.get("weights"))
+            weight = compressed_layers.decode_layer(
+                tensors, scheme.get("weights"), self.dtype
+            )
             ranges = _static_ranges(given, scheme, weight.how.qtype)
         path = self.add(f"{prefix}weight", weight)
         for kind, (value, how) in ranges.items():

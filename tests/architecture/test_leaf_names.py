@@ -33,8 +33,17 @@ FIELDS = {
 # Names that belong to files of other projects, and strings that do not name a leaf.
 OTHERS = {
     # The tensors of a layer in the format compressed-tensors: `weight_scale`.
-    "ptq/compressed_layers.py": {"weight_scale", "weight_zero_point"},
-    "ptq/compressed_tensors.py": {"weight_scale"},
+    "ptq/compressed_blocks.py": {
+        "weight_scale",
+        "weight_global_scale",
+        "weight_zero_point",
+    },
+    "ptq/compressed_layers.py": {
+        "weight_scale",
+        "weight_global_scale",
+        "weight_zero_point",
+    },
+    "ptq/compressed_tensors.py": {"weight_scale", "input_global_scale"},
     # Keys of PEFT's adapter_config.json.
     "lora/peft_config.py": {"lora_alpha"},
     # A number behind a name that two arguments of a LiteRT model share.

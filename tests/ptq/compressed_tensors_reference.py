@@ -20,6 +20,14 @@ FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 INT4 = {**INT8, "num_bits": 4}
 TOKEN = {"strategy": "token", "dynamic": True}
 GROUP = {"strategy": "group", "group_size": 32}
+FLOAT4 = {**FLOAT8, "num_bits": 4}
+MX = {**GROUP, "scale_dtype": "torch.uint8"}
+NVFP4 = {
+    **FLOAT4,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
 # For each scheme: weights, activations, the dtype of the scales.
 SCHEMES = {
     "int8": ({**INT8, "strategy": "channel"}, {**INT8, **TOKEN}, "float32"),
@@ -57,15 +65,20 @@ SCHEMES = {
         {**FLOAT8, **TOKEN},
         "float32",
     ),
+    "fp8-block-128": (
+        {**FLOAT8, "strategy": "block", "block_structure": [128, 128]},
+        {**FLOAT8, **TOKEN},
+        "float32",
+    ),
+    "nvfp4": (NVFP4, None, "bfloat16"),
+    "nvfp4-activations": (NVFP4, {**NVFP4, "dynamic": "local"}, "bfloat16"),
+    "mxfp4": ({**FLOAT4, **MX}, None, "bfloat16"),
+    "mxfp8": ({**FLOAT8, **MX}, {**FLOAT8, **MX, "dynamic": True}, "bfloat16"),
 }
 # Schemes that this package refuses.
 REFUSED = {
     "int3": ({**INT8, "num_bits": 3, "strategy": "channel"}, None, "float32"),
-    "fp4": (
-        {**FLOAT8, "num_bits": 4, "strategy": "tensor_group", "group_size": 16},
-        None,
-        "float32",
-    ),
+    "mxfp6": ({**FLOAT8, "num_bits": 6, **MX}, None, "bfloat16"),
 }
 
 
@@ -108,14 +121,17 @@ def calibrate(module):
     else:
         parts = weight.unflatten(1, (-1, args.group_size))
     low, high = parts.amin(-1), parts.amax(-1)
+    whole = None
     if args.strategy == "tensor_group":
-        module.weight_global_scale.data = generate_gparam(low.min(), high.max())
-    else:
-        scale, zero = calculate_qparams(low, high, args)
-        module.weight_scale.data = scale.to(module.weight_scale.dtype)
-        module.weight_zero_point.data = zero
+        whole = generate_gparam(low.min(), high.max())
+        module.weight_global_scale.data = whole
+    scale, zero = calculate_qparams(low, high, args, whole)
+    module.weight_scale.data = scale.to(module.weight_scale.dtype)
+    module.weight_zero_point.data = zero
     inputs = module.quantization_scheme.input_activations
-    if inputs is not None and not inputs.dynamic:
+    if inputs is not None and inputs.dynamic == "local":
+        module.input_global_scale.data.fill_(100)
+    elif inputs is not None and not inputs.dynamic:
         module.input_scale.data.fill_(0.03)
         if not inputs.symmetric:
             module.input_zero_point.data.fill_(-5)
@@ -148,6 +164,7 @@ def write(folder):
         compressor.compress_model(model)
         path = pathlib.Path(folder, name)
         path.mkdir()
+        (path / "config.json").write_text(json.dumps({"dtype": dtype}))
         state = {key: x.contiguous() for key, x in model.state_dict().items()}
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         compressor.update_config(str(path))
@@ -161,6 +178,7 @@ def read(folder):
 
 
 def read_checkpoint(path):
+    import torch
     from compressed_tensors import ModelCompressor
     from compressed_tensors.compressors import compress_module
     from compressed_tensors.quantization import (
@@ -178,7 +196,10 @@ def read_checkpoint(path):
     layers, scales = {}, {}
     for key, tensor in state.items():
         layer, _, part = key.rpartition(".")
-        if part in ("weight", "weight_shape") and tensor.ndim < 3:
+        if part == "weight_packed" and tensor.dtype == torch.uint8:
+            # Two of them in a byte, and no weight_shape.
+            layers[layer] = "Linear", (tensor.shape[0], 2 * tensor.shape[1]), False
+        elif part in ("weight", "weight_shape") and tensor.ndim < 3:
             shape = tuple(tensor.tolist()) if part == "weight_shape" else tensor.shape
             kind = "Embedding" if "embed" in layer else "Linear"
             layers[layer] = kind, shape, f"{layer}.bias" in state
@@ -187,7 +208,8 @@ def read_checkpoint(path):
     layers = {name: layer for name, layer in layers.items() if len(layer[1]) == 2}
     model = build(layers)
     for name, dtype in scales.items():
-        model.get_submodule(name).to(dtype)
+        if dtype.itemsize > 1:
+            model.get_submodule(name).to(dtype)
     apply_quantization_config(model, config, show_progress=False)
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):

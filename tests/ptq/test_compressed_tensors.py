@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 import qwix_train
-from qwix_train.core import numerics
+from qwix_train.core import formats, numerics
 from qwix_train.core.how import HowToQuantize, needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux, dequantize, quantize_array
 from qwix_train.ptq.compressed_tensors import (
@@ -28,11 +28,13 @@ from tests.ptq import compressed_tensors_reference as library
 from tests.qat.parity import NnxMlp
 
 ROWS = {"channelwise_axes": (1,)}
+SQUARES = {0: 128, 1: 128}
 
 
 def weight(qtype, shape=(64, 12), dtype=jnp.float32, **layout):
     """A weight with random codes and scales; those of "minmax" have zero points."""
     how = HowToQuantize(qtype=qtype, **layout)
+    entry = numerics.format_of(qtype)
     rng, scale_shape = np.random.default_rng(0), how.scale_shape(shape)
     stored = numerics.storage_dtype(qtype)
 
@@ -44,6 +46,16 @@ def weight(qtype, shape=(64, 12), dtype=jnp.float32, **layout):
             codes = rng.uniform(0, 15, shape)
         return codes.astype(stored)
 
+    if entry.coded_scales:
+        is_mx = entry.name != "nvfp4"
+        scale = rng.integers(100, 130, scale_shape).astype(np.uint8)
+        scale = scale.view(formats.E8M0) if is_mx else (scale / 64).astype(formats.E4M3)
+        # A power of two is its own reciprocal's reciprocal.
+        tensor = None if is_mx else np.full((1,) * len(shape), 2.0**-9, np.float32)
+        codes = random_codes(shape)
+        return WithAux(
+            QArray(codes, scale, None, qtype, tensor, float_dtype=dtype), how
+        )
     scale = rng.uniform(0.1, 1, scale_shape).astype(dtype)
     symmetric = not needs_zero_point(how.calibration_method)
     zero = None if symmetric else random_codes(scale_shape)
@@ -65,7 +77,8 @@ def read_raw(file):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)
-    dtypes = {"F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1"}
+    dtypes = {"F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+    dtypes |= {"U8": "u1", "F8_E4M3": "u1"}
     tensors = {}
     for name, entry in header.items():
         start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -115,7 +128,7 @@ def test_reads_what_the_library_writes(theirs, name):
     "name, message",
     [
         ("int3", "packed codes of 3 bits are not supported"),
-        ("fp4", "layers.0.proj.weight cannot be read: .* weight_global_scale"),
+        ("mxfp6", "layers.0.proj.weight cannot be read: packed 6-bit codes of type"),
     ],
 )
 def test_refuses_what_the_library_can_write_beside(theirs, name, message):
@@ -150,6 +163,16 @@ TREES = {
         "a": {"kernel": weight("float8_e4m3fn", **ROWS)},
         "b": {"kernel": weight("float8_e4m3fn")},
         "c": {"kernel": weight("float8_e4m3fn", tiled_axes={0: 16, 1: 4})},
+    },
+    "fp8 blocks": {
+        "a": {"kernel": weight("float8_e4m3fn", (256, 384), tiled_axes=SQUARES)},
+    },
+    "blocks": {
+        "a": {"kernel": weight("nvfp4", tiled_axes={0: 16}, **ROWS)},
+        "b": {"kernel": weight("mxfp4", tiled_axes={0: 32}, **ROWS)},
+        "c": {"kernel": weight("mxfp8", tiled_axes={0: 32}, **ROWS)},
+        # One block in a row.
+        "d": {"kernel": weight("mxfp4", (32, 3), **ROWS)},
     },
     "static": {
         "Dense_0": {
@@ -298,6 +321,44 @@ def test_tensors_are_laid_out_as_the_format_says(tmp_path):
     assert groups["a"]["input_activations"]["strategy"] == "token"
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def test_blocks_are_laid_out_as_the_format_says(tmp_path):
+    values = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    arrays = {}
+    for qtype, block in (("nvfp4", 16), ("mxfp4", 32), ("mxfp4_floor", 32)):
+        how = HowToQuantize(qtype=qtype, channelwise_axes=[1], tiled_axes={0: block})
+        arrays[qtype] = WithAux(quantize_array(jnp.asarray(values), how), how)
+    save_compressed_tensors(tmp_path, {k: {"kernel": x} for k, x in arrays.items()})
+    tensors = read_raw(tmp_path / "model.safetensors")
+    back = load_compressed_tensors(tmp_path)
+    for qtype, leaf in arrays.items():
+        packed = tensors[f"{qtype}.weight_packed"]
+        bits = np.stack([packed & 15, packed >> 4], -1).reshape(6, 64)
+        codes = np.where(bits > 7, -1, 1) * E2M1[bits & 7]
+        scale = tensors[f"{qtype}.weight_scale"]
+        if qtype == "nvfp4":
+            scale = scale.view(formats.E4M3).astype(np.float64)
+            scale /= tensors[f"{qtype}.weight_global_scale"]
+        else:
+            scale = 2.0 ** (scale.astype(np.float64) - 127)
+        wanted = (codes.reshape(*scale.shape, -1) * scale[..., None]).reshape(6, 64)
+        np.testing.assert_allclose(dequantize(leaf.array).T, wanted, rtol=3e-7)
+        got = back[qtype]["kernel"]
+        assert got.how.qtype == qtype.removesuffix("_floor")
+        np.testing.assert_allclose(dequantize(got.array).T, wanted, rtol=3e-7)
+        assert_same(got.array.qvalue, leaf.array.qvalue)
+        assert_same(got.array.scale, leaf.array.scale)
+
+
+def test_the_config_says_the_dtype_of_blocks(tmp_path):
+    leaf = weight("mxfp4", tiled_axes={0: 32}, dtype=jnp.bfloat16, **ROWS)
+    (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    save_compressed_tensors(tmp_path, {"a": {"kernel": leaf}})
+    assert_same(load_compressed_tensors(tmp_path)["a"]["kernel"], leaf)
+
+
 def test_names_are_mapped_both_ways(tmp_path):
     tree = {
         "embedder": {"table": weight("int8", (6, 32), channelwise_axes=(0,))},
@@ -372,6 +433,7 @@ def test_a_file_without_a_config(tmp_path):
 
 CODES = np.zeros((4, 8), np.int8)
 ONES = np.ones((4, 1), np.float32)
+BYTES = np.zeros((4, 16), np.uint8)
 PACKED = {
     "a.weight_packed": np.zeros((4, 1), np.int32),
     "a.weight_shape": np.array([4, 8]),
@@ -474,6 +536,34 @@ def groups(*weights, **fields):
         ),
         ({"a.weight_packed": CODES}, groups(library.INT4), "are not supported"),
         ({"a.weight_scale": ONES}, None, "it has scales, but no weight"),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": np.ones((4, 2), np.uint8)},
+            None,
+            r"scales of shape \(4, 2\) do not fit weight_packed of shape \(4, 16\)",
+        ),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": np.full((4, 1), 255, "u1")},
+            None,
+            "it has a scale of nan",
+        ),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": BYTES[:, :1]}
+            | {"a.weight_zero_point": BYTES[:, :1]},
+            None,
+            "zero points of mxfp4 are not supported",
+        ),
+        (
+            {"a.weight_packed": BYTES, "a.weight_scale": np.ones((4, 2), np.float32)}
+            | {"a.weight_global_scale": np.ones(1, np.float32)},
+            None,
+            "nvfp4 has a weight_scale of dtype float8_e4m3fn, and .* is float32",
+        ),
+        (
+            {"a.weight_packed": BYTES, "a.weight_global_scale": np.zeros(1, "f4")}
+            | {"a.weight_scale": np.ones((4, 2), formats.E4M3)},
+            None,
+            "it has a scale of inf",
+        ),
     ],
 )
 def test_checkpoints_that_cannot_be_read(tmp_path, tensors, config, message):
@@ -493,6 +583,12 @@ def test_two_tensors_for_one_param(tmp_path):
     [
         ({"w": {"kernel": weight("nf4")}}, {}, "w/kernel cannot .* no type nf4"),
         ({"w": {"kernel": weight("int1")}}, {}, "no type int1"),
+        ({"w": {"kernel": weight("mxfp6", tiled_axes={0: 32}, **ROWS)}}, {}, "mxfp6"),
+        (
+            {"w": {"kernel": weight("nvfp4", (64, 48), tiled_axes={0: 16, 1: 16})}},
+            {},
+            r"nvfp4 is stored with one scale for 16 elements of a row, .* \(3, 4\)",
+        ),
         ({"w": {"kernel": weight("float8_e5m2")}}, {}, "no type float8_e5m2"),
         (
             {"w": {"kernel": weight("int8", (8, 2, 4), channelwise_axes=(1, 2))}},

@@ -178,6 +178,32 @@ class Axes:
         moved = view.transpose([own.index(name) for name in flat])
         return moved.reshape(self.tensor_shape(sizes))
 
+    def param_at(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
+        """Returns the part of a param that a tensor is: one entry along `slots`.
+
+        Args:
+            tensor: A `QArray`.
+            sizes: The length of each axis.
+
+        Raises:
+            ValueError: Elements would be separated from their scale, or tensors are
+                joined in an axis.
+        """
+        inner = [
+            name for i, g in enumerate(self.param) if i not in self.slots for name in g
+        ]
+        if any(name in self.stacked for name in inner):
+            raise ValueError("quantized tensors cannot be joined in an axis")
+        flat = [name for names in self.tensor for name in names]
+        split = tensor.reshape([sizes[name] for name in flat])
+        moved = split.transpose([flat.index(name) for name in inner])
+        return moved.reshape(
+            [
+                1 if axis in self.slots else math.prod(sizes[n] for n in names)
+                for axis, names in enumerate(self.param)
+            ]
+        )
+
 
 def positions(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Gives each position along axes of such lengths.

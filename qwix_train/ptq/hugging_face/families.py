@@ -2,7 +2,9 @@
 
 For each module of a checkpoint, what it is: `dense` has a kernel, and perhaps a bias,
 `to_heads` and `from_heads` are such with an axis of heads, `norm` has a scale, and
-perhaps a bias, `embedding` has a table, `experts` are kernels that are stacked.
+perhaps a bias, `embedding` has a table, `experts` are kernels that are stacked,
+`stacked_experts` are so in the file, `router` chooses experts, `sinks` are logits of
+attention that no token has.
 """
 
 from __future__ import annotations
@@ -38,6 +40,25 @@ _MIXTRAL = {
     "block_sparse_moe.experts.{expert}.w2": "experts",
     "block_sparse_moe.experts.{expert}.w3": "experts",
 }
+_GPT_OSS = {
+    "self_attn": "sinks",
+    "mlp.router": "dense",
+    "mlp.experts": "stacked_experts",
+}
+# Of layers with experts, and of those without.
+_DEEPSEEK = {
+    "self_attn.q_a_proj": "dense",
+    "self_attn.q_a_layernorm": "norm",
+    "self_attn.q_b_proj": "to_heads",
+    "self_attn.kv_a_proj_with_mqa": "dense",
+    "self_attn.kv_a_layernorm": "norm",
+    "self_attn.kv_b_proj": "to_heads",
+    **_EXPERTS,
+    "mlp.gate": "router",
+    "mlp.shared_experts.gate_proj": "dense",
+    "mlp.shared_experts.up_proj": "dense",
+    "mlp.shared_experts.down_proj": "dense",
+}
 _BERT_LAYER = {
     "attention.self.query": "to_heads",
     "attention.self.key": "to_heads",
@@ -71,6 +92,8 @@ _FAMILIES = {
         (_DECODER, {"lm_head": "dense"}),
     ),
     "mixtral": (_decoder(_DECODER_LAYER | _MIXTRAL), {"lm_head": "dense"}),
+    "gpt_oss": (_decoder(_DECODER_LAYER | _GPT_OSS), {"lm_head": "dense"}),
+    "deepseek_v3": (_decoder(_DECODER_LAYER | _DEEPSEEK), {"lm_head": "dense"}),
     "qwen3_moe": (_decoder(_DECODER_LAYER | _EXPERTS), {"lm_head": "dense"}),
     "bert": (_BERT, {"classifier": "dense"}),
 }
@@ -83,6 +106,17 @@ _KINDS = {
     "to_heads": {"weight": ("kernel", "o i -> i o"), "bias": ("bias", "o -> o")},
     "from_heads": {"weight": ("kernel", "o i -> i o"), "bias": ("bias", "o -> o")},
     "experts": {"weight": ("kernel", "o i -> expert i o")},
+    "stacked_experts": {
+        "gate_up_proj": ("gate_up_proj", "expert i o -> expert i o"),
+        "gate_up_proj_bias": ("gate_up_proj_bias", "expert o -> expert o"),
+        "down_proj": ("down_proj", "expert i o -> expert i o"),
+        "down_proj_bias": ("down_proj_bias", "expert o -> expert o"),
+    },
+    "router": {
+        "weight": ("kernel", "o i -> i o"),
+        "e_score_correction_bias": ("e_score_correction_bias", "o -> o"),
+    },
+    "sinks": {"sinks": ("sinks", "heads -> heads")},
     "norm": {"weight": ("scale", "d -> d"), "bias": ("bias", "d -> d")},
     "embedding": {"weight": ("embedding", "n d -> n d")},
 }
@@ -113,7 +147,8 @@ def mapping(
     a matrix `kernel` ``[in, out]``, and `bias`; of a norm `scale`; of an embedding
     `embedding`. So ``model.layers.3.mlp.up_proj.weight`` is
     ``layers_3/mlp/up_proj/kernel``, and ``model.norm.weight`` is ``norm/scale``. Of
-    experts, `kernel` is ``[expert, in, out]``. There may be less in a model, such as
+    experts, `kernel` is ``[expert, in, out]`` (in gpt_oss, `gate_up_proj` and
+    `down_proj` are). There may be less in a model, such as
     no biases, or no ``lm_head`` where it has the weights of the embedding.
 
     It is a dictionary, and yours has entries of its own:
@@ -121,7 +156,7 @@ def mapping(
 
     Args:
         family: The ``model_type`` of ``config.json``: llama, mistral, mixtral, qwen2,
-            qwen3, qwen3_moe, gemma, gemma2, gemma3_text or bert.
+            qwen3, qwen3_moe, gemma, gemma2, gemma3_text, gpt_oss, deepseek_v3 or bert.
         layers: The path of a layer: ``"layers_{layer}"``, as Linen names modules in a
             loop; ``"layers/{layer}"`` for a list of NNX. Without ``{layer}``, layers
             are stacked, as ``nn.scan`` has them: ``"layers"``.

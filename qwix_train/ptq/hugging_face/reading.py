@@ -34,9 +34,9 @@ from qwix_train.ptq import (
     trees,
 )
 from qwix_train.ptq.given_scales import GivenScales
-from qwix_train.ptq.hugging_face import axes, places
+from qwix_train.ptq.hugging_face import axes, places, quantized_tensors
 from qwix_train.ptq.hugging_face.places import Assembly, TensorMapping
-from qwix_train.ptq.safetensors_files import TensorInFile
+from qwix_train.ptq.hugging_face.quantized_tensors import QUANTIZED, Tensor
 from qwix_train.values import stored
 
 # How the range of a slice is found so that it has the bits of that of the whole.
@@ -59,6 +59,10 @@ def load(
     one that stacks layers or experts is quantized tensor by tensor, too. (Not where
     codes depend on how a whole array is summed up: with ``rms``, ``absmean`` and
     rotations. There the float param is read as a whole.)
+
+    Tensors that are quantized in the file, as those of gpt-oss (mxfp4) and DeepSeek-V3
+    (fp8), keep their codes and scales where the param has their type; a float param
+    gets their values. See `hugging_face.quantized_tensors`.
 
     Args:
         path: The folder, with ``model.safetensors`` or shards and their index; or one
@@ -109,7 +113,7 @@ def load(
     path = pathlib.Path(path)
     static_range.check_quant_stats(quant_stats)
     writing.finish(path if path.is_dir() else path.parent)
-    tensors = safetensors_files.open_checkpoint(path)
+    tensors = quantized_tensors.joined(safetensors_files.open_checkpoint(path), path)
     tree = trees.to_tree(abstract_params)
     named = {tuple(map(str, p.path)): p for p in stored_arrays.params_of(tree)}
     # Ranges of activations, and what else stands beside params, are in no checkpoint.
@@ -172,7 +176,7 @@ class _Reader:
     """
 
     def __init__(
-        self, tensors: Mapping[str, TensorInFile], assemblies: Mapping[Path, Assembly]
+        self, tensors: Mapping[str, Tensor], assemblies: Mapping[Path, Assembly]
     ) -> None:
         self.tensors = tensors
         self.assemblies = assemblies
@@ -226,6 +230,11 @@ class _Reader:
         struct = jax.ShapeDtypeStruct(like.shape, like.dtype)
         with located(f"Param {'/'.join(names)!r}"):
             whole = stored.quantize_param(struct, how)
+        if any(
+            isinstance(self.tensors[name], QUANTIZED)
+            for name in self.assemblies[names].names.values()
+        ):
+            return self._as_in_file(names, whole, given)
         slots = self.assemblies[names].axes.slots
         if not _has_bits_of_whole(how, slots, len(like.shape)):
             array = self.array(names, like, given)
@@ -241,12 +250,66 @@ class _Reader:
         )
         return WithAux(whole.array.replace(**parts), how)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _as_in_file(self, names: Path, whole: WithAux, given: Any) -> WithAux:
+        """A param that is quantized in the file: its codes and scales.
+
+        Args:
+            names: Its path.
+            whole: Its shapes, as the model has them.
+            given: Its sharding, or what has one.
+        """
+        assembly, array, how = self.assemblies[names], whole.array, whole.how
+        slots = assembly.axes.slots
+        with located(f"Param {'/'.join(names)!r}"):
+            tensors = {
+                name: quantized_tensors.checked(name, self.tensors[name])
+                for name in assembly.names.values()
+            }
+            if any(array.scale.shape[a] == 1 < array.shape[a] for a in slots):
+                raise ValueError(
+                    "its tensors have scales of their own, and the rule asks for one "
+                    f"for all (scales of shape {array.scale.shape})"
+                )
+        scale = jax.ShapeDtypeStruct(
+            array.scale.shape,
+            jnp.result_type(*(t.scale_dtype for t in tensors.values())),
+        )
+        float_dtype = None if scale.dtype == array.dtype else array.dtype
+        struct = array.replace(scale=scale, float_dtype=float_dtype)
+        wanted = [1 if a in slots else n for a, n in enumerate(scale.shape)]
+        shardings = _shardings(names, WithAux(struct, how), given)
+        structs = stored.parts(struct)
+
+        def read(position: Mapping[str, int]) -> dict[str, jax.Array]:
+            name = assembly.name_at(position)
+            self._verify(name)
+            with located(f"Param {'/'.join(names)!r}, {name}"):
+                found = assembly.axes.param_at(tensors[name].array(), assembly.sizes)
+                found = quantized_tensors.as_planned(found, how, wanted)
+            parts = stored.parts(found)
+            return {key: placed(key, np.asarray(parts[key])) for key in structs}
+
+        def placed(key: str, part: np.ndarray) -> jax.Array:
+            if key not in shardings:
+                return jax.device_put(part)
+            whole = structs[key].shape
+            sharding = stored_arrays.slice_sharding(shardings[key], whole, part.shape)
+            return jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
+
+        return WithAux(
+            struct.replace(**self._assembled(names, structs, shardings, read)), how
+        )
+
+    def _verify(self, name: str) -> None:
         # With several processes each reads a part, of which there is no checksum.
         if name not in self._verified and jax.process_count() == 1:
             self.tensors[name].verify()
             self._verified.add(name)
-        return self.tensors[name].mapped()
+
+    def _tensor(self, name: str) -> np.ndarray:
+        self._verify(name)
+        with located(name):
+            return self.tensors[name].mapped()
 
     def _slices(
         self, names: Path, struct: jax.ShapeDtypeStruct, base: Sharding | None
