@@ -16,7 +16,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from jax import lax
+from jax import numpy as jnp
 from jax.extend import core as jex
 
 from qwix_train.trace import bodies, carried, jax_versions, passed, scopes
@@ -171,7 +173,8 @@ class Evaluation(abc.ABC):
                 continue
             env.update(zip(eqn.outvars, results, strict=True))
         _run_unchanged(pending, env, last_use, len(jaxpr.eqns))
-        return [read(atom) for atom in jaxpr.outvars]
+        results = [read(atom) for atom in jaxpr.outvars]
+        return results if key else list(map(_as_array, results))
 
     def results_of(
         self, eqn: Any, operands: Sequence[Any], key: Key
@@ -404,6 +407,12 @@ def _holds_forward_rule(eqn) -> bool:
         for part in inside.bodies
         for _, inner, _ in bodies.equations(part.body, lambda *_: True)
     )
+
+
+def _as_array(result: Any) -> Any:
+    # JAX holds a result that is a constant as an array of NumPy or as a number.
+    constant = isinstance(result, np.ndarray | np.generic | int | float | complex)
+    return jnp.asarray(result) if constant else result
 
 
 def _reads_carried(eqn, env) -> bool:

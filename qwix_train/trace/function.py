@@ -313,14 +313,8 @@ def trace(
         paths=paths,
         held=held,
         module_path=module_path,
-        rebuild=lambda outs: joined(map(_as_array, outs), statics),
+        rebuild=lambda outs: joined(outs, statics),
     )
-
-
-def _as_array(out: Any) -> Any:
-    # JAX holds a result that is a constant as an array of NumPy or as a number.
-    constant = isinstance(out, np.ndarray | np.generic | int | float | complex)
-    return jnp.asarray(out) if constant else out
 
 
 def eval_shape(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
