@@ -154,7 +154,8 @@ class NoRange:
         raise ValueError(
             f"{self.name}: bwd_averaging is set, and ranges of gradients are kept by "
             "wrap_train_step alone, with a state that has their statistics: "
-            "attach(state, rules, *inputs). Wrap the step, or take a rule without it."
+            "attach(state, rules, *inputs). Wrap the step, without quant_stats, or "
+            "take a rule without bwd_averaging."
         )
 
 
