@@ -273,11 +273,11 @@ def _with_ranges(
         states = state_lib.states_of((args, kwargs))
         if not states:
             raise ValueError(
-                "Activations are to have static ranges (act_static_scale=True), and "
-                "the step has none: its state has no quant_stats. Make room for them "
-                "with attach(state, rules, *inputs), or collect them "
-                "beforehand with calib.Calibrator and pass "
-                "quant_stats=calibrator.quant_stats."
+                "The rules ask for ranges that training keeps (act_static_scale=True, "
+                "or bwd_averaging), and the step has none: its state has no "
+                "quant_stats. Make room for them with attach(state, rules, *inputs). "
+                "Those of activations may be collected beforehand with "
+                "calib.Calibrator, and passed as quant_stats=calibrator.quant_stats."
             )
         return states
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Protocol
 
@@ -68,14 +68,9 @@ def merge_stats(observed: HasRanges, a: Stats, b: Stats) -> dict[str, Any]:
     11.0
     """
     ranges = observed.ranges
+    _check_known(ranges, {**a, **b})
     merged = {}
     for name in {**a, **b}:
-        if name not in ranges:
-            known = ", ".join(map(repr, ranges)) or "none; has the step been traced?"
-            raise ValueError(
-                f"There are statistics of {name!r}, a range that the step does not "
-                f"have. Those it has: {known}"
-            )
         if name not in a or name not in b:
             merged[name] = a[name] if name in a else b[name]
             continue
@@ -105,8 +100,9 @@ def merge_processes(observed: HasRanges, stats: Stats) -> dict[str, Any]:
 
     Raises:
         ValueError: In a process that has no batch that counts for one of the ranges:
-            its shard was empty, or not finite throughout; or in one that has other
-            ranges than the first process, as with other rules or another model.
+            its shard was empty, or not finite throughout; or has statistics of a range
+            that the step does not have; or in one that has other ranges than the first
+            process, as with other rules or another model.
         RuntimeError: In all other processes then; the message names that process.
 
     >>> import jax
@@ -148,7 +144,18 @@ def _lines(observed: HasRanges, stats: Stats) -> Iterator[str]:
         yield f"{name}: {known}, {how}, {jax.tree.map(np.shape, dict(stats[name]))}"
 
 
+def _check_known(ranges: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in ranges:
+            known = ", ".join(map(repr, ranges)) or "none; has the step been traced?"
+            raise ValueError(
+                f"There are statistics of {name!r}, a range that the step does not "
+                f"have. Those it has: {known}"
+            )
+
+
 def _check_batches(observed: HasRanges, stats: Stats) -> None:
+    _check_known(observed.ranges, stats)
     empty = [x for x in observed.ranges if x not in stats or not has_batches(stats[x])]
     if empty or not stats:
         names = ", ".join(map(repr, empty[:3])) + (", ..." if len(empty) > 3 else "")

@@ -226,8 +226,10 @@ def uncut(calibration: Mapping[str, Any], qtype: numerics.QType) -> dict[str, An
 
     The ends of an integer range that is centered at zero lie half a step beyond the
     codes. Rounded to nearest they get the outermost code; at random, half of them would
-    get the code behind it, which does not exist. Where the scale of a block is a code
-    itself, it may be rounded to less than the block needs; here it is not.
+    get the code behind it, which does not exist. A range with two ends has them up to
+    half a step beyond the codes, as its zero point is a whole number. Where the scale
+    of a block is a code itself, it may be rounded to less than the block needs; here it
+    is not.
 
     Args:
         calibration: As `calibrate` gives it.
@@ -240,6 +242,10 @@ def uncut(calibration: Mapping[str, Any], qtype: numerics.QType) -> dict[str, An
     if "absmax" in found and numerics.is_integer_qtype(qtype):
         factor = numerics.symmetric_bound(qtype) / numerics.code_range(qtype)[1]
         found["absmax"] = found["absmax"] * factor
+    elif "min" in found:
+        low, high = numerics.asymmetric_bound(qtype)
+        half = (found["max"] - found["min"]) / (2 * (high - low - 1))
+        found = {"min": found["min"] - half, "max": found["max"] + half}
     elif entry.scales is Scales.TWO_LEVELS:
         tensor = found.get("tensor_absmax", found["absmax"])
         found["absmax"] = formats.covering(

@@ -143,6 +143,12 @@ class _Ends:
         """The ends of the range of one batch, as the state names them."""
         ends = {}
         for key, new in calibration.items():
+            if self.prefix + key not in state:
+                raise ValueError(
+                    f"The statistics have {', '.join(state)}, and {self} needs "
+                    f"{self.prefix + key}: another rule has made them. Make room for "
+                    "those of this one with attach(state, rules, *inputs)."
+                )
             old = state[self.prefix + key]
             if old.shape != new.shape:
                 raise ValueError(
@@ -368,6 +374,13 @@ class AmaxHistory(_Ends):
     def update(self, state: State, calibration: Calibration) -> State:
         """Puts the range of one batch in front, and drops the oldest."""
         latest = self._latest(state, calibration)
+        for key in calibration:
+            if len(state[f"history_{key}"]) != self.length:
+                raise ValueError(
+                    f"The statistics are those of {len(state[f'history_{key}'])} "
+                    f"batches, and {self} needs those of {self.length}. Make room for "
+                    "them with attach(state, rules, *inputs)."
+                )
         history = {
             f"history_{key}": jnp.concatenate(
                 [latest[f"window_of_{key}"][None], state[f"history_{key}"][:-1]]

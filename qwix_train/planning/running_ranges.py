@@ -20,6 +20,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from qwix_train.core.calibration import compute_scale_zero_point
+from qwix_train.core.errors import located
 from qwix_train.observers.statistics import RangeObserver, Statistics
 from qwix_train.planning import static_range
 from qwix_train.planning.plan import OpPlan, Path, Plan
@@ -172,7 +173,9 @@ class RunningRanges:
                 packed = harvest.tag(packed, name, layers, backward=backward)
             measured = found.unpacked(packed)
             if not statistics.delayed:
-                state = self.updates.updated(state, statistics.add(state, measured))
+                with located("/".join(paths[0])):
+                    added = statistics.add(state, measured)
+                state = self.updates.updated(state, added)
         return _calibration(statistics, state, measured, self.updates.warmup)
 
     def after(self) -> RunningRanges:
@@ -195,7 +198,8 @@ class RunningRanges:
         """
         found = self._found[name]
         harvest.check_not_batched(name, measured, found.ndim)
-        new = found.statistics.add(state, found.unpacked(measured))
+        with located(name):
+            new = found.statistics.add(state, found.unpacked(measured))
         return updates.updated(state, new)
 
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 from flax import nnx, traverse_util
-from jax.core import Tracer
 
 from qwix_train.core import numerics
 from qwix_train.core.errors import located
@@ -341,23 +340,9 @@ def _checked(
 ) -> tuple[list[StoredParam], tuple[QuantizationRule, ...]]:
     """The params of a tree and the rules, if they can be saved together."""
     held, rules = stored_arrays.params_of(trees.to_tree(params)), check_rules(rules)
-    _check_values(held)
+    stored_arrays.check_values(held)
     _check_types(held, rules, plan)
     return held, rules
-
-
-def _check_values(params: Sequence[StoredParam]) -> None:
-    """Complains of params that there is nothing to write of, before a file is made."""
-    if not params:
-        raise ValueError("There is no param to save: the tree is empty.")
-    for param in params:
-        for array in param.arrays.values():
-            if isinstance(array, jax.ShapeDtypeStruct | Tracer):
-                raise TypeError(
-                    f"Param {param.name!r} has no values, but is a "
-                    f"{type(array).__name__}: save params outside of jit, and not "
-                    "their shapes."
-                )
 
 
 def _check_types(

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from flax.core import FrozenDict
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from qwix_train.core import numerics, packing
@@ -107,6 +108,25 @@ def _check_dtype(where: str, dtype: Any) -> None:
             f"{where}: JAX holds no {dtype} unless jax_enable_x64 is set; set it, or "
             "convert the array."
         )
+
+
+def check_values(params: Sequence[StoredParam]) -> None:
+    """Complains of params that there is nothing to write of, before a file is made.
+
+    Raises:
+        TypeError: A param has no values.
+        ValueError: There is no param.
+    """
+    if not params:
+        raise ValueError("There is no param to save: the tree is empty.")
+    for param in params:
+        for array in param.arrays.values():
+            if isinstance(array, jax.ShapeDtypeStruct | Tracer):
+                raise TypeError(
+                    f"Param {param.name!r} has no values, but is a "
+                    f"{type(array).__name__}: save params outside of jit, and not "
+                    "their shapes."
+                )
 
 
 def described(param: StoredParam) -> StoredParam:

@@ -239,11 +239,13 @@ class BackwardProduct:
         try:
             found = calibrate(x, how)
         except ValueError as error:
+            fields = "tile_size and act_tile_size"
+            if at == _gradient_side(op):
+                fields = "bwd_tile_size and bwd_weight_grad_tile_size"
             raise ValueError(
                 f"{self.where}: an operand of the gradient of operand {self.side}, of "
                 f"shape {x.shape}, cannot be quantized with tiles of {tile} along what "
-                f"is contracted. {error} See bwd_tile_size, bwd_weight_grad_tile_size "
-                "and pad_tiles."
+                f"is contracted. {error} The tiles are those of {fields}."
             ) from None
         codes = _with_range(x, how.qtype, found, noise_fn)
         if shows_nan(how.calibration_method):

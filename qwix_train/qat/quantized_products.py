@@ -11,6 +11,7 @@ its tile NaN whatever the range is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -153,7 +154,8 @@ class NoRange:
         raise ValueError(
             f"{self.name}: bwd_averaging is set, and ranges of gradients are kept by "
             "wrap_train_step alone, with a state that has their statistics: "
-            "attach(state, rules, *inputs). Wrap the step, or take a rule without it."
+            "attach(state, rules, *inputs). Wrap the step, without quant_stats, or "
+            "take a rule without bwd_averaging."
         )
 
 
@@ -274,10 +276,12 @@ def _product(
         for side, how in enumerate(again):
             if floats is not None and how is not None:
                 residuals[side] = floats[side]
-        return out, (residuals, key, gradient)
+        # What is kept has no gradients: a second derivative would lack their part.
+        return out, (_of_one_gradient(op.where, residuals, values), key, gradient)
 
     def backward(kept, g):
         residuals, key, gradient = kept
+        g = _of_one_gradient(op.where, g, g)
         calibration = None
         if gradient is not None:
             calibration = gradient.calibration(LargestMagnitude().apply(g))
@@ -292,6 +296,35 @@ def _product(
 
     of_codes.defvjp(forward, backward)
     return of_codes(values, codes, floats, rest, key, gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_one_gradient(where: str, kept: Any, read: Any) -> Any:
+    """Gives what a gradient is computed from, which itself has none.
+
+    Args:
+      where: the module and the op, for the error.
+      kept: what it is computed from.
+      read: what that depends on.
+
+    Raises:
+      NotImplementedError: if the gradient is differentiated.
+    """
+    del where, read
+    return kept
+
+
+def _refused(where: str, kept: Any, cotangent: Any) -> Any:
+    del kept, cotangent
+    raise NotImplementedError(
+        f"{where}: a gradient that is quantized (bwd_qtype) has no gradient of its "
+        "own. Take second derivatives of the model with rules without bwd_qtype."
+    )
+
+
+_of_one_gradient.defvjp(
+    lambda where, kept, read: (_of_one_gradient(where, kept, read), None), _refused
+)
 
 
 def _again(

@@ -181,6 +181,8 @@ def test_errors():
     stats = collect({}, BATCHES[0])
     with pytest.raises(ValueError, match="'Dense_7'.*'Dense_0/dot_general0_lhs'"):
         calib.merge_stats(observed, stats, {"Dense_7": {}})
+    with pytest.raises(ValueError, match="'Dense_7'.*'Dense_0/dot_general0_lhs'"):
+        calib.merge_processes(observed, {**stats, "Dense_7": {}})
     with pytest.raises(ValueError, match="has the step been traced"):
         calib.merge_stats(observe("absmax", "mean")[0], stats, stats)
     _, other = observe("minmax", "mean")

@@ -8,6 +8,7 @@ from qwix_train.core.calibration import (
     calibrate,
     compute_scale_zero_point,
     smallest_scale,
+    uncut,
 )
 from qwix_train.core.how import HowToQuantize
 from tests.core.reference import QTYPE_NAMES, reference_range
@@ -107,3 +108,20 @@ def test_a_constant_range_has_the_same_scale_compiled():
             return compute_scale_zero_point(calibrate(x, how), "int8")
 
         jax.tree.map(np.testing.assert_array_equal, scale(x), jax.jit(scale)(x))
+
+
+@pytest.mark.parametrize("qtype", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_nothing_is_cut_off_of_a_range_for_stochastic_rounding(method, qtype):
+    """All scaled values lie between two codes, wherever zero is among them."""
+    shares = np.linspace(0, 1, 101)
+    x = np.stack([-shares, 1 - shares], 1).astype(np.float32)
+    how = HowToQuantize(qtype=qtype, channelwise_axes=(0,), calibration_method=method)
+    found = uncut(calibrate(jax.device_put(x), how), qtype)
+    scale, zero_point = compute_scale_zero_point(found, qtype)
+    scaled = x / np.asarray(scale, np.float64)
+    scaled += 0 if zero_point is None else np.asarray(zero_point, np.float64)
+    bits = int(qtype.removeprefix("int"))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert scaled.min() >= low - 1e-4 and scaled.max() <= high + 1e-4
+    assert np.ptp(scaled, axis=1).min() >= (high - low) / 2 - 1  # and no wider

@@ -342,6 +342,72 @@ def test_axes_are_checked_when_they_are_given(axes, message):
         Place("kernel", axes)
 
 
+KERNEL = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "mapping, message",
+    [
+        ({"w": Place("l_{n}/k")}, r"lacks: n \(of l_{n}/k, for w\)"),
+        ({"{n}": Place("l_{n}/k", values={"m": ["0"]})}, "lacks: m"),
+        ({"w": Place("l_0/k"), "{n}": Place("l_1/k")}, "axes '' stack"),
+        ({"w": Place("l_0/k"), "w{n}": [Place("l_{n}/k")]}, "with two places"),
+    ],
+)
+def test_a_mapping_that_would_lose_a_param(tmp_path, mapping, message):
+    params = {"l_0": {"k": KERNEL}, "l_1": {"k": KERNEL + 1}}
+    with pytest.raises(ValueError, match=message):
+        hugging_face.save(tmp_path, params, mapping)
+
+
+def test_two_entries_for_a_tensor(tmp_path):
+    mapping = {
+        "w.0": Place("a"),
+        "w.{n}": Place("b", "i o -> n i o"),
+    }
+    params = {"a": KERNEL, "b": np.stack([KERNEL, KERNEL])}
+    with pytest.raises(ValueError, match=r"two entries in the mapping: w\.0"):
+        hugging_face.save(tmp_path, params, mapping)
+
+
+def test_places_of_a_tensor_have_the_same_numbers(tmp_path):
+    mapping = {"w": [Place("embedding"), Place("head", "n d -> d n")]}
+    hugging_face.save(
+        tmp_path / "tied", {"embedding": KERNEL, "head": KERNEL.T}, mapping
+    )
+    with pytest.raises(ValueError, match="Tensor w has several places, and head"):
+        params = {"embedding": KERNEL, "head": KERNEL.T + 1}
+        hugging_face.save(tmp_path / "untied", params, mapping)
+    assert not (tmp_path / "untied").exists()
+
+
+def test_what_cannot_be_saved(tmp_path):
+    shape = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    with pytest.raises(TypeError, match="'a' has no values"):
+        hugging_face.save(tmp_path, {"a": shape}, {"w": Place("a")})
+    for place in "a", ["a"]:
+        with pytest.raises(TypeError, match="has 'a' for 'w'. Expected a Place"):
+            hugging_face.save(tmp_path, {"a": KERNEL}, {"w": place})  # type: ignore
+
+
+@pytest.mark.parametrize("values", [(), "up", ("up", "up")])
+def test_values_are_texts(values):
+    with pytest.raises(ValueError, match="values of 'part' are"):
+        Place("kernel", values={"part": values})
+
+
+def test_the_axis_of_layers():
+    axes = {
+        axis: hugging_face.mapping("llama", layers="layers", layer_axis=axis)[
+            "model.layers.{layer}.input_layernorm.weight"
+        ].axes
+        for axis in (0, 1, -1)
+    }
+    assert axes == {0: "d -> layer d", 1: "d -> d layer", -1: "d -> d layer"}
+    with pytest.raises(ValueError, match="Axis 2 is out of range"):
+        hugging_face.mapping("llama", layers="layers", layer_axis=2)
+
+
 def test_other_dtypes_are_not_cast(folder):
     params = {**SCANNED[1], "norm": {"scale": np.ones(SIZE, np.int32)}}
     with pytest.raises(ValueError, match="norm.weight .float32, and norm/scale is int"):

@@ -196,8 +196,27 @@ def test_ranges_of_gradients_are_kept_by_wrapped_steps_alone():
     assert np.isfinite(loss(state.params))
     with pytest.raises(ValueError, match="dot_general0_grad: .* wrap_train_step alone"):
         jax.grad(loss)(state.params)
-    with pytest.raises(ValueError, match="its state has no quant_stats"):
+    message = "or bwd_averaging.*its state has no quant_stats"
+    with pytest.raises(ValueError, match=message):
         wrap_train_step(product_step, [rule])(state, {"x": x, "g": g})
+
+
+@pytest.mark.parametrize(
+    ("averaging", "message"),
+    [
+        ("amax_history,5", r"are those of 3 batches, and AmaxHistory\(length=5\)"),
+        ("mean", r"and Mean\(\) needs sum_of_absmax: another rule has made them"),
+    ],
+)
+def test_statistics_of_another_rule(averaging, message):
+    x, g = models.normal(6, 8, seed=1), models.normal(6, 4, seed=2)
+    rule = dataclasses.replace(DELAYED, act_static_scale=None, act_averaging="mean")
+    state = attach(state_of(Product(), x, g), [rule], x, g)
+    other = dataclasses.replace(rule, bwd_averaging=averaging)
+    step = wrap_train_step(product_step, [other])
+    with pytest.raises(ValueError, match=f"{GRADIENT}: .*{message}"):
+        jax.eval_shape(step, state, {"x": x, "g": g})
+    jax.eval_shape(step, attach(state, [other], x, g), {"x": x, "g": g})
 
 
 def test_what_overflows_is_seen():

@@ -303,3 +303,18 @@ def test_forward_mode_is_refused_as_documented():
     w = jnp.ones((8, 3))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda w: quantized(w, X), (w,), (w,))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_refused_as_documented(power):
+    quantized = quantize_fn(lambda w, x: x @ w, QtProvider(NEAREST))
+    w = jnp.ones((8, 3))
+
+    def gradient(x, given=lambda g: g):
+        grads = jax.grad(lambda w: (quantized(w, x) ** power).sum())(w)
+        return (given(grads) ** 2).sum()
+
+    with pytest.raises(NotImplementedError, match="dot_general0: .* no gradient of"):
+        jax.grad(gradient)(X)
+    # It is not needed here.
+    assert not jax.grad(lambda x: gradient(x, jax.lax.stop_gradient))(X).any()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from qwix_train.core import tiling
 from qwix_train.ptq.hugging_face.places import Place
 
 _DECODER_LAYER = {
@@ -168,7 +169,8 @@ def mapping(
             and nothing for bert; a `BertForMaskedLM` has ``"bert."``.
 
     Raises:
-        ValueError: There is no mapping for this family.
+        ValueError: There is no mapping for this family, or its biases would have no
+            such axis of layers.
 
     >>> from qwix_train.ptq import hugging_face
     >>> llama = hugging_face.mapping("llama", layers="layers", split_heads=True)
@@ -202,5 +204,5 @@ def mapping(
 def _stacked(axes: str, layer_axis: int) -> str:
     tensor, param = axes.split(" -> ")
     names = param.split()
-    names.insert(layer_axis, "layer")
+    names.insert(tiling.normalize_axis(layer_axis, len(names) + 1), "layer")
     return f"{tensor} -> {' '.join(names)}"

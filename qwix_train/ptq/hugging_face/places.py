@@ -32,7 +32,8 @@ class Place:
             of them, the other has to be there.
 
     Raises:
-        ValueError: ``axes`` are not of this form.
+        ValueError: ``axes`` are not of this form, or ``values`` are no texts of which
+            each is another.
 
     >>> from qwix_train.ptq.hugging_face import Place
     >>> place = Place("layers/mlp/kernel", "out in -> layer in out")
@@ -47,6 +48,12 @@ class Place:
     def __post_init__(self) -> None:
         if self.axes:
             Axes.parse(self.axes)
+        for name, texts in self.values.items():
+            if isinstance(texts, str) or not 0 < len(texts) == len(set(texts)):
+                raise ValueError(
+                    f"Place({self.param!r}): values of {name!r} are {texts!r}. "
+                    "Expected a sequence of one text or more, each another."
+                )
 
     def axes_of(self, ndim: int) -> Axes:
         """Returns the axes of a param of a rank."""
@@ -100,6 +107,7 @@ def assemblies(
         where: What holds the tensors, for messages.
 
     Raises:
+        TypeError: The mapping has something else than places.
         ValueError: Something is in one of them alone, is there twice, or has another
             shape. The message has all of these.
     """
@@ -112,10 +120,13 @@ def assemblies(
 
 def _places(mapping: TensorMapping) -> Iterator[tuple[str, Place]]:
     for template, places in mapping.items():
-        if isinstance(places, Place):
-            yield template, places
-        else:
-            yield from ((template, place) for place in places or ())
+        for place in [places] if isinstance(places, Place | str) else places or ():
+            if not isinstance(place, Place):
+                raise TypeError(
+                    f"The mapping has {place!r} for {template!r}. Expected a Place, a "
+                    "list of them, or None to pass over the tensor."
+                )
+            yield template, place
 
 
 class _Found:
@@ -129,7 +140,8 @@ class _Found:
         self.params, self.tensors = params, tensors
         self.assemblies: dict[Path, Assembly] = {}
         self.placed: set[Path] = set()
-        self.used: set[str] = set()
+        # The tensors that are used, each with its entry of the mapping.
+        self.used: dict[str, str] = {}
         self.problems: dict[str, list[str]] = {}
 
     def _note(self, title: str, text: str) -> None:
@@ -137,6 +149,10 @@ class _Found:
 
     def add(self, template: str, place: Place) -> None:
         """Takes a place of tensors."""
+        names = {*_NAME.findall(place.param), *place.values}
+        if unknown := sorted(names - {*_NAME.findall(template)}):
+            text = f"{', '.join(unknown)} (of {place.param}, for {template})"
+            self._note("Names in braces that the name of the tensor lacks", text)
         pattern = _pattern(place.param, place.values)
         matches = [(path, pattern.fullmatch("/".join(path))) for path in self.params]
         found = [(path, match.groupdict()) for path, match in matches if match]
@@ -192,13 +208,17 @@ class _Found:
             elif self.tensors[name] != wanted:
                 text = f"{name}{_shape_of(self.tensors, name)}, not {list(wanted)}"
                 self._note("Different shapes", f"{text} (for {where})")
-        self.used |= set(names.values())
+        for name in names.values():
+            if self.used.setdefault(name, template) != template:
+                self._note("Tensors with two entries in the mapping", name)
         self.assemblies[path] = Assembly(path, axes, sizes, names)
 
     def _use_all(self, template: str, place: Place) -> None:
         """Takes the tensors of a template as used, where there is an error already."""
         pattern = _pattern(template, place.values)
-        self.used |= {name for name in self.tensors or () if pattern.fullmatch(name)}
+        for name in self.tensors or ():
+            if pattern.fullmatch(name):
+                self.used.setdefault(name, template)
 
     @staticmethod
     def _named(

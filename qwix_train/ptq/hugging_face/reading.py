@@ -87,7 +87,7 @@ def load(
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        TypeError: A sharding is not one.
+        TypeError: A sharding is not one, or the mapping has something else than places.
         ValueError: A file is damaged; or tensors are missing, left over, or of another
             shape or kind of dtype than the params, or an entry of the mapping matches
             nothing, which are all in the message; or a param cannot be quantized.

@@ -34,8 +34,8 @@ def save(
         directory: The folder, made if it does not exist. ``model.safetensors`` is
             written, or shards and their index.
         params: Nested dictionaries of arrays, or an NNX model.
-        mapping: For the name of each tensor its `Place`. Of several places of a
-            tensor the first one is written.
+        mapping: For the name of each tensor its `Place`. Several places of a tensor
+            have the same numbers.
         config: What ``config.json`` is to hold, such as the ``model_type``. None: that
             file is left alone.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
@@ -47,8 +47,9 @@ def save(
             readers would take for part of it.
         ImportError: `safetensors` is not installed.
         OSError: The files cannot be written; those that were there stay.
-        ValueError: A param is quantized, or the mapping does not fit the params: the
-            message has all that does not.
+        TypeError: A param has no values, or the mapping has something else than places.
+        ValueError: A param is quantized; or the mapping does not fit the params: the
+            message has all that does not; or the places of a tensor differ.
 
     >>> import pathlib, tempfile
     >>> import numpy as np
@@ -68,6 +69,7 @@ def save(
             f"These are quantized, or ranges and scales: {', '.join(wrong)}. Write "
             "float params, or quantized ones with ptq.save_compressed_tensors."
         )
+    stored_arrays.check_values(held)
     values = {n: processes.whole(p.arrays["value"]) for n, p in named.items()}
     found = places.assemblies(
         mapping, {n: v.shape for n, v in values.items()}, None, "the checkpoint"
@@ -77,6 +79,12 @@ def save(
     for assembly in found:
         value = np.asarray(values[assembly.path])
         for name, read in _tensors_of(assembly, value).items():
+            if name in tensors and not np.array_equal(tensors[name](), read()):
+                raise ValueError(
+                    f"Tensor {name} has several places, and {'/'.join(assembly.path)} "
+                    "has other numbers than the first of them. Make them the same, or "
+                    "give it a tensor of its own in the mapping."
+                )
             sizes.setdefault(name, value.nbytes // len(assembly.names))
             tensors.setdefault(name, read)
     folder = pathlib.Path(directory)
