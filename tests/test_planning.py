@@ -239,6 +239,15 @@ def test_a_tile_that_does_not_divide_names_all(act):
     assert how is not None and how.scale_shape((8, 6)) == (3, 6)
 
 
+def test_a_tile_that_does_not_divide_a_product_of_activations_names_act_act():
+    def attention(p, x):
+        return x @ x.T
+
+    rules = [rule(tile_size=3, act_qtype="int8")]
+    with pytest.raises(ValueError, match=r"dot_general0: a tile of 3.*act_act=False"):
+        plan(attention, rules, PARAMS, X)
+
+
 def test_a_tile_of_a_slice_must_divide_the_slice():
     def fn(p, x):
         return x[:, :3] @ p["a"][:3]

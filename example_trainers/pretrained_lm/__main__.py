@@ -10,8 +10,8 @@ if __name__ == "__main__":
         experiment.train_and_evaluate,
         {
             "framework": "The dialect of Flax.",
-            "model": "The pretrained model, or a tiny random one.",
-            "parts": "What is done.",
+            "model": "smollm2 (pretrained), or random (tiny, and needs no package).",
+            "parts": "What is done. qat takes most memory, see docs/examples.md.",
             "sequence_length": "Tokens of a sequence of which perplexity is measured.",
             "test_batches": "The number of these sequences.",
             "calibration_batches": "Sequences that ranges are collected from.",

@@ -251,13 +251,15 @@ class _Planner:
         in_blocks = numerics.format_of(rule.act_qtype).block is not None
         axes = weights.operand_axes(op, side, rule.act_tiles, in_blocks=in_blocks)
         channelwise = () if rule.disable_channelwise_axes else axes.channelwise
+        has_weight = any(isinstance(o, provenance.Weight) for o in weights.roles(op))
         if rule.static_act_ranges:
             # A range must not depend on the size of the batch, nor on the length of a
             # sequence, which products of two activations may contract.
             channelwise = _static_axes(op, side, rule, channelwise)
-            if not any(isinstance(o, provenance.Weight) for o in weights.roles(op)):
+            if not has_weight:
                 axes = weights.operand_axes(op, side, None)
-        _check_tiles(op.where, op.operands[side].shape, axes, rule)
+        other_way = "" if has_weight else _WITHOUT_ACT_ACT
+        _check_tiles(op.where, op.operands[side].shape, axes, rule, other_way)
         how = HowToQuantize(
             qtype=rule.act_qtype,
             channelwise_axes=channelwise,
@@ -405,12 +407,18 @@ def _check_blocks(where: str, shape: Sequence[int], how: HowToQuantize) -> None:
             how.scale_shape(shape)
 
 
-def _check_tiles(where, shape, axes, rule) -> None:
+_WITHOUT_ACT_ACT = (
+    " Or set act_act=False, which leaves products without a weight, such as those of "
+    "attention, in float."
+)
+
+
+def _check_tiles(where, shape, axes, rule, other_way="") -> None:
     for axis, tile in axes.tiled.items():
         if shape[axis] % tile and not rule.pad_tiles:
             raise ValueError(
                 f"{where}: a tile of {tile} does not divide axis {axis}, of length "
                 f"{shape[axis]}, of the shape {tuple(shape)}. Choose "
                 f"a tile_size that does (it is {rule.tile_size}), or set "
-                "pad_tiles=True in the rule."
+                f"pad_tiles=True in the rule.{other_way}"
             )
