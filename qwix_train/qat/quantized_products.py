@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -281,7 +281,7 @@ def _product(
 
     def backward(kept, g):
         residuals, key, gradient = kept
-        g = _of_one_gradient(op.where, g, g)
+        g = cast(jax.Array, _of_one_gradient(op.where, g, g))
         calibration = None
         if gradient is not None:
             calibration = gradient.calibration(LargestMagnitude().apply(g))

@@ -390,6 +390,13 @@ def test_what_cannot_be_saved(tmp_path):
             hugging_face.save(tmp_path, {"a": KERNEL}, {"w": place})  # type: ignore
 
 
+def test_a_sharding_that_is_none(folder):
+    mapping, params = SCANNED
+    own = {"layers/q/kernel": "data"}
+    with pytest.raises(TypeError, match="sharding of layers/q/kernel is 'data'"):
+        hugging_face.load(folder, mapping, params, shardings=own.get)
+
+
 @pytest.mark.parametrize("values", [(), "up", ("up", "up")])
 def test_values_are_texts(values):
     with pytest.raises(ValueError, match="values of 'part' are"):

@@ -135,7 +135,7 @@ def load(
         param = wanted[names]
         if callable(shardings):
             own = shardings("/".join(names))
-            given_shardings.check(own, [], "/".join(names))
+            given_shardings.check(own, [], "the model", param.path)
         else:
             own = given_shardings.at(shardings, param.path)
         if own is not None:
