@@ -215,8 +215,8 @@ class WeightMethod(Collector, abc.ABC):
           takes: says of the path of a param whether its inputs are collected from now
             on; see `InputTagging`.
         """
-        self.state = {}
-        self.tagging = InputTagging(
+        self.state: Mapping[str, Any] = {}
+        self.tagging: InputTagging = InputTagging(
             self.rules,
             second_moment=self.second_moment,
             rows=self.rows,
