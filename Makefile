@@ -57,9 +57,10 @@ TEST_ENV := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \
 # for the runs that follow, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-# A file's tests stay in one worker, which compiles what they share once.
+# A file's tests stay in one worker, which compiles what they share once; in the order
+# that tests/conftest.py gives.
 PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile \
-  $(if $(ONLY),--doctest-modules)
+  --no-loadscope-reorder $(if $(ONLY),--doctest-modules)
 
 # The tests that ONLY names, such as lora; all of them by default.
 ONLY_PATHS = $(if $(ONLY),$(or $(wildcard tests/$(ONLY) tests/test_$(ONLY)*.py \
@@ -167,7 +168,7 @@ test-slow: $(VENV)/.stamp-test
 .PHONY: test-docs
 test-docs: $(VENV)/.stamp-test
 	$(call PYTEST,$(VENV)) --doctest-modules -m "not slow" $(PYTEST_ARGS) \
-	  tests/test_documents.py qwix_train
+	  tests/test_documents.py tests/test_tutorials.py qwix_train
 
 .PHONY: test-fast
 test-fast: $(VENV)/.stamp-test

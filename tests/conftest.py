@@ -70,7 +70,7 @@ def pytest_collection_finish(session):
     gc.set_threshold(50_000, 20, 50)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     _thin(items)
     _mark_fast(items)
@@ -80,6 +80,11 @@ def pytest_collection_modifyitems(config, items):
     if others:
         items[:] = [item for item in items if item not in set(others)]
         config.hook.pytest_deselected(items=others)
+    yield
+    # What remains, with files of few tests first: theirs take long, such as those that
+    # start processes, and one of these at the end leaves the other worker idle.
+    sizes = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
 
 
 def _thin(items):

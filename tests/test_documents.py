@@ -1,7 +1,6 @@
 """The code of the README and of each page of the documentation runs as it stands."""
 
 import functools
-import importlib.util
 import pathlib
 import re
 
@@ -22,7 +21,6 @@ def blocks_of(file):
     return re.findall(r"^```python\n(.*?)^```", file.read_text(), re.DOTALL | re.M)
 
 
-TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = sorted(file.stem for file in (ROOT / "docs").glob("*.md") if blocks_of(file))
 
 
@@ -61,55 +59,6 @@ def test_the_code_of_a_page_runs(page, ten_lines, capsys, tmp_path, monkeypatch)
     names = run(blocks, dict(ten_lines))
     if check := CHECKS.get(page):
         check(names, capsys.readouterr().out, tmp_path)
-
-
-def notebook_of(page):
-    path = ROOT / "docs" / "notebooks.py"
-    spec = importlib.util.spec_from_file_location("notebooks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.notebook(page.read_text())
-
-
-@pytest.mark.parametrize("page", TUTORIALS, ids=[page.stem for page in TUTORIALS])
-def test_a_tutorial_runs_as_a_notebook(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cells = notebook_of(page)["cells"]
-    code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
-    assert [block.strip() for block in blocks_of(page)] == code
-    TUTORIAL_CHECKS[page.stem](run(code, {}))
-
-
-def check_image_classifier(names):
-    # Training with rounded weights finds weights that rounding harms less.
-    assert names["float_accuracy"] > 0.94
-    assert names["trained_accuracy"] > names["rounded_accuracy"] + 0.01
-    assert names["trained_accuracy"] > names["float_accuracy"] - 0.02
-
-
-def check_language_model(names):
-    assert names["float_loss"] < 2.8  # of 5.5
-    assert abs(names["dynamic_loss"] - names["float_loss"]) < 0.01
-    assert abs(names["static_loss"] - names["float_loss"]) < 0.02
-    assert names["trained_loss"] < names["static_loss"]
-
-
-def check_qlora(names):
-    assert np.mean(names["losses"][-10:]) < np.mean(names["losses"][:3]) - 0.15
-    assert np.isfinite(names["logits"]).all()
-
-
-def check_phone(names):
-    assert names["litert"].is_full_integer
-    assert names["phone_accuracy"] > 0.94
-
-
-TUTORIAL_CHECKS = {
-    "image_classifier": check_image_classifier,
-    "language_model": check_language_model,
-    "qlora": check_qlora,
-    "phone": check_phone,
-}
 
 
 def check_start(names, printed, folder):

@@ -164,7 +164,7 @@ def test_weights_that_are_small_and_narrow(qtype, dtype):
     )
 
 
-@pytest.mark.thinned(13)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weight_qtype", "bwd_qtype"), each_with(CODED, "mxfp8_e5m2", "mxfp4", "nvfp4")
 )

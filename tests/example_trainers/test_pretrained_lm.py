@@ -96,6 +96,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
         checkpoint.load("smollm2")
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_block_is_that_of_the_block_alone():
     np.ones(20_000_000)
     with memory.peak() as small:
@@ -113,6 +114,7 @@ def _run(config, folder, capsys):
     return results, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(tmp_path, capsys, monkeypatch):
     config = config_lib.get_quick_config()
     config.parts = ("ptq",)

@@ -110,12 +110,13 @@ def check_state(state, x):
         np.testing.assert_allclose(state["second_moment"][0], moment, 1e-3, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
         ptq.Awq,
-        pytest.param(ptq.Gptq, marks=pytest.mark.slow),
-        pytest.param(ptq.SmoothQuant, marks=pytest.mark.slow),
+        ptq.Gptq,
+        ptq.SmoothQuant,
     ],
 )
 def test_inputs_are_those_from_blocks_that_are_quantized(make):

@@ -305,7 +305,7 @@ def test_forward_mode_is_refused_as_documented():
         jax.jvp(lambda w: quantized(w, X), (w,), (w,))
 
 
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_second_derivatives_are_refused_as_documented(power):
     quantized = quantize_fn(lambda w, x: x @ w, QtProvider(NEAREST))
     w = jnp.ones((8, 3))
