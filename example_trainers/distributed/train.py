@@ -61,7 +61,7 @@ def shardings(mesh: Mesh, state: Any) -> Any:
 def create_state(
     config: ml_collections.ConfigDict, mesh: Mesh
 ) -> train_state.TrainState:
-    """A new state, of which no process ever holds more than its part."""
+    """A new state. Each process makes its own part of it alone."""
     model = LanguageModel(config.features, config.heads, config.layers)
     tokens = jax.ShapeDtypeStruct((1, config.sequence_length), jax.numpy.int32)
     tx = loop.make_optimizer(config.learning_rate, config.steps)

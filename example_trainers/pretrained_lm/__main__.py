@@ -12,7 +12,7 @@ if __name__ == "__main__":
             "framework": "The dialect of Flax.",
             "model": "smollm2 (pretrained), or random (tiny, and needs no package).",
             "parts": "What is done. qat takes most memory, see docs/examples.md.",
-            "sequence_length": "Tokens of a sequence of which perplexity is measured.",
+            "sequence_length": "Tokens of each sequence that is evaluated.",
             "test_batches": "The number of these sequences.",
             "calibration_batches": "Sequences that ranges are collected from.",
             "qlora_steps": "Steps of fine-tuning on code.",

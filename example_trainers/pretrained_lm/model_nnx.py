@@ -12,6 +12,8 @@ from flax import nnx
 
 import qwix_train
 from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.nnx_state import from_tree as from_tree
+from example_trainers.nnx_state import to_tree as to_tree
 from example_trainers.pretrained_lm.attention import attend
 from example_trainers.pretrained_lm.checkpoint import (
     Architecture,
@@ -217,26 +219,6 @@ def compiled_train_step(state: TrainState, batch) -> jax.stages.Compiled:
         return train_step(*merged, batch), nnx.state(merged)
 
     return jax.jit(pure, donate_argnums=0).lower(arrays, batch).compile()
-
-
-def to_tree(state: TrainState) -> Any:
-    """What a checkpoint holds: not the frozen base, which does not change."""
-    model, optimizer = state
-    return {
-        "params": nnx.to_pure_dict(nnx.state(model, optimizer.wrt)),
-        "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
-    }
-
-
-def from_tree(state: TrainState, tree: Any) -> TrainState:
-    model, optimizer = state
-    for node, held, saved in (
-        (model, nnx.state(model, optimizer.wrt), tree["params"]),
-        (optimizer, nnx.state(optimizer), tree["optimizer"]),
-    ):
-        nnx.replace_by_pure_dict(held, saved)
-        nnx.update(node, held)
-    return state
 
 
 def _abstract(sizes: Architecture) -> LanguageModel:

@@ -13,6 +13,8 @@ from flax import nnx
 import qwix_train
 from example_trainers import byte_text
 from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.nnx_state import from_tree as from_tree
+from example_trainers.nnx_state import to_tree as to_tree
 from example_trainers.qlora_lm.attention import attend
 from example_trainers.qlora_lm.measure import measure
 from qwix_train import lora
@@ -173,26 +175,6 @@ def restore(
     model = qwix_train.ptq.restore(path, nnx.eval_shape(create))
     graph, params = nnx.split(model)
     return lambda params, tokens: nnx.merge(graph, params)(tokens), params
-
-
-def to_tree(state: TrainState) -> Any:
-    """What a checkpoint holds: not the frozen base, which does not change."""
-    model, optimizer = state
-    return {
-        "params": nnx.to_pure_dict(nnx.state(model, optimizer.wrt)),
-        "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
-    }
-
-
-def from_tree(state: TrainState, tree: Any) -> TrainState:
-    model, optimizer = state
-    for node, held, saved in (
-        (model, nnx.state(model, optimizer.wrt), tree["params"]),
-        (optimizer, nnx.state(optimizer), tree["optimizer"]),
-    ):
-        nnx.replace_by_pure_dict(held, saved)
-        nnx.update(node, held)
-    return state
 
 
 def _create_model(config: ml_collections.ConfigDict, seed: int) -> LanguageModel:

@@ -222,7 +222,7 @@ def cut(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
 
 
 def _joined(array: jax.Array, counts: Sequence[int | None]) -> jax.Array:
-    """An array of which `cut` has split axes, with these whole again."""
+    """Joins the axes of an array that `cut` has split."""
     sizes = iter(array.shape)
     shape = [next(sizes) if c is None else next(sizes) * next(sizes) for c in counts]
     held = iter(jax.typeof(array).sharding.spec)

@@ -11,8 +11,8 @@ type       format                    codes                       ``weight_scale`
 =========  ========================  ==========================  =====================
 
 Of two codes in a byte the first has the lower bits. nvfp4 has a
-``weight_global_scale``, too, of which scales are a multiple: it is the *reciprocal* of
-our ``tensor_scale``, in float32.
+``weight_global_scale``, too. Scales are divided by it: it is the *reciprocal* of our
+``tensor_scale``, in float32.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def encode(array: QArray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def find(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any]) -> str | None:
-    """Returns the type of a layer by its tensors; None if it is none of `TYPES`.
+    """Returns the type of a layer by its tensors; None if that is not in `TYPES`.
 
     Args:
         tensors: The tensors, by name.

@@ -490,7 +490,7 @@ def path_among(paths: Collection[Path], names: Path) -> Path:
       names: the path of the param in a tree.
 
     Raises:
-      ValueError: if it is none of them.
+      ValueError: if the model was not seen to read it.
     """
     path = names if names in paths else names[1:]
     if path not in paths:

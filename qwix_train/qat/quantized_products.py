@@ -146,7 +146,7 @@ class NoRange:
     name: str = flax.struct.field(pytree_node=False)
 
     def calibration(self, x: Any) -> Mapping[str, Any]:
-        """Says that there is none.
+        """Refuses, since nothing collects the range.
 
         Raises:
           ValueError: always.

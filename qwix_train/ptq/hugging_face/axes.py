@@ -163,7 +163,7 @@ class Axes:
         """Returns the tensor that a param has at a position along `stacked` axes.
 
         Args:
-            param: A NumPy array, of which views are taken, or a `QArray`.
+            param: A NumPy array, which is not copied, or a `QArray`.
             sizes: The length of each axis.
             at: The position.
 

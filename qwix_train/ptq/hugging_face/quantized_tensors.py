@@ -221,7 +221,7 @@ def as_planned(array: QArray, how: HowToQuantize, scale_shape: Sequence[int]) ->
         if (np.take(scale, np.arange(n) // tile, axis) != of_elements).any():
             raise ValueError(
                 f"along axis {axis} of {n} it has {have} scales in the checkpoint, and "
-                f"the rule asks for tiles of {tile}, of which some have several. Give "
-                "the rule a tile_size that divides the blocks of the checkpoint"
+                f"the rule asks for tiles of {tile}, and some of these have several. "
+                "Give the rule a tile_size that divides the blocks of the checkpoint"
             )
     return array.replace(scale=jnp.asarray(scale), qtype=how.qtype)  # pyright: ignore
