@@ -297,7 +297,9 @@ def _move(bins: State, by: jax.Array) -> State:
     )
     is_first, stays = index <= by, index + by < counts.shape[-1]
     count, carry = _total(jnp.where(is_first, counts, 0))
-    carry += jnp.sum(jnp.where(is_first, bins["carries"], 0), -1, keepdims=True)
+    carry += jnp.sum(
+        jnp.where(is_first, bins["carries"], 0), -1, keepdims=True, dtype=carry.dtype
+    )
     # Elements of the first bin are at position 0.
     first = {"counts": count, "carries": carry, "positions": jnp.zeros_like(count)}
 

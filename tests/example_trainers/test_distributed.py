@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ def kill_when(workdir, written, processes, devices):
     try:
         while not (workdir / written).exists():
             assert all(child.poll() is None for child in children)
+            time.sleep(0.02)
         children[-1].send_signal(signal.SIGKILL)
         children[-1].wait()
     finally:
