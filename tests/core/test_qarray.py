@@ -21,6 +21,7 @@ from qwix_train.core.qarray import (
     validate_qarray,
 )
 from tests.core.reference import QTYPE_NAMES, expand, reference_dequantized
+from tests.pairwise import pairwise
 
 INTEGERS = [f"int{bits}" for bits in range(1, 9)]
 LAYOUTS = [
@@ -32,25 +33,26 @@ LAYOUTS = [
 METHODS = ["absmax", "absmax,0.6", "minmax", "rms,1.5", "fixed,-1,2"]
 
 
-def hows():
-    for qtype in QTYPE_NAMES:
-        for method in METHODS:
-            if qtype in INTEGERS or method not in ("minmax", "fixed,-1,2"):
-                yield qtype, method
+def has_method(qtype, method, layout):
+    del layout
+    return qtype in INTEGERS or method not in ("minmax", "fixed,-1,2")
 
 
 @pytest.mark.thinned(9)
-@pytest.mark.parametrize("qtype, method", list(hows()))
-def test_nearest_values_against_a_reference(qtype, method):
+@pytest.mark.parametrize(
+    ("qtype", "method", "layout"),
+    pairwise(QTYPE_NAMES, METHODS, LAYOUTS, allowed=has_method),
+    ids=str,
+)
+def test_nearest_values_against_a_reference(qtype, method, layout):
     x = np.random.default_rng(0).normal(0.3, 1, (12, 6)).astype(np.float32)
-    for layout in LAYOUTS:
-        how = HowToQuantize(qtype=qtype, calibration_method=method, **layout)
-        q = quantize_array(jax.device_put(x), how)
-        got = np.asarray(dequantize(q), np.float64)
-        want = reference_dequantized(x, how)
-        # On a tie both neighbors are nearest, so errors are compared, not values.
-        atol = 1e-6 * np.abs(x).max()
-        np.testing.assert_allclose(np.abs(got - x), np.abs(want - x), rtol=0, atol=atol)
+    how = HowToQuantize(qtype=qtype, calibration_method=method, **layout)
+    q = quantize_array(jax.device_put(x), how)
+    got = np.asarray(dequantize(q), np.float64)
+    want = reference_dequantized(x, how)
+    # On a tie both neighbors are nearest, so errors are compared, not values.
+    atol = 1e-6 * np.abs(x).max()
+    np.testing.assert_allclose(np.abs(got - x), np.abs(want - x), rtol=0, atol=atol)
 
 
 floats = st.floats(width=32, min_value=-1e4, max_value=1e4, allow_subnormal=False)

@@ -32,10 +32,10 @@ def test_training_in_two_processes():
 
 
 @pytest.mark.slow
-def test_every_mode_in_two_processes():
-    assert_same_numbers(tuple(cases.CASES), (1, 2))
+def test_other_modes_in_two_processes():
+    assert_same_numbers([name for name in cases.CASES if name not in cases.FEW], (1, 2))
 
 
 @pytest.mark.slow
 def test_four_processes():
-    assert_same_numbers(("in_training", "quantized_training", "gptq"), (2, 2))
+    assert_same_numbers(cases.FEW, (2, 2))

@@ -30,23 +30,8 @@ def _tiny_config(framework="linen"):
     return config, ["--quick", *(f"--{k}={v}" for k, v in changed.items())]
 
 
-# Killed between two checkpoints: while fine-tuning, and in the float phase.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("framework", "line", "checkpoint"),
-    [
-        ("linen", "int2 | step   10/20", "int2"),
-        ("nnx", "float | step   20/40", "float"),
-    ],
-)
-def test_a_run_and_one_that_was_killed(
-    framework, line, checkpoint, tmp_path, capsys, monkeypatch
-):
-    config, flags = _tiny_config(framework)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # The two runs in this process share their compiled steps.
-    monkeypatch.setattr(train, "make_phase", _phases_made_once(train.make_phase))
-
+def _run(config, whole, capsys):
+    """Runs the example, and looks at all that it leaves."""
     results = train.train_and_evaluate(config, whole)
 
     printed = capsys.readouterr().out
@@ -55,7 +40,7 @@ def test_a_run_and_one_that_was_killed(
     assert json.loads((whole / "results.json").read_text()) == results
     assert (whole / "results.png").read_bytes().startswith(b"\x89PNG")
 
-    assert results["config"]["framework"] == framework
+    assert results["config"]["framework"] == config.framework
     floating = results["float"]
     assert len(floating["per_seed"]) == 1
     # Ten classes: the network has learned something, and int2 costs something.
@@ -77,11 +62,36 @@ def test_a_run_and_one_that_was_killed(
         assert record["accuracy"] == pytest.approx(accuracy["mean"], abs=1e-6)
     assert served[1]["param_bytes"] < served[0]["param_bytes"] / 6
     assert export.format_table(served) in printed
+    return results
+
+
+@pytest.mark.slow
+def test_a_run_of_nnx_and_the_same_again(tmp_path, capsys, monkeypatch):
+    config, _ = _tiny_config("nnx")
+    monkeypatch.setattr(train, "make_phase", _phases_made_once(train.make_phase))
+    results = _run(config, tmp_path, capsys)
+    # What was trained is restored.
+    monkeypatch.setattr(export, "export_and_serve", lambda *args: None)
+    assert train.train_and_evaluate(config, tmp_path) == results
+    assert "done before" in capsys.readouterr().out
+
+
+# Killed between two checkpoints, while it fine-tunes.
+@pytest.mark.slow
+def test_a_run_and_one_that_was_killed(tmp_path, capsys, monkeypatch):
+    config, flags = _tiny_config()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # The two runs in this process share their compiled steps.
+    monkeypatch.setattr(train, "make_phase", _phases_made_once(train.make_phase))
+    results = _run(config, whole, capsys)
 
     run_and_kill(
-        "example_trainers.digits_qat", *flags, f"--workdir={broken}", after=line
+        "example_trainers.digits_qat",
+        *flags,
+        f"--workdir={broken}",
+        after="int2 | step   10/20",
     )
-    assert (broken / "checkpoints" / "seed_0" / checkpoint).is_dir()
+    assert (broken / "checkpoints" / "seed_0" / "int2").is_dir()
     assert not (broken / "results.json").exists()
     # The models are the same, so they are not served again.
     monkeypatch.setattr(export, "export_and_serve", lambda *args: None)

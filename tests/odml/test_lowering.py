@@ -12,6 +12,7 @@ from qwix_train.odml import lowering
 from qwix_train.odml.evaluate import per_channel
 from qwix_train.odml.graph import build_graph
 from qwix_train.odml.patterns import find_patterns
+from tests.pairwise import pairwise
 
 
 def node_of(fn, w, x):
@@ -70,10 +71,10 @@ DOTS = {
 }
 
 
-@pytest.mark.thinned(12)
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("name", DOTS)
-@pytest.mark.parametrize("bias", [None, "channel", "axis"])
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize(
+    ("bias", "name", "side"), pairwise([None, "channel", "axis"], DOTS, [0, 1])
+)
 def test_dot(name, side, bias):
     x_shape, w_shape, contracted_x, contracted_w = DOTS[name]
     x, w = normal(*x_shape), normal(*w_shape, seed=1)
