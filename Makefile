@@ -44,6 +44,9 @@ LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
 LOWEST := .venv-lowest
 PIP := -m pip --disable-pip-version-check --quiet
+# Python compiles a module when it is first imported: all of them take half of the time
+# of an installation, and most are never used.
+export PIP_NO_COMPILE := 1
 
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
 # for the other workers, and for later runs.
