@@ -13,6 +13,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from qwix_train.calib.range_warnings import warn_of_ranges
+from qwix_train.core.errors import located
 from qwix_train.files import processes
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import wrap
@@ -205,7 +206,8 @@ def updated_states(
 
     def update(name, value, state):
         harvest.check_not_batched(name, value, len(ranges[name].shape))
-        return ranges[name].statistics.update(state, value)
+        with located(name):
+            return ranges[name].statistics.update(state, value)
 
     return harvest.harvest(body, inputs, states, update)
 
@@ -329,7 +331,8 @@ class RangeTagging(Tagging):
             path, statistics = op.range_path(side), plan.statistics_of(op, side)
             fields = {"learned": bool(op.learned), "owner": op.range_owner(side)}
             note = functools.partial(self.note, path, statistics, **fields)
-            return (Observe(op.before(side), "/".join(path), note),)
+            joined = statistics.how.axis_names
+            return (Observe(op.before(side), "/".join(path), note, joined),)
 
         def room(op: OpPlan) -> tuple[Observe, ...]:
             statistics = plan.gradient_statistics(op)

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import formats, initial_range, numerics, tiling
+from qwix_train.core import formats, initial_range, joined_range, numerics, tiling
 from qwix_train.core.formats import CodedScale, Scales
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.shortened import shortened
@@ -69,6 +69,17 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
             "are in QAT, quantized training, PTQ to the nearest codes and LoRA, with "
             "ranges that are not trained. Take a rule without rotation."
         )
+    found = _calibrate(array, how)
+    if not how.axis_names:
+        return found
+    # Where blocks share a second scale, that alone is of more than one shard.
+    of_shards = {"tensor_absmax"} & found.keys() or found.keys()
+    shared = {key: found[key] for key in of_shards}
+    method, names = how.calibration_method, how.axis_names
+    return {**found, **joined_range.joined(shared, method, names)}
+
+
+def _calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
     scale_shape = how.scale_shape(array.shape)
     name, numbers = parse_calibration_method(how.calibration_method)
     dtype = array.dtype
@@ -78,7 +89,7 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> dict[str, Any]:
 
     if numerics.format_of(how.qtype).scales is Scales.TWO_LEVELS:
         own = dataclasses.replace(how, qtype="float4_e2m1fn", tensor_axes=())
-        absmax = calibrate(array, own)["absmax"]
+        absmax = _calibrate(array, own)["absmax"]
         axes = tuple(a for a in range(array.ndim) if a not in how.tensor_axes)
         largest = jnp.max(absmax, axis=axes, initial=0, keepdims=True)
         return {"absmax": absmax, "tensor_absmax": largest}

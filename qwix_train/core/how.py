@@ -119,6 +119,8 @@ class HowToQuantize:
             complains of it; see `in_basis`.
         tensor_axes: Axes that stack tensors, each with a scale of its own where a type
             (nvfp4) has a scale for the tensor beside those of blocks.
+        axis_names: Axes of the mesh of the `jax.shard_map` around, over which the
+            ranges of shards are joined; see `joined_range`.
 
     Raises:
         ValueError: A field is wrong; the message names the value and the choices.
@@ -138,6 +140,7 @@ class HowToQuantize:
     pad_tiles: bool = False
     rotation: Rotation | None = None
     tensor_axes: Collection[int] = ()
+    axis_names: Collection[str] = ()
 
     def __post_init__(self) -> None:
         def put(field: str, value: Any) -> None:
@@ -162,6 +165,7 @@ class HowToQuantize:
         put("channelwise_axes", tuple(sorted(set(self.channelwise_axes))))
         put("tiled_axes", tiling.TiledAxes(self.tiled_axes))
         put("tensor_axes", tuple(sorted(set(self.tensor_axes))))
+        put("axis_names", tuple(sorted(set(self.axis_names))))
         if self.calibration_method == "absmax":
             put("calibration_method", numerics.format_of(self.qtype).method)
         parse_calibration_method(self.calibration_method)

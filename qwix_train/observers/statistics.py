@@ -193,7 +193,9 @@ class Statistics:
         x = jax.ShapeDtypeStruct(shape, dtype)
         jax.eval_shape(check_quantizable, x)
         if self.averaging is not None:
-            measured = dict(jax.eval_shape(self._observe, x))
+            of_shard = dataclasses.replace(self.how, axis_names=())
+            alone = dataclasses.replace(self, how=of_shard)
+            measured = dict(jax.eval_shape(alone._observe, x))
             size = measured.pop("size")
             state = self.averaging.init(measured)
             for name in ("narrowest", "widest"):
@@ -373,6 +375,8 @@ class Statistics:
         found = {key: jnp.asarray(v, jnp.float32) for key, v in found.items()}
         shape = next(iter(found.values())).shape
         size = values_in_each(x.shape, shape, counts)
+        if self.how.axis_names:
+            size = size * jax.lax.axis_size(self.how.axis_names)
         if axes:
             # An index without any value has no range of its own.
             weights = (size > 0).astype(jnp.float32)

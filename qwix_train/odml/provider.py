@@ -311,6 +311,8 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
             raise error(field, "LiteRT has no sub-channel quantization")
     if rule.rotation is not None:
         raise error("rotation", "LiteRT quantizes tensors in their own basis")
+    if rule.act_axis_names:
+        raise error("act_axis_names", "LiteRT's models run on one device")
     if rule.disable_channelwise_axes:
         reason = "give the provider disable_per_channel_weights=True"
         raise error("disable_channelwise_axes", reason)

@@ -192,6 +192,8 @@ class _Planner:
                 activations[side] = self.quantize_activation(op, side, rule)
         notes += [rule.note] if rule.note else []
         notes += [f"rotated by {rule.rotation}"] if any(rotations) else []
+        if rule.act_axis_names and any(activations):
+            notes.append(f"ranges joined over {', '.join(rule.act_axis_names)}")
         return dataclasses.replace(
             plan,
             weights=tuple(paths),
@@ -266,6 +268,7 @@ class _Planner:
             tiled_axes=axes.tiled,
             calibration_method=rule.act_method,
             pad_tiles=rule.pad_tiles,
+            axis_names=rule.act_axis_names,
         )
         _check_blocks(op.where, op.operands[side].shape, how)
         return how

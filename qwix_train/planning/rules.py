@@ -14,6 +14,7 @@ import numpy as np
 
 from qwix_train import ops
 from qwix_train.core import how, numerics, rotations, tiling
+from qwix_train.core.formats import Scales
 from qwix_train.core.numerics import is_int16
 from qwix_train.core.shortened import shortened
 from qwix_train.observers.averaging import parse_averaging
@@ -92,6 +93,12 @@ class QuantizationRule:
         ranges, and inputs with such elements out of what GPTQ, AWQ and SmoothQuant
         collect: those of padding, for example. Else a batch that has any does not
         count.
+      act_axis_names: axes of the mesh of a `jax.shard_map` that is in the model or
+        around the step, over which ranges of activations are joined: the widest of
+        the shards, or their mean where the method takes one. Inside of `shard_map` a
+        range is that of the shard otherwise. Name the axes that cut what shares a
+        scale: the range is that of the whole activation then. All that the rule
+        matches has to be inside.
       act_act: whether products of two activations, such as attention's, are
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
@@ -133,6 +140,7 @@ class QuantizationRule:
     act_batch_axes: Collection[int] | None = None
     act_channelwise_axes: Collection[int] = ()
     act_finite_only: bool = False
+    act_axis_names: Collection[str] = ()
     act_act: bool = True
     pad_tiles: bool = False
     rotation: str | None = None
@@ -190,6 +198,7 @@ class QuantizationRule:
             if getattr(self, field) and not self.act_static_scale:
                 self.refuse(field, "it needs act_static_scale=True")
         self._check_learned()
+        self._check_axis_names()
         for name in ("weight", "act"):
             field = f"{name}_calibration_method"
             method, qtype = getattr(self, field), getattr(self, f"{name}_qtype")
@@ -338,6 +347,30 @@ class QuantizationRule:
                 f"act_calibration_method={self.act_calibration_method!r} trains the "
                 "scale, so that no range is collected for it while training",
             )
+
+    def _check_axis_names(self) -> None:
+        """Complains of ranges that do not follow from those of shards."""
+        field = "act_axis_names"
+        if not self.act_axis_names:
+            return
+        if self.act_qtype is None:
+            self.refuse(field, "it needs an act_qtype")
+        if self.learned_act_method:
+            reason = f"act_calibration_method={self.act_calibration_method!r} trains it"
+            raise self._error(field, reason)
+        entry = None if is_int16(self.act_qtype) else numerics.format_of(self.act_qtype)
+        two_levels = entry is not None and entry.scales is Scales.TWO_LEVELS
+        if self.act_tiles is not None and not two_levels:
+            reason = f"a tile of {self.act_tiles} has its range in the shard it lies in"
+            raise self._error(field, reason)
+        others = ("act_observer", "act_batch_axes", "act_finite_only")
+        for other in others:
+            if value := getattr(self, other):
+                raise self._error(
+                    field,
+                    f"with {other}={value!r}, the range of an array does not follow "
+                    "from the ranges of its shards: leave one of both out",
+                )
 
     def _check_observer(self) -> None:
         """Complains of statistics that would not give a range."""

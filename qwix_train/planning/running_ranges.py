@@ -164,13 +164,20 @@ class RunningRanges:
             goes over layers; see `harvest.tag`.
           backward: whether it is on the way back; see `harvest.tag`.
         """
-        measured = statistics.measure(x)
+        with located("/".join(paths[0])):
+            measured = statistics.measure(x)
         if self.updates.may_update:
             found = _Collected(statistics, measured)
             packed = found.packed(measured)
             for name in map("/".join, paths):
                 self._found[name] = found
-                packed = harvest.tag(packed, name, layers, backward=backward)
+                packed = harvest.tag(
+                    packed,
+                    name,
+                    layers,
+                    backward=backward,
+                    joined=statistics.how.axis_names,
+                )
             measured = found.unpacked(packed)
             if not statistics.delayed:
                 with located("/".join(paths[0])):

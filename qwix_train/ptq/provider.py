@@ -143,6 +143,10 @@ def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
         scales = pre_quant_scale.scales_of(op, named)
 
         def activation(side: int, how: HowToQuantize, ranges=ranges):
+            if (
+                traced.initializing
+            ):  # maybe outside of the shard_map of the model's step
+                how = dataclasses.replace(how, axis_names=())
             return (Quantize(how, ranges[side]),)
 
         operands = tuple(

@@ -9,14 +9,14 @@ transpose (groups, dilations, strides, batch axes) has its quantized form.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from qwix_train import ops
-from qwix_train.core import numerics, rotations
+from qwix_train.core import joined_range, numerics, rotations
 from qwix_train.core import stochastic_rounding as noise
 from qwix_train.core.calibration import (
     calibrate,
@@ -49,11 +49,13 @@ class Groups(NamedTuple):
       qtype: its type.
       tile_size: see `weights.operand_axes`.
       calibration_method: how its range is found.
+      axis_names: the axes of a mesh over which it is joined.
     """
 
     qtype: Any
     tile_size: weights.TileSize
     calibration_method: str
+    axis_names: Collection[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +204,8 @@ class BackwardProduct:
         tile = numerics.format_of(rule.bwd_qtype).block or rule.bwd_tile_size
         if self.of_weight and rule.bwd_weight_grad_tile_size is not None:
             tile = rule.bwd_weight_grad_tile_size
-        groups = Groups(rule.bwd_qtype, tile, rule.bwd_calibration_method)
+        method, names = rule.bwd_calibration_method, rule.bwd_axis_names
+        groups = Groups(rule.bwd_qtype, tile, method, names)
         noise_fn = None
         if key is not None:
             assert rule.bwd_stochastic_rounding is not None
@@ -224,7 +227,7 @@ class BackwardProduct:
         noise_fn: numerics.NoiseFn | None = None,
     ) -> QArray:
         """The codes of an operand of the backward product."""
-        qtype, tile, method = groups
+        qtype, tile, method, axis_names = groups
         in_blocks = numerics.format_of(qtype).block is not None
         axes = weights.operand_axes(op, at, tile, in_blocks=in_blocks)
         how = HowToQuantize(
@@ -235,7 +238,10 @@ class BackwardProduct:
             tiled_axes=axes.tiled,
             calibration_method=method,
             pad_tiles=self.rule.pad_tiles,
+            axis_names=axis_names,
         )
+        with located(self.where):
+            joined_range.check_bound(axis_names)
         try:
             found = calibrate(x, how)
         except ValueError as error:

@@ -76,6 +76,8 @@ class QtRule(QuantizationRule):
         measured on the way back, and kept in the state of the step: `attach`, and
         `wrap_train_step`. The range of the gradient itself if None. A factor of the
         calibration method is the margin: `"absmax,2"` leaves one bit of it.
+      bwd_axis_names: for gradients what `act_axis_names` is for activations. A
+        gradient has one scale then: set `disable_channelwise_axes`, or `bwd_averaging`.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
         rounding of gradients, of every type; to nearest if None. The backward products
         are then unbiased where the range covers the gradient, as that of `"absmax"`
@@ -124,6 +126,7 @@ class QtRule(QuantizationRule):
     bwd_residuals: str = "quantized"
     bwd_weight_grad_rotation: str | None = None
     bwd_averaging: str | None = None
+    bwd_axis_names: Collection[str] = ()
     bwd_stochastic_rounding: str | None = None
     channelwise_noise_axes: Collection[int] = (0,)
     additional_qt_config: Mapping[str, Any] | None = None
@@ -143,7 +146,7 @@ class QtRule(QuantizationRule):
             raise self._error("bwd_residuals", reason)
         if self.bwd_qtype is None:
             for field in _OF_GRADIENTS:
-                if getattr(self, field) not in (None, "quantized"):
+                if getattr(self, field) not in (None, (), "quantized"):
                     self.refuse(field, "it needs a bwd_qtype")
         else:
             self._check("bwd_qtype", numerics.canonical_qtype, self.bwd_qtype)
@@ -164,6 +167,14 @@ class QtRule(QuantizationRule):
             self._check_blocks(field, self.bwd_qtype)
         self._check_rotation()
         self._check_averaging()
+        if self.bwd_axis_names and not (
+            self.disable_channelwise_axes or self.bwd_averaging
+        ):
+            reason = (
+                "one of the two backward products keeps the axis of a gradient that a "
+                "mesh cuts: set disable_channelwise_axes=True, or bwd_averaging"
+            )
+            raise self._error("bwd_axis_names", reason)
         self._check_additional_config()
 
     @property
@@ -179,6 +190,7 @@ class QtRule(QuantizationRule):
         if self.bwd_averaging is None:
             return None
         how = _how(self.bwd_qtype, self.bwd_calibration_method)
+        how = dataclasses.replace(how, axis_names=self.bwd_axis_names)
         return make_statistics(self.bwd_calibration_method, self.bwd_averaging, how=how)
 
     def _check_averaging(self):
@@ -251,6 +263,7 @@ _OF_GRADIENTS = (
     "bwd_residuals",
     "bwd_weight_grad_rotation",
     "bwd_averaging",
+    "bwd_axis_names",
     "bwd_stochastic_rounding",
 )
 

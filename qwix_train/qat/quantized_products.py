@@ -338,7 +338,9 @@ def _again(
     """
     if rule.bwd_residuals == "quantized" or (plan.static and not of_weight[side]):
         return None
-    groups = Groups(rule.act_qtype, rule.act_tiles, rule.act_method)
+    groups = Groups(
+        rule.act_qtype, rule.act_tiles, rule.act_method, rule.act_axis_names
+    )
     if of_weight[side]:
         method = rule.weight_calibration_method
         groups = Groups(rule.weight_qtype, rule.weight_tiles, method)

@@ -10,6 +10,8 @@ import flax.struct
 import jax
 from jax import lax
 
+from qwix_train.core import joined_range
+from qwix_train.core.errors import located
 from qwix_train.core.fake_quant import fake_quant, fake_quant_with_scale
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import (
@@ -55,7 +57,7 @@ class FakeQuantize(Stage):
 
     def apply(self, x: Any, at: At | None = None) -> Any:
         """See `Stage.apply`."""
-        return WithCodes.of(x, self.how, self.range).value
+        return WithCodes.of(x, self.how, self.range, at).value
 
     def of_slice(self) -> FakeQuantize | None:
         """See `Stage.of_slice`."""
@@ -77,7 +79,7 @@ class Quantize(Stage):
 
     def apply(self, x: Any, at: At | None = None) -> WithCodes:
         """See `Stage.apply`."""
-        return WithCodes.of(x, self.how, self.range)
+        return WithCodes.of(x, self.how, self.range, at)
 
 
 class WithCodes(Carried):
@@ -95,8 +97,17 @@ class WithCodes(Carried):
         self.range = range_
 
     @classmethod
-    def of(cls, x: Any, how: HowToQuantize, range_of: RangeOf | None) -> WithCodes:
-        """An array with the codes of the range that it has."""
+    def of(
+        cls, x: Any, how: HowToQuantize, range_of: RangeOf | None, at: At | None = None
+    ) -> WithCodes:
+        """An array with the codes of the range that it has.
+
+        Raises:
+          ValueError: if that is to be joined over an axis that is not around.
+        """
+        if range_of is None and at is not None:
+            with located(at.op.where):
+                joined_range.check_bound(how.axis_names)
         return cls(x, how, None if range_of is None else range_of.of(x))
 
     @property

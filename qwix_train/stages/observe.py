@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.struct
@@ -24,17 +24,19 @@ class Observe(Stage):
       before: what the operand goes through for that, and not for the operation.
       name: the name of the tag.
       note: called with what is tagged.
+      joined: see `harvest.tag`.
     """
 
     before: tuple[Stage, ...]
     name: str = flax.struct.field(pytree_node=False)
     note: Callable[[Any], None] = flax.struct.field(pytree_node=False)
+    joined: Collection[str] = flax.struct.field(pytree_node=False, default=())
 
     def apply(self, x: Any, at: At | None = None) -> Any:
         """See `Stage.apply`."""
         seen = applied(self.before, x, at)
         self.note(seen)
-        return _tagged(x, seen, self.name, at)
+        return _tagged(x, seen, self.name, at, self.joined)
 
 
 @flax.struct.dataclass
@@ -65,9 +67,11 @@ class LargestMagnitude(Stage):
         return jnp.max(magnitudes, initial=0).reshape(1)
 
 
-def _tagged(x: Any, seen: Any, name: str, at: At | None) -> Any:
+def _tagged(
+    x: Any, seen: Any, name: str, at: At | None, joined: Collection[str] = ()
+) -> Any:
     """An operand, where what is seen of it is tagged."""
-    tagged = harvest.tag(seen, name, _layers(at))
+    tagged = harvest.tag(seen, name, _layers(at), joined=joined)
     if seen is x:
         return tagged
     return lax.optimization_barrier((x, tagged))[0]  # keeps what is tagged

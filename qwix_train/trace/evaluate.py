@@ -293,21 +293,29 @@ class Evaluation(abc.ABC):
         return self._after(results, kept)
 
     def _shard_map(self, eqn, inside, operands, key):
-        body, params = inside.bodies[0].body, eqn.params
+        params, everywhere = eqn.params, jax.sharding.PartitionSpec()
+        within = [at for at in self.inside.get(key, ()) if at in self.given]
+        given = {at: self.given[at] for at in within}
 
-        def function(*arrays):
-            with self.once.in_new_trace():
-                return [value_of(out) for out in self.run(body, arrays, (*key, 0))]
+        def function(arrays, states, given):
+            outer, self.given = self.given, {**self.given, **given}
+            try:
+                outs, states = self._traced(inside, 0, arrays, key, states)
+            finally:
+                self.given = outer
+            return list(map(value_of, outs)), states
 
         # Whole arrays are transformed, not shards: a shard has a range of its own.
-        return jax.shard_map(
+        arrays = [carried.read(x, inside.name) for x in operands]
+        results = jax.shard_map(
             function,
             mesh=params["mesh"],
-            in_specs=tuple(params["in_specs"]),
-            out_specs=list(params["out_specs"]),
+            in_specs=(list(params["in_specs"]), everywhere, everywhere),
+            out_specs=(list(params["out_specs"]), everywhere),
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
-        )(*[carried.read(x, inside.name) for x in operands])
+        )(arrays, self._states_inside(key), given)
+        return self._after(results, {})
 
     def _loop(self, eqn, inside, operands, key):
         """What is common to loops.

@@ -9,7 +9,7 @@ goes over the layers of a model, each layer has its own slice of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.ad_checkpoint import checkpoint_name
@@ -26,7 +26,12 @@ Update = Callable[[str, Any, Any], Any]
 
 
 def tag(
-    value: Any, name: str, layers: Sequence[bool] = (), *, backward: bool = False
+    value: Any,
+    name: str,
+    layers: Sequence[bool] = (),
+    *,
+    backward: bool = False,
+    joined: Collection[str] = (),
 ) -> Any:
     """Tags a value, to be found by `harvest`.
 
@@ -37,8 +42,11 @@ def tag(
         goes over layers, each with a state of its own.
       backward: whether it is computed on the way back alone. What a checkpoint computes
         again for a derivative is left out, and this is not.
+      joined: the axes of a mesh along which what is made of the value for its state is
+        the same: inside of a `shard_map` over other axes it cannot be collected.
     """
     code = "".join("01"[layer] for layer in layers) + _BACKWARD * backward
+    code = ",".join((code, *joined))
     return checkpoint_name(value, f"{_PREFIX}{code}:{name}")
 
 
@@ -114,10 +122,12 @@ class _Tag(NamedTuple):
       name: the name of its state.
       scans: the length of each `scan` around it, outermost first, if it goes over the
         layers of a model; 0 for any other.
+      joined: the axes of a mesh along which what is made of it is the same.
     """
 
     name: str
     scans: tuple[int, ...]
+    joined: tuple[str, ...]
 
 
 class _Text(NamedTuple):
@@ -125,6 +135,7 @@ class _Text(NamedTuple):
 
     layers: tuple[bool, ...]
     backward: bool
+    joined: tuple[str, ...]
     name: str
 
 
@@ -134,8 +145,9 @@ def _parse(eqn: Any) -> _Text | None:
     if not isinstance(text, str) or not text.startswith(_PREFIX):
         return None
     code, _, name = text.removeprefix(_PREFIX).partition(":")
+    code, *joined = code.split(",")
     layers = tuple(bit == "1" for bit in code.removesuffix(_BACKWARD))
-    return _Text(layers, code.endswith(_BACKWARD), name)
+    return _Text(layers, code.endswith(_BACKWARD), tuple(joined), name)
 
 
 def _tags(
@@ -163,7 +175,7 @@ def _tags(
         others = len(scans) - len(parsed.layers)
         layers = zip(parsed.layers, scans[others:], strict=True)
         scans = (0,) * others + tuple(b * n for b, n in layers)
-        yield key, _Tag(parsed.name, scans)
+        yield key, _Tag(parsed.name, scans, parsed.joined)
 
 
 def _is_recomputed(eqn: Any, inside: bodies.Inside) -> bool:
@@ -204,9 +216,23 @@ class _Harvest(Evaluation):
             # A call like any other: it holds tags only in a step that is not
             # differentiated once more, as no model's op in it is rewritten.
             return self.run(inside.bodies[0].body, operands, (*key, 0))
-        if inside.kind in (Kind.SHARD_MAP, Kind.OPAQUE):
+        if inside.kind is Kind.OPAQUE:
             raise ValueError(
                 f"Values cannot be collected inside of {inside.name}: use a step that "
                 "calls the model outside of it."
             )
+        if inside.kind is Kind.SHARD_MAP:
+            self._check_joined(eqn, key)
         return super().rebuild(eqn, inside, operands, key)
+
+    def _check_joined(self, eqn, key):
+        """Complains of states that would differ between the devices of a mesh."""
+        axes = eqn.params["newly_manual_axes"]
+        for tag in map(self.replaced.__getitem__, self.inside[key]):
+            if other := sorted(axes - set(tag.joined)):
+                raise ValueError(
+                    f"{tag.name}: inside of shard_map, each device has a range of its "
+                    f"own. Join them over {', '.join(map(repr, other))} by "
+                    f"act_axis_names={tuple(sorted(axes))} in the rule, or use a step "
+                    "that calls the model outside of it."
+                )
