@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from qwix_train import odml as odml
     from qwix_train import optim as optim
     from qwix_train import ptq as ptq
+    from qwix_train import saved as saved
     from qwix_train.lora import LoraProvider as LoraProvider
     from qwix_train.lora import LoraRule as LoraRule
     from qwix_train.lora import LoraTrainState as LoraTrainState
@@ -86,5 +87,6 @@ else:
             "odml": ("OdmlConversionProvider", "OdmlQatProvider"),
             "optim": (),
             "ptq": ("PtqProvider", "quantize_params"),
+            "saved": (),
         },
     )

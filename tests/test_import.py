@@ -41,7 +41,7 @@ def test_import_leaves_heavy_modules(imported, module):
     assert module not in imported
 
 
-@pytest.mark.parametrize("package", ["hooks", "lora", "odml", "optim", "ptq"])
+@pytest.mark.parametrize("package", ["hooks", "lora", "odml", "optim", "ptq", "saved"])
 def test_import_leaves_packages(imported, package):
     assert not [name for name in imported if name.startswith(f"qwix_train.{package}")]
 
