@@ -80,7 +80,7 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize(
-    "package", ["", *"calib hooks lora odml optim ptq qat".split()]
+    "package", ["", *"calib hooks lora odml optim ptq qat saved".split()]
 )
 def test_the_docstring_of_a_package_has_its_public_names(package):
     """`help` of a package does not show what it has from its modules."""

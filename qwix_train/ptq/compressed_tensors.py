@@ -33,6 +33,7 @@ from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.files import json_text, processes, writing
+from qwix_train.files.progress import tracked
 from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.hugging_face import places
@@ -140,7 +141,8 @@ def save_compressed_tensors(
         for path, leaf in flat.items()
     )
     processes.check_same("The params", lines)
-    for path, leaf in flat.items():
+    counted = tracked("encoding params", flat.items(), lambda x: "/".join(x[0]))
+    for path, leaf in counted:
         if path[-1] == "qvalue":
             raise ValueError(
                 f"{'/'.join(path[:-2])} is a quantized param as a pure dict, which "
@@ -275,7 +277,7 @@ def load_compressed_tensors(
         modules.setdefault(layer, {})[part] = tensor
 
     reader = _Reader(rename, recorded, _float_dtype(whole))
-    for layer, parts in modules.items():
+    for layer, parts in tracked("reading layers", modules.items(), lambda x: x[0]):
         prefix = f"{layer}." if layer else ""
         if is_layer(parts):
             scheme = compressed_config.find_scheme(config, layer)
