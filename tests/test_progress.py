@@ -7,7 +7,15 @@ import jax
 import pytest
 from flax import linen as nn
 
-from qwix_train import Progress, QuantizationRule, progress, ptq, qat, quantize_model
+from qwix_train import (
+    Progress,
+    QuantizationRule,
+    as_model,
+    progress,
+    ptq,
+    qat,
+    quantize_model,
+)
 from qwix_train.files import progress as progress_file
 from qwix_train.ptq import hugging_face
 from qwix_train.ptq.hugging_face import Place
@@ -136,7 +144,7 @@ def test_passes_over_data():
     found.clear()
 
     def loss(params, x):
-        return (forward(params, x) ** 2).mean()
+        return (as_model(forward)(params, x) ** 2).mean()
 
     with progress(found.append):
         qat.sensitivity(loss, PARAMS, RULES, [X], qtypes=["int8", "int4"])
