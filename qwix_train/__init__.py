@@ -18,7 +18,10 @@ Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
 Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
 `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`.
 
-Packages: `qat`, `calib`, `ptq`, `lora`, `odml`, `optim`, `hooks`; `formats`, the types.
+Long work says how far it is (`Progress`) on a terminal; `progress` says where else.
+
+Packages: `qat`, `calib`, `ptq`, `lora`, `odml`, `optim`, `hooks`, `saved`;
+`formats`, the types.
 """
 
 from typing import TYPE_CHECKING
@@ -39,6 +42,8 @@ from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize
 from qwix_train.core.qarray import quantize as quantize
+from qwix_train.files.progress import Progress as Progress
+from qwix_train.files.progress import progress as progress
 from qwix_train.frontends.model import apply_lora_to_model as apply_lora_to_model
 from qwix_train.frontends.model import quantize_fn as quantize_fn
 from qwix_train.frontends.model import quantize_model as quantize_model
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from qwix_train import odml as odml
     from qwix_train import optim as optim
     from qwix_train import ptq as ptq
+    from qwix_train import saved as saved
     from qwix_train.lora import LoraProvider as LoraProvider
     from qwix_train.lora import LoraRule as LoraRule
     from qwix_train.lora import LoraTrainState as LoraTrainState
@@ -86,5 +92,6 @@ else:
             "odml": ("OdmlConversionProvider", "OdmlQatProvider"),
             "optim": (),
             "ptq": ("PtqProvider", "quantize_params"),
+            "saved": (),
         },
     )

@@ -41,7 +41,7 @@ def test_import_leaves_heavy_modules(imported, module):
     assert module not in imported
 
 
-@pytest.mark.parametrize("package", ["hooks", "lora", "odml", "optim", "ptq"])
+@pytest.mark.parametrize("package", ["hooks", "lora", "odml", "optim", "ptq", "saved"])
 def test_import_leaves_packages(imported, package):
     assert not [name for name in imported if name.startswith(f"qwix_train.{package}")]
 
@@ -80,7 +80,7 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize(
-    "package", ["", *"calib hooks lora odml optim ptq qat".split()]
+    "package", ["", *"calib hooks lora odml optim ptq qat saved".split()]
 )
 def test_the_docstring_of_a_package_has_its_public_names(package):
     """`help` of a package does not show what it has from its modules."""

@@ -14,6 +14,7 @@ from qwix_train.calib.comparison_report import Comparison, Method, Record
 from qwix_train.calib.observe import Observed, RangeTagging
 from qwix_train.calib.quantization_error import ErrorObserver, decibels, measure
 from qwix_train.core.how import HowToQuantize
+from qwix_train.files.progress import tracked
 from qwix_train.frontends.compiled import Compiled
 from qwix_train.observers.averaging import Averaging
 from qwix_train.observers.named import parse_observer
@@ -107,7 +108,7 @@ def compare(
     observed = Observed(eval_step, provider)
     run = Compiled(observed)
     state: Any = {}
-    for batch in batches:
+    for batch in tracked("comparing observers", batches):
         args = batch if isinstance(batch, tuple) else (batch,)
         state = state or observed.init(*args)
         state, _ = run(state, *args)

@@ -48,6 +48,8 @@ _OTHER = "adapter_model.bin"
 # Of a `PeftModel` the tuner, and of that the model.
 _PREFIX = "base_model.model."
 _LAYER = "{layer}"
+_PART = ".lora_"
+_AGAIN = f"{peft_tensors.MAGNITUDE}.weight"
 
 
 def save_peft(
@@ -209,6 +211,46 @@ def load_peft(
         fitted(parts.tree_of(found), own, layouts) if pad else parts.tree_of(found)
     )
     return target.replace(params=adapters) if is_state else adapters
+
+
+def read_layouts(
+    directory: str | pathlib.Path, path_of: Callable[[str], str | None]
+) -> dict[str, AdapterLayout]:
+    """The layouts of the adapters in a folder, by the name of their module.
+
+    Args:
+      directory: the folder.
+      path_of: the path of the param of a module. Where it gives None, a module
+        ``decoder.proj`` has the param ``decoder/proj/kernel``, or, if it is a table,
+        ``decoder/proj/embedding``.
+
+    Raises:
+      FileNotFoundError: if there are no such files.
+      ImportError: if `safetensors` is not installed.
+      ValueError: if the config says what is not supported, or two modules have one
+        param, or one lacks a tensor.
+    """
+    config, tensors = _read(pathlib.Path(directory))
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        module, of_adapter, part = name.rpartition(_PART)
+        if of_adapter:
+            # PEFT has the magnitude of a table by another name, too.
+            part = f"{_PART[1:]}{part}"
+            part = peft_tensors.MAGNITUDE if part == _AGAIN else part
+            modules.setdefault(module, {})[part] = tensor
+    layouts: dict[str, AdapterLayout] = {}
+    for module, found in modules.items():
+        path = path_of(module)
+        names = None if path is None else tuple(path.split("/"))
+        layouts[module] = peft_tensors.layout_of(names, module, found, config)
+    by_param = {layout.path for layout in layouts.values()}
+    if len(by_param) < len(layouts):
+        raise ValueError(
+            f"Several modules in {directory} would have the adapter of one param: "
+            f"{plan_table.some(sorted(layouts), 3)}."
+        )
+    return layouts
 
 
 def _check_folder(folder: pathlib.Path, overwrite: bool) -> None:

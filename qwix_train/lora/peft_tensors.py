@@ -18,8 +18,9 @@ import numpy as np
 from jax import numpy as jnp
 
 from qwix_train import ops
+from qwix_train.lora import peft_config
 from qwix_train.lora.layout import AdapterLayout
-from qwix_train.planning.leaves import AdapterPart
+from qwix_train.planning.leaves import AdapterPart, Path
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -34,6 +35,49 @@ _NAMES = {
 def names_of(layout: AdapterLayout) -> tuple[str, ...]:
     """The names of the tensors of an adapter: of A, B and perhaps the magnitude."""
     return (*_NAMES[_kind(layout)], *([MAGNITUDE] if layout.dora else []))
+
+
+def layout_of(
+    path: Path | None,
+    module: str,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+) -> AdapterLayout:
+    """The layout of the adapter of a plain layer, as its tensors tell it.
+
+    Args:
+      path: the path of the param; if None, that of the module as Flax names params.
+      module: the name of its module.
+      tensors: its tensors, by name.
+      config: the config beside them.
+
+    Raises:
+      ValueError: if one of its tensors is missing.
+    """
+    of_table = any(name in tensors for name in _NAMES[ops.GATHER])
+    names = _NAMES[ops.GATHER if of_table else ops.DOT]
+    if missing := [name for name in names if name not in tensors]:
+        raise ValueError(f"There is no {module}.{missing[0]}.")
+    a, b = (tensors[name] for name in names)
+    kind = ops.GATHER if of_table else ops.CONV if a.ndim > 2 else ops.DOT
+    rank, inputs, *spatial = a.shape
+    last = "embedding" if of_table else "kernel"
+    contracted = tuple(range(len(spatial) + 1))
+    alpha = peft_config.alpha_of(config, module)
+    return AdapterLayout(
+        path=(*module.split("."), last) if path is None else path,
+        shape=(*spatial, inputs, b.shape[0]),
+        rank=rank,
+        alpha=alpha,
+        scaling=peft_config.scaling_of(config, alpha, rank),
+        dora=MAGNITUDE in tensors,
+        op=kind.names[0],
+        layers=(),
+        a_axes=contracted,
+        b_axes=(len(contracted),),
+        contracted=contracted,
+        flat=kind.flattens(kind.names[0]),
+    )
 
 
 def _kind(layout: AdapterLayout) -> ops.OpKind:

@@ -33,6 +33,7 @@ from qwix_train.core.errors import located
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.qarray import QArray, WithAux
 from qwix_train.files import json_text, processes, writing
+from qwix_train.files.progress import tracked
 from qwix_train.planning.leaves import Leaf, OperandName, Part, Path, range_of
 from qwix_train.ptq import compressed_config, compressed_layers, safetensors_files
 from qwix_train.ptq.hugging_face import places
@@ -59,6 +60,7 @@ def save_compressed_tensors(
     mapping: TensorMapping | None = None,
     act_qtype: Any = None,
     int8_format: str = "int-quantized",
+    config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> None:
@@ -90,6 +92,7 @@ def save_compressed_tensors(
             token; static ranges come first. None for weight-only.
         int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
             runs weight-only int8 from.
+        config: More entries for ``config.json``, such as the ``model_type``.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
             more than one. Beyond that there are shards and their index.
         overwrite: Whether to replace the compressed-tensors checkpoint that is there.
@@ -138,7 +141,8 @@ def save_compressed_tensors(
         for path, leaf in flat.items()
     )
     processes.check_same("The params", lines)
-    for path, leaf in flat.items():
+    counted = tracked("encoding params", flat.items(), lambda x: "/".join(x[0]))
+    for path, leaf in counted:
         if path[-1] == "qvalue":
             raise ValueError(
                 f"{'/'.join(path[:-2])} is a quantized param as a pure dict, which "
@@ -163,11 +167,17 @@ def save_compressed_tensors(
             "Quantize the params with ptq.quantize first."
         )
     folder = pathlib.Path(directory)
-    processes.once(lambda: _write(folder, writer, max_shard_bytes, overwrite))
+    processes.once(
+        lambda: _write(folder, writer, config or {}, max_shard_bytes, overwrite)
+    )
 
 
 def _write(
-    folder: pathlib.Path, writer: _Writer, max_shard_bytes: int, overwrite: bool
+    folder: pathlib.Path,
+    writer: _Writer,
+    others: Mapping[str, Any],
+    max_shard_bytes: int,
+    overwrite: bool,
 ) -> None:
     writing.finish(folder)
     config_file = folder / safetensors_files.CONFIG
@@ -185,7 +195,7 @@ def _write(
         max_shard_bytes,
     )
     _check_folder(folder, list(files), overwrite)
-    config = {**_config(config_file), **entry}
+    config = {**_config(config_file), **others, **entry}
     text = json_text.dump(config, str(config_file), indent=2) + "\n"
     files[safetensors_files.CONFIG] = text.encode()
     writing.write_together(folder, files)
@@ -267,7 +277,7 @@ def load_compressed_tensors(
         modules.setdefault(layer, {})[part] = tensor
 
     reader = _Reader(rename, recorded, _float_dtype(whole))
-    for layer, parts in modules.items():
+    for layer, parts in tracked("reading layers", modules.items(), lambda x: x[0]):
         prefix = f"{layer}." if layer else ""
         if is_layer(parts):
             scheme = compressed_config.find_scheme(config, layer)
@@ -320,7 +330,7 @@ class _Writer:
         self._check(path, leaf)
         if _is_pre_quant_scale(path):
             return
-        name = _default_name(path, leaf.ndim)
+        name = tensor_name(path, leaf.ndim)
         if self.rename is not None:
             name = self.rename(where)
         if name in self.recorded:
@@ -329,7 +339,7 @@ class _Writer:
                 f"{where} and {other} would both be written as {name}. Pass `rename`."
             )
         self.recorded[name] = (where, leaf.ndim)
-        if _is_transposed(path, leaf.ndim):
+        if is_transposed(path, leaf.ndim):
             leaf = _transpose(leaf)
         self._add_tensor(name, path, leaf)
 
@@ -454,12 +464,12 @@ class _Reader:
         elif name in self.recorded:
             where = self.recorded[name][0]
         else:
-            where = _default_path(name, leaf.ndim)
+            where = param_path(name, leaf.ndim)
         path = tuple(where.split("/"))
         if path in self.params:
             raise ValueError(f"{name} and another tensor would both become {where}.")
         self.names[path] = name
-        transposed = _is_transposed(path, leaf.ndim)
+        transposed = is_transposed(path, leaf.ndim)
         self.params[path] = _transpose(leaf) if transposed else leaf
         return path
 
@@ -515,7 +525,8 @@ def _is_pre_quant_scale(path: Path) -> bool:
     return known is not None and known.part == "pre_quant_scale"
 
 
-def _is_transposed(path: tuple[str, ...], ndim: int) -> bool:
+def is_transposed(path: Path, ndim: int) -> bool:
+    """Returns whether the tensor of a param is its transpose."""
     return path[-1] == "kernel" and ndim == 2
 
 
@@ -530,7 +541,12 @@ def _transpose(leaf: Any) -> Any:
     return WithAux(leaf.array.T, how)  # pyright: ignore
 
 
-def _default_name(path: tuple[str, ...], ndim: int) -> str:
+def tensor_name(path: Path, ndim: int) -> str:
+    """Returns the name of the tensor of a param, where nothing else is said.
+
+    >>> tensor_name(("Dense_0", "kernel"), 2)
+    'Dense_0.weight'
+    """
     last = path[-1]
     matrix = ndim == 2 and last in ("kernel", "embedding")
     if matrix or (ndim == 1 and last == "scale"):
@@ -538,7 +554,12 @@ def _default_name(path: tuple[str, ...], ndim: int) -> str:
     return ".".join(path)
 
 
-def _default_path(name: str, ndim: int) -> str:
+def param_path(name: str, ndim: int) -> str:
+    """Returns the path of the param of a tensor, where nothing else is said.
+
+    >>> param_path("Dense_0.weight", 2)
+    'Dense_0/kernel'
+    """
     *modules, last = name.split(".")
     if last == "weight":
         last = {1: "scale", 2: "kernel"}.get(ndim, last)

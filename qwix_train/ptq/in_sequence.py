@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qwix_train.files.progress import task
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import Path
 from qwix_train.ptq.params import by_path, quantize_tree
@@ -135,14 +136,17 @@ def quantize_in_sequence(
 
     done: tuple[str, ...] = ()
     try:
-        while True:
-            current = _Block(block, done)
-            method.restart(current.takes)
-            run(jax.tree_util.tree_map_with_path(serve, params))
-            quantize_block(current)
-            if not current.others:
-                break
-            done = (*done, current.name)
+        with task("quantizing blocks") as counted:
+            while True:
+                current = _Block(block, done)
+                method.restart(current.takes)
+                run(jax.tree_util.tree_map_with_path(serve, params))
+                quantize_block(current)
+                counted.total = len(set(map(current.name_of, current.seen)))
+                counted.advance(current.name)
+                if not current.others:
+                    break
+                done = (*done, current.name)
         tree = quantize_tree(
             params,
             abstract_quantized_params,

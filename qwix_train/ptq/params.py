@@ -19,6 +19,7 @@ from qwix_train.calib.ranges import collected_ranges
 from qwix_train.core.errors import located
 from qwix_train.core.how import needs_zero_point
 from qwix_train.core.qarray import QArray, WithAux
+from qwix_train.files.progress import tracked
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import random_keys
 from qwix_train.frontends.model import quantize_fn, quantize_model, trace_function
@@ -154,7 +155,8 @@ def quantize_tree(
     # Two params may be one array, which is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
-    for index, (names, param) in enumerate(flat):
+    counted = tracked("quantizing params", flat, lambda leaf: "/".join(leaf[0]))
+    for index, (names, param) in enumerate(counted):
         if names in given.used:
             quantized.append(LEFT_OUT)
         elif names in target:

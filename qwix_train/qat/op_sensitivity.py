@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from qwix_train.calib.quantization_error import decibels
 from qwix_train.core import numerics
+from qwix_train.files.progress import tracked
 from qwix_train.frontends.compiled import Compiled
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, wrap
@@ -138,7 +139,7 @@ def sensitivity(
     typed = TypedPlans(rules, qtypes)
     measured = _Measurement(loss_fn, state, typed, quant_stats)
     key = jax.random.key(0) if key is None else key
-    for count, batch in enumerate(batches):
+    for count, batch in enumerate(tracked("sensitivity of batches", batches)):
         args = batch if isinstance(batch, tuple) else (batch,)
         if not count:
             measured.discover(args)
@@ -204,7 +205,8 @@ class _Measurement:
             return self._run_losses(choices, self._loss.held, args)
 
         waiting = [loss(np.zeros(shape[0], np.int32))]
-        for group, qtype in np.ndindex(*shape):
+        passes = list(np.ndindex(*shape))
+        for group, qtype in tracked("sensitivity of layers", passes):
             choices = np.zeros(shape[0], np.int32)
             choices[group] = 1 + qtype
             waiting.append(loss(choices))

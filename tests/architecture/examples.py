@@ -6,7 +6,17 @@ import doctest
 import importlib
 import inspect
 
-PACKAGES = ("", ".qat", ".calib", ".ptq", ".lora", ".odml", ".optim", ".hooks")
+PACKAGES = (
+    "",
+    ".qat",
+    ".calib",
+    ".ptq",
+    ".lora",
+    ".odml",
+    ".optim",
+    ".hooks",
+    ".saved",
+)
 
 
 def public():

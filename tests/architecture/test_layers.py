@@ -22,6 +22,7 @@ LAYERS = (
     "ptq",
     "odml",
     "lora",
+    "saved",
     "hooks",
     "like_qwix",
 )

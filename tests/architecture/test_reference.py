@@ -7,7 +7,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PACKAGES = ["", *"calib hooks lora odml ops optim ptq qat".split()]
+PACKAGES = ["", *"calib hooks lora odml ops optim ptq qat saved".split()]
 
 
 def documented():

@@ -76,23 +76,22 @@ class Axes:
 
     def sizes(
         self,
-        param: Sequence[int],
+        param: Sequence[int] | None,
         tensor: Sequence[int] | None,
         known: Mapping[str, int],
     ) -> dict[str, int]:
         """Returns the length of each axis, by name.
 
         Args:
-            param: The shape of the param.
+            param: The shape of the param, if it is known.
             tensor: The shape of the tensor, if there is one.
             known: Lengths that are known.
 
         Raises:
             ValueError: The shapes do not fit, or do not say all lengths.
         """
-        sides = [(self.param, param)]
-        if tensor is not None:
-            sides.append((self.tensor, tensor))
+        both = [(self.param, param), (self.tensor, tensor)]
+        sides = [(groups, shape) for groups, shape in both if shape is not None]
         for groups, shape in sides:
             if len(groups) != len(shape):
                 raise ValueError(f"{len(groups)} axes are named of {list(shape)}")
@@ -119,6 +118,10 @@ class Axes:
     def tensor_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the shape of one tensor."""
         return tuple(math.prod(sizes[n] for n in names) for names in self.tensor)
+
+    def param_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Returns the shape of the param."""
+        return tuple(math.prod(sizes[n] for n in names) for names in self.param)
 
     def read(
         self,

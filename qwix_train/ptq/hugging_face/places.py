@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+from qwix_train.core.errors import located
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Path
 from qwix_train.ptq.hugging_face.axes import Axes, positions
@@ -116,6 +117,74 @@ def assemblies(
         found.add(template, place)
     found.check(mapping, where)
     return list(found.assemblies.values())
+
+
+def param_shapes(
+    mapping: TensorMapping, tensors: Mapping[str, tuple[int, ...]]
+) -> dict[Path, tuple[int, ...]]:
+    """Returns the shapes of the params that the tensors of a checkpoint make.
+
+    Args:
+        mapping: The places of tensors.
+        tensors: The shapes of the tensors.
+
+    Raises:
+        TypeError: The mapping has something else than places.
+        ValueError: The shape of a tensor does not say that of its param, as where heads
+            become an axis.
+
+    >>> place = Place("experts/kernel", "out in -> expert in out")
+    >>> sizes = {"0.weight": (2, 3), "1.weight": (2, 3)}
+    >>> param_shapes({"{expert}.weight": place}, sizes)
+    {('experts', 'kernel'): (2, 3, 2)}
+    """
+    found: dict[Path, tuple[int, ...]] = {}
+    for template, place in _places(mapping):
+        pattern = _pattern(template, place.values)
+        indices: dict[Path, list[dict[str, str]]] = {}
+        shapes: dict[Path, tuple[int, ...]] = {}
+        for name, shape in tensors.items():
+            if match := pattern.fullmatch(name):
+                given = match.groupdict()
+                path = tuple(_filled(place.param, given).split("/"))
+                indices.setdefault(path, []).append(given)
+                shapes.setdefault(path, shape)
+        for path, given in indices.items():
+            axes = place.axes_of(len(shapes[path]))
+            known = {n: len({entry[n] for entry in given}) for n in axes.stacked}
+            with located(f"{'/'.join(path)}, of {template}"):
+                sizes = axes.sizes(None, shapes[path], known)
+            found[path] = axes.param_shape(sizes)
+    return found
+
+
+def name_of(mapping: TensorMapping, path: str) -> str | None:
+    """Returns the name of the tensor of a param, or None if there is no place for it.
+
+    Of a param that stacks tensors, the name has braces.
+
+    >>> name_of({"h.{layer}.weight": Place("h_{layer}/kernel")}, "h_3/kernel")
+    'h.3.weight'
+    """
+    for template, place in _places(mapping):
+        if match := _pattern(place.param, place.values).fullmatch(path):
+            return _filled(template, match.groupdict())
+    return None
+
+
+def path_of(mapping: TensorMapping, name: str) -> str | None:
+    """Returns the path of the param of a tensor, or None if it has no place of its own.
+
+    >>> path_of({"h.{layer}.weight": Place("h_{layer}/kernel")}, "h.3.weight")
+    'h_3/kernel'
+    >>> path_of({"h.{layer}.weight": Place("h/kernel", "i -> layer i")}, "h.3.weight")
+    """
+    for template, place in _places(mapping):
+        if match := _pattern(template, place.values).fullmatch(name):
+            given = match.groupdict()
+            if given.keys() == {*_NAME.findall(place.param)}:
+                return _filled(place.param, given)
+    return None
 
 
 def _places(mapping: TensorMapping) -> Iterator[tuple[str, Place]]:
@@ -266,6 +335,11 @@ def _reason(mapping: TensorMapping, name: str) -> str:
 
 def _shape_of(tensors: Mapping[str, tuple[int, ...]] | None, name: str) -> str:
     return f" {list(tensors[name])}" if tensors and name in tensors else ""
+
+
+def _filled(template: str, given: Mapping[str, str]) -> str:
+    """A template with what its names in braces stand for, where that is given."""
+    return _NAME.sub(lambda match: given.get(match[1], match[0]), template)
 
 
 def _pattern(template: str, values: Mapping[str, Sequence[str]]) -> re.Pattern[str]:

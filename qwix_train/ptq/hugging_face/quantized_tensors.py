@@ -86,6 +86,10 @@ class _Float8(_QuantizedTensor):
         return self.codes.shape
 
     @property
+    def qtype(self) -> str:
+        return self.codes.dtype.name
+
+    @property
     def scale_dtype(self) -> Any:
         return self.scales.dtype
 
@@ -99,6 +103,7 @@ class _Float8(_QuantizedTensor):
 class _Mxfp4(_QuantizedTensor):
     """The experts of gpt-oss."""
 
+    qtype: ClassVar[str] = "mxfp4"
     scale_dtype: ClassVar[Any] = formats.E8M0
 
     @property

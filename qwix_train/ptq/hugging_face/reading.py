@@ -22,6 +22,7 @@ from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.operands import with_sharding
 from qwix_train.core.qarray import WithAux
 from qwix_train.files import writing
+from qwix_train.files.progress import tracked
 from qwix_train.planning import static_range
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf, Path
@@ -144,7 +145,8 @@ def load(
         return param.arrays["packed"] if param.layout is not None else values[names]
 
     if not any(map(stored.is_quantized, values.values())):
-        read = {p.path: reader.array(n, values[n], given(n)) for n, p in wanted.items()}
+        counted = tracked("reading params", wanted.items(), lambda x: "/".join(x[0]))
+        read = {p.path: reader.array(n, values[n], given(n)) for n, p in counted}
         return traverse_util.unflatten_dict(read)
 
     def quantize_leaf(names: Path, param: Any, target: Any, scales: GivenScales) -> Any:
