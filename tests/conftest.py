@@ -81,10 +81,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(others)]
         config.hook.pytest_deselected(items=others)
     yield
-    # What remains, with files of few tests first: theirs take long, such as those that
-    # start processes, and one of these at the end leaves the other worker idle.
+    # What remains, with the longest files first, as one of these at the end leaves the
+    # other worker idle: those of many tests, then those of the fewest, which start
+    # processes or train an example.
     sizes = collections.Counter(item.path for item in items)
-    items.sort(key=lambda item: sizes[item.path])
+    items.sort(key=lambda item: _turn(sizes[item.path]))
+
+
+def _turn(size):
+    """Whose turn a file is by the number of its tests: the lowest comes first."""
+    return -size if size > 20 else size
 
 
 def _thin(items):
