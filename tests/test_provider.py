@@ -207,7 +207,7 @@ def test_overridden_operations_are_refused(base, name):
     message = rf"Fp8\.{name} would never be called.* plan\(traced\).* transform\("
     operation = {name: lambda self, *args, **kwargs: None}
     with pytest.raises(TypeError, match=message):
-        type("Fp8", (base,), operation)
+        type("Fp8", (base,), operation)([])
     mixin = type("Mixin", (), operation)
     with pytest.raises(TypeError, match=message):
-        type("Fp8", (mixin, base), {})
+        type("Fp8", (mixin, base), {})([])

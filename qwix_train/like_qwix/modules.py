@@ -18,15 +18,27 @@ MODULES = {
     "qwix.contrib.hadamard_rot": f"{_OURS}.contrib.hadamard_rot",
     "qwix.contrib.padded_ptq": f"{_OURS}.contrib.padded_ptq",
     "qwix.contrib.smooth_quant": f"{_OURS}.contrib.smooth_quant",
-    "qwix.flax_util": f"{_OURS}.flax_util",
     "qwix.pallas": f"{_OURS}.pallas",
 }
 """The modules of `qwix`, and ours in their place."""
 
+PRIVATE = {
+    "qwix._src": f"{_OURS}.private",
+    "qwix._src.core": f"{_OURS}.private",
+    "qwix._src.core.dot_general_qt": f"{_OURS}.private",
+    "qwix._src.core.numerics": f"{_OURS}.private",
+    "qwix._src.core.sparsity": f"{_OURS}.private",
+    "qwix._src.interception": f"{_OURS}.private",
+    "qwix._src.utils": f"{_OURS}.private",
+    "qwix._src.utils.flax_util": f"{_OURS}.flax_util",
+    "qwix.contrib.sparsity": f"{_OURS}.private",
+    "qwix.contrib.sparsity.sparsity_module": f"{_OURS}.private",
+    "qwix.flax_util": f"{_OURS}.flax_util",
+}
+"""Those of which clients import what is no public name; see `private`."""
+
 NEAREST = {
-    "qwix._src": "the public names of qwix: no private module has a counterpart",
-    "qwix._src.core.sparsity": "nothing: there is no structured sparsity",
-    "qwix._src.utils.flax_util": "qwix.flax_util",
+    "qwix._src": "the public names of qwix",
     "qwix.contrib.awq_core": "qwix_train.ptq.Awq",
     "qwix.contrib.gptq_core": "qwix_train.ptq.Gptq",
     "qwix.contrib.hijax": "qwix_train.quantize_fn",
@@ -54,7 +66,8 @@ def install() -> None:
         )
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    ours = {name: importlib.import_module(target) for name, target in MODULES.items()}
+    modules = {**MODULES, **PRIVATE}
+    ours = {name: importlib.import_module(target) for name, target in modules.items()}
     for name, module in ours.items():
         sys.modules[name] = module
         # So that an import of what is not there asks the finder, which explains.

@@ -85,35 +85,31 @@ class QuantizationProvider:
     rewrite_key: Hashable | None = None
     changes: tuple[Callable[[CallStages, Plan], CallStages], ...] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuses methods that nothing would call.
-
-        Raises:
-          TypeError: if a subclass replaces operations as subclasses in `qwix` do.
-        """
-        super().__init_subclass__(**kwargs)
-        ignored = [name for name in _PATCHING_METHODS if hasattr(cls, name)]
-        if ignored:
-            raise TypeError(
-                f"{cls.__name__}.{ignored[0]} would never be called: operations are "
-                "not patched while a model runs, they are found in its trace. Override "
-                "plan(traced), which says how each operation is quantized, or "
-                "stages(traced, plan), which says what happens to its operands and "
-                "how it is computed; transform(traced, plan) gives the result of the "
-                "whole call."
-            )
-
     def __init__(
         self, rules: Sequence[QuantizationRule], *, allow_unmatched: bool = False
     ):
-        """Checks the rules.
+        """Checks the rules, and the class.
 
         Args:
           rules: the rules, in order of precedence: the first that matches an op
             decides.
           allow_unmatched: whether a model that no rule matches is left in float.
             An error otherwise.
+
+        Raises:
+          TypeError: if the class replaces operations as subclasses in `qwix` do.
         """
+        # Not where the class is made: a package may have one that nobody uses.
+        ignored = [name for name in _PATCHING_METHODS if hasattr(self, name)]
+        if ignored:
+            raise TypeError(
+                f"{type(self).__name__}.{ignored[0]} would never be called: operations "
+                "are not patched while a model runs, they are found in its trace. "
+                "Override plan(traced), which says how each operation is quantized, or "
+                "stages(traced, plan), which says what happens to its operands and "
+                "how it is computed; transform(traced, plan) gives the result of the "
+                "whole call."
+            )
         self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
         if not self.collects_by_default:
             for rule in self.rules:

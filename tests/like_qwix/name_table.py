@@ -15,7 +15,6 @@ import tempfile
 from qwix_train.like_qwix.modules import MODULES, NEAREST
 from tests import reference_process
 
-OURS = {name: target for name, target in MODULES.items() if name != "qwix.flax_util"}
 PATCHING = {
     *("asarray", "conv_general_dilated", "dot", "dot_general", "einsum", "nn_param"),
     *("get_intercept_map", "get_interceptors", "promote_dtype", "ragged_dot"),
@@ -174,7 +173,7 @@ def of_qwix():
 def differences(theirs, name):
     """What is not here of a name, as a list of sentences; None if the name is not."""
     module, _, attribute = name.rpartition(".")
-    value = getattr(importlib.import_module(OURS[module]), attribute, None)
+    value = getattr(importlib.import_module(MODULES[module]), attribute, None)
     if value is None:
         return None
     mine, found = described(value), []
@@ -216,7 +215,7 @@ def table(theirs):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        own = {name: name for name in OURS if name != "qwix.contrib"}
+        own = {name: name for name in MODULES if name != "qwix.contrib"}
         pathlib.Path(sys.argv[1]).write_text(
             json.dumps(described_modules(own)), "utf-8"
         )

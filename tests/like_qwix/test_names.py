@@ -33,6 +33,23 @@ assert issubclass(qwix.QtProvider, qwix_train.QtProvider)
 assert qpl.get_current_rule is qwix_train.current_rule
 assert qwix.contrib.gptq.GptqRule().act_batch_axes == (0,)
 assert flax_util.QuantStat is qwix.QuantStat
+# What MaxText imports of private modules.
+from qwix._src import interception
+from qwix._src.core import dot_general_qt, numerics, sparsity
+from qwix._src.utils import flax_util as found
+from qwix.contrib.sparsity import sparsity_module
+assert found is flax_util
+assert numerics.get_symmetric_bound("int8") == 127.5
+assert interception.disable_interceptions is qwix_train.in_float
+for what in (dot_general_qt.DotGeneralQtConfig, lambda: sparsity_module.SparsityModule):
+    try:
+        what()
+    except (NotImplementedError, AttributeError) as error:
+        assert "by the rules" in str(error) or "no structured" in str(error), error
+    else:
+        raise AssertionError
+class Provider(qwix.QtProvider):
+    def dot_general(self, *args, **kwargs): ...
 try:
     import qwix.contrib.qep
 except ModuleNotFoundError as error:
