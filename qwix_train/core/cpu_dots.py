@@ -11,8 +11,8 @@ one row. The forms here keep what is converted in the caches, or in registers:
   where the contraction is the last axis, over blocks of the other.
 - *whole*: one block, for a small weight.
 
-The loop matters in a model, too. XLA's scheduler converts weights before it has the
-activations, all of them into memory of their own; a loop it cannot start early.
+What calls these has to keep XLA from converting the weights before it has the
+activations; see `arrival`.
 
 Two codes of four bits are read as one byte, since LLVM does not vectorize loads of
 four bits. They are neighbors along the last axis of the weight; where that is kept,
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwix_train.core import numerics
-from qwix_train.core.formats import SmallFloat
+from qwix_train.core.formats import SmallFloat, levels
 from qwix_train.core.symbolic import surely
 
 # Measured by `python -m benchmarks.ptq --sections forms` on two cores of an AMD EPYC
@@ -317,8 +317,8 @@ def _product(
         return None
     a, k, b = codes.shape
     narrow = jnp.dtype(codes.dtype).name in ("int4", "uint4")
-    levels = scale.dtype if scale is not None else wide
-    plain = functools.partial(_to_float, qtype=weight.qtype, dtype=levels)
+    dtype = scale.dtype if scale is not None else wide
+    plain = functools.partial(_to_float, qtype=weight.qtype, dtype=dtype)
     # Pairs lie along the last axis that is longer than 1.
     along_k = b == 1
     if narrow and (k // max(tiles, default=1) if along_k else b) % 2 == 0:
@@ -368,6 +368,8 @@ def _to_float(stored: jax.Array, *, qtype: Any, dtype: Any) -> jax.Array:
     entry = numerics.format_of(qtype)
     if isinstance(entry.elements, SmallFloat):
         return numerics.bits_to_float(stored, entry, dtype)
+    if entry.table is not None:
+        return levels.looked_up(stored, entry.table, dtype)
     return numerics.codes_to_float(stored, qtype, dtype)
 
 

@@ -26,6 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from qwix_train.core import cpu_dots, numerics
 from qwix_train.core import operands as ops
+from qwix_train.core.arrival import when_there
 from qwix_train.core.qarray import QArray, dequantize
 
 
@@ -123,11 +124,14 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
     if any(map(ops.is_explicitly_sharded, jax.tree.leaves(parts))):
         return general(*parts)
 
-    def on_cpu(x, codes, scale, zero_point):
+    def in_form(x, codes, scale, zero_point):
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
         static = spec.contracting, spec.result, spec.precision
         out = cpu_dots.weight_dot(x, weight, *static, transposable=linear)
         return general(x, codes, scale, zero_point) if out is None else out
+
+    def on_cpu(*parts):
+        return in_form(*parts) if linear else when_there(parts[0], in_form, *parts)
 
     def choose(*parts):
         return jax.lax.platform_dependent(*parts, cpu=on_cpu, default=general)
