@@ -312,7 +312,7 @@ bench-qlora: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qlora $(ARGS)
 
 .PHONY: bench-formats
-bench-formats: $(VENV)/.stamp-bench
+bench-formats: $(VENV)/.stamp-bench $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m benchmarks.formats $(ARGS)
 
 .PHONY: bench-decode

@@ -187,10 +187,10 @@ def weight_dot(
     """
     assert weight.scale is not None
     wide = numerics.promote_types(x.dtype, weight.scale.dtype, result, jnp.float32)
-    merged = _merged(x.astype(wide), weight, contracting)
-    if merged is None:
+    matrices = merged(x.astype(wide), weight, contracting)
+    if matrices is None:
         return None
-    x2, weight3, shape = merged
+    x2, weight3, shape = matrices
     product = _product(x2, weight3, wide)
     if product is None:
         return None
@@ -240,10 +240,10 @@ def integer_dot(
         kept = range(right.ndim - len(contracting[1]))
         return jnp.moveaxis(swapped, kept, range(-len(kept), 0))
     weight = Operand(right, None, None, right.dtype)
-    merged = _merged(left.astype(jnp.float32), weight, contracting)
-    if merged is None:
+    matrices = merged(left.astype(jnp.float32), weight, contracting)
+    if matrices is None:
         return None
-    x, weight, shape = merged
+    x, weight, shape = matrices
     form = form or choose_integer_form(len(x), right.size)
     if form == "integer":
         return None
@@ -258,7 +258,7 @@ def integer_dot(
     return out.reshape(shape)
 
 
-def _merged(
+def merged(
     x: jax.Array,
     weight: Operand,
     contracting: tuple[tuple[int, ...], tuple[int, ...]],
@@ -278,7 +278,7 @@ def _merged(
         return None
     first, end = axes[0], axes[-1] + 1
 
-    def merged(array: jax.Array) -> jax.Array:
+    def of_three(array: jax.Array) -> jax.Array:
         counts = array.shape
         groups = counts[:first], counts[first:end], counts[end:]
         return array.reshape([math.prod(group) for group in groups])
@@ -293,14 +293,14 @@ def _merged(
             kept = not first <= axis < end
             if (kept and max(group) > 1) or (first <= axis < last):
                 array = jnp.repeat(array, n // count, axis)
-        return merged(array)
+        return of_three(array)
 
     parts = (weight.scale, weight.zero_point)
     for entries in (p.shape for p in jax.tree.leaves(parts)):
         if any(n % count for n, count in zip(shape, entries, strict=True)):
             return None
     scale, zero_point = jax.tree.map(part, parts)
-    codes = merged(weight.codes)
+    codes = of_three(weight.codes)
     free = [axis for axis in range(x.ndim) if axis not in x_axes]
     kept = tuple(x.shape[axis] for axis in free) + shape[:first] + shape[end:]
     x = x.transpose(*free, *x_axes).reshape(-1, codes.shape[1])

@@ -128,7 +128,7 @@ def decode(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
     """Returns the levels of codes, rounded to a dtype."""
     # A binary tree of selects, one bit of the code at a time: it fuses with what
     # follows, where a lookup would be a gather.
-    codes, count = q.astype(jnp.uint8), bits(table)
+    codes = q.astype(jnp.uint8)
     levels = _filled(table, dtype).tolist()
     # Within a loop over layers XLA would take the constants out of it, each of them
     # broadcast to the shape of the codes: 16 float arrays. Behind the barrier they are
@@ -136,8 +136,12 @@ def decode(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
     codes, *levels = jax.lax.optimization_barrier(
         (codes, *(jnp.asarray(level, dtype) for level in levels))
     )
-    found = [(codes >> bit) & 1 == 1 for bit in reversed(range(count))]
-    return _chosen(found, levels, dtype)
+    return _selected(codes, levels, dtype)
+
+
+def selected(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
+    """The same within a kernel, which no compiler takes constants out of."""
+    return _selected(q, _filled(table, dtype).tolist(), dtype)
 
 
 def looked_up(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
@@ -148,6 +152,13 @@ def looked_up(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
     """
     levels = jnp.asarray(_filled(table, dtype))
     return levels.at[q.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _selected(codes: jax.Array, values: list[Any], dtype: Any) -> jax.Array:
+    found = [
+        codes >> bit & 1 == 1 for bit in reversed(range(len(values).bit_length() - 1))
+    ]
+    return _chosen(found, values, dtype)
 
 
 def _filled(table: Table, dtype: Any) -> np.ndarray:
