@@ -48,10 +48,10 @@ def pallas_products(*, interpret: bool = False) -> Iterator[None]:
 
     >>> import jax.numpy as jnp
     >>> import qwix_train
-    >>> weight = qwix_train.quantize(jnp.eye(4), 'int4', channelwise_axes=[1])
+    >>> weight = qwix_train.quantize(jnp.eye(4), 'nf4', channelwise_axes=[1])
     >>> with qwix_train.pallas_products(interpret=True):
     ...     out = qwix_train.dot(jnp.array([[1., 2., 3., 4.]]), weight)
-    >>> out.round(3).tolist()
+    >>> out.round().tolist()
     [[1.0, 2.0, 3.0, 4.0]]
     """
     with _interpreted(interpret):
