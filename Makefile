@@ -26,6 +26,7 @@
 #   make bench-qlora  the benchmark of fine-tuning
 #   make bench-recipes  the benchmark of recipes of QAT and quantized training
 #   make bench-formats  the benchmark of types
+#   make bench-decode   the benchmark of decoding in a loop over tokens
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -314,8 +315,12 @@ bench-qlora: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.qlora $(ARGS)
 
 .PHONY: bench-formats
-bench-formats: $(VENV)/.stamp-bench
+bench-formats: $(VENV)/.stamp-bench $(VENV)/.stamp-examples
 	$(VENV)/bin/python -m benchmarks.formats $(ARGS)
+
+.PHONY: bench-decode
+bench-decode: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.decode $(ARGS)
 
 .PHONY: bench-recipes
 bench-recipes: $(VENV)/.stamp-bench

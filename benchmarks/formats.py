@@ -1,10 +1,11 @@
 """What types of blocks lose, and what encoding and reading them costs.
 
-    python -m benchmarks.formats [--quick] [--sections error encode layers model] ...
+    python -m benchmarks.formats [--quick] [--sections error encode layers ...] ...
 
 The error of quantizing normal numbers, the time that it takes, the time of a product
-with a quantized weight, and the loss of a language model, in one process. Every time is
-the median of rounds in which the variants take turns; the ratios are what to read.
+with a quantized weight, the loss of a language model, and the accuracy of layers that
+read digits, in one process. Every time is the median of rounds in which the variants
+take turns; the ratios are what to read.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax.training import train_state
 
 import qwix_train
 from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX, medians
 from benchmarks.qat_step import run_sections, table
+from example_trainers.digits_qat import data
 from qwix_train import QuantizationRule, ptq
 from qwix_train.core import formats
 from qwix_train.core.compiled import quantize_compiled
@@ -34,8 +39,10 @@ if HAS_QWIX:
 OUT = pathlib.Path(__file__).parent / "out" / "formats.json"
 OURS = ("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4")
 TRAINED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "int4")
+METHODS = ("PTQ", "GPTQ", "QAT")
 OTHERS = ("nf4", "int4", "int8")
 OF_QWIX = ("mxfp8", "mxfp4", "nvfp4", "nf4", "int4", "int8")
+SECTIONS = ["error", "encode", "layers", "model", "digits"]
 TILE = 32  # Of types without blocks.
 
 
@@ -45,6 +52,7 @@ def main() -> None:
         "encode": (bench_encode, encode_table),
         "layers": (bench_layers, layers_table),
         "model": (bench_model, model_table),
+        "digits": (bench_digits, digits_table),
     }
     run_sections(parse_options(), sections)
 
@@ -55,17 +63,20 @@ def parse_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a small matrix and few steps")
-    add("--sections", nargs="*", default=["error", "encode", "layers", "model"])
+    add("--sections", nargs="*", default=SECTIONS)
     add("--size", type=int, default=2048, help="rows and columns of the matrix")
     add("--rows", type=int, nargs="*", default=[1, 16])
     add("--rounds", type=int, default=11)
+    add("--seeds", type=int, default=3, help="of the digits")
     add("--width", type=int, default=128)
     add("--layers", type=int, default=2)
     add("--steps", type=int, default=600, help="of the model in float")
     add("--qat-steps", type=int, default=200)
     add("--out", type=pathlib.Path, default=OUT, help="where the JSON goes")
     if parser.parse_args().quick:
-        parser.set_defaults(size=512, rounds=3, width=64, steps=60, qat_steps=20)
+        parser.set_defaults(
+            size=512, rounds=3, seeds=1, width=64, steps=60, qat_steps=20
+        )
     return parser.parse_args()
 
 
@@ -167,54 +178,130 @@ def bench_model(options) -> list[dict[str, Any]]:
     """The loss of a model of this repository's own text, in bits a byte."""
     train, test = text.texts()
     model = models.Decoder(options.layers, options.width, vocabulary=256)
-    tokens = test["x"][:1]
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    state = train_state.TrainState.create(
-        apply_fn=model.apply,
-        params=params,
-        tx=optax.adam(optax.cosine_decay_schedule(2e-3, options.steps)),
+    task = _Task(
+        model,
+        test["x"][:1],
+        train_step=text.train_step,
+        trained=lambda state, step, count: text.trained(state, step, train, count),
+        score=lambda model, params: text.loss(model, params, test),
+        samples=[train["x"][start : start + 16] for start in range(0, 64, 16)],
+        rates=(2e-3, 5e-4),
     )
-    compiled = jax.jit(text.train_step)
-    state = text.trained(state, compiled, train, options.steps)
-    exact = text.loss(model, state.params, test)
-    results = [{"type": "float32", "PTQ": exact, "GPTQ": exact, "QAT": exact}]
-    fine_tuning = optax.adam(optax.cosine_decay_schedule(5e-4, options.qat_steps))
-    for qtype in TRAINED:
-        block = formats.find(qtype)
-        assert block is not None
-        tile = None if block.block else TILE
-        rules = [QuantizationRule(weight_qtype=qtype, tile_size=tile)]
-        quantized, tree = ptq.quantize(model, state.params, rules, tokens)
-        found = {"type": qtype, "PTQ": text.loss(quantized, tree, test)}
-        method = ptq.Gptq(rules)
-        apply = method.wrap(jax.jit(model.apply))
-        for start in range(0, 64, 16):
-            apply({"params": state.params}, train["x"][start : start + 16])
-        abstract = jax.eval_shape(lambda tree=tree: tree)
-        tree = method.quantize_params(state.params, abstract)
-        found["GPTQ"] = text.loss(quantized, tree, test)
-        tuned = state.replace(
-            step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
+    return _by_method(task, [0], options.steps, options.qat_steps)
+
+
+def bench_digits(options) -> list[dict[str, Any]]:
+    """The accuracy of layers that read handwritten digits, in percent."""
+    splits = [
+        {"x": jnp.asarray(part["image"].reshape(-1, 64)), "y": part["label"]}
+        for part in data.load_split()
+    ]
+    train, test = splits
+
+    def trained(state, step, count):
+        for _ in range(count):
+            state, _ = step(state, train)
+        return state
+
+    def score(model, params):
+        logits = jax.jit(model.apply)({"params": params}, test["x"])
+        return 100 * float((logits.argmax(-1) == test["y"]).mean())
+
+    task = _Task(
+        Layers(),
+        test["x"],
+        train_step=text.train_step,
+        trained=trained,
+        score=score,
+        samples=[train["x"]],
+        rates=(1e-2, 1e-3),
+    )
+    return _by_method(task, range(options.seeds), 100, 50)
+
+
+class Layers(nn.Module):
+    """Three dense layers; the lengths of what they sum over are blocks of any type."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(64)(x))
+        return nn.Dense(10)(x)
+
+
+class _Task(NamedTuple):
+    """What is trained, and how good it is."""
+
+    model: nn.Module
+    inputs: jax.Array
+    train_step: Callable[..., Any]
+    trained: Callable[..., Any]  # Called with a state, a compiled step, and how many.
+    score: Callable[[Any, Any], float]
+    samples: Sequence[jax.Array]  # What GPTQ sees.
+    rates: tuple[float, float]  # Of learning: at first, and of what goes on from there.
+
+
+def _by_method(
+    task: _Task, seeds: Iterable[int], steps: int, more: int
+) -> list[dict[str, Any]]:
+    """The mean score of each type over seeds: PTQ, GPTQ, and QAT that goes on."""
+    model, compiled = task.model, jax.jit(task.train_step)
+    found: dict[str, list[dict[str, float]]] = {}
+    steps_of, quantized_of = {}, {}
+    first, later = (
+        optax.adam(optax.cosine_decay_schedule(rate, count))
+        for rate, count in zip(task.rates, (steps, more), strict=True)
+    )
+    for seed in seeds:
+        params = jax.jit(model.init)(jax.random.key(seed), task.inputs)["params"]
+        state = train_state.TrainState.create(
+            apply_fn=model.apply, params=params, tx=first
         )
-        step = jax.jit(qwix_train.wrap_train_step(text.train_step, rules))
-        tuned = text.trained(tuned, step, train, options.qat_steps)
-        _, tree = ptq.quantize(model, tuned.params, rules, tokens)
-        found["QAT"] = text.loss(quantized, tree, test)
-        results.append(found)
-    tuned = state.replace(
-        step=0, tx=fine_tuning, opt_state=fine_tuning.init(state.params)
-    )
-    tuned = text.trained(tuned, compiled, train, options.qat_steps)
-    results[0]["QAT"] = text.loss(model, tuned.params, test)
-    return results
+        state = task.trained(state, compiled, steps)
+        start = state.replace(step=0, tx=later, opt_state=later.init(state.params))
+        tuned = task.trained(start, compiled, more)
+        exact = task.score(model, state.params)
+        scores = {"PTQ": exact, "GPTQ": exact, "QAT": task.score(model, tuned.params)}
+        found.setdefault("float32", []).append(scores)
+        for qtype in TRAINED:
+            entry = formats.find(qtype)
+            assert entry is not None
+            tile = None if entry.block else TILE
+            rules = [QuantizationRule(weight_qtype=qtype, tile_size=tile)]
+            if qtype not in steps_of:
+                step = qwix_train.wrap_train_step(task.train_step, rules)
+                steps_of[qtype] = jax.jit(step)
+                quantized_of[qtype] = ptq.quantize(model, params, rules, task.inputs)
+            quantized, shapes = quantized_of[qtype]
+            tree = qwix_train.quantize_params(state.params, shapes)
+            scores = {"PTQ": task.score(quantized, tree)}
+            method = ptq.Gptq(rules)
+            apply = method.wrap(jax.jit(model.apply))
+            for sample in task.samples:
+                apply({"params": state.params}, sample)
+            tree = method.quantize_params(state.params, shapes)
+            scores["GPTQ"] = task.score(quantized, tree)
+            tuned = task.trained(start, steps_of[qtype], more)
+            tree = qwix_train.quantize_params(tuned.params, shapes)
+            scores["QAT"] = task.score(quantized, tree)
+            found.setdefault(qtype, []).append(scores)
+    return [
+        {"type": name, **{m: statistics.mean(s[m] for s in own) for m in METHODS}}
+        for name, own in found.items()
+    ]
 
 
 def model_table(results) -> str:
-    rows = [["type", "PTQ", "GPTQ", "QAT"]]
+    rows = [["type", *METHODS]]
     for found in results:
-        rows.append(
-            [found["type"], *(f"{found[name]:.4f}" for name in ("PTQ", "GPTQ", "QAT"))]
-        )
+        rows.append([found["type"], *(f"{found[name]:.4f}" for name in METHODS)])
+    return table(rows)
+
+
+def digits_table(results) -> str:
+    rows = [["type", *METHODS]]
+    for found in results:
+        rows.append([found["type"], *(f"{found[name]:.2f} %" for name in METHODS)])
     return table(rows)
 
 

@@ -16,7 +16,8 @@ Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
 `OdmlConversionProvider`. `quantize_params` quantizes params for a `PtqProvider`.
 
 Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
-`dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`.
+`dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`;
+`pallas_products` has them computed by a kernel.
 
 Long work says how far it is (`Progress`) on a terminal; `progress` says where else.
 
@@ -37,6 +38,7 @@ from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general
 from qwix_train.core.einsum import einsum as einsum
 from qwix_train.core.how import HowToQuantize as HowToQuantize
+from qwix_train.core.kernel import pallas_products as pallas_products
 from qwix_train.core.late_names import late_names as _late_names
 from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux

@@ -11,8 +11,8 @@ one row. The forms here keep what is converted in the caches, or in registers:
   where the contraction is the last axis, over blocks of the other.
 - *whole*: one block, for a small weight.
 
-The loop matters in a model, too. XLA's scheduler converts weights before it has the
-activations, all of them into memory of their own; a loop it cannot start early.
+What calls these has to keep XLA from converting the weights before it has the
+activations; see `arrival`.
 
 Two codes of four bits are read as one byte, since LLVM does not vectorize loads of
 four bits. They are neighbors along the last axis of the weight; where that is kept,
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwix_train.core import numerics
-from qwix_train.core.formats import SmallFloat
+from qwix_train.core.formats import SmallFloat, levels
 from qwix_train.core.symbolic import surely
 
 # Measured by `python -m benchmarks.ptq --sections forms` on two cores of an AMD EPYC
@@ -187,10 +187,10 @@ def weight_dot(
     """
     assert weight.scale is not None
     wide = numerics.promote_types(x.dtype, weight.scale.dtype, result, jnp.float32)
-    merged = _merged(x.astype(wide), weight, contracting)
-    if merged is None:
+    matrices = merged(x.astype(wide), weight, contracting)
+    if matrices is None:
         return None
-    x2, weight3, shape = merged
+    x2, weight3, shape = matrices
     product = _product(x2, weight3, wide)
     if product is None:
         return None
@@ -240,10 +240,10 @@ def integer_dot(
         kept = range(right.ndim - len(contracting[1]))
         return jnp.moveaxis(swapped, kept, range(-len(kept), 0))
     weight = Operand(right, None, None, right.dtype)
-    merged = _merged(left.astype(jnp.float32), weight, contracting)
-    if merged is None:
+    matrices = merged(left.astype(jnp.float32), weight, contracting)
+    if matrices is None:
         return None
-    x, weight, shape = merged
+    x, weight, shape = matrices
     form = form or choose_integer_form(len(x), right.size)
     if form == "integer":
         return None
@@ -258,7 +258,7 @@ def integer_dot(
     return out.reshape(shape)
 
 
-def _merged(
+def merged(
     x: jax.Array,
     weight: Operand,
     contracting: tuple[tuple[int, ...], tuple[int, ...]],
@@ -278,7 +278,7 @@ def _merged(
         return None
     first, end = axes[0], axes[-1] + 1
 
-    def merged(array: jax.Array) -> jax.Array:
+    def of_three(array: jax.Array) -> jax.Array:
         counts = array.shape
         groups = counts[:first], counts[first:end], counts[end:]
         return array.reshape([math.prod(group) for group in groups])
@@ -293,14 +293,14 @@ def _merged(
             kept = not first <= axis < end
             if (kept and max(group) > 1) or (first <= axis < last):
                 array = jnp.repeat(array, n // count, axis)
-        return merged(array)
+        return of_three(array)
 
     parts = (weight.scale, weight.zero_point)
     for entries in (p.shape for p in jax.tree.leaves(parts)):
         if any(n % count for n, count in zip(shape, entries, strict=True)):
             return None
     scale, zero_point = jax.tree.map(part, parts)
-    codes = merged(weight.codes)
+    codes = of_three(weight.codes)
     free = [axis for axis in range(x.ndim) if axis not in x_axes]
     kept = tuple(x.shape[axis] for axis in free) + shape[:first] + shape[end:]
     x = x.transpose(*free, *x_axes).reshape(-1, codes.shape[1])
@@ -317,8 +317,8 @@ def _product(
         return None
     a, k, b = codes.shape
     narrow = jnp.dtype(codes.dtype).name in ("int4", "uint4")
-    levels = scale.dtype if scale is not None else wide
-    plain = functools.partial(_to_float, qtype=weight.qtype, dtype=levels)
+    dtype = scale.dtype if scale is not None else wide
+    plain = functools.partial(_to_float, qtype=weight.qtype, dtype=dtype)
     # Pairs lie along the last axis that is longer than 1.
     along_k = b == 1
     if narrow and (k // max(tiles, default=1) if along_k else b) % 2 == 0:
@@ -368,6 +368,8 @@ def _to_float(stored: jax.Array, *, qtype: Any, dtype: Any) -> jax.Array:
     entry = numerics.format_of(qtype)
     if isinstance(entry.elements, SmallFloat):
         return numerics.bits_to_float(stored, entry, dtype)
+    if entry.table is not None:
+        return levels.looked_up(stored, entry.table, dtype)
     return numerics.codes_to_float(stored, qtype, dtype)
 
 

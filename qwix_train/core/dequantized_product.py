@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from qwix_train.core import operands
+from qwix_train.core.arrival import never
 from qwix_train.core.packed_array import PackedQArray
 
 
@@ -100,7 +100,5 @@ def _by_barrier(codes: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _by_value(codes: jax.Array, x: jax.Array) -> jax.Array:
-    # On a CPU, XLA drops barriers before it orders what it computes. It cannot know
-    # that no number is both NaN and infinite: that this is 0.
-    one = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-    return codes ^ (jnp.isnan(one) & (one == jnp.inf)).astype(codes.dtype)
+    # On a CPU, XLA drops barriers before it orders what it computes.
+    return codes ^ never(x).astype(codes.dtype)

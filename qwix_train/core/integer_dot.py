@@ -13,6 +13,7 @@ from jax.custom_batching import custom_vmap
 
 from qwix_train.core import cpu_dots
 from qwix_train.core import operands as ops
+from qwix_train.core.arrival import when_there
 from qwix_train.core.symbolic import is_symbolic
 
 _Axes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
@@ -71,13 +72,17 @@ def _lowered(
             preferred_element_type=jnp.dtype(jnp.int32),
         )
 
-    def on_cpu(left, right):
+    def in_form(left, right):
         out = cpu_dots.integer_dot(left, right, contracting)
         if out is not None:
             return out
         if contracting == ((0,), (0,)) and left.ndim == right.ndim == 2:
             return _of_columns(*ops.common_codes(left, right))
         return general(left, right)
+
+    def on_cpu(left, right):
+        activations = left if left.size <= right.size else right
+        return when_there(activations, in_form, left, right)
 
     types = {left.dtype, right.dtype}
     if (

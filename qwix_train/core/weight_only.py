@@ -7,9 +7,9 @@ product is scaled,
 
 which differs from a product with the dequantized weight in rounding alone; with tiles
 or zero points the weight is dequantized. On GPU and TPU either is left to XLA, which
-converts as it multiplies. On a CPU it does not: see `cpu_dots` for the forms that are
-taken there. Which one it is depends on the platform that the program is compiled for,
-and on shapes.
+converts as it multiplies, or to a Pallas kernel where the user says so: see `kernel`.
+On a CPU XLA does not: see `cpu_dots` for the forms that are taken there. Which one it
+is depends on the platform that the program is compiled for, and on shapes.
 
 Differentiation keeps the codes alone. The weight is converted again on the way back.
 """
@@ -24,8 +24,9 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from qwix_train.core import cpu_dots, numerics
+from qwix_train.core import cpu_dots, kernel, numerics
 from qwix_train.core import operands as ops
+from qwix_train.core.arrival import when_there
 from qwix_train.core.qarray import QArray, dequantize
 
 
@@ -120,14 +121,21 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
         linear: Take forms that can be transposed, and keep nothing but the parts.
     """
     general = functools.partial(_general, spec)
+    if kernel.chosen() and not linear:
+        x, codes, scale, zero_point = parts
+        weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
+        return kernel.weight_dot(x, weight, spec.contracting, spec.result)
     if any(map(ops.is_explicitly_sharded, jax.tree.leaves(parts))):
         return general(*parts)
 
-    def on_cpu(x, codes, scale, zero_point):
+    def in_form(x, codes, scale, zero_point):
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
         static = spec.contracting, spec.result, spec.precision
         out = cpu_dots.weight_dot(x, weight, *static, transposable=linear)
         return general(x, codes, scale, zero_point) if out is None else out
+
+    def on_cpu(*parts):
+        return in_form(*parts) if linear else when_there(parts[0], in_form, *parts)
 
     def choose(*parts):
         return jax.lax.platform_dependent(*parts, cpu=on_cpu, default=general)

@@ -98,6 +98,39 @@ def test_the_way_back_keeps_codes_only():
     assert memory.temp_size_in_bytes < 4 * q.size
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("act_qtype", [None, "int8"])
+@pytest.mark.parametrize(("qtype", "tile"), [("int8", None), ("int4", 32)])
+def test_a_loop_over_tokens_holds_no_float_weights(qtype, tile, act_qtype):
+    """XLA would take the conversion out of the loop, for all weights at once."""
+    weights = [
+        quantize(
+            array(512, 512, seed=i), qtype, channelwise_axes=(1,), tiled_axes=tiles
+        )
+        for i, tiles in enumerate([{0: tile} if tile else {}] * 4)
+    ]
+
+    def decode(weights, x):
+        def step(x, _):
+            for q in weights:
+                x = x / jnp.linalg.norm(x)
+                a = x if act_qtype is None else quantize(x, act_qtype)
+                x = product(a, q)
+            return x, x
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    compiled = jax.jit(decode).lower(weights, array(1, 512)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 512**2
+    want = exact(array(1, 512))
+    for q in weights * 3:
+        want = want / np.linalg.norm(want) @ exact(q)
+    got = compiled(weights, array(1, 512))
+    # Codes of activations are off by half a step of 127 at most, in each product.
+    error = 1e-5 if act_qtype is None else 0.3
+    assert np.linalg.norm(got - want) < error * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["value", "grad"])
 def test_a_batch_of_rows_is_a_matrix(transform):
     q, x = weight("int8"), array(3, SIZE[0], seed=1)

@@ -1,0 +1,78 @@
+"""The Pallas kernel, interpreted, against NumPy in float64; and that it lowers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwix_train
+from qwix_train.core.qarray import dequantize, quantize
+from tests.compare import assert_close
+
+
+def array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def weight(qtype, tile=None, shape=(64, 256), **kwargs):
+    tiles = {0: tile} if tile else {}
+    return quantize(
+        array(*shape), qtype, channelwise_axes=(1,), tiled_axes=tiles, **kwargs
+    )
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize(
+    ("qtype", "tile"),
+    [
+        ("int4", None),
+        ("int4", 32),
+        ("nf4", 16),
+        ("mxfp4", 32),
+        ("nvfp4", 16),
+        ("int8", None),
+        ("mxfp8", 32),
+        ("mxfp6", 32),
+        ("ternary", None),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_products(qtype, tile, rows):
+    x, q = array(rows, 64, seed=1), weight(qtype, tile)
+    want = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
+    with qwix_train.pallas_products(interpret=True):
+        got = jax.jit(qwix_train.dot)(x, q)
+    assert_close(got, want, tolerance=3e-6, of_largest=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["bk,nk->bn", "bhk,khn->bn", "k,kn->n"])
+def test_axes_in_any_order(spec):
+    shapes = {"n": 6, "k": 32, "b": 3, "h": 2}
+    left, right = spec.split("->")[0].split(",")
+    x = array(*(shapes[name] for name in left), seed=1)
+    q = quantize(array(*(shapes[name] for name in right)), "int4")
+    want = np.einsum(spec, np.float64(x), np.float64(dequantize(q)))
+    with qwix_train.pallas_products(interpret=True):
+        assert_close(qwix_train.einsum(spec, x, q), want, tolerance=1e-5)
+
+
+def test_what_it_does_not_take():
+    q = weight("int4", calibration_method="minmax")
+    with (
+        qwix_train.pallas_products(interpret=True),
+        pytest.raises(ValueError, match="matrices without zero points"),
+    ):
+        qwix_train.dot(array(1, 64), q)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(
+    ("qtype", "tile"), [("int4", 32), ("nf4", None), ("mxfp4", 32)]
+)
+def test_it_lowers(qtype, tile, platform):
+    q = weight(qtype, tile, shape=(512, 256))
+    with qwix_train.pallas_products():
+        traced = jax.jit(qwix_train.dot).trace(array(4, 512), q)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in text or "triton" in text
