@@ -26,7 +26,9 @@
 #   make bench-qlora  the benchmark of fine-tuning
 #   make bench-recipes  the benchmark of recipes of QAT and quantized training
 #   make bench-formats  the benchmark of types
-#   make bench-decode   the benchmark of decoding in a loop over tokens
+#   make bench-decode  the benchmark of decoding in a loop over tokens
+#   make bench-devices  the cost of compiling a step for 1 to 512 devices
+#   make bench-memory  the peak memory of quantizing a model of 1B params
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -325,6 +327,14 @@ bench-decode: $(VENV)/.stamp-bench
 .PHONY: bench-recipes
 bench-recipes: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.recipes $(ARGS)
+
+.PHONY: bench-devices
+bench-devices: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.devices $(ARGS)
+
+.PHONY: bench-memory
+bench-memory: $(VENV)/.stamp-bench
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m benchmarks.memory $(ARGS)
 
 # All environments; `make -j 3` makes them side by side.
 .PHONY: environments

@@ -38,3 +38,16 @@ def bytes_by(field, found):
     for each in found:
         sums[getattr(each, field)] += each.bytes
     return sums
+
+
+def assert_sends_no_more(found, in_float, weight, extra=0):
+    """At most 1 % more, by kind, and no weight that the float step does not gather."""
+    one_percent = 0.01 * sum(each.bytes for each in in_float)
+    wanted = bytes_by("kind", in_float)
+    for kind, sent in bytes_by("kind", found).items():
+        assert sent <= wanted[kind] + one_percent + extra, kind
+
+    def gathers(of):
+        return sum(x.kind == "all-gather" and x.size >= weight for x in of)
+
+    assert gathers(found) <= gathers(in_float)

@@ -13,8 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 
 from qwix_train.core.operands import with_sharding
+
+CONSTRAINT = "sharding_constraint"
+"""The primitive of `jax.lax.with_sharding_constraint`."""
 
 
 class Carried(abc.ABC):
@@ -230,6 +234,20 @@ class Deferred(Carried):
     def returned(self) -> Any:
         """The untransformed input: a model that returns its params returns those."""
         return self.array
+
+    def apply(self, primitive, params, operands, run):
+        """See `Carried.apply`: a constraint is on the transformed input as a whole.
+
+        XLA would take it for one on the last steps of the transform, too, and gather
+        what these read, such as a scale that is as large as the array by then.
+        """
+        if primitive != CONSTRAINT:
+            return None
+        return run(lax.optimization_barrier(self.value))
+
+    def constrained(self, sharding: Any) -> Any:
+        """See `Carried.constrained`, and `apply`."""
+        return with_sharding(lax.optimization_barrier(self.value), sharding)
 
     def sliced(self) -> tuple[Sequence[Any], Callable[..., Carried]] | None:
         """Slices of the input, if there is a transform for those."""

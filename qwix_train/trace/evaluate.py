@@ -184,7 +184,7 @@ class Evaluation(abc.ABC):
             return [self.replace(eqn, operands, key)]
         inside = inside_of(eqn)
         if inside is None:
-            value = next(x for x in operands if _follows(x))
+            value = next((x for x in operands if _follows(x)), operands[0])
             run = functools.partial(run_equation, eqn)
             return value.apply(eqn.primitive.name, eqn.params, operands, run)
         if inside.kind in (Kind.CUSTOM, Kind.OPAQUE) and key not in self.inside:
@@ -424,10 +424,10 @@ def _as_array(result: Any) -> Any:
 
 
 def _reads_carried(eqn, env) -> bool:
-    return any(
-        not isinstance(atom, jex.Literal) and _follows(env.get(atom))
-        for atom in eqn.invars
-    )
+    """Whether an equation reads what says itself what becomes of it."""
+    constrains = eqn.primitive.name == carried.CONSTRAINT
+    read = (env.get(x) for x in eqn.invars if not isinstance(x, jex.Literal))
+    return any(_follows(x) or (constrains and isinstance(x, Carried)) for x in read)
 
 
 def _is_needed(eqn, last_use) -> bool:

@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from flax.training.train_state import TrainState
+from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -166,6 +168,88 @@ def qlora(mesh):
     return adapters(mesh, weight_qtype="nf4", tile_size=4, double_quant=True)
 
 
+class NnxMlp(nnx.Module):
+    """`models.Mlp`, whose variables lie on a mesh."""
+
+    def __init__(self, mesh):
+        rngs = nnx.Rngs(0)
+        self.Dense_0 = nnx.Linear(8, 16, rngs=rngs)
+        self.Dense_1 = nnx.Linear(16, 3, rngs=rngs)
+        for name, layer in put(mesh, float_params()).items():
+            for leaf, value in layer.items():
+                getattr(getattr(self, name), leaf).set_value(value)
+
+    def __call__(self, x):
+        return self.Dense_1(nnx.relu(self.Dense_0(x)))
+
+
+def nnx_trained(mesh, rules, wrt, **kwargs):
+    """The losses and all variables of an NNX model after a step with each batch."""
+    model = NnxMlp(mesh)
+    qwix_train.attach(model, rules, put(mesh, X[0]), **kwargs)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=wrt)
+
+    def step(model, optimizer, x):
+        def loss_of(model):
+            return models.loss_of(model(x), models.classes(x))
+
+        diff = nnx.DiffState(0, wrt)
+        loss, grads = nnx.value_and_grad(loss_of, argnums=diff)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    wrapped = wrt is nnx.Param
+    step = nnx.jit(qwix_train.wrap_train_step(step, rules) if wrapped else step)
+    losses = [step(model, optimizer, put(mesh, x)) for x in X]
+    return whole((losses, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))))
+
+
+def nnx_static_ranges(mesh):
+    rules = [models.rule("int4", "int8", act_static_scale=True)]
+    return nnx_trained(mesh, rules, nnx.Param)
+
+
+def nnx_qlora(mesh):
+    rules = [lora.LoraRule(rank=2, alpha=4.0, weight_qtype="nf4", tile_size=4)]
+    return nnx_trained(mesh, rules, nnx.LoRAParam, rng=jax.random.key(1))
+
+
+def experts(mesh):
+    """Experts that are spread over the processes, with ranges joined over these."""
+    rules = [models.rule("int4", "int8", act_axis_names=("model",))]
+    rng = np.random.default_rng(2)
+    shapes = {"up": (8, 8, 4), "down": (8, 4, 8)}
+    params = {k: rng.normal(0, 0.3, s).astype(np.float32) for k, s in shapes.items()}
+    by_expert = NamedSharding(mesh, PartitionSpec("model"))
+    params = jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, by_expert, lambda i: x[i]),
+        params,
+    )
+
+    @qwix_train.as_model
+    def forward(params, x):
+        def of_shard(params, x):
+            inside = jax.nn.relu(jnp.einsum("bd,edf->ebf", x, params["up"]))
+            y = jnp.einsum("ebf,efd->bd", inside, params["down"])
+            return jax.lax.psum(y, "model")
+
+        return jax.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(PartitionSpec("model"), PartitionSpec()),
+            out_specs=PartitionSpec(),
+        )(params, x)
+
+    def step(params, x):
+        def loss_of(params):
+            return (forward(params, x) ** 2).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        return jax.tree.map(lambda w, g: w - 0.01 * g, params, grads), loss
+
+    return trained(mesh, qwix_train.wrap_train_step(step, rules), params)
+
+
 def transforms(mesh):
     """Every Optax transformation of ours, one step of each in one program."""
     found = {}
@@ -208,6 +292,9 @@ CASES = {
         quantized_training,
         calibrated,
         qlora,
+        nnx_static_ranges,
+        nnx_qlora,
+        experts,
         learned_scales,
         adapters,
         transforms,

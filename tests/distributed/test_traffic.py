@@ -115,19 +115,6 @@ def sent(layout, name=None):
     return traffic.collectives(compiled)
 
 
-def assert_sends_no_more(found, in_float, weight, extra=0):
-    """At most 1 % more, by kind, and no weight that the float step does not gather."""
-    one_percent = 0.01 * sum(each.bytes for each in in_float)
-    wanted = traffic.bytes_by("kind", in_float)
-    for kind, sent in traffic.bytes_by("kind", found).items():
-        assert sent <= wanted[kind] + one_percent + extra, kind
-
-    def gathers(of):
-        return sum(x.kind == "all-gather" and x.size >= weight for x in of)
-
-    assert gathers(found) <= gathers(in_float)
-
-
 @pytest.mark.thinned(20)
 @pytest.mark.parametrize(
     "name, layout",
@@ -136,7 +123,7 @@ def assert_sends_no_more(found, in_float, weight, extra=0):
 )
 def test_a_step(name, layout):
     extra = HISTOGRAMS if name == "mse" else 0
-    assert_sends_no_more(sent(layout, name), sent(layout), 4 * WIDTH**2, extra)
+    traffic.assert_sends_no_more(sent(layout, name), sent(layout), 4 * WIDTH**2, extra)
 
 
 @pytest.mark.slow
@@ -206,4 +193,4 @@ def test_a_pipeline(name):
     found = traffic.collectives(compiled(quantized))
     in_float = traffic.collectives(compiled(step))
     assert any(x.kind == "collective-permute" for x in in_float)
-    assert_sends_no_more(found, in_float, WIDTH**2)
+    traffic.assert_sends_no_more(found, in_float, WIDTH**2)
