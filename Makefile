@@ -26,6 +26,7 @@
 #   make bench-qlora  the benchmark of fine-tuning
 #   make bench-recipes  the benchmark of recipes of QAT and quantized training
 #   make bench-formats  the benchmark of types
+#   make bench-pages  the pages of benchmarks/out/NAME.json: ARGS=benchmarks/out/NAME.json
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
@@ -313,6 +314,10 @@ bench-qlora: $(VENV)/.stamp-bench
 .PHONY: bench-formats
 bench-formats: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.formats $(ARGS)
+
+.PHONY: bench-pages
+bench-pages: $(VENV)/.stamp-bench
+	$(VENV)/bin/python -m benchmarks.pages $(ARGS)
 
 .PHONY: bench-recipes
 bench-recipes: $(VENV)/.stamp-bench

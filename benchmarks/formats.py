@@ -23,7 +23,8 @@ from flax.training import train_state
 import qwix_train
 from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX, medians
-from benchmarks.qat_step import run_sections, table
+from benchmarks.qat_step import table
+from benchmarks.results import run_sections
 from qwix_train import QuantizationRule, ptq
 from qwix_train.core import formats
 from qwix_train.core.compiled import quantize_compiled
