@@ -26,8 +26,8 @@ import optax
 
 import qwix_train
 from benchmarks import models
-from benchmarks.qat_step import amount, interleaved, machine, table, timed
-from qwix_train.files import json_text
+from benchmarks.qat_step import amount, interleaved, table, timed
+from benchmarks.results import machine, write
 
 OUT = pathlib.Path(__file__).parent / "out" / "calibration.json"
 STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
@@ -49,8 +49,10 @@ QAT_TARGET = 1.1
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
+    facts = machine()
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    found: dict[str, Any] = {}
+    shown: dict[str, str] = {}
     tasks: dict[str, Callable[[], models.Task]] = {
         "transformer": functools.partial(
             models.transformer,
@@ -69,12 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
             "eval": bench_eval(task, options),
             "train": bench_qat(task, options),
         }
-        report[name] = measured
-        print(f"\n{task.name}\n\n{eval_table(measured['eval'])}", flush=True)
-        print(f"\n{qat_table(measured['train'])}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    json_text.write(options.out, report, overwrite=True, default=str)
-    print(f"\nWritten to {options.out}")
+        found[name] = measured
+        shown[f"{task.name}: eval steps"] = eval_table(measured["eval"])
+        shown[f"{task.name}: train steps"] = qat_table(measured["train"])
+        print("\n" + "\n\n".join(list(shown.values())[-2:]), flush=True)
+    write(options, facts, found, shown)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from benchmarks import models
 from benchmarks.ptq import packages
-from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
+from benchmarks.qat_step import amount, interleaved, table, timed
+from benchmarks.results import run_sections
 
 OUT = pathlib.Path(__file__).parent / "out" / "decode.json"
 SCHEMAS = {

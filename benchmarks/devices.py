@@ -30,7 +30,8 @@ from flax.training.train_state import TrainState
 
 import qwix_train
 from benchmarks.models import Decoder
-from benchmarks.qat_step import amount, interleaved, run_sections, table
+from benchmarks.qat_step import amount, interleaved, table
+from benchmarks.results import run_sections
 from qwix_train import QtRule, QuantizationRule
 
 OUT = pathlib.Path(__file__).parent / "out" / "devices.json"

@@ -27,7 +27,8 @@ from flax.training import train_state
 import qwix_train
 from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX, medians
-from benchmarks.qat_step import run_sections, table
+from benchmarks.qat_step import table
+from benchmarks.results import run_sections
 from example_trainers.digits_qat import data
 from qwix_train import QuantizationRule, ptq
 from qwix_train.core import formats

@@ -26,7 +26,8 @@ import numpy as np
 from flax import linen as nn
 
 import qwix_train
-from benchmarks.qat_step import run_sections, table
+from benchmarks.qat_step import table
+from benchmarks.results import run_sections
 from qwix_train import QuantizationRule, ptq
 from qwix_train.ptq import hugging_face
 

@@ -25,7 +25,8 @@ import numpy as np
 
 import qwix_train
 from benchmarks import models
-from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
+from benchmarks.qat_step import amount, interleaved, table, timed
+from benchmarks.results import run_sections
 from qwix_train.core import cpu_dots
 
 OUT = pathlib.Path(__file__).parent / "out" / "ptq.json"

@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.metadata
 import importlib.util
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +25,7 @@ import jax.numpy as jnp
 
 import qwix_train
 from benchmarks import models
-from qwix_train.files import json_text
+from benchmarks.results import machine, write
 
 RULE = {"weight_qtype": "int8", "act_qtype": "int8"}
 OUT = pathlib.Path(__file__).parent / "out" / "qat_step.json"
@@ -54,45 +51,27 @@ def main() -> None:
             models.resnet, options.channels, options.images, options.size, dtype
         ),
     }
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    report["tasks"] = {}
+    facts = machine()
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    found: dict[str, Any] = {}
+    tables: dict[str, str] = {}
+
+    def add(name: str, title: str, measured: Any, shown: str) -> None:
+        found[name], tables[title] = measured, shown
+        print(f"\n{title}\n\n{shown}", flush=True)
+
     for name in options.tasks:
         task = tasks[name]()
-        report["tasks"][name] = bench_task(task, options)
-        print(f"\n{task.name}, {dtype}\n\n{task_table(report['tasks'][name])}")
+        measured = bench_task(task, options)
+        add(name, f"{task.name}, {dtype}", measured, task_table(measured))
     if options.depths:
-        report["depth"] = bench_depth(options)
-        print(f"\nTrace time against depth\n\n{depth_table(report['depth'])}")
+        measured = bench_depth(options)
+        add("depth", "Trace time against depth", measured, depth_table(measured))
     if options.eager:
-        report["eager"] = bench_eager(options)
-        print(
-            f"\nOverhead per call, without compiling\n\n{eager_table(report['eager'])}"
-        )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    json_text.write(options.out, report, overwrite=True, default=str)
-    print(f"\nWritten to {options.out}")
-
-
-def run_sections(
-    options: argparse.Namespace,
-    sections: Mapping[str, tuple[Callable[..., Any], Callable[..., str]]],
-) -> None:
-    """Measures the sections that are asked for, prints tables, and writes a file.
-
-    Args:
-        options: The options, with `sections` and `out`; what measures takes them.
-        sections: For each, what measures, and what makes a table of that.
-    """
-    report: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()))
-    for name in options.sections:
-        bench, shown = sections[name]
-        report[name] = bench(options)
-        print(f"\n{name}\n\n{shown(report[name])}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    json_text.write(options.out, report, overwrite=True, default=str)
-    print(f"\nWritten to {options.out}")
+        measured = bench_eager(options)
+        title = "Overhead per call, without compiling"
+        add("eager", title, measured, eager_table(measured))
+    write(options, facts, found, tables)
 
 
 def parse_options() -> argparse.Namespace:
@@ -121,21 +100,6 @@ def parse_options() -> argparse.Namespace:
         few = {"trace_rounds": 3, "compile_rounds": 1, "step_rounds": 5}
         parser.set_defaults(**small, channels=16, size=16, depths=[4, 8, 16], **few)
     return parser.parse_args()
-
-
-def machine() -> dict[str, str]:
-    device = jax.devices()[0]
-    facts = {
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "CPU cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-    }
-    for package in ("jax", "flax", "qwix"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed: its column is left out"
-    return facts
 
 
 def variants(

@@ -27,7 +27,8 @@ from flax.training import train_state
 import qwix_train
 from benchmarks import models
 from benchmarks.ptq import HAS_QWIX, normal, packages
-from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
+from benchmarks.qat_step import amount, interleaved, table, timed
+from benchmarks.results import run_sections
 from qwix_train import HowToQuantize, dequantize, lora
 from qwix_train.core import packed_array
 

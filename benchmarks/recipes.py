@@ -25,7 +25,8 @@ from flax.training import train_state
 import qwix_train
 from benchmarks import models, text
 from benchmarks.ptq import HAS_QWIX
-from benchmarks.qat_step import amount, interleaved, run_sections, table, timed
+from benchmarks.qat_step import amount, interleaved, table, timed
+from benchmarks.results import run_sections
 from qwix_train import optim
 
 if HAS_QWIX:

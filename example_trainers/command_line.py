@@ -1,8 +1,10 @@
 """The command line that all examples have: a workdir, a quick run, and settings."""
 
 import pathlib
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from example_trainers.digits_qat.train import SettingsError
+from example_trainers.workdirs import SettingsError
 
 # The flags count as those of the example that calls `run`, so that --help shows them.
 flags.disclaim_key_flags()
 
 # What a run of every example writes.
+_CHILDREN = resource.RUSAGE_CHILDREN
 _WRITTEN = ("config.json", "results.json", "results.png", "checkpoints")
 
 
@@ -84,14 +87,29 @@ def run(
                     shutil.rmtree(path / part, ignore_errors=True)
                 else:
                     (path / part).unlink(missing_ok=True)
+        started = time.perf_counter()
         try:
             results = train_and_evaluate(config, path)
         except SettingsError as error:
             sys.exit(str(error))
+        print(f"It took {_cost(started)}.", flush=True)
         if results.get("broken") and not quick.value:
             sys.exit("\n".join(results["broken"]))
 
     app.run(main)
+
+
+def _cost(started: float) -> str:
+    """What a run took, with the processes that it started."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, _CHILDREN)]
+    processor = sum(x.ru_utime + x.ru_stime for x in used)
+    # In KiB, but on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = max(x.ru_maxrss for x in used) * unit / 2**20
+    return (
+        f"{time.perf_counter() - started:.0f} s, {processor:.0f} s of processor time, "
+        f"and {memory:.0f} MiB of memory in its largest process"
+    )
 
 
 def _define(

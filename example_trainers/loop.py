@@ -11,7 +11,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from example_trainers.digits_qat import metrics
+from example_trainers import metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,25 +2,23 @@
 
 import ml_collections
 
+from example_trainers import settings
+
 WEIGHT_QTYPES = ("int8", "int4", "int3", "int2")
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The settings of `make demo`."""
-    config = ml_collections.ConfigDict()
+    config = settings.digits()
 
     config.framework = "linen"
     config.seeds = (0, 1, 2)
-    config.features = (8, 16, 32)
 
     # Only the width of the weights varies, so that a row differs from its neighbors in
     # one thing. `act_qtype = "same"` quantizes the activations to the weights' width.
     config.weight_qtypes = WEIGHT_QTYPES
     config.act_qtype = "int8"
 
-    config.batch_size = 64
-    config.float_steps = 800
-    config.float_learning_rate = 5e-3
     config.qat_steps = 500
     config.qat_learning_rate = 2e-3
 

@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 
 import qwix_train
-from example_trainers.digits_qat import data, report
+from example_trainers import reports
+from example_trainers.digits_qat import data
 from qwix_train.files import json_text
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,4 +99,4 @@ def format_table(records: list[dict[str, Any]]) -> str:
             )
         )
     title = "Exported models, restored in a fresh process (accuracy in %)"
-    return "\n".join([title, *report.align(lines, left=1)])
+    return "\n".join([title, *reports.align(lines, left=1)])

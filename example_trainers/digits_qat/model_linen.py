@@ -14,7 +14,7 @@ import optax
 from flax.training import train_state
 
 import qwix_train
-from example_trainers.digits_qat import metrics
+from example_trainers import metrics
 
 IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
 

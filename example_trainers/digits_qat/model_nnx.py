@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import qwix_train
-from example_trainers.digits_qat import metrics
+from example_trainers import metrics
 
 TrainState = tuple["CNN", nnx.Optimizer]
 

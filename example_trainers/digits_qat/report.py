@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from qwix_train.files import json_text
+from example_trainers import reports
 from qwix_train.files.figures import save_figure
 
 # A loss of accuracy below this is within the noise of 450 test images (one image is
@@ -107,31 +107,11 @@ def format_table(results: dict[str, Any]) -> str:
         [
             f"Test accuracy in %, mean ± sample standard deviation over {count} "
             f"seed{'s' if count > 1 else ''}, 450 images",
-            *align(lines, left=2),
+            *reports.align(lines, left=2),
             "recovered: (QAT - plain) / (float - plain); "
             f"- where plain fake quant loses less than {100 * MIN_LOSS:g} point",
         ]
     )
-
-
-def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
-    """Lays out a table, of which the first line is the head.
-
-    Args:
-        lines: The cells.
-        left: The number of columns that are aligned to the left.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
-
-    def text(line: tuple[str, ...]) -> str:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "   ".join(cells).rstrip()
-
-    return [rule, text(lines[0]), rule, *map(text, lines[1:]), rule]
 
 
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -218,7 +198,4 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
-    print(f"\n{format_table(results)}\n\n{json_path}\n{png_path}")
+    reports.write(results, workdir, [format_table(results)], plot)

@@ -1,7 +1,6 @@
 """Training in float and with QAT, in phases that resume where they were killed."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from types import ModuleType
@@ -20,7 +19,7 @@ from example_trainers.digits_qat import (
     model_nnx,
     report,
 )
-from qwix_train.files import json_text
+from example_trainers.workdirs import claim_workdir
 
 FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
 
@@ -86,33 +85,6 @@ def run_phase(
         eval_every=config.eval_every,
         checkpoint_dir=workdir / "checkpoints" / f"seed_{seed}" / phase.name,
     )
-
-
-class SettingsError(ValueError):
-    """The workdir holds a run that was started with other settings."""
-
-
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Refuses to resume a run that was started with other settings."""
-    settings = json.loads(config.to_json())
-    path = workdir / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != settings:
-            names = sorted(settings.keys() | found.keys())
-            changed = "\n".join(
-                f"  {name}: {found.get(name)} there, {settings.get(name)} here"
-                for name in names
-                if found.get(name) != settings.get(name)
-            )
-            raise SettingsError(
-                f"{workdir} holds a run with other settings:\n{changed}\n"
-                "Pass its settings to resume it, --restart to discard it, or another "
-                "--workdir."
-            )
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
-        json_text.write(path, settings, overwrite=True)
 
 
 def train_and_evaluate(

@@ -12,7 +12,9 @@ from typing import Any
 
 import ml_collections
 
-from example_trainers.digits_qat.train import SettingsError, claim_workdir
+from example_trainers import reports
+from example_trainers.workdirs import SettingsError, claim_workdir
+from qwix_train.files.figures import save_figure
 
 
 def launch(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -56,8 +58,29 @@ def launch(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str
             f"The processes ended with {codes}. Run the same command to go on from the "
             "latest checkpoint."
         )
-    results = workdir / "results.json"
-    return json.loads(results.read_text()) if results.exists() else {}
+    written = workdir / "results.json"
+    if not written.exists():
+        return {}
+    results = json.loads(written.read_text())
+    reports.write(results, workdir, [], plot)
+    return results
+
+
+def plot(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the loss over the steps."""
+    # The figure is drawn without pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [record["step"] for record in results["history"]]
+    losses = [record["loss"] for record in results["history"]]
+    axes.plot(steps, losses, marker="o", markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    save_figure(figure, path, overwrite=True)
 
 
 def start(

@@ -13,8 +13,7 @@ from flax.training import train_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import qwix_train
-from example_trainers import byte_text, loop
-from example_trainers.digits_qat import metrics
+from example_trainers import byte_text, loop, metrics
 from example_trainers.qlora_lm.model_linen import LanguageModel, train_step
 from example_trainers.static_range import data
 from qwix_train import ptq

@@ -2,17 +2,15 @@
 
 import ml_collections
 
+from example_trainers import settings
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The settings of `make example-odml`."""
-    config = ml_collections.ConfigDict()
+    config = settings.digits()
     config.seeds = (0, 1, 2)
-    config.features = (8, 16, 32)
     config.weight_qtypes = ("int8", "int4")
 
-    config.batch_size = 64
-    config.float_steps = 800
-    config.float_learning_rate = 5e-3
     config.qat_steps = 300
     config.qat_learning_rate = 2e-3
     # Ranges follow the weights, and are used once they stand on this many batches.

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 import qwix_train
+from example_trainers import workdirs
 from example_trainers.digits_qat import data, model_linen
 from example_trainers.digits_qat import train as digits_train
 from example_trainers.odml_digits import measure as measure_lib
@@ -115,7 +116,7 @@ def train_and_evaluate(
     """
     # Orbax takes absolute paths only.
     workdir = pathlib.Path(workdir).resolve()
-    digits_train.claim_workdir(config, workdir)
+    workdirs.claim_workdir(config, workdir)
     started = time.perf_counter()
     exported = workdir / "exported"
     exported.mkdir(exist_ok=True)

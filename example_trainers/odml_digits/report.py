@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align
-from qwix_train.files import json_text
+from example_trainers import reports
 from qwix_train.files.figures import save_figure
 
 _COLORS = {"float": "0.35", "int8": "#1f6fb4", "int4": "#d95f02"}
@@ -50,7 +49,7 @@ def format_table(results: dict[str, Any]) -> str:
         [
             "Test accuracy in %, mean ± sample standard deviation over "
             f"{count} seed{'s' if count > 1 else ''}, 450 images",
-            *align(lines, left=2),
+            *reports.align(lines, left=2),
             "furthest: the largest difference of a logit in JAX and in LiteRT, in "
             "steps of its scale",
         ]
@@ -75,7 +74,7 @@ def format_latency(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             "Median time of a call on one thread, models in turns",
-            *align(lines, left=1),
+            *reports.align(lines, left=1),
         ]
     )
 
@@ -135,18 +134,14 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the tables, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
     parts = [
         f"The file of {results['shown']}\n{results['ops']}",
         f"Its outputs, and those of the fake-quantized model in JAX\n"
         f"{results['report']}",
         format_table(results),
         format_latency(results),
-        f"{results['seconds']:.0f} s\n\n{json_path}\n{png_path}",
     ]
-    print("\n" + "\n\n".join(parts))
+    reports.write(results, workdir, parts, plot)
 
 
 def _mean(row: Mapping[str, Any], key: str) -> float:

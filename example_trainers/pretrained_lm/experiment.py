@@ -15,9 +15,7 @@ import ml_collections
 import numpy as np
 
 import qwix_train
-from example_trainers import byte_text, loop
-from example_trainers.digits_qat import metrics
-from example_trainers.digits_qat.train import claim_workdir
+from example_trainers import byte_text, loop, metrics
 from example_trainers.pretrained_lm import (
     checkpoint,
     data,
@@ -28,6 +26,7 @@ from example_trainers.pretrained_lm import (
     report,
     variants,
 )
+from example_trainers.workdirs import claim_workdir
 from qwix_train import calib, lora
 from qwix_train.files import json_text
 

@@ -12,7 +12,7 @@ import optax
 from flax.training import train_state
 
 import qwix_train
-from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.metrics import cross_entropy
 from example_trainers.pretrained_lm.attention import attend
 from example_trainers.pretrained_lm.checkpoint import (
     Architecture,

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 import qwix_train
-from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.metrics import cross_entropy
 from example_trainers.nnx_state import from_tree as from_tree
 from example_trainers.nnx_state import to_tree as to_tree
 from example_trainers.pretrained_lm.attention import attend

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from example_trainers.digits_qat.report import align
-from qwix_train.files import figures, json_text
+from example_trainers import reports
+from qwix_train.files import figures
 
 Row = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 "-" if peak is None else f"{peak / 2**20:,.0f} MiB",
             )
         )
-    return align(lines, left=3)
+    return reports.align(lines, left=3)
 
 
 def recovered(results: Mapping[str, Any]) -> float | None:
@@ -107,7 +107,4 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the tables, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
-    print(f"\n{format_table(results)}\n\n{json_path}\n{png_path}")
+    reports.write(results, workdir, [format_table(results)], plot)

@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from example_trainers import settings
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The settings of the table in the documentation."""
@@ -21,11 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
         "proximal",
     )
 
-    config.digits = ml_collections.ConfigDict()
-    config.digits.features = (8, 16, 32)
-    config.digits.batch_size = 64
-    config.digits.float_steps = 800
-    config.digits.float_learning_rate = 5e-3
+    config.digits = settings.digits()
     config.digits.qat_steps = 400
     config.digits.qat_learning_rate = 2e-2
 

@@ -19,10 +19,10 @@ import optax
 
 import qwix_train
 from example_trainers import loop
-from example_trainers.digits_qat.train import SettingsError, claim_workdir
 from example_trainers.loop import make_optimizer
 from example_trainers.qat_recipes import methods, report
 from example_trainers.qat_recipes.tasks import Task, make_task
+from example_trainers.workdirs import SettingsError, claim_workdir
 
 
 class Exporter:

@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align
-from qwix_train.files import json_text
+from example_trainers import reports
 from qwix_train.files.figures import save_figure
 
 PTQ, PLAIN, FLOAT = "PTQ", "QAT", "float, as many steps"
@@ -120,7 +119,7 @@ def _table(task: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
             row = by_key.get(("float", method)) or by_key.get((weights, method))
             cells += ["", ""] if row is None else _cells(metric, row)
         lines.append(tuple(cells))
-    return align(lines, left=1)
+    return reports.align(lines, left=1)
 
 
 def _cells(metric: str, row: Mapping[str, Any]) -> list[str]:
@@ -190,10 +189,4 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def write(results: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Prints the tables, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
-    print(
-        f"\n{format_tables(results)}\n{results['seconds']:.0f} s\n\n"
-        f"{json_path}\n{png_path}"
-    )
+    reports.write(results, workdir, [format_tables(results)], plot)

@@ -14,9 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from example_trainers import byte_text, loop
-from example_trainers.digits_qat import metrics
-from example_trainers.digits_qat.train import claim_workdir
+from example_trainers import byte_text, loop, metrics
 from example_trainers.loop import make_optimizer
 from example_trainers.qlora_lm import (
     data,
@@ -27,6 +25,7 @@ from example_trainers.qlora_lm import (
     report,
 )
 from example_trainers.qlora_lm.measure import measure
+from example_trainers.workdirs import claim_workdir
 
 FRAMEWORKS: dict[str, ModuleType] = {"linen": model_linen, "nnx": model_nnx}
 

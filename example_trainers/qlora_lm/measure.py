@@ -2,7 +2,7 @@
 
 import jax
 
-from example_trainers.digits_qat import metrics
+from example_trainers import metrics
 
 
 def measure(logits: jax.Array, batch) -> metrics.Metrics:

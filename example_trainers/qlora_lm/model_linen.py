@@ -14,7 +14,7 @@ from flax.training import train_state
 
 import qwix_train
 from example_trainers import byte_text
-from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.metrics import cross_entropy
 from example_trainers.qlora_lm.attention import attend
 from example_trainers.qlora_lm.measure import measure
 from qwix_train import lora

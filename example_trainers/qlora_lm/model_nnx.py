@@ -12,7 +12,7 @@ from flax import nnx
 
 import qwix_train
 from example_trainers import byte_text
-from example_trainers.digits_qat.metrics import cross_entropy
+from example_trainers.metrics import cross_entropy
 from example_trainers.nnx_state import from_tree as from_tree
 from example_trainers.nnx_state import to_tree as to_tree
 from example_trainers.qlora_lm.attention import attend

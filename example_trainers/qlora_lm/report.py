@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align
-from qwix_train.files import json_text
+from example_trainers import reports
 from qwix_train.files.figures import save_figure
 
 
@@ -54,7 +53,7 @@ def format_table(results: dict[str, Any]) -> str:
             f"mean over {count} seed{'s' if count > 1 else ''}",
             f"Before fine-tuning: {base['code']['loss']:.4f}, after training "
             f"{base['params']:,} params on prose to {base['prose']['loss']:.4f}",
-            *align(lines, left=1),
+            *reports.align(lines, left=1),
             "trained: params; weights: all that are held, adapters and base; exported: "
             "merged, quantized, saved,\nrestored (of the first seed)",
         ]
@@ -111,16 +110,11 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table and the sample, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
-    sample = results["sample"]
+    parts, sample = [format_table(results)], results["sample"]
     if sample:
-        print(
+        parts.insert(
+            0,
             f"What {sample['method']} writes, restored from its export, after "
-            f"{sample['prompt'][-40:]!r}:\n{sample['text']}"
+            f"{sample['prompt'][-40:]!r}:\n{sample['text']}",
         )
-    print(
-        f"\n{format_table(results)}\n{results['seconds']:.0f} s\n\n"
-        f"{json_path}\n{png_path}"
-    )
+    reports.write(results, workdir, parts, plot)

@@ -14,9 +14,9 @@ import ml_collections
 
 import qwix_train
 from example_trainers import byte_text
-from example_trainers.digits_qat.train import claim_workdir
 from example_trainers.static_range import data, quantization, report, train
 from example_trainers.static_range import model as model_lib
+from example_trainers.workdirs import claim_workdir
 from qwix_train import hooks, ptq
 
 

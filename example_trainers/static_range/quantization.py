@@ -10,7 +10,7 @@ import ml_collections
 from flax.training import train_state
 
 import qwix_train
-from example_trainers.digits_qat import metrics
+from example_trainers import metrics
 from example_trainers.static_range import model as model_lib
 from example_trainers.static_range import train
 from qwix_train import calib, ptq

@@ -5,8 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from example_trainers.digits_qat.report import align
-from qwix_train.files import json_text
+from example_trainers import reports
 from qwix_train.files.figures import save_figure
 
 
@@ -45,7 +44,7 @@ def format_table(results: dict[str, Any]) -> str:
         [
             f"Loss (nats per byte) and accuracy of the next byte, {count:,} bytes of "
             "held-out topics",
-            *align(lines, left=3),
+            *reports.align(lines, left=3),
             "Each quantized model was exported, and restored from its files.",
         ]
     )
@@ -104,10 +103,4 @@ def _color(row: Mapping[str, Any]) -> str:
 
 def write(results: dict[str, Any], workdir: pathlib.Path) -> None:
     """Prints the table, and writes `results.json` and `results.png`."""
-    json_path, png_path = workdir / "results.json", workdir / "results.png"
-    json_text.write(json_path, results, overwrite=True)
-    plot(results, png_path)
-    print(
-        f"\n{format_table(results)}\n{results['seconds']:.0f} s\n\n"
-        f"{json_path}\n{png_path}"
-    )
+    reports.write(results, workdir, [format_table(results)], plot)

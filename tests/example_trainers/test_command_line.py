@@ -5,7 +5,7 @@ import pytest
 from absl import app, flags
 
 from example_trainers import command_line
-from example_trainers.digits_qat.train import SettingsError
+from example_trainers.workdirs import SettingsError
 
 
 def get_config():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from example_trainers import workdirs
 from example_trainers.digits_qat import config as config_lib
 from example_trainers.digits_qat import data, export, report, train
 from tests.example_trainers.killed import run_and_kill
@@ -142,11 +143,11 @@ def test_iterator_continues_where_it_was():
 
 def test_refuses_a_workdir_with_other_settings(tmp_path):
     config, _ = _tiny_config()
-    train.claim_workdir(config, tmp_path)
-    train.claim_workdir(config, tmp_path)
+    workdirs.claim_workdir(config, tmp_path)
+    workdirs.claim_workdir(config, tmp_path)
     config.batch_size = 7
-    with pytest.raises(train.SettingsError, match="batch_size: 64 there, 7 here"):
-        train.claim_workdir(config, tmp_path)
+    with pytest.raises(workdirs.SettingsError, match="batch_size: 64 there, 7 here"):
+        workdirs.claim_workdir(config, tmp_path)
 
 
 def test_summary_and_table():

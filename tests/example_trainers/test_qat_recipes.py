@@ -10,9 +10,9 @@ import pytest
 
 import qwix_train
 from example_trainers import loop
-from example_trainers.digits_qat.train import SettingsError
 from example_trainers.qat_recipes import config as config_lib
 from example_trainers.qat_recipes import experiment, methods, report, tasks
+from example_trainers.workdirs import SettingsError
 
 
 def _row(weights, method, *accuracies):

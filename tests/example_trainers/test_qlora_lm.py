@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from example_trainers import byte_text, loop
-from example_trainers.digits_qat.train import SettingsError
 from example_trainers.qlora_lm import (
     attention,
     data,
@@ -24,6 +23,7 @@ from example_trainers.qlora_lm import (
     report,
 )
 from example_trainers.qlora_lm import config as config_lib
+from example_trainers.workdirs import SettingsError
 from tests.example_trainers.killed import run_and_kill
 
 
