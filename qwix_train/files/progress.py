@@ -93,7 +93,8 @@ class Task:
 
     def __init__(self, what: str, total: int | None, report: Report | None):
         """Begins. Use `task`."""
-        self.what, self.total = what, total
+        self.what = what
+        self.total = total
         self._report, self._done, self._start = report, 0, time.monotonic()
 
     def advance(self, item: str = "") -> None:

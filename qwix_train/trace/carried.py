@@ -235,7 +235,13 @@ class Deferred(Carried):
         """The untransformed input: a model that returns its params returns those."""
         return self.array
 
-    def apply(self, primitive, params, operands, run):
+    def apply(
+        self,
+        primitive: str,
+        params: Mapping[str, Any],
+        operands: Sequence[Any],
+        run: Callable[..., list[Any]],
+    ) -> list[Any] | None:
         """See `Carried.apply`: a constraint is on the transformed input as a whole.
 
         XLA would take it for one on the last steps of the transform, too, and gather
