@@ -76,13 +76,13 @@ def page(name: str, report: Mapping[str, Any]) -> str:
     prose = [
         p for p in about.split("\n\n") if p and not p.startswith(("    ", "python"))
     ]
-    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    facts = "; ".join(f"{key}: {value}" for key, value in report["machine"].items())
     quick = " --quick" if options.get("quick") else ""
     lines = [
         "<!-- Made by `python -m benchmarks.pages`; do not edit. -->",
         f"# {title.rstrip('.')}",
         *prose,
-        f"Run by `python -m benchmarks.{name}{quick}` on this machine: {facts}. A load "
+        f"`python -m benchmarks.{name}{quick}` ran on this machine ({facts}). A load "
         "above the number of cores means that other work ran beside it. Then compare "
         "the columns of a line, and no times of two runs.",
     ]
@@ -92,7 +92,7 @@ def page(name: str, report: Mapping[str, Any]) -> str:
             "benchmark works, and the order of the numbers."
         )
     for title, table in report["tables"].items():
-        lines.append(f"## {title}")
+        lines.append(f"## {title[0].upper()}{title[1:]}")
         if title in PICTURES.get(name, {}):
             files = [picture_file(name, title, scheme) for scheme in SCHEMES]
             lines.append(

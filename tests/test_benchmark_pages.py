@@ -18,7 +18,7 @@ def test_no_page_is_old(capsys):
 
 def test_a_page_says_where_its_numbers_come_from():
     text = pages.page("formats", REPORT)
-    assert "date 2020-01-02, load at the start 3.0" in text
+    assert "date: 2020-01-02; load at the start: 3.0" in text
     assert "--quick" in text and TABLE in text
     assert "formats_encode_dark.svg#only-dark" in text
 

@@ -93,9 +93,11 @@ class Task:
 
     def __init__(self, what: str, total: int | None, report: Report | None):
         """Begins. Use `task`."""
-        self.what = what
-        self.total = total
-        self._report, self._done, self._start = report, 0, time.monotonic()
+        self.what: str = what
+        self.total: int | None = total
+        self._report: Report | None = report
+        self._done: int = 0
+        self._start: float = time.monotonic()
 
     def advance(self, item: str = "") -> None:
         """Says that one more item is done."""
