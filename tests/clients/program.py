@@ -8,6 +8,11 @@ import os
 import pathlib
 import subprocess
 
+QUICK_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+"""Compiling takes most of the time, and the programs run for moments."""
+
 
 def run(client: str, first: str, *folders: pathlib.Path) -> None:
     """Runs `tests/clients/CLIENT_program.py`.
@@ -23,7 +28,7 @@ def run(client: str, first: str, *folders: pathlib.Path) -> None:
     done = subprocess.run(
         [os.environ[variable(client)], "-W", "ignore", "-c", code, *folders],
         cwd=here,
-        env={**os.environ, "XLA_FLAGS": "", "WANDB_MODE": "disabled"},
+        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, "WANDB_MODE": "disabled"},
         capture_output=True,
         text=True,
     )

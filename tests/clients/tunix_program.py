@@ -1,9 +1,10 @@
-"""Fine-tunes a tiny model of Tunix, with its own functions, on what `qwix` is.
+"""Trains and samples a tiny model of Tunix, with its own code, on what `qwix` is.
 
 Its arguments are a folder and, if there is one, that of a run on another library. It
-writes what came out into `results.json`: for each case the losses of six steps, those
-after a checkpoint of the third was restored, the shapes of all variables, and the
-losses after the checkpoint of the other library was restored.
+writes what came out into `results.json`: for each case of training the losses of six
+steps, those after a checkpoint of the third was restored, the shapes of all variables,
+and the losses after the checkpoint of the other library was restored; for each case of
+sampling the tokens and logits; and the completions and losses of GRPO.
 """
 
 import json
@@ -19,15 +20,36 @@ from flax import nnx
 from jax import numpy as jnp
 from orbax import checkpoint as ocp
 from tunix.cli.utils import model as cli
+from tunix.generate import sampler
 from tunix.models.llama3 import model as llama3
 from tunix.models.qwen3 import model as qwen3
+from tunix.rl import rl_cluster
+from tunix.rl.grpo import grpo_learner
+from tunix.rl.rollout import base_rollout
 from tunix.sft import hooks, peft_trainer
 
 FOLDER, *OTHER = sys.argv[1:]
 LORA = {"module_path": ".*(proj|mlp).*", "rank": 4, "alpha": 8.0}
-CASES = {
+ADAPTED = {
     "lora": LORA,
     "qlora nf4": {**LORA, "weight_qtype": "nf4", "tile_size": 16},
+}
+# Fixed ranges have no ties at their ends, which compiled programs of `qwix` round to
+# either side. Gradients are those at quantized operands, as here by default.
+QUANTIZED = {
+    "qat": {
+        "weight_qtype": "int8",
+        "act_qtype": "int8",
+        "weight_calibration_method": "fixed,-0.5,0.5",
+        "act_calibration_method": "fixed,-4,4",
+        "additional_qt_config": {"use_original_residuals": False},
+    }
+}
+QUANTIZED["qat static"] = {
+    **QUANTIZED["qat"],
+    "act_calibration_method": "absmax",
+    "act_static_scale": True,
+    "act_batch_axes": (0, 1),
 }
 SIZES = {
     "num_layers": 1,
@@ -70,10 +92,22 @@ def qwen():
     return qwen3.Qwen3(qwen3.ModelConfig(**SIZES), rngs=nnx.Rngs(0))
 
 
+def quantized(case, provider):
+    """A new model whose projections are quantized."""
+    rules = [qwix.QtRule(module_path=LORA["module_path"], **QUANTIZED[case])]
+    model = llama()
+    return qwix.quantize_model(model, provider(rules), **model.get_model_input())
+
+
+def trained(case):
+    """The model of a case of training."""
+    return adapted(case) if case in ADAPTED else quantized(case, qwix.QtProvider)
+
+
 def adapted(case, make=llama):
     """A new model with adapters, the same whatever the library draws."""
     model = make()
-    model = cli.apply_lora_to_model(model, None, CASES[case])
+    model = cli.apply_lora_to_model(model, None, ADAPTED[case])
     state = nnx.state(model, nnx.LoRAParam)
     for index, (_, variable) in enumerate(sorted(nnx.to_flat_state(state))):
         rng = np.random.default_rng(index)
@@ -103,7 +137,7 @@ def model_input(given):
     }
 
 
-def train(model, folder, steps):
+def train(model, folder, steps, optimizer):
     """The losses of the steps that were still to be done."""
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=100,
@@ -112,13 +146,96 @@ def train(model, folder, steps):
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=3),
         pbar_description=None,
     )
-    trainer = peft_trainer.PeftTrainer(model, optax.adamw(0.05), config)
+    trainer = peft_trainer.PeftTrainer(model, optimizer, config)
     trainer = trainer.with_gen_model_input_fn(model_input)
     seen = Losses()
     trainer.with_training_hooks(seen)
     trainer.train(batches())
     trainer.close()
     return seen.losses
+
+
+class Tokenizer:
+    """Words that are numbers."""
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, tokens):
+        return " ".join(str(token) for token in tokens)
+
+    def pad_id(self):
+        return 0
+
+    def bos_id(self):
+        return 1
+
+    def eos_id(self):
+        return 2
+
+
+PROMPTS = ["5 9 13 40", "33 7"]
+
+
+def sampled(model):
+    """The tokens after the prompts and their logarithms of probability."""
+    size = sampler.CacheConfig(
+        cache_size=24,
+        num_layers=SIZES["num_layers"],
+        num_kv_heads=SIZES["num_kv_heads"],
+        head_dim=SIZES["head_dim"],
+    )
+    generate = sampler.Sampler(model, Tokenizer(), size)
+    best = generate(PROMPTS, 8, return_logprobs=True)
+    drawn = generate(PROMPTS, 8, temperature=1.0, top_p=0.95, top_k=20, seed=3)
+    return {
+        "best": [np.asarray(tokens).tolist() for tokens in best.tokens],
+        "drawn": [np.asarray(tokens).tolist() for tokens in drawn.tokens],
+        "log probability": np.asarray(best.logprobs).tolist(),
+    }
+
+
+def grpo():
+    """What was completed, and the losses of the steps that learned from it."""
+    completed = []
+
+    def reward(prompts, completions, **kwargs):
+        completed.append(list(completions))
+        return [
+            sum(int(word) % 2 for word in text.split()) / 8.0 for text in completions
+        ]
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    roles = rl_cluster.Role
+    config = rl_cluster.ClusterConfig(
+        role_to_mesh={
+            roles.ACTOR: mesh,
+            roles.REFERENCE: mesh,
+            roles.ROLLOUT: mesh,
+        },
+        training_config=rl_cluster.RLTrainingConfig(
+            actor_optimizer=optax.adamw(0.05), eval_every_n_steps=100, max_steps=3
+        ),
+        rollout_config=base_rollout.RolloutConfig(
+            max_prompt_length=8,
+            max_tokens_to_generate=8,
+            kv_cache_size=24,
+            seed=7,
+        ),
+    )
+    cluster = rl_cluster.RLCluster(
+        actor=adapted("lora"),
+        reference=llama(),
+        tokenizer=Tokenizer(),
+        cluster_config=config,
+    )
+    seen = Losses()
+    cluster.actor_trainer.with_training_hooks(seen)
+    learner = grpo_learner.GRPOLearner(
+        cluster, grpo_learner.GRPOConfig(num_generations=4), [reward]
+    )
+    learner.train([{"prompts": np.array(PROMPTS)}] * 3)
+    return {"completed": completed, "losses": seen.losses}
 
 
 def shapes(model):
@@ -134,21 +251,29 @@ def shapes(model):
 def main():
     """Runs the cases."""
     folder, results = pathlib.Path(FOLDER).absolute(), {}
-    for case in CASES:
-        model = adapted(case)
+    for case in [*ADAPTED, *QUANTIZED]:
+        model = trained(case)
         found = results[case] = {"shapes": shapes(model)}
-        found["losses"] = train(model, folder / case / "whole", STEPS)
-        train(adapted(case), folder / case / "half", 3)
+        # The first step of Adam is the sign of a gradient, and so are its errors.
+        optimizer = optax.adamw(0.05) if case in ADAPTED else optax.sgd(0.3)
+        found["losses"] = train(model, folder / case / "whole", STEPS, optimizer)
+        train(trained(case), folder / case / "half", 3, optimizer)
         shutil.copytree(folder / case / "half", folder / case / "kept")
-        found["resumed"] = train(adapted(case), folder / case / "half", STEPS)
+        found["resumed"] = train(
+            trained(case), folder / case / "half", STEPS, optimizer
+        )
         if OTHER:
             other = pathlib.Path(OTHER[0]).absolute() / case / "kept"
-            found["from the other"] = train(adapted(case), other, STEPS)
+            found["from the other"] = train(trained(case), other, STEPS, optimizer)
+    results["grpo"] = grpo()
+    results["sampled qlora"] = sampled(adapted("qlora nf4"))
+    results["sampled ptq"] = sampled(quantized("qat", qwix.PtqProvider))
     if qwix.__name__ != "qwix":
         # `qwix` cannot: this model casts its weights by `jnp.astype`.
         model = adapted("qlora nf4", qwen)
-        results["qwen3"] = {"losses": train(model, folder / "qwen3", 3)}
+        results["qwen3"] = {"losses": train(model, folder / "qwen3", 3, optax.sgd(0.3))}
     (folder / "results.json").write_text(json.dumps(results))
 
 
-main()
+if __name__ == "__main__":
+    main()
