@@ -191,7 +191,7 @@ def weight_dot(
     if matrices is None:
         return None
     x2, weight3, shape = matrices
-    product = _product(x2, weight3, wide)
+    product = _product(x2, weight3, wide, in_memory=not transposable)
     if product is None:
         return None
     size = weight3.codes.size
@@ -308,9 +308,17 @@ def merged(
 
 
 def _product(
-    x: jax.Array, weight: Operand, wide: np.dtype, longest: int | None = None
+    x: jax.Array,
+    weight: Operand,
+    wide: np.dtype,
+    longest: int | None = None,
+    *,
+    in_memory: bool = True,
 ) -> _Product | None:
-    """Cuts the contraction into chunks, and the weight into planes of bytes."""
+    """Cuts the contraction into chunks, and the weight into planes of bytes.
+
+    `in_memory` says that XLA does not compute the codes where they are read.
+    """
     codes, scale, zero = weight.codes, weight.scale, weight.zero_point
     tiles = {p.shape[1] for p in jax.tree.leaves((scale, zero))} - {1}
     if len(tiles) > 1:
@@ -318,7 +326,9 @@ def _product(
     a, k, b = codes.shape
     narrow = jnp.dtype(codes.dtype).name in ("int4", "uint4")
     dtype = scale.dtype if scale is not None else wide
-    plain = functools.partial(_to_float, qtype=weight.qtype, dtype=dtype)
+    plain = functools.partial(
+        _to_float, qtype=weight.qtype, dtype=dtype, in_memory=in_memory
+    )
     # Pairs lie along the last axis that is longer than 1.
     along_k = b == 1
     if narrow and (k // max(tiles, default=1) if along_k else b) % 2 == 0:
@@ -363,12 +373,14 @@ def _product(
     return _Product(planes, stored, join, after, chunks)
 
 
-def _to_float(stored: jax.Array, *, qtype: Any, dtype: Any) -> jax.Array:
+def _to_float(
+    stored: jax.Array, *, qtype: Any, dtype: Any, in_memory: bool
+) -> jax.Array:
     """What codes stand for, or the bits of those that are floats."""
     entry = numerics.format_of(qtype)
     if isinstance(entry.elements, SmallFloat):
         return numerics.bits_to_float(stored, entry, dtype)
-    if entry.table is not None:
+    if entry.table is not None and in_memory:
         return levels.looked_up(stored, entry.table, dtype)
     return numerics.codes_to_float(stored, qtype, dtype)
 

@@ -154,6 +154,18 @@ def test_blocks_have_the_values_of_the_reference(qtype):
     np.testing.assert_array_equal(*(v.astype(jnp.float32) for v in values))
 
 
+def test_nvfp4_of_a_tensor_whose_scale_is_one():
+    """The reference has no scale of the tensor: as if it were 1."""
+    x = np.random.default_rng(0).normal(size=(64, 24)) * np.exp2(np.linspace(-4, 8, 24))
+    x[0, 0] = 6 * 448
+    x = jax.device_put(x.astype(np.float32))
+    layout = dict(channelwise_axes=(1,), tiled_axes={0: 16})
+    want, got = theirs(x, "nvfp4", **layout), quantize(x, "nvfp4", **layout)
+    assert got.tensor_scale is not None and got.tensor_scale.item() == 1
+    np.testing.assert_array_equal(got.float_scale, want.scale.astype(jnp.float32))
+    np.testing.assert_array_equal(dequantize(got), qwix.dequantize(want))
+
+
 @pytest.mark.parametrize(
     "qtype", ["float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"]
 )

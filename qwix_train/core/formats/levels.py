@@ -145,10 +145,11 @@ def selected(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
 
 
 def looked_up(q: jax.Array, table: Table, dtype: Any) -> jax.Array:
-    """The same by a lookup, which is what a CPU does fastest.
+    """The same by a lookup, which is what a CPU does fastest with codes in memory.
 
     It takes two thirds of the time of the selects within a product, and half as long
-    to compile.
+    to compile. Codes that are computed in the same loop XLA would compute again for
+    each level: to fake-quantize would take 12 times as long.
     """
     levels = jnp.asarray(_filled(table, dtype))
     return levels.at[q.astype(jnp.int32)].get(mode="promise_in_bounds")
