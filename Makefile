@@ -15,7 +15,7 @@
 #   make test-latest  the default tests on Python 3.12 and the newest JAX
 #   make test-lowest  a test of each module, with the oldest of all that we depend on
 #   make test-interchange  files against the libraries of their formats (torch)
-#   make test-clients  trainers that import qwix, on this library: Tunix, gemma
+#   make test-clients  trainers that import qwix, on this library: Tunix, gemma, MaxText
 #   make lint         ruff and pyright, which also checks that all names have types
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
@@ -252,9 +252,14 @@ run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 # Projects that import `qwix`, each with it and this library in an environment of its
 # own: what they compute with either is compared. uv installs them in a fifth of pip's
 # time.
-CLIENTS := tunix gemma
+CLIENTS := tunix gemma maxtext
 tunix := google-tunix==0.1.7
 gemma := gemma==4.0.1
+# MaxText itself asks for nothing; these its decoder imports.
+maxtext := maxtext==0.2.5 aqtp==0.9.0 drjax==0.2.1 grain==0.2.18 \
+  huggingface-hub==2.4.0 jinja2 omegaconf==2.4.0 pathwaysutils==0.1.13 pillow \
+  pydantic==2.14.4 sentencepiece==0.2.3 sympy tiktoken==0.14.0 tokamax==0.0.17 \
+  transformers==5.24.0
 
 $(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml
 	@python=$$($(call find_python,3.12)) || { \

@@ -1,0 +1,34 @@
+"""MaxText, on this library and on `qwix`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.clients import program
+
+pytestmark = pytest.mark.clients
+CASES = {"int8 scanned": 1e-2, "fp8_full": 1e-6, "lora scanned": 1e-6}
+CASES["qlora scanned"] = 1e-6
+"""By how much losses may differ: in int8, the ends of ranges are ties."""
+
+
+def run(first, folder):
+    program.run("maxtext", first, folder)
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What came out on either library."""
+    folder = tmp_path_factory.mktemp("maxtext")
+    theirs = run("import qwix", folder / "qwix")
+    return run("import qwix_train.as_qwix", folder / "ours"), theirs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_variables_are_those_of_qwix(results, case):
+    ours, theirs = (found[case] for found in results)
+    assert ours["shapes"] == theirs["shapes"]
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=CASES[case])
+    assert len(ours["losses"]) == 4 and (np.diff(ours["losses"]) < 0).all()
