@@ -173,7 +173,9 @@ def qt_rules(axis_names=(), **kwargs):
     [
         functools.partial(rules_of, **STATIC),
         qt_rules,
-        functools.partial(qt_rules, bwd_residuals="original"),
+        functools.partial(
+            qt_rules, bwd_residuals="original", bwd_weight_grad_rotation="hadamard,4"
+        ),
         functools.partial(
             qt_rules, bwd_averaging="amax_history,2", act_static_scale=True
         ),
@@ -187,6 +189,21 @@ def test_a_step_of_each_device(rules):
     models.assert_differ(
         trained(train_step, qt_rules(), around=over_data)[0], wanted[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("act_axis_names", {"bwd_residuals": "requantized", "bwd_averaging": "mean"}),
+        ("bwd_axis_names", {"bwd_averaging": None}),
+        ("bwd_axis_names", {"bwd_qtype": "mxfp8", "disable_channelwise_axes": True}),
+        ("bwd_axis_names", {"bwd_tile_size": 4, "disable_channelwise_axes": True}),
+    ],
+)
+def test_scales_that_belong_to_a_shard_are_refused(field, fields):
+    fields = {"act_qtype": "int8", "weight_qtype": "int8", "bwd_qtype": "int8"} | fields
+    with pytest.raises(ValueError, match=field):
+        QtRule(**fields, **{field: ("data",)})
 
 
 def test_a_wrong_axis_is_named():

@@ -96,9 +96,9 @@ class QuantizationRule:
       act_axis_names: axes of the mesh of a `jax.shard_map` that is in the model or
         around the step, over which ranges of activations are joined: the widest of
         the shards, or their mean where the method takes one. Inside of `shard_map` a
-        range is that of the shard otherwise. Name the axes that cut what shares a
-        scale: the range is that of the whole activation then. All that the rule
-        matches has to be inside.
+        range is that of the shard otherwise. Name the mesh axes that split the elements
+        of one scale: the range is that of the whole activation then. Every operation
+        that the rule matches must be inside of that `shard_map`.
       act_act: whether products of two activations, such as attention's, are
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
@@ -358,11 +358,7 @@ class QuantizationRule:
         if self.learned_act_method:
             reason = f"act_calibration_method={self.act_calibration_method!r} trains it"
             raise self._error(field, reason)
-        entry = None if is_int16(self.act_qtype) else numerics.format_of(self.act_qtype)
-        two_levels = entry is not None and entry.scales is Scales.TWO_LEVELS
-        if self.act_tiles is not None and not two_levels:
-            reason = f"a tile of {self.act_tiles} has its range in the shard it lies in"
-            raise self._error(field, reason)
+        self._check_tiles_in_shards(field, self.act_qtype, self.act_tiles)
         others = ("act_observer", "act_batch_axes", "act_finite_only")
         for other in others:
             if value := getattr(self, other):
@@ -371,6 +367,14 @@ class QuantizationRule:
                     f"with {other}={value!r}, the range of an array does not follow "
                     "from the ranges of its shards: leave one of both out",
                 )
+
+    def _check_tiles_in_shards(self, field: str, qtype: Any, tiles: Any) -> None:
+        """Complains of tiles, unless what is joined is a scale of the whole tensor."""
+        entry = None if is_int16(qtype) else numerics.format_of(qtype)
+        two_levels = entry is not None and entry.scales is Scales.TWO_LEVELS
+        if tiles is not None and not two_levels:
+            reason = f"a tile of {tiles} has its range in the shard it lies in"
+            raise self._error(field, reason)
 
     def _check_observer(self) -> None:
         """Complains of statistics that would not give a range."""

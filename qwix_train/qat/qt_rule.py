@@ -167,14 +167,7 @@ class QtRule(QuantizationRule):
             self._check_blocks(field, self.bwd_qtype)
         self._check_rotation()
         self._check_averaging()
-        if self.bwd_axis_names and not (
-            self.disable_channelwise_axes or self.bwd_averaging
-        ):
-            reason = (
-                "one of the two backward products keeps the axis of a gradient that a "
-                "mesh cuts: set disable_channelwise_axes=True, or bwd_averaging"
-            )
-            raise self._error("bwd_axis_names", reason)
+        self._check_names_of_axes()
         self._check_additional_config()
 
     @property
@@ -213,6 +206,31 @@ class QtRule(QuantizationRule):
             if getattr(self, other) is not None:
                 reason = f"a gradient has one scale then: leave out {other}"
                 raise self._error(field, reason)
+
+    def _check_names_of_axes(self):
+        """Complains of ranges on the way back that belong to one shard each."""
+        if self.bwd_axis_names:
+            field = "bwd_axis_names"
+            if not (self.disable_channelwise_axes or self.bwd_averaging):
+                reason = (
+                    "one of the two backward products keeps the axis of a gradient "
+                    "that a mesh cuts: set disable_channelwise_axes=True, or "
+                    "bwd_averaging"
+                )
+                raise self._error(field, reason)
+            block = numerics.format_of(self.bwd_qtype).block
+            for tiles in (self.bwd_tile_size, self.bwd_weight_grad_tile_size, block):
+                self._check_tiles_in_shards(field, self.bwd_qtype, tiles)
+        if self.act_axis_names and self.bwd_qtype is not None:
+            takes_codes = self.bwd_residuals == "quantized" or self.static_act_ranges
+            if not (takes_codes or self.disable_channelwise_axes):
+                reason = (
+                    f"bwd_residuals={self.bwd_residuals!r} quantizes activations "
+                    "again, with a scale for each index of an axis that a mesh may "
+                    "cut: set disable_channelwise_axes=True, or "
+                    "bwd_residuals='quantized'"
+                )
+                raise self._error("act_axis_names", reason)
 
     def _check_rotation(self):
         field = "bwd_weight_grad_rotation"

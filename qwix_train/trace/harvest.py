@@ -232,7 +232,7 @@ class _Harvest(Evaluation):
             if other := sorted(axes - set(tag.joined)):
                 raise ValueError(
                     f"{tag.name}: inside of shard_map, each device has a range of its "
-                    f"own. Join them over {', '.join(map(repr, other))} by "
-                    f"act_axis_names={tuple(sorted(axes))} in the rule, or use a step "
-                    "that calls the model outside of it."
+                    f"own. Join them over {', '.join(map(repr, other))}, by "
+                    f"act_axis_names={tuple(sorted(axes))} in the rule (bwd_axis_names "
+                    "for gradients), or use a step that calls the model outside of it."
                 )

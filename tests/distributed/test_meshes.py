@@ -176,4 +176,5 @@ CASES = [
 def test_a_step(name, rule, kind):
     found = traffic.collectives(compiled(name, rule, kind))
     in_float = traffic.collectives(compiled(name, None, kind))
+    assert in_float
     traffic.assert_sends_no_more(found, in_float, WIDTH**2)
