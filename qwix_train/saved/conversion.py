@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from qwix_train.files import writing
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq.hugging_face.places import TensorMapping
 from qwix_train.saved import formats
@@ -107,6 +108,13 @@ def convert(
     if rules and to_float:
         raise ValueError("Pass rules or to_float, not both: a param is one of the two.")
     _check(source, have, want, changes=bool(rules) or to_float)
+    writing.check_target(
+        destination,
+        what=want.what,
+        is_one=lambda: formats.is_one(destination, want),
+        overwrite=overwrite,
+        option="overwrite=True (--overwrite)",
+    )
     assert have.read is not None and want.write is not None
     contents = _changed(have.read(source, mapping), rules, to_float)
     want.write(destination, contents, overwrite)

@@ -2,8 +2,9 @@
 
 A tensor ``[out, in]`` that becomes a param with its axes in another order, such as a
 `kernel` ``[in, out]``, is the weight of a linear layer: PyTorch has these so. A tensor
-of three axes that keep their order is a stack of matrices ``[in, out]``, such as the
-experts of gpt-oss. Other params are not multiplied, or their products are not known.
+of three named axes that keep their order is a stack of matrices ``[in, out]``, such as
+the experts of gpt-oss. Other params are not multiplied, or their products are not
+known: where no place names the axes, three may be those of an attention's kernel.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import params
 from qwix_train.ptq.hugging_face import places
+from qwix_train.ptq.hugging_face.axes import Axes
 from qwix_train.ptq.hugging_face.places import Assembly, TensorMapping
 from qwix_train.trace.scopes import module_scope
 from qwix_train.values import stored
@@ -62,6 +64,8 @@ def abstract_params(
 def _inputs(assembly: Assembly) -> list[int]:
     """The axes of a param that its product sums over; none if it has no product."""
     axes = assembly.axes
+    if axes == Axes.unchanged(len(axes.tensor)):
+        return []  # The place does not say what they are.
     order = [name for group in axes.param for name in group if name not in axes.stacked]
     keeps_order = order == [name for group in axes.tensor for name in group]
     if len(axes.tensor) != (3 if keeps_order else 2):
