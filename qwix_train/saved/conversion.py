@@ -79,7 +79,8 @@ def convert(
         of activations are left out.
       mapping: the place of each tensor in the params; see `ptq.hugging_face.mapping`.
         By default the matrix `a.b.weight` is `a/b/kernel`, transposed. Quantizing a
-        folder of Hugging Face needs it, as a table of tokens is a matrix, too.
+        folder of Hugging Face needs it: an embedding table is a matrix named `weight`,
+        too, and must not be quantized as a layer.
       overwrite: whether to replace what is at `destination`, if it has the format.
 
     Raises:
