@@ -16,6 +16,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import params
@@ -53,12 +54,33 @@ def abstract_params(
     wanted = {p: tuple(x.shape) for p, x in flat.items() if Leaf.parse(p, flat) is None}
     found = places.assemblies(mapping, wanted, None, "the checkpoint")
     products = [assembly for assembly in found if _inputs(assembly)]
+    _check_matched(rules, products)
 
     def program(tree: Any) -> list[jax.Array]:
         held = stored.by_path(tree)
         return [_product(held[assembly.path], assembly) for assembly in products]
 
     return params.abstract_params(program, shapes, rules)
+
+
+def _check_matched(
+    rules: Sequence[QuantizationRule], products: Sequence[Assembly]
+) -> None:
+    """Complains of rules of which none is for a product."""
+    modules = sorted({"/".join(assembly.path[:-1]) for assembly in products})
+    if not modules:
+        raise ValueError(
+            "No param of the checkpoint is known to be multiplied: neither a matrix "
+            "`kernel`, nor one that a mapping names the axes of. Quantize in your own "
+            "code, with the model: qwix_train.ptq.quantize."
+        )
+    named = ((rule, module) for rule in rules for module in modules)
+    if not any(rule.matches(x, "dot_general", "dot_general0") for rule, x in named):
+        raise ValueError(
+            "No rule matches a param that is multiplied. These are in the modules "
+            f"{plan_table.some(modules)}. A rule's module_path (--modules) is a "
+            "regular expression that must match the whole path."
+        )
 
 
 def _inputs(assembly: Assembly) -> list[int]:

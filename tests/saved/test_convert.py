@@ -317,7 +317,11 @@ def test_what_cannot_be_converted_says_why(capsys, llama, tmp_path, adapters):
     said = refused(capsys, llama, to, *options, "--weights", "int4", "--tile", "24")
     assert "layers_0/mlp/up_proj" in said
     said = refused(capsys, llama, to, *options, *INT4, "--modules", "nothing")
-    assert "layers_0/mlp/up_proj" in said
+    assert "layers_0/mlp/up_proj" in said and "--modules" in said
+    assert "allow_unmatched" not in said
+    ptq.save(tmp_path / "table", {"table": TREE["table"]})
+    said = refused(capsys, tmp_path / "table", to, "--to", "orbax", *INT4)
+    assert "known to be multiplied" in said
     assert not to.exists()
 
 
