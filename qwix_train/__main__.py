@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from qwix_train import QuantizationRule, saved
 from qwix_train.ptq import hugging_face
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--tile",
         metavar="SIZE",
+        type=_tile,
         help="how many inputs share a scale, such as 32; 128x128: inputs and outputs",
     )
     convert.add_argument(
@@ -66,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument(
         "--modules",
-        default=".*",
         metavar="REGEX",
         help="the modules whose matrices are quantized; all by default",
     )
@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument(
         "--layers",
-        default="layers_{layer}",
         metavar="PATH",
-        help="where a layer of the family is; layers/{layer} for NNX",
+        help="where a layer of the family is: layers_{layer} by default, and "
+        "layers/{layer} for NNX",
     )
     convert.add_argument(
         "--overwrite", action="store_true", help="replace what is at the destination"
@@ -88,16 +88,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tile(text: str) -> int | dict[int, int]:
+    """How many inputs of a matrix share a scale; or how many inputs and outputs."""
+    if not re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size, such as 32, or two, such as 128x128: the inputs, "
+            "and the inputs and outputs, that share a scale"
+        )
+    sizes = [int(size) for size in text.split("x")]
+    # The last two axes: those before them number matrices.
+    return sizes[0] if len(sizes) == 1 else dict(zip((-2, -1), sizes, strict=True))
+
+
 def _convert(options: argparse.Namespace) -> str:
     to_float = options.weights == "float"
     mapping = None
     if options.family is not None:
-        mapping = hugging_face.mapping(options.family, layers=options.layers)
+        layers = {} if options.layers is None else {"layers": options.layers}
+        mapping = hugging_face.mapping(options.family, **layers)
+    elif options.layers is not None:
+        raise ValueError(
+            "--layers says where the layers of a family are, and no family is given. "
+            "Name it, as in --family llama, or leave --layers out."
+        )
     saved.convert(
         options.source,
         options.destination,
         options.to,
-        rules=[] if to_float else _rules(options),
+        rules=_rules(options),
         to_float=to_float,
         mapping=mapping,
         overwrite=options.overwrite,
@@ -107,20 +125,21 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _rules(options: argparse.Namespace) -> list[QuantizationRule]:
-    if options.weights is None:
-        return []
-    tile: Any = None
-    if options.tile is not None:
-        sizes = [int(size) for size in options.tile.split("x")]
-        tile = sizes[0] if len(sizes) == 1 else dict(enumerate(sizes))
-    return [
-        QuantizationRule(
-            module_path=options.modules,
-            weight_qtype=options.weights,
-            act_qtype=options.activations,
-            tile_size=tile,
-        )
-    ]
+    said = {
+        "module_path": options.modules,
+        "act_qtype": options.activations,
+        "tile_size": options.tile,
+    }
+    given = {field: value for field, value in said.items() if value is not None}
+    if options.weights not in (None, "float"):
+        return [QuantizationRule(weight_qtype=options.weights, **given)]
+    for name in ("modules", "activations", "tile"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} says how weights are quantized, and none are. Say their "
+                f"type, as in --weights int4, or leave --{name} out."
+            )
+    return []
 
 
 if __name__ == "__main__":

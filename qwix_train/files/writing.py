@@ -48,6 +48,7 @@ def check_target(
     what: str,
     is_one: Callable[[], bool],
     overwrite: bool,
+    option: str = "overwrite=True",
 ) -> None:
     """Checks that something may be written at a path.
 
@@ -56,6 +57,7 @@ def check_target(
       what: the kind of what is to be written, such as "a LiteRT model".
       is_one: whether what is at the path is of this kind.
       overwrite: whether to replace what is of this kind.
+      option: how the user says so.
 
     Raises:
       FileExistsError: if something is there that may not be replaced.
@@ -71,11 +73,11 @@ def check_target(
         return
     if not overwrite:
         raise FileExistsError(
-            f"{path} exists. Pass overwrite=True to replace it, or another path."
+            f"{path} exists. Pass {option} to replace it, or another path."
         )
     if not is_one():
         raise FileExistsError(
-            f"{path} is not {what}, and overwrite=True replaces nothing else. Remove "
+            f"{path} is not {what}, and {option} replaces nothing else. Remove "
             "it, or pass another path."
         )
 

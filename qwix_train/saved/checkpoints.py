@@ -19,7 +19,7 @@ from qwix_train.saved.format import Format
 from qwix_train.saved.text import numbered, pairs, shape, text
 
 # Where a manifest keeps the `config.json` of the folder that params are from.
-_CONFIG = "config"
+_CONFIG = "qwix_train.config"
 
 
 def _describe(path: pathlib.Path) -> str:
@@ -40,6 +40,7 @@ def _describe(path: pathlib.Path) -> str:
             ]
         )
     metadata = dict(manifest.metadata or {})
+    metadata.pop(_CONFIG, None)
     quantized = sum(param.qtype is not None for param in manifest.params)
     adapters = _adapters(path) if metadata.pop(adapter_checkpoint.KEY, None) else []
     return text(

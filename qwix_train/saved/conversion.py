@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from qwix_train.files import writing
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.ptq.hugging_face.places import TensorMapping
 from qwix_train.saved import formats
@@ -78,7 +79,8 @@ def convert(
         of activations are left out.
       mapping: the place of each tensor in the params; see `ptq.hugging_face.mapping`.
         By default the matrix `a.b.weight` is `a/b/kernel`, transposed. Quantizing a
-        folder of Hugging Face needs it, as a table of tokens is a matrix, too.
+        folder of Hugging Face needs it: an embedding table is a matrix named `weight`,
+        too, and must not be quantized as a layer.
       overwrite: whether to replace what is at `destination`, if it has the format.
 
     Raises:
@@ -107,6 +109,13 @@ def convert(
     if rules and to_float:
         raise ValueError("Pass rules or to_float, not both: a param is one of the two.")
     _check(source, have, want, changes=bool(rules) or to_float)
+    writing.check_target(
+        destination,
+        what=want.what,
+        is_one=lambda: formats.is_one(destination, want),
+        overwrite=overwrite,
+        option="overwrite=True (--overwrite)",
+    )
     assert have.read is not None and want.write is not None
     contents = _changed(have.read(source, mapping), rules, to_float)
     want.write(destination, contents, overwrite)

@@ -34,6 +34,14 @@ def of(path: pathlib.Path) -> Format:
     raise ValueError(f"{path} has no format that is known here. These are: {known}.")
 
 
+def is_one(path: pathlib.Path, format: Format) -> bool:
+    """Whether what is at a path has a format, and can be read so far as to tell."""
+    try:
+        return of(path) is format
+    except (OSError, ValueError):
+        return False
+
+
 def named(name: str) -> Format:
     """The format of a name.
 

@@ -34,6 +34,7 @@ def _describe(path: pathlib.Path) -> str:
 
 def _read(path: pathlib.Path, mapping: TensorMapping | None) -> Adapters:
     def path_of(module: str) -> str | None:
+        # Without a mapping, its own name says it.
         return None if mapping is None else places.path_of(mapping, module + _WEIGHT)
 
     found = peft.read_layouts(path, path_of)

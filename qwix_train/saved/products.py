@@ -2,8 +2,9 @@
 
 A tensor ``[out, in]`` that becomes a param with its axes in another order, such as a
 `kernel` ``[in, out]``, is the weight of a linear layer: PyTorch has these so. A tensor
-of three axes that keep their order is a stack of matrices ``[in, out]``, such as the
-experts of gpt-oss. Other params are not multiplied, or their products are not known.
+of three named axes that keep their order is a stack of matrices ``[in, out]``, such as
+the experts of gpt-oss. Other params are not multiplied, or their products are not
+known: where no place names the axes, three may be those of an attention's kernel.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import params
 from qwix_train.ptq.hugging_face import places
+from qwix_train.ptq.hugging_face.axes import Axes
 from qwix_train.ptq.hugging_face.places import Assembly, TensorMapping
 from qwix_train.trace.scopes import module_scope
 from qwix_train.values import stored
@@ -51,6 +54,7 @@ def abstract_params(
     wanted = {p: tuple(x.shape) for p, x in flat.items() if Leaf.parse(p, flat) is None}
     found = places.assemblies(mapping, wanted, None, "the checkpoint")
     products = [assembly for assembly in found if _inputs(assembly)]
+    _check_matched(rules, products)
 
     def program(tree: Any) -> list[jax.Array]:
         held = stored.by_path(tree)
@@ -59,9 +63,31 @@ def abstract_params(
     return params.abstract_params(program, shapes, rules)
 
 
+def _check_matched(
+    rules: Sequence[QuantizationRule], products: Sequence[Assembly]
+) -> None:
+    """Complains of rules of which none is for a product."""
+    modules = sorted({"/".join(assembly.path[:-1]) for assembly in products})
+    if not modules:
+        raise ValueError(
+            "No param of the checkpoint is known to be multiplied: neither a matrix "
+            "`kernel`, nor one that a mapping names the axes of. Quantize in your own "
+            "code, with the model: qwix_train.ptq.quantize."
+        )
+    named = ((rule, module) for rule in rules for module in modules)
+    if not any(rule.matches(x, "dot_general", "dot_general0") for rule, x in named):
+        raise ValueError(
+            "No rule matches a param that is multiplied. These are in the modules "
+            f"{plan_table.some(modules)}. A rule's module_path (--modules) is a "
+            "regular expression that must match the whole path."
+        )
+
+
 def _inputs(assembly: Assembly) -> list[int]:
     """The axes of a param that its product sums over; none if it has no product."""
     axes = assembly.axes
+    if axes == Axes.unchanged(len(axes.tensor)):
+        return []  # The place does not say what they are.
     order = [name for group in axes.param for name in group if name not in axes.stacked]
     keeps_order = order == [name for group in axes.tensor for name in group]
     if len(axes.tensor) != (3 if keeps_order else 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,27 +50,32 @@ def _config(path: pathlib.Path) -> dict[str, Any]:
     return json_text.read(file) if file.exists() else {}
 
 
-def _describe(path: pathlib.Path) -> str:
+def _describe_compressed(path: pathlib.Path) -> str:
     found, _, config_file = safetensors_files.read_checkpoint(path)
-    config = _config(path).get(_ENTRY)
-    layers: list[str] = []
-    if config is not None:
-        with located(f"{config_file}, {_ENTRY}"):
-            compressed_config.check_config(config)
-        parts: dict[str, list[str]] = {}
-        for name in sorted(found):
-            layer, _, part = name.rpartition(".")
-            parts.setdefault(layer, []).append(part)
-        rows = [["layer", "weights", "activations"]]
-        for layer in parts:
-            if not compressed_tensors.is_layer(parts[layer]):
-                continue
-            scheme = compressed_config.find_scheme(config, layer)
-            sides = (scheme.get(side) for side in ("weights", "input_activations"))
-            rows.append([layer, *map(_scheme, sides)])
-        layers = ["plan:", aligned(rows)] if len(rows) > 1 else []
-    kind = "compressed-tensors" if config is not None else "safetensors"
-    return text(f"a checkpoint of {kind}", layers, tensors(found))
+    config = _config(path)[_ENTRY]
+    with located(f"{config_file}, {_ENTRY}"):
+        compressed_config.check_config(config)
+    parts: dict[str, list[str]] = {}
+    for name in sorted(found):
+        layer, _, part = name.rpartition(".")
+        parts.setdefault(layer, []).append(part)
+    rows = [["layer", "weights", "activations"]]
+    for layer in parts:
+        if not compressed_tensors.is_layer(parts[layer]):
+            continue
+        scheme = compressed_config.find_scheme(config, layer)
+        sides = (scheme.get(side) for side in ("weights", "input_activations"))
+        rows.append([layer, *map(_scheme, sides)])
+    layers = ["plan:", aligned(rows)] if len(rows) > 1 else []
+    return text("a checkpoint of compressed-tensors", layers, tensors(found))
+
+
+def _describe_float(path: pathlib.Path) -> str:
+    """The tensors, and how others quantized them: what is not read is seen, too."""
+    found, _, _ = safetensors_files.read_checkpoint(path)
+    method = (_config(path).get(_ENTRY) or {}).get("quant_method")
+    said = [f"quant_method: {method}"] if method else []
+    return text("a checkpoint of safetensors", said, tensors(found))
 
 
 def _scheme(args: Mapping[str, Any] | None) -> str:
@@ -83,18 +89,8 @@ def _scheme(args: Mapping[str, Any] | None) -> str:
 
 
 def _read_compressed(path: pathlib.Path, mapping: TensorMapping | None) -> Params:
-    def rename(name: str) -> str:
-        found = places.path_of(mapping or {}, name)
-        if found is None:
-            raise ValueError(
-                f"The mapping has no param of its own for {name}. Quantized tensors "
-                "are not stacked: give a mapping in which each tensor is a param."
-            )
-        return found
-
-    tree = compressed_tensors.load_compressed_tensors(
-        path, rename=None if mapping is None else rename
-    )
+    rename = None if mapping is None else functools.partial(places.path_of, mapping)
+    tree = compressed_tensors.load_compressed_tensors(path, rename=rename)
     return in_memory(tree, mapping=mapping, config=_config(path))
 
 
@@ -187,7 +183,7 @@ COMPRESSED_TENSORS = Format(
     what="a folder of compressed-tensors, or one of its .safetensors files",
     holds="params",
     is_one=_is_compressed,
-    describe=_describe,
+    describe=_describe_compressed,
     read=_read_compressed,
     write=_write_compressed,
 )
@@ -197,7 +193,7 @@ HUGGING_FACE = Format(
     what="a folder of Hugging Face, or one of its .safetensors files",
     holds="params",
     is_one=_is_safetensors,
-    describe=_describe,
+    describe=_describe_float,
     read=_read_float,
     write=_write_float,
 )

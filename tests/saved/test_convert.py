@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 from qwix_train import HowToQuantize, QuantizationRule, __main__, lora, ptq, saved
 from qwix_train.ptq import safetensors_files
 from qwix_train.ptq.hugging_face import Place
-from qwix_train.saved import formats
 from qwix_train.values import stored
 from tests import models, other_python
 from tests.compare import assert_same
@@ -44,9 +43,9 @@ TREE = {
 }
 
 
-def assert_rounded(values, floats):
+def assert_rounded(values, floats, how=TILES):
     """Int4 codes in tiles, each the nearest; at the middle of two either of both."""
-    scale = expand(reference_scale(np.float64(floats), TILES)[0], floats.shape)
+    scale = expand(reference_scale(np.float64(floats), how)[0], floats.shape)
     codes = np.float64(values) / scale
     np.testing.assert_allclose(codes, np.round(codes), atol=1e-5)
     assert codes.min() > -8.1 and codes.max() < 7.1
@@ -126,7 +125,7 @@ def test_quantized_params_become_float_ones(llama, tmp_path):
 
 
 def test_a_checkpoint_of_ones_own_names(tmp_path):
-    ptq.save(tmp_path / "float", TREE, metadata={"step": 3})
+    ptq.save(tmp_path / "float", TREE, metadata={"config": "v3"})
     # Its names say what is multiplied; the bits of the activations go into the file.
     options = [*INT4, "--activations", "int8", "--modules", "f."]
     to = tmp_path / "compressed"
@@ -140,11 +139,38 @@ def test_a_checkpoint_of_ones_own_names(tmp_path):
     groups = json.loads((to / "config.json").read_text())["quantization_config"]
     activations = groups["config_groups"]["group_0"]["input_activations"]
     assert (activations["num_bits"], activations["dynamic"]) == (8, True)
+    # What the user says of it stays, whatever it is called.
+    assert run(tmp_path / "float", tmp_path / "int4", "--to", "orbax", *options) == 0
+    assert ptq.read_manifest(tmp_path / "int4").metadata == {"config": "v3"}
     # A float checkpoint as PyTorch has it.
     assert run(tmp_path / "float", tmp_path / "theirs", "--to", "hugging-face") == 0
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     np.testing.assert_array_equal(theirs["fc.weight"], TREE["fc"]["kernel"].T)
     np.testing.assert_array_equal(theirs["table.weight"], TREE["table"]["embedding"])
+
+
+def test_a_param_of_three_axes_stays_where_nothing_says_what_they_are(tmp_path):
+    """A kernel of attention, of a convolution, or experts."""
+    attention = {"query": {"kernel": normal(32, 16, 2)}}
+    ptq.save(tmp_path / "float", TREE | attention)
+    assert run(tmp_path / "float", tmp_path / "int4", "--to", "orbax", *INT4) == 0
+    tree = ptq.restore(tmp_path / "int4")
+    assert_rounded(stored.dequantized(tree["fc"]["kernel"]), TREE["fc"]["kernel"])
+    np.testing.assert_array_equal(tree["query"]["kernel"], attention["query"]["kernel"])
+
+
+def test_blocks_of_experts_are_those_of_each_matrix(tmp_path):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    experts = normal(2, 4, 32)
+    save_file({name: experts}, tmp_path / "model.safetensors")
+    options = ["--family", "gpt_oss", "--weights", "int4", "--tile", "2x16"]
+    assert run(tmp_path, tmp_path / "int4", "--to", "orbax", *options) == 0
+    found = ptq.restore(tmp_path / "int4")["layers_0"]["mlp"]["experts"]["gate_up_proj"]
+    assert found.array.scale.shape == (2, 2, 2)
+    blocks = HowToQuantize(
+        qtype="int4", channelwise_axes=(0,), tiled_axes={1: 2, 2: 16}
+    )
+    assert_rounded(stored.dequantized(found), experts, blocks)
 
 
 @pytest.mark.slow
@@ -221,6 +247,12 @@ def test_adapters_there_and_back(tmp_path, adapters):
     np.testing.assert_array_equal(a.T, arrays["a"]["w"]["kernel_lora_a"])
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 3
+    # A mapping has to know each of them.
+    mapping = {"a.w.weight": Place("b/kernel", "out in -> in out")}
+    with pytest.raises(ValueError, match=r"no param of its own for v\.weight"):
+        saved.convert(
+            tmp_path / "peft", tmp_path / "b", "orbax-adapters", mapping=mapping
+        )
 
 
 @pytest.mark.slow
@@ -285,17 +317,58 @@ def test_what_cannot_be_converted_says_why(capsys, llama, tmp_path, adapters):
     said = refused(capsys, llama, to, *options, "--weights", "int4", "--tile", "24")
     assert "layers_0/mlp/up_proj" in said
     said = refused(capsys, llama, to, *options, *INT4, "--modules", "nothing")
-    assert "layers_0/mlp/up_proj" in said
-    # What is there stays.
-    assert run(llama, tmp_path / "float", *options) == 1
+    assert "layers_0/mlp/up_proj" in said and "--modules" in said
+    assert "allow_unmatched" not in said
+    ptq.save(tmp_path / "table", {"table": TREE["table"]})
+    said = refused(capsys, tmp_path / "table", to, "--to", "orbax", *INT4)
+    assert "known to be multiplied" in said
     assert not to.exists()
 
 
-def test_every_pair_of_formats_is_a_conversion_or_a_reason():
-    kinds = {format.holds for format in formats.FORMATS}
-    assert kinds == {"params", "adapters", "a program"}
-    for format in formats.FORMATS:
-        assert (format.read is None) == (format.write is None) == bool(format.advice)
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_there_stays(capsys, llama, tmp_path):
+    there = tmp_path / "float"
+    ptq.save(there, TREE)
+    before = contents(tmp_path)
+    # It is checked before the work: such tiles do not fit.
+    options = ["--family", "llama", "--weights", "int4", "--tile", "24"]
+    said = refused(capsys, llama, there, "--to", "orbax", *options)
+    assert f"{there} exists. Pass overwrite=True (--overwrite)" in said
+    # Not even a file beside those of another format.
+    assert "exists" in refused(capsys, there, there, "--to", "hugging-face")
+    for source, format in [(there, "hugging-face"), (llama, "compressed-tensors")]:
+        said = refused(capsys, source, source, "--to", format, *INT4, "--overwrite")
+        assert f"{source} is not a folder of" in said
+    assert contents(tmp_path) == before
+    # What has the format is replaced.
+    assert run(there, there, "--to", "orbax", *INT4, "--overwrite") == 0
+    kernel = ptq.restore(there)["fc"]["kernel"]
+    assert_rounded(stored.dequantized(kernel), TREE["fc"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--tile", "16"], "--weights int4"),
+        (["--activations", "int8", "--weights", "float"], "--weights int4"),
+        (["--modules", "a"], "--weights int4"),
+        (["--layers", "layers/{layer}"], "--family"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_an_error(capsys, llama, options, advice):
+    said = refused(capsys, llama, llama.parent / "new", "--to", "orbax", *options)
+    assert options[0] in said and advice in said
+
+
+@pytest.mark.parametrize("tile", ["abc", "0", "-2", "32x32x32", "32x", "1.5"])
+def test_a_tile_is_one_or_two_sizes(capsys, llama, tile):
+    with pytest.raises(SystemExit):
+        run(llama, llama.parent / "new", "--to", "orbax", f"--tile={tile}")
+    said = capsys.readouterr().err
+    assert f"--tile: {tile!r} is not a size, such as 32, or two" in said
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """`python -m qwix_train inspect PATH`, of each format that this package writes."""
 
 import hashlib
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qwix_train import (
     QuantizationRule,
@@ -108,6 +110,17 @@ def test_a_folder_of_compressed_tensors(capsys, tmp_path):
     assert row(text, "w.weight_scale")[1:5] == ["(6,", "1)", "float32", "24"]
     # One file of it has no more to say.
     assert printed(capsys, tmp_path / "model.safetensors") == text
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq"])
+def test_a_folder_of_hugging_face_that_is_quantized(capsys, tmp_path, method):
+    save_file({"w.scales": np.ones((2, 3), np.uint8)}, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": method}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = printed(capsys, tmp_path)
+    assert text.startswith("a checkpoint of safetensors\n")
+    assert f"quant_method: {method}\n" in text
+    assert row(text, "w.scales")[1:5] == ["(2,", "3)", "uint8", "6"]
 
 
 def test_a_damaged_file_is_one_line(capsys, tmp_path):

@@ -172,19 +172,28 @@ def name_of(mapping: TensorMapping, path: str) -> str | None:
     return None
 
 
-def path_of(mapping: TensorMapping, name: str) -> str | None:
-    """Returns the path of the param of a tensor, or None if it has no place of its own.
+def path_of(mapping: TensorMapping, name: str) -> str:
+    """Returns the path of the param of a tensor.
+
+    Raises:
+        ValueError: It has no place of its own.
 
     >>> path_of({"h.{layer}.weight": Place("h_{layer}/kernel")}, "h.3.weight")
     'h_3/kernel'
     >>> path_of({"h.{layer}.weight": Place("h/kernel", "i -> layer i")}, "h.3.weight")
+    Traceback (most recent call last):
+    ...
+    ValueError: The mapping has no param of its own for h.3.weight. ...
     """
     for template, place in _places(mapping):
         if match := _pattern(template, place.values).fullmatch(name):
             given = match.groupdict()
             if given.keys() == {*_NAME.findall(place.param)}:
                 return _filled(place.param, given)
-    return None
+    raise ValueError(
+        f"The mapping has no param of its own for {name}. Quantized tensors and "
+        "adapters are not stacked: give a mapping in which each tensor is a param."
+    )
 
 
 def _places(mapping: TensorMapping) -> Iterator[tuple[str, Place]]:
