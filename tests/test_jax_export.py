@@ -24,7 +24,9 @@ from qwix_train import (
     quantize_fn,
     quantize_model,
 )
-from qwix_train.core.packed_array import pack
+from qwix_train.core.dequantized_product import dequantized_product
+from qwix_train.core.packed_array import pack, unpack
+from qwix_train.core.qarray import dequantize
 from tests import models
 from tests.models import Layers, assert_same
 from tests.spellings import data
@@ -124,6 +126,17 @@ def test_large_tiles_that_stay_quantized():
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8", tile_size=128)]
     x = data(2, 256)
     check(*ptq.quantize(function, {"w": data(256, 3)}, rules, x), x, "b, 256")
+
+
+def test_a_size_that_may_be_zero():
+    def products(weights, x):
+        quantized, packed = weights
+        x = x[:, 1:]
+        return qwix_train.dot(x, quantized) + dequantized_product(
+            jnp.matmul, lambda packed: dequantize(unpack(packed)), x, packed
+        )
+
+    check(products, (ARRAY, jax.jit(pack)(ARRAY)), data(2, 3, 4), "b, t, 4")
 
 
 @pytest.mark.slow

@@ -103,6 +103,24 @@ def test_an_error_passes_through(monkeypatch):
     assert [p.done for p in found] == [1]
 
 
+def test_a_loop_that_is_left_ends_the_line(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(True))
+    monkeypatch.setattr(progress_file, "_SECONDS_BEFORE_THE_FIRST", 0)
+    monkeypatch.setenv("COLUMNS", "20")
+    for x in progress_file.tracked("counting", range(3)):
+        if x:
+            break
+    assert sys.stderr.getvalue() == "\r\x1b[Kcounting: 1/3 in 0 \n"
+
+
+def test_without_stderr_or_backends(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("JAX was asked"))
+    assert list(progress_file.tracked("counting", range(3))) == [0, 1, 2]
+    with progress():  # Nothing is shown so soon.
+        assert list(progress_file.tracked("counting", range(3))) == [0, 1, 2]
+
+
 def test_reading_and_writing_files(tmp_path):
     mapping = {"a": Place("a/w"), "b": Place("b/w")}
     hugging_face.save(tmp_path / "float", PARAMS, mapping)

@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from qwix_train.core.symbolic import surely
 
 
 def when_there(
@@ -30,8 +33,6 @@ def when_there(
     >>> int(when_there(jnp.ones(2), jnp.add, jnp.array(1), jnp.array(2)))
     3
     """
-    if 0 in x.shape:
-        return compute(*arrays)
     out = jax.eval_shape(compute, *arrays)
 
     def nothing(*arrays):
@@ -46,13 +47,26 @@ def when_there(
     return jax.lax.cond(never(x), nothing, compute, *arrays)
 
 
+@custom_vmap
 def never(x: jax.Array) -> jax.Array:
     """False, computed from an array in such a way that XLA does not know.
 
+    A batch has one value, so that a branch on it stays a branch. XLA knows the value
+    for an array that may be empty.
+
     Args:
-        x: Any shape that is not empty, a float or an integer dtype.
+        x: Any shape, a float or an integer dtype.
     """
+    if not all(surely(1, size) for size in x.shape):
+        return jnp.zeros((), bool)
     one = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.isnan(one) & (one == jnp.inf)
     return (one & 1) > 1
+
+
+@never.def_vmap
+def _(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+    # The axis of the batch is one of the array's.
+    del axis_size, in_batched
+    return never(x), False

@@ -274,7 +274,7 @@ def merged(
     shape = weight.codes.shape
     if not axes or axes != list(range(axes[0], axes[-1] + 1)):
         return None
-    if 0 in (*x.shape, *shape):
+    if not all(surely(1, size) for size in (*x.shape, *shape)):
         return None
     first, end = axes[0], axes[-1] + 1
 

@@ -71,8 +71,6 @@ def _after(packed: PackedQArray, x: jax.Array) -> PackedQArray:
     Otherwise a compiler makes the weights of all layers before it has activations, and
     takes that of the way back from the way there.
     """
-    if 0 in x.shape:
-        return packed
     codes, after = packed.packed, _on_platform
     if operands.is_explicitly_sharded(x) or operands.is_explicitly_sharded(codes):
         after = _by_barrier

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -117,19 +118,31 @@ def task(what: str, total: int | None = None) -> Iterator[Task]:
       total: see there.
     """
     chosen = _reports.get()
-    is_terminal = sys.stderr.isatty()
+    # A program without a console has no stderr.
+    is_terminal = getattr(sys.stderr, "isatty", bool)()
     if chosen is None:
         chosen = is_terminal
-    if chosen is False or jax.process_index():
+    if chosen is False:
         yield Task(what, total, None)
     elif chosen is True:
         line = _Line(is_terminal)
         try:
             yield Task(what, total, line.show)
-        finally:
+        except GeneratorExit:
+            line.leave()
+            raise
+        except BaseException:
             line.end()
+            raise
+        line.end()
     else:
-        yield Task(what, total, chosen)
+        yield Task(what, total, functools.partial(_by_one_process, chosen))
+
+
+def _by_one_process(report: Callable[..., Any], *args: Any) -> None:
+    # JAX starts its backends when it is asked, so it is not asked before.
+    if not jax.process_index():
+        report(*args)
 
 
 def tracked(
@@ -158,7 +171,7 @@ class _Line:
     """A line on stderr that is written over, or, in a log, one now and then."""
 
     def __init__(self, is_terminal: bool):
-        self._write = functools.partial(print, file=sys.stderr, flush=True)
+        self._stream = sys.stderr
         self._is_terminal = is_terminal
         self._shown = -1.0
         self._last: Progress | None = None
@@ -169,13 +182,27 @@ class _Line:
         next_time = _SECONDS_BEFORE_THE_FIRST if self._shown < 0 else self._shown + wait
         if state.seconds >= next_time:
             self._shown = state.seconds
-            if self._is_terminal:
-                # From the first column on, and no more than what was there.
-                self._write(f"\r\x1b[K{str(state)[:100]}", end="")
-            else:
-                self._write(state)
+            self._write(state)
 
     def end(self) -> None:
+        """Shows how far the work came."""
         if self._last is not None and self._shown >= 0:
-            state = dataclasses.replace(self._last, item="")
-            self._write(f"\r\x1b[K{state}" if self._is_terminal else state)
+            self._write(dataclasses.replace(self._last, item=""))
+            self.leave()
+
+    def leave(self) -> None:
+        """Lets what else is written begin on a line of its own."""
+        if self._is_terminal and self._shown >= 0:
+            self._print("\n")
+
+    def _write(self, state: Progress) -> None:
+        if self._is_terminal:
+            # From the first column on, and no more than fits: a line that wraps stays.
+            columns = shutil.get_terminal_size().columns - 1
+            self._print(f"\r\x1b[K{str(state)[:columns]}")
+        else:
+            self._print(f"{state}\n")
+
+    def _print(self, text: str) -> None:
+        write = functools.partial(print, end="", file=self._stream, flush=True)
+        _by_one_process(write, text)

@@ -232,3 +232,14 @@ def test_other_platforms_scale_the_product():
     text = jax.export.export(jax.jit(product), platforms=["cuda"])(x, q).mlir_module()
     assert "while" not in text
     assert "(tensor<3x2048xbf16>, tensor<2048x1024xbf16>) -> tensor<3x1024xf32>" in text
+
+
+def test_a_batch_of_both_waits_for_activations():
+    """The branch stays one: its condition has no batch."""
+    x, q = array(2, 5, 64), weight("int8", (64, 32))
+    weights = jax.tree.map(lambda part: jnp.stack([part, part]), q)
+
+    def branches(function, *args):
+        return jax.jit(function).trace(*args).lower().as_text().count("stablehlo.case")
+
+    assert branches(jax.vmap(product), x, weights) == branches(product, x[0], q) > 0
