@@ -6,11 +6,12 @@
 Each program of the grid reads the codes of some columns, a byte or half a byte each,
 and multiplies what they stand for: no float weight is written to memory. It is for GPU
 and TPU. **It has been measured on neither**, so nothing chooses it but this context;
-without it the product is left to XLA.
+without it the product is left to XLA. So are, within it, products that are not those
+of a float array and one matrix: with batch axes, with `out_sharding`, of float8
+activations, and with packed weights.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,11 +35,13 @@ _interpreted = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def pallas_products(*, interpret: bool = False) -> Iterator[None]:
-    """Computes products of float arrays and quantized weights by a Pallas kernel.
+    """Computes products of a float array and one matrix of codes by a Pallas kernel.
 
     That is for weights without zero points, in models whose arrays are not sharded, or
-    within `shard_map`. Derivatives do not go through it. What it is worth has not been
-    measured on any GPU or TPU; measure it before you use it.
+    within `shard_map`. Others are left to XLA: products with batch axes, with
+    `out_sharding`, of float8 activations, or with packed weights; and derivatives.
+    What it is worth has not been measured on any GPU or TPU; measure it before you use
+    it.
 
     Args:
         interpret: Evaluate the kernel by JAX, on any platform, slowly.
@@ -106,7 +109,6 @@ def weight_dot(
 def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, qtype: Any) -> jax.Array:
     """The product of (M, K) and (K, N), whose scales are (T or 1, N or 1)."""
     from jax.experimental import pallas as pl  # Takes a second to import.
-    from jax.experimental.pallas.triton import CompilerParams
 
     (m, k), n = x.shape, codes.shape[1]
     entry = numerics.format_of(qtype)
@@ -178,6 +180,10 @@ def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, qtype: Any) -> ja
             compiler_params=compiled_by,
         )(*arrays)
 
-    triton = functools.partial(call, compiled_by=CompilerParams())
+    def triton(*arrays: jax.Array) -> jax.Array:
+        from jax.experimental.pallas.triton import CompilerParams
+
+        return call(*arrays, compiled_by=CompilerParams())
+
     out = jax.lax.platform_dependent(x, stored, scale, cuda=triton, default=call)
     return jnp.moveaxis(out, 0, 2).reshape(rows, -1)[:m, :n]

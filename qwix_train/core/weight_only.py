@@ -121,7 +121,7 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
         linear: Take forms that can be transposed, and keep nothing but the parts.
     """
     general = functools.partial(_general, spec)
-    if kernel.chosen() and not linear:
+    if kernel.chosen() and not linear and 0 not in parts[0].shape:
         x, codes, scale, zero_point = parts
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
         return kernel.weight_dot(x, weight, spec.contracting, spec.result)
