@@ -37,6 +37,7 @@ def dequantized_product(
     Returns:
         ``product(x, weight_of(packed), *others)``.
 
+    >>> from jax import numpy as jnp
     >>> from qwix_train.core import packed_array
     >>> from qwix_train.core.qarray import dequantize, quantize
     >>> packed = packed_array.pack(quantize(2 * jnp.eye(4), 'nf4'))
