@@ -74,8 +74,9 @@ def _check_matched(
             "`kernel`, nor one that a mapping names the axes of. Quantize in your own "
             "code, with the model: qwix_train.ptq.quantize."
         )
+    name = lax.dot_general_p.name
     named = ((rule, module) for rule in rules for module in modules)
-    if not any(rule.matches(x, "dot_general", "dot_general0") for rule, x in named):
+    if not any(rule.matches(module, name, f"{name}0") for rule, module in named):
         raise ValueError(
             "No rule matches a param that is multiplied. These are in the modules "
             f"{plan_table.some(modules)}. A rule's module_path (--modules) is a "
