@@ -72,17 +72,16 @@ def _lowered(
             preferred_element_type=jnp.dtype(jnp.int32),
         )
 
-    def in_form(left, right):
-        out = cpu_dots.integer_dot(left, right, contracting)
-        if out is not None:
-            return out
+    def in_floats(left, right):
+        return cpu_dots.integer_dot(left, right, contracting)
+
+    def on_cpu(left, right):
+        if jax.eval_shape(in_floats, left, right) is not None:
+            activations = left if left.size <= right.size else right
+            return when_there(activations, in_floats, left, right)
         if contracting == ((0,), (0,)) and left.ndim == right.ndim == 2:
             return _of_columns(*ops.common_codes(left, right))
         return general(left, right)
-
-    def on_cpu(left, right):
-        activations = left if left.size <= right.size else right
-        return when_there(activations, in_form, left, right)
 
     types = {left.dtype, right.dtype}
     if (
