@@ -72,7 +72,7 @@ def _lowered(
             preferred_element_type=jnp.dtype(jnp.int32),
         )
 
-    def in_floats(left, right):
+    def in_floats(left: jax.Array, right: jax.Array) -> Any:
         return cpu_dots.integer_dot(left, right, contracting)
 
     def on_cpu(left, right):
