@@ -151,7 +151,7 @@ def draw(table: str, picture: Picture, scheme: str) -> Any:
 
 
 def _number(cell: str) -> float:
-    """The number in a cell, times in ms; 0 if there is none."""
+    """The number in a cell. Times are in ms, and a cell without a number is 0."""
     found = _NUMBER.search(cell)
     if found is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""What a benchmark hands over: a JSON file, of which `pages` makes a page.
+"""What a benchmark hands over: a JSON file. `pages` makes a page from it.
 
 A file holds the machine, its load, the date and the versions; the options; what was
 measured; and the tables of that, in Markdown.

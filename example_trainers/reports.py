@@ -28,7 +28,7 @@ def write(
 
 
 def align(lines: list[tuple[str, ...]], left: int) -> list[str]:
-    """Lays out a table, of which the first line is the head.
+    """Lays out a table. Its first line is the head.
 
     Args:
         lines: The cells.

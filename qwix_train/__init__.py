@@ -38,8 +38,8 @@ from qwix_train.core.dot_general import dot as dot
 from qwix_train.core.dot_general import dot_general as dot_general
 from qwix_train.core.einsum import einsum as einsum
 from qwix_train.core.how import HowToQuantize as HowToQuantize
-from qwix_train.core.kernel import pallas_products as pallas_products
 from qwix_train.core.late_names import late_names as _late_names
+from qwix_train.core.pallas_dot import pallas_products as pallas_products
 from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize

@@ -7,9 +7,10 @@ product is scaled,
 
 which differs from a product with the dequantized weight in rounding alone; with tiles
 or zero points the weight is dequantized. On GPU and TPU either is left to XLA, which
-converts as it multiplies, or to a Pallas kernel where the user says so: see `kernel`.
-On a CPU XLA does not: see `cpu_dots` for the forms that are taken there. Which one it
-is depends on the platform that the program is compiled for, and on shapes.
+converts as it multiplies, or to a Pallas kernel where the user says so: see
+`pallas_dot`. On a CPU XLA does not convert as it multiplies: `cpu_dots` has the forms
+that are taken there. The platform that the program is compiled for, and the shapes,
+choose the form.
 
 Differentiation keeps the codes alone. The weight is converted again on the way back.
 """
@@ -24,7 +25,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from qwix_train.core import cpu_dots, kernel, numerics
+from qwix_train.core import cpu_dots, numerics, pallas_dot
 from qwix_train.core import operands as ops
 from qwix_train.core.arrival import when_there
 from qwix_train.core.qarray import QArray, dequantize
@@ -121,10 +122,10 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
         linear: Take forms that can be transposed, and keep nothing but the parts.
     """
     general = functools.partial(_general, spec)
-    if kernel.chosen() and not linear and 0 not in parts[0].shape:
+    if pallas_dot.chosen() and not linear and 0 not in parts[0].shape:
         x, codes, scale, zero_point = parts
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
-        return kernel.weight_dot(x, weight, spec.contracting, spec.result)
+        return pallas_dot.weight_dot(x, weight, spec.contracting, spec.result)
     if any(map(ops.is_explicitly_sharded, jax.tree.leaves(parts))):
         return general(*parts)
 

@@ -1,4 +1,4 @@
-"""What long work says of how far it is.
+"""Long work says how far it is.
 
 Work that takes long goes through `tracked`, or a `task`. Who sees it is decided in one
 place: by `progress`, or by a line on stderr, where that is a terminal.
@@ -126,15 +126,15 @@ def task(what: str, total: int | None = None) -> Iterator[Task]:
         yield Task(what, total, None)
     elif chosen is True:
         line = _Line(is_terminal)
+        finish = line.end
         try:
             yield Task(what, total, line.show)
         except GeneratorExit:
-            line.leave()
+            # The loop was left some time ago: what stands on the line may be others'.
+            finish = line.leave
             raise
-        except BaseException:
-            line.end()
-            raise
-        line.end()
+        finally:
+            finish()
     else:
         yield Task(what, total, functools.partial(_by_one_process, chosen))
 
@@ -148,7 +148,7 @@ def _by_one_process(report: Callable[..., Any], *args: Any) -> None:
 def tracked(
     what: str, items: Iterable[T], name: Callable[[T], str] = lambda item: ""
 ) -> Iterator[T]:
-    """The items of a piece of work, of which each is done when the next is asked for.
+    """The items of a piece of work. Each is done when the next one is asked for.
 
     Args:
       what: see `Progress`.

@@ -35,7 +35,7 @@ PRIVATE = {
     "qwix.contrib.sparsity.sparsity_module": f"{_OURS}.private",
     "qwix.flax_util": f"{_OURS}.flax_util",
 }
-"""Those of which clients import what is no public name; see `private`."""
+"""Private modules of `qwix` that clients import from, and ours; see `private`."""
 
 NEAREST = {
     "qwix._src": "the public names of qwix",

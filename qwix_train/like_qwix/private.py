@@ -1,4 +1,7 @@
-"""What MaxText 0.2.5 imports of private modules of `qwix`, each of which this is."""
+"""The private names of `qwix` that MaxText 0.2.5 imports.
+
+This module stands for all the private modules that have them.
+"""
 
 from __future__ import annotations
 

@@ -143,9 +143,8 @@ def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
         scales = pre_quant_scale.scales_of(op, named)
 
         def activation(side: int, how: HowToQuantize, ranges=ranges):
-            if (
-                traced.initializing
-            ):  # maybe outside of the shard_map of the model's step
+            # A model is also initialized outside of the shard_map of its step.
+            if traced.initializing:
                 how = dataclasses.replace(how, axis_names=())
             return (Quantize(how, ranges[side]),)
 

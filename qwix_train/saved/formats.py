@@ -46,7 +46,7 @@ def named(name: str) -> Format:
     """The format of a name.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if no format has this name.
     """
     for format in FORMATS:
         if format.name == name:

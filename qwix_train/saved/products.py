@@ -66,7 +66,7 @@ def abstract_params(
 def _check_matched(
     rules: Sequence[QuantizationRule], products: Sequence[Assembly]
 ) -> None:
-    """Complains of rules of which none is for a product."""
+    """Complains if no rule matches a product."""
     modules = sorted({"/".join(assembly.path[:-1]) for assembly in products})
     if not modules:
         raise ValueError(

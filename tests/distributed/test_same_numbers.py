@@ -38,4 +38,4 @@ def test_other_modes_in_two_processes():
 
 @pytest.mark.slow
 def test_four_processes():
-    assert_same_numbers(cases.FEW, (2, 2))
+    assert_same_numbers((*cases.FEW, "gptq", "experts"), (2, 2))
