@@ -68,7 +68,7 @@ def convert(
 
     Args:
       source: see `describe`.
-      destination: the folder to make.
+      destination: the folder to make, which is not that of `source`.
       to: the format: `"orbax"` (what `ptq.save` writes), `"compressed-tensors"` or
         `"hugging-face"` for params; `"orbax-adapters"` (what `lora.save` writes) or
         `"peft"` for adapters.
@@ -109,6 +109,8 @@ def convert(
     if rules and to_float:
         raise ValueError("Pass rules or to_float, not both: a param is one of the two.")
     _check(source, have, want, changes=bool(rules) or to_float)
+    if destination.resolve() == source.resolve():
+        raise ValueError(f"{source} would be replaced by itself. Name another folder.")
     writing.check_target(
         destination,
         what=want.what,

@@ -338,14 +338,23 @@ def test_what_is_there_stays(capsys, llama, tmp_path):
     said = refused(capsys, llama, there, "--to", "orbax", *options)
     assert f"{there} exists. Pass overwrite=True (--overwrite)" in said
     # Not even a file beside those of another format.
-    assert "exists" in refused(capsys, there, there, "--to", "hugging-face")
-    for source, format in [(there, "hugging-face"), (llama, "compressed-tensors")]:
-        said = refused(capsys, source, source, "--to", format, *INT4, "--overwrite")
-        assert f"{source} is not a folder of" in said
+    for source, target, format in [
+        (llama, there, "hugging-face"),
+        (there, llama, "compressed-tensors"),
+    ]:
+        assert "exists" in refused(capsys, source, target, "--to", format, *INT4)
+        options = ["--to", format, *INT4, "--overwrite"]
+        said = refused(capsys, source, target, *options)
+        assert f"{target} is not a folder of" in said
+    # Float params would be gone, and only their codes left.
+    said = refused(capsys, there, there, "--to", "orbax", *INT4, "--overwrite")
+    assert "replaced by itself" in said
     assert contents(tmp_path) == before
     # What has the format is replaced.
-    assert run(there, there, "--to", "orbax", *INT4, "--overwrite") == 0
-    kernel = ptq.restore(there)["fc"]["kernel"]
+    other = tmp_path / "other"
+    ptq.save(other, {"bias": TREE["table"]})
+    assert run(there, other, "--to", "orbax", *INT4, "--overwrite") == 0
+    kernel = ptq.restore(other)["fc"]["kernel"]
     assert_rounded(stored.dequantized(kernel), TREE["fc"]["kernel"])
 
 
