@@ -1,5 +1,7 @@
 """Every type in every mode: QAT is PTQ is what is restored, and the rest composes."""
 
+import collections
+import functools
 import itertools
 
 import jax
@@ -18,7 +20,6 @@ from qwix_train.core.qarray import dequantize
 from qwix_train.lora import LoraRule
 from qwix_train.values import stored
 from tests import models
-from tests.pairwise import pairwise
 
 TYPES = [entry.name for entry in formats.entries()]
 CODED = [entry.name for entry in formats.entries() if entry.coded_scales]
@@ -68,6 +69,25 @@ def function(params, x):
     return jnp.tanh(jnp.einsum("bi,hij->bhj", x, params["w"])).sum(1)
 
 
+class OfEachType(nn.Module):
+    """A part for each type, by its name."""
+
+    part: type[nn.Module]
+    qtypes: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return {qtype: self.part(name=qtype)(x) for qtype in self.qtypes}
+
+
+class NnxOfEachType(nnx.Module):
+    def __init__(self, part, qtypes):
+        self.parts = nnx.Dict({qtype: part() for qtype in qtypes})
+
+    def __call__(self, x):
+        return {qtype: part(x) for qtype, part in self.parts.items()}
+
+
 def rule_of(qtype, schema, cls=QuantizationRule, **kwargs):
     acts = {"weights": None, "weights and activations": qtype}
     return cls(weight_qtype=qtype, act_qtype=acts.get(schema, "int8"), **kwargs)
@@ -77,62 +97,86 @@ def inputs(dtype="float32"):
     return models.normal(6, 64, seed=1, dtype=dtype)
 
 
-def both(model, rules, x, folder):
-    """The outputs of QAT, of the quantized model, and of one that is restored."""
+def of_functions(schema, qtypes, x, folder):
+    """The outputs of QAT, of the quantized function, and with restored params."""
+    params = {"w": models.normal(2, 64, 8)}
+    qat, served, trees = {}, {}, {}
+    for qtype in qtypes:
+        rules = [rule_of(qtype, schema)]
+        qat[qtype] = qwix_train.quantize_fn(function, qwix_train.QtProvider(rules))
+        served[qtype], trees[qtype] = ptq.quantize(function, params, rules, x)
+    ptq.save(folder, trees)
+    every = jax.jit(lambda trees, x: {t: served[t](trees[t], x) for t in qtypes})
+    return [
+        jax.jit(lambda params, x: {t: qat[t](params, x) for t in qtypes})(params, x),
+        *(every(tree, x) for tree in (trees, ptq.restore(folder, trees))),
+    ]
+
+
+def of_models(part, schema, qtypes, x, folder):
+    """The same of one model that has a part for each type."""
+    rules = [rule_of(t, schema, module_path=f"(parts/)?{t}/.*") for t in qtypes]
     provider = qwix_train.QtProvider(rules)
-    if isinstance(model, nnx.Module):
+    if issubclass(part, nnx.Module):
+        model = NnxOfEachType(part, qtypes)
         qat = qwix_train.quantize_model(model, provider, x)
-        out = nnx.jit(lambda model, x: model(x))(qat, x)
         quantized, _ = ptq.quantize(model, None, rules, x)
         ptq.save(folder, quantized, rules=rules)
         again = ptq.restore(folder, quantized)
-        return [out, *(nnx.jit(lambda m, x: m(x))(m, x) for m in (quantized, again))]
-    if isinstance(model, nn.Module):
-        params = models.params_of(model, x)
-        qat = qwix_train.quantize_model(model, provider)
-        out = jax.jit(qat.apply)({"params": params}, x)
-        quantized, tree = ptq.quantize(model, params, rules, x)
-        apply = jax.jit(lambda params, x: quantized.apply({"params": params}, x))
-    else:
-        params = {"w": models.normal(2, 64, 8)}
-        out = jax.jit(qwix_train.quantize_fn(model, provider))(params, x)
-        quantized, tree = ptq.quantize(model, params, rules, x)
-        apply = jax.jit(quantized)
+        call = nnx.jit(lambda model, x: model(x))
+        return [call(model, x) for model in (qat, quantized, again)]
+    model = OfEachType(part, qtypes)
+    params = models.params_of(model, x)
+    qat = qwix_train.quantize_model(model, provider)
+    out = jax.jit(qat.apply)({"params": params}, x)
+    quantized, tree = ptq.quantize(model, params, rules, x)
     ptq.save(folder, tree, rules=rules)
+    apply = jax.jit(lambda params, x: quantized.apply({"params": params}, x))
     return [out, apply(tree, x), apply(ptq.restore(folder, tree), x)]
 
 
 FRAMEWORKS = {
-    "linen": Dense(),
-    "linen layers": Layers(),
-    "nnx": NnxDense(),
-    "function": function,
+    "function": of_functions,
+    "linen": functools.partial(of_models, Dense),
+    "linen layers": functools.partial(of_models, Layers),
+    "nnx": functools.partial(of_models, NnxDense),
 }
 
 
-@pytest.mark.thinned(40)
-@pytest.mark.parametrize(
-    ("framework", "schema", "qtype"),
-    pairwise(
-        [*FRAMEWORKS],
-        SCHEMAS,
-        TYPES,
+def frameworks_and_schemas():
+    """Each framework with each schema, and some types: each type has each of either."""
+    types = collections.defaultdict(list)
+    for (i, qtype), (j, framework) in itertools.product(
+        enumerate(TYPES), enumerate(FRAMEWORKS)
+    ):
+        schema = SCHEMAS[(i + j) % len(SCHEMAS)]
         # Of an activation near 0, the sign depends on its last bits.
-        allowed=lambda _, schema, qtype: (schema, qtype) != (SCHEMAS[1], "int1"),
-    ),
-)
-def test_qat_is_ptq_is_what_is_restored(framework, schema, qtype, tmp_path):
-    rules = [rule_of(qtype, schema)]
-    x = inputs()
-    qat, served, restored = both(FRAMEWORKS[framework], rules, x, tmp_path / "params")
-    models.assert_same(served, restored)
-    size = np.abs(qat).max()
-    assert size > 0
-    if qtype == "int1" or schema != "weights":
-        # What lies on the edge of two codes may take either, by its last bits.
-        assert np.abs(served - qat).mean() < 0.01 * size
-    else:
-        np.testing.assert_allclose(served, qat, rtol=0, atol=2e-5 * size)
+        if (schema, qtype) != (SCHEMAS[1], "int1"):
+            types[framework, schema].append(qtype)
+    return [
+        pytest.param(framework, schema, tuple(qtypes), id=f"{framework}-{schema}")
+        for (framework, schema), qtypes in types.items()
+    ]
+
+
+@pytest.mark.thinned(12)
+@pytest.mark.parametrize(("framework", "schema", "qtypes"), frameworks_and_schemas())
+def test_qat_is_ptq_is_what_is_restored(framework, schema, qtypes, tmp_path):
+    run = FRAMEWORKS[framework]
+    results = run(schema, qtypes, inputs(), tmp_path / "params")
+    assert [*results[0]] == sorted(qtypes)
+    for qtype in qtypes:
+        qat, served, restored = (result[qtype] for result in results)
+        models.assert_same(served, restored)
+        size = np.abs(qat).max()
+        assert size > 0
+        if qtype == "int1" or schema != "weights":
+            # What lies on the edge of two codes may take either, by its last bits.
+            assert np.abs(served - qat).mean() < 0.01 * size, qtype
+        else:
+            np.testing.assert_allclose(
+                served, qat, rtol=0, atol=2e-5 * size, err_msg=qtype
+            )
 
 
 @pytest.mark.thinned(7)
