@@ -16,7 +16,7 @@ from qwix_train.frontends.compiled import Compiled
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, mark_wrapped, wrap
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.planning.running_ranges import RangeUpdates, RunningRanges
 from qwix_train.planning.schedule import Schedule
 from qwix_train.qat import QtProvider
@@ -227,6 +227,13 @@ def _provider_of(
       TypeError: if it keeps params in another form than the step does.
     """
     if not isinstance(rules, QuantizationProvider):
+        rules = check_rules(rules)
+        if any(rule.adds_adapters for rule in rules):
+            raise TypeError(
+                "A wrapped step adds no adapters, and a LoraRule asks for some. Put "
+                "them into the state, attach(state, rules, *inputs, rng=key), and call "
+                "the step as it is, or wrap it with QuantizationRules alone."
+            )
         return QtProvider(
             rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
         )

@@ -12,7 +12,7 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends import nnx_objects
+from qwix_train.frontends import nnx_objects, random_keys
 from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
 from qwix_train.planning import current_rule
@@ -65,9 +65,9 @@ def plan(
       variables: the variables of a Linen model. If None, their shapes are found with
         `model.init`, for inputs of any width.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`; what the
-        method of an NNX model takes as `rngs`, if it does; a keyword input of a
-        function.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`, which has
+        some in any case; what the method of an NNX model takes as `rngs`, if it does; a
+        keyword input of a function.
       **kwargs: keyword inputs.
 
     Returns:
@@ -102,8 +102,8 @@ def plan(
             if isinstance(found, StepPlan):
                 return found
             raise TypeError(
-                f"{error} plan(model, rules, *inputs) takes rules or a provider after "
-                "the model. Only the plan of a step goes without, once it is wrapped: "
+                f"{error} plan(model, rules, *inputs) takes the rules, or a provider, "
+                "after the model. A step has its rules from the wrap: "
                 "plan(wrap_train_step(step, rules), *args)."
             ) from found
         for rule in rules:
@@ -170,8 +170,9 @@ def _planned(model, rules, inputs, variables, method, rngs, kwargs) -> Plan:
             given = {"method": method, **kwargs}
             variables = linen_calls.abstract_variables(model, inputs, given, rngs)
         mutable = [name for name in variables if name != "params"]
+        keys = random_keys.by_stream(rngs)
         apply = functools.partial(
-            model.apply, method=method, rngs=rngs, mutable=mutable
+            model.apply, method=method, rngs=keys, mutable=mutable
         )
         traced = trace_function(apply, (variables, *inputs), kwargs)
     elif callable(model):

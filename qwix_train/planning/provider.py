@@ -337,7 +337,7 @@ def warn_of_unmatched(mode: QuantizationProvider, use: RuleUse) -> None:
       use: what the rules decided for, in all that they are for.
     """
     for said in use.unmatched_rules().values():
-        mode.told.warn(f"A rule matches nothing: {said}.")
+        mode.told.warn(f"{said[0].upper()}{said[1:]}.")
 
 
 def _check_may_be_unmatched(mode: QuantizationProvider, plan: Plan) -> None:

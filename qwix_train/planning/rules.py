@@ -180,8 +180,8 @@ class QuantizationRule:
             known = [*ops.names(), *LITERT_OP_NAMES]
             near = difflib.get_close_matches(name, known, cutoff=0.85)
             if not {name, _op_name(name)} & {*known} and (near or not name):
-                meant = f"do you mean {near[0]!r}?" if near else "it has no letters"
-                raise self._error("op_names", f"{name!r} is no op; {meant}")
+                meant = f"write {near[0]!r}" if near else "it has no letters"
+                raise self._error("op_names", f"{name!r} is not an op: {meant}")
         for field in ("weight_qtype", "act_qtype"):
             qtype = getattr(self, field)
             if qtype is not None and not (field == "act_qtype" and is_int16(qtype)):
@@ -244,7 +244,11 @@ class QuantizationRule:
         else:
             kind = ops.by_name(op_name)
             named = kind is None or not kind.by_name_only
-        return named and re.fullmatch(self.module_path, module_path) is not None
+        return named and self.matches_module(module_path)
+
+    def matches_module(self, module_path: str) -> bool:
+        """Whether the rule's `module_path` matches the path of a module."""
+        return re.fullmatch(self.module_path, module_path) is not None
 
     @property
     def act_method(self) -> str:
@@ -579,7 +583,8 @@ def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ..
     if isinstance(rules, QuantizationRule):
         raise TypeError(f"Expected a list of rules, got one rule: pass [{rules}].")
     if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
-        raise TypeError(f"Expected a list of rules, got {shortened(rules)}.")
+        order = " The rules come after the model or the step." * callable(rules)
+        raise TypeError(f"Expected a list of rules, got {shortened(rules)}.{order}")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, QuantizationRule):

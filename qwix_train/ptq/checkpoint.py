@@ -277,7 +277,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
             record = checkpointer.restore(path / _MANIFEST)
         except (OSError, RecursionError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no complete checkpoint of quantized params: its "
+                f"{path} is not a complete checkpoint of ptq.save or lora.save: its "
                 f"manifest cannot be read ({error})."
             ) from error
     with located(f"The manifest of {path} is refused", "."):
@@ -387,22 +387,34 @@ def _check_same_model(
     model = {param.path: param for param in want}
     missing = [p.name for p in want if p.path not in checkpoint]
     unexpected = [p.name for p in have if p.path not in model]
+    in_float = [
+        p.name for p in have if (q := model.get(p.path)) and p.qtype and not q.qtype
+    ]
     different = [
         f"{p.name} ({text}, but in the model {other})"
         for p in have
-        if (q := model.get(p.path)) and (text := _text(p, q)) != (other := _text(q, p))
+        if p.name not in in_float
+        and (q := model.get(p.path))
+        and (text := _text(p, q)) != (other := _text(q, p))
     ]
     problems = [
         f"{title}: {plan_table.some(names, 3)}."
         for title, names in (
             ("Missing in the checkpoint", missing),
             ("Not in the model", unexpected),
+            ("Quantized in the checkpoint, and in float in the model", in_float),
             ("Different", different),
         )
         if names
     ]
     names = [tuple(map(str, p.path)) for p in have if p.path not in model]
     found = [leaf.part for name in names if (leaf := Leaf.parse(name)) is not None]
+    if in_float:
+        problems.append(
+            "Give the params of the quantized model, or their shapes: "
+            "ptq.abstract_params(model, params, rules, *inputs). The rules are in "
+            f"ptq.read_manifest({str(path)!r}).rules."
+        )
     if "pre_quant_scale" in found:
         problems.append(
             "Awq and SmoothQuant give scales of input channels, for which a model of "
