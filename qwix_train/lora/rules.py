@@ -111,23 +111,35 @@ class LoraRule(QuantizationRule):
         if self.init is not None and self.alpha <= 0:
             raise self._error("alpha", f"init={self.init!r} needs a positive one")
         if self.init is not None and self.dora:
-            raise self._error("init", "it cannot be combined with dora=True")
+            raise self._error(
+                "init", "it cannot be combined with dora=True: set one of them"
+            )
         if self.loftq_steps and self.weight_qtype is None:
-            raise self._error("init", "LoftQ needs a weight_qtype")
+            raise self._error("init", "LoftQ needs a weight_qtype, such as 'nf4'")
         if self.loftq_steps and self.rotation is not None:
-            raise self._error("init", "LoftQ fits weights in their own basis alone")
+            raise self._error(
+                "init", "LoftQ fits weights in their own basis: leave rotation out"
+            )
         if self.double_quant:
             qtype = self.weight_qtype
             if qtype is None or numerics.qtype_bits(qtype) != 4:
-                raise self._error("double_quant", "it needs a weight_qtype of 4 bits")
+                raise self._error(
+                    "double_quant", "it needs a weight_qtype of 4 bits, such as 'nf4'"
+                )
             if self.qat:
-                raise self._error("double_quant", "with qat=True the base is in float")
+                raise self._error(
+                    "double_quant", "with qat=True the base is in float: leave it out"
+                )
         if self.qat and self.weight_qtype is None:
             raise self._error("qat", "it needs a weight_qtype")
         if self.schedule is not None:
-            raise self._error("schedule", "schedules are for wrap_train_step")
+            raise self._error(
+                "schedule", "schedules are for wrap_train_step: leave it out"
+            )
         if self.qat and self.dropout:
-            raise self._error("dropout", "with qat=True there is one merged product")
+            raise self._error(
+                "dropout", "with qat=True there is one merged product: set it to 0"
+            )
 
     @property
     def adds_adapters(self) -> bool:

@@ -290,7 +290,9 @@ def _check_range(name: str, fixed: Any) -> None:
         raise ValueError(f"{name}={fixed!r} must be a pair of numbers, such as (0, 1).")
     low, high = fixed
     if not low <= 0 <= high or low == high:
-        raise ValueError(f"{name}={fixed!r} must hold 0, and more than it.")
+        raise ValueError(
+            f"{name}={fixed!r} must go from 0 or less to 0 or more, such as (0, 1)."
+        )
 
 
 def _check_rule(index: int, rule: QuantizationRule) -> None:
@@ -305,14 +307,20 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         types = " and ".join(_ACTIVATION_TYPES)
         raise error("act_qtype", f"LiteRT has {types} activations")
     if is_int16(rule.act_qtype) and rule.act_static_scale is False:
-        raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
+        raise error(
+            "act_qtype", "what LiteRT quantizes when it runs has 8 bits: choose 'int8'"
+        )
     for field in ("tile_size", "act_tile_size"):
         if getattr(rule, field) is not None:
-            raise error(field, "LiteRT has no sub-channel quantization")
+            raise error(
+                field, "LiteRT has a scale for each channel, and no tiles: leave it out"
+            )
     if rule.rotation is not None:
-        raise error("rotation", "LiteRT quantizes tensors in their own basis")
+        raise error(
+            "rotation", "LiteRT quantizes tensors in their own basis: leave it out"
+        )
     if rule.act_axis_names:
-        raise error("act_axis_names", "LiteRT's models run on one device")
+        raise error("act_axis_names", "LiteRT's models run on one device: leave it out")
     if rule.disable_channelwise_axes:
         reason = "give the provider disable_per_channel_weights=True"
         raise error("disable_channelwise_axes", reason)
@@ -326,6 +334,11 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
             "scale of a weight is that of its largest magnitude there",
         )
     if needs_zero_point(rule.weight_calibration_method):
-        raise error("weight_calibration_method", "weights of LiteRT are symmetric")
+        raise error(
+            "weight_calibration_method",
+            "weights of LiteRT are symmetric: choose 'absmax'",
+        )
     if rule.act_channelwise_axes:
-        raise error("act_channelwise_axes", "a tensor of LiteRT has one scale")
+        raise error(
+            "act_channelwise_axes", "a tensor of LiteRT has one scale: leave it out"
+        )

@@ -63,7 +63,8 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
         if is_int16(rule.act_qtype):
             raise ValueError(
                 f"Rule {index} (act_qtype={rule.act_qtype!r}): activations of 16 bits "
-                "are for LiteRT alone. Choose 'int8', or pass odml.OdmlQatProvider(rules)."
+                "are for LiteRT alone. Choose 'int8', or pass "
+                "odml.OdmlQatProvider(rules)."
             )
     planner = _Planner(check_rules(rules), traced)
     ops = planner.share_ranges([planner.decide(op) for op in traced.ops])
@@ -297,9 +298,9 @@ class _Planner:
         ]
         if not whole:
             raise ValueError(
-                f"{op.where}: rule {plan.rule_index} sets rotation={rule.rotation!r}, and "
-                "the op contracts no axis of an input with a whole axis of one param. Put "
-                "a rule without rotation, for this op, before it."
+                f"{op.where}: its rule sets rotation={rule.rotation!r}, and the op "
+                "contracts no axis of an input with a whole axis of one param. Put a "
+                "rule without rotation, for this op, before it."
             )
         axes = max(whole, key=lambda axes: (shapes[0][axes[0]], axes[0]))
         for side, axis in enumerate(axes):
@@ -399,8 +400,8 @@ def _static_axes(
         raise ValueError(
             f"{op.where}: act_channelwise_axes={rule.act_channelwise_axes} does not "
             f"fit its {SIDES[side]}, of shape "
-            f"{tuple(op.operands[side].shape)}. Choose from {tuple(channelwise)}: the axes "
-            "that are not contracted."
+            f"{tuple(op.operands[side].shape)}. Choose from {tuple(channelwise)}, the "
+            "axes that are not contracted."
         )
     return tuple(sorted(axes))
 

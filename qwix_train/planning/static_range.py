@@ -120,15 +120,15 @@ def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Arr
     where = "/".join(path)
     if "count" not in statistics:
         raise ValueError(
-            f"The quant_stats of {where!r} have no 'count'. Pass those of a Calibrator, "
-            "or what ranges(state, rules) gives."
+            f"The quant_stats of {where!r} have no 'count'. Pass those of a "
+            "Calibrator, or what ranges(state, rules) gives."
         )
     count = statistics["count"]
     if is_concrete(count) and not np.all(processes.whole(count) > 0):
         raise ValueError(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
-            "ranges were collected. Collect them on batches that reach it, or put a rule "
-            "without act_static_scale for it before the others."
+            "ranges were collected. Collect them on batches that reach it, or put a "
+            "rule without act_static_scale for it before the others."
         )
     found = {
         end: _mean(jnp.asarray(value), count) if kind == "sum" else jnp.asarray(value)

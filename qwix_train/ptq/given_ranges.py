@@ -31,7 +31,8 @@ def given_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any]:
         if not isinstance(scale, WithAux):
             raise ValueError(
                 f"There are quant_stats for {'/'.join(path)!r}, and no rule of the "
-                "quantized model gives that a static range."
+                "quantized model gives that a static range. Set act_static_scale=True "
+                "in the rule of its op, or leave it out of quant_stats."
             )
         ranges |= _range(path, statistics, scale)
     return ranges
@@ -67,7 +68,8 @@ def _range(
     if given != wanted:
         raise ValueError(
             f"The quant_stats of {'/'.join(path)!r} have the range {given}, and the "
-            f"calibration method {method!r} takes {wanted}."
+            f"calibration method {method!r} takes {wanted}. Collect them by the rules "
+            "of this model."
         )
     params = static_range.from_statistics(path, statistics, scale.how)
     params = _stacked_as(scale.shape, params, jnp.ndim(statistics["count"]))
@@ -78,7 +80,8 @@ def _range(
     ):
         raise ValueError(
             f"The quant_stats of {'/'.join(path)!r} give a range of shape {shape}; in "
-            f"the quantized model it has {scale.shape}."
+            f"the quantized model it has {scale.shape}. Collect them by the rules of "
+            "this model."
         )
     return params
 

@@ -217,7 +217,7 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
     if tuple(param.shape) != tuple(target.shape):
         raise ValueError(
             f"Param {'/'.join(names)!r} has shape {tuple(param.shape)}, and in the "
-            f"quantized model {tuple(target.shape)}."
+            f"quantized model {tuple(target.shape)}. Give the params of this model."
         )
     if not stored.is_quantized(target):
         return param
@@ -232,8 +232,8 @@ def _target(quantized: Any) -> Any:
     """The params of a quantized model, which it may be itself, as a tree."""
     if isinstance(quantized, nnx.State):
         raise TypeError(
-            "The quantized params of an NNX model are given by the model itself. Its "
-            "state does not say how they are quantized."
+            "The state of an NNX model does not say how its params are quantized. Give "
+            "the quantized model itself."
         )
     # A function is a leaf; a module of Equinox, which can be called, is a tree.
     function = callable(quantized) and jax.tree_util.all_leaves([quantized])
@@ -256,7 +256,7 @@ def _check_array(names: Path, param: Any) -> None:
         return
     name = "/".join(names)
     if stored.is_quantized(param):
-        raise TypeError(f"Param {name!r} is quantized already.")
+        raise TypeError(f"Param {name!r} is quantized already. Give the float params.")
     hint = ""
     if stored.is_box(param):
         hint = (

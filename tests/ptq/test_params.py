@@ -126,7 +126,7 @@ def test_other_errors():
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     quantized = quantize_model(model, PtqProvider(models.INT8), X)
     params = nnx.to_pure_dict(nnx.state(model))
-    with pytest.raises(TypeError, match="given by the model itself"):
+    with pytest.raises(TypeError, match="Give the quantized model itself"):
         quantize_params(params, nnx.state(quantized))
     with pytest.raises(ValueError, match="Give the NNX model itself"):
         quantize_params(params, nnx.to_pure_dict(nnx.state(quantized)))
