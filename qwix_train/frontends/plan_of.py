@@ -52,22 +52,22 @@ def plan(
 ) -> Plan | StepPlan:
     """What rules would do to every op of a model; nothing is computed.
 
-    `plan(step, *args)` says it of each model call of a step that `wrap_train_step` or
-    `wrap_eval_step` gave, jitted, partial or decorated, as a `StepPlan`. Shapes will do
-    for `args`.
+    `plan(step, *args)` takes a step that `wrap_train_step` or `wrap_eval_step` gave.
+    The step may be jitted, partial or decorated, and shapes will do for `args`. It
+    returns a `StepPlan`, with a plan for each model call in the step.
 
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
         of params.
-      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
-        says what dequantizes params, too.
+      rules: the rules, or a provider. With a `PtqProvider`, the plan also says what
+        dequantizes params.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
-      variables: the variables of a Linen model. If None, their shapes are found with
-        `model.init`, for inputs of any width.
+      variables: the variables of a Linen model. If None, `model.init` gives their
+        shapes.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`, which has
-        some in any case; what the method of an NNX model takes as `rngs`, if it does; a
-        keyword input of a function.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`. A plan needs
+        none. For an NNX model or a function, the keyword input `rngs`, if the method
+        has one.
       **kwargs: keyword inputs.
 
     Returns:

@@ -48,20 +48,20 @@ def quantize(
     Args:
       model: a Linen module, an NNX module, or a function whose first argument is a
         tree of params.
-      params: its float params; for an NNX module the ones that it is to have in the
-        place of its own, as `nnx.to_pure_dict` gives them, or None.
+      params: its float params. For an NNX module None, for its own, or others in their
+        place, as `nnx.to_pure_dict` gives them.
       rules: the rules.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
-      variables: the other collections of a Linen model, such as `batch_stats`. If
-        None, the call makes them. Give those that only `init` makes.
-      quant_stats: see `quantize_params`. If None, an NNX model has its own: what its
-        `QuantStat`s have collected.
-      donate: see `quantize_params`; without `params` it is the float arrays of the NNX
-        module that are deleted.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`; a keyword
-        input of any other.
-      **kwargs: keyword inputs. The method that `method` says of a Linen model is
-        quantized, too.
+      variables: the other collections of a Linen model, such as `batch_stats`. You need
+        them only if the model cannot make them when it is called.
+      quant_stats: see `quantize_params`. If None, those that the `QuantStat`s of an NNX
+        model have collected.
+      donate: see `quantize_params`. Without `params`, the float arrays of the NNX
+        module are deleted.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`, which needs
+        none. For any other model, a keyword input.
+      **kwargs: keyword inputs. For a Linen model, `method` names the method that is
+        called, and quantized, too.
 
     Returns:
       The quantized model and its quantized params. An NNX model holds these; they are
