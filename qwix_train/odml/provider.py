@@ -36,26 +36,32 @@ class OdmlQatProvider(QuantizationProvider):
     """Fake-quantizes every tensor of a model, as LiteRT will quantize it.
 
     The forward computes what the `.tflite` file of `odml.convert` will, in integers
-    throughout: activations are asymmetric int8 with one scale each, and quantized at
-    the output of the operation that computes them; weights are symmetric int8 or int4
-    with a scale for each output channel. Operations that LiteRT runs as one, such as a
-    convolution with its bias, batch normalization and ReLU, have no quantization in
-    between; those that only move elements share the range of their input
-    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec).
+    throughout
+    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec):
+
+    * Activations are asymmetric int8 with one scale each. They are quantized at the
+      output of the operation that computes them.
+    * Weights are symmetric int8 or int4, with a scale for each output channel.
+    * Operations that LiteRT runs as one, such as a convolution with its bias, batch
+      normalization and ReLU, have no quantization in between.
+    * Operations that only move elements share the range of their input.
+
     `odml.table()` says what becomes of every operation.
 
-    A rule's `act_qtype` is the type of what the operations that it matches compute;
-    with `act_static_scale=False` only products are quantized, and their activations
-    when the model runs; without `act_qtype` only weights are. Ranges are `minmax`,
-    unless a rule says otherwise, and static, unless it sets `act_static_scale=False`.
+    A rule's `act_qtype` is the type of the results of the operations that it matches.
+    With `act_static_scale=False` only products are quantized, with the ranges that
+    their activations have when the model runs. Without `act_qtype` only weights are
+    quantized. Ranges are `minmax` and static, unless a rule says otherwise.
 
-    `quantize_model` and `quantize_fn` take it; in the place of rules, so do
-    `wrap_train_step`, `wrap_eval_step`, `attach`, `calib.Calibrator` and
-    `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint`
-    are kept, not computed again. Batch normalization in training uses the statistics of
-    the batch, and with `disable_per_channel_weights` quantizes the weights with these
-    folded in (arXiv 1806.08342, section 3.2.2; with a scale for each channel the two
-    are the same).
+    `quantize_model` and `quantize_fn` take this provider. So do `wrap_train_step`,
+    `wrap_eval_step`, `attach`, `calib.Calibrator` and `calib.observe`, instead of
+    rules.
+
+    Loops (`scan`) are unrolled, and the values of a `jax.checkpoint` are kept, not
+    computed again. Batch normalization in training uses the statistics of the batch.
+    With `disable_per_channel_weights`, the weights are quantized with these folded in
+    (arXiv 1806.08342, section 3.2.2). With a scale for each channel, that makes no
+    difference.
 
     Example:
       >>> from qwix_train import OdmlQatProvider, QuantizationRule
