@@ -184,17 +184,18 @@ def restore(
 
     Args:
         path: The folder that `save` made.
-        abstract: The params of the model that will use them, such as
-            ``jax.eval_shape(ptq_model.init, key, x)['params']``; concrete ones do as
-            well. The result has its structure, boxes included. For an NNX module,
-            which may be abstract, a copy of it with the params. With None the
-            structure is that of the checkpoint, as nested dicts.
+        abstract: The params of the model that will use them, as `abstract_params`
+            gives them; concrete ones do as well. The result has their structure,
+            boxes included. For an NNX module, which may be abstract, it is a copy of
+            the module with the params. With None the structure is that of the
+            checkpoint, as nested dicts.
         shardings: A `jax.sharding.Sharding` for all params, or nested dicts of
             shardings, where one is for all of a param, or of all params, below it.
-            Scales and zero points are sharded as their codes, save along axes where
-            they have 1 entry or do not divide. Without it the shardings of
-            ``abstract`` count, and where that has none, an array goes where JAX puts
-            new ones: to the default device or, under ``jax.set_mesh``, to all.
+            Scales and zero points are sharded as their codes, but not along axes
+            where they have 1 entry, or that the mesh does not divide. Without it the
+            shardings of ``abstract`` count. An array that has none there goes where
+            JAX puts new ones: to the default device or, under ``jax.set_mesh``, to
+            all.
 
     Returns:
         The params.
