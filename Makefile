@@ -293,10 +293,11 @@ lint: $(VENV)/.stamp-dev
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pyright --verifytypes qwix_train \
 	  --ignoreexternal
 
-# Warnings are errors, and nothing is downloaded.
+# Warnings are errors (but not with --quiet, which hides them from MkDocs itself), and
+# nothing is downloaded.
 .PHONY: docs
 docs: $(VENV)/.stamp-docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build $(ARGS)
 	@echo "make: the site is build/site/index.html; to search in it, run" \
 	  "python -m http.server -d build/site"
 

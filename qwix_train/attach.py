@@ -58,45 +58,48 @@ def attach(
 ) -> Any:
     """Gives a train state, params or a model every leaf that rules need.
 
-    * Rules with `act_static_scale=True` need **statistics of ranges**. These start
+    * **Statistics of ranges**, for rules with `act_static_scale=True`. They start
       empty, and `wrap_train_step` updates them. A train state has them in a field
-      `quant_stats`, an NNX model as a `QuantStat` in the module of each op, and
-      variables of a Linen model in a collection `quant_stats`, which a model of
+      `quant_stats`. An NNX model has a `QuantStat` in the module of each op. Variables
+      of a Linen model have a collection `quant_stats`, which a model of
       `quantize_model` updates.
-    * Rules with `weight_calibration_method="lsq"` or `"lsq+"`, or with
-      `act_calibration_method="lsq"`, `"lsq+"` or `"pact"`, need **scales that are
-      trained**. They are params, so that the optimizer trains them and checkpoints hold
-      them, and `quantize_params` stores exactly these: next to a `kernel` of shape
-      `(rows, cols)` `kernel_scale`, of shape `(1, cols)`; for the activation that an op
-      reads `dot_general0_lhs_scale`, of one element in as many axes as the activation
-      has, with `"lsq+"` `dot_general0_lhs_offset`, too, and with `"pact"`
-      `dot_general0_lhs_alpha` alone. Layers under `scan` have an axis in front. They
-      are in float32 or wider. An array that several ops read alike, such as the input
-      of query, key and value, has one range: its leaves stand under the name of the
-      first of them, as `plan` says.
-    * `LoraRule`s need **adapters**, beside a base that is quantized where they say so.
-      A train state becomes a `LoraTrainState`: its params are the adapters, and its
-      float step trains them as it is. An NNX model runs with them at once. The params
-      of a Linen model are for `apply_lora_to_model(model, LoraProvider(rules))`.
-    * An optimizer with `optim.proximal` holds **grids**. `attach(params, opt_state)`
-      puts their scales beside the params, a `<param>_scale` and where the grid has one
-      a `<param>_zero_point`: for export, which has to use that grid, not one that it
-      finds anew.
+    * **Scales that are trained**, for rules with `weight_calibration_method="lsq"` or
+      `"lsq+"`, or with `act_calibration_method="lsq"`, `"lsq+"` or `"pact"`. They are
+      params: the optimizer trains them, checkpoints hold them, and `quantize_params`
+      stores exactly these. They are in float32 or wider.
+    * **Adapters**, for `LoraRule`s, beside a base that the rules may quantize. A train
+      state becomes a `LoraTrainState`: its params are the adapters, and its float step
+      trains them as it is. An NNX model runs with them at once. The params of a Linen
+      model are for `apply_lora_to_model(model, LoraProvider(rules))`.
+    * **Grids**, for an optimizer with `optim.proximal`. `attach(params, opt_state)`
+      puts their scales beside the params, as `<param>_scale` and, if the grid has zero
+      points, `<param>_zero_point`. Export then uses this grid, and finds no other.
 
-    A leaf that is there stays as it is, and so does what an optimizer knows of the
-    params; what it holds for a new param starts. `attached` lists leaves, `ranges`
-    reads ranges, and `detach` takes leaves off.
+    A leaf that is there already stays as it is. So does what an optimizer knows of the
+    params; for a new param it starts anew. `attached` lists leaves, `ranges` reads
+    ranges, and `detach` takes leaves off.
 
-    A weight's scale begins at LSQ's ``2 * mean(|w|) / sqrt(Q_P)``, or LSQ+'s
-    ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits - 1)``. Those of activations begin
-    with a range: what the `act_observer` of the rule measures in the inputs, or if it
-    has none the same mean with `"lsq"`, the range of least squared error with `"lsq+"`,
-    and the largest element with `"pact"`. Gradients are those of the papers, with LSQ's
-    gradient scale ``1 / sqrt(N * Q_P)``. N is the number of elements that share the
-    scale of a weight; of an activation the number of elements divided by the length of
-    the first axis, which is taken for that of the batch. `qat.learned_scale_mask` tells
-    these leaves apart for the optimizer, such as for a weight decay of none, or, with
-    PACT, for one of `alpha`.
+    **Names of trained scales.** Next to a `kernel` of shape `(rows, cols)` stands
+    `kernel_scale`, of shape `(1, cols)`. For the activation that an op reads there is
+    `dot_general0_lhs_scale`, of one element in as many axes as the activation has. With
+    `"lsq+"` there is also `dot_general0_lhs_offset`, and with `"pact"` only
+    `dot_general0_lhs_alpha`. Layers under `scan` have an axis in front. Several ops may
+    read one array alike, such as query, key and value: it has one range, under the name
+    of the first op, as `plan` says.
+
+    **Where they begin.** A weight's scale begins at LSQ's
+    ``2 * mean(|w|) / sqrt(Q_P)``, or LSQ+'s
+    ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits - 1)``. The scale of an activation
+    begins with the range that the rule's `act_observer` measures in the inputs. Without
+    one, `"lsq"` takes the same mean, `"lsq+"` the range of least squared error, and
+    `"pact"` the largest element.
+
+    **Gradients** are those of the papers, with LSQ's gradient scale
+    ``1 / sqrt(N * Q_P)``. For a weight, N is the number of elements that share the
+    scale. For an activation it is the number of elements divided by the length of the
+    first axis, which counts as that of the batch. `qat.learned_scale_mask` tells these
+    leaves apart for the optimizer. So they can go without weight decay, or, with PACT,
+    `alpha` can have its own.
 
     Args:
       target: a `TrainState`, of a class of your own, too, or another dataclass with a
@@ -106,25 +109,25 @@ def attach(
         `QtProvider(rules)` or `LoraProvider(rules)`; or the state of an optimizer.
       *inputs: inputs of the model. Shapes will do, but not where activations are
         measured. With `step`, what the step takes after the state.
-      model: for params, the Linen module or the function that takes them. For a state,
-        that whose first argument is `state.params`, if `apply_fn` does not take
-        `{"params": state.params}`, and the other collections of the state.
-      step: the step, for statistics of ranges alone, where the model's inputs are not
-        at hand, or are not all that its call takes. It is traced abstractly.
+      model: for params, the Linen module or the function that takes them. A state needs
+        it if its `apply_fn` does not take variables, `{"params": state.params}` and the
+        other collections of the state. Then `model` is a function whose first argument
+        is `state.params`.
+      step: the step, if you do not have the inputs of the model, or if the step calls
+        it in another way. For statistics of ranges alone. It is traced, not run.
       optimizer: the optimizer of an NNX model, which is changed in place, too.
       rng: a random key, for adapters.
       quant_stats: the ranges that scales of activations begin with, such as those of a
-        `calib.Calibrator(rules)` over several batches, in the place of what is measured
-        in the inputs.
-      donate: whether float arrays are deleted once they are the base of adapters, and
-        quantized.
+        `calib.Calibrator(rules)` over several batches. If None, they are measured in
+        the inputs.
+      donate: for adapters: whether each float array is deleted once it is quantized.
       **kwargs: keyword inputs.
 
     Returns:
-      The target with the leaves: the state, which is of a subclass where its class has
-      no field for them; the params or variables; or the NNX model that was changed. An
-      optimizer that has no state yet, `opt_state=()`, gets one, which for adapters of
-      a large base saves the memory of the moments that `TrainState.create` makes.
+      The target with the leaves: the state (of a subclass, if its class has no field
+      for them), the params or variables, or the NNX model that was changed. An
+      optimizer without a state, `opt_state=()`, gets one. For adapters of a large base,
+      that saves the memory of the moments that `TrainState.create` makes for the base.
 
     Raises:
       TypeError: if the target has no model, or none is given; if shapes are given where

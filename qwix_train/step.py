@@ -16,7 +16,7 @@ from qwix_train.frontends.compiled import Compiled
 from qwix_train.frontends.nnx import tracing_step
 from qwix_train.frontends.wrapping import check_step, mark_wrapped, wrap
 from qwix_train.planning.provider import QuantizationProvider
-from qwix_train.planning.rules import QuantizationRule
+from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.planning.running_ranges import RangeUpdates, RunningRanges
 from qwix_train.planning.schedule import Schedule
 from qwix_train.qat import QtProvider
@@ -53,32 +53,30 @@ def wrap_train_step(
     `jax.jit(wrap_train_step(step, rules), donate_argnums=0)`. Called eagerly it traces
     the model at every call, which takes milliseconds.
 
-    Rules with `act_static_scale=True` quantize activations with ranges that are kept
-    in the state (see `attach`). Each step measures its activations and
-    updates them, in the order in which the model runs: under gradient accumulation and
-    `scan`, once per micro-batch; under `remat`, once. The forward uses the range with
-    its own batch in it.
+    **Static ranges.** Rules with `act_static_scale=True` quantize activations with
+    ranges that are kept in the state (see `attach`). Each step measures its activations
+    and updates the ranges, in the order in which the model runs: under gradient
+    accumulation and `scan` once per micro-batch, under `remat` once. The range that the
+    forward uses includes its own batch.
 
-    With a schedule, quantization begins at a step, comes in gradually, or changes its
-    types. Each phase is bit for bit the step of that phase alone: the float step, or
-    the step wrapped with the rules of the phase, but for convolutions in bfloat16 on a
-    CPU, which XLA rounds in another way in a branch. All of them are in one program,
-    which takes as long to compile as all of them do, and runs one.
+    **Schedules.** Quantization may begin at a later step, come in gradually, or change
+    its types. Each phase is bit for bit the step of that phase alone: the float step,
+    or the step wrapped with the rules of the phase. (Convolutions in bfloat16 on a CPU
+    are an exception: XLA rounds them in another way in a branch.) All phases are in one
+    program. It takes as long to compile as all of them, and runs one. Static ranges are
+    not measured in a phase that is in float.
 
-    Where `vmap` goes over states that have a step count each, every phase is computed,
-    and the results of one are taken; give `schedule_step` a count that is the same for
-    all. Wrap the step that updates the params once, not a loop over such steps: one
-    call is in one phase. Static ranges are not measured in a phase that is in float.
+    Wrap the step that updates the params once, not a loop over such steps: one call is
+    in one phase. If `vmap` goes over states with a step count each, every phase is
+    computed. To avoid that, give `schedule_step` a count that is the same for all.
 
     Args:
       step: the train step.
       rules: the rules, in order of precedence: the first that matches an op decides.
         Or a provider that keeps params in float; rules stand for `QtProvider(rules)`.
-      schedule: by which step quantization begins, and with how many bits, for the
-        rules that have no schedule of their own; after how many batches ranges in the
-        state are used, and from which step on these and the statistics of batch
-        normalization stay as they are. For when quantization begins, providers other
-        than `QtProvider` take a start step alone.
+      schedule: the `Schedule` of the rules that have none of their own, and of the
+        statistics in the state. Providers other than `QtProvider` take only a start
+        step.
       schedule_step: the number of steps so far, as a function of the step's arguments
         that returns an int scalar. If None, it is the `step` of the train state or
         `nnx.Optimizer` among the arguments.
@@ -97,9 +95,10 @@ def wrap_train_step(
 
     Raises:
       TypeError: if a provider stores params quantized, such as a `PtqProvider` or a
-        `LoraProvider`; if it takes no `quant_stats`, and there are some; if it cannot
-        follow the schedule; if `schedule` is not a `Schedule`, or `schedule_step` not a
-        function; by the step when called, if that does not return an int scalar.
+        `LoraProvider`; if a rule is a `LoraRule`; if the provider takes no
+        `quant_stats`, and there are some; if it cannot follow the schedule; if
+        `schedule` is not a `Schedule`, or `schedule_step` not a function; by the step
+        when called, if that does not return an int scalar.
       ValueError: if a schedule does not fit a rule; by the step when called, if no
         model call was reached, or no rule matches any op; if a rule asks for static
         ranges, and there are neither `quant_stats` nor statistics in the state; if a
@@ -189,15 +188,15 @@ def wrap_eval_step(
 ) -> Step:
     """Makes an eval step compute what the quantized model will.
 
-    See `wrap_train_step`; the forward is the same. With params from float training
-    this measures post-training quantization. Static ranges in the state are used, and
-    do not change. When quantization begins does not count here: whatever the step of
-    the state, it is the model that training ends with that is evaluated.
+    The forward is that of `wrap_train_step`. With params from float training, this
+    measures post-training quantization. Static ranges in the state are used, and do not
+    change. The start of a schedule does not count: you always evaluate the model that
+    training ends with.
 
     Args:
       step: the eval step.
       rules: the rules, or a provider, as for the train step.
-      schedule: that of the train step; its `quant_stats_warmup` alone counts.
+      schedule: that of the train step. Only its `quant_stats_warmup` counts.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`,
         in the place of those in the state.
       allow_unmatched: whether a step in which no rule matches any op is left in
@@ -227,6 +226,13 @@ def _provider_of(
       TypeError: if it keeps params in another form than the step does.
     """
     if not isinstance(rules, QuantizationProvider):
+        rules = check_rules(rules)
+        if any(rule.adds_adapters for rule in rules):
+            raise TypeError(
+                "A wrapped step adds no adapters, and a LoraRule asks for some. Put "
+                "them into the state, attach(state, rules, *inputs, rng=key), and call "
+                "the step as it is, or wrap it with QuantizationRules alone."
+            )
         return QtProvider(
             rules, quant_stats=quant_stats, allow_unmatched=allow_unmatched
         )

@@ -307,7 +307,7 @@ def test_rules_that_cannot_be(fields, error):
 def test_layers_without_blocks():
     conv = nn.Conv(4, (3, 3))
     x = models.normal(2, 8, 8, 32)
-    with pytest.raises(ValueError, match="have no sub-channel quantization"):
+    with pytest.raises(ValueError, match="convolutions have no such tiles"):
         qwix_train.plan(conv, [QuantizationRule(weight_qtype="mxfp8")], x)
     rule = QuantizationRule(weight_qtype="mxfp8", disable_channelwise_axes=True)
     with pytest.raises(ValueError, match="mxfp8 has one scale for 32 elements"):

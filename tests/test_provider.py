@@ -101,7 +101,7 @@ def test_a_plan_that_quantizes_nothing_is_an_error_of_the_step():
             ]
             return dataclasses.replace(plan, ops=tuple(ops))
 
-    with pytest.raises(ValueError, match="train_step: None of the 1 rules"):
+    with pytest.raises(ValueError, match="train_step: No rule quantizes"):
         wrap_train_step(train_step, NoOp(models.INT8))(new_state(), BATCHES[0])
 
 
@@ -117,7 +117,7 @@ def test_a_wrapped_step_takes_a_qt_provider(wrap):
     )
     # Either says that a model may stay in float.
     nothing = QtProvider(models.NOTHING)
-    with pytest.raises(ValueError, match="None of the 1 rules"):
+    with pytest.raises(ValueError, match="No rule quantizes"):
         wrap(step, nothing)(*args)
     allowed = QtProvider(models.NOTHING, allow_unmatched=True)
     for quantized in (wrap(step, nothing, allow_unmatched=True), wrap(step, allowed)):
@@ -185,6 +185,8 @@ def test_providers_that_cannot_are_refused():
         for wrap in (wrap_train_step, wrap_eval_step):
             with pytest.raises(TypeError, match=f"{name} changes the params"):
                 wrap(train_step, provider)
+    with pytest.raises(TypeError, match="A wrapped step adds no adapters"):
+        wrap_train_step(train_step, lora.rules)
     for provider in (PtqProvider(RULES), lora, Float(RULES)):
         message = f"{type(provider).__name__} collects no ranges of activations"
         with pytest.raises(TypeError, match=message):

@@ -1,4 +1,4 @@
-"""Ints in the place of random keys are refused where they are given."""
+"""Where random keys are needed, and what is refused in their place."""
 
 import jax
 import numpy as np
@@ -6,7 +6,15 @@ import optax
 import pytest
 from flax import nnx
 
-from qwix_train import LoraProvider, LoraRule, plan, ptq, quantize_model
+from qwix_train import (
+    LoraProvider,
+    LoraRule,
+    attach,
+    attached,
+    plan,
+    ptq,
+    quantize_model,
+)
 from qwix_train.frontends.random_keys import checked
 from tests import models
 
@@ -30,6 +38,16 @@ def test_an_int_is_not_a_random_key(door):
     message = r"rngs?(\['dropout'\])?=3 is not a random key.* jax\.random\.key\(3\)"
     with pytest.raises(TypeError, match=message):
         DOORS[door](3)
+
+
+def test_a_plan_and_what_is_attached_draw_nothing():
+    model = models.Everything()
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = model.init(keys, X)
+    planned = plan(model, models.INT8, X)
+    assert planned.records() == plan(model, models.INT8, X, rngs=keys).records()
+    rules = [models.rule("int8", "int8", act_static_scale=True)]
+    assert len(attached(attach(variables, rules, X, model=model))) == 3
 
 
 def test_what_is_a_key():

@@ -28,8 +28,8 @@ STATIC = {"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": True}
         ({"weight_qtype": "int8", "act_static_scale": True}, "needs an act_qtype"),
         ({"module_path": "a("}, "not a regular expression"),
         ({"module_path": 3}, "module_path=3): it must be a str"),
-        ({"op_names": ("dot_generl",)}, "'dot_generl' is no op; do you mean 'dot_g"),
-        ({"op_names": ("",)}, "'' is no op"),
+        ({"op_names": ("dot_generl",)}, "'dot_generl' is not an op: write 'dot_g"),
+        ({"op_names": ("",)}, "'' is not an op"),
         ({"weight_calibration_method": "max"}, "weight_calibration_method='max'"),
         ({"act_calibration_method": "rms"}, "act_calibration_method='rms'"),
         (
@@ -144,7 +144,7 @@ def test_one_op_of_a_name_that_ends_in_a_number():
     assert QuantizationRule(op_names=("relu_n1_to_10",)).matches(
         "", "relu_n1_to_1", "relu_n1_to_10"
     )
-    with pytest.raises(ValueError, match="'relu_n1_to_' is no op"):
+    with pytest.raises(ValueError, match="'relu_n1_to_' is not an op"):
         QuantizationRule(op_names=("relu_n1_to_",))
 
 

@@ -319,7 +319,7 @@ def test_padded_spanning_tiles():
         plan(function, [int8(tile_size=8)], {"w": w}, x)
     assert str(error.value).startswith(
         "einsum0, param 'w': a tile of 2 does not divide axis 0, of length 5, of the "
-        "shape (5, 4, 3). Choose a tile_size that does (it is 8)"
+        "shape (5, 4, 3). Choose a tile_size that does, instead of 8"
     )
     rules = [int8(tile_size=8, pad_tiles=True)]
     actual = quantize_fn(function, QtProvider(rules))({"w": w}, x)

@@ -90,8 +90,7 @@ def test_a_rule_that_matches_nothing_is_named_once(name):
     # Rule 1 came first for what the last rule matches.
     (message,) = {str(warning.message) for warning in caught}
     assert message.startswith(
-        "A rule matches nothing: rule 0 (module_path='Dens_0') decided for no op; "
-        "module paths that exist: "
+        "Rule 0 (module_path='Dens_0') matches no op; module paths that exist: "
     )
 
 

@@ -24,6 +24,7 @@ types of 8 bits that are floats, and in the others the code nearest to 0 (+1 in
 ``int1``). Fake quantization (`round_to_level`) keeps NaN in every type.
 """
 
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -94,8 +95,10 @@ def _dtype_name(qtype: QType) -> str | None:
 
 
 def _unknown(qtype: QType) -> str:
-    names = ", ".join(entry.name for entry in formats.entries())
-    return f"Unknown quantized type {qtype!r}; choose from {names}."
+    names = [entry.name for entry in formats.entries()]
+    meant = difflib.get_close_matches(str(qtype).lower(), names, n=1)
+    near = f"do you mean {meant[0]!r}? The types are " if meant else "choose from "
+    return f"Unknown quantized type {qtype!r}; {near}{', '.join(names)}."
 
 
 @functools.lru_cache(maxsize=256)

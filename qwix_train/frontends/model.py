@@ -48,20 +48,20 @@ def quantize_model(
     """A copy of a model whose methods run quantized.
 
     Args:
-      model: a Linen module, or an NNX module. One that is quantized already gets this
-        provider in the place of the one that it has.
+      model: a Linen module, or an NNX module. If it is quantized already, it gets this
+        provider instead.
       provider: the mode and the rules, such as `QtProvider(rules)`.
       *model_inputs: inputs for the first method of an NNX model; a `PtqProvider` needs
-        them. The rules are checked against the model at once, abstractly: the values
-        of inputs do not matter, and nothing in `model` changes.
+        them. Shapes will do: with them, the rules are checked against the model at
+        once. Nothing in `model` changes.
       methods: the methods to quantize, by name. `apply` of a Linen model takes them by
-        name and as functions, such as `Model.encode`. Others run in float, and say so
-        where they run ops that the rules quantize.
-        With a `QtProvider` whose rules have `act_static_scale=True`, each call of an
-        NNX model updates the statistics of ranges that it holds in `QuantStat`s; none
-        does while the model has a true attribute `disable_quant_stats_update`.
-      **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for params that
-        an NNX model does not have in float; its method gets them, too, if it has a
+        name and as functions, such as `Model.encode`. Other methods run in float, and
+        warn if they run ops that the rules quantize. With a `QtProvider` whose rules
+        have `act_static_scale=True`, each call of an NNX model updates the statistics
+        of ranges that it holds in `QuantStat`s. Set its attribute
+        `disable_quant_stats_update` to stop that.
+      **model_inputs_kwargs: keyword inputs. `rngs` are the random keys for new params
+        of an NNX model, such as adapters. Its method gets them, too, if it has a
         parameter of that name.
 
     Returns:
@@ -195,10 +195,10 @@ def quantize_fn(
     """A function whose products and convolutions run quantized.
 
     Args:
-      fn: any JAX function whose first argument is a tree of params. If that holds a
-        `params` collection, as Flax variables do, the params are what is in there.
-      provider: the mode and the rules. The path of a module is what
-        `flax.linen.Module`s in the function say, and "" for code outside of any.
+      fn: any JAX function whose first argument is a tree of params. If that tree has a
+        `params` collection, as Flax variables do, that collection holds the params.
+      provider: the mode and the rules. Ops in a Flax module have its path, and ops
+        outside of any module the path "".
 
     Returns:
       A function with the signature of `fn`.

@@ -12,7 +12,7 @@ from flax import nnx
 from qwix_train.core.shortened import shortened
 from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
-from qwix_train.frontends import nnx_objects
+from qwix_train.frontends import nnx_objects, random_keys
 from qwix_train.frontends.model import takes_rngs, trace_function
 from qwix_train.frontends.wrapping import plan_step, wrapped_step
 from qwix_train.planning import current_rule
@@ -52,22 +52,22 @@ def plan(
 ) -> Plan | StepPlan:
     """What rules would do to every op of a model; nothing is computed.
 
-    `plan(step, *args)` says it of each model call of a step that `wrap_train_step` or
-    `wrap_eval_step` gave, jitted, partial or decorated, as a `StepPlan`. Shapes will do
-    for `args`.
+    `plan(step, *args)` takes a step that `wrap_train_step` or `wrap_eval_step` gave.
+    The step may be jitted, partial or decorated, and shapes will do for `args`. It
+    returns a `StepPlan`, with a plan for each model call in the step.
 
     Args:
       model: a Linen module, an NNX module, or a function whose first input is a tree
         of params.
-      rules: the rules, or a provider, whose plan it is then. With a `PtqProvider` it
-        says what dequantizes params, too.
+      rules: the rules, or a provider. With a `PtqProvider`, the plan also says what
+        dequantizes params.
       *inputs: inputs of the model. Shapes (`jax.ShapeDtypeStruct`) will do.
-      variables: the variables of a Linen model. If None, their shapes are found with
-        `model.init`, for inputs of any width.
+      variables: the variables of a Linen model. If None, `model.init` gives their
+        shapes.
       method: the method of the model, by name or as a function.
-      rngs: the random keys of a Linen model, such as `{"dropout": key}`; what the
-        method of an NNX model takes as `rngs`, if it does; a keyword input of a
-        function.
+      rngs: the random keys of a Linen model, such as `{"dropout": key}`. A plan needs
+        none. For an NNX model or a function, the keyword input `rngs`, if the method
+        has one.
       **kwargs: keyword inputs.
 
     Returns:
@@ -102,8 +102,8 @@ def plan(
             if isinstance(found, StepPlan):
                 return found
             raise TypeError(
-                f"{error} plan(model, rules, *inputs) takes rules or a provider after "
-                "the model. Only the plan of a step goes without, once it is wrapped: "
+                f"{error} plan(model, rules, *inputs) takes the rules, or a provider, "
+                "after the model. A step has its rules from the wrap: "
                 "plan(wrap_train_step(step, rules), *args)."
             ) from found
         for rule in rules:
@@ -170,8 +170,9 @@ def _planned(model, rules, inputs, variables, method, rngs, kwargs) -> Plan:
             given = {"method": method, **kwargs}
             variables = linen_calls.abstract_variables(model, inputs, given, rngs)
         mutable = [name for name in variables if name != "params"]
+        keys = random_keys.by_stream(rngs)
         apply = functools.partial(
-            model.apply, method=method, rngs=rngs, mutable=mutable
+            model.apply, method=method, rngs=keys, mutable=mutable
         )
         traced = trace_function(apply, (variables, *inputs), kwargs)
     elif callable(model):

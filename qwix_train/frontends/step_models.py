@@ -36,12 +36,12 @@ _MOST_MODELS = 1000
 def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a plain function as the model of the steps that call it.
 
-    Models of Flax are known for what they are. Of any other function that a step calls
-    it takes a word that it is the model: which of its arguments are params, and where
-    the names of its ops begin. What wraps a step then treats it as any model:
+    A wrapped step finds models of Flax by itself. It cannot know which of the other
+    functions that it calls is a model, and which argument holds the params: mark that
+    function. Then everything that wraps a step treats it like a Flax model:
     `wrap_train_step`, `wrap_eval_step`, `calib.Calibrator`, `calib.observe`,
-    `calib.compare`, and the weight methods of `ptq`. Everywhere else the function is
-    what it was.
+    `calib.compare`, and the weight methods of `ptq`. Elsewhere the function stays as it
+    is.
 
     Args:
       fn: any JAX function whose first argument is a tree of params, as for
@@ -80,19 +80,20 @@ def as_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 def in_float(model: Model) -> Model:
     """A model or function whose calls in a wrapped step stay in float.
 
-    A wrapped step quantizes every model call in it: with Linen wherever the model comes
-    from, with NNX if the step receives it as an argument, closes over it or names it.
-    A teacher, the reference model of DPO or an average of params should mostly stay in
-    float: say so where they are called. A step that quantizes two trees of params of
-    one model warns of that once, if it was given both of them. One that the step
-    computes itself, such as an average of params, looks like the params that an
-    optimizer evaluates on its way, and is not warned of; nor is anything in a step that
-    JAX cannot trace, such as one that calls `float(loss)`.
+    A wrapped step quantizes every model call in it. With Linen, it does not matter
+    where the model comes from. An NNX model is found if the step receives it as an
+    argument, closes over it or names it. Use `in_float` where the step calls a model
+    that should stay in float, such as a teacher, the reference model of DPO, or an
+    average of params.
 
-    Static ranges are collected of no call that is in float. In a larger model, such as
-    one that holds its own teacher, the calls are in float, too; a param that such a
-    call shares with one that is quantized has its quantized values in both, as the
-    plan says.
+    A step that is given two trees of params of one model, and quantizes both, warns of
+    that once. There is no warning of params that the step computes itself, such as an
+    average, since some optimizers do that, too. Nor is there one in a step that JAX
+    cannot trace, such as one that calls `float(loss)`.
+
+    No static ranges are collected in these calls. `in_float` also works inside of a
+    larger model, such as one that holds its own teacher. If a call in float shares a
+    param with a quantized one, both see its quantized values, and the plan says so.
 
     Args:
       model: a Linen module, bound or not; an NNX module or a graph definition; a method
@@ -101,8 +102,8 @@ def in_float(model: Model) -> Model:
     Returns:
       The same, in float: a module of the same class, with the same fields, or a
       function with the same signature. An NNX module shares its variables with
-      `model`, so that what a call writes to them is seen in both; other attributes that
-      a call sets are not.
+      `model`: what a call writes to them is seen in both. Other attributes that a call
+      sets are not shared.
 
     Raises:
       TypeError: if `model` is something else, or a model that `quantize_model` made,

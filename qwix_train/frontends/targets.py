@@ -12,6 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 from qwix_train.core.shortened import shortened
+from qwix_train.frontends import random_keys
 from qwix_train.frontends.model import trace_function
 from qwix_train.trace.function import TracedCall, param_path
 from qwix_train.values import stored
@@ -96,8 +97,11 @@ def model_call(target: Any, model: Any = None) -> ModelCall:
     if not isinstance(getattr(function, "__self__", None), nn.Module):
         first = variables if whole else variables["params"]
         return ModelCall(function, first, whole, {})
-    mutable = {"mutable": others} if others else {}
-    return ModelCall(function, variables, True, mutable)
+    # Layers such as dropout ask for a key; what they draw makes no leaf.
+    kwargs: dict[str, Any] = {"rngs": random_keys.by_stream(None)}
+    if others:
+        kwargs["mutable"] = others
+    return ModelCall(function, variables, True, kwargs)
 
 
 def collections_of(state: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from qwix_train.frontends.model import Model
 from qwix_train.frontends.quant_stat import quant_stats_in
 from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.ptq import params as ptq_params
+from qwix_train.ptq import whole_model
 from qwix_train.ptq.provider import PtqProvider
 
 
@@ -50,7 +51,7 @@ def quantize_model(
         quantized = nnx.clone(model)
     elif collected:
         rules, rngs = provider.rules, model_inputs_kwargs.pop("rngs", None)
-        quantized, _ = ptq_params.quantize(
+        quantized, _ = whole_model.quantize(
             model, None, rules, *model_inputs, rngs=rngs, **model_inputs_kwargs
         )
     else:

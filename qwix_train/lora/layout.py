@@ -331,7 +331,8 @@ def _layout(
     if wrong := [axis for axis in mapped if "contracted" in roles.get(axis, ())]:
         raise ValueError(
             f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]} of the "
-            f"shape {view.shape}, which the op contracts, so nothing maps over it."
+            f"shape {view.shape}, which the op contracts, so nothing maps over it. "
+            "Leave it out."
         )
     roles = {axis: found for axis, found in roles.items() if axis not in mapped}
     mixed = [axis for axis, found in roles.items() if len(found) > 1]
@@ -391,7 +392,7 @@ def _mapped_axes(
     if wrong := [axis for axis in rule.mapped_axes if not -ndim <= axis < ndim]:
         raise ValueError(
             f"{where}: mapped_axes={rule.mapped_axes} names axis {wrong[0]}, and the "
-            f"param has the shape {view.shape}."
+            f"param has the shape {view.shape}. Name axes from {-ndim} to {ndim - 1}."
         )
     return {axis % ndim for axis in rule.mapped_axes}
 

@@ -223,6 +223,11 @@ def _merged_model(
     kwargs: dict[str, Any],
 ) -> nnx.Module:
     """A copy of an NNX model without adapters."""
+    if not inputs and not kwargs:
+        raise TypeError(
+            "Which params have adapters is seen in the call of the model: "
+            "lora.merge(model, *inputs). Shapes will do."
+        )
     provider = parts.provider_of(model)
     adapters, base, layouts = parts.split(model, *inputs, **kwargs)
     values = by_path(_merged(base, (adapters, layouts), to_float, records, {}))

@@ -248,7 +248,7 @@ def read_layouts(
     if len(by_param) < len(layouts):
         raise ValueError(
             f"Several modules in {directory} would have the adapter of one param: "
-            f"{plan_table.some(sorted(layouts), 3)}."
+            f"{plan_table.some(sorted(layouts), 3)}. Pass `names` that tell them apart."
         )
     return layouts
 
@@ -424,7 +424,8 @@ def _own_layout(
     if len(settings) > 1:
         raise ValueError(
             f"The layers of {'/'.join(layout.path)!r} are stacked, and their adapters "
-            f"differ in rank, alpha or magnitude: {sorted(settings)}."
+            f"differ in rank, alpha or magnitude: {sorted(settings)}. Load them into a "
+            "model whose layers are not stacked."
         )
     ((rank, alpha, dora),) = settings
     scaling = peft_config.scaling_of(config, alpha, rank)

@@ -37,30 +37,28 @@ class LoraRule(QuantizationRule):
         zero in training; the others are divided by ``1 - dropout``. The input of the
         base is not changed.
       mapped_axes: axes of the weights that a `vmap` goes over, such as that of an
-        ensemble in a plain function: each index has an adapter of its own, stacked
-        along that axis. Axes that a scan goes over are found without it, and those of
-        `nnx.vmap` and `nn.vmap`, where the layer sees fewer axes than are stored,
-        unless two neighbors have the same size.
-      param_dtype: the dtype in which adapters are kept and trained; products compute
-        in the model's. If None, that of the weight, but at least float32: most steps
-        of a usual learning rate are lost to the rounding of bfloat16.
+        ensemble in a plain function. Each index has an adapter of its own, stacked
+        along that axis. You need not name axes of a scan, of `nnx.vmap` or of
+        `nn.vmap`: they are found, unless two neighbors have the same size.
+      param_dtype: the dtype in which adapters are kept and trained. Products compute
+        in the model's dtype. If None, that of the weight, but at least float32: in
+        bfloat16, rounding loses most steps of a usual learning rate.
       lora_a_initializer: gives ``A`` from a key, a shape and a dtype.
       lora_b_initializer: the same for ``B``.
       rank_stabilized: whether the scaling is ``alpha / sqrt(rank)`` (rsLoRA, arXiv
         2312.03732, theorem 3.2).
-      dora: whether each output channel has a trained magnitude ``m``, and the weight
-        is ``m * (W + scaling * A @ B) / norm`` with the norm of each channel of what
-        is divided, which counts as a constant (DoRA, arXiv 2402.09353, section 4).
-      init: `"pissa"`: ``A @ B`` starts as the principal part of ``W``, its `rank`
-        largest singular values, and the base is the rest (arXiv 2404.02948, equations
-        2 to 4). `"loftq"` or `"loftq,5"`: base and adapters are chosen in turns, as
-        often as it says, so that together they are close to ``W`` (arXiv 2310.08659,
-        algorithm 1). If None, they start from the initializers, and the model as it
-        was.
-      double_quant: whether the codes of the base are packed two to a byte, and its
-        scales are quantized to 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314,
-        section 3), unless they are codes as it is; as long as it is frozen. For types
-        of 4 bits.
+      dora: whether each output channel has a trained magnitude ``m``. The weight is
+        then ``m * (W + scaling * A @ B) / norm``, where ``norm`` is that of each
+        channel of ``W + scaling * A @ B``, and counts as a constant (DoRA, arXiv
+        2402.09353, section 4).
+      init: how adapters start. `"pissa"`: ``A @ B`` is the principal part of ``W``, of
+        its `rank` largest singular values, and the base is the rest (arXiv 2404.02948,
+        equations 2 to 4). `"loftq"` or `"loftq,5"`: base and adapters are fitted in
+        turns, 1 or 5 times, so that together they are close to ``W`` (arXiv 2310.08659,
+        algorithm 1). None: the initializers, with which the model computes what it did.
+      double_quant: whether the codes of the frozen base are packed two to a byte, and
+        its scales are quantized to 8 bits in blocks of 256 (QLoRA, arXiv 2305.14314,
+        section 3). Scales that are codes already stay. For types of 4 bits.
       qat: whether the base stays in float, and the forward fake-quantizes the weight
         with its adapter merged in, as merging and exporting it will. Needs a
         `weight_qtype`.
@@ -111,23 +109,35 @@ class LoraRule(QuantizationRule):
         if self.init is not None and self.alpha <= 0:
             raise self._error("alpha", f"init={self.init!r} needs a positive one")
         if self.init is not None and self.dora:
-            raise self._error("init", "it cannot be combined with dora=True")
+            raise self._error(
+                "init", "it cannot be combined with dora=True: set one of them"
+            )
         if self.loftq_steps and self.weight_qtype is None:
-            raise self._error("init", "LoftQ needs a weight_qtype")
+            raise self._error("init", "LoftQ needs a weight_qtype, such as 'nf4'")
         if self.loftq_steps and self.rotation is not None:
-            raise self._error("init", "LoftQ fits weights in their own basis alone")
+            raise self._error(
+                "init", "LoftQ fits weights in their own basis: leave rotation out"
+            )
         if self.double_quant:
             qtype = self.weight_qtype
             if qtype is None or numerics.qtype_bits(qtype) != 4:
-                raise self._error("double_quant", "it needs a weight_qtype of 4 bits")
+                raise self._error(
+                    "double_quant", "it needs a weight_qtype of 4 bits, such as 'nf4'"
+                )
             if self.qat:
-                raise self._error("double_quant", "with qat=True the base is in float")
+                raise self._error(
+                    "double_quant", "with qat=True the base is in float: leave it out"
+                )
         if self.qat and self.weight_qtype is None:
             raise self._error("qat", "it needs a weight_qtype")
         if self.schedule is not None:
-            raise self._error("schedule", "schedules are for wrap_train_step")
+            raise self._error(
+                "schedule", "schedules are for wrap_train_step: leave it out"
+            )
         if self.qat and self.dropout:
-            raise self._error("dropout", "with qat=True there is one merged product")
+            raise self._error(
+                "dropout", "with qat=True there is one merged product: set it to 0"
+            )
 
     @property
     def adds_adapters(self) -> bool:

@@ -185,11 +185,11 @@ class LoraTrainState(_BoundFields, train_state.TrainState):
     `state.apply_fn({"params": params}, ...)`, trains the adapters: there is no gradient
     of the base, and no optimizer state for it. `qwix_train.attach` makes one.
 
-    Where params are sharded as the batch is (FSDP), devices send one another codes if
-    the mesh is explicit. In another, no trace says how an array is sharded: XLA has
-    them send floats, dequantized from codes, unless the weight is constrained to be
-    whole before the product: in the model, or in an `apply_fn` around it that
-    constrains its variables by `jax.lax.with_sharding_constraint`.
+    With params that are sharded as the batch is (FSDP), devices send one another codes
+    if the mesh is explicit. On an auto mesh, the trace does not say how an array is
+    sharded, and XLA sends floats. To send codes there, too, constrain the weight to be
+    whole before the product, with `jax.lax.with_sharding_constraint`: in the model, or
+    in an `apply_fn` around it that constrains its variables.
 
     Attributes:
       params: the adapters: a nested dictionary of arrays.

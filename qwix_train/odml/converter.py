@@ -99,7 +99,7 @@ def to_flatbuffer(
         if len(names) != len(avals):
             raise ValueError(
                 f"The signature {name!r} has {len(avals)} {what}, and names for "
-                f"{len(names)}: {', '.join(names)}."
+                f"{len(names)}: {', '.join(names)}. Give each a name."
             )
     context: Any = ir.Context()
     api.prepare_mlir_context(context)

@@ -123,7 +123,8 @@ def integer_ends(content: bytes, inputs: bool, outputs: bool) -> bytes:
                 if moved.setdefault(source, target) != target:
                     raise ValueError(
                         f"integer_inputs=True: the input {names[source]!r} is "
-                        "quantized in two ways, so there are no codes of it to give."
+                        "quantized in two ways, so there are no codes of it to give. "
+                        "Leave integer_inputs out."
                     )
             elif outputs and name == "DEQUANTIZE" and target in graph.outputs:
                 moved[target] = source

@@ -36,26 +36,32 @@ class OdmlQatProvider(QuantizationProvider):
     """Fake-quantizes every tensor of a model, as LiteRT will quantize it.
 
     The forward computes what the `.tflite` file of `odml.convert` will, in integers
-    throughout: activations are asymmetric int8 with one scale each, and quantized at
-    the output of the operation that computes them; weights are symmetric int8 or int4
-    with a scale for each output channel. Operations that LiteRT runs as one, such as a
-    convolution with its bias, batch normalization and ReLU, have no quantization in
-    between; those that only move elements share the range of their input
-    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec).
+    throughout
+    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec):
+
+    * Activations are asymmetric int8 with one scale each. They are quantized at the
+      output of the operation that computes them.
+    * Weights are symmetric int8 or int4, with a scale for each output channel.
+    * Operations that LiteRT runs as one, such as a convolution with its bias, batch
+      normalization and ReLU, have no quantization in between.
+    * Operations that only move elements share the range of their input.
+
     `odml.table()` says what becomes of every operation.
 
-    A rule's `act_qtype` is the type of what the operations that it matches compute;
-    with `act_static_scale=False` only products are quantized, and their activations
-    when the model runs; without `act_qtype` only weights are. Ranges are `minmax`,
-    unless a rule says otherwise, and static, unless it sets `act_static_scale=False`.
+    A rule's `act_qtype` is the type of the results of the operations that it matches.
+    With `act_static_scale=False` only products are quantized, with the ranges that
+    their activations have when the model runs. Without `act_qtype` only weights are
+    quantized. Ranges are `minmax` and static, unless a rule says otherwise.
 
-    `quantize_model` and `quantize_fn` take it; in the place of rules, so do
-    `wrap_train_step`, `wrap_eval_step`, `attach`, `calib.Calibrator` and
-    `calib.observe`. Loops (`scan`) are unrolled, and the values of a `jax.checkpoint`
-    are kept, not computed again. Batch normalization in training uses the statistics of
-    the batch, and with `disable_per_channel_weights` quantizes the weights with these
-    folded in (arXiv 1806.08342, section 3.2.2; with a scale for each channel the two
-    are the same).
+    `quantize_model` and `quantize_fn` take this provider. So do `wrap_train_step`,
+    `wrap_eval_step`, `attach`, `calib.Calibrator` and `calib.observe`, instead of
+    rules.
+
+    Loops (`scan`) are unrolled, and the values of a `jax.checkpoint` are kept, not
+    computed again. Batch normalization in training uses the statistics of the batch.
+    With `disable_per_channel_weights`, the weights are quantized with these folded in
+    (arXiv 1806.08342, section 3.2.2). With a scale for each channel, that makes no
+    difference.
 
     Example:
       >>> from qwix_train import OdmlQatProvider, QuantizationRule
@@ -290,7 +296,9 @@ def _check_range(name: str, fixed: Any) -> None:
         raise ValueError(f"{name}={fixed!r} must be a pair of numbers, such as (0, 1).")
     low, high = fixed
     if not low <= 0 <= high or low == high:
-        raise ValueError(f"{name}={fixed!r} must hold 0, and more than it.")
+        raise ValueError(
+            f"{name}={fixed!r} must go from 0 or less to 0 or more, such as (0, 1)."
+        )
 
 
 def _check_rule(index: int, rule: QuantizationRule) -> None:
@@ -305,14 +313,20 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
         types = " and ".join(_ACTIVATION_TYPES)
         raise error("act_qtype", f"LiteRT has {types} activations")
     if is_int16(rule.act_qtype) and rule.act_static_scale is False:
-        raise error("act_qtype", "what LiteRT quantizes when it runs has 8 bits")
+        raise error(
+            "act_qtype", "what LiteRT quantizes when it runs has 8 bits: choose 'int8'"
+        )
     for field in ("tile_size", "act_tile_size"):
         if getattr(rule, field) is not None:
-            raise error(field, "LiteRT has no sub-channel quantization")
+            raise error(
+                field, "LiteRT has a scale for each channel, and no tiles: leave it out"
+            )
     if rule.rotation is not None:
-        raise error("rotation", "LiteRT quantizes tensors in their own basis")
+        raise error(
+            "rotation", "LiteRT quantizes tensors in their own basis: leave it out"
+        )
     if rule.act_axis_names:
-        raise error("act_axis_names", "LiteRT's models run on one device")
+        raise error("act_axis_names", "LiteRT's models run on one device: leave it out")
     if rule.disable_channelwise_axes:
         reason = "give the provider disable_per_channel_weights=True"
         raise error("disable_channelwise_axes", reason)
@@ -326,6 +340,11 @@ def _check_rule(index: int, rule: QuantizationRule) -> None:
             "scale of a weight is that of its largest magnitude there",
         )
     if needs_zero_point(rule.weight_calibration_method):
-        raise error("weight_calibration_method", "weights of LiteRT are symmetric")
+        raise error(
+            "weight_calibration_method",
+            "weights of LiteRT are symmetric: choose 'absmax'",
+        )
     if rule.act_channelwise_axes:
-        raise error("act_channelwise_axes", "a tensor of LiteRT has one scale")
+        raise error(
+            "act_channelwise_axes", "a tensor of LiteRT has one scale: leave it out"
+        )

@@ -36,10 +36,10 @@ _given: list[QuantizationRule] = []
 def current_rule(op_name: str) -> QuantizationRule | None:
     """The rule for an op that the code of a model runs by itself, such as a kernel.
 
-    It answers while a model is traced: in its methods, in what they call, jitted or
-    not, in Pallas code, and in the function and the forward rule of a
-    `jax.custom_vjp`. A backward rule is called after the model, where nothing is known
-    of modules: ask in the function, and hand the rule on.
+    Call it while a model is traced: in its methods, in functions that they call, jitted
+    or not, in Pallas code, and in the function and the forward rule of a
+    `jax.custom_vjp`. A backward rule runs after the model, where the module is not
+    known: ask in the function, and hand the rule on.
 
     Args:
       op_name: the name of the op, which `op_names` of rules may hold. It may be one

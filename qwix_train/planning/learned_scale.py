@@ -209,7 +209,8 @@ def given_range(
     elif zero_point is not None:
         raise ValueError(
             f"Param {'/'.join(path)!r} has a zero point next to it, and its rule "
-            f"(weight_calibration_method={how.calibration_method!r}) none."
+            f"(weight_calibration_method={how.calibration_method!r}) takes none. Use "
+            "the rules that it was trained with."
         )
     return Range(scale, zero_point)
 

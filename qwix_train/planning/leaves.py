@@ -167,7 +167,8 @@ class Leaf(NamedTuple):
             raise ValueError(
                 f"Param {'/'.join(self.path)!r} has shape {tuple(value.shape)}, and "
                 f"the {self.part} of {'/'.join(self.owner)!r} takes shape "
-                f"{tuple(shape)}: it was made with other rules, or for another model."
+                f"{tuple(shape)}: it was made with other rules, or for another model. "
+                "Make it with these."
             )
 
     def missing(self, what: str, asked_by: str, remedy: str) -> ValueError:

@@ -332,9 +332,8 @@ class Plan(RuleUse):
         if not self.ops:
             return "The model runs no matrix product and no convolution to quantize."
         lines = [
-            f"None of the {len(self.rules)} rules quantizes any op of this model.",
-            "Ops exist at these module paths:",
-            *(f"  {path!r}" for path in self.module_paths),
+            "No rule quantizes an op of this model. Its module paths, and their ops:",
+            *(f"  {path!r}: {ops}" for path, ops in self._ops_by_module().items()),
         ]
         asked = [
             f"  {op.op.where}: {op.reason}"
@@ -342,12 +341,19 @@ class Plan(RuleUse):
             if op.rule_index is not None and op.reason
         ]
         if asked:
-            lines += ["Rules matched these, to no effect:", *asked]
+            lines += ["A rule matches these, and they stay in float:", *asked]
         lines.append(
             "A rule's module_path is a regular expression that must match the whole "
-            "path. Pass allow_unmatched=True if leaving the model in float is meant."
+            "path. To leave the model in float, pass allow_unmatched=True."
         )
         return "\n".join(lines)
+
+    def _ops_by_module(self) -> dict[str, str]:
+        """The ids of the ops of each module, as text."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for decision in self.decisions:
+            found[decision.module_path].append(decision.id)
+        return {path: plan_table.some(ids) for path, ids in found.items()}
 
     def __str__(self) -> str:
         return plan_table.table(self)

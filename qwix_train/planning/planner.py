@@ -63,7 +63,8 @@ def make_plan(traced: TracedCall, rules: Sequence[QuantizationRule]) -> Plan:
         if is_int16(rule.act_qtype):
             raise ValueError(
                 f"Rule {index} (act_qtype={rule.act_qtype!r}): activations of 16 bits "
-                "are for LiteRT alone, with an OdmlQatProvider."
+                "are for LiteRT alone. Choose 'int8', or pass "
+                "odml.OdmlQatProvider(rules)."
             )
     planner = _Planner(check_rules(rules), traced)
     ops = planner.share_ranges([planner.decide(op) for op in traced.ops])
@@ -170,11 +171,12 @@ class _Planner:
             return dataclasses.replace(plan, reason=reason)
         tiles = [rule.weight_tiles, *([rule.act_tiles] if rule.act_qtype else [])]
         if any(tile is not None for tile in tiles) and not kind.has_tiles:
-            asked = f"tile_size={rule.tile_size}, act_tile_size={rule.act_tile_size}"
+            tile = next(tile for tile in tiles if tile is not None)
             raise ValueError(
-                f"{op.where}: {asked} is set, or a type has blocks, but {kind.plural} "
-                "have no sub-channel quantization. Put a rule without, for "
-                f"op_names=({op.name!r},), before this one."
+                f"{op.where}: rule {plan.rule_index} gives each {tile} elements a "
+                f"scale (by tile_size, or by its type), and {kind.plural} have no such "
+                f"tiles. Put a rule with op_names=({op.name!r},), and without tiles, "
+                "before it."
             )
         rotations = self.rotations(op, rule, origins)
         plan = dataclasses.replace(plan, rotations=rotations)
@@ -296,9 +298,9 @@ class _Planner:
         ]
         if not whole:
             raise ValueError(
-                f"{op.where}: rotation={rule.rotation!r} is set, and it contracts no "
-                "axis of an input with a whole axis of one param. Put a rule without "
-                "rotation, for this op, before this one."
+                f"{op.where}: its rule sets rotation={rule.rotation!r}, and the op "
+                "contracts no axis of an input with a whole axis of one param. Put a "
+                "rule without rotation, for this op, before it."
             )
         axes = max(whole, key=lambda axes: (shapes[0][axes[0]], axes[0]))
         for side, axis in enumerate(axes):
@@ -398,8 +400,8 @@ def _static_axes(
         raise ValueError(
             f"{op.where}: act_channelwise_axes={rule.act_channelwise_axes} does not "
             f"fit its {SIDES[side]}, of shape "
-            f"{tuple(op.operands[side].shape)}: axes that may have ranges of their own "
-            f"are {tuple(channelwise)}."
+            f"{tuple(op.operands[side].shape)}. Choose from {tuple(channelwise)}, the "
+            "axes that are not contracted."
         )
     return tuple(sorted(axes))
 
@@ -411,17 +413,19 @@ def _check_blocks(where: str, shape: Sequence[int], how: HowToQuantize) -> None:
 
 
 _WITHOUT_ACT_ACT = (
-    " Or set act_act=False, which leaves products without a weight, such as those of "
-    "attention, in float."
+    " To leave products without a weight in float, such as those of attention, set "
+    "act_act=False."
 )
 
 
 def _check_tiles(where, shape, axes, rule, other_way="") -> None:
     for axis, tile in axes.tiled.items():
         if shape[axis] % tile and not rule.pad_tiles:
+            choice = f"a tile_size that does, instead of {rule.tile_size}"
+            if rule.tile_size is rule.act_tile_size is None:
+                choice = "a type without blocks"
             raise ValueError(
                 f"{where}: a tile of {tile} does not divide axis {axis}, of length "
-                f"{shape[axis]}, of the shape {tuple(shape)}. Choose "
-                f"a tile_size that does (it is {rule.tile_size}), or set "
+                f"{shape[axis]}, of the shape {tuple(shape)}. Choose {choice}, or set "
                 f"pad_tiles=True in the rule.{other_way}"
             )

@@ -37,14 +37,17 @@ _PATCHING_METHODS = (
 class QuantizationProvider:
     """A mode of quantization, with its rules.
 
-    A mode says in `plan` what is to become of the ops of a traced call, where its rules
-    do not say it all; in `stages` what happens to their operands and to params; and in
-    `store_params` what a model holds in the place of float params, or next to them. One
-    that does something else to a call overrides `transform`. Methods for single ops,
-    such as `dot_general` of a provider of `qwix`, are refused, since nothing calls
-    them. A mode that trains params in float may be given to `wrap_train_step` and
-    `wrap_eval_step` in the place of rules; one that has ranges of activations, to
-    `calib.Calibrator`, `calib.observe` and `attach`, too.
+    A mode overrides
+
+    * `plan`, if its rules do not say everything about the ops of a traced call,
+    * `stages`: what happens to the operands of ops, and to params,
+    * `store_params`: what a model holds instead of float params, or next to them,
+    * `transform`, if it does something else with a call.
+
+    Methods for single ops, such as `dot_general` of a provider of `qwix`, are refused,
+    since nothing calls them. `wrap_train_step` and `wrap_eval_step` take a mode that
+    trains params in float instead of rules. `calib.Calibrator`, `calib.observe` and
+    `attach` take a mode that has ranges of activations.
 
     Attributes:
       rules: the rules.
@@ -337,7 +340,7 @@ def warn_of_unmatched(mode: QuantizationProvider, use: RuleUse) -> None:
       use: what the rules decided for, in all that they are for.
     """
     for said in use.unmatched_rules().values():
-        mode.told.warn(f"A rule matches nothing: {said}.")
+        mode.told.warn(f"{said[0].upper()}{said[1:]}.")
 
 
 def _check_may_be_unmatched(mode: QuantizationProvider, plan: Plan) -> None:

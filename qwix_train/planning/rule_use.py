@@ -85,6 +85,12 @@ class RuleUse(abc.ABC):
             if not self.shadowed_by(index) and not was_given(self.rules[index])
         }
 
+    def at_module_paths(self, rule_index: int) -> list[str]:
+        """The ids of the ops of other names where a rule's module path matches."""
+        rule = self.rules[rule_index]
+        found = [d.id for d in self.decisions if rule.matches_module(d.module_path)]
+        return list(dict.fromkeys(found)) if rule.op_names else []
+
     def near_misses(self, rule_index: int) -> list[str]:
         """Module paths that exist and resemble an unused rule's."""
         return difflib.get_close_matches(

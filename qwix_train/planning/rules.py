@@ -44,77 +44,77 @@ class QuantizationRule:
     Attributes:
       module_path: a regular expression that the whole path of the module must match,
         such as `"encoder/.*"`.
-      op_names: the ops that the rule is for: `"dot_general"`, `"einsum"` or
+      op_names: the ops that the rule is for. They are `"dot_general"`, `"einsum"`,
         `"conv_general_dilated"`, `"ragged_dot"` (the matrices of experts), `"gather"`
         (a lookup in a table of embeddings, per row), or one op by its id in the plan,
-        such as `"einsum1"`. If empty, all products and convolutions; lookups only where
-        they are named. For LiteRT, all ops that `odml.table()` has. A name that is none
-        of these is for kernels that ask for it: see `current_rule`. One name may
-        be given as a str.
+        such as `"einsum1"`. If empty, the rule is for all products and convolutions,
+        and not for lookups. For LiteRT these are the ops of `odml.table()`. Any other
+        name is for kernels that ask for it: see `current_rule`. One name may be given
+        as a str.
       weight_qtype: the type for weights: `"int1"` to `"int8"`, `"ternary"`, `"nf4"`,
         `"float8_e4m3fn"`, `"mxfp8"`, `"mxfp4"`, `"nvfp4"` and others: see
         `docs/formats.md`; or the `jax.numpy` type of that name.
       act_qtype: the type for activations; they stay in float if None. For LiteRT also
         `"int16"`.
-      tile_size: the number of elements, along the last contracted axis, that share a
-        scale. The last is that of the operand's own axes, in whatever order an equation
-        or `dimension_numbers` names them. A tile that is larger takes that axis whole
-        and is cut from the contracted axis before it: 64 is 2 heads of 32 of a weight
-        of shape (12, 32, 512). Contracted axes that a tile does not reach share its
-        scale. A float means one over the number of tiles along the last axis. Along all
-        that is contracted if None; types with blocks, such as `"mxfp8"`, have theirs. A
-        mapping gives tiles of the weight by axis, as the op reads it: blocks of 128 x
-        128 are `{0: 128, 1: 128}`. Contracted axes that are not in it share a scale.
+      tile_size: how many elements share a scale along the last contracted axis. If
+        None, all elements along the contracted axes do; types with blocks, such as
+        `"mxfp8"`, have their own tiles. The last axis is that of the operand itself, in
+        whatever order an equation or `dimension_numbers` names the axes. A tile that is
+        longer takes this axis whole, and goes on along the contracted axis before it:
+        64 is 2 heads of 32 of a weight of shape (12, 32, 512). A float is one over the
+        number of tiles along the last axis. A mapping gives the tiles of the weight by
+        axis, as the op reads it: blocks of 128 x 128 are `{0: 128, 1: 128}`. Contracted
+        axes that a tile does not reach, or that a mapping does not name, share its
+        scale.
       act_tile_size: the same for activations; that of `tile_size` if None, unless that
         is a mapping.
       act_static_scale: whether activations are quantized with ranges that were
         collected beforehand.
       weight_calibration_method: how the range of a weight is found: `"absmax"`,
-        `"absmax,0.9"`, `"minmax"`, `"rms,4"`, `"absmean"` or `"fixed,-1,1"`; or `"lsq"`
-        or `"lsq+"`, which train its scale. See `attach`. The default stands for
-        `"absmean"` with `"ternary"`.
-      act_calibration_method: the same for activations; `"absmax"` if None. Scales of
-        activations, one each, are trained by `"lsq"`, by `"lsq+"`, which trains an
-        offset, too, and by `"pact"`, which is for what a ReLU gives.
-      act_observer: for static ranges, what is measured in a batch, where it is not
-        `act_calibration_method`: `"percentile,99.99"`, `"mse"`, `"entropy"`, or an
-        object of yours: see `calib.RangeObserver` and `calib.StreamObserver`. For
-        scales that are trained, what gives the range that they begin with.
+        `"absmax,0.9"`, `"minmax"`, `"rms,4"`, `"absmean"` or `"fixed,-1,1"`. `"lsq"`
+        and `"lsq+"` train its scale: see `attach`. With `"ternary"` the default is
+        `"absmean"`.
+      act_calibration_method: the same for activations; `"absmax"` if None. `"lsq"`,
+        `"lsq+"` and `"pact"` train one scale for each activation. `"lsq+"` also trains
+        an offset, and `"pact"` is for the outputs of a ReLU.
+      act_observer: for static ranges, what is measured in a batch:
+        `"percentile,99.99"`, `"mse"`, `"entropy"`, or an object of yours (see
+        `calib.RangeObserver` and `calib.StreamObserver`). If None, the range of
+        `act_calibration_method`. For scales that are trained, it measures the range
+        that they begin with.
       act_averaging: for static ranges, how batches combine: `"mean"`, `"ema,0.99"`,
         `"minmax"`, `"last"`, `"amax_history,16"` (delayed scaling: a batch of training
         is quantized by the widest range of the 16 batches before it), or an
         object of yours: see `calib.Averaging`.
-      act_batch_axes: for static ranges, axes of an activation such as that of the
-        batch: the range of a batch is the mean of the ranges that each index along
-        them has. If None, it is that of the batch as a whole.
+      act_batch_axes: for static ranges, axes of an activation, such as that of the
+        batch. Each index along them has a range, and the range of the batch is their
+        mean. If None, the batch has one range as a whole.
       act_channelwise_axes: for static ranges, axes of an activation, not contracted,
         along which each index keeps a range of its own, such as that of the heads.
-      act_finite_only: whether elements that are NaN or infinite are left out of static
-        ranges, and inputs with such elements out of what GPTQ, AWQ and SmoothQuant
-        collect: those of padding, for example. Else a batch that has any does not
-        count.
-      act_axis_names: axes of the mesh of a `jax.shard_map` that is in the model or
-        around the step, over which ranges of activations are joined: the widest of
-        the shards, or their mean where the method takes one. Inside of `shard_map` a
-        range is that of the shard otherwise. Name the mesh axes that split the elements
-        of one scale: the range is that of the whole activation then. Every operation
-        that the rule matches must be inside of that `shard_map`.
+      act_finite_only: whether NaN and infinite elements, such as those of padding, are
+        left out of static ranges. GPTQ, AWQ and SmoothQuant then leave out inputs with
+        such elements. If False, a batch that has any does not count.
+      act_axis_names: axes of the mesh of a `jax.shard_map` in the model or around the
+        step, over which ranges of activations are joined: the widest of the shards, or
+        their mean if the method takes one. Name the mesh axes that split the elements
+        of one scale, and the range is that of the whole activation. Without it, a range
+        inside of `shard_map` is that of the shard. Every op that the rule matches must
+        be inside of that `shard_map`.
       act_act: whether products of two activations, such as attention's, are
         quantized (when `act_qtype` is set).
       pad_tiles: whether an axis that `tile_size` does not divide gets a shorter last
         tile. An error otherwise.
-      rotation: an orthogonal change of basis along what a product contracts, in which
-        its weight and its input are quantized; None for their own basis. Only products
-        that read a weight have one. `"hadamard"` spreads outliers over the largest
-        block that is a power of two; `"hadamard,64"` over blocks of 64; and
-        `"hadamard,64,7"`, or `"hadamard,0,7"` for the largest block, with random signs
-        of the seed 7.
+      rotation: an orthogonal change of basis along the axis that a product contracts.
+        Its weight and its input are quantized in that basis. None for their own basis.
+        Only products that read a weight have one. `"hadamard"` spreads outliers over
+        the largest block that is a power of two, and `"hadamard,64"` over blocks of 64.
+        `"hadamard,64,7"` adds random signs of the seed 7; with `"hadamard,0,7"` the
+        block is the largest one.
       disable_channelwise_axes: whether weights and activations have one scale for the
-        whole array, or for each tile along it; of stacked layers, for each layer. Else
-        they have one for each index along the axes that an op keeps.
-      schedule: by which step of training the ops that the rule matches are quantized,
-        and with how many bits, in the place of the schedule of `wrap_train_step`. See
-        `qat.Schedule`.
+        whole array, or for each tile along it; of stacked layers, for each layer. If
+        False, they have one for each index along the axes that an op keeps.
+      schedule: when in training the ops of this rule are quantized, and with how many
+        bits. It replaces the schedule of `wrap_train_step`. See `Schedule`.
 
     Raises:
       ValueError: if a field is wrong, or `act_qtype` is set without `weight_qtype`.
@@ -180,8 +180,8 @@ class QuantizationRule:
             known = [*ops.names(), *LITERT_OP_NAMES]
             near = difflib.get_close_matches(name, known, cutoff=0.85)
             if not {name, _op_name(name)} & {*known} and (near or not name):
-                meant = f"do you mean {near[0]!r}?" if near else "it has no letters"
-                raise self._error("op_names", f"{name!r} is no op; {meant}")
+                meant = f"write {near[0]!r}" if near else "it has no letters"
+                raise self._error("op_names", f"{name!r} is not an op: {meant}")
         for field in ("weight_qtype", "act_qtype"):
             qtype = getattr(self, field)
             if qtype is not None and not (field == "act_qtype" and is_int16(qtype)):
@@ -244,7 +244,11 @@ class QuantizationRule:
         else:
             kind = ops.by_name(op_name)
             named = kind is None or not kind.by_name_only
-        return named and re.fullmatch(self.module_path, module_path) is not None
+        return named and self.matches_module(module_path)
+
+    def matches_module(self, module_path: str) -> bool:
+        """Whether the rule's `module_path` matches the path of a module."""
+        return re.fullmatch(self.module_path, module_path) is not None
 
     @property
     def act_method(self) -> str:
@@ -466,7 +470,7 @@ class QuantizationRule:
         if schedule is None:
             return
         if not isinstance(schedule, Schedule):
-            raise self._error("schedule", "it must be a qat.Schedule")
+            raise self._error("schedule", "it must be a Schedule")
         if self.weight_qtype is None:
             raise self._error("schedule", "it needs a weight_qtype")
         if schedule != schedule.of_rules:
@@ -579,7 +583,8 @@ def check_rules(rules: Sequence[QuantizationRule]) -> tuple[QuantizationRule, ..
     if isinstance(rules, QuantizationRule):
         raise TypeError(f"Expected a list of rules, got one rule: pass [{rules}].")
     if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
-        raise TypeError(f"Expected a list of rules, got {shortened(rules)}.")
+        order = " The rules come after the model or the step." * callable(rules)
+        raise TypeError(f"Expected a list of rules, got {shortened(rules)}.{order}")
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, QuantizationRule):

@@ -22,40 +22,44 @@ OF_WHOLE_STEPS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    r"""When fake quantization begins, with how many bits, and what stays from when on.
+    r"""When fake quantization begins, with how many bits, and when statistics freeze.
 
-    At step ``t``, counted from 0, where ``Q`` is fake quantization, the forward has for
-    a weight ``x``
+    Let ``Q`` be fake quantization. At step ``t``, counted from 0, the forward computes
+    with this blend of a weight ``x``
 
     .. math:: x + a_t (Q(x) - x), \quad
       a_t = \min(\max((t - \mathrm{start}) / \mathrm{ramp}, 0), 1)
 
-    in the place of ``Q(x)``, and ``a_t`` is 0 before the start and 1 from it on without
-    a ramp. The gradient is that of this sum, with the straight-through gradient of
-    ``Q``: where ``Q`` passes gradients, all of it. Activations begin at
+    Without a ramp, ``a_t`` is 0 before the start, and 1 from then on. The gradient is
+    that of this sum, with the straight-through gradient of ``Q``. Activations begin at
     `act_start_step`.
 
-    That activations begin later than weights, when their ranges have settled, is from
-    arXiv 1712.05877, section 3.1; a blend that goes from the float weights to the
-    quantized ones is from arXiv 1903.01061, which does without a straight-through
-    gradient.
+    Starting activations later than weights, when their ranges have settled, is from
+    arXiv 1712.05877, section 3.1. The blend is from arXiv 1903.01061, which uses no
+    straight-through gradient.
 
-    `wrap_train_step` follows schedules. Everything else takes the rules as they are,
-    which is how training ends: `wrap_eval_step`, `plan`, `quantize_model`, PTQ, export.
-    The schedule of one rule says when its ops are quantized. The last three attributes
-    are for the whole step, whose state holds the statistics: a rule refuses them.
+    Only `wrap_train_step` follows schedules. Everything else takes the rules as
+    training ends with them: `wrap_eval_step`, `plan`, `quantize_model`, PTQ, export. A
+    rule may have a schedule of its own, which says when its ops are quantized. The last
+    three attributes are for a whole step, so a rule refuses them.
 
     Attributes:
       start_step: the first step in which weights are quantized.
-      ramp_steps: the number of steps in which quantization comes in, from each start.
-      weight_qtypes: the type of weights by step, such as `{0: "int8", 300: "int4"}`:
-        each is for its step and those after it. The last is that of the rule; if None,
-        that is the type throughout. Where a scale is trained (`"lsq"`, `"lsq+"`) it is
-        that of one type, and a rule refuses several.
+      ramp_steps: the number of steps over which quantization comes in, from each start.
+      weight_qtypes: the type of weights by step, such as `{0: "int8", 300: "int4"}`.
+        Each is for its step and those after it. The last one has to be the type of the
+        rule. If None, weights have that type throughout. A trained scale (`"lsq"`,
+        `"lsq+"`) belongs to one type, so a rule refuses several then.
       act_qtypes: the same for activations.
       act_start_step: the first step in which activations are quantized; `start_step` if
-        None. Static ranges are measured from the first step on in which weights or
+        None. Static ranges are measured from the first step in which weights or
         activations are quantized.
+      quant_stats_warmup: the number of batches that a static range in the state has to
+        have seen before it is used. Until then, each batch has its own range.
+      quant_stats_freeze_step: the first step in which the static ranges in the state
+        stay as they are; never if None.
+      batch_stats_freeze_step: the first step in which the statistics of batch
+        normalization stay as they are; never if None.
 
     Raises:
       TypeError: if a step is no int.

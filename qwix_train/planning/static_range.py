@@ -119,12 +119,16 @@ def from_statistics(
 def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Array]:
     where = "/".join(path)
     if "count" not in statistics:
-        raise ValueError(f"The quant_stats of {where!r} have no 'count'.")
+        raise ValueError(
+            f"The quant_stats of {where!r} have no 'count'. Pass those of a "
+            "Calibrator, or what ranges(state, rules) gives."
+        )
     count = statistics["count"]
     if is_concrete(count) and not np.all(processes.whole(count) > 0):
         raise ValueError(
             f"The quant_stats of {where!r} are empty: its op was not reached while "
-            "ranges were collected."
+            "ranges were collected. Collect them on batches that reach it, or put a "
+            "rule without act_static_scale for it before the others."
         )
     found = {
         end: _mean(jnp.asarray(value), count) if kind == "sum" else jnp.asarray(value)
@@ -134,7 +138,8 @@ def _calibration(path: Path, statistics: Mapping[str, Any]) -> dict[str, jax.Arr
         raise ValueError(
             f"The quant_stats of {where!r} give no range: beside 'count' they have "
             f"{sorted(set(statistics) - {'count'})}, where sum_of_absmax is expected, "
-            "or sum_of_min and sum_of_max."
+            "or sum_of_min and sum_of_max. Pass those of a Calibrator, or what "
+            "ranges(state, rules) gives."
         )
     return found
 

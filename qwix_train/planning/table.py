@@ -172,12 +172,17 @@ def _summary(plan: Plan) -> list[str]:
 
 def unused(plan: RuleUse, index: int) -> str:
     """Says why a rule decided for no op."""
-    said = f"rule {index} (module_path={plan.rules[index].module_path!r}) decided for"
+    rule = plan.rules[index]
+    said = f"rule {index} (module_path={rule.module_path!r}"
     if earlier := plan.shadowed_by(index):
         taken = " and ".join(f"rule {i}" for i in earlier)
-        return f"{said} no op: {taken} came first for all that it matches"
+        return f"{said}) has no effect: {taken} came first for all that it matches"
+    if there := plan.at_module_paths(index):
+        names = tuple(rule.op_names)
+        return f"{said}, op_names={names}) matches no op; ops there: {some(there)}"
     near = plan.near_misses(index) or list(plan.module_paths[:5])
-    return f"{said} no op; module paths that exist: {', '.join(map(repr, near))}"
+    exist = ", ".join(map(repr, near))
+    return f"{said}) matches no op; module paths that exist: {exist}"
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

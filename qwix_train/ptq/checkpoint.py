@@ -184,17 +184,18 @@ def restore(
 
     Args:
         path: The folder that `save` made.
-        abstract: The params of the model that will use them, such as
-            ``jax.eval_shape(ptq_model.init, key, x)['params']``; concrete ones do as
-            well. The result has its structure, boxes included. For an NNX module,
-            which may be abstract, a copy of it with the params. With None the
-            structure is that of the checkpoint, as nested dicts.
+        abstract: The params of the model that will use them, as `abstract_params`
+            gives them; concrete ones do as well. The result has their structure,
+            boxes included. For an NNX module, which may be abstract, it is a copy of
+            the module with the params. With None the structure is that of the
+            checkpoint, as nested dicts.
         shardings: A `jax.sharding.Sharding` for all params, or nested dicts of
             shardings, where one is for all of a param, or of all params, below it.
-            Scales and zero points are sharded as their codes, save along axes where
-            they have 1 entry or do not divide. Without it the shardings of
-            ``abstract`` count, and where that has none, an array goes where JAX puts
-            new ones: to the default device or, under ``jax.set_mesh``, to all.
+            Scales and zero points are sharded as their codes, but not along axes
+            where they have 1 entry, or that the mesh does not divide. Without it the
+            shardings of ``abstract`` count. An array that has none there goes where
+            JAX puts new ones: to the default device or, under ``jax.set_mesh``, to
+            all.
 
     Returns:
         The params.
@@ -277,7 +278,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
             record = checkpointer.restore(path / _MANIFEST)
         except (OSError, RecursionError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no complete checkpoint of quantized params: its "
+                f"{path} is not a complete checkpoint of ptq.save or lora.save: its "
                 f"manifest cannot be read ({error})."
             ) from error
     with located(f"The manifest of {path} is refused", "."):
@@ -387,22 +388,34 @@ def _check_same_model(
     model = {param.path: param for param in want}
     missing = [p.name for p in want if p.path not in checkpoint]
     unexpected = [p.name for p in have if p.path not in model]
+    in_float = [
+        p.name for p in have if (q := model.get(p.path)) and p.qtype and not q.qtype
+    ]
     different = [
         f"{p.name} ({text}, but in the model {other})"
         for p in have
-        if (q := model.get(p.path)) and (text := _text(p, q)) != (other := _text(q, p))
+        if p.name not in in_float
+        and (q := model.get(p.path))
+        and (text := _text(p, q)) != (other := _text(q, p))
     ]
     problems = [
         f"{title}: {plan_table.some(names, 3)}."
         for title, names in (
             ("Missing in the checkpoint", missing),
             ("Not in the model", unexpected),
+            ("Quantized in the checkpoint, and in float in the model", in_float),
             ("Different", different),
         )
         if names
     ]
     names = [tuple(map(str, p.path)) for p in have if p.path not in model]
     found = [leaf.part for name in names if (leaf := Leaf.parse(name)) is not None]
+    if in_float:
+        problems.append(
+            "Give the params of the quantized model, or their shapes: "
+            "ptq.abstract_params(model, params, rules, *inputs). The rules are in "
+            f"ptq.read_manifest({str(path)!r}).rules."
+        )
     if "pre_quant_scale" in found:
         problems.append(
             "Awq and SmoothQuant give scales of input channels, for which a model of "

@@ -112,7 +112,9 @@ def check_config(config: Any) -> None:
     for name in ("sparsity_config", "transform_config"):
         _check(config.get(name), name, dict | None)
     if (config.get("sparsity_config") or {}).get("format") not in _DENSE:
-        raise ValueError("Checkpoints with compressed sparsity cannot be read.")
+        raise ValueError(
+            "Checkpoints with compressed sparsity cannot be read: take the dense one."
+        )
     if (config.get("transform_config") or {}).get("config_groups"):
         raise ValueError("Checkpoints with transforms of weights cannot be read.")
     _check_sizes(config.get("weight_block_size"), "weight_block_size")

@@ -85,8 +85,9 @@ def encode_layer(
     """
     if array.ndim != 2:
         raise ValueError(
-            f"it has shape {tuple(array.shape)}, and only matrices can be written. "
-            "For stacks of layers, and axes of heads, pass `mapping`"
+            f"it has shape {tuple(array.shape)}, and the format holds matrices alone. "
+            "Stacks of layers, and axes of heads, become matrices by `mapping`, as "
+            "ptq.hugging_face.mapping gives it; a kernel of a convolution does not"
         )
     scale = np.asarray(array.scale)
     check_scale(scale)

@@ -391,7 +391,10 @@ class _Writer:
 
     def _encode(self, name: str, array: Any) -> dict[str, Any]:
         if not isinstance(array, QArray):
-            raise ValueError("it is the scale of an activation other than a layer's")
+            raise ValueError(
+                "it is the scale of an activation that is not the input of a layer: "
+                "give its op dynamic ranges, or use ptq.save"
+            )
         format = compressed_layers.layer_format(array.qtype, self.int8_format)
         tensors, args = compressed_layers.encode_layer(array, format)
         if name.rpartition(".")[2] != "weight":
@@ -411,7 +414,8 @@ class _Writer:
             raise ValueError(
                 f"{where} cannot be written: a layer, which has one quantized matrix, "
                 "can have one scale for its input. This module has "
-                f"{len(layers)} such matrices, and the range has shape {value.shape}."
+                f"{len(layers)} such matrices, and the range has shape {value.shape}. "
+                "Give its op dynamic ranges, or use ptq.save."
             )
         (layer,) = layers
         name = f"{layer}.input_{kind}" if layer else f"input_{kind}"
@@ -467,7 +471,9 @@ class _Reader:
             where = param_path(name, leaf.ndim)
         path = tuple(where.split("/"))
         if path in self.params:
-            raise ValueError(f"{name} and another tensor would both become {where}.")
+            raise ValueError(
+                f"{name} and another tensor would both become {where}. Pass `rename`."
+            )
         self.names[path] = name
         transposed = is_transposed(path, leaf.ndim)
         self.params[path] = _transpose(leaf) if transposed else leaf

@@ -327,7 +327,10 @@ def _qtype_to_qwix(qtype: Any) -> str:
     if entry.name == "ternary" or (
         (entry.table is not None or entry.block) and entry.name not in of_qwix
     ):
-        raise ValueError(f"qwix has no type {entry.name}.")
+        raise ValueError(
+            f"qwix has no type {entry.name}. Quantize the float params to one that it "
+            "has, such as 'int4'."
+        )
     return "int2" if entry.name == "int1" else entry.name
 
 

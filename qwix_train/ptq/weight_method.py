@@ -355,7 +355,8 @@ class WeightMethod(Collector, abc.ABC):
             if is_concrete(counts) and not np.all(processes.whole(counts)):
                 raise ValueError(
                     f"No input was collected for {name!r}: its op was not reached, or "
-                    "every batch was empty or not finite."
+                    "every batch was empty or not finite. Run the wrapped step on "
+                    "batches that reach it, or leave it out of the rules."
                 )
 
 
@@ -471,7 +472,8 @@ class Job:
         if view.stored != param.shape:
             raise ValueError(
                 f"Param {'/'.join(path)!r} has shape {param.shape}, and {view.stored} "
-                "in the model whose inputs were collected."
+                "in the model whose inputs were collected. Give the params of that "
+                "model."
             )
         all_states = [
             state

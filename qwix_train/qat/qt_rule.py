@@ -26,20 +26,20 @@ class QtRule(QuantizationRule):
         dx = s_g (Q(g s_w) @ Q_w^T)
         dw = s_g (Q_x^T @ Q(g s_x))
 
-    so that 8-bit types meet 8-bit types: the scales of what the forward has quantized
-    go into the gradient ``g``, before that is quantized for the product. It has a scale
-    for each index along the axes that the product keeps, unless the rule sets
-    `disable_channelwise_axes`. ``y`` is what it is without
-    `bwd_qtype`, to float rounding. Forward-mode and second derivatives are refused, as
-    for all functions with a rule of their own for the way back.
+    So 8-bit types meet 8-bit types. The scales of the forward go into the gradient
+    ``g``, before ``g`` is quantized for the product. The gradient has a scale for each
+    index along the axes that the product keeps, unless the rule sets
+    `disable_channelwise_axes`. ``y`` is the same as without `bwd_qtype`, to float
+    rounding. Forward-mode and second derivatives are refused, as for every
+    `jax.custom_vjp`.
 
-    Where an operand has no codes to multiply, its values are multiplied: one that
-    stays in float, has small tiles or a zero point, is nf4, or reaches the op through
-    arithmetic.
+    Some operands have no codes to multiply: one that stays in float, has small tiles or
+    a zero point, is nf4, or reaches the op through arithmetic. Then its values are
+    multiplied.
 
-    Scales of the forward are constant along what the forward sums over. Published
-    recipes have scales that are constant along what each product sums over: then
-    `bwd_residuals` has the operands quantized once more for the way back,
+    Scales of the forward are constant along the axis that the forward sums over. In
+    published recipes, scales are constant along the axis that each product sums over.
+    For these, `bwd_residuals` quantizes the operands once more for the backward pass,
 
         dx = Q(g) @ Q(w)^T
         dw = Q(x)^T @ Q(g)
@@ -58,50 +58,49 @@ class QtRule(QuantizationRule):
         scale along the last axis that a backward product contracts, as `tile_size`:
         along the outputs for the gradient of an activation. All of them if None.
       bwd_weight_grad_tile_size: the same for the product that gives the gradient of a
-        weight, where it is not `bwd_tile_size`. The axis that this contracts is one of
-        the activation's, such as the sequence's; a larger tile spans sequences.
-      bwd_residuals: what meets the incoming gradient. `"quantized"`: the codes of the
-        forward. `"original"`: the operand as it was, quantized by the fields of the
-        forward, in groups along what the backward product contracts; it is kept for
-        the way back, in float. `"requantized"`: the same of the values that the codes
-        of the forward stand for, so that codes are all that is kept. Activations with
-        static ranges have the codes of the forward in any case.
-      bwd_weight_grad_rotation: a rotation of both operands of the product that gives
-        the gradient of a weight, along the last axis that it contracts, before they are
-        quantized for it; written as `rotation`. It needs another `bwd_residuals` than
-        `"quantized"` where activations are quantized.
-      bwd_averaging: delayed scaling of gradients, as `act_averaging` says it for
-        activations: `"amax_history,16"` quantizes a gradient by the largest magnitude
-        of those of the 16 steps before it, with one scale for the whole of it. It is
-        measured on the way back, and kept in the state of the step: `attach`, and
-        `wrap_train_step`. The range of the gradient itself if None. A factor of the
-        calibration method is the margin: `"absmax,2"` leaves one bit of it.
+        weight; `bwd_tile_size` if None. This product contracts axes of the activation,
+        such as that of the sequence. A larger tile spans sequences.
+      bwd_residuals: what the incoming gradient is multiplied by. `"quantized"`: the
+        codes of the forward. `"original"`: the operand as it was, quantized by the
+        fields of the forward, in groups along the axis that the backward product
+        contracts. It is kept in float for that. `"requantized"`: the same, made from
+        the values of the codes, so only codes are kept. Activations with static ranges
+        always have the codes of the forward.
+      bwd_weight_grad_rotation: a rotation for the product that gives the gradient of a
+        weight. Both operands are rotated along the last axis that it contracts, before
+        they are quantized. Written like `rotation`. If activations are quantized, it
+        needs another `bwd_residuals` than `"quantized"`.
+      bwd_averaging: delayed scaling of gradients, as `act_averaging` for activations.
+        `"amax_history,16"` quantizes a gradient by the largest magnitude of the 16
+        steps before it, with one scale. It is measured in the backward pass, and kept
+        in the state of the step: see `attach` and `wrap_train_step`. If None, the range
+        is that of the gradient itself. A factor of the calibration method is the
+        margin: `"absmax,2"` leaves one bit of it.
       bwd_axis_names: for gradients what `act_axis_names` is for activations. A
         gradient has one scale then: set `disable_channelwise_axes`, or `bwd_averaging`.
       bwd_stochastic_rounding: `"uniform"` or `"low_bit_uniform"` noise for stochastic
-        rounding of gradients, of every type; to nearest if None. The backward products
-        are then unbiased where the range covers the gradient, as that of `"absmax"`
-        does: integers have it half a step wider than for rounding to nearest, so that
-        no code is cut off.
+        rounding of gradients, of every type; to nearest if None. It makes the backward
+        products unbiased, if the range covers the gradient, as that of `"absmax"` does.
+        For integers that range is half a step wider than for rounding to nearest, so
+        that no code is clipped.
       channelwise_noise_axes: the axes of a gradient along which each index has noise
-        of its own, those that it has; negative ones count from its last. The others
-        share it, which is faster. All of them, `(0, 1)` for a matrix, for independent
-        errors.
-      additional_qt_config: of the settings of the reference, only
-        `{"use_original_residuals": False}` has a meaning: backward products take what
-        the forward has quantized. That is so in any case, and becomes None, as settings
-        do that are None themselves, such as `{"sparsity_rule": None}`.
+        of its own. Negative ones count from the last, and axes that it does not have do
+        not count. Along the other axes elements share their noise, which is faster. For
+        independent errors, name all axes: `(0, 1)` for a matrix.
+      additional_qt_config: settings of `qwix`. Only `{"use_original_residuals": False}`
+        has a meaning: backward products take what the forward has quantized. That is
+        the default here, so it becomes None. So do settings that are None themselves,
+        such as `{"sparsity_rule": None}`.
 
-    Delayed scaling, where the range of a batch is that of batches before it, is
-    `bwd_averaging` for gradients, and for activations `act_static_scale=True` with
-    `act_averaging="amax_history,16"`. Weights have the range that they have at the
-    time, which is known before any product, and which a quantized model has. What is
-    larger than all that was seen before is cut off.
+    Delayed scaling means that the range of a batch is that of the batches before it.
+    For gradients set `bwd_averaging`, and for activations `act_static_scale=True` with
+    `act_averaging="amax_history,16"`. Values above all that were seen before are
+    clipped. Weights have their own range, which is known before any product.
 
-    The noise has no state. Its key is made of the op, the gradient, and, where the
-    model has a stream `"stochastic_rounding"` of random keys, one of these. So steps,
-    layers, micro-batches and ops have noise of their own, and a step that is run again
-    after a restart has the same.
+    The noise has no state. Its key is made from the op, the gradient, and a key of the
+    stream `"stochastic_rounding"`, if the model has one. So steps, layers,
+    micro-batches and ops have noise of their own. A step that runs again after a
+    restart has the same noise.
 
     Raises:
       ValueError: if a field is wrong, or `bwd_qtype` is missing where another field

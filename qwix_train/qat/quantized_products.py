@@ -210,9 +210,9 @@ def _check_op(op: Op, rule: QtRule) -> None:
         tile = getattr(rule, field)
         if tile is not None and not kind.has_tiles:
             raise ValueError(
-                f"{op.where}: {field}={tile} is set, but {kind.plural} "
-                "have no sub-channel quantization. Put a rule without it, for "
-                f"op_names=({op.name!r},), before this one."
+                f"{op.where}: {field}={tile} gives each {tile} elements a scale, and "
+                f"{kind.plural} have no such tiles. Put a rule with "
+                f"op_names=({op.name!r},), and without {field}, before it."
             )
 
 

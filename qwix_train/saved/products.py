@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from qwix_train.planning import table as plan_table
 from qwix_train.planning.leaves import Leaf
 from qwix_train.planning.rules import QuantizationRule
-from qwix_train.ptq import params
+from qwix_train.ptq import whole_model
 from qwix_train.ptq.hugging_face import places
 from qwix_train.ptq.hugging_face.axes import Axes
 from qwix_train.ptq.hugging_face.places import Assembly, TensorMapping
@@ -60,7 +60,7 @@ def abstract_params(
         held = stored.by_path(tree)
         return [_product(held[assembly.path], assembly) for assembly in products]
 
-    return params.abstract_params(program, shapes, rules)
+    return whole_model.abstract_params(program, shapes, rules)
 
 
 def _check_matched(

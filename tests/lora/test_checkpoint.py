@@ -18,7 +18,7 @@ from tests.models import Mlp, assert_same
 
 X = jnp.ones((2, 6))
 # One of the rules of a manifest is not for adapters, and matches nothing here.
-pytestmark = pytest.mark.filterwarnings("ignore:A rule matches nothing")
+pytestmark = pytest.mark.filterwarnings("ignore:Rule . .*matches no op")
 RULES = [
     qwix_train.QuantizationRule(module_path="none"),
     lora.LoraRule(

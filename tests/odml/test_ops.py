@@ -22,7 +22,7 @@ def test_rules_take_names_and_ids(name):
 
 
 def test_an_unknown_name_is_an_error_that_names_the_nearest():
-    with pytest.raises(ValueError, match="'sinh' is no op; do you mean 'sin'"):
+    with pytest.raises(ValueError, match="'sinh' is not an op: write 'sin'"):
         QuantizationRule(op_names=["sinh"])
 
 

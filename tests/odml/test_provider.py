@@ -324,7 +324,7 @@ BAD = {
     "a range of inputs": (
         dict(weight_qtype="int8"),
         {"fixed_range_for_inputs": (1, 2)},
-        r"fixed_range_for_inputs=\(1, 2\) must hold 0",
+        r"fixed_range_for_inputs=\(1, 2\) must go from 0 or less",
     ),
     "a range of outputs": (
         dict(weight_qtype="int8"),

@@ -593,7 +593,7 @@ def test_two_tensors_for_one_param(tmp_path):
         (
             {"w": {"kernel": weight("int8", (8, 2, 4), channelwise_axes=(1, 2))}},
             {"rename": lambda path: "w.weight"},
-            r"shape \(8, 2, 4\), and only matrices",
+            r"shape \(8, 2, 4\), and the format holds matrices",
         ),
         (
             {
@@ -609,7 +609,7 @@ def test_two_tensors_for_one_param(tmp_path):
         (
             {"w": {"kernel": weight("int8", (3, 8, 4), channelwise_axes=(0, 2))}},
             {},
-            r"only matrices can be written. For stacks of layers, and axes",
+            r"the format holds matrices alone. Stacks of layers, and axes",
         ),
         (
             {"w": {"query": weight("int8", (8, 4))}},

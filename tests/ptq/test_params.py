@@ -126,14 +126,14 @@ def test_other_errors():
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     quantized = quantize_model(model, PtqProvider(models.INT8), X)
     params = nnx.to_pure_dict(nnx.state(model))
-    with pytest.raises(TypeError, match="given by the model itself"):
+    with pytest.raises(TypeError, match="Give the quantized model itself"):
         quantize_params(params, nnx.state(quantized))
     with pytest.raises(ValueError, match="Give the NNX model itself"):
         quantize_params(params, nnx.to_pure_dict(nnx.state(quantized)))
     with pytest.raises(TypeError, match="'bias' is a Param"):
         quantize_params(nnx.state(model), quantized)
     for linen in (quantize_model(MODEL, PtqProvider(models.INT8)), MODEL.init):
-        with pytest.raises(TypeError, match="jax.eval_shape.model.init, key, x"):
+        with pytest.raises(TypeError, match=r"ptq.abstract_params\(model"):
             quantize_params(PARAMS, linen)
 
 
@@ -178,6 +178,18 @@ def test_donated_arrays_are_deleted_and_others_are_not():
         "['bias']": False,
         "['kernel']": True,
     }
+
+
+def test_the_shapes_of_a_model_that_has_no_params_yet():
+    found = ptq.abstract_params(MODEL, None, models.INT8, X)
+    assert jax.tree.structure(found) == jax.tree.structure(ABSTRACT)
+    assert jax.tree.leaves(found) == jax.tree.leaves(ABSTRACT)
+    model = nnx.eval_shape(lambda: nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    found = ptq.abstract_params(model, None, models.INT8, X)
+    scale = ptq.to_tree(found)["kernel"].array.scale
+    assert scale == jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    with pytest.raises(TypeError, match="A function holds no params"):
+        ptq.abstract_params(lambda p, x: x @ p, None, models.INT8, X)
 
 
 def nbytes(tree):

@@ -200,7 +200,7 @@ def test_a_tile_that_does_not_fit_names_the_op():
     with pytest.raises(ValueError, match=message):
         jax.grad(lambda w: quantized(w, x).sum())(w)
     quantized = quantize_fn(conv, QtProvider([rule(bwd_weight_grad_tile_size=4)]))
-    with pytest.raises(ValueError, match="convolutions have no sub-channel"):
+    with pytest.raises(ValueError, match="convolutions have no such tiles"):
         quantized(data(3, 3, 4, 6), data(2, 6, 6, 4))
 
 
