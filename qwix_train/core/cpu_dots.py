@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwix_train.core import numerics
-from qwix_train.core.formats import SmallFloat, levels
+from qwix_train.core.formats import SmallFloat
 from qwix_train.core.symbolic import surely
 
 # Measured by `python -m benchmarks.ptq --sections forms` on two cores of an AMD EPYC
@@ -140,7 +140,7 @@ class _Plane(NamedTuple):
     zero_point: jax.Array | None  # shape=(A or 1, C or 1, B or 1)
 
     def values(self, stored: jax.Array) -> jax.Array:
-        """Returns values but for the scale, of codes of shape (A, C, ..., B, planes)."""
+        """Returns values but for the scale, of codes (A, C, ..., B, planes)."""
         out = self.read(stored)
         if self.zero_point is None:
             return out
@@ -371,9 +371,7 @@ def _to_float(
     entry = numerics.format_of(qtype)
     if isinstance(entry.elements, SmallFloat):
         return numerics.bits_to_float(stored, entry, dtype)
-    if entry.table is not None and in_memory:
-        return levels.looked_up(stored, entry.table, dtype)
-    return numerics.codes_to_float(stored, qtype, dtype)
+    return numerics.codes_to_float(stored, qtype, dtype, in_memory=in_memory)
 
 
 def _chunk_count(size: int, tiles: set[int], longest: int | None) -> int:
