@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import numerics
+from qwix_train.core import numerics, product_forms
 from qwix_train.core.formats import SmallFloat
 from qwix_train.core.symbolic import surely
 
@@ -202,6 +202,9 @@ def weight_dot(
         else form or choose_form(x2.shape[0], size, weight.qtype)
     )
     out = _rows(product, _sum_floats) if form == "rows" else None
+    if out is None and form == "rows":
+        form = "blocks"
+    product_forms.tell(f"{form} on CPU")
     if out is None:
         rows = product.stored.shape[1] if form == "whole" else _block_rows(product)
         out = _blocks(product, rows, precision, wide, remat=transposable)
@@ -254,6 +257,7 @@ def integer_dot(
     out = None
     if form == "rows" and product.stored.shape[1] // product.chunks <= _EXACT_TERMS:
         out = _rows(product, _sum_integers)
+    product_forms.tell(f"{'blocks' if out is None else 'rows'} on CPU")
     if out is None:
         out = _blocks(product, _block_rows(product), None, np.dtype(np.int32))
     return out.reshape(shape)

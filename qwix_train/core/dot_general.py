@@ -25,7 +25,7 @@ import numpy as np
 from jax import export
 
 from qwix_train.core import operands as ops
-from qwix_train.core import structural, tiling
+from qwix_train.core import product_forms, structural, tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.core.symbolic import is_symbolic, surely
@@ -105,6 +105,7 @@ def dot_general(
         return _dequantized_product(lhs, rhs, numbers, result, kwargs)
 
     batch = len(numbers[1][0])
+    product_forms.tell("codes")
     lhs, rhs = _cut(lhs, numbers[0][0], tiles), _cut(rhs, numbers[0][1], tiles)
     numbers = _split_numbers(numbers, tiles)
     sums = _sum_products(
@@ -274,6 +275,7 @@ def _dequantized_product(
     weight, x = (lhs, ops.as_float(rhs)) if swap else (rhs, ops.as_float(lhs))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     if batch or kwargs["out_sharding"] is not None or not is_float:
+        product_forms.tell("dequantized")
         return jax.lax.dot_general(
             ops.as_float(lhs),
             ops.as_float(rhs),
