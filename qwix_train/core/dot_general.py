@@ -25,7 +25,7 @@ import numpy as np
 from jax import export
 
 from qwix_train.core import operands as ops
-from qwix_train.core import product_forms, structural, tiling
+from qwix_train.core import product_forms, scaled_dots, structural, tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.core.symbolic import is_symbolic, surely
@@ -100,6 +100,11 @@ def dot_general(
     _check_sizes(lhs.shape, rhs.shape, numbers)
     lhs, rhs = _with_kept_scales(lhs, numbers, 0), _with_kept_scales(rhs, numbers, 1)
     result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
+    if not numbers[1][0] and out_sharding is None:
+        out = scaled_dots.product(lhs, rhs, numbers[0])
+        if out is not None:
+            product_forms.tell("scaled_dot")
+            return out.astype(result)
     tiles = _contracted_tiles(lhs, rhs, numbers)
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
         return _dequantized_product(lhs, rhs, numbers, result, kwargs)
