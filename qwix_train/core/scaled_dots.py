@@ -110,7 +110,7 @@ def _matrix(operand: MaybeQArray, axes: tuple[int, ...]) -> _Matrix | None:
         or any(entries[axis] != 1 for axis in axes[cut + 1 :])
         or any(entries[axis] not in (1, shape[axis]) for axis in free)
         or 0 in shape
-        or terms != blocks * entry.block  # pyright: ignore[reportOptionalOperand]
+        or terms != blocks * (entry.block or 0)
     ):
         return None
 
