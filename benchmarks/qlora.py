@@ -29,8 +29,9 @@ from benchmarks import models
 from benchmarks.ptq import HAS_QWIX, normal, packages
 from benchmarks.qat_step import amount, interleaved, table, timed
 from benchmarks.results import run_sections
-from qwix_train import HowToQuantize, dequantize, lora
+from qwix_train import HowToQuantize, lora
 from qwix_train.core import packed_array
+from qwix_train.core.qarray import dequantize_stored
 
 if HAS_QWIX:
     import qwix
@@ -278,7 +279,7 @@ def bench_codec(options) -> list[dict[str, Any]]:
     how = HowToQuantize(qtype="nf4", channelwise_axes=(1,), tiled_axes={0: 64})
     encode = jax.jit(functools.partial(packed_array.quantize_packed, how=how))
     encoders[PACKED] = functools.partial(encode, array)
-    decode = jax.jit(lambda packed: dequantize(packed_array.unpack(packed)))
+    decode = jax.jit(lambda packed: dequantize_stored(packed_array.unpack(packed)))
     decoders[PACKED] = functools.partial(decode, encoders[PACKED]())
     values = {name: np.asarray(decode()) for name, decode in decoders.items()}
     # Quantized scales are off by half a step at most.

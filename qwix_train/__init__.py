@@ -17,7 +17,8 @@ Models: `quantize_model`, `quantize_fn`, `apply_lora_to_model` with a
 
 Arrays: `quantize`, `dequantize`, `QArray`, `WithAux`, `HowToQuantize`, and `dot`,
 `dot_general`, `einsum`, `conv_general_dilated`, `ragged_dot`, `ragged_dot_general`;
-`pallas_products` has them computed by a kernel.
+`pallas_products` has them computed by a kernel, `scaled_dots` by JAX's own product of
+operands in blocks.
 
 Long work says how far it is (`Progress`) on a terminal; `progress` says where else.
 
@@ -44,6 +45,7 @@ from qwix_train.core.qarray import QArray as QArray
 from qwix_train.core.qarray import WithAux as WithAux
 from qwix_train.core.qarray import dequantize as dequantize
 from qwix_train.core.qarray import quantize as quantize
+from qwix_train.core.scaled_dots import scaled_dots as scaled_dots
 from qwix_train.files.progress import Progress as Progress
 from qwix_train.files.progress import progress as progress
 from qwix_train.frontends.model import apply_lora_to_model as apply_lora_to_model

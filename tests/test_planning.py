@@ -55,6 +55,7 @@ def test_records():
             "act_static_scale": False,
             "rule": 0,
             "quantized": True,
+            "product": "",
             "reason": "",
         },
         {
@@ -69,6 +70,7 @@ def test_records():
             "act_static_scale": False,
             "rule": 1,
             "quantized": False,
+            "product": "",
             "reason": "the rule sets no weight_qtype",
         },
     ]

@@ -80,9 +80,11 @@ PTQ = [
     Variant("int8", "float", _NEAREST, weight_rules("int8")),
     Variant("int8", "int8 dynamic", _NEAREST, int8_rules()),
     Variant("mxfp8", "float", _NEAREST, weight_rules("mxfp8")),
+    Variant("mxfp6", "float", _NEAREST, weight_rules("mxfp6")),
     Variant("nvfp4", "float", _NEAREST, weight_rules("nvfp4")),
     Variant("mxfp4", "float", _NEAREST, weight_rules("mxfp4")),
     Variant("nf4, tile 64", "float", _NEAREST, weight_rules("nf4", tile_size=64)),
+    Variant("nf4, tile 32", "float", _NEAREST, weight_rules("nf4", tile_size=32)),
     Variant("int4, tile 64", "float", _NEAREST, weight_rules("int4", tile_size=64)),
     Variant("int4, tile 32", "float", _NEAREST, weight_rules("int4", tile_size=32)),
 ]
@@ -121,4 +123,6 @@ METHODS = [
     ),
     Variant("int4, tile 32", "float", "minmax, AWQ", _int4_rules(), ptq.Awq),
     Variant("int4, tile 32", "float", "minmax, GPTQ", _int4_rules(), ptq.Gptq),
+    Variant("nvfp4", "float", "GPTQ", weight_rules("nvfp4"), ptq.Gptq),
+    Variant("mxfp4", "float", "GPTQ", weight_rules("mxfp4"), ptq.Gptq),
 ]

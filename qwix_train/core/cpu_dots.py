@@ -14,9 +14,10 @@ one row. The forms here keep what is converted in the caches, or in registers:
 What calls these has to keep XLA from converting the weights before it has the
 activations; see `arrival`.
 
-Two codes of four bits are read as one byte, since LLVM does not vectorize loads of
-four bits. They are neighbors along the last axis of the weight; where that is kept,
-the even and the odd columns of the result are computed apart and then interleaved.
+Two codes of four bits share a byte, and are neighbors along the last axis of the
+weight. Each of them is read on its own, by a slice: LLVM then knows which half of the
+byte it is, and vectorizes the loads. Where that axis is kept, the even and the odd
+columns of the result are computed apart and then interleaved.
 
 The contraction is cut into chunks, and a block takes a piece of each. So the scale of
 a tile is that of a chunk, and a weight that is sharded along the contraction is not
@@ -32,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_train.core import numerics
-from qwix_train.core.formats import SmallFloat, levels
+from qwix_train.core import numerics, product_forms
+from qwix_train.core.formats import SmallFloat
 from qwix_train.core.symbolic import surely
 
 # Measured by `python -m benchmarks.ptq --sections forms` on two cores of an AMD EPYC
@@ -131,15 +132,15 @@ class Operand(NamedTuple):
 
 
 class _Plane(NamedTuple):
-    """Part of a product: activations, and how to read their weights from bytes."""
+    """Part of a product: activations, and how to read their weights from codes."""
 
     x: jax.Array  # shape=(M, K)
-    read: Callable[[jax.Array], jax.Array]  # Bytes to scaled values.
+    read: Callable[[jax.Array], jax.Array]  # Codes to scaled values.
     scale: jax.Array | None  # shape=(A or 1, C, B or 1): one for each chunk
     zero_point: jax.Array | None  # shape=(A or 1, C or 1, B or 1)
 
     def values(self, stored: jax.Array) -> jax.Array:
-        """Returns values but for the scale, of bytes of shape (A, C, ..., B)."""
+        """Returns values but for the scale, of codes (A, C, ..., B, planes)."""
         out = self.read(stored)
         if self.zero_point is None:
             return out
@@ -147,14 +148,14 @@ class _Plane(NamedTuple):
         return out - self.zero_point.reshape(a, c, *(1,) * (out.ndim - 3), b)
 
     def scaled_values(self, stored: jax.Array) -> jax.Array:
-        """Returns values, of bytes of shape (A, C, K, B)."""
+        """Returns values, of codes of shape (A, C, K, B, planes)."""
         out = self.values(stored)
         return out if self.scale is None else out * self.scale[:, :, None]
 
 
 class _Product(NamedTuple):
     planes: list[_Plane]
-    stored: jax.Array  # shape=(A, K, B)
+    stored: jax.Array  # shape=(A, K, B, planes)
     join: Callable[[Sequence[jax.Array]], jax.Array]
     scale: jax.Array | None  # shape=(A or 1, B or 1): applied to the result
     chunks: int
@@ -201,6 +202,9 @@ def weight_dot(
         else form or choose_form(x2.shape[0], size, weight.qtype)
     )
     out = _rows(product, _sum_floats) if form == "rows" else None
+    if out is None and form == "rows":
+        form = "blocks"
+    product_forms.tell(f"{form} on CPU")
     if out is None:
         rows = product.stored.shape[1] if form == "whole" else _block_rows(product)
         out = _blocks(product, rows, precision, wide, remat=transposable)
@@ -253,6 +257,7 @@ def integer_dot(
     out = None
     if form == "rows" and product.stored.shape[1] // product.chunks <= _EXACT_TERMS:
         out = _rows(product, _sum_integers)
+    product_forms.tell(f"{'blocks' if out is None else 'rows'} on CPU")
     if out is None:
         out = _blocks(product, _block_rows(product), None, np.dtype(np.int32))
     return out.reshape(shape)
@@ -315,7 +320,7 @@ def _product(
     *,
     in_memory: bool = True,
 ) -> _Product | None:
-    """Cuts the contraction into chunks, and the weight into planes of bytes.
+    """Cuts the contraction into chunks, and the weight into planes.
 
     `in_memory` says that XLA does not compute the codes where they are read.
     """
@@ -331,37 +336,27 @@ def _product(
     )
     # Pairs lie along the last axis that is longer than 1.
     along_k = b == 1
-    if narrow and (k // max(tiles, default=1) if along_k else b) % 2 == 0:
-        pairs = (a, k // 2, 1, 2) if along_k else (a, k, b // 2, 2)
-        stored = jax.lax.bitcast_convert_type(codes.reshape(pairs), jnp.uint8)
-        signed = codes.dtype == jnp.int4
-        readers = [functools.partial(_nibble, high=h, signed=signed) for h in (0, 1)]
-    else:
-        # XLA reads floats of 8 bits ten times as slowly as their bits.
-        is_float = jnp.issubdtype(codes.dtype, jnp.floating)
-        stored = jax.lax.bitcast_convert_type(codes, jnp.uint8) if is_float else codes
-        readers = [lambda stored: stored]
+    pairs = (k // max(tiles, default=1) if along_k else b) % 2 == 0
+    count = 2 if narrow and pairs else 1
+    # XLA reads floats of 8 bits ten times as slowly as their bits.
+    is_float = jnp.issubdtype(codes.dtype, jnp.floating)
+    stored = jax.lax.bitcast_convert_type(codes, jnp.uint8) if is_float else codes
+    lines = (k // count, b) if along_k else (k, b // count)
+    stored = stored.reshape(a, *lines, count)
     chunks = _chunk_count(stored.shape[1], tiles, longest)
     per_chunk = scale is not None and scale.shape[1] > 1
 
-    planes = []
-    for i, read in enumerate(readers):
-        columns = slice(None) if along_k else slice(i, None, len(readers))
+    def plane(i: int) -> _Plane:
+        columns = slice(None) if along_k else slice(i, None, count)
         own_scale, own_zero = jax.tree.map(
-            lambda p, of=columns: (p if p.shape[2] == 1 else p[:, :, of]).astype(wide),
+            lambda p: (p if p.shape[2] == 1 else p[:, :, columns]).astype(wide),
             (scale, zero),
         )
-
-        def read_values(stored, read=read):
-            return plain(read(stored)).astype(wide)
-
-        planes.append(
-            _Plane(
-                x[:, i :: len(readers)] if along_k else x,
-                read_values,
-                own_scale if per_chunk else None,
-                own_zero,
-            )
+        return _Plane(
+            x[:, i::count] if along_k else x,
+            lambda stored: plain(stored[..., i]).astype(wide),
+            own_scale if per_chunk else None,
+            own_zero,
         )
 
     def join(outs: Sequence[jax.Array]) -> jax.Array:
@@ -370,7 +365,7 @@ def _product(
         return jnp.stack(outs, -1).reshape(x.shape[0], a, b)
 
     after = None if scale is None or per_chunk else scale[:, 0]
-    return _Product(planes, stored, join, after, chunks)
+    return _Product([plane(i) for i in range(count)], stored, join, after, chunks)
 
 
 def _to_float(
@@ -380,16 +375,7 @@ def _to_float(
     entry = numerics.format_of(qtype)
     if isinstance(entry.elements, SmallFloat):
         return numerics.bits_to_float(stored, entry, dtype)
-    if entry.table is not None and in_memory:
-        return levels.looked_up(stored, entry.table, dtype)
-    return numerics.codes_to_float(stored, qtype, dtype)
-
-
-def _nibble(stored: jax.Array, *, high: int, signed: bool) -> jax.Array:
-    if not signed:
-        return stored >> 4 if high else stored & 15
-    stored = stored if high else stored << 4
-    return jax.lax.bitcast_convert_type(stored, jnp.int8) >> 4
+    return numerics.codes_to_float(stored, qtype, dtype, in_memory=in_memory)
 
 
 def _chunk_count(size: int, tiles: set[int], longest: int | None) -> int:
@@ -409,11 +395,11 @@ def _rows(
 ) -> jax.Array | None:
     """Multiplies and adds rows of the weight, with no dot; None if it has too few."""
     stored, chunks = product.stored, product.chunks
-    a, k, b = stored.shape
+    a, k, b, _ = stored.shape
     if k % (chunks * _UNROLLED) or (b == 1 and a > 1):
         return None  # A dot is fast along the last axis.
     split = (chunks, _UNROLLED, k // chunks // _UNROLLED)
-    stored = stored.reshape(a, *split, b)
+    stored = stored.reshape(a, *split, *stored.shape[2:])
     outs = []
     for plane in product.planes:
         x = plane.x.reshape(-1, *split)
@@ -451,7 +437,7 @@ def _column_blocks(
     product: _Product, precision: Any, accumulator: np.dtype, *, remat: bool = False
 ) -> jax.Array:
     """The same for a weight of shape (A, K, 1): blocks of A, with all of K."""
-    a, k, _ = product.stored.shape
+    a, k, _, _ = product.stored.shape
     chunks = math.gcd(a, _CHUNKS)
     most = max(1, _BLOCK_SIZE // len(product.planes) // (k * chunks))
     piece = _largest_divisor(a // chunks, most)
@@ -468,7 +454,9 @@ def _column_blocks(
     def block(i):
         stored = cut(product.stored, i)
         assert stored is not None
-        stored = stored.reshape(-1, product.chunks, k // product.chunks, 1)
+        stored = stored.reshape(
+            -1, product.chunks, k // product.chunks, 1, len(product.planes)
+        )
         outs = []
         for plane in product.planes:
             plane = plane._replace(
@@ -495,7 +483,7 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def _block_rows(product: _Product) -> int:
-    a, _, b = product.stored.shape
+    a, _, b, _ = product.stored.shape
     low, high = _BLOCK_ROWS
     return min(max(_BLOCK_SIZE // (a * b), low), high)
 
@@ -509,14 +497,14 @@ def _blocks(
     remat: bool = False,
 ) -> jax.Array:
     """Adds the products of blocks of about so many rows."""
-    a, k, b = product.stored.shape
+    a, k, b, planes = product.stored.shape
     if b == 1 and a > 1:
         return _column_blocks(product, precision, accumulator, remat=remat)
     chunk = k // product.chunks
     most = max(1, rows // product.chunks)
     piece = _largest_divisor(chunk, most)
     count = chunk // piece
-    stored = product.stored.reshape(a, product.chunks, count, piece, b)
+    stored = product.stored.reshape(a, product.chunks, count, piece, b, planes)
     # One array for each plane; the blocks are a leading axis, for the loop to slice.
     xs = [
         jnp.moveaxis(p.x.reshape(-1, product.chunks, count, piece), 2, 0)
@@ -549,7 +537,7 @@ def _blocks(
     # there, while one outside would be converted, into memory of its own, at any time.
     zeros = [
         jax.lax.dot_general(
-            x[0, :, 0, :0], stored[:, 0, 0, :0].astype(x.dtype), _LAST_AXES
+            x[0, :, 0, :0], stored[:, 0, 0, :0, :, 0].astype(x.dtype), _LAST_AXES
         ).astype(accumulator)
         for x in xs
     ]

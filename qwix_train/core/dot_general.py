@@ -25,7 +25,7 @@ import numpy as np
 from jax import export
 
 from qwix_train.core import operands as ops
-from qwix_train.core import structural, tiling
+from qwix_train.core import product_forms, scaled_dots, structural, tiling
 from qwix_train.core.integer_dot import integer_dot
 from qwix_train.core.qarray import MaybeQArray, QArray, validate_qarray
 from qwix_train.core.symbolic import is_symbolic, surely
@@ -100,11 +100,17 @@ def dot_general(
     _check_sizes(lhs.shape, rhs.shape, numbers)
     lhs, rhs = _with_kept_scales(lhs, numbers, 0), _with_kept_scales(rhs, numbers, 1)
     result = ops.result_dtype(lhs, rhs, preferred=preferred_element_type)
+    if not numbers[1][0] and out_sharding is None:
+        out = scaled_dots.product(lhs, rhs, numbers[0])
+        if out is not None:
+            product_forms.tell("scaled_dot")
+            return out.astype(result)
     tiles = _contracted_tiles(lhs, rhs, numbers)
     if not _stays_quantized(lhs, rhs, numbers) or (tiles and out_sharding is not None):
         return _dequantized_product(lhs, rhs, numbers, result, kwargs)
 
     batch = len(numbers[1][0])
+    product_forms.tell("codes")
     lhs, rhs = _cut(lhs, numbers[0][0], tiles), _cut(rhs, numbers[0][1], tiles)
     numbers = _split_numbers(numbers, tiles)
     sums = _sum_products(
@@ -274,6 +280,7 @@ def _dequantized_product(
     weight, x = (lhs, ops.as_float(rhs)) if swap else (rhs, ops.as_float(lhs))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     if batch or kwargs["out_sharding"] is not None or not is_float:
+        product_forms.tell("dequantized")
         return jax.lax.dot_general(
             ops.as_float(lhs),
             ops.as_float(rhs),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from qwix_train.core import cpu_dots
+from qwix_train.core import cpu_dots, product_forms
 from qwix_train.core import operands as ops
 from qwix_train.core.arrival import when_there
 from qwix_train.core.symbolic import is_symbolic
@@ -34,7 +34,8 @@ def integer_dot(
 
     @custom_vmap
     def product(left, right):
-        return _lowered(left, right, numbers=dimension_numbers, precision=precision)
+        lowered = product_forms.traced(_lowered)
+        return lowered(left, right, numbers=dimension_numbers, precision=precision)
 
     @product.def_vmap
     def _(axis_size, in_batched, left, right):

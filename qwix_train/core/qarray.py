@@ -450,11 +450,21 @@ def dequantize(array: QArray) -> jax.Array:
         raise TypeError(f"Expected a QArray, got {type(array).__name__}.{held}")
     validate_qarray(array)
     _check_codes(array)
-    return _cached_dequantize(array)
+    return _cached_dequantize(array, not isinstance(array.qvalue, Tracer))
 
 
-def _dequantize(array: QArray) -> jax.Array:
-    levels = numerics.codes_to_float(array.qvalue, array.qtype, array.dtype)
+def dequantize_stored(array: QArray) -> jax.Array:
+    """`dequantize` in a program that reads the codes, and does not compute them.
+
+    The values are the same. See `numerics.codes_to_float`.
+    """
+    return _cached_dequantize(array, True)
+
+
+def _dequantize(array: QArray, in_memory: bool) -> jax.Array:
+    levels = numerics.codes_to_float(
+        array.qvalue, array.qtype, array.dtype, in_memory=in_memory
+    )
     parts = array.float_scale, array.zero_point
     return scaling.rescaled_values(levels, *parts, array.dtype)
 
@@ -462,4 +472,4 @@ def _dequantize(array: QArray) -> jax.Array:
 # An eager call is one program, and not one for each operation. Inlined, nothing of a
 # `jit` stands in what is traced, and arrays of one shape are traced once.
 _cached_quantize = jax.jit(_quantize, static_argnums=1, inline=True)
-_cached_dequantize = jax.jit(_dequantize, inline=True)
+_cached_dequantize = jax.jit(_dequantize, static_argnums=1, inline=True)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from qwix_train.core import cpu_dots, numerics, pallas_dot
+from qwix_train.core import cpu_dots, numerics, pallas_dot, product_forms
 from qwix_train.core import operands as ops
 from qwix_train.core.arrival import when_there
 from qwix_train.core.qarray import QArray, dequantize
@@ -77,7 +77,7 @@ def weight_only_dot(
 def _product(spec: _Spec, *parts: Any) -> jax.Array:
     @custom_vmap
     def product(*parts):
-        return _lowered(spec, *parts)
+        return product_forms.traced(_lowered)(spec, *parts)
 
     @product.def_vmap
     def _(axis_size, in_batched, *parts):
@@ -123,6 +123,7 @@ def _lowered(spec: _Spec, *parts: Any, linear: bool = False) -> jax.Array:
     """
     general = functools.partial(_general, spec)
     if pallas_dot.chosen() and not linear and 0 not in parts[0].shape:
+        product_forms.tell("Pallas kernel")
         x, codes, scale, zero_point = parts
         weight = cpu_dots.Operand(codes, scale, zero_point, spec.qtype)
         return pallas_dot.weight_dot(x, weight, spec.contracting, spec.result)
@@ -165,6 +166,7 @@ def _general(
         dimension_numbers=(spec.contracting, ((), ())),
         precision=spec.precision,
     )
+    product_forms.tell("codes, then scaled" if scaled_after else "dequantized")
     if not scaled_after:
         weight = QArray(codes, scale, zero_point, spec.qtype, float_dtype=spec.dtype)
         weight = dequantize(weight)

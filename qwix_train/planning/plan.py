@@ -63,6 +63,8 @@ class OpPlan:
       learned: the method that trains the ranges of its activations; empty if none does.
       reason: why it, or part of it, stays in float, or what else is worth knowing.
       unsupported: whether a rule asked for what cannot be done.
+      product: the forms in which it is computed, for the shapes of the call, as far as
+        they are known. Filled in for `PtqProvider`s.
       layer_axis: the axis along which its module stacks the params of the layers that a
         scan goes over; what stands beside them is stacked alike. Negative ones count
         from the last.
@@ -79,6 +81,7 @@ class OpPlan:
     learned: str = ""
     reason: str = ""
     unsupported: bool = False
+    product: str = ""
     layer_axis: int = 0
 
     def as_stored(self, leaf: Any) -> Any:

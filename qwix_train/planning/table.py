@@ -46,6 +46,7 @@ def record(plan: OpPlan, params: Sequence[ParamPlan]) -> dict[str, Any]:
         "act_static_scale": plan.static,
         "rule": plan.rule_index,
         "quantized": plan.quantized,
+        "product": plan.product,
         "reason": plan.reason,
     }
 
@@ -109,8 +110,8 @@ def _color(qtype: str) -> str:
 
 def _rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The cells of the table, its header first and the note last."""
-    # LiteRT's plans have names of ranges, too.
-    more = [key for key in ("range",) if records and key in records[0]]
+    # LiteRT's plans have names of ranges, too, and those of PTQ forms of products.
+    more = [key for key in ("range", "product") if any(x.get(key) for x in records)]
     rows = [["module", "op", "shapes", "weight", "type", "act", *more, "rule", "note"]]
     for entry in records:
         weight, act = entry["weight_qtype"], entry["act_qtype"]

@@ -7,10 +7,12 @@ type       format                    codes                       ``weight_scale`
                                      ``[out, in / 2]``           float8_e4m3fn
 ``mxfp4``  ``mxfp4-pack-quantized``  the same                    ``[out, in / 32]``,
                                                                  uint8: E8M0
+``mxfp6``  ``mxfp6-pack-quantized``  ``weight_packed``, uint8    the same
+                                     ``[out, 3 * in / 4]``
 ``mxfp8``  ``mxfp8-quantized``       ``weight``, float8_e4m3fn   the same
 =========  ========================  ==========================  =====================
 
-Of two codes in a byte the first has the lower bits. nvfp4 has a
+Codes that share bytes lie in them from the lowest bit on. nvfp4 has a
 ``weight_global_scale``, too. Scales are divided by it: it is the *reciprocal* of our
 ``tensor_scale``, in float32.
 """
@@ -29,6 +31,7 @@ from qwix_train.core.qarray import QArray
 _FORMATS = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
+    "mxfp6": "mxfp6-pack-quantized",
     "mxfp8": "mxfp8-quantized",
 }
 TYPES = tuple(_FORMATS)
@@ -40,7 +43,7 @@ def type_with_codes_of(qtype: Any) -> str | None:
 
     How scales were rounded does not show in a file.
 
-    >>> type_with_codes_of('mxfp4_floor'), type_with_codes_of('mxfp6')
+    >>> type_with_codes_of('mxfp4_floor'), type_with_codes_of('mxfp6_e3m2')
     ('mxfp4', None)
     """
     name = numerics.qtype_name(qtype).removesuffix("_floor")
@@ -81,7 +84,7 @@ def encode(array: QArray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if tensor_scale.size != 1:
             raise ValueError(f"its tensor_scale has shape {tensor_scale.shape}, not 1")
         tensors["weight_global_scale"] = 1 / tensor_scale.reshape(1)
-    if numerics.qtype_bits(name) == 4:
+    if numerics.qtype_bits(name) < 8:
         codes = jnp.asarray(array.qvalue)
         tensors["weight_packed"] = np.asarray(packing.pack(codes, name))
     else:
@@ -109,8 +112,8 @@ def find(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any]) -> str | No
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if dtypes.get("weight_scale") != np.uint8:
         return None
-    if dtypes.get("weight_packed") == np.uint8 and args.get("num_bits", 4) == 4:
-        return "mxfp4"
+    if dtypes.get("weight_packed") == np.uint8:
+        return {4: "mxfp4", 6: "mxfp6"}.get(args.get("num_bits", 4))
     return "mxfp8" if dtypes.get("weight") == jnp.float8_e4m3fn else None
 
 
@@ -127,8 +130,9 @@ def decode(tensors: Mapping[str, np.ndarray], name: str, dtype: Any) -> QArray:
     """
     entry = numerics.format_of(name)
     assert entry.block is not None
-    part = "weight_packed" if entry.bits == 4 else "weight"
-    wanted = {part: jnp.uint8 if entry.bits == 4 else entry.storage}
+    packed = entry.bits < 8
+    part = "weight_packed" if packed else "weight"
+    wanted = {part: jnp.uint8 if packed else entry.storage}
     wanted["weight_scale"] = jnp.uint8
     if name == "nvfp4":
         wanted |= {"weight_scale": formats.E4M3, "weight_global_scale": jnp.float32}
@@ -142,7 +146,7 @@ def decode(tensors: Mapping[str, np.ndarray], name: str, dtype: Any) -> QArray:
     if "weight_zero_point" in tensors:
         raise ValueError(f"zero points of {name} are not supported")
     codes, scale = tensors[part], tensors["weight_scale"]
-    columns = codes.shape[-1] * (2 if entry.bits == 4 else 1)
+    columns = codes.shape[-1] * 8 // entry.bits
     if codes.ndim != 2 or scale.shape != (len(codes), columns / entry.block):
         raise ValueError(
             f"scales of shape {scale.shape} do not fit {part} of shape {codes.shape}: "
@@ -158,7 +162,7 @@ def decode(tensors: Mapping[str, np.ndarray], name: str, dtype: Any) -> QArray:
     else:
         scale = scale.view(formats.E8M0)
     qvalue = jnp.asarray(codes)
-    if entry.bits == 4:
+    if packed:
         qvalue = packing.unpack(qvalue, name, columns)
     return QArray(
         qvalue, jnp.asarray(scale), None, name, tensor_scale, float_dtype=dtype

@@ -13,6 +13,8 @@ from qwix_train.core.errors import located
 LINEAR = "Linear"
 _DENSE = (None, "dense")
 _PATTERN = "re:"
+_BLOCKS = ("mxfp8", "mxfp4")
+"""The types with blocks that activations may have, with nothing in the checkpoint."""
 
 
 def make_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,7 +49,9 @@ def make_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def dynamic_activations(qtype: Any) -> dict[str, Any]:
-    """Returns the entry for activations that are quantized per token at run time.
+    """Returns the entry for activations that are quantized at run time.
+
+    They are quantized per token, or in the blocks of their type.
 
     Raises:
         ValueError: The format has no such type for activations.
@@ -55,6 +59,17 @@ def dynamic_activations(qtype: Any) -> dict[str, Any]:
     >>> dynamic_activations('int8')['strategy']
     'token'
     """
+    entry = numerics.format_of(qtype)
+    if entry.name in _BLOCKS:
+        return {
+            "num_bits": entry.bits,
+            "type": "float",
+            "symmetric": True,
+            "dynamic": True,
+            "strategy": "group",
+            "group_size": entry.block,
+            "scale_dtype": "torch.uint8",
+        }
     return {**_activations(qtype, True), "strategy": "token", "dynamic": True}
 
 
@@ -75,7 +90,8 @@ def _activations(qtype: Any, symmetric: bool) -> dict[str, Any]:
     if name not in ("int8", "int4", "float8_e4m3fn"):
         raise ValueError(
             f"compressed-tensors has no activations of type {name}; it takes int8, "
-            "int4 and float8_e4m3fn"
+            "int4 and float8_e4m3fn; and at run time "
+            f"{', '.join(_BLOCKS[:-1])} and {_BLOCKS[-1]}"
         )
     kind = "int" if numerics.is_integer_qtype(name) else "float"
     bits = numerics.qtype_bits(name)

@@ -70,9 +70,9 @@ def save_compressed_tensors(
     take for a checkpoint. Several processes all call this, and the first one writes.
 
     int8 codes are written as they are, int2 and int4 packed ("pack-quantized"), other
-    integers as int8, and float8_e4m3fn as it is ("float-quantized"); nvfp4, mxfp4 and
-    mxfp8 as `compressed_blocks` says. The reciprocal that is written for the scale of
-    an nvfp4 tensor is rounded to float32.
+    integers as int8, and float8_e4m3fn as it is ("float-quantized"); nvfp4, mxfp4,
+    mxfp6 and mxfp8 as `compressed_blocks` says. The reciprocal that is written for the
+    scale of an nvfp4 tensor is rounded to float32.
 
     Args:
         directory: The folder, made if it does not exist. ``model.safetensors`` is
@@ -89,7 +89,8 @@ def save_compressed_tensors(
             tensor is a matrix of its own. Such a file does not say which params its
             tensors were.
         act_qtype: The type that readers shall quantize activations to at run time, per
-            token; static ranges come first. None for weight-only.
+            token, or in the blocks of mxfp8 and mxfp4; static ranges come first. None
+            for weight-only.
         int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
             runs weight-only int8 from.
         config: More entries for ``config.json``, such as the ``model_type``.

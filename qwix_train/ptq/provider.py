@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from qwix_train import ops
+from qwix_train.core import product_forms
 from qwix_train.core.how import HowToQuantize
 from qwix_train.planning import static_range
 from qwix_train.planning.leaves import LEFT_OUT, Path
@@ -17,9 +18,10 @@ from qwix_train.planning.provider import QuantizationProvider
 from qwix_train.planning.rules import QuantizationRule
 from qwix_train.ptq import given_scales, pre_quant_scale
 from qwix_train.stages.fake_quantize import Quantize
-from qwix_train.stages.product import of_codes
+from qwix_train.stages.product import Product, of_codes
 from qwix_train.stages.run import CallStages, OpStages, run
 from qwix_train.stages.scale import Scale
+from qwix_train.trace.analyze import Op
 from qwix_train.trace.function import TracedCall
 from qwix_train.values import stored
 
@@ -108,8 +110,12 @@ class PtqProvider(QuantizationProvider):
         return on_codes(traced, plan)
 
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
-        """See `QuantizationProvider.annotate`: adds where params are dequantized."""
+        """See `QuantizationProvider.annotate`.
+
+        Adds where params are dequantized, and the forms of products.
+        """
         found: dict[str, dict[str, None]] = {}
+        forms: dict[Any, dict[str, None]] = {}
 
         def listen(path: str, primitive: str) -> None:
             found.setdefault(path, {})[primitive] = None
@@ -119,11 +125,24 @@ class PtqProvider(QuantizationProvider):
             # Without what modes that derive from this one add, such as adapters: the
             # plan is shown also where their rules match nothing.
             call = call.with_params(PtqProvider.store_params(self, call, plan))
-            run(call, on_codes(call, plan), listen)
+            stages = on_codes(call, plan)
+            told = {
+                key: dataclasses.replace(
+                    op, product=_telling(forms.setdefault(key, {}))
+                )
+                for key, op in stages.ops.items()
+            }
+            run(call, dataclasses.replace(stages, ops=told), listen)
 
         jax.eval_shape(find, list(traced.inputs))
         dequantized = {path: tuple(by) for path, by in found.items()}
-        return dataclasses.replace(plan, dequantized=dequantized)
+        ops = tuple(
+            dataclasses.replace(
+                op, product="; ".join(sorted(forms.get(op.op.key, ()), key=_on_one))
+            )
+            for op in plan.ops
+        )
+        return dataclasses.replace(plan, ops=ops, dequantized=dequantized)
 
 
 def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
@@ -154,6 +173,20 @@ def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
         )
         found[op.op.key] = OpStages(op.op, operands, of_codes)
     return CallStages({}, found)
+
+
+def _on_one(form: str) -> bool:
+    return form.endswith("CPU")
+
+
+def _telling(forms: dict[str, None]) -> Product:
+    """A product of codes that adds the forms that it takes."""
+
+    def telling(op: Op, operands: Sequence[Any], run: Callable[..., Any]) -> Any:
+        with product_forms.listening(lambda form: forms.setdefault(form)):
+            return of_codes(op, operands, run)
+
+    return telling
 
 
 def check_params(traced: TracedCall, plan: Plan) -> None:

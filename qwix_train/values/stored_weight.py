@@ -20,7 +20,7 @@ from qwix_train import ops
 from qwix_train.core import formats, numerics, structural
 from qwix_train.core.dequantized_product import dequantized_product
 from qwix_train.core.packed_array import PackedQArray, unpack
-from qwix_train.core.qarray import QArray, WithAux, dequantize
+from qwix_train.core.qarray import QArray, WithAux, dequantize_stored
 from qwix_train.trace.carried import Carried
 from qwix_train.trace.function import Param
 
@@ -54,7 +54,7 @@ class StoredWeight(Carried):
     @functools.cached_property
     def value(self) -> jax.Array:
         """The dequantized array."""
-        return dequantize(self.array).astype(self.dtype)
+        return dequantize_stored(self.array).astype(self.dtype)
 
     @property
     def next_to_floats(self) -> QArray | jax.Array:
@@ -269,7 +269,7 @@ class PackedWeight(StoredWeight):
 
         def weight_of(packed):
             weight = self._unpacked(packed).next_to_floats
-            return dequantize(weight) if isinstance(weight, QArray) else weight
+            return dequantize_stored(weight) if isinstance(weight, QArray) else weight
 
         def of_arrays(x, weight, *others):
             factors = [weight, x] if side == 0 else [x, weight]

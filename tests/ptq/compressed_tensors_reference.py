@@ -73,12 +73,12 @@ SCHEMES = {
     "nvfp4": (NVFP4, None, "bfloat16"),
     "nvfp4-activations": (NVFP4, {**NVFP4, "dynamic": "local"}, "bfloat16"),
     "mxfp4": ({**FLOAT4, **MX}, None, "bfloat16"),
+    "mxfp6": ({**FLOAT8, "num_bits": 6, **MX}, None, "bfloat16"),
     "mxfp8": ({**FLOAT8, **MX}, {**FLOAT8, **MX, "dynamic": True}, "bfloat16"),
 }
 # Schemes that this package refuses.
 REFUSED = {
     "int3": ({**INT8, "num_bits": 3, "strategy": "channel"}, None, "float32"),
-    "mxfp6": ({**FLOAT8, "num_bits": 6, **MX}, None, "bfloat16"),
 }
 
 
@@ -188,6 +188,11 @@ def read_checkpoint(path):
     from safetensors.torch import load_file
 
     config = json.loads((path / "config.json").read_text())["quantization_config"]
+    bits = {
+        target: group["weights"]["num_bits"]
+        for group in config["config_groups"].values()
+        for target in group["targets"]
+    }
     config = QuantizationConfig.model_validate(config)
     state = {}
     for file in path.glob("*.safetensors"):
@@ -197,8 +202,9 @@ def read_checkpoint(path):
     for key, tensor in state.items():
         layer, _, part = key.rpartition(".")
         if part == "weight_packed" and tensor.dtype == torch.uint8:
-            # Two of them in a byte, and no weight_shape.
-            layers[layer] = "Linear", (tensor.shape[0], 2 * tensor.shape[1]), False
+            # Such layers have no weight_shape.
+            columns = 8 * tensor.shape[1] // bits[layer]
+            layers[layer] = "Linear", (tensor.shape[0], columns), False
         elif part in ("weight", "weight_shape") and tensor.ndim < 3:
             shape = tuple(tensor.tolist()) if part == "weight_shape" else tensor.shape
             kind = "Embedding" if "embed" in layer else "Linear"

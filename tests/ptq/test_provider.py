@@ -164,6 +164,32 @@ def test_the_plan_says_what_is_dequantized_and_nothing_else():
     assert again.dequantized == plan.dequantized
 
 
+def test_the_plan_says_in_which_form_a_product_is_computed():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(16, name="nf4")(nn.Dense(64, name="int8")(x))
+            return nn.Conv(2, (3,), name="conv")(x[None])
+
+    rules = [
+        QuantizationRule(module_path="nf4", weight_qtype="nf4", tile_size=32),
+        QuantizationRule(weight_qtype="int8", act_qtype="int8"),
+    ]
+    # A plan of the same shapes again: nothing that was traced before is left out.
+    for rows, form in ((1, "rows"), (64, "whole"), (1, "rows")):
+        plan = qwix_train.plan(Model(), PtqProvider(rules), jnp.ones((rows, 64)))
+        found = {entry["module_path"]: entry["product"] for entry in plan.records()}
+        codes = "codes; rows on CPU" if rows == 1 else "codes"
+        assert found == {
+            "int8": codes,
+            "nf4": f"dequantized; {form} on CPU",
+            "conv": "",
+        }
+        assert f"dequantized; {form} on CPU" in str(plan)
+        assert "<th>product</th>" in plan._repr_html_()
+    assert "product" not in str(qwix_train.plan(Model(), rules, jnp.ones((1, 64))))
+
+
 @pytest.mark.slow
 def test_readme_of_qwix():
     """Its code, with the name of the import changed."""

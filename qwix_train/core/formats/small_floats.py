@@ -122,10 +122,11 @@ class SmallFloat(NamedTuple):
         values = jnp.where(place < 2**self.mantissa, small, normal)
         if self.has_nan:
             values = jnp.where(values > self.largest, jnp.nan, values)
-        negative = code >> (bits - 1) == 1
+        sign = code & 2 ** (bits - 1)
         if not self.signed_zero:  # What would be -0 is NaN.
-            values = jnp.where(negative & (place == 0), jnp.nan, values)
-        return jnp.where(negative, -values, values).astype(dtype)
+            values = jnp.where((sign != 0) & (place == 0), jnp.nan, values)
+        as_int = jax.lax.bitcast_convert_type(values, jnp.int32) | sign << (32 - bits)
+        return jax.lax.bitcast_convert_type(as_int, jnp.float32).astype(dtype)
 
     @property
     def _offset(self) -> int:
