@@ -61,9 +61,9 @@ def loss_of(model):
 
 def main(folder):
     model = Gemma(dtype=jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: draw(rng, x.shape), params)
+    params = jax.tree.map(lambda x: draw(rng, x.shape), shapes)
     results, arrays = {"float": float(jax.jit(loss_of(model))(params, TOKENS))}, {}
 
     weights = [qwix.QuantizationRule(module_path=r"layer_.*", weight_qtype="int4")]
@@ -84,6 +84,9 @@ def main(folder):
     types = [type(x).__name__ for x in jax.tree.leaves(quantized, is_leaf=is_aux)]
     results["quantized"] = types.count("WithAux")
 
+    if not qwix.__name__.startswith("qwix_train"):
+        # `qwix` 0.1.8 cannot add adapters: it sets an attribute of a frozen module.
+        return save(folder, results, arrays)
     # Token by token, with a cache.
     cache = CONFIG.init_cache(batch_size=2, dtype=jnp.float32, cache_length=12)
     step = jax.jit(
@@ -107,15 +110,16 @@ def main(folder):
         jax.jit(served.apply)({"params": quantized}, TOKENS[:, :-1]).logits
     )
 
-    if not qwix.__name__.startswith("qwix_train"):
-        # `qwix` 0.1.8 sets an attribute of a module that is frozen, and fails.
-        return save(folder, results, arrays)
     adapters = qwix.LoraProvider(module_path=r".*(q_einsum|linear)", rank=2, alpha=4.0)
     adapted = qwix.apply_lora_to_model(model, adapters)
-    made = nn.unbox(jax.jit(adapted.init)(jax.random.key(0), TOKENS)["params"])
-    flat = traverse_util.flatten_dict(made, sep="/")
+    shapes = jax.eval_shape(adapted.init, jax.random.key(0), TOKENS)["params"]
+    flat = traverse_util.flatten_dict(nn.unbox(shapes), sep="/")
     given = traverse_util.flatten_dict(params, sep="/")
-    ours = {path: x for path, x in flat.items() if path not in given}
+    ours = {
+        path: draw(rng, x.shape) * path.endswith("lora_a")
+        for path, x in flat.items()
+        if path not in given
+    }
     results["adapters"] = {path: x.shape for path, x in ours.items()}
 
     @jax.jit

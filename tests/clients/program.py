@@ -14,19 +14,19 @@ QUICK_FLAGS = (
 """Compiling takes most of the time, and the programs run for moments."""
 
 
-def run(client: str, first: str, *folders: pathlib.Path) -> None:
+def run(client: str, first: str, *arguments: str | pathlib.Path) -> None:
     """Runs `tests/clients/CLIENT_program.py`.
 
     Args:
         client: The project, such as ``tunix``.
         first: What is executed before, such as ``import qwix``.
-        *folders: The arguments of the program.
+        *arguments: The arguments of the program.
     """
     here = pathlib.Path(__file__).parent
     path = str(here / f"{client}_program.py")
     code = f"import runpy; {first}; runpy.run_path({path!r}, run_name='__main__')"
     done = subprocess.run(
-        [os.environ[variable(client)], "-W", "ignore", "-c", code, *folders],
+        [os.environ[variable(client)], "-W", "ignore", "-c", code, *arguments],
         cwd=here,
         env={**os.environ, "XLA_FLAGS": QUICK_FLAGS, "WANDB_MODE": "disabled"},
         capture_output=True,

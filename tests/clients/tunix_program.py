@@ -1,15 +1,15 @@
 """Trains and samples a tiny model of Tunix, with its own code, on what `qwix` is.
 
-Its arguments are a folder and, if there is one, that of a run on another library. It
-writes what came out into `results.json`: for each case of training the losses of six
-steps, those after a checkpoint of the third was restored, the shapes of all variables,
-and the losses after the checkpoint of the other library was restored; for each case of
-sampling the tokens and logits; and the completions and losses of GRPO.
+Its arguments are the cases, with commas between them, a folder and, if there is one,
+that of a run on another library. It writes what came out into `results.json`: for each
+case of training the losses of six steps and the shapes of all variables, and, if there
+was another run, the losses after a checkpoint of the third step was restored, its own
+and that of the other library; for each case of sampling the tokens and logits; and the
+completions and losses of GRPO.
 """
 
 import json
 import pathlib
-import shutil
 import sys
 
 import jax
@@ -28,7 +28,7 @@ from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 from tunix.sft import hooks, peft_trainer
 
-FOLDER, *OTHER = sys.argv[1:]
+CASES, FOLDER, *OTHER = sys.argv[1:]
 LORA = {"module_path": ".*(proj|mlp).*", "rank": 4, "alpha": 8.0}
 ADAPTED = {
     "lora": LORA,
@@ -248,30 +248,44 @@ def shapes(model):
     }
 
 
+def trains(case):
+    """Trains a model whole, and half with a checkpoint that is restored."""
+    model = trained(case)
+    found = {"shapes": shapes(model)}
+    folder = pathlib.Path(FOLDER).absolute() / case
+    # The first step of Adam is the sign of a gradient, and so are its errors.
+    optimizer = optax.adamw(0.05) if case in ADAPTED else optax.sgd(0.3)
+    found["losses"] = train(model, folder / "whole", STEPS, optimizer)
+    train(trained(case), folder / "half", 3, optimizer)
+    for other in OTHER:
+        half = pathlib.Path(other).absolute() / case / "half"
+        for name, restored in ("resumed", folder / "half"), ("from the other", half):
+            found[name] = train(trained(case), restored, STEPS, optimizer)
+    return found
+
+
+def qwen3_losses():
+    """Those of a model that casts its weights by `jnp.astype`, as `qwix` cannot."""
+    if qwix.__name__ == "qwix":
+        return None
+    model = adapted("qlora nf4", qwen)
+    return train(model, pathlib.Path(FOLDER).absolute() / "qwen3", 3, optax.sgd(0.3))
+
+
+RUNS = {
+    **{case: lambda case=case: trains(case) for case in [*ADAPTED, *QUANTIZED]},
+    "grpo": grpo,
+    "sampled qlora": lambda: sampled(adapted("qlora nf4")),
+    "sampled ptq": lambda: sampled(quantized("qat", qwix.PtqProvider)),
+    "qwen3": qwen3_losses,
+}
+
+
 def main():
     """Runs the cases."""
-    folder, results = pathlib.Path(FOLDER).absolute(), {}
-    for case in [*ADAPTED, *QUANTIZED]:
-        model = trained(case)
-        found = results[case] = {"shapes": shapes(model)}
-        # The first step of Adam is the sign of a gradient, and so are its errors.
-        optimizer = optax.adamw(0.05) if case in ADAPTED else optax.sgd(0.3)
-        found["losses"] = train(model, folder / case / "whole", STEPS, optimizer)
-        train(trained(case), folder / case / "half", 3, optimizer)
-        shutil.copytree(folder / case / "half", folder / case / "kept")
-        found["resumed"] = train(
-            trained(case), folder / case / "half", STEPS, optimizer
-        )
-        if OTHER:
-            other = pathlib.Path(OTHER[0]).absolute() / case / "kept"
-            found["from the other"] = train(trained(case), other, STEPS, optimizer)
-    results["grpo"] = grpo()
-    results["sampled qlora"] = sampled(adapted("qlora nf4"))
-    results["sampled ptq"] = sampled(quantized("qat", qwix.PtqProvider))
-    if qwix.__name__ != "qwix":
-        # `qwix` cannot: this model casts its weights by `jnp.astype`.
-        model = adapted("qlora nf4", qwen)
-        results["qwen3"] = {"losses": train(model, folder / "qwen3", 3, optax.sgd(0.3))}
+    results = {case: RUNS[case]() for case in CASES.split(",")}
+    folder = pathlib.Path(FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""Small Llama and BERT models in Linen, and a Llama in NNX, under natural names."""
+"""Small decoders and BERT in Linen, and a Llama in NNX, under natural names."""
 
 import dataclasses
 import functools
@@ -39,27 +39,53 @@ class Config:
     def is_gemma(self):
         return self.model_type.startswith("gemma")
 
+    @property
+    def norms_outputs(self):
+        return self.model_type in ("gemma2", "gemma3_text")
+
+    @property
+    def norms_heads(self):
+        return self.model_type.startswith(("qwen3", "gemma3"))
+
+    @property
+    def sliding(self):
+        """Of each layer, whether it sees a window."""
+        kinds = self.sizes.get("layer_types") or [None] * self.num_hidden_layers
+        return jnp.array([kind == "sliding_attention" for kind in kinds])
+
+    def theta(self, sliding):
+        given = self.rope_parameters
+        if "sliding_attention" not in given:
+            return given["rope_theta"]
+        kinds = given["sliding_attention"], given["full_attention"]
+        return jnp.where(sliding, *(kind["rope_theta"] for kind in kinds))
+
 
 def rms_norm(x, scale, config):
     x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps)
     return x * (scale + 1 if config.is_gemma else scale)
 
 
-def rotated(x, config):
+def capped(x, largest):
+    """Logits that stay below a magnitude (arXiv 2408.00118, 2.2)."""
+    return x if largest is None else largest * jnp.tanh(x / largest)
+
+
+def rotated(x, config, sliding=False):
     """Rotary positions (arXiv 2104.09864), the halves of a head being the pairs."""
     half = config.head_dim // 2
-    theta = config.rope_parameters["rope_theta"]
-    frequency = theta ** (-jnp.arange(half) / half)
+    frequency = config.theta(sliding) ** (-jnp.arange(half) / half)
     angle = jnp.arange(x.shape[1])[:, None, None] * frequency
     a, b = x[..., :half], x[..., half:]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attended(q, k, v, mask=None):
+def attended(q, k, v, mask=None, scale=None, largest=None):
     """Attention; heads are axis 2, and several of `q` share one of `k` and `v`."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
-    weights = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(scale or q.shape[-1])
+    weights = capped(weights, largest)
     if mask is not None:
         weights = jnp.where(mask, weights, -jnp.inf)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(weights), v)
@@ -89,7 +115,7 @@ class SelfAttention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, sliding):
         c = self.config
         bias = c.model_type == "qwen2"
 
@@ -99,10 +125,18 @@ class SelfAttention(nn.Module):
         q = project("q_proj", c.num_attention_heads)
         k = project("k_proj", c.num_key_value_heads)
         v = project("v_proj", c.num_key_value_heads)
-        if c.model_type.startswith("qwen3"):
+        if c.norms_heads:
             q, k = RmsNorm(c, name="q_norm")(q), RmsNorm(c, name="k_norm")(k)
-        mask = jnp.tri(x.shape[1], dtype=bool)
-        y = attended(rotated(q, c), rotated(k, c), v, mask)
+        distance = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
+        window = c.sizes.get("sliding_window") or x.shape[1]
+        y = attended(
+            rotated(q, c, sliding),
+            rotated(k, c, sliding),
+            v,
+            (distance >= 0) & (~sliding | (distance < window)),
+            c.sizes.get("query_pre_attn_scalar"),
+            c.sizes.get("attn_logit_softcapping"),
+        )
         out = functools.partial(nn.DenseGeneral, c.hidden_size, use_bias=False)
         if c.split_heads:
             return out(axis=(-2, -1), name="o_proj")(y)
@@ -121,15 +155,76 @@ class Mlp(nn.Module):
         return dense(self.config.hidden_size, name="down_proj")(act(gate) * up)
 
 
+class Stack(nn.Module):
+    """A kernel of each expert."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), self.shape)
+        return jnp.einsum("...ei,eio->...eo", x, kernel)
+
+
+class Experts(nn.Module):
+    """All experts, on every token."""
+
+    names: tuple[str, str, str]
+    inner: int
+    count: int
+
+    @nn.compact
+    def __call__(self, x):
+        gate, up, down = self.names
+        to = self.count, x.shape[-1], self.inner
+        back = self.count, self.inner, x.shape[-1]
+        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], self.count, x.shape[-1]))
+        hidden = jax.nn.silu(Stack(to, name=gate)(x)) * Stack(to, name=up)(x)
+        return Stack(back, name=down)(hidden)
+
+
+class Mixture(nn.Module):
+    """The best experts of each token (arXiv 2401.04088, 2.1)."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        if c.model_type == "mixtral":
+            names, inner, normalized = ("w1", "w3", "w2"), c.intermediate_size, True
+        else:
+            names = "gate_proj", "up_proj", "down_proj"
+            inner, normalized = c.moe_intermediate_size, c.norm_topk_prob
+        count = c.num_local_experts
+        share = jax.nn.softmax(nn.Dense(count, use_bias=False, name="gate")(x))
+        least = jax.lax.top_k(share, c.num_experts_per_tok)[0][..., -1:]
+        share = jnp.where(share >= least, share, 0)
+        if normalized:
+            share /= share.sum(-1, keepdims=True)
+        outputs = Experts(names, inner, count, name="experts")(x)
+        return jnp.einsum("...e,...ed->...d", share, outputs)
+
+
 class Layer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, _=None):
+    def __call__(self, x, sliding):
         c = self.config
-        x += SelfAttention(c, name="self_attn")(RmsNorm(c, name="input_layernorm")(x))
-        y = RmsNorm(c, name="post_attention_layernorm")(x)
-        return x + Mlp(c, name="mlp")(y), None
+        norm = functools.partial(RmsNorm, c)
+        y = norm(name="input_layernorm")(x)
+        y = SelfAttention(c, name="self_attn")(y, sliding)
+        if c.norms_outputs:
+            x += norm(name="post_attention_layernorm")(y)
+            y = Mlp(c, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
+            return x + norm(name="post_feedforward_layernorm")(y), None
+        x += y
+        y = norm(name="post_attention_layernorm")(x)
+        if c.model_type == "mixtral":
+            return x + Mixture(c, name="block_sparse_moe")(y), None
+        mlp = Mixture if c.model_type == "qwen3_moe" else Mlp
+        return x + mlp(c, name="mlp")(y), None
 
 
 class Llama(nn.Module):
@@ -149,14 +244,16 @@ class Llama(nn.Module):
                 split_rngs={"params": True},
                 length=c.num_hidden_layers,
             )
-            x, _ = layers(c, name="layers")(x, None)
+            x, _ = layers(c, name="layers")(x, c.sliding)
         else:
             for index in range(c.num_hidden_layers):
-                x, _ = Layer(c, name=f"layers_{index}")(x)
+                x, _ = Layer(c, name=f"layers_{index}")(x, c.sliding[index])
         x = RmsNorm(c, name="norm")(x)
         if c.tie_word_embeddings:
-            return table.attend(x)
-        return nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+            logits = table.attend(x)
+        else:
+            logits = nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
+        return capped(logits, c.sizes.get("final_logit_softcapping"))
 
 
 class NnxNorm(nnx.Module):

@@ -23,6 +23,8 @@ SIZES = dict(
     max_position_embeddings=32,
 )
 DECODER = dict(**SIZES, num_key_value_heads=2, head_dim=8)
+WINDOWS = dict(sliding_window=4, query_pre_attn_scalar=16)
+CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=12)
 # For each checkpoint the class, and what its config has beside the sizes.
 MODELS = {
@@ -31,8 +33,11 @@ MODELS = {
     "qwen2": ("Qwen2ForCausalLM", dict(**SIZES, num_key_value_heads=2)),
     "qwen3": ("Qwen3ForCausalLM", dict(**DECODER, tie_word_embeddings=True)),
     "gemma": ("GemmaForCausalLM", DECODER),
-    "gemma2": ("Gemma2ForCausalLM", DECODER),
-    "gemma3_text": ("Gemma3ForCausalLM", DECODER),
+    "gemma2": ("Gemma2ForCausalLM", dict(**DECODER, **WINDOWS, **CAPS)),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        dict(**DECODER, **WINDOWS, sliding_window_pattern=2),
+    ),
     "mixtral": ("MixtralForCausalLM", dict(**DECODER, num_local_experts=4)),
     "qwen3_moe": ("Qwen3MoeForCausalLM", dict(**DECODER, **EXPERTS, num_experts=4)),
     "bert": ("BertModel", SIZES),

@@ -16,7 +16,7 @@ from tests.ptq import hugging_face_models as models
 from tests.ptq import hugging_face_reference as library
 
 SCRIPT = library.__file__
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+DECODERS = tuple(family for family in library.MODELS if family != "bert")
 LAYOUTS = {
     "a param per layer": ({}, {}),
     "scanned": ({"scanned": True}, {"layers": "layers"}),
