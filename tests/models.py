@@ -1,5 +1,7 @@
 """Small models, in Linen and in NNX, and an independent fake quantization of them."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -39,6 +41,7 @@ INT2 = [QuantizationRule(weight_qtype="int2")]
 NOTHING = [QuantizationRule(module_path="nowhere", weight_qtype="int8")]
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "shared"))
 def fake_quant(x, bits, shared):
     """What the rules above do to an array, in a few lines of its own.
 

@@ -87,14 +87,13 @@ def static(axis, rules):
     """A static model, and its range of the scanned op."""
     model, params = Scanned(axis), stacked(axis)
     calibrator = calib.Calibrator(rules)
-    calibrator.wrap(model.apply)({"params": params}, X)
+    calibrator.wrap(jax.jit(model.apply))({"params": params}, X)
     stats = calibrator.quant_stats
     served, quantized = ptq.quantize(model, params, rules, X, quant_stats=stats)
     trained = quantize_model(model, QtProvider(rules, quant_stats=stats))
-    assert_close(
-        served.apply({"params": quantized}, X), trained.apply({"params": params}, X)
-    )
-    return jax.jit(served.apply)({"params": quantized}, X), quantized
+    out = jax.jit(served.apply)({"params": quantized}, X)
+    assert_close(out, jax.jit(trained.apply)({"params": params}, X))
+    return out, quantized
 
 
 @pytest.mark.parametrize(
@@ -121,26 +120,26 @@ def test_static_ranges_of_an_nnx_model():
         values = stacked(axis)["layers"]["Dense_0"]
         model = NnxScanned(axis, values)
         calibrator = calib.Calibrator(STATIC)
-        calibrator.wrap(lambda model, x: model(x))(model, X)
+        call = nnx.jit(lambda model, x: model(x))
+        calibrator.wrap(call)(model, X)
         stats = calibrator.quant_stats
-        return ptq.quantize(model, None, STATIC, X, quant_stats=stats)[0](X)
+        return call(ptq.quantize(model, None, STATIC, X, quant_stats=stats)[0], X)
 
     assert_close(served(1), served(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("cls", [ptq.Awq, ptq.SmoothQuant])
+@pytest.mark.parametrize(("axis", "cls"), [(1, ptq.Awq), (-1, ptq.SmoothQuant)])
 def test_scales_of_inputs(axis, cls):
     def served(axis):
         model, params = Scanned(axis), stacked(axis)
         x = X * np.where(np.arange(8) == 1, 30, 1)
         method = cls([QuantizationRule(**INT8)])
-        method.wrap(model.apply)({"params": params}, x)
+        method.wrap(jax.jit(model.apply))({"params": params}, x)
         quantized = quantize_model(model, method.provider)
         abstract = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
         params = method.quantize_params(params, abstract)
-        return quantized.apply({"params": params}, x)
+        return jax.jit(quantized.apply)({"params": params}, x)
 
     assert_close(served(axis), served(0))
 
@@ -153,7 +152,7 @@ def test_adapters_and_static_ranges(axis):
     def served(axis):
         model, params = Scanned(axis), stacked(axis)
         calibrator = calib.Calibrator(STATIC)
-        calibrator.wrap(model.apply)({"params": params}, X)
+        calibrator.wrap(jax.jit(model.apply))({"params": params}, X)
         abstract = jax.eval_shape(
             quantize_model(model, PtqProvider(STATIC)).init, jax.random.key(0), X
         )["params"]
@@ -166,23 +165,22 @@ def test_adapters_and_static_ranges(axis):
             else {"Dense_0": {**made[name]["Dense_0"], **base[name]["Dense_0"]}}
             for name in made
         }
-        return adapted.apply({"params": held}, X)
+        return jax.jit(adapted.apply)({"params": held}, X)
 
     assert_close(served(axis), served(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("method", ["lsq", "lsq+"])
+@pytest.mark.parametrize(("axis", "method"), [(1, "lsq"), (-1, "lsq+")])
 def test_scales_of_activations_that_are_trained(axis, method):
     rules = [QuantizationRule(**INT8, act_calibration_method=method)]
 
     def trained(axis):
         model = Scanned(axis)
         variables = attach({"params": stacked(axis)}, rules, X, model=model)
-        out = wrap_train_step(model.apply, rules)(variables, X)
+        out = jax.jit(wrap_train_step(model.apply, rules))(variables, X)
         served, params = ptq.quantize(model, variables["params"], rules, X)
-        assert_close(served.apply({"params": params}, X), out)
+        assert_close(jax.jit(served.apply)({"params": params}, X), out)
         return out
 
     assert_close(trained(axis), trained(0))

@@ -73,46 +73,47 @@ def static_fake_quant(x, bound):
     return passed + jax.lax.stop_gradient(codes * scale - passed)
 
 
+@functools.partial(jax.jit, static_argnames="update")
+def forward_with_ranges(params, x, past, update):
+    """The loss, and what each layer measured: `past` has the ranges summed before."""
+    seen = []
+    for i, (total, weight, decay) in enumerate(past):
+        layer = params[f"Dense_{i}"]
+        kernel = models.fake_quant(layer["kernel"], 8, 0)
+        measured = jax.lax.stop_gradient(models.MARGIN * jnp.max(jnp.abs(x)))
+        seen.append(measured)
+        if update:
+            bound = (decay * total + measured) / (decay * weight + 1)
+        else:
+            bound = jnp.where(weight > 0, total / weight, measured)
+        x = static_fake_quant(x, bound) @ kernel + layer["bias"]
+        x = jnp.tanh(x) if i == 0 else x
+    return jnp.mean(x**2), seen
+
+
 class Threaded:
     """The same training, with ranges threaded by hand."""
 
     def __init__(self, combine="mean"):
         self.params = new_state().params
         self.history = ([], [])
-        self.combine = combine
+        self.decay = 1.0 if combine == "mean" else float(combine)
 
-    def bound(self, layer, x, update):
-        measured = models.MARGIN * jnp.max(jnp.abs(x))
-        history = [*self.history[layer], measured] if update else self.history[layer]
-        if update:
-            self.seen[layer] = measured
-        if not history:
-            return measured
-        if self.combine == "mean":
-            return sum(history) / len(history)
-        decay = float(self.combine)
-        weights = decay ** np.arange(len(history))[::-1]
-        return sum(w * r for w, r in zip(weights, history, strict=True)) / sum(weights)
+    def past(self):
+        for history in self.history:
+            weights = self.decay ** np.arange(len(history))[::-1]
+            yield np.float32([np.dot(weights, history), sum(weights), self.decay])
 
     def forward(self, params, x, update):
-        for i in range(2):
-            layer = params[f"Dense_{i}"]
-            kernel = models.fake_quant(layer["kernel"], 8, 0)
-            x = jax.lax.stop_gradient(self.bound(i, x, update)), x
-            x = static_fake_quant(x[1], x[0]) @ kernel + layer["bias"]
-            x = jnp.tanh(x) if i == 0 else x
-        return jnp.mean(x**2)
+        return forward_with_ranges(params, x, [*self.past()], update)[0]
 
     def step(self, x, update=True):
-        self.seen = {}
-
-        def loss_fn(params):
-            return self.forward(params, x, update), dict(self.seen)
-
-        (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(self.params)
+        grad = jax.value_and_grad(forward_with_ranges, has_aux=True)
+        (loss, seen), grads = grad(self.params, x, [*self.past()], update)
         self.params = jax.tree.map(lambda p, g: p - RATE * g, self.params, grads)
-        for layer, measured in seen.items():
-            self.history[layer].append(float(measured))
+        for history, measured in zip(self.history, seen, strict=True):
+            if update:
+                history.append(float(measured))
         return loss
 
     def check(self, params, quant_stats, name="sum_of_absmax"):

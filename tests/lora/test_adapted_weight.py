@@ -93,15 +93,19 @@ def test_every_spelling(name, dora):
         return
     layouts = {path: layout for path, (layout, _) in find_layouts(plan).items()}
     adapters = random_adapters(layouts)
-    got = provider.transform(provider.adapt(traced, plan, adapters), plan)
+
+    @jax.jit
+    def adapted(adapters):
+        return provider.transform(provider.adapt(traced, plan, adapters), plan)
 
     def merged(path, value):
         if path in layouts:
-            value = reference_weight(layouts[path], value, adapters)
-        return jnp.asarray(value, jax.device_put(value).dtype)
+            dtype = jax.device_put(value).dtype
+            value = reference_weight(layouts[path], value, adapters).astype(dtype)
+        return value
 
-    x = jax.tree.map(jnp.asarray, case.x)
-    want = case.function(mapped(case.params, merged), x)
+    got = adapted(adapters)
+    want = jax.jit(case.function)(mapped(case.params, merged), case.x)
     tolerance = 2e-2 if "bfloat16" in name else 3e-5
     got, want = np.float64(got), np.float64(want)
     np.testing.assert_allclose(got, want, atol=tolerance * max(1, abs(want).max()))
