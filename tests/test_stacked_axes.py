@@ -184,3 +184,36 @@ def test_scales_of_activations_that_are_trained(axis, method):
         return out
 
     assert_close(trained(axis), trained(0))
+
+
+class Members(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        members = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": self.axis},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=3,
+        )
+        return members(8, name="members")(x)
+
+
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_members_of_a_vmap_share_a_static_range(axis):
+    model = Members(axis)
+    params = models.params_of(model, X)
+    trained = quantize_model(model, QtProvider(STATIC))
+    variables = {**trained.init(jax.random.key(0), X), "params": params}
+    want, found = trained.apply(variables, X, mutable=["quant_stats"])
+    served = quantize_model(model, PtqProvider(STATIC))
+    abstract = jax.eval_shape(served.init, jax.random.key(0), X)["params"]
+    quantized = ptq.quantize_params(params, abstract, **found)
+    assert_close(served.apply({"params": quantized}, X), want)
+    scale = quantized["members"]["dot_general0_lhs_scale"].array
+    np.testing.assert_allclose(scale, np.abs(X).max() / 127.5, rtol=1e-6)
+    stats = found["quant_stats"]
+    served, quantized = ptq.quantize(model, params, STATIC, X, quant_stats=stats)
+    assert_close(served.apply({"params": quantized}, X), want)

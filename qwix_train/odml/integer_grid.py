@@ -78,6 +78,7 @@ def scalar(grid: Grid) -> Grid:
     return dataclasses.replace(grid, scale=scale, zero_point=zero_point)
 
 
+@functools.partial(_compiled, static_argnames="rounding")
 def on_grid(x: jax.Array, grid: Grid, rounding: str = "even") -> jax.Array:
     """The nearest values of a grid, with straight-through gradients.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,6 +69,9 @@ class OpPlan:
       layer_axis: the axis along which its module stacks the params of the layers that a
         scan goes over; what stands beside them is stacked alike. Negative ones count
         from the last.
+      members: the axes of all params of its module that a `vmap` around it goes over,
+        and their lengths. Its members share what stands beside the params, and each
+        has a copy, since `vmap` takes these axes off whatever is there.
     """
 
     op: Op
@@ -83,18 +87,24 @@ class OpPlan:
     unsupported: bool = False
     product: str = ""
     layer_axis: int = 0
+    members: tuple[tuple[int, int], ...] = ()
 
     def as_stored(self, leaf: Any) -> Any:
         """What stands beside its params, from an array with its layers in front."""
-        if not self.layer_axis:
-            return leaf
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.layer_axis), leaf)
+        if self.layer_axis:
+            leaf = jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.layer_axis), leaf)
+        for axis, length in self.members:
+            copies = functools.partial(jnp.stack, axis=axis)
+            leaf = jax.tree.map(lambda x: copies([x] * length), leaf)
+        return leaf
 
     def layers_first(self, leaf: Any) -> Any:
         """An array with its layers in front, from what stands beside its params."""
-        if not self.layer_axis:
-            return leaf
-        return jax.tree.map(lambda x: jnp.moveaxis(x, self.layer_axis, 0), leaf)
+        for axis, _ in reversed(self.members):
+            leaf = jax.tree.map(lambda x: jnp.take(x, 0, axis), leaf)
+        if self.layer_axis:
+            leaf = jax.tree.map(lambda x: jnp.moveaxis(x, self.layer_axis, 0), leaf)
+        return leaf
 
     def range_path(self, side: int) -> Path:
         """The path of the range of an operand: its module, its op and its side.

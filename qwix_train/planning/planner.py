@@ -117,6 +117,7 @@ class _Planner:
             rotations=nothing,
             module_path=path,
             layer_axis=self.layer_axis(op, path),
+            members=() if op.layers else self.members(path),
         )
         left = functools.partial(dataclasses.replace, plan)
         if rule.weight_qtype is None:
@@ -148,6 +149,16 @@ class _Planner:
         if 0 in common or not common:
             return 0
         return -1 if -1 in common else max(common)
+
+    def members(self, module_path: str) -> tuple[tuple[int, int], ...]:
+        """See `OpPlan.members`."""
+        module = tuple(filter(None, module_path.split("/")))
+        mapped = {
+            tuple((axis, param.shape[axis]) for axis in param.mapped_axes)
+            for param in self.params.values()
+            if param.path[:-1] == module and param.mapped_axes
+        }
+        return mapped.pop() if len(mapped) == 1 else ()
 
     def quantize(self, plan: OpPlan, rule: QuantizationRule) -> OpPlan:
         op = plan.op

@@ -41,8 +41,17 @@ def given_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any]:
 def _stacked_as(
     wanted: tuple[int, ...], params: dict[Path, Any], num_layers: int
 ) -> dict[Path, Any]:
-    """Ranges whose layers come first, stacked along the axis of the quantized model."""
+    """Ranges whose layers come first, stacked along the axis of the quantized model.
+
+    One that all members of a `vmap` share is there for each of them.
+    """
     ndim = len(wanted)
+    for axis, length in enumerate(wanted):
+        inner = wanted[:axis] + wanted[axis + 1 :]
+        if all(x.shape == inner for x in jax.tree.leaves(params)):
+            return jax.tree.map(
+                lambda x, axis=axis, n=length: jnp.stack([x] * n, axis), params
+            )
     if num_layers != 1 or any(np.ndim(x) != ndim for x in jax.tree.leaves(params)):
         return params
     for axis in range(ndim):
