@@ -97,8 +97,8 @@ def _dtype_name(qtype: QType) -> str | None:
 def _unknown(qtype: QType) -> str:
     names = [entry.name for entry in formats.entries()]
     meant = difflib.get_close_matches(str(qtype).lower(), names, n=1)
-    near = f"do you mean {meant[0]!r}? The types are " if meant else "choose from "
-    return f"Unknown quantized type {qtype!r}; {near}{', '.join(names)}."
+    near = f" Do you mean {meant[0]!r}?" if meant else ""
+    return f"Unknown quantized type {qtype!r}.{near} Choose from {', '.join(names)}."
 
 
 @functools.lru_cache(maxsize=256)

@@ -41,7 +41,7 @@ def test_forms_of_a_type_are_one(given, same):
     + [[1], "mxfp5", jnp.bfloat16],
 )
 def test_unknown_types_are_refused_by_name(bad):
-    with pytest.raises(ValueError, match="choose from int1.*nf4") as error:
+    with pytest.raises(ValueError, match="Choose from int1.*nf4") as error:
         numerics.canonical_qtype(bad)
     assert repr(bad) in str(error.value)
 

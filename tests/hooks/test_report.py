@@ -445,5 +445,5 @@ def test_refuses_arguments_that_cannot_be():
     with pytest.raises(TypeError, match="a function that returns it.*not a tuple"):
         hooks.QuantReport(Writer(), dense, opt_state=(optax.EmptyState(),))
     nothing = plan(nn.Dense(4), models.NOTHING, jnp.ones((1, 8)))
-    with pytest.raises(ValueError, match="quantizes any op"):
+    with pytest.raises(ValueError, match="quantizes an op"):
         hooks.QuantReport(Writer(), nothing)

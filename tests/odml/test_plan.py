@@ -324,6 +324,7 @@ def test_a_plan_says_what_happens_to_every_operation():
         "quantized": True,
         "range": "exp0",
         "reason": "",
+        "product": "",
     }
     assert records[1]["reason"] == records[2]["reason"] == "part of first/dot_general0"
     lines = str(plan).splitlines()

@@ -378,7 +378,7 @@ def test_refuses_arguments_that_cannot_be():
     for batch in {"x": jnp.ones((6, 4))}, jnp.ones((6, 4)):
         with pytest.raises(TypeError, match="looks like one batch"):
             measure(batches=batch)
-    with pytest.raises(ValueError, match="quantizes any op"):
+    with pytest.raises(ValueError, match="quantizes an op"):
         measure(rules=models.NOTHING)
     with pytest.raises(TypeError, match=r"returned an array of shape \(6, 3\)"):
         measure(lambda p, x: models.Mlp().apply({"params": p}, x))
