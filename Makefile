@@ -29,6 +29,7 @@
 #   make bench-decode  the benchmark of decoding in a loop over tokens
 #   make bench-devices  the cost of compiling a step for 1 to 512 devices
 #   make bench-memory  the peak memory of quantizing a model of 1B params
+#   make bench-clients  the cost of a model of the gemma package, beside qwix
 #   make bench-pages  the pages of benchmarks/out/NAME.json: ARGS=benchmarks/out/NAME.json
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
@@ -333,6 +334,11 @@ bench-formats: $(VENV)/.stamp-bench $(VENV)/.stamp-examples
 .PHONY: bench-decode
 bench-decode: $(VENV)/.stamp-bench
 	$(VENV)/bin/python -m benchmarks.decode $(ARGS)
+
+.PHONY: bench-clients
+bench-clients: $(VENV)/.stamp-bench .venv-gemma/.stamp
+	$(VENV)/bin/python -m benchmarks.clients \
+	  --python $(CURDIR)/.venv-gemma/bin/python $(ARGS)
 
 .PHONY: bench-pages
 bench-pages: $(VENV)/.stamp-bench
