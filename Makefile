@@ -53,6 +53,11 @@ PIP := -m pip --disable-pip-version-check --quiet
 # of an installation, and most are never used.
 export PIP_NO_COMPILE := 1
 
+# uv does not read pip's setting of the certificates to trust.
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
 # for the other workers, and for later runs.
 JAX_CACHE := .jax_cache
