@@ -1,7 +1,8 @@
-"""Which form a product takes, told to who asks while it is traced.
+"""Tells a plan in which form a product is computed.
 
-Operands, shapes and the platform choose among the forms, where the product is computed:
-`dot_general`, `weight_only`, `cpu_dots`, `integer_dot`. A plan shows what they chose.
+`dot_general`, `weight_only`, `cpu_dots` and `integer_dot` choose the form while the
+product is traced, by its operands, shapes and platform. They call `tell` where they
+choose, so that a plan shows what runs.
 """
 
 import contextlib
@@ -19,7 +20,10 @@ _listener: contextvars.ContextVar[Callable[[str], Any] | None] = contextvars.Con
 
 @contextlib.contextmanager
 def listening(listener: Callable[[str], Any]) -> Iterator[None]:
-    """Tells a listener the forms of the products that are traced, one of them twice.
+    """Calls a listener with the form of each product that is traced.
+
+    A product may have several forms, for several platforms, and one form may be told
+    more than once.
 
     >>> import jax.numpy as jnp
     >>> from qwix_train import dot, quantize
@@ -44,9 +48,10 @@ def tell(form: str) -> None:
 
 
 def traced(jitted: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A function under `jax.jit`, or where someone listens the function itself.
+    """Returns a jitted function, or what it wraps if there is a listener.
 
-    The jitted one is not traced again for shapes that it knows.
+    JAX does not trace a jitted function again for shapes that it knows, so it would
+    tell nothing.
     """
     if _listener.get() is None:
         return jitted

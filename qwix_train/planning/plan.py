@@ -69,9 +69,9 @@ class OpPlan:
       layer_axis: the axis along which its module stacks the params of the layers that a
         scan goes over; what stands beside them is stacked alike. Negative ones count
         from the last.
-      members: the axes of all params of its module that a `vmap` around it goes over,
-        and their lengths. Its members share what stands beside the params, and each
-        has a copy, since `vmap` takes these axes off whatever is there.
+      members: the axes of the params of its module that a `vmap` around it goes over,
+        with the length of each. All members of the `vmap` share one range. It is stored
+        once for each of them, because `vmap` takes these axes off all leaves alike.
     """
 
     op: Op

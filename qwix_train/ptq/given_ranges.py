@@ -41,9 +41,10 @@ def given_ranges(quant_stats: Any, flat: Mapping[Path, Any]) -> dict[Path, Any]:
 def _stacked_as(
     wanted: tuple[int, ...], params: dict[Path, Any], num_layers: int
 ) -> dict[Path, Any]:
-    """Ranges whose layers come first, stacked along the axis of the quantized model.
+    """Ranges in the shape that the quantized model has.
 
-    One that all members of a `vmap` share is there for each of them.
+    Layers come first, and are moved to the axis of the model. A range that all members
+    of a `vmap` share is repeated for each of them.
     """
     ndim = len(wanted)
     for axis, length in enumerate(wanted):
