@@ -312,7 +312,7 @@ class Evaluation(abc.ABC):
             mesh=params["mesh"],
             in_specs=(list(params["in_specs"]), everywhere, everywhere),
             out_specs=(list(params["out_specs"]), everywhere),
-            axis_names=set(params["newly_manual_axes"]),
+            axis_names=set(jax_versions.shard_map_axes(params)),
             check_vma=params["check_vma"],
         )(arrays, self._states_inside(key), given)
         return self._after(results, {})

@@ -227,7 +227,7 @@ class _Harvest(Evaluation):
 
     def _check_joined(self, eqn, key):
         """Complains of states that would differ between the devices of a mesh."""
-        axes = eqn.params["newly_manual_axes"]
+        axes = jax_versions.shard_map_axes(eqn.params)
         for tag in map(self.replaced.__getitem__, self.inside[key]):
             if other := sorted(axes - set(tag.joined)):
                 raise ValueError(

@@ -84,6 +84,12 @@ def scan_parts(params: dict[str, Any]) -> ScanParts:
     return ScanParts(len(consts), len(carry))
 
 
+def shard_map_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The axes of the mesh that a `shard_map` is over."""
+    name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    return frozenset(params[name])
+
+
 def call_body(params: dict[str, Any]) -> Body:
     """The body of a call-like equation (`jit`, `remat`, `custom_vjp_call`)."""
     return body_of(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
