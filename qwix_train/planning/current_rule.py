@@ -136,6 +136,7 @@ def key() -> Hashable | None:
     Returns:
       A key that stands for the answers to all that was ever asked for; None as long as
       nothing was: what JAX keeps of `jnp.einsum` and the like then serves all rules.
+      Once a kernel has asked, JAX keeps them for each set of rules, and for good.
     """
     rules = _thread.rules
     if not _asked or rules is None:
