@@ -123,6 +123,13 @@ METHODS = [
     ),
     Variant("int4, tile 32", "float", "minmax, AWQ", _int4_rules(), ptq.Awq),
     Variant("int4, tile 32", "float", "minmax, GPTQ", _int4_rules(), ptq.Gptq),
+    Variant(
+        "int4, tile 32",
+        "float",
+        "minmax, AWQ and GPTQ",
+        _int4_rules(),
+        lambda rules: ptq.Awq(rules, rounding=ptq.Gptq(rules)),
+    ),
     Variant("nvfp4", "float", "GPTQ", weight_rules("nvfp4"), ptq.Gptq),
     Variant("mxfp4", "float", "GPTQ", weight_rules("mxfp4"), ptq.Gptq),
 ]

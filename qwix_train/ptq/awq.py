@@ -18,6 +18,7 @@ from qwix_train.core.qarray import (
     quantize_with_scale_zero_point,
 )
 from qwix_train.planning.rules import QuantizationRule
+from qwix_train.ptq.gptq import Gptq
 from qwix_train.ptq.input_scaling import InputScaling
 from qwix_train.ptq.weight_matrices import row_tile
 from qwix_train.ptq.weight_method import Finding, Weight, squared_outputs
@@ -70,6 +71,7 @@ class Awq(InputScaling):
         *,
         grid_size: int = 20,
         clip: bool = True,
+        rounding: Gptq | None = None,
     ):
         """Checks the options.
 
@@ -79,11 +81,15 @@ class Awq(InputScaling):
           clip: whether ranges are narrowed. That is left out, and the report says so,
             where what shares a scale is not a row of a weight, or tiles of
             consecutive channels of it.
+          rounding: chooses the codes once the scales are found: GPTQ, with the same
+            rules, corrects the channels to come for the error of each. If None, each
+            channel is rounded to nearest.
 
         Raises:
-          ValueError: if there are fewer than two.
+          ValueError: if fewer than two exponents are tried, or `rounding` has other
+            rules.
         """
-        super().__init__(rules)
+        super().__init__(rules, rounding)
         if grid_size < 2:
             raise ValueError(f"grid_size={grid_size} must be at least 2.")
         self.grid_size = grid_size

@@ -128,15 +128,32 @@ class Gptq(WeightMethod):
             if size is None:
                 note = "tiles are not in the order of channels: "
                 note += "scales from the float weight"
-        options = Options(self.damping, self.block_size, self.act_order, size)
-        array, ok = _quantize(weight, options)
+        return QuantizedWeight(self._codes(weight, size), Finding(note))
+
+    def codes_on(self, weight: Weight, grid: QArray) -> QArray:
+        """The codes of a weight with the scales that another method chose.
+
+        Args:
+          weight: the weight.
+          grid: what the other method made of it.
+
+        Raises:
+          ValueError: if the damped Hessian is not positive definite.
+        """
+        return self._codes(weight, None, grid)
+
+    def _codes(
+        self, weight: Weight, tile: int | None, grid: QArray | None = None
+    ) -> QArray:
+        options = Options(self.damping, self.block_size, self.act_order, tile)
+        array, ok = _quantize(weight, options, grid)
         if is_concrete(ok) and not np.all(processes.whole(ok)):
             raise ValueError(
                 f"The Hessian of {weight.name} is not positive definite with "
                 f"damping={self.damping}: too few inputs were collected for its "
                 f"{weight.view.channels} channels. Collect more, or raise damping."
             )
-        return QuantizedWeight(array, Finding(note))
+        return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,11 +342,17 @@ def tile_scale(
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _quantize(weight: Weight, options: Options) -> tuple[QArray, jax.Array]:
+def _quantize(
+    weight: Weight, options: Options, grid: QArray | None
+) -> tuple[QArray, jax.Array]:
     """The codes of a stored param, and which Hessians were positive definite."""
     param, how, view = weight.param, weight.how, weight.view
     found = calibrate(param, how)
     stored, zero_point = compute_scale_zero_point(found, how.qtype)
+    is_coded = isinstance(stored, CodedScale)
+    if grid is not None:
+        stored, zero_point = grid.scale, grid.zero_point
+        stored = CodedScale(stored, grid.tensor_scale) if is_coded else stored
     coded = stored if isinstance(stored, CodedScale) else None
     scale: Any = stored if coded is None else coded.value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from qwix_train.core.calibration import calibrate
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
 from qwix_train.core.qarray import QArray
 from qwix_train.ops.vectors import Channels
+from qwix_train.planning.rules import QuantizationRule
+from qwix_train.ptq.gptq import Gptq
 from qwix_train.ptq.input_statistics import WeightInput
 from qwix_train.ptq.weight_method import (
     Finding,
@@ -33,6 +36,28 @@ class InputScaling(WeightMethod):
     """
 
     scales_inputs = True
+
+    def __init__(self, rules: Sequence[QuantizationRule], rounding: Gptq | None):
+        """Checks the options.
+
+        Args:
+          rules: the rules, those that the model is to be quantized by.
+          rounding: what chooses the codes once the scales are found; None to round to
+            nearest. Only how it rounds counts: it collects nothing.
+
+        Raises:
+          ValueError: if `rounding` has other rules.
+        """
+        if rounding is not None:
+            self.second_moment = True
+            self.title = f"{self.title} and {rounding.title}"
+        super().__init__(rules)
+        if rounding is not None and rounding.rules != self.rules:
+            raise ValueError(
+                f"{self.title}: rounding has other rules, {list(rounding.rules)}. Give "
+                f"it the same: {list(self.rules)}."
+            )
+        self.rounding = rounding
 
     def obstacle(self, weight: Weight) -> str:
         """See `WeightMethod.obstacle`: other ops would read the scaled weight."""
@@ -72,7 +97,7 @@ class InputScaling(WeightMethod):
 
         Raises:
           ValueError: if the range of the scaled input cannot be told from what was
-            collected.
+            collected; or see `Gptq.codes_on`.
         """
         (found,) = weight.inputs
         factors, said = self.channel_scale(weight)
@@ -82,6 +107,10 @@ class InputScaling(WeightMethod):
             ranges = scaled_range(found, weight, scale)
         kept = Scale(scale, stored_scale(found, scale), ranges)
         array = self.rounded(weight.divided(scale), weight, scale)
+        if self.rounding is not None:
+            array = self.rounding.codes_on(weight.scaled(scale), array)
+            # What is known so far is of weights that are rounded to nearest.
+            said = Finding("; ".join(filter(None, (said.note, said.reason))))
         return QuantizedWeight(array, said, kept)
 
 

@@ -20,6 +20,7 @@ from qwix_train.core.qarray import (
 )
 from qwix_train.files import processes
 from qwix_train.planning.rules import QuantizationRule
+from qwix_train.ptq.gptq import Gptq
 from qwix_train.ptq.input_scaling import InputScaling, input_scale
 from qwix_train.ptq.weight_method import Finding, Weight
 
@@ -68,7 +69,11 @@ class SmoothQuant(InputScaling):
     rows = 256
 
     def __init__(
-        self, rules: Sequence[QuantizationRule], *, alpha: float | None = None
+        self,
+        rules: Sequence[QuantizationRule],
+        *,
+        alpha: float | None = None,
+        rounding: Gptq | None = None,
     ):
         """Checks the options.
 
@@ -78,11 +83,13 @@ class SmoothQuant(InputScaling):
             input to the weight, from 0 to 1. If None, it is chosen for each matrix;
             else every weight is smoothed by it, and the report says where that made
             its outputs worse.
+          rounding: chooses the codes once the inputs are smoothed: GPTQ, with the same
+            rules. If None, weights are rounded to nearest.
 
         Raises:
-          ValueError: if `alpha` is out of bounds.
+          ValueError: if `alpha` is out of bounds, or `rounding` has other rules.
         """
-        super().__init__(rules)
+        super().__init__(rules, rounding)
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha} must be from 0 to 1.")
         self.alpha = alpha

@@ -87,6 +87,17 @@ class Weight:
         each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], self.view.shape)
         return (self.param / self.view.from_matrices(each)).astype(self.param.dtype)
 
+    def scaled(self, scale: jax.Array) -> Weight:
+        """The weight for an input that is multiplied by a scale.
+
+        Args:
+          scale: shape (matrices, channels).
+        """
+        scale = scale.astype(jnp.float32)
+        moment = self.moments["second_moment"] * scale[:, :, None] * scale[:, None]
+        moments = {**self.moments, "second_moment": moment}
+        return dataclasses.replace(self, param=self.divided(scale), moments=moments)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:

@@ -18,7 +18,15 @@ from qwix_train import (
 )
 from tests import models
 from tests.calib.test_calibrator import NnxMlp
-from tests.ptq.gptq_reference import abstract, collect, correlated, run, run_nnx
+from tests.ptq.gptq_reference import (
+    WIDE,
+    abstract,
+    collect,
+    correlated,
+    errors,
+    run,
+    run_nnx,
+)
 from tests.ptq.test_weight_method import NnxLayers, mlp_params
 
 WEIGHTS = QuantizationRule(weight_qtype="int8")
@@ -234,3 +242,48 @@ def test_a_checkpoint_with_scales_of_inputs_says_which_model_has_them(tmp_path):
         ptq.restore(tmp_path / "awq", shapes(PtqProvider([WEIGHTS])))
     fresh = shapes(PtqProvider([WEIGHTS], pre_quant_scale=True))
     ptq.restore(tmp_path / "awq", fresh)
+
+
+@pytest.mark.parametrize("make", [ptq.Awq, ptq.SmoothQuant])
+def test_gptq_chooses_the_codes_of_scaled_weights(make):
+    x = correlated(256, 32)
+    x[:, [1, 5, 20]] *= 8
+    rules = [
+        QuantizationRule(
+            weight_qtype="int4", tile_size=8, weight_calibration_method=WIDE
+        )
+    ]
+    model, params = nn.Dense(16, use_bias=False), {"kernel": models.normal(32, 16)}
+    options = {"clip": False} if make is ptq.Awq else {}
+    nearest = make(rules, **options)
+    method = make(rules, rounding=ptq.Gptq(rules), **options)
+    scales, found = (run(each, model, params, x) for each in (nearest, method))
+    models.assert_same(scales["kernel"].array.scale, found["kernel"].array.scale)
+    scale = np.asarray(found["dot_general0_lhs_pre_quant_scale"])
+    models.assert_same(scale, scales["dot_general0_lhs_pre_quant_scale"])
+    assert len(np.unique(scale)) > 1
+    array, w = found["kernel"].array, np.asarray(params["kernel"])
+    wrong = errors(array.qvalue, w / scale.T, x * scale, "int4", tile=8, static=True)
+    assert wrong < 0.01
+    (record,) = method.report.weights
+    out = (x * scale) @ np.asarray(dequantize(array)) - x @ w
+    np.testing.assert_allclose(
+        record.error, np.sum(out**2) / np.sum((x @ w) ** 2), 1e-3
+    )
+    (before,) = nearest.report.weights
+    assert record.error < 0.7 * before.error
+    with pytest.raises(ValueError, match="GPTQ: rounding has other rules"):
+        make(rules, rounding=ptq.Gptq([models.rule("int4")]))
+
+
+@pytest.mark.slow
+def test_gptq_takes_the_narrowed_ranges_of_awq():
+    x, rules = correlated(256, 32), [models.rule("nvfp4")]
+    model, params = nn.Dense(16, use_bias=False), {"kernel": models.normal(32, 16)}
+    narrowed, method = ptq.Awq(rules), ptq.Awq(rules, rounding=ptq.Gptq(rules))
+    before, found = (
+        run(each, model, params, x)["kernel"].array for each in (narrowed, method)
+    )
+    models.assert_same(before.scale, found.scale)
+    models.assert_differ(before.qvalue, found.qvalue)
+    assert method.report.weights[0].error < 0.9 * narrowed.report.weights[0].error
