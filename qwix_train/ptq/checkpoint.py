@@ -40,7 +40,9 @@ from qwix_train.ptq.manifest import (
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-_MANIFEST = "manifest"
+MANIFEST = "manifest"
+ITEMS = (stored_arrays.ITEM, MANIFEST)
+"""The folders in a checkpoint."""
 
 
 def save(
@@ -168,7 +170,7 @@ def save_async(
     )
     items = {
         stored_arrays.ITEM: ocp.args.PyTreeSave(arrays),
-        _MANIFEST: ocp.args.JsonSave(record),
+        MANIFEST: ocp.args.JsonSave(record),
     }
     checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
     executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -275,7 +277,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
-            record = checkpointer.restore(path / _MANIFEST)
+            record = checkpointer.restore(path / MANIFEST)
         except (OSError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a complete checkpoint of ptq.save or lora.save: its "
@@ -311,7 +313,7 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
 
     def is_one() -> bool:
         names = {file.name for file in path.iterdir()} if path.is_dir() else {""}
-        return not names or {stored_arrays.ITEM, _MANIFEST} <= names
+        return not names or set(ITEMS) <= names
 
     writing.check_target(
         path,
