@@ -323,9 +323,11 @@ def init(
     call = model_call(params, apply_fn)
     provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
     adapted = AdaptedApply(call.function, provider, call.in_collection)
-    adapted, adapters, frozen = begin(
-        adapted, call.first, rng, inputs, {**call.kwargs, **kwargs}, donate=donate
-    )
+    given = {**call.kwargs, **kwargs}
+    with call.naming_missing_collections(inputs, kwargs):
+        adapted, adapters, frozen = begin(
+            adapted, call.first, rng, inputs, given, donate=donate
+        )
     return adapters, frozen, {layout.path: layout for layout in adapted.layouts}
 
 
