@@ -260,7 +260,8 @@ def load_compressed_tensors(
         ImportError: `safetensors` is not installed.
         FileNotFoundError: There is no such file.
         ValueError: A layer has a scheme that is not supported, or tensors that do not
-            fit together; the message has its name.
+            fit together; or integers need 64 bits, which JAX does not have without
+            ``jax_enable_x64``. The message has the name of the layer or tensor.
     """
     path = pathlib.Path(path)
     writing.finish(path if path.is_dir() else path.parent)
@@ -285,7 +286,10 @@ def load_compressed_tensors(
             own = {p: parts.pop(p) for p in list(parts) if _QUANTIZED.match(p)}
             reader.add_layer(prefix, own, scheme)
         for part, tensor in parts.items():
-            reader.add(prefix + part, jnp.asarray(tensor))
+            with located(prefix + part):
+                dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+                safetensors_files.check_fits(tensor, dtype)
+            reader.add(prefix + part, jnp.asarray(tensor, dtype))
     return reader.tree()
 
 

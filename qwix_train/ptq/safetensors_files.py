@@ -75,6 +75,29 @@ def write_file(
     _import("safetensors.numpy").save_file(contiguous, file, metadata=metadata)
 
 
+def check_fits(tensor: np.ndarray, dtype: Any) -> None:
+    """Complains of integers that a cast would change.
+
+    Args:
+        tensor: What a file holds, of any dtype.
+        dtype: The dtype that it is cast to.
+
+    Raises:
+        ValueError: An integer lies outside of the range of the dtype.
+    """
+    if not np.issubdtype(tensor.dtype, np.integer) or not tensor.size:
+        return
+    if np.can_cast(tensor.dtype, dtype):
+        return
+    low, high, info = tensor.min(), tensor.max(), jnp.iinfo(dtype)
+    if low < info.min or high > info.max:
+        raise ValueError(
+            f"its {tensor.dtype} numbers from {low} to {high} do not fit into "
+            f"{jnp.dtype(dtype)}, the dtype of its param. Give the param a wider one. "
+            "JAX has 64 bits only if jax_enable_x64 is set."
+        )
+
+
 def contents(
     tensors: Mapping[str, Callable[[], np.ndarray]],
     sizes: Mapping[str, int],

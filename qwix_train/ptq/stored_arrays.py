@@ -383,8 +383,20 @@ def read(
         targets: How each array is to be sharded.
 
     Raises:
-        ValueError: The message names the params that are damaged.
+        ValueError: Params are damaged, or have 64 bits, which JAX does not have without
+            ``jax_enable_x64``. The message names them.
     """
+    wide = [
+        f"{param.name} ({record.dtype})"
+        for param in params
+        for record in param.arrays.values()
+        if jax.dtypes.canonicalize_dtype(record.dtype) != jnp.dtype(record.dtype)
+    ]
+    if wide:
+        raise ValueError(
+            f"The checkpoint at {path} holds arrays that JAX has only if "
+            f"jax_enable_x64 is set: {plan_table.some(wide, 3)}. Set it first."
+        )
     structs = {
         (param.path, name): _stored_struct(record, targets[param.path][name])
         for param in params

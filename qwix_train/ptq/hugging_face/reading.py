@@ -91,7 +91,8 @@ def load(
         TypeError: A sharding is not one, or the mapping has something else than places.
         ValueError: A file is damaged; or tensors are missing, left over, or of another
             shape or kind of dtype than the params, or an entry of the mapping matches
-            nothing, which are all in the message; or a param cannot be quantized.
+            nothing, which are all in the message; or integers do not fit into the dtype
+            of their param; or a param cannot be quantized.
 
     >>> import pathlib, tempfile
     >>> import jax, numpy as np
@@ -308,10 +309,13 @@ class _Reader:
             self.tensors[name].verify()
             self._verified.add(name)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _tensor(self, name: str, dtype: Any) -> np.ndarray:
+        """A tensor, whose numbers the dtype of its param can hold."""
         self._verify(name)
         with located(name):
-            return self.tensors[name].mapped()
+            tensor = self.tensors[name].mapped()
+            safetensors_files.check_fits(tensor, dtype)
+            return tensor
 
     def _slices(
         self, names: Path, struct: jax.ShapeDtypeStruct, base: Sharding | None
@@ -324,7 +328,7 @@ class _Reader:
         def read(position: Mapping[str, int]) -> jax.Array:
             def part(index: Any) -> np.ndarray:
                 return assembly.axes.read(
-                    lambda at: self._tensor(assembly.name_at(at)),
+                    lambda at: self._tensor(assembly.name_at(at), struct.dtype),
                     assembly.sizes,
                     position,
                     index,
