@@ -26,10 +26,10 @@ from qwix_train.values import stored
 
 
 class InputScaling(WeightMethod):
-    """A method that multiplies the input of a weight by ``p``, and divides it by that.
+    """A method that multiplies the input of a weight by ``p``, and divides the weight.
 
-    The products stay the same, ``x @ w = (x * p) @ (w / p)``; what is rounded is not.
-    See `pre_quant_scale` for where ``p`` is kept.
+    The products stay the same, ``x @ w = (x * p) @ (w / p)``, but other numbers are
+    rounded. See `pre_quant_scale` for where ``p`` is kept.
     """
 
     scales_inputs = True
@@ -47,7 +47,7 @@ class InputScaling(WeightMethod):
 
     @abc.abstractmethod
     def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
-        """What the weight is multiplied by, and what the report says of it.
+        """What each channel of a weight is multiplied by, and what the report says.
 
         Returns:
           A positive number for each channel, shape (matrices, channels), float32; and
@@ -86,9 +86,10 @@ class InputScaling(WeightMethod):
 
 
 def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
-    """What an input is multiplied by, for what its weight is.
+    """What an input is multiplied by, from what its weight is multiplied by.
 
-    Rounded as the model will read it; only then it is taken out of the weight.
+    It is rounded to the dtype in which the model will read it, before the weight is
+    divided by it.
     """
     return (1 / factors).astype(found.dtype)
 
@@ -101,8 +102,9 @@ def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
       scale: shape (matrices, channels).
 
     Returns:
-      The axes of layers, and then those of the input, of size 1 where the scale is the
-      same for every entry; one axis of layers where the model stacks its params.
+      The scale with the axes of layers, and then those of the input, of size 1 where
+      the scale is the same for every entry. If there is an axis along which the model
+      stacks its layers, the axis of layers is moved there.
     """
     assert isinstance(found.channels, Channels)
     axes = *found.channels.groups, *found.channels.contracting

@@ -1,10 +1,15 @@
 """Mappings for families of models, as data.
 
-For each module of a checkpoint, what it is: `dense` has a kernel, and perhaps a bias,
-`to_heads` and `from_heads` are such with an axis of heads, `norm` has a scale, and
-perhaps a bias, `embedding` has a table, `experts` are kernels that are stacked,
-`stacked_experts` are so in the file, `router` chooses experts, `sinks` are logits of
-attention that no token has.
+They say what each module of a checkpoint is:
+
+* `dense` has a kernel, and perhaps a bias,
+* `to_heads` and `from_heads` are dense, with an axis of heads,
+* `norm` has a scale, and perhaps a bias,
+* `embedding` has a table,
+* `experts` are kernels that are stacked when they are read,
+* `stacked_experts` are stacked in the file already,
+* `router` chooses experts,
+* `sinks` are logits of attention that belong to no token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are quantized already, and stay as they are.
+"""Tensors that are quantized in the checkpoint, and keep their codes and scales.
 
 =====================  ==========================================================
 in the file            what it is
@@ -11,8 +11,8 @@ in the file            what it is
                        ``[expert, out, in / 32]``, E8M0
 =====================  ==========================================================
 
-Both are one tensor ``X`` here, such as the library transformers has in their place when
-it dequantizes them; that of gpt-oss is ``[expert, in, out]``.
+Here each pair is one tensor ``X``, as in the library transformers, when that
+dequantizes them. The tensor of gpt-oss has the shape ``[expert, in, out]``.
 """
 
 from __future__ import annotations
