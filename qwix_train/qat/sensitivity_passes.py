@@ -1,8 +1,8 @@
 """What a sensitivity is measured with: three ways to run a call of a model.
 
-One program evaluates every op with every type: which of them is quantized is an input
-of it (`SwitchedProvider`). The float model, run once, gives the error of each op's
-output with each type (`OutputErrorProvider`); and with an offset added to each param,
+One program evaluates every op with every type: which op is quantized is an input of the
+program (`SwitchedProvider`). The float model, run once, gives the error of each op's
+output with each type (`OutputErrorProvider`). With an offset added to each param,
 derivatives by the offsets are those by the params, wherever a loss function takes them
 from (`OffsetProvider`).
 """
@@ -35,12 +35,12 @@ from qwix_train.trace.provenance import Weight
 
 
 class DiscoveryProvider(QuantizationProvider):
-    """Takes note of what there is to quantize, and leaves the model as it is."""
+    """Takes note of the ops and params to quantize, and leaves the model as it is."""
 
     takes_static_ranges = True
 
     def __init__(self, typed: TypedPlans):
-        """Takes what collects the plans."""
+        """Takes the object that collects the plans."""
         super().__init__(typed.rules)
         self._typed = typed
 
@@ -108,12 +108,12 @@ class SwitchedProvider(QuantizationProvider):
 class OutputErrorProvider(QuantizationProvider):
     """Runs the float model, and tags what quantization would do to each op's output.
 
-    For group `i`, the tag `output i 0` has the sum of squares of an op's output `y`,
-    and `output i t` that of `y` less what it would be if the op were quantized with
-    type `t`, the first of which is 1, its inputs those of the float model. The tags
+    For group `i`, the tag `output i 0` has the sum of squares of an op's output `y`.
+    The tag `output i t` has the sum of squares of the error of `y` if the op is
+    quantized with type `t`, counted from 1, on inputs of the float model. The tags
     `weight i j 0` and `weight i j t` have the sum of squares of the group's param `j`,
-    and that of its errors. All are scalars, so that it does not matter which axis a
-    `vmap` around the model adds to them.
+    and that of its errors. All are scalars, so it does not matter which axis a `vmap`
+    around the model adds to them.
     """
 
     takes_static_ranges = True
@@ -236,13 +236,13 @@ def weight_tags(groups: Sequence[OpGroup]) -> dict[Path, str]:
 
 
 class _Versions(Carried):
-    """A param in float and quantized to each type, or what the model makes of it.
+    """A param in float and quantized to each type, or what the model computes from it.
 
     Attributes:
-      held: the arrays that it holds: the param, or all versions of what was made of it.
-      expand: makes all versions, the float one first, of what is held.
-      expand_slice: makes those of one slice of the param along axis 0, where these are
-        slices of its versions; None where they are not.
+      held: the arrays that it holds: the param, or all versions of what was computed.
+      expand: makes all versions, the float one first, from what is held.
+      expand_slice: makes the versions of one slice of the param along axis 0; None if
+        they are not slices of the versions of the param.
     """
 
     follows = True
