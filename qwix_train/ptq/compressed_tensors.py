@@ -5,12 +5,12 @@ This is the layout of quantized checkpoints on the Hugging Face hub: a folder wi
 ``quantization_config`` says how each layer is quantized. See `compressed_layers` for
 the tensors of a layer, and https://github.com/vllm-project/compressed-tensors.
 
-Names and axes. The param ``Dense_0/kernel`` of shape ``[in, out]`` is the tensor
-``Dense_0.weight`` of shape ``[out, in]``: matrices whose param is called ``kernel`` are
-transposed, codes and scales alike, and nothing else is. An ``embedding`` (a matrix) and
-a ``scale`` (a vector, of a norm) are called ``weight`` too. Other params keep their
-names. With ``rename`` a caller maps the names of a model to those that a PyTorch
-implementation of it has, which is what makes a file load there.
+Names and axes: the param ``Dense_0/kernel`` of shape ``[in, out]`` is the tensor
+``Dense_0.weight`` of shape ``[out, in]``. Only matrices whose param is called
+``kernel`` are transposed, codes and scales alike. An ``embedding`` (a matrix) and a
+``scale`` (a vector, of a norm) are called ``weight``, too. Other params keep their
+names. For a PyTorch implementation of the model to load the file, ``rename`` must map
+the params to its names.
 """
 
 from __future__ import annotations

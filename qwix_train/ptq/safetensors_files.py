@@ -1,8 +1,8 @@
 """Safetensors files of a checkpoint folder, with float8 and bfloat16 tensors.
 
-Files that are written here say in their metadata, which other readers pass over, what
-the checksum of each tensor is, and those of the other metadata. They are checked when
-such a file is read.
+Files that are written here hold checksums in their metadata, which other readers
+ignore: one for each tensor, and one for the other metadata. They are checked when such
+a file is read.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write_file(
                 f"{name} has dtype {np.asarray(tensor).dtype}, which safetensors files "
                 f"do not hold; they hold {', '.join(_DTYPES.values())}."
             )
-    # The package writes the memory of an array as it lies, whatever its strides.
+    # The package writes the memory of an array in order, and ignores its strides.
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     sums = {name: checksum(x) for name, x in contiguous.items()}
     metadata = {**metadata, _CHECKSUMS: json.dumps(sums)}
@@ -107,7 +107,7 @@ def contents(
     """Returns the files of a checkpoint, for `writing.write_together`.
 
     Args:
-        tensors: What gives each tensor, when its file is written.
+        tensors: Functions that give each tensor when its file is written.
         sizes: The bytes of each tensor.
         metadata: The metadata, of each file.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
@@ -156,11 +156,11 @@ def check_folder(
         names: The names of all of them.
         what: The kind of files.
         is_one: Whether a file that is there is of this kind.
-        overwrite: Whether to replace those that are there.
+        overwrite: Whether to replace files that are there.
 
     Raises:
-        FileExistsError: One is there and `overwrite` is not set; or another one that
-            readers would take for part of the checkpoint.
+        FileExistsError: A file is there and `overwrite` is not set; or there is another
+            file that readers would take for part of the checkpoint.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
@@ -200,7 +200,7 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        ValueError: A file is damaged, or files and index do not say the same.
+        ValueError: A file is damaged, or files and index do not agree.
     """
     files, where = checkpoint_files(path)
     tensors: dict[str, np.ndarray] = {}
@@ -220,7 +220,7 @@ def checkpoint_files(path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
         path: A folder with one file or with shards and their index, or one file.
 
     Returns:
-        Without an index the names are empty.
+        The files, and the names. Without an index there are no names.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -285,14 +285,14 @@ def read_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]
 
     Raises:
         ImportError: `safetensors` is not installed.
-        ValueError: The file is not a whole one of this format; a tensor has a dtype
-            that NumPy and JAX do not have, or another checksum than it was written
-            with.
+        ValueError: The file is incomplete or not of this format; or a tensor has a
+            dtype that NumPy and JAX do not have, or another checksum than when it was
+            written.
     """
     safetensors = _import("safetensors")
     try:
         metadata = _metadata(file)
-        # Not `get_tensor`, which does not know float8 for any framework but PyTorch.
+        # Not `get_tensor`, which knows float8 for PyTorch alone.
         stored = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}.") from None
@@ -317,7 +317,7 @@ class TensorInFile:
         dtype: Its dtype.
         shape: Its shape.
         offset: Where it begins in the file, in bytes.
-        checksum: What `checksum` gives, if the file says so.
+        checksum: Its checksum, if the file has one.
     """
 
     file: pathlib.Path
