@@ -309,11 +309,11 @@ class _Versions(Carried):
 def _ops_in(
     plan: Plan, known: Mapping[OpName, Any], quant_stats: Mapping[str, Any]
 ) -> Iterator[tuple[OpPlan, list[FakeQuantize | None]]]:
-    """The ops of a call that read quantized weights, and what quantizes activations.
+    """The ops of a call that read quantized weights, and the stages of activations.
 
     Args:
       plan: the plan of the call.
-      known: what holds the ops that were found in the first batch.
+      known: a mapping whose keys are the ops that were found in the first batch.
       quant_stats: the ranges of activations.
     """
     ranges = static_range.collected(plan, quant_stats)
@@ -335,7 +335,7 @@ def _is_quantized(plan: Plan, path: Path) -> bool:
 
 
 def _each_type(plans: Sequence[Plan], path: Path) -> list[FakeQuantize]:
-    """What fake-quantizes a param to each type."""
+    """The stages that fake-quantize a param, one for each type."""
     hows = [plan.params[path].how for plan in plans]
     return [FakeQuantize(how) for how in hows if how is not None]
 
@@ -355,15 +355,16 @@ def _is_weight(op: Any, side: int) -> bool:
 
 
 def _tagged(exact: Any, *others: Any, name: str) -> Any:
-    """An array, for which the energy of it, and that of errors, is tagged.
+    """An array, with tags for the sum of its squares and those of errors.
 
     Args:
       exact: the array.
-      *others: arrays in its place.
+      *others: the array with errors.
       name: the first part of the tags.
 
     Returns:
-      The array, made to need what is tagged, so that it is not dropped as unused.
+      The array, which depends on the tagged sums, so that they are not dropped as
+      unused.
     """
     wide = exact.astype(jnp.float32)
     sums = [_energy(wide), *(_energy(wide - other) for other in others)]
