@@ -328,7 +328,7 @@ class TensorInFile:
     checksum: str | None = None
 
     def mapped(self) -> np.ndarray:
-        """Returns the tensor; of the file only what is used of it is read."""
+        """Returns the tensor. Only the parts of the file that are used are read."""
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
@@ -337,7 +337,7 @@ class TensorInFile:
         """Reads the tensor, and checks it against its checksum, if it has one.
 
         Raises:
-            ValueError: It has another one; the message names the file and the tensor.
+            ValueError: They differ. The message names the file and the tensor.
         """
         if self.checksum is not None and checksum(self.mapped()) != self.checksum:
             raise ValueError(_damaged(self.file, [self.name]))
@@ -352,8 +352,8 @@ def open_checkpoint(path: pathlib.Path) -> dict[str, TensorInFile]:
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        ValueError: A file is damaged, or files and index do not say the same; or a
-            tensor has a dtype that NumPy and JAX do not have.
+        ValueError: A file is damaged, files and index do not agree, or a tensor has a
+            dtype that NumPy and JAX do not have.
     """
     files, where = checkpoint_files(path)
     tensors: dict[str, TensorInFile] = {}
@@ -389,7 +389,7 @@ def _tensors_in(file: pathlib.Path) -> dict[str, TensorInFile]:
 
 
 def read_metadata(file: pathlib.Path) -> dict[str, str]:
-    """Returns the metadata of a file; none if it cannot be read."""
+    """Returns the metadata of a file; empty if the file cannot be read."""
     safetensors = _import("safetensors")
     try:
         return _metadata(file)
@@ -409,17 +409,18 @@ def _dtype(file: pathlib.Path, tensor: str, name: str) -> np.dtype:
 
 
 def config_metadata(entries: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the metadata that say what the config beside a file is to say."""
+    """Returns metadata that hold the entries of the config beside a file."""
     return {_CONFIG_ENTRIES: json.dumps(entries)}
 
 
 def check_config(
     metadata: Mapping[str, str], config: Mapping[str, Any], file: pathlib.Path
 ) -> None:
-    """Checks that a config still says what `config_metadata` was given.
+    """Checks that a config still has the entries that `config_metadata` was given.
 
     Args:
-        metadata: The metadata of the tensors; others' have no such entry.
+        metadata: The metadata of the tensors. Files of other libraries have no such
+            entry.
         config: The config.
         file: Its file, for messages.
 
@@ -446,7 +447,7 @@ def checksum(tensor: np.ndarray) -> str:
 def _checksums(
     file: pathlib.Path, metadata: Mapping[str, str], names: Collection[str]
 ) -> dict[str, str]:
-    """The checksums of the tensors of a file; none if it was written without."""
+    """The checksums of the tensors of a file; empty if it was written without them."""
     if not {_CHECKSUMS, _SEAL} & metadata.keys():
         return {}
     if metadata.get(_SEAL) != _seal(metadata):
