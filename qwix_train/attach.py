@@ -196,8 +196,11 @@ def attach(
     elif provider.adds_params:
         call = model_call(target, model)
         if provider.stores_params:
-            kwargs = {**call.kwargs, **kwargs}
-            return _with_adapters(target, provider, call, rng, inputs, kwargs, donate)
+            given = {**call.kwargs, **kwargs}
+            with call.naming_missing_collections(inputs, kwargs):
+                return _with_adapters(
+                    target, provider, call, rng, inputs, given, donate
+                )
         traced = call.traced(inputs, kwargs)
         leaves = store(traced, checked_plan(provider, traced))
         target = with_params(target, _inserted(call.params, leaves))
@@ -420,7 +423,8 @@ def _empty_states(
             return state(*inputs, **kwargs)
         is_function = not isinstance(model, nn.Module | None)
         found = model_call(state, as_model(model) if is_function else model)
-        return found.function(found.first, *inputs, **{**found.kwargs, **kwargs})
+        with found.naming_missing_collections(inputs, kwargs):
+            return found.function(found.first, *inputs, **{**found.kwargs, **kwargs})
 
     if type(provider).tagging is QtProvider.tagging:
         tagging = RangeTagging(provider.rules, with_gradients=True)

@@ -61,6 +61,11 @@ def test_the_code_of_a_page_runs(page, ten_lines, capsys, tmp_path, monkeypatch)
         check(names, capsys.readouterr().out, tmp_path)
 
 
+def test_no_page_names_the_wheel_of_one_version():
+    pages = [README, *(ROOT / "docs").rglob("*.md")]
+    assert not [p for p in pages if re.search(r"qwix_train-\d", p.read_text())]
+
+
 def check_start(names, printed, folder):
     assert re.search(r"Dense_0 +dot_general0 .*int4 channel 1 tile 0:16", printed)
     assert re.search(r"Dense_1 +dot_general0 .*float", printed)

@@ -1,7 +1,6 @@
 """Installs a wheel into a fresh environment, and runs the README's code with it.
 
-`python -m tests.wheel dist/qwix_train-0.1.0-py3-none-any.whl`; `make test-wheel` builds
-the wheel before.
+`python -m tests.wheel dist/*.whl`; `make test-wheel` builds the wheel before.
 """
 
 import pathlib

@@ -1,9 +1,10 @@
-"""Calibration: the ranges of activations, collected by loops that do not know of it.
+"""Calibration: collects the ranges of activations while an unchanged loop runs.
 
 `Calibrator` keeps the statistics, and `observe` is its pure form. `merge_stats`
-combines two, and `merge_processes` those of all processes. `compare` measures the
-observers, as a `Comparison`. A class of yours may be an observer (`RangeObserver`,
-`StreamObserver`) or an averaging (`Averaging`) of a rule.
+combines two statistics, and `merge_processes` those of all processes. `compare`
+measures the error that each observer's ranges would cause, as a `Comparison`. A class
+of yours can be an observer (`RangeObserver`, `StreamObserver`) or an averaging
+(`Averaging`) of a rule.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from qwix_train.observers.averaging import Averaging as Averaging
 from qwix_train.observers.statistics import RangeObserver as RangeObserver
 from qwix_train.observers.statistics import StreamObserver as StreamObserver
 
-# What not every program uses is imported when it is: see `late_names`.
+# Imported when they are used, which not every program does: see `late_names`.
 if TYPE_CHECKING:
     from qwix_train.calib.calibrator import Calibrator as Calibrator
     from qwix_train.calib.comparison import compare as compare

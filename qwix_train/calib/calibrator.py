@@ -22,8 +22,8 @@ class Collector:
     """Keeps the statistics that steps collect.
 
     Attributes:
-      state: the statistics as they are, by name: a tree of arrays, to be saved with a
-        checkpoint and put back.
+      state: the statistics so far, by name: a tree of arrays that you can save with a
+        checkpoint, and set again.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Collector:
         Args:
           step: the step. If it is jitted, it runs compiled, with the statistics.
           observed: the step as a function of statistics.
-          pure_form: how a user writes that.
+          pure_form: how a user makes `observed`, for messages.
 
         Raises:
           ValueError: by the step, when it is called within a transformation.
@@ -58,18 +58,18 @@ class Collector:
         @functools.wraps(step)
         def wrapped(*args, **kwargs):
             if getattr(self._running, "step", False):
-                # A step within a step, which collects for both.
+                # A step within a step: the outer one collects for both.
                 return step(*args, **kwargs)
             check_not_traced((args, kwargs))
             with self._lock:
                 self._running.step = True
                 try:
-                    # Compiled once: with statistics from the start.
+                    # With statistics from the start, the step is compiled only once.
                     state = self.state or observed.init(*args, **kwargs)
                     state, out = run(state, *args, **kwargs)
                 finally:
                     self._running.step = False
-                # Where all that is traced is what the step closes over, or nothing.
+                # The arguments are not traced, but what the step closes over may be.
                 check_not_traced(state)
                 self.state = state
             return out
@@ -80,14 +80,14 @@ class Collector:
 class Calibrator(Collector):
     """Collects the ranges that static quantization of activations needs.
 
-    Wrap the eval step, run the eval loop, and hand `quant_stats` to
-    `quantize_params`. The loop and the step stay as they are, and so does what the
-    step returns. Several steps may be wrapped; they share the statistics.
+    Wrap the eval step, run the eval loop, and give `quant_stats` to `quantize_params`.
+    The loop, the step and what the step returns do not change. You can wrap several
+    steps; they share the statistics.
 
     Attributes:
       rules: the rules.
-      state: the statistics as they are, by name: a tree of arrays, to be saved with a
-        checkpoint and put back.
+      state: the statistics so far, by name: a tree of arrays that you can save with a
+        checkpoint, and set again.
 
     Example:
       >>> import jax
@@ -113,11 +113,11 @@ class Calibrator(Collector):
         """Checks the rules.
 
         Args:
-          rules: the rules, those that the model is to be quantized by; or a provider
-            that collects ranges, such as `QtProvider(rules)`.
+          rules: the rules by which the model is to be quantized; or a provider that
+            collects ranges, such as `QtProvider(rules)`.
 
         Raises:
-          TypeError: if a provider collects no ranges, such as a `PtqProvider`; if
+          TypeError: if a provider collects no ranges, such as a `PtqProvider`; or if
             `rules` is neither a provider nor a list of rules.
           ValueError: if no rule sets `act_static_scale=True`.
         """
@@ -132,18 +132,18 @@ class Calibrator(Collector):
     def wrap(self, step: Step) -> Step:
         """Makes a step collect ranges at every call.
 
-        A step that is jitted runs compiled, together with the statistics. Any other
-        runs one operation at a time, as it was traced.
+        A jitted step runs compiled, together with the statistics. Any other step is
+        traced, and runs one operation at a time.
 
         Args:
           step: a step that calls a Linen or NNX model, or a function that `as_model`
-            marks. The result must not go into `jit`, `scan` and the like: use
+            marks. Do not use the wrapped step inside `jit`, `scan` and the like: use
             `observe` for that.
 
         Returns:
-          A step with the same signature and the same results: bit for bit if it is
-          jitted; to float rounding if not, as JAX compiles some of its functions, such
-          as `jnp.mean`, as a whole.
+          A step with the same signature and the same results. They are the same bit for
+          bit if the step is jitted. Otherwise they are the same to float rounding,
+          because JAX compiles some functions, such as `jnp.mean`, as a whole.
 
         Raises:
           ValueError: by the step, when it is called within a transformation.
@@ -161,12 +161,13 @@ class Calibrator(Collector):
     def quant_stats(self) -> dict[str, Any]:
         """The ranges as a nested dictionary, as `quantize_params` takes them.
 
-        At the path of each module, for each operand such as `dot_general0_lhs`, a
-        `count` and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
+        At the path of each module there is an entry for each operand, such as
+        `dot_general0_lhs`. It has a `count`, and `sum_of_absmax`, or `sum_of_min` and
+        `sum_of_max`.
 
         Raises:
-          ValueError: if nothing was collected, or for some operand no batch that was
-            not empty and was finite.
+          ValueError: if nothing was collected, or if all batches of some operand were
+            empty or not finite.
 
         Warns:
           UserWarning: if ranges are far below what was seen, or batches differ much;

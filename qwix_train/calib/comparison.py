@@ -50,41 +50,42 @@ def compare(
 ) -> Comparison:
     """Measures how much each observer's static ranges would hurt each activation.
 
-    The float model runs once over the batches, and nothing in it is quantized: what is
-    reported of an operand is the error of quantizing that operand alone,
+    The float model runs once over the batches, and nothing in it is quantized. The
+    report shows the error of quantizing each operand alone,
 
         SQNR = 10 * log10(sum(x**2) / sum((quantized(x) - x)**2))  dB
 
-    over all elements of all batches, each layer under `scan` by itself. Next to the
-    observers there is ``dynamic``: the range that the rule's dynamic form finds in each
-    batch, or each token. A batch that is empty or not finite is skipped and counted; of
-    a rule with `act_finite_only`, only the elements that are not finite are left out.
+    over all elements of all batches, for each layer under `scan` separately. Besides
+    the observers there is ``dynamic``: the range that the rule finds in each batch, or
+    each token, without static ranges. Batches that are empty or not finite are skipped
+    and counted. With a rule that sets `act_finite_only`, only the elements that are not
+    finite are left out.
 
     Memory does not grow with the data: some 650 KiB for each operand and layer. The
-    numbers follow from histograms, to within 0.1 dB up to 70 dB, see
+    numbers follow from histograms, to within 0.1 dB up to 70 dB; see
     `quantization_error`. Arithmetic is that of float32, so the rounding of scales to
     bfloat16 is not part of the error.
 
     Args:
         eval_step: A step that calls a Linen or NNX model, jitted or not. It is
             compiled, once for each shape of batch.
-        rules: Rules; each activation that one of them sets an `act_qtype` for is
-            measured, whether the rule asks for static ranges or not. What rules say of
-            observers and averaging does not matter.
-        batches: The arguments of each call of the step: a tuple of them, or one that is
-            no tuple. ``((params, batch) for batch in loader)``, or with
-            ``functools.partial(eval_step, params)`` just ``loader``.
-        observers: What finds the ranges, by name or as objects. Where a type or a
-            granularity has no use for one, it is left out, and the report says why.
-        averaging: How the ranges of batches combine, of those observers that find one
-            in each.
+        rules: The rules. Each activation for which one of them sets an `act_qtype` is
+            measured, whether the rule asks for static ranges or not. The observers and
+            averaging of the rules do not matter.
+        batches: The arguments of each call of the step: a tuple, or a single argument
+            that is not a tuple. ``((params, batch) for batch in loader)``, or just
+            ``loader`` with ``functools.partial(eval_step, params)``.
+        observers: The observers, by name or as objects. One that does not work with a
+            type or a granularity is left out there, and the report says why.
+        averaging: How the ranges of batches combine, for the observers that find one in
+            each batch.
 
     Returns:
-        The comparison; print it.
+        The comparison. Print it.
 
     Raises:
-        ValueError: There is no batch, no activation to measure, or none of the batches
-            of an activation counts; a name is unknown.
+        ValueError: There is no batch, or no activation to measure; no batch of an
+            activation counts; or a name is unknown.
 
     >>> import jax
     >>> from flax import linen as nn
@@ -134,7 +135,7 @@ class _Operand:
 
 
 class _Measuring(RangeTagging):
-    """Tags the activations that a rule quantizes, to collect what errors follow from.
+    """Tags the activations that a rule quantizes, to collect what gives their errors.
 
     Attributes:
       given: the rules as they were given; `rules` have static ranges.
@@ -166,7 +167,7 @@ class _Measuring(RangeTagging):
     def _measure(
         self, op: OpPlan, side: int, how: HowToQuantize, dynamic: HowToQuantize | None
     ) -> None:
-        """Collects, of a tagged activation, what errors follow from."""
+        """Collects what gives the errors of a tagged activation."""
         assert op.rule_index is not None and dynamic is not None
         name = "/".join(op.range_path(side))
         found, rule = self.ranges[name], self.given[op.rule_index]
@@ -203,7 +204,7 @@ class _Measuring(RangeTagging):
 def _methods(
     observers: Sequence[str | Observer], averaging: str | Averaging
 ) -> dict[str, Method]:
-    """What is compared, by name; an unknown name is an error."""
+    """The methods that are compared, by name; an unknown name is an error."""
     if isinstance(observers, str):
         raise ValueError(f"The observers are a sequence: write [{observers!r}].")
     if not observers:
@@ -274,5 +275,5 @@ def _records(name: str, operand: _Operand, state: Mapping[str, Any]) -> list[Rec
 
 
 def _plain(value: np.ndarray) -> Any:
-    """A number, or where there are several ranges an array of them."""
+    """A number, or a nested list if there are several ranges."""
     return value.item() if value.size == 1 else value.tolist()

@@ -1,4 +1,4 @@
-"""What `calib.compare` found: a table, records, a plot, and the rules it suggests."""
+"""The result of `calib.compare`: a table, records, a plot, and suggested rules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwix_train.planning.rules import QuantizationRule
 Record: TypeAlias = dict[str, Any]
 
 DYNAMIC = "dynamic"
-"""The method that is no observer: a range for each batch, or token."""
+"""The method that is not an observer: a range for each batch, or each token."""
 
 
 class Method(NamedTuple):
@@ -34,17 +34,17 @@ class Method(NamedTuple):
 class Comparison:
     """The quantization error of each activation, with each method. Made by `compare`.
 
-    Printed, it is a table of signal-to-quantization-noise ratios, the best observer of
-    each activation marked.
+    It prints as a table of signal-to-quantization-noise ratios. A star marks the best
+    observer of each activation.
 
     Attributes:
       records: a dictionary for each activation and method: `op`, the path of the
         activation, with the layer if it is one of several under `scan`; `range`, the
-        path without it; `method`; `sqnr_db`; `saturated`, the share of elements
+        path without the layer; `method`; `sqnr_db`; `saturated`, the share of elements
         outside of the range; `absmax`, or `min` and `max`, the range: a number, or a
-        nested list where channels or tiles have their own; `qtype`; `elements`;
-        `batches` and `skipped`; `note`, which says why a method cannot be used, in
-        which case there are no numbers.
+        nested list if channels or tiles have their own; `qtype`; `elements`, `batches`
+        and `skipped`, which are numbers of these; `note`. If a method cannot be used,
+        `note` says why, and there are no numbers.
       methods: the observers that are compared, by name.
       templates: for each `range`, the rule that quantizes it, for its op alone.
       given_rules: the rules that were given.
@@ -58,7 +58,8 @@ class Comparison:
     def best(self) -> dict[str, str]:
         """The observer with the highest ratio, for each activation.
 
-        Of several the first. Activations that none can be used for are left out.
+        If several have it, the first. Activations for which no observer can be used are
+        left out.
         """
         best: dict[str, Record] = {}
         for record in self._observed():
@@ -71,7 +72,7 @@ class Comparison:
         """The activations that quantization hurts most, whatever the observer.
 
         Args:
-          n: how many; from the lowest ratio on that the best observer reaches.
+          n: how many. The first is that with the lowest ratio of its best observer.
         """
         best = self.best()
         ratios = {
@@ -84,9 +85,9 @@ class Comparison:
     def rules(self) -> list[QuantizationRule]:
         """Rules with static ranges and, for each op, its best observer.
 
-        An op has one rule: if both of its operands are activations, or there are
-        layers, its observer is that with the highest ratio where that is lowest. The
-        rules that were given follow, for what else they match.
+        An op has one rule. If both of its operands are activations, or there are
+        layers, its observer is that whose lowest ratio is the highest. The rules that
+        were given follow, for everything else that they match.
         """
         lowest: dict[Any, dict[str, float]] = collections.defaultdict(dict)
         templates = {}
@@ -114,7 +115,7 @@ class Comparison:
         return [*rules, *self.given_rules]
 
     def __str__(self) -> str:
-        """The ratios as a table, and what else is worth knowing."""
+        """The ratios as a table, with notes: what is hurt most, what was left out."""
         best, methods = self.best(), [DYNAMIC, *self.methods]
         cells = {(r["op"], r["method"]): r for r in self.records}
         rows = [["activation", "type", *methods]]
@@ -133,8 +134,8 @@ class Comparison:
           overwrite: whether to replace a plot that is there.
 
         Raises:
-          FileExistsError: if there is one and `overwrite` is not set, or something
-            else.
+          FileExistsError: if a plot is there and `overwrite` is not set, or something
+            else is there.
           ImportError: if matplotlib is not installed.
         """
         measured = [r for r in self.records if "sqnr_db" in r]
@@ -176,7 +177,7 @@ class Comparison:
 
 
 def _ratio(record: Record) -> float:
-    """The ratio to rank by; without a signal there is nothing to hurt."""
+    """The ratio to rank by: infinite if all values are 0, as there is no error."""
     return math.inf if math.isnan(record["sqnr_db"]) else record["sqnr_db"]
 
 

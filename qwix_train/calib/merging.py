@@ -1,4 +1,4 @@
-"""Statistics of ranges that were collected apart, as those of one pass."""
+"""Merges statistics of ranges that were collected apart into those of one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwix_train.observers.statistics import per_layer
 
 
 class HasRanges(Protocol):
-    """What collects statistics, and knows of what."""
+    """An object that collects statistics, and knows of which arrays."""
 
     @property
     def ranges(self) -> Mapping[str, Any]:
@@ -30,20 +30,21 @@ def merge_stats(observed: HasRanges, a: Stats, b: Stats) -> dict[str, Any]:
     """Returns the statistics of the batches of both, as if one host had seen them all.
 
     Histograms (percentile, mse, entropy) and ranges with the averaging `minmax` are
-    exactly those that the data would give in one pass, cut into batches in whatever
-    way. With `mean`, each batch counts by its values, and with `ema` and `last`, those
-    of ``b`` come after those of ``a``; there, the halves of a batch are two batches.
+    exactly those of one pass over the data, however it is cut into batches. With
+    `mean`, each batch counts by its number of values. With `ema` and `last`, the
+    batches of ``b`` come after those of ``a``. With these three, the halves of a batch
+    count as two batches.
 
-    Statistics are trees of arrays: they may come out of a checkpoint. Those of other
-    processes come by `merge_processes`. A batch that is one sharded array needs no
-    merging.
+    Statistics are trees of arrays, so they may come from a checkpoint.
+    `merge_processes` merges those of other processes. A batch that is one sharded array
+    needs no merging.
 
     Args:
-        observed: What collected them, after it has seen its step: a function made by
-            `observe`, called or initialized before, a `Calibrator` whose step ran, or
-            a `ptq.WeightMethod` such as `ptq.Gptq`.
+        observed: The object that collected them: a function made by `observe` that was
+            called or initialized, a `Calibrator` whose step ran, or a
+            `ptq.WeightMethod` such as `ptq.Gptq`.
         a: Statistics: those of `observe`, or `Calibrator.state`.
-        b: The others. A range that only one of the two has is taken as it is.
+        b: Other statistics. A range that only one of the two has is taken as it is.
 
     Raises:
         ValueError: There are statistics of a range that the step does not have, or of
@@ -89,21 +90,22 @@ def merge_stats(observed: HasRanges, a: Stats, b: Stats) -> dict[str, Any]:
 def merge_processes(observed: HasRanges, stats: Stats) -> dict[str, Any]:
     """Returns the statistics of the batches of all processes, in each of them.
 
-    For loops in which each process has batches of its own, which no other sees: the
-    result is that of `merge_stats` over the processes, in their order. All processes
-    call this. With one process it only checks. A step whose batch is one array that is
-    sharded over processes has statistics of the whole batch, and needs no merging.
+    For loops in which each process has its own batches, which no other process sees.
+    The result is that of `merge_stats` over the processes, in their order. All
+    processes must call this. With one process it only checks. If the batch is one array
+    that is sharded over processes, the statistics are those of the whole batch, and
+    need no merging.
 
     Args:
         observed: As in `merge_stats`.
-        stats: What this process has collected.
+        stats: The statistics that this process has collected.
 
     Raises:
-        ValueError: In a process that has no batch that counts for one of the ranges:
-            its shard was empty, or not finite throughout; or has statistics of a range
-            that the step does not have; or in one that has other ranges than the first
+        ValueError: In a process that has no batch that counts for one of the ranges,
+            because its shard was empty or not finite; that has statistics of a range
+            that the step does not have; or that has other ranges than the first
             process, as with other rules or another model.
-        RuntimeError: In all other processes then; the message names that process.
+        RuntimeError: In all other processes then. The message names that process.
 
     >>> import jax
     >>> from flax import linen as nn
@@ -134,7 +136,7 @@ def merge_processes(observed: HasRanges, stats: Stats) -> dict[str, Any]:
 
 
 def _lines(observed: HasRanges, stats: Stats) -> Iterator[str]:
-    """What has to agree for statistics to fit together, a line for each range."""
+    """What must be equal for statistics to be merged, a line for each range."""
     for name in sorted(stats):
         statistics = observed.ranges[name].statistics
         parts = [statistics.observer, statistics.averaging]

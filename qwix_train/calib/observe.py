@@ -1,4 +1,4 @@
-"""Collects the ranges of activations from inside of an unmodified step."""
+"""Collects the ranges of activations inside an unmodified step."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Tagged:
       statistics: what is measured, and how batches combine.
       shape: the shape of the array, in one layer; None if it is not known.
       dtype: its dtype.
-      learned: whether training only begins with its range.
-      owner: the path of the range that an array has which several operations read
-        alike; that of the first of these.
+      learned: whether its range is only the first value of a scale that is trained.
+      owner: the path of the range that all operations share which quantize this array
+        alike: that of the first of them.
     """
 
     path: Path
@@ -74,12 +74,12 @@ class Observed:
         """Runs the step, and updates the statistics.
 
         Args:
-          stats: the statistics so far. Of ranges that it does not hold, they start.
+          stats: the statistics so far. Ranges that are not among them start here.
           *args: the arguments of the step.
           **kwargs: the keyword arguments of the step.
 
         Returns:
-          The statistics, with this call's, and what the step returns.
+          The statistics after this call, and what the step returns.
         """
         with tracing_step(self._step, args, kwargs) as (traced, finish):
             ranges = self._provider.ranges
@@ -95,7 +95,7 @@ class Observed:
           stats: the statistics.
 
         Raises:
-          ValueError: if one was never updated with a batch that counts.
+          ValueError: if a range was never updated with a batch that counts.
         """
         return quant_stats_of(self.ranges, stats)
 
@@ -115,19 +115,19 @@ def observe(
 ) -> Observed:
     """Makes a step collect the ranges of activations, without changing what it does.
 
-    For loops that jit, scan or shard the step themselves. `Calibrator` keeps the
-    statistics for all others.
+    This is for loops that jit, scan or shard the step themselves. For all others,
+    `Calibrator` keeps the statistics.
 
     Args:
       step: an eval step, or any step that calls a Flax model.
-      rules: the rules. Ranges are collected for activations that a rule with
-        `act_static_scale=True` quantizes. Or a provider that collects ranges, such as
-        `QtProvider(rules)`: they are those that it asks for.
+      rules: the rules, or a provider that collects ranges, such as `QtProvider(rules)`.
+        Ranges are collected for the activations that a rule with
+        `act_static_scale=True` quantizes, or for those that the provider asks for.
 
     Returns:
-      A function `observed(stats, *args) -> (stats, outputs)`. It starts from
-      `observed.init(*args)`, or from an empty dictionary. `observed.quant_stats(stats)`
-      are the ranges, for `ptq.quantize` and all others that take `quant_stats`.
+      A function `observed(stats, *args) -> (stats, outputs)`. Its first `stats` are
+      `observed.init(*args)`, or an empty dictionary. `observed.quant_stats(stats)` are
+      the ranges, for `ptq.quantize` and all others that take `quant_stats`.
 
     Raises:
       TypeError: if a provider collects no ranges, such as a `PtqProvider`.
@@ -158,14 +158,14 @@ def observe(
 
 
 def tagging(rules: Sequence[QuantizationRule] | QuantizationProvider) -> Tagging:
-    """What collects the ranges that rules, or a provider, ask for.
+    """The provider that collects the ranges that rules, or another provider, ask for.
 
     Args:
       rules: the rules, or the provider.
 
     Raises:
       TypeError: if the provider collects no ranges.
-      ValueError: if there is none to collect.
+      ValueError: if there is no range to collect.
     """
     if isinstance(rules, QuantizationProvider):
         return rules.tagging()
@@ -220,7 +220,7 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
       stats: the statistics.
 
     Raises:
-      ValueError: if one was never updated with a batch that counts.
+      ValueError: if a range was never updated with a batch that counts.
 
     Warns:
       UserWarning: if ranges clip much of what was seen, or batches differ much.
@@ -236,8 +236,8 @@ def quant_stats_of(ranges: Mapping[str, Any], stats: Stats) -> dict[str, Any]:
         if not has_batches(state):
             raise ValueError(
                 f"No range was collected for {name!r}: its op was not reached, or "
-                "every batch was empty or not finite. Elements that are not, such as "
-                "those of padding, are left out by act_finite_only=True."
+                "every batch was empty or not finite. If only some elements are not "
+                "finite, such as padding, act_finite_only=True leaves them out."
             )
         flat[found.path] = per_layer(found.statistics.quant_stats, state)(state)
     return traverse_util.unflatten_dict(flat)
@@ -249,7 +249,7 @@ def has_batches(state: Mapping[str, Any]) -> bool:
 
 
 class Tagging(QuantizationProvider):
-    """Tags arrays of a model that stays in float, for statistics of them.
+    """Tags arrays of a model that stays in float, so that statistics are collected.
 
     Attributes:
       ranges: what was tagged so far, by the name of its range.
@@ -265,7 +265,7 @@ class Tagging(QuantizationProvider):
     def tag(
         self, path: Path, statistics: Statistics, array: Any, layers: Sequence[bool]
     ) -> Any:
-        """Tags one array, for statistics of it.
+        """Tags one array, so that statistics of it are collected.
 
         Args:
           path: the path of its range.
@@ -302,11 +302,11 @@ class RangeTagging(Tagging):
 
         Args:
           rules: the rules.
-          with_gradients: whether it makes room for statistics of gradients, too, which
-            a train step collects. What it tags for them is no gradient.
+          with_gradients: whether to make room for statistics of gradients, too, which a
+            train step collects. The arrays that are tagged for them are not gradients.
 
         Raises:
-          ValueError: if none asks for ranges.
+          ValueError: if no rule asks for ranges.
         """
         super().__init__(rules)
         self.with_gradients = with_gradients

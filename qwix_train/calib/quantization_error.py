@@ -1,9 +1,9 @@
 """The quantization error of several ranges of an activation, from one pass over data.
 
 While the data pass, the ranges are not known yet. So an `ErrorObserver` collects a
-histogram with bins far narrower than the steps of a type, `measure` finds the ranges in
-the end, and the error of each is integrated over the bins, piece by piece between the
-borders of the codes. The error of dynamic ranges is known as the data pass.
+histogram with bins far narrower than the steps of a type. In the end `measure` finds
+the ranges, and integrates the error of each over the bins, piece by piece between the
+borders of the codes. The error of dynamic ranges is summed while the data pass.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from qwix_train.observers.named import HistogramObserver
 from qwix_train.observers.statistics import Statistics
 
 MANTISSA_BITS = 11
-"""With these, the widest bins in a range are 1/16 of a step of int8."""
+"""With so many bits, the widest bins in a range are 1/16 of a step of int8."""
 
 _SUMS = ("elements", "error", "outside")
 
 _SHARED_BITS = 3
-"""From this many bits of groups on, each has fewer bins: memory is bounded."""
+"""With more than 2 to this power groups, each has fewer bins, to bound the memory."""
 
 
 class Measured(NamedTuple):
@@ -38,8 +38,8 @@ class Measured(NamedTuple):
     Attributes:
         error: The sum of squared errors.
         outside: The number of elements outside of the range.
-        range: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``; empty for ranges
-            that are found in each batch anew.
+        range: ``{'absmax': ...}`` or ``{'min': ..., 'max': ...}``; empty if each batch
+            has its own range.
     """
 
     error: jax.Array
@@ -49,13 +49,13 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorObserver:
-    """Collects what the errors of several methods follow from. A `StreamObserver`.
+    """Collects what gives the errors of several methods. A `StreamObserver`.
 
-    For one range it keeps about 650 KiB: 10 bytes for each of 65,536 bins; and at most
-    40 KiB a channel where there are many.
+    For one range it keeps about 650 KiB: 10 bytes for each of 65,536 bins. With many
+    channels, it keeps at most 40 KiB for each.
 
     Attributes:
-        methods: What finds a range, each with its name.
+        methods: The statistics that find a range, each with its name.
         dynamic: How the activation is quantized with a range for each batch.
     """
 
@@ -89,12 +89,12 @@ class ErrorObserver:
             state: The state before.
             x: The batch.
             how: How the activation is quantized with a range that was collected.
-            counts: Which elements count, the others being 0; None for all.
+            counts: Which elements count; the others must be 0. None if all count.
         """
         x, old = x.astype(jnp.float32), _parts(state)
         which = None if counts is None else _tiles(counts, how)[0]
         parts = {"bins": histogram.update(old["bins"], _tiles(x, how)[0], which)}
-        # Each method leaves out of its range what is not finite, as it does in use.
+        # Each method leaves elements that are not finite out of its range, as in use.
         given = x if counts is None else jnp.where(counts, x, jnp.nan)
         for name, statistics in self._averaged():
             parts[name] = statistics.update(old[name], given)
@@ -126,7 +126,7 @@ class ErrorObserver:
         return {"absmax": histogram.absmax(_parts(state)["bins"])}
 
     def _averaged(self) -> list[tuple[str, Statistics]]:
-        """Those methods that keep something besides the histogram, which is shared."""
+        """The methods that keep something besides the histogram, which all share."""
         return [
             (name, statistics)
             for name, statistics in self.methods
@@ -156,8 +156,9 @@ def measure(
         how: How the activation is quantized with a range that was collected.
 
     Returns:
-        The number of elements, the sum of their squares, and what was measured, by the
-        name of the method; ``'dynamic'`` are ranges that each batch has of its own.
+        The number of elements and the sum of their squares, both float32 of shape (),
+        and what was measured, by the name of the method. ``'dynamic'`` is the method in
+        which each batch has its own range.
     """
     parts = _parts(state)
     bins = histogram.signed_bins(parts["bins"])
@@ -183,7 +184,7 @@ def measure(
 def _outside(bins: histogram.Bins, found: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the number of elements outside of the range, for each group.
 
-    Those of a bin that an end of the range lies in count in proportion.
+    If an end of the range lies in a bin, a share of the elements of the bin counts.
     """
     low, high = (end[..., None] for end in range_ends(found))
     width = bins.upper - bins.lower
@@ -197,14 +198,14 @@ def _outside(bins: histogram.Bins, found: Mapping[str, jax.Array]) -> jax.Array:
 def _tiles(x: jax.Array, how: HowToQuantize) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns an array split in tiles, and the axes that share a scale.
 
-    Zeros that fill up the last tile of an axis have no error.
+    The last tile of an axis is padded with zeros, which have no error.
     """
     counts = how.scale_shape(x.shape)
     return tiling.split_tiled_axes(tiling.pad_to_tiles(x, counts), counts)
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    # An axis at a time: of millions of numbers, a float32 sum would lose the last.
+    # One axis at a time: a float32 sum of millions of numbers would lose the last ones.
     while x.ndim:
         x = jnp.sum(x, -1)
     return x

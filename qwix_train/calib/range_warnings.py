@@ -1,4 +1,4 @@
-"""Warnings of static ranges that are unlikely to serve a model."""
+"""Warnings of static ranges that are unlikely to fit the data."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -10,9 +10,9 @@ from qwix_train.files import processes
 from qwix_train.observers.statistics import Statistics, per_layer, range_width
 from qwix_train.planning import table as plan_table
 
-# The widest batch, over the range that was found, from which on most of what is large
-# is clipped; that where batches are of a few examples, so that it is no rare batch; and
-# the widest over the narrowest batch from which on one range serves neither.
+# From this ratio of the widest batch to the range on, most large values are clipped.
+# With batches of a few examples such a batch is not rare, so the ratio is lower. From
+# the third ratio, of the widest batch to the narrowest, on, one range fits neither.
 _CLIPPED, _CLIPPED_IF_SMALL, _SPREAD = 2.0, 4 / 3, 16.0
 _FEW_EXAMPLES = 4
 _SHOWN = 4
@@ -23,14 +23,14 @@ def warn_of_ranges(
 ) -> None:
     """Warns of ranges far below what was seen, and of batches that differ much.
 
-    Observers that collect all data choose what they clip, and nothing is said of them.
+    Observers that collect all data clip on purpose, so there is no warning of them.
 
     Args:
         found: For each range its name, the statistics and their state, and the shape of
             the activation, or None if that is not known.
 
     Warns:
-        UserWarning: Once, with the ranges that it is about.
+        UserWarning: Once for all ranges, with their names.
     """
     clipped, spread = [], []
     few = False
@@ -40,7 +40,7 @@ def warn_of_ranges(
         widest, narrowest = (processes.whole(state[k]) for k in ("widest", "narrowest"))
         calibration = per_layer(statistics.calibration, state)(state)
         width = processes.whole(range_width(calibration))
-        # That of the largest values: channels that hold next to nothing do not matter.
+        # The channel with the largest values: those that hold little do not matter.
         at = np.unravel_index(np.argmax(widest), widest.shape)
         if not widest[at] > 0:
             continue
@@ -53,7 +53,7 @@ def warn_of_ranges(
             spread.append(f"{name} (from {narrowest[at]:.3g} to {widest[at]:.3g})")
     messages = []
     if clipped:
-        small = " The batches are of a few examples only, so that this is no rare one."
+        small = " The batches have only a few examples, so this is not rare."
         messages.append(
             f"{len(clipped)} static ranges are far below what was seen, and clip it: "
             f"{plan_table.some(clipped, _SHOWN)}.{small if few else ''} Take "
@@ -63,8 +63,8 @@ def warn_of_ranges(
     if spread:
         messages.append(
             f"{len(spread)} static ranges are of batches that differ much: "
-            f"{plan_table.some(spread, _SHOWN)}. One range leaves few codes to most of "
-            "them; dynamic ranges (act_static_scale=False) follow each batch."
+            f"{plan_table.some(spread, _SHOWN)}. With one range, most of these batches "
+            "use few codes. Dynamic ranges (act_static_scale=False) follow each batch."
         )
     if messages:
         messages.append("See docs/static_ranges.md.")

@@ -21,15 +21,15 @@ def collected_ranges(
 
     Args:
       states: the statistics in a train state or a model, by the path of their range.
-      rules: the rules that they were made with, or the plan of the model: that of an
-        `OdmlQatProvider` has ranges that rules alone do not tell.
+      rules: the rules that the statistics were made with, or the plan of the model. The
+        plan of an `OdmlQatProvider` has ranges that rules alone do not tell.
 
     Returns:
       A nested dictionary with a `count`, and `sum_of_absmax`, or `sum_of_min` and
       `sum_of_max`, for each range.
 
     Raises:
-      ValueError: if a range has no batch, or no rule is for it.
+      ValueError: if a range has no batch, or no rule matches it.
 
     Warns:
       UserWarning: if ranges are far below what was seen, or batches differ much.
@@ -39,7 +39,7 @@ def collected_ranges(
         if isinstance(rules, Plan)
         else partial(statistics_at, rules)
     )
-    # Gradients have ranges in training alone.
+    # Gradients have ranges only in training.
     states = {path: x for path, x in states.items() if not is_of_gradient(path)}
     found = [Tagged(path, at(path), None, None) for path in states]
     named = {"/".join(path): state for path, state in states.items()}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-from flax import core
+from flax import core, errors
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -261,6 +262,47 @@ def abstract_variables(
     """
     keys = random_keys.by_stream(rngs)
     return function.eval_shape(model.init, keys, *inputs, **kwargs)
+
+
+@contextlib.contextmanager
+def naming_missing_collections(
+    model: Any,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    place: str = "variables=",
+) -> Iterator[None]:
+    """Says which collections of variables a call of a model lacks.
+
+    Flax names the one that the call reads first, and does not say how to give it.
+
+    Args:
+      model: the Linen module. Calls of anything else are left as they are.
+      variables: the variables that it is called with.
+      inputs: its inputs, or their shapes.
+      kwargs: its keyword inputs, and those of `nn.Module.apply`.
+      place: where the caller gives variables, for the message.
+
+    Raises:
+      ValueError: if a collection is missing or empty.
+    """
+    try:
+        yield
+    except errors.ScopeCollectionNotFound as error:
+        if not isinstance(model, nn.Module):
+            raise
+        given = {k: v for k, v in kwargs.items() if k not in ("rngs", "mutable")}
+        with session.suspended():
+            made = abstract_variables(model, inputs, given)
+        missing = [name for name in made if not variables.get(name)]
+        if not missing:
+            raise
+        entries = ", ".join(f'"{name}": {name}' for name in missing)
+        raise ValueError(
+            f"{subclasses.original(type(model)).__name__} has variables in "
+            f"{', '.join(missing)}, and is called without them. Give "
+            f"{place}{{..., {entries}}}."
+        ) from error
 
 
 def _check_reads_params(module: nn.Module, traced: function.TracedCall) -> None:

@@ -174,7 +174,10 @@ def _planned(model, rules, inputs, variables, method, rngs, kwargs) -> Plan:
         apply = functools.partial(
             model.apply, method=method, rngs=keys, mutable=mutable
         )
-        traced = trace_function(apply, (variables, *inputs), kwargs)
+        with linen_calls.naming_missing_collections(
+            model, variables, inputs, {"method": method, **kwargs}
+        ):
+            traced = trace_function(apply, (variables, *inputs), kwargs)
     elif callable(model):
         given = {} if rngs is None else {"rngs": rngs}
         traced = trace_function(model, inputs, {**given, **kwargs})

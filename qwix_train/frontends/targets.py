@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 from qwix_train.core.shortened import shortened
+from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import random_keys
 from qwix_train.frontends.model import trace_function
 from qwix_train.trace.function import TracedCall, param_path
@@ -43,12 +45,25 @@ class ModelCall(NamedTuple):
     def traced(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> TracedCall:
         """A trace of the call, with the boxes of its params."""
         arguments = (self.first, *inputs)
-        traced = trace_function(self.function, arguments, {**self.kwargs, **kwargs})
+        with self.naming_missing_collections(inputs, kwargs):
+            traced = trace_function(self.function, arguments, {**self.kwargs, **kwargs})
         leaves, _ = jax.tree_util.tree_flatten_with_path(
             self.params, is_leaf=stored.is_box
         )
         boxes = {param_path(path): leaf for path, leaf in leaves if stored.is_box(leaf)}
         return dataclasses.replace(traced, boxes=boxes)
+
+    def naming_missing_collections(
+        self, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """See `linen.naming_missing_collections`, of the call with these inputs."""
+        return linen_calls.naming_missing_collections(
+            getattr(self.function, "__self__", None),
+            self.first,
+            inputs,
+            kwargs,
+            "a train state with such a field, or variables instead of params: ",
+        )
 
 
 def model_call(target: Any, model: Any = None) -> ModelCall:

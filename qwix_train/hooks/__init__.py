@@ -1,9 +1,7 @@
 """Periodic actions for training loops: `Calibrate`, `QuantReport`, `Export`.
 
-`PeriodicAction` is the base of your own.
-
-They are called as those of `clu.periodic_actions`, after every step, and need neither
-`clu` nor TensorFlow.
+Derive your own from `PeriodicAction`. Call each after every step, as you call those of
+`clu.periodic_actions`. Neither `clu` nor TensorFlow is needed.
 """
 
 from qwix_train.hooks.calibrate import Calibrate as Calibrate

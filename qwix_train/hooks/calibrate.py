@@ -1,4 +1,4 @@
-"""Collects the ranges of activations anew, every so often."""
+"""Collects the ranges of activations again and again while a model trains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qwix_train.hooks.periodic import PeriodicAction
 class Calibrate(PeriodicAction):
     """Runs an eval loop that a `Calibrator` watches, and keeps the ranges.
 
-    The loop is a function of yours. What a call of the hook has after the step and
-    the time goes to it, as with `clu.periodic_actions.PeriodicCallback`:
+    The loop is a function of yours. It gets the arguments of the hook's call that
+    follow the step and the time, as with `clu.periodic_actions.PeriodicCallback`:
     `calibrate(step, state=state)` calls `evaluate(state=state)`.
 
     Attributes:
@@ -62,14 +62,14 @@ class Calibrate(PeriodicAction):
           calibrator: the calibrator that wraps the eval step.
           evaluate: runs the wrapped eval step over some batches. What it returns is
             not used.
-          fresh: whether each run forgets what was collected before it, also outside
-            of this hook. Otherwise it adds to that.
+          fresh: whether each run forgets all statistics that were collected before,
+            even those collected outside of this hook. Otherwise it adds to them.
           every_steps: see `PeriodicAction`.
           every_secs: see `PeriodicAction`.
           on_steps: see `PeriodicAction`.
 
         Raises:
-          TypeError: if `evaluate` is no function.
+          TypeError: if `evaluate` is not a function.
         """
         super().__init__(
             every_steps=every_steps, every_secs=every_secs, on_steps=on_steps
@@ -88,8 +88,8 @@ class Calibrate(PeriodicAction):
         """Runs the loop.
 
         Raises:
-          ValueError: if it did not call the wrapped step, or for some activation had
-            no batch that counts. The ranges are then those of the run before.
+          ValueError: if the loop did not call the wrapped step, or had no batch that
+            counts for some activation. Then the ranges of the last run stay.
         """
         if self._fresh:
             self.calibrator.state = {}

@@ -24,17 +24,17 @@ _DELETED = ".qwix_train-deleted"
 class Export(PeriodicAction):
     """Quantizes the model, and saves it as `path/step_000100` with `ptq.save`.
 
-    A `hook(step, state=state)` gets the state as an argument: a train state, params, or
-    variables of a Linen model. Or it is given once, see `state` below. An NNX model is
-    exported as it is at that time.
+    Give the state to each call, `hook(step, state=state)`: a train state, params, or
+    variables of a Linen model. Or give a function that returns it once, as `state`
+    below. An NNX model is exported as it is at that time.
 
-    What is saved is what `ptq.restore` takes for the quantized model: the quantized
+    `ptq.restore` reads an export into the quantized model. An export is the quantized
     params. If a Linen model has other collections, such as `batch_stats`, it is the
-    variables, with all of them; they are in the variables, or attributes of the train
-    state.
+    variables with all collections, which the variables or attributes of the train state
+    hold.
 
-    A folder is there once all of it is written. An export of a step that exists, as
-    after a restart from an earlier checkpoint, replaces it.
+    A folder appears when all of it is written. If a step is exported again, as after a
+    restart from an earlier checkpoint, the new export replaces the old one.
 
     Example:
       >>> import jax
@@ -85,9 +85,9 @@ class Export(PeriodicAction):
           quant_stats: for rules with `act_static_scale=True`, the ranges of
             activations, or a function that returns them, such as
             `lambda: calibrate.quant_stats` of a `Calibrate` hook that is called before
-            this one. If None, those that the state has, as that of QAT does
+            this one. If None, the ranges that the state holds, as a state of QAT does
             (`attach`).
-          max_to_keep: how many exports to keep; older steps are deleted. All if None.
+          max_to_keep: how many exports to keep. Older ones are deleted. All if None.
           execute_async: whether files are written while the loop goes on. Then call
             `wait_until_finished` before the process ends.
           metadata: for the manifests, next to the `step`; see `ptq.save`.
@@ -146,13 +146,14 @@ class Export(PeriodicAction):
         """Exports.
 
         Raises:
-          ValueError: if there is no state, or a collection of the model's is not in
-            it; see also `ptq.quantize`.
+          ValueError: if there is no state, or it lacks a collection of the model; see
+            also `ptq.quantize`.
         """
         self.wait_until_finished()
         state = states.current(state, self._state, type(self).__name__)
         self.path.mkdir(parents=True, exist_ok=True)
-        # Before it is computed: processes of other rules would wait for one another.
+        # Checked before anything is computed: processes with different rules would wait
+        # for one another.
         check_same_rules(self._rules)
         self._pending = ptq.save_async(
             self.folder(step),
@@ -216,7 +217,7 @@ class Export(PeriodicAction):
             return
         for step in self.steps()[: -self._max_to_keep]:
             folder = self.folder(step)
-            # What is deleted in part must not look like an export.
+            # A folder that is deleted in part must not look like an export.
             folder.rename(self.path / f"{folder.name}{_DELETED}")
         for folder in self.path.glob(f"*{_DELETED}"):
             folder.rmtree()

@@ -1,4 +1,4 @@
-"""What `optim.freeze_oscillations` knows of oscillating weights, in any state."""
+"""What `optim.freeze_oscillations` knows of oscillating weights, from any state."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ class Oscillations(NamedTuple):
     """The oscillations of one param.
 
     Attributes:
-      frequency: for each weight, how often its level turns back, of all updates.
-      frozen: for each weight, whether it is frozen.
+      frequency: for each weight, the share of updates in which its level turns back;
+        in the shape of the param, float32.
+      frozen: for each weight, whether it is frozen; bool.
     """
 
     frequency: jax.Array
     frozen: jax.Array
 
     def counts(self, threshold: float) -> tuple[jax.Array, jax.Array]:
-        """How many weights oscillate more often than that, and how many are frozen.
+        """How many weights oscillate, and how many are frozen.
 
         Args:
-          threshold: a share of the updates.
+          threshold: the frequency above which a weight counts as oscillating.
         """
         oscillating = (self.frequency > threshold) & ~self.frozen
         return jnp.sum(oscillating), jnp.sum(self.frozen)
 
 
 def oscillations_in(state: Any, paths: Collection[Path]) -> dict[Path, Oscillations]:
-    """The oscillations of params, by path, as far as a state has them.
+    """The oscillations of params, by path, for those that a state knows of.
 
     Args:
-      state: a train state, the state of an optimizer, or an `nnx.Optimizer`: whatever
-        holds a `FreezeOscillationsState`, in a chain or a partition or anywhere else.
+      state: a train state, the state of an optimizer, or an `nnx.Optimizer`. It may
+        hold a `FreezeOscillationsState` anywhere, such as in a chain or a partition.
       paths: the paths of the params.
     """
     found = {}

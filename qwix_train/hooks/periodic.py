@@ -13,10 +13,10 @@ from qwix_train.files import processes
 
 
 class PeriodicAction(abc.ABC):
-    """Something to do every so many steps or seconds; call it after each step.
+    """An action that is done every so many steps or seconds. Call it after each step.
 
-    It is due when those of `clu.periodic_actions` are. Subclasses do it in `_apply`,
-    which is given the step, the time, and what else the call was given.
+    It is due when the actions of `clu.periodic_actions` are. Subclasses do it in
+    `_apply`, which gets the step, the time, and the other arguments of the call.
 
     Example:
       >>> from qwix_train.hooks import PeriodicAction
@@ -40,11 +40,11 @@ class PeriodicAction(abc.ABC):
         """Says when the action is due: whenever one of the arguments says so.
 
         Args:
-          every_steps: at steps that this divides. The hook must then be called after
-            every step.
-          every_secs: once more than so many seconds have passed since the last time,
-            or since the first call. Of several processes the clock of the first one
-            counts, which it tells the others in every call.
+          every_steps: at the steps that are multiples of this. The hook must then be
+            called after every step.
+          every_secs: when more than so many seconds have passed since the last time,
+            or since the first call. With several processes, the clock of the first one
+            counts. It tells the others in every call.
           on_steps: at these steps.
 
         Raises:
@@ -82,15 +82,15 @@ class PeriodicAction(abc.ABC):
         Args:
           step: the step that was just done.
           t: the time in seconds; `time.monotonic()` if None.
-          *args: for the action, where it takes more, such as the train state.
+          *args: further arguments of the action, such as the train state.
           **kwargs: the same by keyword.
 
         Returns:
           Whether it was due.
 
         Raises:
-          ValueError: if there is `every_steps`, and a step was left out or repeated;
-            or if nothing says when the action is due.
+          ValueError: if `every_steps` is set, and a step was left out or repeated; or
+            if nothing says when the action is due.
         """
         if not self._has_schedule:
             raise ValueError(

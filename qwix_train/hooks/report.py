@@ -33,7 +33,7 @@ _DRIFTS = ("scale_drift", "scale_drift_total")
 
 
 class Writer(Protocol):
-    """What scalars are written to, such as a `clu.metric_writers.MetricWriter`."""
+    """Takes the scalars, as a `clu.metric_writers.MetricWriter` does."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any], /) -> Any:
         """Writes the scalars of a step."""
@@ -48,29 +48,29 @@ class QuantReport(PeriodicAction):
       float values `x` and their fake-quantized ones `q`,
       `10 log10(sum(x**2) / sum((x - q)**2))`; infinite where they are equal,
     * `quant/Dense_0/kernel/saturated`: the fraction of its elements that lie outside
-      of the range, and are clipped. 0 where the method of calibration covers all,
+      of the range, and are clipped; 0 if the method of calibration covers all elements,
     * `quant/Dense_0/kernel/at_end_codes`: the fraction that has the lowest or the
       highest code of the type, clipped or not,
     * `quant/Dense_0/kernel/bits`: how many bits a code has,
     * `quant/Dense_0/kernel/scale_drift` and `.../scale_drift_total`: how far its scales
-      `s` have moved since the report before, and since the first one, relative to what
-      they were then, `norm(s - s_then) / norm(s_then)`; from the second report on,
-    * `quant/Dense_0/kernel/oscillating` and `.../frozen`, where the optimizer has
-      `optim.freeze_oscillations`, with a threshold of `jnp.inf` if only to count: the
-      fraction of its elements that oscillate from one level to the next and back more
-      often than `oscillation_threshold`, and of those that are frozen at a level. The
-      number of such weights in the whole model is `quant/oscillating` and
-      `quant/frozen`.
+      `s` have moved since the last report, and since the first one, relative to what
+      they were then: `norm(s - s_then) / norm(s_then)`. They begin with the second
+      report,
+    * `quant/Dense_0/kernel/oscillating` and `.../frozen`, if the optimizer has
+      `optim.freeze_oscillations` (with a threshold of `jnp.inf` to count alone): the
+      fraction of its elements that oscillate between two levels more often than
+      `oscillation_threshold`, and the fraction that is frozen at a level. For the whole
+      model, `quant/oscillating` and `quant/frozen` are the numbers of such weights.
 
-    A weight with a `kernel_scale` next to it among the params (and a
-    `kernel_zero_point`) has that scale: it is the one that it is exported with.
+    If the params hold a `kernel_scale` beside the weight (and perhaps a
+    `kernel_zero_point`), it is measured with this scale, which an export has, too.
 
     For each range of an activation, such as that of `Dense_0/dot_general0_lhs`, its
-    ends: `quant/Dense_0/dot_general0_lhs/absmax`, or `min` and `max`; of several
-    channels or layers the widest.
+    ends: `quant/Dense_0/dot_general0_lhs/absmax`, or `min` and `max`. Of several
+    channels or layers, these are the widest ends.
 
-    A `hook(step, state=state)` gets the state as an argument: a train state, variables,
-    params, or an NNX module. Or it is given once, see `state` below. Several processes
+    Give the state to each call, `hook(step, state=state)`: a train state, variables,
+    params, or an NNX module. Or give it once, as `state` below. With several processes,
     all call the hook, and the first one writes.
 
     Example:
@@ -118,14 +118,14 @@ class QuantReport(PeriodicAction):
             of the loop, for calls of the hook that are not given one.
           quant_stats: the ranges of activations as `quantize_params` takes them, or a
             function that returns them, such as `lambda: calibrate.quant_stats` of a
-            `Calibrate` hook. If there are none, those that the state has, as that of
-            QAT does (`attach`); otherwise only weights are reported.
+            `Calibrate` hook. If None, the ranges that the state holds, as a state of
+            QAT does (`attach`). Without any ranges, only weights are reported.
           opt_state: an `nnx.Optimizer`, or a function that returns the state of the
-            optimizer. If None, that in the state, as a train state and an
-            `nnx.ModelAndOptimizer` have it.
-          oscillation_threshold: the frequency, as `FreezeOscillationsState` has it,
-            above which a weight counts as oscillating. With a momentum of 0.01, a
-            single oscillation counts for 69 updates with 0.005.
+            optimizer. If None, the one that the state holds, as a train state and an
+            `nnx.ModelAndOptimizer` do.
+          oscillation_threshold: the frequency above which a weight counts as
+            oscillating, as `FreezeOscillationsState` has it. With 0.005 and a momentum
+            of 0.01, one oscillation counts for 69 updates.
           per_layer: whether the layers of weights and ranges that are stacked for
             `scan` have scalars of their own, too: `quant/.../layer_0/sqnr_db`.
           prefix: the first part of all names.
@@ -178,8 +178,8 @@ class QuantReport(PeriodicAction):
           state: the state; see the class.
 
         Raises:
-          ValueError: if a weight of the plan is not among its params, it or its scale
-            has another shape, or it is quantized already.
+          ValueError: if the params lack a weight of the plan, the weight or its scale
+            has another shape, or the weight is quantized already.
         """
         return self._scalars(state)[0]
 
@@ -256,7 +256,7 @@ class QuantReport(PeriodicAction):
     def _params(self, tree: Any) -> dict[Path, tuple[Any, Any, Any]]:
         """The weights of the plan, by path, each with its scale and zero point.
 
-        These are None where they are not among the params, but computed.
+        Scale and zero point are None if they are not among the params.
         """
         given = stored.by_path(tree)
         params = {}

@@ -1,4 +1,4 @@
-"""The float params and ranges in what a training loop calls its state."""
+"""The float params and the ranges in the state of a training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QuantStats: TypeAlias = Mapping[str, Any] | Callable[[], Any] | None
 
 
 def current(state: Any, source: Source, hook: str) -> Any:
-    """The state to work on: the one that a call was given, or else the source's.
+    """The state to work on: that of the call, or else that of the source.
 
     Args:
       state: what the call was given, or None.

@@ -1,4 +1,4 @@
-"""How well a weight fits its type: measures for each of the layers stacked in it."""
+"""How well a weight fits its type, measured for each of the layers stacked in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WeightMeasures(NamedTuple):
 
     Attributes:
       signal: the sum of the squares of its elements.
-      noise: that of their quantization errors.
+      noise: the sum of the squares of their quantization errors.
       outside: how many elements are outside of the range.
       at_ends: how many have the lowest or the highest code.
       scale: the scales.
@@ -52,7 +52,7 @@ def measure(
       x: the weight.
       how: how it is quantized.
       layer_axes: see `layer_axes`.
-      scale: its scale, where that is not to be computed from it.
+      scale: the scale of the weight; computed from `x` if None.
       zero_point: the zero point that belongs to that scale; None for 0.
     """
     if how.rotation is not None:
@@ -104,9 +104,9 @@ def drift(scale: Any, before: Any, layer_axes: tuple[int, ...]) -> tuple[Any, An
 
     Args:
       scale: the scales of a weight.
-      before: those of an earlier time.
-      layer_axes: the axes of the weight that stack layers; there is an entry for each
-        scale along them, and a single one where layers share it.
+      before: its scales at an earlier time.
+      layer_axes: the axes of the weight that stack layers. Both sums have an entry for
+        each scale along these axes: one alone where layers share a scale.
     """
     scale, before = np.asarray(scale, np.float64), np.asarray(before, np.float64)
     axes = tuple(axis for axis in range(scale.ndim) if axis not in layer_axes)

@@ -21,15 +21,15 @@ from qwix_train.values import stored
 
 
 class AdapterSet(Mapping[str, Any]):
-    """Adapters for one base, by name, all as one program takes them.
+    """Adapters for one base, by name, in the form that one program takes.
 
-    To switch is to pass other arrays to the same jitted function, which is not compiled
-    again: they have the structure, shapes, dtypes and shardings of the params of the
-    state, or, in a set that is made of layouts alone, of the first that were added. An
-    adapter of a
-    smaller rank than the program's is filled up with zeros. Where its scaling is
-    another one, ``B`` is multiplied by the ratio of the two; the program then computes
-    what the adapter was trained to do, to the rounding of ``B``.
+    To switch adapters, pass other arrays to the same jitted function. It is not
+    compiled again, because all adapters of the set have the same structure, shapes,
+    dtypes and shardings: those of the params of the state or, if the set is made of
+    layouts, those of the first adapters that were added. Adapters of a smaller rank
+    than the program's are padded with zeros. If their scaling is another one, ``B`` is
+    multiplied by the ratio of the two. The program then computes what the adapter was
+    trained to do, up to the rounding of ``B``.
 
     Example:
       >>> import jax
@@ -55,8 +55,8 @@ class AdapterSet(Mapping[str, Any]):
 
         Args:
           layouts: the layouts of the adapters that the jitted function takes, or the
-            state that has it as its `apply_fn`: the rank of its rules is the largest
-            that an adapter of the set may have.
+            state whose `apply_fn` it calls. The rank of these layouts is the largest
+            that adapters of the set may have.
 
         Raises:
           TypeError: if it is neither.
@@ -73,17 +73,18 @@ class AdapterSet(Mapping[str, Any]):
         self._adapters: dict[str, Any] = {}
 
     def add(self, name: str, adapters: Any, layouts: Layouts | None = None) -> None:
-        """Adds adapters, or puts others in the place of those of that name.
+        """Adds adapters, or replaces those of this name.
 
         Args:
-          name: a name for them.
+          name: a name for the adapters.
           adapters: a `LoraTrainState`, or a nested dictionary of arrays.
-          layouts: their layouts, unless there is a state or they are those of the set:
-            `lora.read_manifest(path).layouts` of adapters that were restored.
+          layouts: their layouts. Leave them out for a state, or if they are those of
+            the set. For restored adapters they are `lora.read_manifest(path).layouts`.
 
         Raises:
-          ValueError: if they are for another model, or of a larger rank; if either they
-            or the program have magnitudes (DoRA). The message names the params.
+          ValueError: if the adapters are for another model, or of a larger rank; or if
+            only one of adapters and program has magnitudes (DoRA). The message names
+            the params.
         """
         if isinstance(adapters, LoraTrainState):
             adapters, layouts = adapters.params, adapters.layouts
@@ -115,7 +116,7 @@ class AdapterSet(Mapping[str, Any]):
           names: a name for each entry, such as one for each example of a batch.
 
         Returns:
-          Adapters with an axis for the names in front.
+          Adapters whose arrays have an axis for the names in front.
 
         Raises:
           KeyError: if there are no adapters of a name.
@@ -144,7 +145,7 @@ class AdapterSet(Mapping[str, Any]):
 
 
 def fitted(adapters: Any, layouts: Layouts, target: Layouts) -> Any:
-    """Adapters in the shapes of other layouts, which adapt in the same way.
+    """Adapters in the shapes of other layouts, which add the same to each weight.
 
     Args:
       adapters: a nested dictionary of arrays.
@@ -181,7 +182,7 @@ def _alike(adapters: Any, like: Any) -> Any:
         if isinstance(wanted, jax.Array) and not isinstance(wanted, Tracer):
             if wanted.committed:
                 value = jax.device_put(value, wanted.sharding)
-            elif value.committed:  # `jit` compiles again for what was put on purpose.
+            elif value.committed:  # `jit` would compile again for committed arrays.
                 value = jnp.asarray(jax.device_get(value))
         return stored.box(value, leaf)
 

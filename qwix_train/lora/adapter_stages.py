@@ -1,8 +1,8 @@
-"""The stages of params that have adapters, whatever the mode.
+"""The stages of params that have adapters, in every mode.
 
-A mode chooses stages for a param and for an op. Here the param gets an adapter after
-these, and the runner asks the op for the product of the base alone, to which that of
-the adapter is added. So the base may be in float, fake-quantized in training,
+A mode chooses stages for a param and for an op. After these, the param gets its
+adapter. The runner computes the product of the base by the stages of the op, and adds
+the product of the adapter. So the base may be in float, fake-quantized in training,
 quantized, or observed.
 """
 
@@ -46,7 +46,7 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class AddAdapter(ParamStage):
-    """Gives a param an adapter, which a product computes by itself."""
+    """Gives a param an adapter, whose product is computed separately."""
 
     adapter: Adapter
 
@@ -81,7 +81,7 @@ class DropOut(Stage):
     """Sets elements to zero, and scales the others up.
 
     Attributes:
-      rate: the probability of an element to be set to zero.
+      rate: the probability with which an element is set to zero.
       key: a random key.
     """
 
@@ -98,13 +98,14 @@ class DropOut(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What becomes of the stages of a mode where params have adapters.
+    """Adds adapters to the stages of a mode.
 
     Attributes:
-      added: the adapters that are computed by themselves, by the path of their param.
-      merged: the stages of params that have their adapter in them, whatever the mode.
-      dropouts: for ops that read a param with an adapter, what is dropped of the input
-        of the adapter.
+      added: the adapters whose products are computed separately, by the path of their
+        param.
+      merged: the stages of params whose adapter is merged in, in every mode.
+      dropouts: for ops that read a param with an adapter, the dropout of the input of
+        the adapter.
     """
 
     added: Mapping[Path, Adapter]

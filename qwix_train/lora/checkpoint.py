@@ -1,8 +1,8 @@
 """Checkpoints of adapters alone, on Orbax.
 
-A checkpoint is one of `ptq.save`, and can be read by `ptq.restore`: arrays, and a
-manifest with checksums. What is particular to adapters, an `AdapterManifest`, is in the
-manifest's metadata, under ``lora``.
+It is a checkpoint of `ptq.save`, with arrays and a manifest with checksums, and
+`ptq.restore` can read it. An `AdapterManifest`, in the metadata of the manifest under
+``lora``, holds what only adapters have.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def save(
     """Saves adapters without their base.
 
     Args:
-      path: the folder to make. A save that is killed leaves nothing there, or what was
-        there before.
+      path: the folder to make. If a save is killed, nothing is there, or what was there
+        before.
       adapters: a `LoraTrainState`; or adapters, with their layouts after them.
       *layouts: the layout of each adapter, unless there is a state.
       rules: the rules that the adapters were made by, for the manifest; those of the
@@ -49,7 +49,7 @@ def save(
 
     Raises:
       FileExistsError: if adapters are at the path, and `overwrite` is not set; or if
-        something else is, such as a checkpoint of a base.
+        something else is there, such as a checkpoint of a base.
       TypeError: if layouts are missing, or `metadata` cannot be stored.
       ValueError: if the adapters do not fit the layouts.
 
@@ -96,8 +96,8 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
 
     Args:
       path: the folder that `save` made.
-      target: what the adapters are for: a `LoraTrainState`, or layouts. None for
-        whatever is there, which goes with the layouts that `read_manifest` gives.
+      target: what the adapters are for: a `LoraTrainState`, or layouts. If None, all
+        adapters are read as they are. Their layouts are in `read_manifest`.
       shardings: a `jax.sharding.Sharding` for all arrays, or nested dictionaries of
         shardings, where one is for all below it. Without it those of the adapters of
         the state count; where there are none, arrays go where JAX puts new ones.
@@ -108,8 +108,8 @@ def restore(path: epath.PathLike, target: Any = None, *, shardings: Any = None) 
     Raises:
       FileNotFoundError: if nothing is at the path.
       TypeError: if `path` is not a path, or `target` is neither a state nor layouts.
-      ValueError: if what is there is no checkpoint of adapters, or damaged, or of
-        adapters of another model, rank or scaling. The message names the params.
+      ValueError: if there is no checkpoint of adapters, or it is damaged, or the
+        adapters are of another model, rank or scaling. The message names the params.
     """
     parts.check_path(path, "lora.restore(path, state)")
     manifest = read_manifest(path)

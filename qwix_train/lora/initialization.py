@@ -1,4 +1,4 @@
-"""How adapters start, and what is left of the weight as their base."""
+"""How adapters start, and which base they leave of the weight."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Start(NamedTuple):
       a: shape `AdapterLayout.a_shape`.
       b: shape `AdapterLayout.b_shape`.
       magnitude: shape `AdapterLayout.magnitude_shape`, or None without DoRA.
-      base: what is left of the weight as the base, in its shape; the weight itself,
-        where the adapter adds nothing at first.
+      base: the weight without what the adapter adds, in the shape of the weight. It is
+        the weight itself if the adapter adds nothing at first.
     """
 
     a: jax.Array
@@ -60,7 +60,7 @@ def initial(
     a_key, b_key = jax.random.split(key)
 
     def drawn(initializer, key, shape):
-        for size in reversed(layout.lead):  # Each layer as if it stood alone.
+        for size in reversed(layout.lead):  # Each layer is drawn as if it were alone.
             initializer = _stacked(initializer, size)
         return layout.layers_in_place(initializer(key, shape, dtype))
 
@@ -75,17 +75,17 @@ def initial(
 def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
     r"""The principal singular values and vectors as the adapter, the rest as the base.
 
-    With ``W = U diag(s) V^T``, ``scaling * A = U_r diag(sqrt(s_r))`` up to where the
-    scaling stands, ``B = diag(sqrt(s_r)) V_r^T`` (PiSSA, arXiv 2404.02948, equations 2
-    to 4), for each layer and each group on its own.
+    With ``W = U diag(s) V^T`` and the ``rank`` largest singular values ``s_r``,
+    ``A = U_r diag(sqrt(s_r / scaling))`` and ``B = diag(sqrt(s_r / scaling)) V_r^T``,
+    for each layer and each group alone (PiSSA, arXiv 2404.02948, equations 2 to 4).
 
     Args:
       weight: shape `layout.shape`, a float dtype.
       layout: the shapes of the adapter.
-      dtype: its dtype.
+      dtype: the dtype of the adapter.
 
     Returns:
-      The adapter, whose product with the base adds up to ``weight``.
+      The adapter and the base. The base plus ``scaling * A @ B`` is ``weight``.
     """
     a, b = _principal(weight, layout)
     wide = weight.astype(numerics.compute_dtype(weight.dtype))
@@ -100,7 +100,7 @@ def loftq(
     steps: int,
     dtype: Any,
 ) -> Start:
-    """Base and adapter chosen in turns, so that their sum is close to the weight.
+    """Base and adapter, fitted in turns so that their sum is close to the weight.
 
     ``Q_t = quantize(W - A_{t-1} B_{t-1})``, then ``A_t, B_t`` from the `rank` largest
     singular values of ``W - Q_t`` (LoftQ, arXiv 2310.08659, algorithm 1).
@@ -117,7 +117,7 @@ def loftq(
     for _ in range(steps):
         quantized = dequantize(quantize_array(base.astype(weight.dtype), how))
         a, b = _principal(wide - quantized.astype(wide.dtype), layout)
-        # What the base of this turn will be, once it is quantized.
+        # The base of this turn, before it is quantized.
         kept = base.astype(weight.dtype)
         start = Start(a.astype(dtype), b.astype(dtype), None, kept)
         base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
@@ -128,7 +128,7 @@ def loftq(
 def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax.Array]:
     """The factors of the best approximation of a rank, with the scaling divided out.
 
-    A matrix that has no such rank is approximated exactly, and the rest is zero.
+    A matrix with fewer rows or columns than that is given exactly, with zeros behind.
     """
     rank = layout.rank
     columns = [a for a in layout.b_axes if a not in layout.a_axes]
@@ -167,5 +167,5 @@ def _stacked(initializer: Callable[..., jax.Array], size: int) -> Any:
 
 
 def key_of(key: jax.Array, path: tuple[str, ...]) -> jax.Array:
-    """A key of its own for each param, whatever other params there are."""
+    """The key of a param, which does not depend on the other params."""
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))

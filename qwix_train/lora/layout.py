@@ -1,8 +1,8 @@
 """Which params get adapters, of which shapes, and what an adapter adds to its param.
 
-An adapter belongs to a param, not to an op: wherever the model reads the param it finds
-``W + scaling * A @ B``. What of ``W`` are the rows of ``A`` and the columns of ``B`` is
-decided by the first op that a rule matches: it contracts the axes of ``A``.
+An adapter belongs to a param, not to an op: wherever the model reads the param, it gets
+``W + scaling * A @ B``. The first op that a rule matches decides which axes of ``W``
+are the rows of ``A``, and which are the columns of ``B``: it contracts those of ``A``.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class AdapterLayout:
       scaling: what ``A @ B`` is multiplied by.
       dora: whether there is a magnitude.
       op: the name of the op that decided.
-      layers: axes of the param of which each index has an adapter of its own, such as
-        the layers of a scan. They stand in each part where they stand in the param, or
-        last where it has fewer axes, so that what maps over the param maps over them.
-      a_axes: the other axes of the param that ``A`` has, in its order.
-      b_axes: the other axes of the param that ``B`` has, in its order. Of a batched
-        `dot_general` some are in both.
+      layers: axes of the param along which each index has its own adapter, such as the
+        layers of a scan. In each part they stand where they stand in the param, or last
+        if the part has fewer axes. So whatever maps over the param maps over them, too.
+      a_axes: the other axes of the param that ``A`` has, in the order of ``A``.
+      b_axes: the other axes of the param that ``B`` has, in the order of ``B``. With a
+        batched `dot_general` some axes are in both.
       contracted: the axes that the op contracts.
       flat: whether the contracted axes are one axis of ``A``, and the kept ones one of
         ``B``, as for `dot_general`.
       particulars: what ops do with the param that a plain linear layer, convolution or
-        lookup does not, in words: that another op contracts other axes of it, or that
-        a convolution has groups. Other libraries adapt plain layers alone.
+        lookup does not do, in words: that another op contracts other axes of it, or
+        that a convolution has groups. Other libraries adapt only plain layers.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class AdapterLayout:
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """The shape of ``A``; its last axis, but for those of layers, is the rank."""
+        """The shape of ``A``. Its last axis, but for axes of layers, is the rank."""
         return self._in_place(self.one_shape("a"), self.lead)
 
     @property
@@ -90,7 +90,7 @@ class AdapterLayout:
 
     @property
     def rank_axis(self) -> int:
-        """The number of the axis of the rank: the one behind those of the param."""
+        """The number of the axis of the rank: it follows the axes of the param."""
         return len(self.shape)
 
     def one_shape(self, part: AdapterPart) -> tuple[int, ...]:
@@ -98,15 +98,17 @@ class AdapterLayout:
         return tuple(self.size(*axes) for axes in self._grouped(part))
 
     def size(self, *axes: int) -> int:
-        """The number of elements along axes of the param, or that of the rank."""
+        """The number of elements along axes of the param, or along that of the rank."""
         return math.prod((*self.shape, self.rank)[axis] for axis in axes)
 
     def axes_of(self, part: AdapterPart) -> list[int | None]:
-        """For each axis of a part the axis of the param that it is, or starts with.
+        """For each axis of a part, the axis of the param that it is, or starts with.
 
         Args:
-          part: `a`, `b` or `magnitude`. The axis of the rank is not an axis
-            of the param, and is None.
+          part: `a`, `b` or `magnitude`.
+
+        Returns:
+          Axes of the param; None for the axis of the rank.
         """
         firsts = [axes[0] if axes else None for axes in self._grouped(part)]
         own = [None if axis == self.rank_axis else axis for axis in firsts]
@@ -117,7 +119,7 @@ class AdapterLayout:
         return jnp.moveaxis(part, range(len(self.layers)), self._places(part.ndim))
 
     def spread(self, array: Any, axes: Sequence[int]) -> Any:
-        """An array on the axes of the param, and the rank behind them.
+        """An array with all axes of the param, and the rank behind them.
 
         Args:
           array: an array with some of these axes, of which neighbors may be merged.
@@ -166,15 +168,15 @@ class AdapterLayout:
         return shapes
 
     def factors(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``A`` and ``B`` on the axes of the param, and the rank behind them.
+        """``A`` and ``B`` with all axes of the param, and the rank behind them.
 
         Args:
           a: shape `a_shape`.
           b: shape `b_shape`.
 
         Returns:
-          Two arrays, each with one entry along an axis that it does not have; the sum
-          over the last axis of their product is ``A @ B`` in the shape of the param.
+          Two arrays, each with one entry along the axes that it does not have. Their
+          product, summed over the last axis, is ``A @ B`` in the shape of the param.
         """
         return self.on_param("a", a), self.on_param("b", b)
 
@@ -199,11 +201,11 @@ class AdapterLayout:
         return self.as_part("magnitude", norm[..., None]).astype(weight.dtype)
 
     def gain(self, magnitude: jax.Array, norm: jax.Array) -> jax.Array:
-        """What the adapted weight is multiplied by, on the axes of the param.
+        """What the adapted weight is multiplied by, with all axes of the param.
 
         Args:
           magnitude: shape `magnitude_shape`.
-          norm: the same.
+          norm: the norm of each output channel, shape `magnitude_shape`.
         """
         return self.on_param("magnitude", magnitude / norm)[..., 0]
 
@@ -214,7 +216,7 @@ class AdapterLayout:
         b: jax.Array,
         magnitude: jax.Array | None = None,
     ) -> jax.Array:
-        """The param with its adapter in it, in its dtype.
+        """The param with its adapter merged in, in the dtype of the param.
 
         Args:
           base: the param, shape `shape`, a float dtype.
@@ -247,7 +249,7 @@ class AdapterLayout:
         return [*self.layers, *itertools.chain(*self._grouped(part))]
 
     def _in_place(self, own: Sequence[Any], layers: Sequence[Any]) -> tuple[Any, ...]:
-        """What is said of each axis of a part, from that of one layer and of layers."""
+        """Puts the entries of the axes of layers among those of the other axes."""
         whole = list(own)
         for axis, layer in zip(self.layers, layers, strict=True):
             whole.insert(axis, layer)
@@ -267,7 +269,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
       plan: what the rules do to a model.
 
     Returns:
-      For each param its layout, and the rule that decided.
+      The layout of each param, and the rule that decided.
 
     Raises:
       ValueError: if two rules give one param adapters of different settings; if an op
@@ -300,7 +302,7 @@ def find_layouts(plan: Plan) -> dict[Path, tuple[AdapterLayout, LoraRule]]:
 
 
 def too_large(layouts: Mapping[Path, AdapterLayout]) -> dict[Path, str]:
-    """Names the params whose matrix is smaller than the rank of their adapter."""
+    """For each param whose matrix is smaller than the rank of its adapter, says so."""
     found = {}
     for path, layout in layouts.items():
         rows, columns = layout.matrix_shape
@@ -342,7 +344,7 @@ def _layout(
             f"{view.shape} and keeps the rest, so that no adapter of that axis is one "
             "of its product. Leave it out with a rule of its own before this one."
         )
-    # A size of 1 may have lost its factors; it makes no difference where it stands.
+    # An axis of size 1 may have no factors. It does not matter where it stands.
     lost = [axis for axis, size in enumerate(view.shape) if axis not in roles]
     layers = [axis for axis in lost if view.shape[axis] > 1 and axis not in mapped]
     # A param that the model reads one layer at a time has layers of size 1, too.
@@ -410,7 +412,7 @@ def _roles(op: Op, side: int, view: View) -> dict[int, set[str]]:
 
 
 def _particulars(op: Op, side: int, view: View, layout: AdapterLayout) -> list[str]:
-    """What an op does with a param that a plain layer does not, in words."""
+    """What an op does with a param that a plain layer does not do, in words."""
     roles = _roles(op, side, view)
     contracted = sorted(axis for axis, found in roles.items() if "contracted" in found)
     usual = [axis for axis in layout.contracted if layout.shape[axis] > 1]

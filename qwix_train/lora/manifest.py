@@ -16,9 +16,9 @@ from qwix_train.ptq.manifest import readable, rule_from_json, rule_to_json
 
 VERSION = 1
 
-# They took part in the start of training, not in what adapters mean.
+# These matter at the start of training, and not for what adapters mean.
 _NOT_KEPT = ("lora_a_initializer", "lora_b_initializer")
-# What a layout gives, for those who read the file without this package.
+# Derived from a layout, for readers of the file that do not have this package.
 _DERIVED = ("a_shape", "b_shape")
 
 
@@ -62,14 +62,15 @@ class AdapterManifest:
 
     @classmethod
     def from_json(cls, record: Any, versions: Mapping[str, str]) -> AdapterManifest:
-        """Reads what `to_json` gave.
+        """Reads the result of `to_json`.
 
         Args:
-          record: that.
+          record: the result of `to_json`.
           versions: the versions of packages.
 
         Raises:
-          ValueError: if it is of another version of the format, or of no adapters.
+          ValueError: if the record has another version of the format, or is not one of
+            adapters.
         """
         if not isinstance(record, Mapping):
             raise ValueError("it is not one of adapters")

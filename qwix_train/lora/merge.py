@@ -25,10 +25,10 @@ from qwix_train.values import stored
 
 
 class Merged(NamedTuple):
-    """What `merge_with_report` gives.
+    """The result of `merge_with_report`.
 
     Attributes:
-      params: what `merge` gives.
+      params: the result of `merge`.
       report: what requantizing did to each weight.
     """
 
@@ -37,34 +37,36 @@ class Merged(NamedTuple):
 
 
 def merge(base: Any, *args: Any, to_float: bool = False, **kwargs: Any) -> Any:
-    """Merges adapters into their base: ``W + scaling * A @ B`` in the place of ``W``.
+    """Merges adapters into their base: ``W`` becomes ``W + scaling * A @ B``.
 
-    Computed in float32, at the highest precision, and rounded to the dtype of ``W``.
-    With DoRA it is ``m * (W + scaling * A @ B) / norm``. A quantized base is
-    dequantized before, and quantized again as it was (by its `WithAux.how`, unpacked if
-    it was packed), which rounds what adapters add: see `merge_with_report`.
+    With DoRA it becomes ``m * (W + scaling * A @ B) / norm``. The sum is computed in
+    float32, at the highest precision, and rounded to the dtype of ``W``. A quantized
+    base is dequantized first. Then it is quantized again as it was (by its
+    `WithAux.how`, unpacked if it was packed), which rounds what adapters add: see
+    `merge_with_report`.
 
-    One of three calls:
+    There are three ways to call it:
 
-    - ``merge(state)``, of a `LoraTrainState`;
-    - ``merge(frozen, adapters, layouts)``, as `lora.init` gives them, or `split` takes
-      them out of the params of a Linen model;
-    - ``merge(model, *inputs)``, of an NNX model with adapters, where shapes will do for
+    - ``merge(state)``, for a `LoraTrainState`;
+    - ``merge(frozen, adapters, layouts)``, with what `lora.init` gives, or what `split`
+      takes out of the params of a Linen model;
+    - ``merge(model, *inputs)``, for an NNX model with adapters. Shapes will do for
       inputs.
 
     Args:
       base: a state, the params of a base, or an NNX model.
-      *args: what follows it.
-      to_float: whether params that are quantized become float arrays, those that have
-        no adapter, too.
+      *args: the arguments after it, as above.
+      to_float: whether quantized params become float arrays, even those that have no
+        adapter.
       **kwargs: keyword inputs of an NNX model.
 
     Returns:
-      The params: the tree of the base, for the float model, or, where they are
-      quantized, for a `PtqProvider` with the same rules, and for `ptq.save`. Params of
-      rules with `qat=True` are in float. Of an NNX model a copy without adapters: the
-      float model or, if any of its params are quantized, one that runs with a
-      `PtqProvider`; there those of rules with `qat=True` are quantized, too.
+      The params, in the tree of the base. Float params are for the float model, and
+      quantized ones for a `PtqProvider` with the same rules, and for `ptq.save`. Params
+      of rules with `qat=True` are in float. For an NNX model it is a copy without
+      adapters: the float model or, if any of its params are quantized, a model that
+      runs with a `PtqProvider`. In that model, params of rules with `qat=True` are
+      quantized, too.
 
     Raises:
       TypeError: if the arguments do not fit any of the three.
@@ -96,12 +98,12 @@ def merge_with_report(
     Args:
       base: see `merge`.
       *args: see `merge`.
-      to_float: see `merge`. Nothing is lost then but the rounding of floats, which the
-        report shows.
+      to_float: see `merge`. Then only the rounding of floats is lost, which the report
+        shows.
       **kwargs: see `merge`.
 
     Returns:
-      What `merge` gives, and a report that prints as a table.
+      The result of `merge`, and a report that prints as a table.
 
     Example:
       >>> import jax
@@ -125,9 +127,9 @@ def merge_with_report(
 def unmerge(params: Any, adapters: Any, layouts: parts.Layouts) -> Any:
     """Takes adapters out of float params that they were merged into.
 
-    ``W = merged - scaling * A @ B``, computed as in `merge`. It gives the base to the
-    rounding of its dtype, which in bfloat16 is a part of 256: a base that is kept
-    (`LoraTrainState.frozen`) needs none of it.
+    ``W = merged - scaling * A @ B``, computed as in `merge`. The base is right to the
+    rounding of its dtype, which in bfloat16 is one part in 256. If you have kept the
+    base (`LoraTrainState.frozen`), use that instead.
 
     Args:
       params: what `merge` gave.
@@ -138,8 +140,8 @@ def unmerge(params: Any, adapters: Any, layouts: parts.Layouts) -> Any:
       The params of the base.
 
     Raises:
-      ValueError: if a param is quantized, or has a magnitude (DoRA), since then the
-        base cannot be found again; if adapters do not fit. The message names the param.
+      ValueError: if a param is quantized, or has a magnitude (DoRA), because its base
+        cannot be found again; or if adapters do not fit. The message names the param.
 
     Example:
       >>> import jax
@@ -271,7 +273,7 @@ def _mapped(
 
 
 def _like(value: Any, leaf: Any) -> Any:
-    """A param in the box that another one is in, or that its codes are in."""
+    """A param in the box of another one, or in the box of its codes."""
     was_quantized = stored.is_quantized(leaf)
     if stored.is_quantized(value):
         return stored.box(value, stored.box_of(leaf) if was_quantized else leaf)
@@ -288,14 +290,14 @@ def _plus(layout: AdapterLayout, weight: Any, *adapter: Any) -> jax.Array:
 
 
 def _placed(value: jax.Array, like: Any) -> jax.Array:
-    """An array where another one is."""
+    """An array, on the devices of another one."""
     if isinstance(like, jax.Array) and not isinstance(like, Tracer):
         return jax.device_put(value, like.sharding)
     return value
 
 
 def _check_base(params: dict[Path, Any], layouts: parts.Layouts) -> None:
-    """Complains of a base that the layouts are not for."""
+    """Complains of a base that does not fit the layouts."""
     for path, layout in layouts.items():
         name, param = "/".join(path), params.get(path)
         if param is None:

@@ -18,23 +18,23 @@ from qwix_train.values import stored
 
 @dataclasses.dataclass(frozen=True)
 class MergeRecord:
-    """What merging did to one weight, or to that of one of its stacked layers.
+    """What merging did to one weight, or to one layer of a stacked weight.
 
-    Sizes are Frobenius norms.
+    Sizes and errors are Frobenius norms.
 
     Attributes:
       param: the path of the param.
       layer: the index among stacked layers, such as those of a scan; empty if it is not
         stacked.
-      qtype: the type of the codes, or None where the result is in float.
-      adapter_size: what the adapter adds, as a share of the base.
-      adapter_in_steps: the same as a multiple of the distance between neighboring
-        codes, in root mean squares: well below one half, most codes stay as they were.
-        None in float.
-      error: the error of the result, against base and adapter in float32, as a share of
-        these.
-      adapter_error: the same error as a share of what the adapter adds: from 1 on, more
-        is lost by rounding than is gained. None if the adapter adds nothing.
+      qtype: the type of the codes, or None if the result is in float.
+      adapter_size: what the adapter adds, relative to the base.
+      adapter_in_steps: what the adapter adds, relative to the distance between
+        neighboring codes, both as root mean squares. If it is well below one half, most
+        codes stay as they were. None in float.
+      error: the error of the result, relative to the sum of base and adapter in
+        float32.
+      adapter_error: the same error, relative to what the adapter adds. From 1 on,
+        rounding loses more than the adapter adds. None if the adapter adds nothing.
     """
 
     param: str
@@ -48,7 +48,7 @@ class MergeRecord:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What merging did to the weights of a model; printed, it is a table.
+    """What merging did to the weights of a model. It prints as a table.
 
     Attributes:
       weights: a record for each weight that has an adapter.

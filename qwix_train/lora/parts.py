@@ -177,8 +177,8 @@ def checked(adapters: Any, layouts: Layouts) -> dict[Path, Any]:
       layouts: the layouts of the adapters.
 
     Raises:
-      ValueError: if one is missing, is too much, or has another shape. The message
-        names them.
+      ValueError: if an array is missing, has no layout, or has another shape. The
+        message names them.
     """
     parts = by_path(adapters)
     wanted = {
@@ -211,7 +211,7 @@ def without(paths: Iterable[Path], others: Collection[Path]) -> list[str]:
 
 
 def listed(problems: Mapping[str, list[str]]) -> str:
-    """Those problems that there are, each with some of the params that have it."""
+    """The problems that some params have, each with some of these params."""
     found = {what: names for what, names in problems.items() if names}
     return " ".join(f"{what}: {plan_table.some(v, 3)}." for what, v in found.items())
 

@@ -1,18 +1,18 @@
 """Adapters in the files of Hugging Face's PEFT.
 
-A folder with ``adapter_model.safetensors`` and ``adapter_config.json``, as
+They are a folder with ``adapter_model.safetensors`` and ``adapter_config.json``, as
 ``PeftModel.save_pretrained`` writes it and ``PeftModel.from_pretrained`` reads it, for
 LoRA on Linear, Conv and Embedding layers. See `peft_tensors` for the tensors.
 
-Names. The adapter of the param ``decoder/proj/kernel`` is that of the PyTorch module
-``decoder.proj``: a last ``kernel`` or ``embedding`` is left out. Layers that are
-stacked in one param, as under `nn.scan`, are modules of their own, numbered after the
-first part of the path: ``layers/proj/kernel`` is ``layers.0.proj``, ``layers.1.proj``
-and so on. `names` says otherwise, with ``{layer}`` for the number.
+Names: by default, the adapter of the param ``decoder/proj/kernel`` is that of the
+PyTorch module ``decoder.proj``. A last ``kernel`` or ``embedding`` is left out. Layers
+that are stacked in one param, as under `nn.scan`, are separate modules, with their
+number behind the first part of the path: ``layers/proj/kernel`` is ``layers.0.proj``,
+``layers.1.proj`` and so on. `names` gives other names, with ``{layer}`` for the number.
 
-Where PEFT would compute something else, an adapter is refused: that of a table which is
-also the head of the model (PEFT adapts the lookup alone), of a convolution with groups
-or dilation, of a stack of experts.
+An adapter is refused if PEFT would compute something else with it: the adapter of a
+table which is also the head of the model (PEFT adapts only the lookup), of a
+convolution with groups or dilation, or of a stack of experts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Names = Callable[[str], str] | Mapping[str, str]
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OTHER = "adapter_model.bin"
-# Of a `PeftModel` the tuner, and of that the model.
+# The tuner of a `PeftModel`, and the model of the tuner.
 _PREFIX = "base_model.model."
 _LAYER = "{layer}"
 _PART = ".lora_"
@@ -62,25 +62,26 @@ def save_peft(
 ) -> None:
     """Writes adapters as PEFT does.
 
-    A save that is killed leaves the files that were there, or nothing that readers take
-    for adapters. Several processes all call this, and the first one writes.
+    If a save is killed, the files that were there stay, or nothing is left that readers
+    take for adapters. With several processes, all call this, and the first writes.
 
-    They fit the base that they were trained with. With `init="pissa"` or `"loftq"` that
-    is not the model before, but `LoraTrainState.frozen`.
+    The adapters fit the base that they were trained with. With `init="pissa"` or
+    `"loftq"` this is `LoraTrainState.frozen`, not the original model.
 
     Args:
       directory: the folder, made if it does not exist.
       adapters: a `LoraTrainState`; or adapters, with their layouts after them.
       *layouts: the layout of each adapter, unless there is a state.
-      names: the name of the PyTorch module of each param, by its path, or as a function
-        of it. By default `a/kernel` is of the module `a`; see `qwix_train.lora.peft`.
+      names: the name of the PyTorch module of each param, by the path of the param, or
+        a function of the path. By default `a/kernel` belongs to the module `a`; see
+        `qwix_train.lora.peft`.
       config: more entries for `adapter_config.json`, such as `task_type`,
         `lora_dropout` or `base_model_name_or_path`.
       overwrite: whether to replace the adapters that are there.
 
     Raises:
-      FileExistsError: if there are adapters and `overwrite` is not set, or something
-        else that readers would take for them.
+      FileExistsError: if there are adapters and `overwrite` is not set, or other files
+        that readers would take for adapters.
       ImportError: if `safetensors` is not installed.
       TypeError: if layouts are missing.
       ValueError: if PEFT cannot hold an adapter, or computes something else with it; if
@@ -146,8 +147,8 @@ def load_peft(
     """Reads adapters that PEFT, or `save_peft`, wrote.
 
     PEFT puts tables that it adapts, and the head of a model, into its files, as they
-    were in its base. Here they are not read; those of params with an adapter must be
-    what the base of a state holds, and the others are warned of.
+    are in its base. These are not read. Those of params with an adapter must equal the
+    base of the state, and there is a warning of the others.
 
     Args:
       directory: the folder.
@@ -164,9 +165,9 @@ def load_peft(
       FileNotFoundError: if there are no such files.
       ImportError: if `safetensors` is not installed.
       TypeError: if `target` is neither.
-      ValueError: if the config says what is not supported; if adapters are missing, too
-        many, or of another shape, rank or scaling; if weights of the base in the file
-        are not the state's. The message names them.
+      ValueError: if the config has an option that is not supported; if adapters are
+        missing, belong to no param, or have another shape, rank or scaling; or if
+        weights of the base in the file differ from the state's. The message names them.
     """
     is_state = isinstance(target, LoraTrainState)
     parts.check_path(directory, "lora.load_peft(directory, state)")
@@ -220,15 +221,15 @@ def read_layouts(
 
     Args:
       directory: the folder.
-      path_of: the path of the param of a module. Where it gives None, a module
+      path_of: gives the path of the param of a module. If it gives None, a module
         ``decoder.proj`` has the param ``decoder/proj/kernel``, or, if it is a table,
         ``decoder/proj/embedding``.
 
     Raises:
       FileNotFoundError: if there are no such files.
       ImportError: if `safetensors` is not installed.
-      ValueError: if the config says what is not supported, or two modules have one
-        param, or one lacks a tensor.
+      ValueError: if the config has an option that is not supported, two modules have
+        the same param, or a module lacks a tensor.
     """
     config, tensors = _read(pathlib.Path(directory))
     modules: dict[str, dict[str, np.ndarray]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwix_train.lora.layout import AdapterLayout
 
-# What changes the meaning of the tensors, or adds others.
+# Options that change what the tensors mean, or add other tensors.
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -25,7 +25,7 @@ _UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",
 )
-# What changes what the tensors mean.
+# Entries that say what the tensors mean.
 _MEANING = (
     "alpha_pattern",
     "bias",

@@ -1,11 +1,11 @@
 """The tensors that Hugging Face's PEFT has for an adapter, and back.
 
 For a layer ``y = W x`` of PyTorch, with ``W`` of shape ``(out, in)``, PEFT keeps
-``lora_A`` of shape ``(rank, in)`` and ``lora_B`` of shape ``(out, rank)``; for a
-convolution both have spatial axes behind, those of ``lora_B`` of size 1; for a table of
-shape ``(rows, out)`` they are ``lora_embedding_A``, ``(rank, rows)``, and
-``lora_embedding_B``, ``(out, rank)``. Several axes of a param that are contracted, or
-kept, are one there, in their order in the param.
+``lora_A`` of shape ``(rank, in)`` and ``lora_B`` of shape ``(out, rank)``. For a
+convolution, both have spatial axes behind; those of ``lora_B`` have size 1. For a table
+of shape ``(rows, out)`` they are ``lora_embedding_A``, ``(rank, rows)``, and
+``lora_embedding_B``, ``(out, rank)``. If several axes of a param are contracted, they
+are one axis there, in their order in the param. So are several axes that are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def layout_of(
     """The layout of the adapter of a plain layer, as its tensors tell it.
 
     Args:
-      path: the path of the param; if None, that of the module as Flax names params.
+      path: the path of the param. If None, it follows from the name of the module, as
+        Flax names params.
       module: the name of its module.
       tensors: its tensors, by name.
       config: the config beside them.
@@ -149,7 +150,7 @@ def weights(layout: AdapterLayout, param: Any) -> list[np.ndarray]:
     of_a, of_b, *_ = _tensors(layout).values()
     inputs, outputs = of_a.axes[1:], of_b.axes[:-1]
     in_sizes, out = of_a.shape[1:], of_b.shape[0]
-    # PyTorch has the outputs first, but for tables.
+    # PyTorch has the outputs first, except in tables.
     order, shape = [*outputs, *inputs], (out, *in_sizes)
     if _kind(layout) is ops.GATHER:
         order, shape = [*inputs, *outputs], (*in_sizes, out)

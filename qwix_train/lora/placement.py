@@ -1,4 +1,4 @@
-"""New adapters are sharded, and carry the names of axes, as their params do."""
+"""Shards and boxes new adapters as their params are."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def placed(
       layout: the layout of the adapter.
       part: `a`, `b` or `magnitude`.
       param: the param, unboxed. If it is an array on a mesh, so is the result.
-      box: what Flax holds the param in, such as `nn.Partitioned` or an `nnx.Variable`;
-        None if in nothing.
+      box: the box in which Flax holds the param, such as `nn.Partitioned` or an
+        `nnx.Variable`; None if there is none.
 
     Returns:
-      The array; in a box of the same kind if there is one, an `nnx.LoRAParam` in the
-      place of another `nnx.Variable`.
+      The array, in a box of the same kind if there is a box. For an `nnx.Variable` the
+      box is an `nnx.LoRAParam`.
     """
     axes = layout.axes_of(part)
     sharding = None

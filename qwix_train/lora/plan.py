@@ -16,7 +16,7 @@ from qwix_train.planning.plan import OpPlan, Path, Plan
 
 
 class LoraPlan(Plan):
-    """What rules do to every op and param of a traced call, adapters among it."""
+    """What rules do to every op and param of a traced call, with its adapters."""
 
     @functools.cached_property
     def layouts(self) -> dict[Path, AdapterLayout]:

@@ -31,11 +31,11 @@ from qwix_train.values import stored
 class LoraProvider(PtqProvider):
     """Gives weights adapters: LoRA, and QLoRA where their base is quantized.
 
-    Next to a param `kernel` stand `kernel_lora_a` and `kernel_lora_b`, `nnx.LoRAParam`s
-    in NNX models, and with DoRA `kernel_lora_magnitude`. Wherever the model reads the
-    param it finds ``W + scaling * A @ B`` (arXiv 2106.09685, section 4.1), and products
-    take ``x @ W + scaling * (x @ A) @ B``. What the rules quantize without adapters is
-    quantized as by a `PtqProvider`.
+    Next to a param `kernel` stand `kernel_lora_a` and `kernel_lora_b`, and with DoRA
+    `kernel_lora_magnitude`. In NNX models they are `nnx.LoRAParam`s. Wherever the model
+    reads the param, it gets ``W + scaling * A @ B`` (arXiv 2106.09685, section 4.1).
+    Products compute ``x @ W + scaling * (x @ A) @ B``. Params that the rules quantize
+    without adapters are quantized as by a `PtqProvider`.
 
     Example:
       >>> import jax
@@ -63,16 +63,16 @@ class LoraProvider(PtqProvider):
 
         Args:
           rules: `LoraRule`s, and `QuantizationRule`s, in order of precedence.
-          deterministic: whether there is no dropout. If None, what the call of the
-            model says: an argument, or an attribute of the model, that is called
-            `deterministic`, `train`, `training` or `is_training`; for an NNX model
-            what `model.eval()` and `model.train()` do.
+          deterministic: whether dropout is off. If None, the call of the model says it:
+            by an argument, or an attribute of the model, that is called
+            `deterministic`, `train`, `training` or `is_training`; for an NNX model, by
+            `model.eval()` and `model.train()`.
           allow_unmatched: whether a `LoraRule` may match no weight. An error otherwise.
-          **kwargs: the fields of one `LoraRule`, in the place of `rules`.
+          **kwargs: the fields of one `LoraRule`, instead of `rules`.
 
         Raises:
-          ValueError: if there are rules and fields of one, or neither; if no rule is a
-            `LoraRule`, or one sets `bwd_qtype` or trains scales.
+          ValueError: if both rules and fields are given, or neither; if no rule is a
+            `LoraRule`; or if a rule sets `bwd_qtype` or trains scales.
         """
         if rules is None:
             if not kwargs:
@@ -156,8 +156,8 @@ class LoraProvider(PtqProvider):
         """The result of a traced call with adapters.
 
         Raises:
-          ValueError: if an adapter is missing, or is of another model or rank; if the
-            base is not quantized as the rules say.
+          ValueError: if an adapter is missing, or is of another model or rank; or if
+            the base is not quantized as the rules say.
         """
         if traced.own_stages is None:
             traced = self.adapt(traced, plan)
@@ -174,12 +174,12 @@ class LoraProvider(PtqProvider):
         plan: Plan,
         adapters: Mapping[Path, Any] | None = None,
     ) -> TracedCall:
-        """A traced call with the adapters that are among its params.
+        """A traced call with adapters.
 
         Args:
           traced: the call.
           plan: what the rules do to it.
-          adapters: the adapters, by path, where they are not among the params.
+          adapters: the adapters, by path. If None, those among the params of the call.
         """
         named = traced.named if adapters is None else adapters
         in_float = {
@@ -202,7 +202,7 @@ class LoraProvider(PtqProvider):
         """Complains of a `LoraRule` that matches no weight.
 
         Raises:
-          ValueError: if there is one, unless `allow_unmatched`.
+          ValueError: if there is such a rule, unless `allow_unmatched`.
         """
         for index in rules_without_weight(plan):
             if self.allow_unmatched:

@@ -20,10 +20,10 @@ from qwix_train.values import stored
 
 
 def started(traced: TracedCall, plan: Plan) -> Starter:
-    """What becomes of the params of a call.
+    """The starter of the adapters and bases of a call.
 
     Args:
-      traced: the call; a random key comes from its stream `params`, if it has one.
+      traced: the call. The random key comes from its stream `params`, if it has one.
       plan: what the rules do to it.
     """
     key = traced.make_rng("params")
@@ -31,7 +31,7 @@ def started(traced: TracedCall, plan: Plan) -> Starter:
 
 
 class Starter:
-    """What becomes of each param when a model gets adapters.
+    """Makes the base and the adapter of each param.
 
     Attributes:
       layouts: the layouts of the adapters, by the path of their param.
@@ -44,7 +44,7 @@ class Starter:
         Args:
           plan: what the rules do to the model.
           key: a random key.
-          boxes: what Flax holds params in, by their path.
+          boxes: the boxes in which Flax holds params, by path.
         """
         self._boxes = boxes
         self._plan = plan
@@ -63,7 +63,7 @@ class Starter:
           param: a float array, the shape of one, or a param that is quantized.
 
         Returns:
-          The param itself where nothing changes it.
+          The base; the param itself if nothing changes it.
 
         Raises:
           ValueError: if the rule starts from a float weight, or asks for another type,
@@ -122,7 +122,7 @@ class Starter:
 
 
 def _check_type(path: Path, param: Any, how: HowToQuantize | None) -> None:
-    """Complains of a param with codes of a type that no rule asks for."""
+    """Complains of a param with codes of another type than its rule asks for."""
     if how is None or not stored.is_quantized(param) or param.array.qtype == how.qtype:
         return
     raise ValueError(

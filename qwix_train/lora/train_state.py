@@ -32,13 +32,13 @@ from qwix_train.values import stored
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedApply:
-    """An `apply_fn` that finds adapters where it expects params.
+    """An `apply_fn` that takes adapters in the place of params.
 
     Attributes:
       function: the `apply_fn` of the model without adapters.
       provider: the mode, with its rules.
       in_collection: whether the params are in a collection `params` of the variables,
-        as for `model.apply`, or are the first argument themselves.
+        as for `model.apply`. Otherwise they are the first argument.
       layouts: the shapes of the adapters.
     """
 
@@ -54,8 +54,7 @@ class AdaptedApply:
 
         Args:
           frozen: the params of the base.
-          variables: the variables that the model is called with, with adapters in the
-            place of params.
+          variables: the variables of the call, with adapters in the place of params.
           args: the arguments after the variables.
           kwargs: the keyword arguments.
         """
@@ -102,7 +101,7 @@ class AdaptedApply:
 class _BoundApply:
     """The `apply_fn` of a state, with the base of that state."""
 
-    # Looks for an open session by itself.
+    # It looks for an open session itself, so it must not be wrapped.
     rewrites_itself = True
 
     def __init__(self, adapted: AdaptedApply, frozen: Any):
@@ -133,8 +132,8 @@ def _is_adapted(value: Any) -> bool:
 class _BoundFields:
     """Registers its subclasses as trees, by the fields that they hold.
 
-    As `flax.struct` does, but for what `apply_fn` reads as: that is bound to arrays,
-    which the structure of a tree must not hold.
+    `flax.struct` does the same, but it would read `apply_fn`, which is bound to arrays,
+    and the structure of a tree must not hold arrays.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -240,7 +239,7 @@ def with_adapters(
     *,
     donate: bool = False,
 ) -> LoraTrainState:
-    """A train state that trains adapters, from one that trains the whole model.
+    """Makes a train state that trains adapters from one that trains the whole model.
 
     Args:
       state: the state: a `TrainState`, of a class of your own, too.
@@ -295,13 +294,13 @@ def init(
     donate: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any, dict[Path, AdapterLayout]]:
-    """Adapters for trained params, and the base of these, as trees of their own.
+    """Adapters for trained params, and their base, as separate trees.
 
-    `attach` gives them to a train state, and to a model and its params.
+    `attach` gives adapters to a train state, or to a model and its params.
 
     Args:
       params: the float params of the model, or params that `quantize_params` gave; or
-        variables of a Linen model, which has other collections, such as `batch_stats`.
+        the variables of a Linen model with other collections, such as `batch_stats`.
       apply_fn: the Linen module or its `apply`, or a function whose first argument is
         `params`.
       rules: see `LoraProvider`.
@@ -316,16 +315,18 @@ def init(
       where the rules say so; and the layout of each adapter, by the path of its param.
 
     Raises:
-      TypeError: if `apply_fn` is an NNX module, or `rng` is no random key.
-      ValueError: if a `LoraRule` matches no weight, or a rule asks for static ranges
-        that are not among the params.
+      TypeError: if `apply_fn` is an NNX module, or `rng` is not a random key.
+      ValueError: if a `LoraRule` matches no weight, a rule asks for static ranges that
+        are not among the params, or the model has a collection that is not given.
     """
     call = model_call(params, apply_fn)
     provider = LoraProvider(rules, allow_unmatched=allow_unmatched)
     adapted = AdaptedApply(call.function, provider, call.in_collection)
-    adapted, adapters, frozen = begin(
-        adapted, call.first, rng, inputs, {**call.kwargs, **kwargs}, donate=donate
-    )
+    given = {**call.kwargs, **kwargs}
+    with call.naming_missing_collections(inputs, kwargs):
+        adapted, adapters, frozen = begin(
+            adapted, call.first, rng, inputs, given, donate=donate
+        )
     return adapters, frozen, {layout.path: layout for layout in adapted.layouts}
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train.core.shortened import shortened
+from qwix_train.frontends import linen as linen_calls
 from qwix_train.frontends import nnx as nnx_calls
 from qwix_train.frontends import nnx_objects
 from qwix_train.frontends.model import trace_function
@@ -106,7 +107,10 @@ class ModelCall:
         if isinstance(model, nn.Module):
             held = {k: v for k, v in self._variables.items() if k != "quant_stats"}
             apply = functools.partial(model.apply, method=self._method)
-            traced = trace_function(apply, (held, *inputs), kwargs)
+            with linen_calls.naming_missing_collections(
+                model, held, inputs, {"method": self._method, **kwargs}
+            ):
+                traced = trace_function(apply, (held, *inputs), kwargs)
             name = getattr(self._method, "__name__", self._method)
             traced = dataclasses.replace(traced, method=name)
         else:

@@ -79,10 +79,10 @@ def convert(
         neither text nor bytes.
       ValueError: if LiteRT has no integer form of an operation, or its converter leaves
         floats where training has integers (with a strict provider), a range is missing,
-        no rule matches (unless the provider says `allow_unmatched`), the model trains
-        or computes in another type than float32, variables are traced, the length of
-        the batch cannot be left open, an end of the model has no codes, or options do
-        not go together.
+        a collection of a Linen model is missing, no rule matches (unless the provider
+        says `allow_unmatched`), the model trains or computes in another type than
+        float32, variables are traced, the length of the batch cannot be left open, an
+        end of the model has no codes, or options do not go together.
 
     Example:
       >>> import jax

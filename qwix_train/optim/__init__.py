@@ -1,9 +1,10 @@
 """Optax transformations for quantized training, adapters, and states in 8 bits.
 
-Each goes wherever one of Optax goes: under `jax.jit` and into `optax.chain`,
-`optax.partition`, `optax.masked`, `optax.MultiSteps`, `optax.inject_hyperparams` and
-`flax.nnx.Optimizer`. Some wrap a transformation; `dampen_oscillations` stands before
-the optimizer in a chain, `freeze_oscillations` and `proximal` last.
+Each works wherever a transformation of Optax does: under `jax.jit`, and in
+`optax.chain`, `optax.partition`, `optax.masked`, `optax.MultiSteps`,
+`optax.inject_hyperparams` and `flax.nnx.Optimizer`. Some wrap a transformation. In a
+chain, `dampen_oscillations` stands before the optimizer, and `freeze_oscillations` and
+`proximal` stand last.
 
 Optimizers: `quantized_state`, `stochastic_rounding`, `lora_plus`,
 `selective_transform`. For quantization-aware training: `proximal` (`attach` puts its

@@ -10,13 +10,13 @@ from qwix_train.optim._param_grids import ParamGrids
 
 
 def check_schedule(transform: str, argument: str, value: Any) -> None:
-    """Checks what is a number that is not negative, or a schedule.
+    """Checks an argument that is a number, not negative, or a schedule.
 
     Arrays pass, as `optax.inject_hyperparams` puts them in the places of numbers.
 
     Args:
         transform: The name of the transformation, for messages.
-        argument: That of its argument.
+        argument: The name of its argument, for messages.
         value: What was given.
 
     Raises:
@@ -36,7 +36,7 @@ def check_schedule(transform: str, argument: str, value: Any) -> None:
 
 
 def check_transformation(transform: str, tx: Any) -> None:
-    """Checks what is to be wrapped.
+    """Checks that what is to be wrapped is a transformation of Optax.
 
     Raises:
         TypeError: It is not a transformation.
@@ -56,7 +56,7 @@ def check_integer_types(grids: ParamGrids, reason: str) -> None:
         reason: Why they must, for the message.
 
     Raises:
-        ValueError: One has not.
+        ValueError: A param has another type.
     """
     for name, how in grids.hows.items():
         if not numerics.is_integer_qtype(how.qtype):

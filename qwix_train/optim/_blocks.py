@@ -1,8 +1,8 @@
 """Arrays in 8-bit codes and one scale for each block of elements.
 
-Codes have the shape of the array, and scales its rank: a block is a box of elements,
-cut from the last axes, so that whatever shards the array shards its codes, and its
-scales wherever no block lies on two devices.
+Codes have the shape of the array, and scales its rank. A block is a box of elements
+along the last axes. So codes can be sharded as the array is, and scales, too, where no
+block lies on two devices.
 """
 
 import functools
@@ -21,18 +21,21 @@ The reciprocal of a larger one is not a normal number.
 """
 
 _FINER = 128
-"""The codes from here on say by which power of 4 a scale is finer for other codes."""
+"""In a finer block (see `_finer`), the largest value has a code from here on.
+
+Code ``_FINER + n`` says that the other values have a scale that is 4**n times smaller.
+"""
 
 QTYPES = ("dynamic", "int8")
-"""The types of codes: values of the dynamic maps, and the core's integers."""
+"""The types of codes: those of the dynamic maps, and int8 of the core."""
 
 
 def block_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     """Returns the shape of a block of at most ``block_size`` elements.
 
-    It takes as much of the last axis as it may, and then of the axes before. A size
-    that divides the axis is preferred unless it is less than half of that; else the
-    last block along the axis is the shorter one.
+    It takes as much of the last axis as it can, then of the axis before, and so on.
+    Along each axis, it has the largest length that divides the axis, if that is more
+    than half of what fits. Otherwise the last block along the axis is shorter.
 
     >>> block_shape((768, 3072), 256), block_shape((4096, 8), 256)
     ((1, 256), (32, 8))
@@ -64,26 +67,26 @@ def code_dtype(qtype: str) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if qtype == "dynamic" else qtype)
 
 
-# Compiled as a whole: an eager init would else compile each operation for each shape.
+# Compiled as a whole: an eager init would compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames=("qtype", "block_size"))
 def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.Array]:
     """Quantizes an array in blocks.
 
     Args:
-        x: Any shape without an axis of size 0, a float dtype.
+        x: An array of a float dtype, in which no axis has size 0.
         qtype: One of `QTYPES`.
         block_size: The most elements that share a scale.
 
     Returns:
-        Codes in the shape of ``x``, and scales in its dtype, one for each block. The
-        scale is such that the largest magnitude is a value of the type, whatever its
-        sign is; so quantizing again what was dequantized changes nothing, and no
-        moment shrinks from step to step. A block without negative values has codes of
-        the unsigned dynamic map, and says so by a negative scale. A magnitude beyond
-        `_LARGEST`, infinity included, is saturated: the moments of one enormous
-        gradient overflow, and must not make NaN of the block that they lie in. Where
-        the largest value of such a block is too far from all others for any of them to
-        have a value of the map, they have a finer scale, see `_finer`.
+        Codes in the shape of ``x``, uint8 or int8, and scales in its dtype, one for
+        each block. The largest magnitude of a block, whatever its sign, is a value of
+        the type. So quantizing dequantized values again changes nothing, and no moment
+        shrinks from step to step. A block without negative values has codes of the
+        unsigned dynamic map, and says so by a negative scale. Scales end at `_LARGEST`,
+        and larger values are saturated, infinity included: the moments of one enormous
+        gradient overflow, and must not make their whole block NaN. Where all other
+        values of such a block are too small for the map, they have a finer scale; see
+        `_finer`.
 
     >>> codes, scale = quantize(jnp.array([[-1., 2.], [3., 0.]]), 'dynamic', 2)
     >>> codes.tolist(), scale.tolist()
@@ -94,10 +97,10 @@ def quantize(x: jax.Array, qtype: str, block_size: int) -> tuple[jax.Array, jax.
     flat = jnp.max(blocks, axis=within)
     highest = flat.reshape(counts)
     lowest = jnp.min(blocks, axis=within).reshape(counts)
-    # Both keep the reciprocal of the scale finite, also where all is zero. That of
-    # float16 is taken in float32; and its moments are that small.
+    # These bounds keep the reciprocal of the scale finite, also in a block of zeros.
+    # For float16 it is taken in float32, so that its scales can be as small as moments.
     smallest = _smallest(x.dtype)
-    # Of no dtype, which would widen bfloat16.
+    # A number without a dtype: one of float32 would widen bfloat16.
     largest = _LARGEST * float(jnp.finfo(x.dtype).max)
     if qtype != "dynamic":
         bound = numerics.code_range(qtype)[1]
@@ -142,16 +145,16 @@ def _may_be_finer(scale: jax.Array) -> jax.Array:
 def _finer(scale: jax.Array, others: jax.Array) -> jax.Array:
     """Returns the power of 4 by which a scale is divided for all but the largest value.
 
-    The second moment of one enormous gradient is so much larger than those of its
-    block that each of them would have the code of the smallest value, and stand still
-    until it has decayed: for tens of thousands of steps of Adam. They have codes of
-    the signed map's positive half then, which leaves 128 codes of a byte. The largest
-    value has one of these, which says the power; in any other block it has the last
-    code of all.
+    The second moment of one enormous gradient can be so much larger than all others in
+    its block that these would have the code of the smallest value. They would keep it
+    until the large one has decayed: for tens of thousands of steps of Adam. So they get
+    codes of the half of the signed map that is not negative, with a scale of their own.
+    That leaves 128 codes of a byte. The largest value has one of these, which says the
+    power. In any other block it has the last code of all.
 
     Args:
-        scale: The scale of each block, negative if it has no negative values.
-        others: The largest of the values that are not the largest of their block.
+        scale: The scale of each block, negative if the block has no negative values.
+        others: The largest of the other values of each block.
 
     Returns:
         The power, int32 from 1 to 126; 0 for blocks that need none.
@@ -170,7 +173,7 @@ def _encode(
 ) -> jax.Array:
     x = x.astype(inverse.dtype)
     ratio = x * jnp.abs(inverse)
-    # What is positive stays so, even where the ratio is too small for a float.
+    # A positive value does not become 0, even where the ratio is too small for a float.
     zero = jnp.where(scale < 0, x == 0, _dynamic_map.rounds_to_zero(ratio))
     signed_zero = _signed_zero(scale, inverse)
     codes = _dynamic_map.encode(ratio, inverse < 0, zero, signed_zero)
@@ -181,28 +184,31 @@ def _encode(
 def _decode(codes: jax.Array, scale: jax.Array, unit: jax.Array) -> jax.Array:
     signed_zero = _signed_zero(scale, unit)
     values = _dynamic_map.decode(codes, unit < 0, unit.dtype, signed_zero)
-    # Codes from that of 1 on stand for the largest value.
+    # The code of 1, and all above it, stand for the largest value.
     largest = jnp.abs(scale).astype(unit.dtype)
     return jnp.where(values == 1, largest, values * jnp.abs(unit)).astype(scale.dtype)
 
 
 def _signed_zero(scale: jax.Array, unit: jax.Array) -> jax.Array:
-    """Returns the code of 0 in the signed map: the lowest where a block is finer."""
+    """Returns the code of 0 in the signed map, which is the lowest in a finer block."""
     is_finer = (scale < 0) & (unit > 0)
     return jnp.where(is_finer, 0, _dynamic_map.SIGNED_ZERO)
 
 
 def _once(x: jax.Array) -> jax.Array:
-    """Returns the same, found once for each block, and not for each of its elements.
+    """Returns ``x``, so that XLA computes it once for each block, not for each element.
 
-    XLA finds cheap things again wherever they are used. A division it counts as dear,
-    and it cannot know that this one is by 1.
+    XLA computes a cheap value again wherever it is used. It takes a division for an
+    expensive one, and cannot know that this one is by 1.
     """
     return x / jnp.where(jnp.isnan(x), 2, 1)
 
 
 def _unit(scale: jax.Array, finer: jax.Array) -> jax.Array:
-    """Returns the value of 1 in each block, negative in the unsigned map, and wide."""
+    """Returns what 1 stands for in each block, in a wide dtype.
+
+    It is negative where a block has codes of the unsigned map.
+    """
     wide = scale.astype(numerics.compute_dtype(scale.dtype))
     power = -2 * finer.astype(jnp.int32)
     return _once(jnp.where(finer > 0, jnp.ldexp(-wide, power), wide))

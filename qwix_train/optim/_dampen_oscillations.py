@@ -34,24 +34,24 @@ def dampen_oscillations(
     In quantization-aware training with a straight-through gradient, a weight whose
     optimum lies between two levels does not converge: its gradient changes sign as it
     is rounded up or down, and it oscillates about the threshold between the two. The
-    loss that counteracts is, for a param :math:`w` with scale :math:`s` and codes from
-    :math:`n` to :math:`p`,
+    loss that prevents this is, for a param :math:`w` with scale :math:`s` and codes
+    from :math:`n` to :math:`p`,
 
     .. math::
         \mathcal{L} + \lambda \mathcal{L}_{dampen}, \qquad
         \mathcal{L}_{dampen} = \lVert \hat{w} - \mathrm{clip}(w, sn, sp) \rVert_F^2,
 
-    where the quantized :math:`\hat{w}` and :math:`s` count as constants. So the
+    where :math:`s` and the quantized param :math:`\hat{w}` count as constants. So the
     gradients :math:`g` become
 
     .. math::
         g \leftarrow g + 2 \lambda (w - \hat{w}) \,\mathbf{1}_{sn \le w \le sp}.
 
     Put it before the optimizer, as `optax.add_decayed_weights` for an L2 penalty:
-    ``optax.chain(dampen_oscillations(plan, schedule), optax.adam(1e-3))``. It is for a
-    step that is quantization-aware, with the rules of the plan. In the paper
-    :math:`\lambda` grows from 0 along a cosine, so that weights move freely at first;
-    its code lets it grow to 0.1, which is
+    ``optax.chain(dampen_oscillations(plan, schedule), optax.adam(1e-3))``. The step
+    must be quantization-aware, with the rules of the plan. In the paper
+    :math:`\lambda` grows from 0 along a cosine, so that weights move freely at first.
+    In its code it grows to 0.1, which is
     ``lambda t: 0.1 * (1 - optax.cosine_decay_schedule(1.0, steps)(t))``.
 
     Args:
@@ -61,8 +61,8 @@ def dampen_oscillations(
             whole path of a param, as in ``'Dense_0/kernel'``; the first that matches
             decides. All types and methods of calibration are allowed; rounding is to
             nearest. Other params get their gradients as they are.
-        coefficient: :math:`\lambda`; not negative, or a schedule of the number of
-            updates.
+        coefficient: :math:`\lambda`: a number, not negative, or a schedule that takes
+            the number of updates.
 
     Returns:
         The transformation; its state is a `DampenOscillationsState`. Gradients keep
@@ -116,15 +116,15 @@ def dampen_oscillations(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# Compiled as a whole: eager calls would else compile each operation for each shape.
+# Compiled as a whole: eager calls would compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames="how")
 def _dampened(
     update: jax.Array, param: jax.Array, factor: Any, how: HowToQuantize
 ) -> jax.Array:
     """Returns the gradient of a param with that of the loss added."""
-    # In units of the scale: there the clipping to the ends is that of the rounding, and
-    # a level is no product. Compiled for a CPU, this is done twice, in the loops of the
-    # first and the second moment.
+    # In units of the scale, values are clipped as they are for rounding, and a level
+    # needs no product. On a CPU, XLA computes this twice, in the loops of the first and
+    # the second moment.
     grid = _param_grids.grid(param, how)
     scaled = _param_grids.clipped_scaled_values(param, grid)
     distance = scaled - numerics.round_to_level(scaled, grid.qtype, param.dtype)

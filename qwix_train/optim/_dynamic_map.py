@@ -43,7 +43,7 @@ UNSIGNED = _values(2, (1,))
 
 
 def _decade_starts(values: np.ndarray, fractions: int) -> list[float]:
-    """Returns the magnitudes from which decades 0 to 6, and then 1, are nearest."""
+    """Returns the magnitudes from which on decades 0 to 6, and then 1, are nearest."""
     values = values[values >= 0]
     firsts = [fractions * (2**i - 1) + 1 for i in range(_DECADES + 1)]
     return [float(values[first - 1] + values[first]) / 2 for first in firsts]
@@ -61,18 +61,19 @@ def encode(
 ) -> jax.Array:
     """Returns the code of the nearest value.
 
-    In the unsigned map only 0 has the code of 0: what is positive has at least the
+    In the unsigned map only 0 has the code of 0. A positive number has at least the
     smallest positive value. An optimizer divides by the root of a second moment, so a
-    moment that became 0 would make its update as large as the optimizer's epsilon
+    moment that became 0 would make the update as large as the optimizer's epsilon
     allows.
 
     Args:
         x: Values from -0.993 to 1, or from 0 to 1 where ``unsigned``; float32 or
-            float64. What is beyond 1 has the code of 1.
+            float64. Values above 1 have the code of 1.
         unsigned: Whether the code is one of the unsigned map; broadcasts to ``x``.
-        zero: What has the code of 0; found in ``x`` if None.
-        signed_zero: The code of 0 in the signed map. Where it is 0, there are codes for
-            the half of the map that is not negative alone.
+        zero: Which elements have the code of 0. If None, those of ``x`` that are
+            nearest to it, or equal to it where ``unsigned``.
+        signed_zero: The code of 0 in the signed map. Where it is 0, only the half of
+            the map that is not negative has codes.
 
     Returns:
         Codes in the shape of ``x``; uint8.
@@ -112,7 +113,7 @@ def encode(
 
 
 def rounds_to_zero(x: jax.Array) -> jax.Array:
-    """Returns whether 0 is the value of the signed map that is nearest."""
+    """Returns whether 0 is the nearest value of the signed map."""
     return jnp.abs(x) < _SIGNED_STARTS[0]
 
 
@@ -131,7 +132,7 @@ def decode(
     """
     # Within a decade a value is linear in its code. A lookup in a table would be a
     # gather, which neither fuses with what follows nor takes any sharding.
-    # What depends on the map is one number for each block.
+    # Only these two numbers depend on the map, and each block has one of them.
     step = jnp.where(unsigned, jnp.asarray(0.5, dtype), 1)
     first = jnp.where(unsigned, 0.5, -signed_zero).astype(dtype)
     place = codes.astype(jnp.int32).astype(dtype) * step + first

@@ -24,8 +24,8 @@ class FreezeOscillationsState(NamedTuple):
         count: The number of updates so far.
         frequency: The moving average of the number of oscillations in an update.
         average: The moving average of the level.
-        status: Level, direction and whether the weight is frozen, in one number, as
-            fewer arrays are read and written sooner.
+        status: Level, direction and whether the weight is frozen, in one number: fewer
+            arrays take less time to read and write.
     """
 
     count: Any  # shape=(), dtype=jnp.int32
@@ -35,7 +35,7 @@ class FreezeOscillationsState(NamedTuple):
 
     @property
     def level(self) -> Any:
-        """The level, a code less its zero point; that of a frozen weight stays.
+        """The level: the code minus the zero point. That of a frozen weight stays.
 
         dtype=jnp.int16
         """
@@ -62,9 +62,9 @@ def freeze_oscillations(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Freezes the weights that oscillate between two levels of their grid.
 
-    A weight oscillates where its level :math:`w_{int}` changes, in the direction
-    opposite to that of its last change. With :math:`o^t` 1 for weights that do so in
-    update :math:`t` and 0 for others, and with the momentum :math:`m`,
+    A weight oscillates in an update if its level :math:`w_{int}` changes in the
+    direction opposite to that of its last change. Let :math:`o^t` be 1 for weights that
+    oscillate in update :math:`t`, and 0 for others. With the momentum :math:`m`,
 
     .. math::
         f^t &= m \, o^t + (1 - m) f^{t-1} \\
@@ -73,25 +73,26 @@ def freeze_oscillations(
             \quad \text{where a weight is frozen by this update} \\
         \psi^t &= m \, w_{int}^t + (1 - m) \psi^{t-1}
 
-    where :math:`f` starts with 0, :math:`\psi` with the levels of the initial params,
-    and :math:`b` is what is frozen: forever, and at the level where it was most of the
-    time.
+    where :math:`f` starts at 0, :math:`\psi` at the levels of the initial params, and
+    :math:`b` says which weights are frozen. They stay frozen, each at the level where
+    it was most of the time.
 
     Put it last, after the learning rate:
-    ``optax.chain(optax.adam(1e-3), freeze_oscillations(plan, 0.02))``. It is for a step
-    that is quantization-aware, with the rules of the plan, and exporting with them
-    gives the frozen levels (but see Note). In the paper the threshold :math:`f_{th}`
-    shrinks along a cosine; its code lets it shrink from 0.1 to 0.01, which is
+    ``optax.chain(optax.adam(1e-3), freeze_oscillations(plan, 0.02))``. The step must be
+    quantization-aware, with the rules of the plan. An export with these rules has the
+    frozen levels (but see Note). In the paper the threshold :math:`f_{th}` shrinks
+    along a cosine. In its code it shrinks from 0.1 to 0.01, which is
     ``optax.cosine_decay_schedule(0.1, steps, alpha=0.1)``. A threshold below :math:`m`
-    freezes at the first oscillation.
+    freezes a weight at its first oscillation.
 
     Note:
-        What is frozen is the level, as in the paper, so the value follows the scale.
-        A frozen weight gets updates of 0 as long as it is rounded to its level; if it
-        is not, because the range of its group changed or because it was frozen at
-        another level, it is put on the value of its level. The weight that the range
-        comes from (the largest magnitude with ``absmax``, the lowest and the highest
-        value with ``minmax``) keeps its value instead, and no other is put beyond it.
+        The level is frozen, as in the paper, so the value follows the scale. A frozen
+        weight gets updates of 0 as long as it rounds to its level. It may round to
+        another one, because the range of its group changed or because it was frozen at
+        another level. Then its update puts it on the value of its level. A weight that
+        the range comes from (the largest magnitude with ``absmax``, the lowest and the
+        highest value with ``minmax``) keeps its value instead, and no other weight is
+        put beyond it.
 
     Args:
         plan: What quantizes the params, by path: a `Plan`, as `qwix_train.plan` makes
@@ -100,8 +101,8 @@ def freeze_oscillations(
             whole path of a param, as in ``'Dense_0/kernel'``; the first that matches
             decides. The types are integers; rounding is to nearest. Other params get
             their updates as they are.
-        threshold: :math:`f_{th}`; not negative, or a schedule of the number of
-            updates. With ``jnp.inf`` nothing is frozen, for a start.
+        threshold: :math:`f_{th}`: a number, not negative, or a schedule that takes the
+            number of updates. With ``jnp.inf`` nothing is frozen.
         momentum: :math:`m`; positive, at most 1.
 
     Returns:
@@ -111,7 +112,7 @@ def freeze_oscillations(
     Raises:
         TypeError: ``plan`` is neither a plan nor such a mapping, or ``threshold`` is
             neither a number nor a schedule.
-        ValueError: ``plan`` quantizes nothing, or to a type that is no integer, or
+        ValueError: ``plan`` quantizes nothing, or to a type that is not an integer, or
             ``threshold`` or ``momentum`` is out of its range; or, from ``init`` and
             ``update``, ``plan`` is not for these params; or from ``update``, there are
             no params.
@@ -166,7 +167,7 @@ def _unpacked(status: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return status >> 3, (status & 3) - 1, (status & 4) != 0
 
 
-# Compiled as a whole: eager calls would else compile each operation for each shape.
+# Compiled as a whole: eager calls would compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames="how")
 def _initial(param: jax.Array, how: HowToQuantize) -> tuple[jax.Array, ...]:
     level = _param_grids.levels(param, _param_grids.grid(param, how))
@@ -187,13 +188,13 @@ def _update(
     threshold: Any,
     momentum: Any,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # Compiled for a CPU, each of the four results is a loop over the arrays. They are
-    # such that none needs what a loop before it has overwritten, or large parts of what
-    # another one computes: copies and intermediate arrays would take most of the time.
+    # On a CPU, XLA computes each of the four results in a loop over the arrays. No loop
+    # needs what one before it has overwritten, or large parts of what another computes:
+    # copies and intermediate arrays would take most of the time.
     frequency, average, status = column
     before, direction, was_frozen = _unpacked(status)
     update = jnp.where(was_frozen, 0, update)
-    # As `optax.apply_updates` adds; the state is that of the new params.
+    # Added as `optax.apply_updates` adds, because the state is that of the new params.
     new = numerics.round_to_dtype(param + update, param.dtype).astype(param.dtype)
     grid = _param_grids.grid(new, how)
     reached = _param_grids.levels(new, grid).astype(status.dtype)
@@ -210,7 +211,7 @@ def _update(
 
     now = level(average).astype(jnp.float32)
     average = (momentum * now + (1 - momentum) * average).astype(jnp.float32)
-    # It has moved towards the level that is nearest to it, which is the same still.
+    # The average has moved towards its nearest level, which is still the same one.
     frozen = was_frozen | (frequency > threshold)
     direction = jnp.where(turned == 0, direction, turned)
     status = _packed(level(average), direction, frozen)
@@ -220,8 +221,8 @@ def _update(
     target = _param_grids.values(held, grid)
     extremes = _param_grids.extremes(new, how)
     if extremes is not None:
-        # To move the weight that a range comes from would move the range, and so that
-        # weight again in the next update: a frozen group would shrink to nothing.
+        # Moving the weight that a range comes from would move the range, and so move
+        # that weight again in the next update. A frozen group would shrink to nothing.
         is_off &= ~tiling.elementwise(_is_either, new, *extremes)
         target = tiling.elementwise(jnp.clip, target, *extremes)
     move = (target - param).astype(update.dtype)

@@ -17,7 +17,7 @@ def is_one(param: Any) -> TypeGuard[QArray | WithAux]:
 
 
 def check(name: str, param: QArray | WithAux) -> None:
-    """Raises a ValueError for those whose codes cannot be rounded stochastically."""
+    """Raises a ValueError if the codes of a param cannot be rounded stochastically."""
     array = param.array if isinstance(param, WithAux) else param
     if not isinstance(array, QArray):
         reason = f"is a {type(array).__name__}"
@@ -45,18 +45,19 @@ def dequantized(param: QArray | WithAux) -> jax.Array:
 def rounding_update(
     update: jax.Array, param: QArray | WithAux, key: jax.Array
 ) -> QArray | WithAux:
-    """Returns what takes a param to the rounded sum with an update.
+    """Returns the difference between a param and its rounded sum with an update.
 
     Args:
         update: The update of the dequantized param.
-        param: Any shape.
+        param: The param, of any shape.
         key: The data of a random key.
 
     Returns:
         The differences of codes, and of scales, in the structure and the dtypes of the
-        param. Codes wrap around in their dtype, and so does their sum. There is no code
-        for NaN or infinity, and a scale of that would make it of all elements that
-        share it: an element whose update is not finite keeps its value.
+        param. Differences of codes wrap around in their dtype, and so do their sums
+        with codes. An element whose update is not finite keeps its value: no code
+        stands for NaN or infinity, and such a scale would spoil all elements that share
+        it.
     """
     if isinstance(param, WithAux):
         return param.replace(  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,7 +66,7 @@ def rounding_update(
     return _rounding_update(update, param, key)
 
 
-# Compiled as a whole: eager calls would else compile each operation for each shape.
+# Compiled as a whole: eager calls would compile each operation for each shape.
 @jax.jit
 def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray:
     dtype, wide = param.dtype, numerics.compute_dtype(param.dtype)
@@ -86,7 +87,8 @@ def _rounding_update(update: jax.Array, param: QArray, key: jax.Array) -> QArray
     reached = (param.scale + growth).astype(wide)
     exact = jnp.clip(exact * _param_grids.spread(scale / reached, update), low, high)
     below = jnp.floor(exact)
-    # It is compared with the noise: a sum close to an integer would be rounded to it.
+    # The fraction is compared with the noise, and not added to it: a float sum could be
+    # rounded up to an integer.
     noise = (_noise.bits(key, exact.shape) >> 8).astype(wide) * 2.0**-24
     codes = (below + (noise < exact - below)).astype(jnp.int8)
     change = (codes - param.qvalue.astype(jnp.int8)).astype(param.qvalue.dtype)

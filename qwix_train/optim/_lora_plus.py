@@ -28,7 +28,7 @@ def lora_plus(
 
     B matrices are the params whose last name is ``lora_b`` or ends in ``_lora_b``, as
     in ``Dense_0/kernel_lora_b``. All others (A matrices, the magnitudes of DoRA, params
-    that are no adapters) get the updates of ``tx`` as they are.
+    that are not adapters) get the updates of ``tx`` as they are.
 
     Args:
         tx: The transformation, learning rate included, such as ``optax.adamw(1e-4)``.

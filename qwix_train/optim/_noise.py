@@ -2,8 +2,8 @@
 
 A bit generator that passes every test, such as JAX's, takes longer than the whole
 update of an optimizer, and keeps its bits in memory. Rounding needs 16 bits an element
-that are uniform and independent of what is rounded; a hash gives them within the loop
-that rounds, and to each shard of an array without the others.
+that are uniform and independent of what is rounded. A hash gives them within the loop
+that rounds, and for each shard of an array without the others.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qwix_train.core.stochastic_rounding import mixed
 
-# The golden ratio times 2**32, for neighbors to differ in all bits from the start.
+# 2**32 divided by the golden ratio: the bits of neighbors differ from the start.
 _GOLDEN = 0x9E3779B9
 
 
@@ -19,10 +19,10 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns uniform bits for each element of an array.
 
     Args:
-        key: The data of a key that `jax.random.split` or `jax.random.fold_in` made, as
-            its bits are to be random themselves; the first two words count. shape=(n,)
-            with n >= 2, dtype=jnp.uint32.
-        shape: The shape.
+        key: The data of a key that `jax.random.split` or `jax.random.fold_in` made:
+            its bits must be random themselves. Only the first two words count.
+            shape=(n,) with n >= 2, dtype=jnp.uint32.
+        shape: The shape of the array.
 
     Returns:
         The bits, dtype=jnp.uint32. The same key and shape give the same bits.
@@ -35,5 +35,5 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size)
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    # Two words: with one, two keys would give the same bits at other places.
+    # Both words: with one, two keys would give the same bits, to other elements.
     return mixed(index * jnp.uint32(_GOLDEN) ^ key[0], key[1])

@@ -1,7 +1,7 @@
 """The grids that params are quantized to, found by their paths.
 
 A param that ``how`` quantizes is rounded to ``level * scale``, where a level is a code
-less the zero point.
+minus the zero point.
 """
 
 import dataclasses
@@ -36,8 +36,9 @@ def extremes(
 ) -> tuple[jax.Array, jax.Array] | None:
     """Returns the lowest and the highest value that the range comes from.
 
-    They are those of each group of elements that shares a scale; plus and minus the
-    largest magnitude for ``absmax``. None where a range comes from none in particular.
+    Each group of elements that shares a scale has its own. For ``absmax`` they are plus
+    and minus the largest magnitude. None for other methods than ``absmax`` and
+    ``minmax``, whose ranges come from no single element.
     """
     method, _ = parse_calibration_method(how.calibration_method)
     if method not in ("absmax", "minmax"):
@@ -63,7 +64,7 @@ def clipped_scaled_values(array: jax.Array, grid: Grid) -> jax.Array:
 
 
 def nearest_levels(x: jax.Array, grid: Grid) -> jax.Array:
-    """Returns the level nearest to each of some numbers of levels."""
+    """Returns the level nearest to each number; numbers are in units of the scale."""
     zero = grid.zero_point
     if zero is not None:
         x = tiling.elementwise(lambda x, zero: x + zero, x, zero.astype(x.dtype))
@@ -76,7 +77,7 @@ def values(levels: jax.Array, grid: Grid) -> jax.Array:
 
 
 def spread(tiled: jax.Array, array: jax.Array) -> jax.Array:
-    """Returns what is one for each tile as one for each element of an array."""
+    """Returns the value of each tile, repeated for each element of an array."""
     return tiling.elementwise(lambda x, t: jnp.broadcast_to(t, x.shape), array, tiled)
 
 
@@ -223,7 +224,7 @@ class ParamGrids:
 
 
 def _trees(structure: Any, columns: Sequence[Any], fields: int) -> list[Any]:
-    """Returns a tree for each field, of what each param has of it."""
+    """Returns a tree for each field, which has the field of each param."""
     rows = zip(*columns, strict=True) if columns else ((),) * fields
     return [structure.unflatten(row) for row in rows]
 

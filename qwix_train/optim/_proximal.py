@@ -1,4 +1,4 @@
-"""Proximal methods: weights that the optimizer alone takes to their grid."""
+"""Proximal methods: the optimizer alone moves weights to their grid."""
 
 import functools
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class ProximalState(NamedTuple):
     Attributes:
         count: The number of updates so far.
         strength: The strength of the last update.
-        scale: The scales of the grids, as `HowToQuantize.scale_shape` says.
+        scale: The scales of the grids, in the shape of `HowToQuantize.scale_shape`.
         zero_point: The codes of 0.
         latent: The latent weights of PARQ.
     """
@@ -44,17 +44,17 @@ def proximal(
     method: str = "proxquant",
     calibration_period: int = 10,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Draws weights to the levels of their grid, until they are exactly on it.
+    r"""Pulls weights to the levels of their grid, until they are exactly on them.
 
-    It is quantization-aware training by the optimizer alone: the forward stays in
+    This is quantization-aware training by the optimizer alone. The forward stays in
     float, and each update ends with the proximal operator of a regularizer whose
-    minima are the levels. With a weight :math:`w`, the nearest level :math:`q(w)` of
-    its grid, whose step is :math:`s`, and the strength :math:`\lambda_t` from 0 to 1
-    that ``schedule`` gives, let
+    minima are the levels. Let :math:`q(w)` be the level nearest to a weight :math:`w`,
+    :math:`s` the step of its grid, :math:`\lambda_t` the strength, from 0 to 1, that
+    ``schedule`` gives, and
 
     .. math::
         \mathrm{S}_t(z) = \mathrm{sign}(z - q(z)) \,
-            \max(|z - q(z)| - \lambda_t s / 2, \; 0)
+            \max(|z - q(z)| - \lambda_t s / 2, \; 0).
 
     ``proxquant`` (arXiv 1810.00861) is proximal gradient descent for the W-shaped
     regularizer :math:`|w - q(w)|`. With the update :math:`u` of the optimizer,
@@ -62,40 +62,42 @@ def proximal(
     .. math::
         w \leftarrow q(z) + \mathrm{S}_t(z), \qquad z = w + u,
 
-    so :math:`\lambda_t s / 2` is what the paper calls :math:`\eta_t \lambda_t`, and its
-    homotopy is :math:`\lambda_t = \lambda t`, until all weights are quantized at last.
-    A pull in each update adds up; it is to be of the size of the updates, some percent:
+    so :math:`\lambda_t s / 2` is what the paper calls :math:`\eta_t \lambda_t`. Its
+    homotopy is :math:`\lambda_t = \lambda t`; in the end it quantizes all weights. The
+    pulls of all updates add up, so each should be about as large as an update. That is
+    a strength of some percent, as in
     ``optax.join_schedules([optax.linear_schedule(0., 0.05, n),
     optax.constant_schedule(1.)], [n])``.
 
-    ``parq`` (arXiv 2503.15748) keeps latent weights :math:`z`, the float weights that
-    all updates have added up to (dual averaging), and its piecewise affine regularizer
-    leaves no gaps between the levels: with the inverse slope :math:`1 - \lambda_t`,
+    ``parq`` (arXiv 2503.15748) keeps latent weights :math:`z`, which are the float
+    weights plus all updates (dual averaging). Its piecewise affine regularizer leaves
+    no gaps between the levels. With the inverse slope :math:`1 - \lambda_t`,
 
     .. math::
         z \leftarrow z + u, \qquad
         w \leftarrow q(z) + \mathrm{S}_t(z) / (1 - \lambda_t),
 
-    with :math:`z` cut to the range of the grid for the second. Weights that were drawn
-    to one level can still reach another. At strength 1 it is the straight-through
-    estimator. ``optax.linear_schedule(0., 1., n)`` is a schedule for it; the paper's
-    code lets the inverse slope fall along a sigmoid.
+    where the second formula clips :math:`z` to the range of the grid. Weights that were
+    pulled to one level can still reach another. At strength 1 this is the
+    straight-through estimator. A schedule for it is
+    ``optax.linear_schedule(0., 1., n)``. In the paper's code the inverse slope falls
+    along a sigmoid.
 
     Put it last, after the learning rate:
     ``optax.chain(optax.adam(1e-3), proximal(plan, schedule))``. Nothing may change its
-    updates afterwards. At strength 0 updates pass bit for bit. From strength 1 on, each
-    param *is* ``dequantize(...)`` of its codes, bit for bit, and what moves goes from
-    level to level, by at most one in an update: so the sum with the update is exact.
-    Let the schedule be 1 for the last few updates: one that is not yet at a level when
-    it becomes 1 goes to the nearest one first.
+    updates afterwards. At strength 0 it leaves the updates as they are. From strength 1
+    on, each param *is* ``dequantize(...)`` of its codes, bit for bit. A weight then
+    moves by at most one level in an update, so that its sum with the update is exact.
+    Let the schedule be 1 for the last few updates: a weight that is not at a level when
+    the strength becomes 1 goes to the nearest level first.
 
-    The grid is found by the method of calibration of the plan, from the params that
-    the first update with a positive strength gets (for ``parq``, from the latent
-    weights, and again every ``calibration_period`` updates until the strength is 1),
-    and is then held in the state. It has to be: with ``absmax``, the largest magnitude
-    is half a step above the top level, so an array that is on its grid has another
-    one when its range is found anew. `attach(params, opt_state)` puts the scales beside
-    the params, where `quantize_params` takes them from.
+    The plan's method of calibration finds the grid, from the params that the first
+    update with a positive strength gets. For ``parq`` it finds it from the latent
+    weights, and again every ``calibration_period`` updates until the strength is 1.
+    The state keeps the grid, because calibration would not find it again: with
+    ``absmax`` the largest magnitude is half a step above the top level, so an array
+    that is on its grid would get another one. `attach(params, opt_state)` puts the
+    scales beside the params, where `quantize_params` finds them.
 
     Args:
         plan: What quantizes the params, by path: a `Plan`, as `qwix_train.plan` makes
@@ -104,8 +106,8 @@ def proximal(
             whole path of a param, as in ``'Dense_0/kernel'``; the first that matches
             decides. The types are integers; rounding is to nearest. Other params get
             their updates as they are.
-        schedule: :math:`\lambda_t`; not negative, or a schedule of the number of
-            updates. More than 1 is as 1.
+        schedule: :math:`\lambda_t`: a number, not negative, or a schedule that takes
+            the number of updates. Values above 1 count as 1.
         method: ``'proxquant'`` or ``'parq'``.
         calibration_period: The number of updates from one calibration to the next,
             for ``parq``.
@@ -113,13 +115,13 @@ def proximal(
     Returns:
         The transformation; its state is a `ProximalState`, which holds scales and, for
         ``parq``, 4 bytes for each element of a quantized param. Updates of
-        quantized params are float32 (float64 for float64): `optax.apply_updates` adds
-        them in that.
+        quantized params are float32 (float64 for float64), and `optax.apply_updates`
+        adds in that dtype.
 
     Raises:
         TypeError: ``plan`` is neither a plan nor such a mapping, or ``schedule`` is
             neither a number nor a schedule.
-        ValueError: ``plan`` quantizes nothing, or to a type that is no integer, or
+        ValueError: ``plan`` quantizes nothing, or to a type that is not an integer, or
             another argument is out of its range; or, from ``init`` and ``update``,
             ``plan`` is not for these params; or from ``update``, there are no params.
 
@@ -182,7 +184,7 @@ def proximal(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# Compiled as a whole: eager calls would else compile each operation for each shape.
+# Compiled as a whole: eager calls would compile each operation for each shape.
 @functools.partial(jax.jit, static_argnames=("how", "method"))
 def _initial(param: jax.Array, how: HowToQuantize, method: str) -> tuple[Any, ...]:
     latent = optax.MaskedNode()
@@ -230,13 +232,13 @@ def _update(
         distance = jnp.clip(z, *ends) - nearest
         beyond = distance - jnp.clip(distance, -threshold, threshold)
         drawn = nearest + beyond / jnp.maximum(1 - share, jnp.finfo(wide).eps)
-        # For the next update. Found in that, it would need the latent weights while
-        # they are overwritten, and so a copy of them.
+        # The grid of the next update. To find it there would need the latent weights
+        # while they are overwritten, and so a copy of them.
         scale, zero = _found(is_due, z.astype(dtype), how, scale, zero)
     else:
         drawn = z - jnp.clip(z - nearest, -threshold, threshold)
     drawn = jnp.where(strength < 1, drawn, _on_grid(level, param, how, grid))
-    # What is not finite has no level, and is to be seen.
+    # What is not finite has no level. It stays, so that it is noticed.
     drawn = jnp.where(jnp.isfinite(z), drawn, z)
     update = jnp.where(strength > 0, drawn - param.astype(wide), update.astype(wide))
     return update, (scale, zero, latent)
@@ -245,7 +247,7 @@ def _update(
 def _found(
     is_due: jax.Array, array: jax.Array, how: HowToQuantize, scale: Any, zero: Any
 ) -> tuple[Any, Any]:
-    """Returns the grid of an array if it is due, else the one that there is."""
+    """Returns the grid of an array if a new one is due, and else the present grid."""
     return jax.lax.cond(is_due, lambda: _calibrated(array, how), lambda: (scale, zero))
 
 
@@ -254,9 +256,9 @@ def _on_grid(
 ) -> jax.Array:
     """Returns the value of a level, or of one on the way that is reached exactly.
 
-    A float and the next level have a difference that is a float, too, where neither is
-    more than twice the other. That is so between a value and the level nearest to it,
-    and between neighboring levels, and not of levels far apart.
+    The difference of two floats is exact if neither is more than twice the other
+    (Sterbenz's lemma). That holds for a value and the level nearest to it, and for
+    neighboring levels, but not for levels far apart.
     """
     wide = numerics.compute_dtype(param.dtype)
     reached = _param_grids.levels(param, grid)
@@ -264,8 +266,8 @@ def _on_grid(
     most = jnp.where(is_there, _step(how), 0)
     level = jnp.clip(level, reached - most, reached + most)
     value = _param_grids.values(level, grid).astype(wide)
-    # The maximum keeps LLVM from fusing the product with the difference that follows,
-    # which would not be rounded to the value that codes stand for.
+    # The maximum keeps LLVM from fusing the product with the difference that follows.
+    # A fused product would not be rounded to the value that codes stand for.
     return jnp.maximum(value, jnp.finfo(wide).min)
 
 
@@ -275,7 +277,7 @@ def _check_levels(params: Any, hows: list[HowToQuantize | None]) -> None:
     for name, param, how in zip(names, jax.tree.leaves(params), hows, strict=True):
         if how is None:
             continue
-        # A level less its zero point has one bit more than one without.
+        # A code minus a zero point has one bit more than a code without one.
         signed = not needs_zero_point(how.calibration_method)
         bits = numerics.qtype_bits(how.qtype) - signed
         if bits > jnp.finfo(param.dtype).nmant - 1:

@@ -48,18 +48,19 @@ def quantized_state(
     element, and a float32 a block.
 
     ``dynamic`` is the dynamic tree quantization of 8-bit Adam: values from
-    :math:`10^{-7}` to 1 whose spacing grows with them. Whether the bit of the sign
-    goes to the sign or to one more bit of precision is decided by each block, from
-    what it holds: without negative values, as in Adam's second moment, it uses the
-    unsigned map, and its scale is stored as :math:`-s` to say so. There, what is
-    positive is not rounded to 0: Adam divides by the root of its second moment.
+    :math:`10^{-7}` to 1 whose spacing grows with them. A block without negative values,
+    as in Adam's second moment, uses the unsigned map: the bit of the sign is one more
+    bit of precision. Its scale is stored as :math:`-s` to say so. In that map, a
+    positive value is not rounded to 0, because Adam divides by the root of its second
+    moment.
 
     ``int8`` has 255 evenly spaced values, and is not enough for Adam. Second moments
     in one block are orders of magnitude apart, the small ones become 0, and their
-    params are updated by :math:`\mu / \epsilon`. A network of two hidden layers of 128
-    units on `sklearn.datasets.load_digits`, 600 steps with a cosine schedule, the final
-    loss on the training data over 6 seeds, and how far it is from that of the float
-    state of the same seed (mean and standard deviation):
+    params are updated by :math:`\mu / \epsilon`. The table is for a network of two
+    hidden layers of 128 units on `sklearn.datasets.load_digits`, after 600 steps with a
+    cosine schedule. It shows the loss on the training data with a float state, and the
+    difference that 8 bits make with the same seed (mean and standard deviation over 6
+    seeds):
 
     =======  ===================  ===================  =========================
     tx       float32              ``dynamic``          ``int8``
@@ -68,31 +69,32 @@ def quantized_state(
     Lion     0.0328 ± 0.0036      +0.0011 ± 0.0005     +0.0044 ± 0.0017
     =======  ===================  ===================  =========================
 
-    With a constant rate of 1e-3 and 1500 steps, Adam diverges for one of 5 seeds with
-    the signed map alone; and where small second moments may round to 0, its loss on the
-    test data is about a quarter higher.
+    With a constant learning rate of 1e-3 and 1500 steps, Adam diverges for one of 5
+    seeds if there is only the signed map. If small second moments may round to 0, its
+    loss on the test data is about a quarter higher.
 
-    Blocks are boxes of the last axes (see Note), codes have the shape of the array and
-    scales its rank. `jax.jit` leaves both sharded as the array is where an axis has at
-    least ``block_size`` elements on each device. State is an ordinary pytree, which
-    Orbax saves, and `optax.tree_map_params` sees codes and scales as copies of the
+    Blocks are boxes along the last axes (see Note). Codes have the shape of the array,
+    and scales its rank. `jax.jit` leaves both sharded as the array is where an axis has
+    at least ``block_size`` elements on each device. The state is an ordinary pytree,
+    which Orbax saves. To `optax.tree_map_params`, codes and scales are copies of the
     params.
 
-    One enormous gradient, up to an infinite one, stops the param that it belongs to, as
-    in float: its second moment takes tens of thousands of steps to decay, or is the
-    largest number that there is. All other params of its block train on. Where that
-    moment is more than five million times each of theirs, they have a scale of their
-    own, with half as many codes. Their first moments are lost meanwhile, and they move
-    at a tenth of their rate until that of the enormous gradient has decayed: after a
-    gradient of 1e20, some 400 steps of Adam; on a quadratic, 500 steps after it, they
-    are 0.006 from the optimum, and 0.004 in float (0.68 before). Two such gradients in
-    a block, of different sizes, stop the whole block. Clip what may be as large:
+    One enormous gradient, even an infinite one, stops its own param, as in float: its
+    second moment takes tens of thousands of steps to decay, or is the largest number
+    that there is. The other params of its block go on training. If that moment is more
+    than five million times each of theirs, theirs get a scale of their own, with half
+    as many codes. Their first moments are lost meanwhile, and they move at a tenth of
+    their rate until the first moment of the enormous gradient has decayed. After a
+    gradient of 1e20 that takes some 400 steps of Adam. On a quadratic, 500 steps after
+    such a gradient, they are 0.006 from the optimum: 0.004 with a float state, and 0.68
+    before. Two such gradients of different sizes in a block stop the whole block. Clip
+    gradients that may be so large:
     ``optax.chain(optax.clip_by_global_norm(1.0), quantized_state(...))``.
-    NaN stays NaN, in the whole block: `optax.apply_if_finite` keeps it out.
+    A NaN makes its whole block NaN for good: `optax.apply_if_finite` keeps it out.
 
-    Wrap what keeps moments rather than what keeps params or sums (such as
-    `optax.lookahead` and `optax.MultiSteps`), whose arrays would be rounded, too:
-    ``optax.MultiSteps(quantized_state(optax.adam(1e-3)), 8)``.
+    Wrap the transformation that keeps moments. One that keeps params or sums, such as
+    `optax.lookahead` and `optax.MultiSteps`, stays outside, because its arrays would be
+    rounded, too: ``optax.MultiSteps(quantized_state(optax.adam(1e-3)), 8)``.
 
     Note:
         A block takes as much of the last axis as ``block_size`` allows, and then of
@@ -108,7 +110,7 @@ def quantized_state(
 
     Returns:
         The transformation; its state is a `QuantizedState`. A moment keeps the dtype
-        that ``tx.init`` gave it: that of its scale.
+        that ``tx.init`` gave it, which is the dtype of its scales.
 
     Raises:
         ValueError: ``qtype`` is unknown, or ``block_size`` or ``min_size`` is not a

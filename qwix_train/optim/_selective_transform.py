@@ -18,9 +18,9 @@ def selective_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains some params and freezes the others, by the patterns of their paths.
 
-    It is Optax's function of the same name with patterns in the place of a mask:
-    frozen params get updates of zero, and ``tx`` sees the others alone. So there is no
-    state of ``tx`` for what is frozen, and no part for it in a global norm.
+    This is Optax's function of the same name, with patterns instead of a mask. Frozen
+    params get updates of zero, and ``tx`` sees the others alone. So ``tx`` has no state
+    for frozen params, and their gradients are not part of a global norm.
 
     A pattern is a regular expression for the whole path of a param: the names from the
     root joined by ``/``, as in ``Dense_0/kernel``. A quantized array is one param.
@@ -29,8 +29,8 @@ def selective_transform(
         tx: The transformation for the params that are trained.
         freeze: Pattern or patterns of the params that are frozen; the others are
             trained.
-        train: Instead of ``freeze``: those of the params that are trained; the others
-            are frozen.
+        train: Instead of ``freeze``: pattern or patterns of the params that are
+            trained; the others are frozen.
 
     Returns:
         The transformation. Its state is that of `optax.partition` with the labels
@@ -39,8 +39,8 @@ def selective_transform(
     Raises:
         TypeError: ``tx`` is not a transformation, or a pattern is not a string.
         ValueError: Not exactly one of ``freeze`` and ``train`` is given, there is no
-            pattern, or one is no regular expression; or, from ``init`` and ``update``,
-            a pattern matches no param.
+            pattern, or one is not a regular expression; or, from ``init`` and
+            ``update``, a pattern matches no param.
 
     Examples:
         >>> import jax

@@ -25,7 +25,7 @@ class StochasticRoundingState(NamedTuple):
 def stochastic_rounding(
     tx: optax.GradientTransformation, seed: int | jax.Array = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rounds params that are kept in bfloat16 or in int8 stochastically.
+    r"""Stochastically rounds params that are kept in bfloat16 or in integers.
 
     bfloat16 has 8 bits of precision, so an update of less than 1/512 of its param is
     lost where the sum is rounded to nearest. Here the sum :math:`s = w + u` is taken
@@ -40,20 +40,20 @@ def stochastic_rounding(
         \qquad \mathbb{E}[w] = s.
 
     ``tx`` sees params and gradients of bfloat16 in float32. So its moments are float32
-    unless it is told otherwise: a second moment in bfloat16 would stall, as params
-    would. `optim.quantized_state` inside makes them small.
+    unless you tell it otherwise: a second moment in bfloat16 would stall, as params
+    would. To keep moments in 8 bits, put `optim.quantized_state` inside.
 
     Updates of bfloat16 params are float32: `optax.apply_updates` then adds in float32,
-    and the result is the rounded param, exactly. Nothing else may change them
-    afterwards, but `optim.freeze_oscillations`, which holds some. What wants updates in
-    the dtype of the gradients, as `optax.apply_if_finite` does, goes inside. Params of
-    other dtypes get the updates of ``tx``.
+    and the result is exactly the rounded param. Nothing may change these updates
+    afterwards, except `optim.freeze_oscillations`, which holds some params. What needs
+    updates in the dtype of the gradients, such as `optax.apply_if_finite`, goes inside.
+    Params of other dtypes get the updates of ``tx``.
 
     Params may be integers, too: `QArray`s, also within `WithAux`, as `quantize_params`
-    makes them. No float copy of them is kept. Gradients are those for the dequantized
-    params, so they are arrays in the places of the `QArray`s, and ``tx`` sees arrays in
-    float32. An update is one of codes: with the scale :math:`s` and the codes
-    :math:`q`, from :math:`n` to :math:`p`,
+    makes them. No float copy of them is kept. Their gradients are those of the
+    dequantized params: arrays, in the places of the `QArray`s. ``tx`` sees both in
+    float32. Its update :math:`u` changes the codes. With the scale :math:`s` and the
+    codes :math:`q`, from :math:`n` to :math:`p`,
 
     .. math::
         q \leftarrow \lfloor y \rfloor + \begin{cases}
@@ -62,13 +62,13 @@ def stochastic_rounding(
         \end{cases}
         \qquad y = q + u / s.
 
-    Where some :math:`y` of a group that shares a scale lies outside of
-    :math:`[n, p]`, the scale first grows until none does, and then all codes of the
-    group are rounded to the wider steps. No scale becomes smaller. Codes hold neither
-    NaN nor infinity, so that an element whose update is one keeps its value; put
-    `optax.apply_if_finite` inside to leave out the whole step. The updates are
-    `QArray`s as the params are, for `optax.apply_updates`. What keeps a copy of params
-    or sums of gradients, such as `optax.MultiSteps`, goes inside.
+    If some :math:`y` of a group that shares a scale lies outside of :math:`[n, p]`, the
+    scale first grows until none does, and then all codes of the group are rounded to
+    the wider steps. No scale becomes smaller. Codes hold neither NaN nor infinity, so
+    an element whose update is not finite keeps its value. Put `optax.apply_if_finite`
+    inside to leave out the whole step. The updates are `QArray`s, as the params are,
+    for `optax.apply_updates`. What keeps copies of params or sums of gradients, such as
+    `optax.MultiSteps`, goes inside.
 
     Args:
         tx: The transformation, learning rate included, such as ``optax.adamw(1e-4)``.
@@ -86,8 +86,8 @@ def stochastic_rounding(
             `QArray`.
 
     Examples:
-        Four updates of 1/512 move a mean from 1 by 4/512, and rounding to nearest, not
-        at all:
+        Four updates of 1/512 move the mean by 4/512. With rounding to nearest, params
+        would stay at 1:
 
         >>> import jax
         >>> import optax
@@ -105,7 +105,7 @@ def stochastic_rounding(
         >>> round(512 * (1 - mean), 1)
         4.0
 
-        Ten updates of a fifth of a step move codes by two, in the mean:
+        Ten updates of a fifth of a step move codes by two on average:
 
         >>> from qwix_train import dequantize, quantize
         >>> x = jnp.linspace(-12.75, 12.75, 10_000)  # a step is 0.1
@@ -162,10 +162,10 @@ def stochastic_rounding(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# Compiled as a whole: eager calls would else compile each operation for each shape.
+# Compiled as a whole: eager calls would compile each operation for each shape.
 @jax.jit
 def _rounding_update(update: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns, in float32, what takes a param to the rounded sum."""
+    """Returns the difference of a param and its rounded sum with an update, float32."""
     param = param.astype(jnp.float32)
     total = param + update.astype(jnp.float32)
     # A bfloat16 is the upper half of a float32. Noise in the lower half carries into

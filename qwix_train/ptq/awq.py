@@ -27,16 +27,16 @@ from qwix_train.ptq.weight_method import Finding, Weight, squared_outputs
 class Awq(InputScaling):
     """Multiplies the weights of each input channel by a power of the input's size.
 
-    For channel ``j`` of the input ``x`` the factor is ``s[j] = mean|x[j]|^a``, up to
-    one for all channels. Of a grid of exponents ``a`` from 0 to 1 each matrix gets the
-    one with the smallest error of its outputs,
+    For channel ``j`` of the input ``x`` the factor is ``s[j] = mean|x[j]|^a``, up to a
+    factor that all channels share. The exponent ``a`` is chosen for each matrix, from a
+    grid from 0 to 1, to make the error of its outputs smallest:
 
         |(rounded(w * s) / s - w)^T x|^2
 
-    which the second moment of the input gives without keeping any input. With
-    ``a = 0`` the weight is rounded to nearest, so the error is never larger than that.
-    Then the range of what shares a scale is narrowed, to between 1 and 0.5 times what
-    it was, as far as that makes the error of its own part of the output smaller.
+    The second moment of the input gives this error, so no input is kept. With ``a = 0``
+    the weight is rounded to nearest, so the error is never larger than that. Then the
+    range of each group that shares a scale is narrowed, to between 1 and 0.5 times what
+    it was, as far as that lowers the error of the group's own part of the output.
 
     References:
       Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM
@@ -76,18 +76,16 @@ class Awq(InputScaling):
         """Checks the options.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
+          rules: the rules by which the model is to be quantized.
           grid_size: how many exponents are tried, evenly spaced from 0 to 1.
-          clip: whether ranges are narrowed. That is left out, and the report says so,
-            where what shares a scale is not a row of a weight, or tiles of
-            consecutive channels of it.
-          rounding: chooses the codes once the scales are found: GPTQ, with the same
-            rules, corrects the channels to come for the error of each. If None, each
-            channel is rounded to nearest.
+          clip: whether ranges are narrowed. They are not, and the report says so, where
+            the elements that share a scale are not a row of a weight, or consecutive
+            channels of a row.
+          rounding: chooses the codes once the scales are found: `Gptq` with the same
+            rules. If None, each element is rounded to nearest.
 
         Raises:
-          ValueError: if fewer than two exponents are tried, or `rounding` has other
-            rules.
+          ValueError: if `grid_size` is less than 2, or `rounding` has other rules.
         """
         super().__init__(rules, rounding)
         if grid_size < 2:
@@ -113,9 +111,9 @@ def candidate(absmean: jax.Array, exponent: jax.Array | float) -> jax.Array:
     """The factors of channels for one exponent.
 
     Args:
-      absmean: the mean magnitude of each channel, shape (..., channels). Those below
-        1e-4 of the largest count as that, so that channels that are hardly used are not
-        scaled to nothing.
+      absmean: the mean magnitude of each channel, shape (..., channels). A mean below
+        1e-4 of the largest counts as 1e-4 of it, so that channels that are hardly used
+        are not scaled to nothing.
       exponent: the exponent.
 
     Returns:
@@ -149,7 +147,7 @@ def _search(weight: Weight, grid_size: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="tile")
 def _clipped(scaled: jax.Array, weight: Weight, scale: jax.Array, tile: int) -> QArray:
-    """The codes of a scaled weight, each tile with the best of some narrower ranges."""
+    """The codes of a scaled weight, where each tile has the best of several ranges."""
     how, view = weight.how, weight.view
     widest, zero_point = compute_scale_zero_point(calibrate(scaled, how), how.qtype)
     count, rows, channels = view.shape

@@ -6,8 +6,8 @@ A checkpoint is a folder that Orbax writes and commits at once, with two items:
 the JSON of a `Manifest`. Any Orbax reader can read both.
 
 Orbax's own checkpointers, such as `StandardCheckpointer`, take quantized params, too,
-without packing, checks and manifest. They do not take ``nf4``, whose codes are uint4,
-a type that TensorStore lacks.
+but without packing, checks and manifest. They do not take ``nf4``, whose codes are
+uint4, a type that TensorStore lacks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from qwix_train.ptq.manifest import (
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-_MANIFEST = "manifest"
+MANIFEST = "manifest"
+ITEMS = (stored_arrays.ITEM, MANIFEST)
+"""The folders in a checkpoint."""
 
 
 def save(
@@ -54,15 +56,15 @@ def save(
 ) -> None:
     """Saves quantized params.
 
-    Codes of fewer than 8 bits are packed, on the devices that hold them. A save that
-    is killed leaves nothing at the path, or what was there before.
+    Codes of fewer than 8 bits are packed, on the devices that hold them. If a save is
+    killed, nothing is at the path, or what was there before.
 
     Args:
         path: The folder to make.
         params: Nested dicts whose leaves are arrays, sharded or not, `QArray` or
             `WithAux`; or an NNX module, of which all but the random state is saved.
-            Boxes such as `flax.linen.Partitioned` are not stored, only
-            what is in them; nor are empty dicts, and the ``noise_fn`` of a ``how``.
+            Of boxes such as `flax.linen.Partitioned`, only the contents are stored.
+            Empty dicts, and the ``noise_fn`` of a ``how``, are not stored.
         rules: The rules that the params were quantized by, for the manifest.
         plan: The plan of the quantized model, for the manifest.
         metadata: Anything that JSON can hold, for the manifest.
@@ -70,12 +72,12 @@ def save(
 
     Raises:
         FileExistsError: A checkpoint is at the path, and ``overwrite`` is not set; or
-            something else is.
+            something else is there.
         TypeError: A leaf, or ``metadata``, cannot be stored.
-        ValueError: Codes that their type does not have, or of a type that neither the
-            rules nor the plan ask for; scales that are not finite or are negative; or
-            paths that are one when their keys are written as text; the message names
-            the params. Or ``metadata`` is nested too deeply.
+        ValueError: Codes are not of their type, or of a type that neither the rules nor
+            the plan ask for; scales are negative or not finite; or two paths are equal
+            when their keys are written as text. The message names the params. Or
+            ``metadata`` is nested too deeply.
 
     >>> import jax.numpy as jnp
     >>> import pathlib, tempfile
@@ -112,9 +114,9 @@ def save_async(
 ) -> PendingSave:
     """Saves quantized params in the background.
 
-    It returns when the arrays are packed and copied to the host; params may then be
-    donated or changed. Wait for the save before the process ends: Python stops the
-    threads that write, and nothing comes of it.
+    It returns when the arrays are packed and copied to the host. Then you may donate or
+    change the params. Wait for the save before the process ends: otherwise Python stops
+    the threads that write, and there is no checkpoint.
 
     Args:
         path: As in `save`.
@@ -125,7 +127,7 @@ def save_async(
         overwrite: As in `save`.
 
     Returns:
-        The save; its ``wait_until_finished()`` raises what went wrong in writing.
+        The save. Its ``wait_until_finished()`` raises the error of the writer, if any.
 
     Raises:
         FileExistsError, TypeError, ValueError: As in `save`.
@@ -168,7 +170,7 @@ def save_async(
     )
     items = {
         stored_arrays.ITEM: ocp.args.PyTreeSave(arrays),
-        _MANIFEST: ocp.args.JsonSave(record),
+        MANIFEST: ocp.args.JsonSave(record),
     }
     checkpointer.save(target, args=ocp.args.Composite(**items), force=exists)
     executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -185,27 +187,26 @@ def restore(
     Args:
         path: The folder that `save` made.
         abstract: The params of the model that will use them, as `abstract_params`
-            gives them; concrete ones do as well. The result has their structure,
-            boxes included. For an NNX module, which may be abstract, it is a copy of
-            the module with the params. With None the structure is that of the
+            gives them, or concrete ones. The result has their structure, boxes
+            included. For an NNX module, which may be abstract, the result is a copy of
+            the module with the params. With None the result has the structure of the
             checkpoint, as nested dicts.
         shardings: A `jax.sharding.Sharding` for all params, or nested dicts of
-            shardings, where one is for all of a param, or of all params, below it.
-            Scales and zero points are sharded as their codes, but not along axes
-            where they have 1 entry, or that the mesh does not divide. Without it the
-            shardings of ``abstract`` count. An array that has none there goes where
-            JAX puts new ones: to the default device or, under ``jax.set_mesh``, to
-            all.
+            shardings, each of which is for all params below its path. Scales and zero
+            points are sharded as their codes are, except along axes where they have 1
+            entry, or that the mesh does not divide. If None, the shardings of
+            ``abstract`` count. An array without a sharding goes where JAX puts new
+            arrays: to the default device or, under ``jax.set_mesh``, to all.
 
     Returns:
         The params.
 
     Raises:
         FileNotFoundError: Nothing is at the path.
-        ValueError: What is there is no such checkpoint, or incomplete, or was
-            changed, or is for another model, or a sharding does not divide a param,
-            or is for none. The message names the path and the params.
-        TypeError: One of the shardings is not a sharding, but a `PartitionSpec` or so.
+        ValueError: The path holds no such checkpoint, or one that is incomplete, was
+            changed, or is for another model; or a sharding does not divide its param,
+            or has none. The message names the path and the params.
+        TypeError: ``shardings`` holds something else, such as a `PartitionSpec`.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -275,7 +276,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         try:
-            record = checkpointer.restore(path / _MANIFEST)
+            record = checkpointer.restore(path / MANIFEST)
         except (OSError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a complete checkpoint of ptq.save or lora.save: its "
@@ -311,7 +312,7 @@ def _check_target(path: epath.Path, overwrite: bool) -> None:
 
     def is_one() -> bool:
         names = {file.name for file in path.iterdir()} if path.is_dir() else {""}
-        return not names or {stored_arrays.ITEM, _MANIFEST} <= names
+        return not names or set(ITEMS) <= names
 
     writing.check_target(
         path,

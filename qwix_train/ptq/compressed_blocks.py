@@ -12,9 +12,9 @@ type       format                    codes                       ``weight_scale`
 ``mxfp8``  ``mxfp8-quantized``       ``weight``, float8_e4m3fn   the same
 =========  ========================  ==========================  =====================
 
-Codes that share bytes lie in them from the lowest bit on. nvfp4 has a
-``weight_global_scale``, too. Scales are divided by it: it is the *reciprocal* of our
-``tensor_scale``, in float32.
+Codes that share a byte fill it from the lowest bit on. nvfp4 has a
+``weight_global_scale``, too. Scales are divided by it: it is the *reciprocal* of
+``QArray.tensor_scale``, in float32.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def encode(array: QArray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         array: A matrix ``[out, in]`` of one of these types.
 
     Raises:
-        ValueError: Its blocks are no parts of rows, or it has several tensor scales.
+        ValueError: Its blocks are not parts of rows, or it has several tensor scales.
     """
     name = type_with_codes_of(array.qtype)
     assert name is not None

@@ -14,7 +14,7 @@ LINEAR = "Linear"
 _DENSE = (None, "dense")
 _PATTERN = "re:"
 _BLOCKS = ("mxfp8", "mxfp4")
-"""The types with blocks that activations may have, with nothing in the checkpoint."""
+"""The types with blocks to which readers quantize activations at run time."""
 
 
 def make_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -108,10 +108,11 @@ def activation_qtype(args: Mapping[str, Any] | None, default: Any) -> str:
 
 
 def check_config(config: Any) -> None:
-    """Checks that a config has the form of one, and asks for what is read here.
+    """Checks the form of a config, and that all it asks for can be read.
 
     Raises:
-        ValueError: The message says which entry is wrong, or what it asks for.
+        ValueError: An entry is wrong, or asks for something that cannot be read. The
+            message says which.
 
     >>> check_config({'config_groups': {'a': {'targets': ['re:*']}}})
     Traceback (most recent call last):
@@ -200,7 +201,7 @@ def block_sizes(sizes: Any) -> list[int]:
 
 
 def _check(value: Any, where: str, kind: Any) -> None:
-    # A bool is an int of Python's, but no number.
+    # A bool is an int in Python, but not a number here.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         place = f"{where}: " if where else ""
         name = getattr(kind, "__name__", kind)
@@ -210,9 +211,9 @@ def _check(value: Any, where: str, kind: Any) -> None:
 def find_scheme(config: Mapping[str, Any] | None, layer: str) -> Mapping[str, Any]:
     """Returns the group of a layer that is quantized; empty if there is no config.
 
-    A group names its layers, by name or by a regular expression, or their classes.
-    A file does not say classes: if no group names the layer, the group of linear
-    layers is taken, or else the only group there is.
+    A group lists its layers by name, by a regular expression, or by class. A file does
+    not say the class of a layer. So if no group names the layer, it is the group of
+    linear layers, or else the only group.
 
     Raises:
         ValueError: No group is for this layer, or more than one may be.

@@ -13,9 +13,9 @@ block      ``[ceil(out / rows), ceil(in / columns)]``  a rectangle
 =========  ==========================================  ======================
 
 The codes are ``weight`` (int8 or float8), or ``weight_packed`` (see `int32_packing`)
-with ``weight_shape``. ``weight_zero_point`` has the layout of the scales; beside
-packed codes with scales for rows or groups it is packed too, along the rows. Types
-with blocks, whose scales are codes, are in `compressed_blocks`.
+with ``weight_shape``. ``weight_zero_point`` has the layout of the scales. If codes are
+packed and scales are for rows or groups, zero points are packed, too, along the rows.
+Types with blocks, whose scales are codes, are in `compressed_blocks`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PARTS = (
 
 
 def layer_format(qtype: Any, int8_format: str) -> str:
-    """Returns the format that the codes of a type are stored in.
+    """Returns the format in which the codes of a type are stored.
 
     Args:
         qtype: The type.
@@ -78,10 +78,11 @@ def encode_layer(
 
     Args:
         array: A matrix ``[out, in]``.
-        format: What `layer_format` returned.
+        format: The format, as `layer_format` returns it.
 
     Raises:
-        ValueError: The array is no matrix, or its scales have a layout that is lacking.
+        ValueError: The array is not a matrix, or the format has no such layout of
+            scales.
     """
     if array.ndim != 2:
         raise ValueError(

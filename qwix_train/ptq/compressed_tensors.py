@@ -5,12 +5,12 @@ This is the layout of quantized checkpoints on the Hugging Face hub: a folder wi
 ``quantization_config`` says how each layer is quantized. See `compressed_layers` for
 the tensors of a layer, and https://github.com/vllm-project/compressed-tensors.
 
-Names and axes. The param ``Dense_0/kernel`` of shape ``[in, out]`` is the tensor
-``Dense_0.weight`` of shape ``[out, in]``: matrices whose param is called ``kernel`` are
-transposed, codes and scales alike, and nothing else is. An ``embedding`` (a matrix) and
-a ``scale`` (a vector, of a norm) are called ``weight`` too. Other params keep their
-names. With ``rename`` a caller maps the names of a model to those that a PyTorch
-implementation of it has, which is what makes a file load there.
+Names and axes: the param ``Dense_0/kernel`` of shape ``[in, out]`` is the tensor
+``Dense_0.weight`` of shape ``[out, in]``. Only matrices whose param is called
+``kernel`` are transposed, codes and scales alike. An ``embedding`` (a matrix) and a
+``scale`` (a vector, of a norm) are called ``weight``, too. Other params keep their
+names. For a PyTorch implementation of the model to load the file, ``rename`` must map
+the params to its names.
 """
 
 from __future__ import annotations
@@ -66,48 +66,48 @@ def save_compressed_tensors(
 ) -> None:
     """Writes quantized params as a compressed-tensors checkpoint.
 
-    A save that is killed leaves the files that were there, or nothing that readers
-    take for a checkpoint. Several processes all call this, and the first one writes.
+    If a save is killed, the files that were there stay, or nothing is left that readers
+    take for a checkpoint. With several processes, all call this, and the first writes.
 
     int8 codes are written as they are, int2 and int4 packed ("pack-quantized"), other
-    integers as int8, and float8_e4m3fn as it is ("float-quantized"); nvfp4, mxfp4,
-    mxfp6 and mxfp8 as `compressed_blocks` says. The reciprocal that is written for the
-    scale of an nvfp4 tensor is rounded to float32.
+    integers as int8, and float8_e4m3fn as it is ("float-quantized"). nvfp4, mxfp4,
+    mxfp6 and mxfp8 are written as `compressed_blocks` says. The reciprocal that is
+    written for the scale of an nvfp4 tensor is rounded to float32.
 
     Args:
         directory: The folder, made if it does not exist. ``model.safetensors`` is
-            written, and ``quantization_config`` in ``config.json``; what else is in an
-            existing ``config.json`` is kept.
+            written, and ``quantization_config`` in ``config.json``. Other entries of an
+            existing ``config.json`` are kept.
         params: Nested mappings of arrays and `WithAux`, or an NNX model. The static
             range of a layer's input (``dot_general0_lhs_scale``) becomes its
             ``input_scale``.
         rename: Maps the path of a param, such as ``"layers_0/mlp/kernel"``, to the name
-            of its tensor, such as ``"model.layers.0.mlp.weight"``; by default
+            of its tensor, such as ``"model.layers.0.mlp.weight"``. By default
             ``a/kernel`` is ``a.weight``; see `qwix_train.ptq.compressed_tensors`.
-        mapping: In the place of ``rename``, the `hugging_face.Place` of each tensor,
+        mapping: Instead of ``rename``, the `hugging_face.Place` of each tensor. It is
             for params that stack layers or experts, or have an axis of heads: each
-            tensor is a matrix of its own. Such a file does not say which params its
-            tensors were.
-        act_qtype: The type that readers shall quantize activations to at run time, per
-            token, or in the blocks of mxfp8 and mxfp4; static ranges come first. None
-            for weight-only.
-        int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which is what vLLM
-            runs weight-only int8 from.
+            tensor is then a matrix of its own. Such a file does not say which params
+            its tensors were.
+        act_qtype: The type to which readers quantize activations at run time, per
+            token, or in the blocks of mxfp8 and mxfp4. Layers with a static range keep
+            it. None for weight-only.
+        int8_format: ``"int-quantized"``, or ``"pack-quantized"``, which vLLM needs for
+            weight-only int8.
         config: More entries for ``config.json``, such as the ``model_type``.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
             more than one. Beyond that there are shards and their index.
         overwrite: Whether to replace the compressed-tensors checkpoint that is there.
 
     Raises:
-        FileExistsError: There is one and ``overwrite`` is not set; or a checkpoint of
-            another kind, such as shards, which readers would take in its place.
+        FileExistsError: There is a checkpoint and ``overwrite`` is not set; or one of
+            another kind, such as shards, which readers would read instead.
         ImportError: `safetensors` is not installed.
         OSError: The files cannot be written; those that were there stay.
         ValueError: The format cannot hold a param (a type or layout that it lacks, an
             array that is not a matrix, such as a stack of layers, codes outside of
             their type, scales that are not positive numbers, scales of input channels
-            as of `Awq` and `SmoothQuant`), or two have one name; the message has its
-            path. Or no param is quantized.
+            as of `Awq` and `SmoothQuant`), or two params have one name; the message has
+            the path. Or no param is quantized.
 
     >>> import tempfile
     >>> from jax import numpy as jnp
@@ -184,7 +184,7 @@ def _write(
     config_file = folder / safetensors_files.CONFIG
     entry = {_ENTRY: compressed_config.make_config(writer.layers)}
     metadata = {
-        # What readers of the hub look for; it says nothing on layout.
+        # Readers of the hub look for this entry. It says nothing about the layout.
         "format": "pt",
         _PARAMS: json.dumps(writer.recorded),
         **safetensors_files.config_metadata(entry),
@@ -260,7 +260,8 @@ def load_compressed_tensors(
         ImportError: `safetensors` is not installed.
         FileNotFoundError: There is no such file.
         ValueError: A layer has a scheme that is not supported, or tensors that do not
-            fit together; the message has its name.
+            fit together; or integers need 64 bits, which JAX does not have without
+            ``jax_enable_x64``. The message has the name of the layer or tensor.
     """
     path = pathlib.Path(path)
     writing.finish(path if path.is_dir() else path.parent)
@@ -285,7 +286,10 @@ def load_compressed_tensors(
             own = {p: parts.pop(p) for p in list(parts) if _QUANTIZED.match(p)}
             reader.add_layer(prefix, own, scheme)
         for part, tensor in parts.items():
-            reader.add(prefix + part, jnp.asarray(tensor))
+            with located(prefix + part):
+                dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)
+                safetensors_files.check_fits(tensor, dtype)
+            reader.add(prefix + part, jnp.asarray(tensor, dtype))
     return reader.tree()
 
 
@@ -451,7 +455,7 @@ class _Reader:
         """The params as nested dicts.
 
         Raises:
-            ValueError: A tensor would be a param, and a module that holds others.
+            ValueError: A path would be both a param and a module that holds others.
         """
         for path, name in self.names.items():
             for end in range(1, len(path)):
@@ -549,7 +553,7 @@ def _transpose(leaf: Any) -> Any:
 
 
 def tensor_name(path: Path, ndim: int) -> str:
-    """Returns the name of the tensor of a param, where nothing else is said.
+    """Returns the name of the tensor of a param by default.
 
     >>> tensor_name(("Dense_0", "kernel"), 2)
     'Dense_0.weight'
@@ -562,7 +566,7 @@ def tensor_name(path: Path, ndim: int) -> str:
 
 
 def param_path(name: str, ndim: int) -> str:
-    """Returns the path of the param of a tensor, where nothing else is said.
+    """Returns the path of the param of a tensor by default.
 
     >>> param_path("Dense_0.weight", 2)
     'Dense_0/kernel'

@@ -1,4 +1,4 @@
-"""Static ranges that are given, as the scales of a quantized model."""
+"""Turns static ranges that are given into the scales of a quantized model."""
 
 from __future__ import annotations
 

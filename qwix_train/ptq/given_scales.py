@@ -1,10 +1,10 @@
-"""Scales that stand among the params, and are not to be computed.
+"""Scales that stand among the params, and are not computed from them.
 
-Training may find the scales of a quantized model: a scale that is learned is a leaf
-among the params (see `learned_scale`), and an optimizer that ends on a grid puts that
-grid's scale there, under the same name. Wherever float params are quantized, here and
-in training (`qat.fake_quantized`), a weight `kernel` with a `kernel_scale` next to it
-is quantized with exactly that scale, and a `kernel_zero_point` if there is one.
+Training may find the scales of a quantized model. A learned scale is a leaf among the
+params (see `learned_scale`), and an optimizer that ends on a grid puts the scale of the
+grid there, under the same name. Wherever float params are quantized, here and in
+training (`qat.fake_quantized`), a weight `kernel` with a `kernel_scale` next to it is
+quantized with exactly this scale, and with a `kernel_zero_point` if there is one.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class GivenScales:
     """The scales that are among params.
 
     Attributes:
-      weights: for params, by path, their scale and zero point, or None.
-      ranges: what stands for the ranges of activations in a quantized model, by path.
-      used: the paths of the leaves that all these come from.
+      weights: the scale and the zero point (or None) of params, by path.
+      ranges: the scales and zero points of activations in the quantized model, by path.
+      used: the paths of the leaves that these come from.
     """
 
     weights: Mapping[Path, tuple[Any, Any]]
@@ -50,7 +50,7 @@ class GivenScales:
           how: how it is quantized.
 
         Returns:
-          None if no scale is given.
+          The quantized param; None if no scale is given.
 
         Raises:
           ValueError: if the param cannot be quantized, or the scale does not fit it,
@@ -135,10 +135,10 @@ def among_inputs(traced: TracedCall, plan: Plan) -> GivenScales:
 
 
 def check_learned(path: Path, how: HowToQuantize) -> None:
-    """Complains of a param without the scale that its rule says is learned.
+    """Complains of a param that lacks the scale that its rule trains.
 
     Raises:
-      ValueError: if it is one.
+      ValueError: if its rule trains a scale.
     """
     if is_learned(how.calibration_method):
         raise ValueError(
@@ -157,7 +157,7 @@ def _beside(path: Path) -> tuple[Path, Path]:
 def _range(
     path: Path, owner: Path, leaves: learned_scale.Leaves, target: WithAux
 ) -> dict[Path, Any]:
-    """What stands for a range in a quantized model, by path.
+    """The scale and zero point that a range is in a quantized model, by path.
 
     Args:
       path: the path of the range there.

@@ -25,7 +25,7 @@ def at(tree: Any, path: TreePath) -> Any:
 def check(
     tree: Any, params: Sequence[TreePath], where: str, here: TreePath = ()
 ) -> None:
-    """Complains of shardings that would be passed over.
+    """Complains of shardings that would not be used.
 
     Args:
       tree: the shardings.
@@ -34,8 +34,8 @@ def check(
       here: where the tree stands in the whole one.
 
     Raises:
-      TypeError: if a leaf is no sharding.
-      ValueError: if there is one where no param is.
+      TypeError: if a leaf is not a sharding.
+      ValueError: if there is a sharding where there is no param.
     """
     if isinstance(tree, dict | FrozenDict):
         for key, below in tree.items():

@@ -1,4 +1,4 @@
-"""GPTQ: codes that make up for each other's errors, by what the inputs look like."""
+"""GPTQ: codes that make up for each other's errors on the inputs that were seen."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from qwix_train.ptq.weight_method import (
 
 
 class Gptq(WeightMethod):
-    """Quantizes weights one input channel after the other, correcting those to come.
+    """Quantizes weights one input channel after the other, and corrects later channels.
 
-    For a product ``x @ w`` with the Hessian ``H = 2 X^T X`` of its squared error,
-    channel ``j`` of ``w`` is rounded, and with ``U^T U = H^-1``, ``U`` upper
-    triangular, the channels ``k > j`` take up its error:
+    Let ``H = 2 X^T X`` be the Hessian of the squared error of a product ``x @ w``, and
+    ``U`` the upper triangular matrix with ``U^T U = H^-1``. When channel ``j`` of ``w``
+    is rounded, the channels ``k > j`` take up its error:
 
         w[k] -= (w[j] - rounded(w[j])) / U[j, j] * U[j, k]
 
-    The scales have the layout of rounding to nearest, so the models that run the
-    result are the same. Channels that no input ever reached are rounded to nearest.
+    Codes and scales have the layout of rounding to nearest, so the same models run
+    them. Channels that no input reached are rounded to nearest.
 
     References:
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative
@@ -84,17 +84,17 @@ class Gptq(WeightMethod):
         """Checks the options.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
+          rules: the rules by which the model is to be quantized.
           damping: what is added to the diagonal of the Hessian, as a share of its
             mean.
           block_size: how many channels are corrected one by one before all later ones
-            are corrected at once. It makes no difference but in speed.
+            are corrected at once. It changes only the speed.
           act_order: whether channels with the largest inputs come first.
-          static_groups: whether the scales of tiles (`tile_size`) are those of the
-            weights as they were. Otherwise those of a tile are found when its first
-            channel is reached, from the corrected weights, where tiles lie one after
-            the other in the order of channels; the report says where they do not.
-            If None, only with `act_order`, which needs it.
+          static_groups: whether the scales of tiles (`tile_size`) are found from the
+            weights before any correction. Otherwise the scale of a tile is found from
+            the corrected weights, when its first channel is reached. That needs tiles
+            that lie one after the other in the order of channels; the report says where
+            they do not. If None, only with `act_order`, which needs it.
 
         Raises:
           ValueError: if an option is out of bounds, or `act_order` comes with
@@ -164,8 +164,8 @@ class Options:
       damping: see `Gptq`.
       block_size: see `Gptq`.
       act_order: see `Gptq`.
-      tile: the number of channels that share a scale, which is found when the first
-        of them is reached; None if scales are given.
+      tile: the number of channels that share a scale, if it is found when the first of
+        them is reached; None if scales are given.
     """
 
     damping: float = 0.01
@@ -183,11 +183,11 @@ def gptq_matrix(
     options: Options,
     tensor_absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Corrects the channels of one matrix, in order, for the rounding of those before.
+    """Corrects each channel of a matrix, in order, for the rounding of earlier ones.
 
     Args:
       matrix: shape (rows, channels), float32.
-      hessian: shape (channels, channels), up to a factor.
+      hessian: shape (channels, channels), float32, up to a factor.
       scale: the scale of each element, shape (rows, channels); with `options.tile`
         only its dtype counts.
       zero_point: the zero point of each element, or None.
@@ -220,12 +220,12 @@ def gptq_matrix(
 def inverse_factor(hessian: jax.Array, damping: float) -> jax.Array:
     """The upper triangular ``U`` with ``U^T U = (H + damping * mean(diag H))^-1``.
 
-    Rows and columns of zeros, of channels without any input, become those of the
+    For channels without any input, rows and columns of zeros become those of the
     identity.
 
     Args:
       hessian: ``H``, shape (channels, channels).
-      damping: the share.
+      damping: what is added to the diagonal, as a share of its mean.
 
     Returns:
       ``U``, with NaN if the sum is not positive definite.
@@ -261,7 +261,7 @@ def _correct(matrix, factor, scale, zero_point, how, options, of_tile):
         return lax.dynamic_update_slice_in_dim(array, part, start, axis=1)
 
     def with_tile_scale(start, size: int, matrix, parts):
-        # For all channels of the tile, some of which later blocks may hold.
+        # For all channels of the tile, even those that later blocks hold.
         own = of_tile(columns_of(matrix, start, size))
         each = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, size)), own)
         return jax.tree.map(lambda whole, part: put(whole, part, start), parts, each)
@@ -323,7 +323,7 @@ def tile_scale(
     dtype: Any,
     tensor_absmax: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scale, as a float, and zero point of a tile, one for each row.
+    """The scale, as a float, and the zero point of each row of a tile.
 
     Args:
       tile: shape (rows, channels of the tile).

@@ -1,7 +1,7 @@
 """Weight methods in sequence: one block of a model after the other.
 
-The inputs of each block come from the blocks before it as they are once quantized, so
-it can make up for their errors; and no more statistics are held than those of a block.
+The inputs of each block come from the quantized blocks before it, so the block can make
+up for their errors. Only the statistics of one block are held at a time.
 """
 
 from __future__ import annotations
@@ -37,33 +37,32 @@ def quantize_in_sequence(
 ) -> Any:
     r"""Quantizes float params block by block, each on inputs from the blocks before it.
 
-    Runs the user's loop once for each block, in the order in which the model reads
-    their params. In each run the model computes in float, and the params of the blocks
-    before have the values that their codes stand for (times the scale of their input,
-    where the method scales that). Only inputs of the one block are collected; then it
-    is quantized, and its statistics are dropped.
+    It runs your loop once for each block, in the order in which the model reads their
+    params. In each run the model computes in float, and the params of earlier blocks
+    have the values that their codes stand for (times the scale of their input, if the
+    method scales it). Only the inputs of this block are collected. Then the block is
+    quantized, and its statistics are dropped.
 
-    A run goes through the whole model, and a step is compiled for each: the time is
+    Each run goes through the whole model, and compiles the step again, so the time is
     that of as many evaluations as there are blocks. Layers that are stacked and
-    scanned over are quantized together, with the statistics of all of them: unstack
-    them to have one after the other.
+    scanned over are quantized together, with the statistics of all of them. Unstack
+    them to quantize one after the other.
 
     Args:
       method: a `Gptq`, `Awq` or `SmoothQuant`. Its `report` then holds all blocks.
-      run: the loop, which calls steps that `method.wrap` wraps with the params that it
-        is given: those of the float model, a tree like `params`. For an NNX model it
-        begins with `nnx.update(model, params)`.
+      run: the loop. It takes params of the float model, a tree like `params`, and calls
+        steps that `method.wrap` wrapped with them. For an NNX model it begins with
+        `nnx.update(model, params)`.
       params: see `quantize_params`.
-      abstract_quantized_params: see there. The model is one that `method.provider`
-        quantizes.
+      abstract_quantized_params: see there. `method.provider` must quantize the model.
       quant_stats: see `quantize_params` of the method.
       block: a regular expression for the module path of a block, such as
         ``r"layers_\d+"``. Params below the same path are one block, such as
-        ``layers_0/Dense_0/kernel`` and ``layers_0/Dense_1/kernel``. A param that is
-        below none is a block of its own.
+        ``layers_0/Dense_0/kernel`` and ``layers_0/Dense_1/kernel``. A param that is not
+        below such a path is a block of its own.
       allow_extra_params: see `quantize_params`.
       donate: whether each float array is deleted once it is quantized and no longer
-        needed, so that the values of codes take the place of float params.
+        needed. The values of the codes then take its place in memory.
 
     Returns:
       The quantized params, as `method.quantize_params` gives them.
@@ -165,13 +164,13 @@ class _Block:
 
     Attributes:
       seen: the paths of all quantized params that the model read.
-      name: its module path: that of the first param that was read and is not of a block
-        before.
-      others: whether params were read that are of a block to come.
+      name: its module path: that of the first param that was read and is not in an
+        earlier block.
+      others: whether params of later blocks were read.
     """
 
     def __init__(self, pattern: str, done: Collection[str]):
-        """Takes the pattern, and the names of the blocks before.
+        """Takes the pattern, and the names of earlier blocks.
 
         Args:
           pattern: see `quantize_in_sequence`.

@@ -29,10 +29,10 @@ from qwix_train.values import stored
 
 
 class InputScaling(WeightMethod):
-    """A method that multiplies the input of a weight by ``p``, and divides it by that.
+    """A method that multiplies the input of a weight by ``p``, and divides the weight.
 
-    The products stay the same, ``x @ w = (x * p) @ (w / p)``; what is rounded is not.
-    See `pre_quant_scale` for where ``p`` is kept.
+    The products stay the same, ``x @ w = (x * p) @ (w / p)``, but other numbers are
+    rounded. See `pre_quant_scale` for where ``p`` is kept.
     """
 
     scales_inputs = True
@@ -41,9 +41,9 @@ class InputScaling(WeightMethod):
         """Checks the options.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
-          rounding: what chooses the codes once the scales are found; None to round to
-            nearest. Only how it rounds counts: it collects nothing.
+          rules: the rules by which the model is to be quantized.
+          rounding: chooses the codes once the scales are found; None to round to
+            nearest. It collects nothing itself.
 
         Raises:
           ValueError: if `rounding` has other rules.
@@ -72,7 +72,7 @@ class InputScaling(WeightMethod):
 
     @abc.abstractmethod
     def channel_scale(self, weight: Weight) -> tuple[jax.Array, Finding]:
-        """What the weight is multiplied by, and what the report says of it.
+        """What each channel of a weight is multiplied by, and what the report says.
 
         Returns:
           A positive number for each channel, shape (matrices, channels), float32; and
@@ -115,9 +115,10 @@ class InputScaling(WeightMethod):
 
 
 def input_scale(factors: jax.Array, found: WeightInput) -> jax.Array:
-    """What an input is multiplied by, for what its weight is.
+    """What an input is multiplied by, from what its weight is multiplied by.
 
-    Rounded as the model will read it; only then it is taken out of the weight.
+    It is rounded to the dtype in which the model will read it, before the weight is
+    divided by it.
     """
     return (1 / factors).astype(found.dtype)
 
@@ -130,8 +131,9 @@ def stored_scale(found: WeightInput, scale: jax.Array) -> jax.Array:
       scale: shape (matrices, channels).
 
     Returns:
-      The axes of layers, and then those of the input, of size 1 where the scale is the
-      same for every entry; one axis of layers where the model stacks its params.
+      The scale with the axes of layers, and then those of the input, of size 1 where
+      the scale is the same for every entry. If there is an axis along which the model
+      stacks its layers, the axis of layers is moved there.
     """
     assert isinstance(found.channels, Channels)
     axes = *found.channels.groups, *found.channels.contracting

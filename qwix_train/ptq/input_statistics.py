@@ -1,7 +1,7 @@
-"""Statistics of what enters the products that read a weight, for each of its channels.
+"""Statistics of the inputs of products that read a weight, for each channel.
 
-They are collected like the ranges of activations, from inside of an unmodified step,
-and each is a state of arrays that can be saved, merged and put back.
+They are collected like the ranges of activations, inside an unmodified step. Each is a
+state of arrays that can be saved, merged and set again.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ class InputMoments:
 
     An observer of streams (see `observers.statistics`). Its state is, in float32,
 
-    * ``samples``: the number of vectors,
+    * ``samples``: the number of vectors, shape (),
     * ``absmean``, ``min``, ``max``: of each channel, shape (groups, channels),
     * ``second_moment``: the mean of ``x x^T``, shape (groups, channels, channels),
     * ``rows``: some of the vectors, drawn at random from all, shape (groups, number,
-      channels), and their ``priority`` in that, shape (groups, number); negative where
-      there are none yet.
+      channels), and the random ``priority`` of each, shape (groups, number). The
+      vectors with the highest priority are kept. It is negative where there is no
+      vector yet.
 
     Attributes:
       channels: how the input is seen as vectors.
-      second_moment: whether that is collected.
+      second_moment: whether the second moment is collected.
       rows: how many vectors are kept.
 
     Example:
@@ -100,25 +101,26 @@ class InputMoments:
           state: the state before.
           x: the batch.
           how: not used.
-          counts: which elements count; a vector with any that does not is left out.
-            None for all.
+          counts: which elements count; None for all. A vector with an element that does
+            not count is left out.
 
         Raises:
-          ValueError: if the input has another rank than the model said, as it has
-            where the model is called in `jax.vmap`.
+          ValueError: if the input has another rank than when the model was traced, as
+            it has where the model is called in `jax.vmap`.
         """
         del how
         members = self.channels.members(x)
         x = self.channels.samples(x.astype(jnp.float32))
         kept = jnp.ones(x.shape[1], bool)
         if counts is not None:
-            # Not the elements that count: a convolution pads with those that do not.
+            # Elements that do not count are sampled, not those that do: a convolution
+            # pads with zeros, which count.
             lost = self.channels.samples((~counts).astype(jnp.float32))
             kept = lost.max((0, 2)) == 0
             x = jnp.where(kept[:, None], x, 0)
         count = kept.sum(dtype=jnp.float32)
         some = jnp.maximum(count, 1)
-        # By the number of vectors before, so that each batch has draws of its own.
+        # The number of vectors so far gives each batch its own draws.
         key = jax.random.fold_in(jax.random.key(0), state["samples"].astype(jnp.uint32))
         drawn = jnp.where(kept, jax.random.uniform(key, kept.shape), -1)
         priority, first = lax.top_k(drawn, min(self.rows, len(kept)))
@@ -144,13 +146,13 @@ class InputMoments:
             )
         batch["samples"] = count
         merged = self.merge(state, batch)
-        # Of no vector at all, nothing is the least.
+        # A batch without any vector has no minimum, and must change nothing.
         return {k: jnp.where(count > 0, v, state[k]) for k, v in merged.items()}
 
     def merge(
         self, a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """The state of the batches of both, each vector counting the same."""
+        """The state of the batches of both, in which each vector counts the same."""
         samples = a["samples"] + b["samples"]
         weight = b["samples"] / jnp.maximum(samples, 1)
         merged = {"samples": samples}
@@ -181,16 +183,17 @@ class InputMoments:
 
 @dataclasses.dataclass(frozen=True)
 class WeightInput(Tagged):
-    """What enters a product that reads a weight.
+    """The input of a product that reads a weight.
 
     Attributes:
       channels: the input as vectors.
       view: the weight as matrices.
       layers: the sizes of the axes of layers that the op is run for.
-      scaled_shape: the shape of a scale of its channels that is stored, in one layer.
-      activation: how the input is quantized, if it is.
-      static: the same, if that is with a range collected beforehand.
-      observer: what measures such a range, if the rule names one.
+      scaled_shape: the shape of a stored scale of its channels, in one layer.
+      activation: how the input is quantized; None if it is not.
+      static: the same if its range is static; None otherwise.
+      observer: the observer that the rule names for a static range; None if it names
+        none.
       layer_axis: the axis along which layers are stacked; see `OpPlan.layer_axis`.
     """
 
@@ -204,8 +207,8 @@ class WeightInput(Tagged):
     layer_axis: int = 0
 
 
-# For each quantized param, the ops that read it: what enters it or, as text, why that
-# is of no use.
+# For each quantized param, the ops that read it, each with its input or, as text, why
+# that input cannot be used.
 Reads = dict[Path, dict[str, WeightInput | str]]
 
 
@@ -231,8 +234,9 @@ class InputTagging(Tagging):
           rules: the rules.
           second_moment: see `InputMoments`.
           rows: see there.
-          takes: says of the path of a quantized param whether inputs that meet it are
-            tagged. It is asked in the order in which the model reads its params.
+          takes: says of the path of a quantized param whether the inputs that it is
+            multiplied by are tagged. It is called in the order in which the model reads
+            its params.
         """
         super().__init__(rules)
         self.second_moment = second_moment
@@ -279,7 +283,7 @@ class InputTagging(Tagging):
         return CallStages({}, {op.key: OpStages(op, observed(op)) for op in found})
 
     def _found(self, plan: OpPlan, path: Path, whole: Plan) -> WeightInput | str:
-        """What enters an op that reads a param; why it is of no use, otherwise."""
+        """The input of an op that reads a param; or why it cannot be used, as text."""
         op = plan.op
         if "/".join(path) in whole.dequantized:
             by = ", ".join(whole.dequantized["/".join(path)])

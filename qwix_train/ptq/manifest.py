@@ -1,7 +1,7 @@
 """What a checkpoint says about itself: its params, its rules, its versions.
 
-The manifest is JSON. Every param's record and the whole have a checksum of their own,
-so damage is noticed and, if it hit a record, the param is named.
+The manifest is JSON. Each param's record has a checksum, and the whole has one, too. So
+damage is noticed, and if a record is damaged, its param is named.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class StoredParam:
       arrays: its arrays by name: `qvalue`, `scale` and perhaps `zero_point` if it is
         quantized, else `value`. In a manifest each is a `StoredArray`; elsewhere it is
         the array itself, concrete or abstract.
-      qtype: the type of the codes, or None if it is not quantized.
+      qtype: the type of the codes, or None if the param is not quantized.
       how: how it was quantized, without any noise function; None if the tree holds
-        the array without its `WithAux`.
-      layout: how the codes are packed in memory, if they are. Then its arrays are those
-        of a `PackedQArray`.
-      float_dtype: the name of the dtype of the dequantized param, where scales are
-        codes, which do not say it.
+        the array without a `WithAux`.
+      layout: how the codes are packed in memory; None if they are not. With a layout,
+        the arrays are those of a `PackedQArray`.
+      float_dtype: the name of the dtype of the dequantized param, if scales are codes,
+        which do not say it.
     """
 
     path: TreePath
@@ -90,7 +90,7 @@ class StoredParam:
 
     @property
     def codes(self) -> str:
-        """The name of the array that is as long as the param, but for packing."""
+        """The name of the array that has an entry, or a packed one, per element."""
         if self.layout is not None:
             return "packed"
         return "qvalue" if self.qtype else "value"
@@ -111,8 +111,8 @@ class Manifest:
 
     Attributes:
       params: the params, in the order of the tree.
-      rules: the rules that it was quantized by.
-      plan: the records of its plan, see `Plan.records`; None if none was given.
+      rules: the rules that the params were quantized by.
+      plan: the records of the plan, see `Plan.records`; None if no plan was given.
       versions: the version of each package that wrote it.
       metadata: what the caller of `save` added.
 
@@ -150,11 +150,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, record: Any) -> Manifest:
-        """Reads what `to_json` gave.
+        """Reads the result of `to_json`.
 
         Raises:
-          ValueError: if the record is not a manifest, or was changed; the message
-            says what, and which params.
+          ValueError: if the record is not a manifest, or was changed. The message says
+            what was changed, and in which params.
         """
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError("it is not one of this package's")
@@ -222,14 +222,14 @@ def rule_to_json(
       True
     """
     record = to_record(rule, cls)
-    record.pop("schedule", None)  # It took part in training.
+    record.pop("schedule", None)  # It matters only in training.
     return record
 
 
 def rule_from_json(
     record: Mapping[str, Any], cls: type[QuantizationRule] = QuantizationRule
 ) -> QuantizationRule:
-    """Reads what `rule_to_json` gave for the fields of a class of rules."""
+    """Reads the result of `rule_to_json` for the fields of a class of rules."""
     # As dtypes, they equal both the names and the scalar types that a rule may have.
     qtypes = {
         name: numerics.canonical_qtype(value)

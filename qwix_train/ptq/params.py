@@ -36,14 +36,14 @@ def quantize_params(
     """Quantizes float params as a quantized model says. The model does not run.
 
     A param that has a scale next to it, such as `kernel_scale` next to `kernel`, is
-    quantized with exactly that: one that was learned (see `attach`), or
-    that of the grid which an optimizer ends on (`optim.proximal`). Learned scales of
-    activations become static ranges. These leaves are in no quantized tree.
+    quantized with exactly this scale. It was learned (see `attach`), or it is that of
+    the grid on which an optimizer ends (`optim.proximal`). Learned scales of
+    activations become static ranges. The quantized tree has no such leaves.
 
     Args:
       params: a tree of float arrays, such as nested dictionaries, unboxed: the params
-        of the float (or QAT) model, or any part of them, so that layers may be
-        quantized one by one. Those of an NNX model are
+        of the float (or QAT) model, or any part of them, so that you can quantize
+        layers one by one. Those of an NNX model are
         `nnx.to_pure_dict(nnx.state(model, nnx.Param))`.
       abstract_quantized_params: the params of the quantized model, or their shapes:
         what `ptq.abstract_params` gives, or for a Linen model
@@ -51,15 +51,14 @@ def quantize_params(
         itself, which may be abstract. The params of a function may be any tree, such as
         a module of Equinox.
       quant_stats: the ranges of activations, for rules with `act_static_scale=True`:
-        at the path of each module, for each operand such as `dot_general0_lhs`, the
-        `count` of batches, and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`. They
-        are the `quant_stats` of a `calib.Calibrator`, or what `ranges(target, rules)`
-        finds in a train state, a model or variables.
+        the `quant_stats` of a `calib.Calibrator`, or what `ranges(target, rules)` finds
+        in a train state, a model or variables. At the path of each module there is an
+        entry for each operand, such as `dot_general0_lhs`, with the `count` of batches,
+        and `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
       allow_extra_params: whether params that the quantized model does not have are
         left out. An error otherwise.
-      donate: whether each float array is deleted once it is quantized, so that the
-        float and the quantized tree together never take more than the float tree, the
-        quantized tree, and the largest array.
+      donate: whether each float array is deleted once it is quantized. Otherwise the
+        whole float tree and the whole quantized tree are in memory in the end.
 
     Returns:
       The quantized params: the same tree, with a `WithAux` for each array that is
@@ -69,12 +68,12 @@ def quantize_params(
 
     Raises:
       TypeError: if a leaf of `params` is not an array, `quant_stats` is not a nested
-        dictionary, or the quantized params are given
-        as a Linen model, a function, or the state of an NNX model.
-      ValueError: if a param is not one of the quantized model's, or has another shape
-        or an integer dtype; if a learned scale is missing, or is not finite; if the
-        statistics of a range are empty, or of no range of the model's; or if all
-        weights are there, and not the ranges that belong to them.
+        dictionary, or the quantized params are given as a Linen model, a function, or
+        the state of an NNX model.
+      ValueError: if the quantized model does not have a param, or has it with another
+        shape; if a param to quantize has an integer dtype; if a learned scale is
+        missing, or is not finite; if the statistics of a range are empty, or the model
+        does not have this range; or if all weights are there, but a range is missing.
 
     Example:
       >>> import jax
@@ -106,8 +105,8 @@ def quantize_params(
     )
 
 
-# What becomes of a param: from its path, its value, the param, which may be a
-# `WithAux`, that the quantized model has there, and the scales among the params.
+# Gives the quantized param. It takes its path, its float value, the param that the
+# quantized model has there (which may be a `WithAux`), and the scales among the params.
 QuantizeLeaf = Callable[[Path, Any, Any, GivenScales], Any]
 
 
@@ -136,7 +135,7 @@ def quantize_tree(
     frozen, params = isinstance(params, FrozenDict), unfreeze(params)
     structure = jax.tree.structure(params, is_leaf=stored.is_whole)
     flat, target, given = by_path(params, abstract_quantized_params)
-    # Two params may be one array, which is deleted after it was read for both.
+    # Two params may be the same array. It is deleted after it was read for both.
     last = {id(param): index for index, (_, param) in enumerate(flat)}
     quantized = []
     counted = tracked("quantizing params", flat, lambda leaf: "/".join(leaf[0]))
@@ -168,7 +167,7 @@ def quantize_tree(
 
 
 class ByPath(NamedTuple):
-    """Float params, next to what a quantized model has in their places.
+    """Float params, with the params of a quantized model.
 
     Attributes:
       flat: the float params with their paths, in the order of their tree.
@@ -229,13 +228,13 @@ def quantized_leaf(names: Path, param: Any, target: Any, given: GivenScales) -> 
 
 
 def _target(quantized: Any) -> Any:
-    """The params of a quantized model, which it may be itself, as a tree."""
+    """The params of a quantized model, or params that are given, as a tree."""
     if isinstance(quantized, nnx.State):
         raise TypeError(
             "The state of an NNX model does not say how its params are quantized. Give "
             "the quantized model itself."
         )
-    # A function is a leaf; a module of Equinox, which can be called, is a tree.
+    # A function is a leaf. A module of Equinox can be called, too, but is a tree.
     function = callable(quantized) and jax.tree_util.all_leaves([quantized])
     if isinstance(quantized, nn.Module) or function:
         raise TypeError(
@@ -247,7 +246,7 @@ def _target(quantized: Any) -> Any:
 
 
 def _is_static(param: Any, target: Any) -> bool:
-    """Whether a leaf is what the model computes with as it is, such as a function."""
+    """Whether a leaf is no array and the model uses it as it is, such as a function."""
     return param is target and not isinstance(param, jax.Array | np.ndarray)
 
 
@@ -275,7 +274,7 @@ def _delete(param: Any, quantized: Sequence[Any]) -> None:
 
 
 def rebuilt(structure: Any, leaves: Sequence[Any], added: Mapping[Path, Any]) -> Any:
-    """A tree of params from its leaves, without those left out, and with others."""
+    """A tree of params from its leaves, without those left out, and with added ones."""
     tree = jax.tree.unflatten(structure, leaves)
     if any(leaf is LEFT_OUT for leaf in leaves):
         tree = _pruned(tree)
@@ -286,7 +285,7 @@ def rebuilt(structure: Any, leaves: Sequence[Any], added: Mapping[Path, Any]) ->
 
 
 def _pruned(tree: Any) -> Any:
-    """A nested dictionary without what is left out, or would be empty."""
+    """A nested dictionary without what is left out, and without what that empties."""
     if isinstance(tree, WithLeaves):
         leaves = _pruned(tree.leaves)
         return tree.params if leaves is LEFT_OUT else WithLeaves(tree.params, leaves)

@@ -5,10 +5,10 @@ A product is the same with its input channels scaled and its weight scaled back:
     y = x @ w = (x * p) @ (w / p)
 
 The weight is stored as the codes of ``w / p``. The scale ``p`` is kept next to the
-params of the module that runs the op, named after the op and the operand as static
-ranges are: ``params["Dense_0"]["dot_general0_lhs_pre_quant_scale"]``, in a shape that
-broadcasts against the activation, with an axis in front for layers that are scanned
-over.
+params of the module that runs the op. Like a static range, it is named after the op and
+the operand: ``params["Dense_0"]["dot_general0_lhs_pre_quant_scale"]``. Its shape
+broadcasts against the activation. For layers that are scanned over it has an axis in
+front.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def scales_of(plan: OpPlan, named: Mapping[Path, Any]) -> list[jax.Array | None]
       named: the inputs of the traced call, by path.
 
     Raises:
-      ValueError: if a scale is not one of the operand's.
+      ValueError: if a scale does not have the shape that its operand needs.
     """
     scales: list[jax.Array | None] = [None] * len(plan.op.operands)
     for side in range(ops.kind_of(plan.op).sides):

@@ -29,10 +29,10 @@ from qwix_train.values import stored
 class PtqProvider(QuantizationProvider):
     """Runs a model on quantized weights, with quantized arithmetic.
 
-    Params that a rule quantizes are held as codes and scales, `WithAux(QArray(...))`
-    in the place of the float array. Products multiply codes where activations are
-    quantized, too. Anywhere else the model reads such a param, it finds the values
-    that its codes stand for, so a QAT model and its PTQ model compute the same.
+    A param that a rule quantizes is held as codes and scales: a `WithAux(QArray(...))`
+    takes the place of the float array. If activations are quantized, too, products
+    multiply codes. Wherever else the model reads such a param, it gets the values that
+    the codes stand for. So a QAT model and its PTQ model compute the same.
 
     Example:
       >>> import jax
@@ -61,8 +61,8 @@ class PtqProvider(QuantizationProvider):
           rules: the rules, in order of precedence.
           allow_unmatched: see `QuantizationProvider`.
           pre_quant_scale: whether the params of the model have a place for the scales
-            of input channels that `Awq` and `SmoothQuant` give; they are 1 at first.
-            Those that are among the params of a call are applied in any case.
+            of input channels that `Awq` and `SmoothQuant` give. These scales are 1 at
+            first. Scales that are among the params of a call are always applied.
         """
         super().__init__(rules, allow_unmatched=allow_unmatched)
         self.pre_quant_scale = pre_quant_scale
@@ -70,8 +70,8 @@ class PtqProvider(QuantizationProvider):
     def store_params(self, traced: TracedCall, plan: Plan) -> dict[Path, Any]:
         """See `QuantizationProvider.store_params`.
 
-        Codes and scales, static ranges, and scales of input channels. Scales that were
-        trained stand in the codes and ranges, and are left out.
+        They are codes and scales, static ranges, and scales of input channels. Trained
+        scales are part of the codes and ranges, so their own leaves are left out.
 
         Raises:
           ValueError: if a scale that a rule trains is not among the params.
@@ -85,7 +85,8 @@ class PtqProvider(QuantizationProvider):
             value = given.quantized(param.path, param.value, how)
             if value is None:
                 is_shape = isinstance(param.value, jax.ShapeDtypeStruct)
-                # Random params have no learned scales: they begin as those do.
+                # Random params have no learned scales: they are quantized with the
+                # scales at which learning begins.
                 if not (is_shape or traced.initializing):
                     given_scales.check_learned(param.path, how)
                 value = stored.quantize_param(param.value, how)
@@ -112,7 +113,7 @@ class PtqProvider(QuantizationProvider):
     def annotate(self, traced: TracedCall, plan: Plan) -> Plan:
         """See `QuantizationProvider.annotate`.
 
-        Adds where params are dequantized, and the forms of products.
+        Adds where params are dequantized, and in which form products are computed.
         """
         found: dict[str, dict[str, None]] = {}
         forms: dict[Any, dict[str, None]] = {}
@@ -122,8 +123,8 @@ class PtqProvider(QuantizationProvider):
 
         def find(inputs: list[Any]) -> None:
             call = dataclasses.replace(traced.with_inputs(inputs), initializing=True)
-            # Without what modes that derive from this one add, such as adapters: the
-            # plan is shown also where their rules match nothing.
+            # Without what derived modes add, such as adapters: the plan must be shown
+            # even if their rules match nothing.
             call = call.with_params(PtqProvider.store_params(self, call, plan))
             stages = on_codes(call, plan)
             told = {
@@ -155,7 +156,8 @@ def on_codes(traced: TracedCall, plan: Plan) -> CallStages:
     named, found = traced.named, {}
     unknown = static_range.initial(plan) if traced.initializing else None
     for op in plan.quantized_ops:
-        # What takes elements of a weight, such as a lookup, the weight does itself.
+        # An op that takes elements of a weight, such as a lookup, is done by the stored
+        # weight itself.
         if not ops.is_product(op.op.primitive):
             continue
         ranges = static_range.ranges_of(op, named, unknown)

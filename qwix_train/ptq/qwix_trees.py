@@ -4,13 +4,13 @@ The two libraries lay a quantized param out alike: ``WithAux(array=QArray(...), 
 or ``{'array': {'qvalue', 'scale'}}`` in the pure dict of an NNX model. They differ in
 this:
 
-- `qwix` stores a param in the shape in which an op reads it, this package in the shape
-  that the model declares. A model that reshapes a param before use tells them apart.
-- `qwix` has no ``int1`` (every code is 0). The codes -1 and +1 are handed to it as
-  ``int2``, a type that holds them, with the same scale.
+- `qwix` stores a param in the shape in which an op reads it, and this package in the
+  shape that the model declares. They differ if the model reshapes a param before use.
+- `qwix` has no usable ``int1`` (every code is 0). The codes -1 and +1 become ``int2``,
+  a type that holds them, with the same scale.
 - `qwix` has no tiles of unequal length, and its models look up no quantized table.
-- Scales of ``mxfp8``, ``mxfp4`` and ``nvfp4`` are floats there, of the same values; and
-  ``nvfp4`` has no scale of the tensor, which is 1 for what comes from there.
+- Scales of ``mxfp8``, ``mxfp4`` and ``nvfp4`` are floats in `qwix`, with the same
+  values. Its ``nvfp4`` has no scale of the tensor; params from `qwix` get 1.
 """
 
 from __future__ import annotations

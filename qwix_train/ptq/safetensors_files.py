@@ -1,8 +1,8 @@
 """Safetensors files of a checkpoint folder, with float8 and bfloat16 tensors.
 
-Files that are written here say in their metadata, which other readers pass over, what
-the checksum of each tensor is, and those of the other metadata. They are checked when
-such a file is read.
+Files that are written here hold checksums in their metadata, which other readers
+ignore: one for each tensor, and one for the other metadata. They are checked when such
+a file is read.
 """
 
 from __future__ import annotations
@@ -67,12 +67,35 @@ def write_file(
                 f"{name} has dtype {np.asarray(tensor).dtype}, which safetensors files "
                 f"do not hold; they hold {', '.join(_DTYPES.values())}."
             )
-    # The package writes the memory of an array as it lies, whatever its strides.
+    # The package writes the memory of an array in order, and ignores its strides.
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     sums = {name: checksum(x) for name, x in contiguous.items()}
     metadata = {**metadata, _CHECKSUMS: json.dumps(sums)}
     metadata[_SEAL] = _seal(metadata)
     _import("safetensors.numpy").save_file(contiguous, file, metadata=metadata)
+
+
+def check_fits(tensor: np.ndarray, dtype: Any) -> None:
+    """Complains of integers that a cast would change.
+
+    Args:
+        tensor: What a file holds, of any dtype.
+        dtype: The dtype that it is cast to.
+
+    Raises:
+        ValueError: An integer lies outside of the range of the dtype.
+    """
+    if not np.issubdtype(tensor.dtype, np.integer) or not tensor.size:
+        return
+    if np.can_cast(tensor.dtype, dtype):
+        return
+    low, high, info = tensor.min(), tensor.max(), jnp.iinfo(dtype)
+    if low < info.min or high > info.max:
+        raise ValueError(
+            f"its {tensor.dtype} numbers from {low} to {high} do not fit into "
+            f"{jnp.dtype(dtype)}, the dtype of its param. Give the param a wider one. "
+            "JAX has 64 bits only if jax_enable_x64 is set."
+        )
 
 
 def contents(
@@ -84,7 +107,7 @@ def contents(
     """Returns the files of a checkpoint, for `writing.write_together`.
 
     Args:
-        tensors: What gives each tensor, when its file is written.
+        tensors: Functions that give each tensor when its file is written.
         sizes: The bytes of each tensor.
         metadata: The metadata, of each file.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
@@ -133,11 +156,11 @@ def check_folder(
         names: The names of all of them.
         what: The kind of files.
         is_one: Whether a file that is there is of this kind.
-        overwrite: Whether to replace those that are there.
+        overwrite: Whether to replace files that are there.
 
     Raises:
-        FileExistsError: One is there and `overwrite` is not set; or another one that
-            readers would take for part of the checkpoint.
+        FileExistsError: A file is there and `overwrite` is not set; or there is another
+            file that readers would take for part of the checkpoint.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, and a folder is to be written.")
@@ -177,7 +200,7 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        ValueError: A file is damaged, or files and index do not say the same.
+        ValueError: A file is damaged, or files and index do not agree.
     """
     files, where = checkpoint_files(path)
     tensors: dict[str, np.ndarray] = {}
@@ -197,7 +220,7 @@ def checkpoint_files(path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, 
         path: A folder with one file or with shards and their index, or one file.
 
     Returns:
-        Without an index the names are empty.
+        The files, and the names. Without an index there are no names.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -262,14 +285,14 @@ def read_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]
 
     Raises:
         ImportError: `safetensors` is not installed.
-        ValueError: The file is not a whole one of this format; a tensor has a dtype
-            that NumPy and JAX do not have, or another checksum than it was written
-            with.
+        ValueError: The file is incomplete or not of this format; or a tensor has a
+            dtype that NumPy and JAX do not have, or another checksum than when it was
+            written.
     """
     safetensors = _import("safetensors")
     try:
         metadata = _metadata(file)
-        # Not `get_tensor`, which does not know float8 for any framework but PyTorch.
+        # Not `get_tensor`, which knows float8 for PyTorch alone.
         stored = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}.") from None
@@ -294,7 +317,7 @@ class TensorInFile:
         dtype: Its dtype.
         shape: Its shape.
         offset: Where it begins in the file, in bytes.
-        checksum: What `checksum` gives, if the file says so.
+        checksum: Its checksum, if the file has one.
     """
 
     file: pathlib.Path
@@ -305,7 +328,7 @@ class TensorInFile:
     checksum: str | None = None
 
     def mapped(self) -> np.ndarray:
-        """Returns the tensor; of the file only what is used of it is read."""
+        """Returns the tensor. Only the parts of the file that are used are read."""
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
@@ -314,7 +337,7 @@ class TensorInFile:
         """Reads the tensor, and checks it against its checksum, if it has one.
 
         Raises:
-            ValueError: It has another one; the message names the file and the tensor.
+            ValueError: They differ. The message names the file and the tensor.
         """
         if self.checksum is not None and checksum(self.mapped()) != self.checksum:
             raise ValueError(_damaged(self.file, [self.name]))
@@ -329,8 +352,8 @@ def open_checkpoint(path: pathlib.Path) -> dict[str, TensorInFile]:
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        ValueError: A file is damaged, or files and index do not say the same; or a
-            tensor has a dtype that NumPy and JAX do not have.
+        ValueError: A file is damaged, files and index do not agree, or a tensor has a
+            dtype that NumPy and JAX do not have.
     """
     files, where = checkpoint_files(path)
     tensors: dict[str, TensorInFile] = {}
@@ -366,7 +389,7 @@ def _tensors_in(file: pathlib.Path) -> dict[str, TensorInFile]:
 
 
 def read_metadata(file: pathlib.Path) -> dict[str, str]:
-    """Returns the metadata of a file; none if it cannot be read."""
+    """Returns the metadata of a file; empty if the file cannot be read."""
     safetensors = _import("safetensors")
     try:
         return _metadata(file)
@@ -386,17 +409,18 @@ def _dtype(file: pathlib.Path, tensor: str, name: str) -> np.dtype:
 
 
 def config_metadata(entries: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the metadata that say what the config beside a file is to say."""
+    """Returns metadata that hold the entries of the config beside a file."""
     return {_CONFIG_ENTRIES: json.dumps(entries)}
 
 
 def check_config(
     metadata: Mapping[str, str], config: Mapping[str, Any], file: pathlib.Path
 ) -> None:
-    """Checks that a config still says what `config_metadata` was given.
+    """Checks that a config still has the entries that `config_metadata` was given.
 
     Args:
-        metadata: The metadata of the tensors; others' have no such entry.
+        metadata: The metadata of the tensors. Files of other libraries have no such
+            entry.
         config: The config.
         file: Its file, for messages.
 
@@ -423,7 +447,7 @@ def checksum(tensor: np.ndarray) -> str:
 def _checksums(
     file: pathlib.Path, metadata: Mapping[str, str], names: Collection[str]
 ) -> dict[str, str]:
-    """The checksums of the tensors of a file; none if it was written without."""
+    """The checksums of the tensors of a file; empty if it was written without them."""
     if not {_CHECKSUMS, _SEAL} & metadata.keys():
         return {}
     if metadata.get(_SEAL) != _seal(metadata):

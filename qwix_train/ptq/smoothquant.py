@@ -28,18 +28,19 @@ from qwix_train.ptq.weight_method import Finding, Weight
 class SmoothQuant(InputScaling):
     """Divides each input channel, and multiplies the weight, by a smoothing factor.
 
-    For channel ``j`` of the input ``x`` of a weight ``w`` that is
+    The factor of channel ``j`` of the input ``x`` of a weight ``w`` is
 
         s[j] = max|x[j]|^alpha / max|w[j]|^(1 - alpha)
 
-    over all inputs and all outputs, so that a channel with outliers does not cost all
-    others their precision where activations are quantized with one scale. It is 1 for
-    channels that are zero throughout.
+    where the maxima are over all inputs and all outputs. So a channel with outliers
+    does not cost the other channels their precision if activations are quantized with
+    one scale. The factor is 1 for channels that are always zero.
 
-    Smoothing does not help every weight. Of alpha = 0.1, 0.2, ... 0.9 and no smoothing
-    at all, each matrix gets what has the smallest error of its outputs, with weight and
-    activations quantized as the rules say, on 256 vectors that are drawn from all that
-    entered it. `report` has the strength, both errors, and what was left as it is.
+    Smoothing does not help every weight. So each matrix gets the best of alpha = 0.1,
+    0.2, ... 0.9 and no smoothing: that with the smallest error of its outputs when
+    weight and activations are quantized as the rules say. The error is that on 256
+    vectors, drawn from all inputs of the matrix. `report` has the strength, both
+    errors, and which weights were left as they are.
 
     References:
       Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for
@@ -78,13 +79,13 @@ class SmoothQuant(InputScaling):
         """Checks the options.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
+          rules: the rules by which the model is to be quantized.
           alpha: the migration strength: how much of the difficulty moves from the
-            input to the weight, from 0 to 1. If None, it is chosen for each matrix;
-            else every weight is smoothed by it, and the report says where that made
-            its outputs worse.
-          rounding: chooses the codes once the inputs are smoothed: GPTQ, with the same
-            rules. If None, weights are rounded to nearest.
+            input to the weight, from 0 to 1. If None, it is chosen for each matrix.
+            Otherwise every weight is smoothed with it, and the report says where that
+            made the outputs worse.
+          rounding: chooses the codes once the inputs are smoothed: `Gptq` with the same
+            rules. If None, each element is rounded to nearest.
 
         Raises:
           ValueError: if `alpha` is out of bounds, or `rounding` has other rules.
@@ -112,7 +113,7 @@ class SmoothQuant(InputScaling):
             per_row=each,
             layers=math.prod(found.layers),
         )
-        # Where all are equal the first, which is no smoothing.
+        # If all are equal, this is the first: no smoothing.
         best = jnp.argmin(errors, 0)
         if self.alpha is not None:
             best = jnp.ones_like(best)
@@ -151,12 +152,12 @@ def _errors(
     per_row: bool,
     layers: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The squared errors of outputs, quantized with each of some scales of the input.
+    """The squared errors of outputs, for each of several scales of the input.
 
     Args:
       weight: the weight.
       scales: what the input is multiplied by, shape (candidates, matrices, channels).
-      activation: how the input is, or None.
+      activation: how the input is quantized; None if it is not.
       per_row: whether each vector has a scale of its own.
       layers: the number of layers, each of which has an input of its own.
 

@@ -1,11 +1,11 @@
 """Params of a quantized tree as the arrays that a checkpoint stores, and back.
 
-Codes are packed, and Orbax writes and reads the arrays as one tree. Each has a checksum
-that does not depend on how the array is sharded: each 32-bit word is mixed with its
-position, and the results are summed up modulo 2**32. So every device sums over what it
-has, and a change of one word always changes the sum: the mix is a permutation of the
-words. It is the finalizer of MurmurHash3 (Austin Appleby, public domain). The sum tells
-of damage, not of an attack.
+Codes are packed, and Orbax writes and reads the arrays as one tree. Each array has a
+checksum that does not depend on how the array is sharded: each 32-bit word is mixed
+with its position, and the results are summed modulo 2**32. So every device sums over
+its own words. The mix is a permutation of the words, so a change of one word always
+changes the sum. It is the finalizer of MurmurHash3 (Austin Appleby, public domain). The
+sum detects damage, not an attack.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LONGEST = 50_000
 ArrayKey = tuple[TreePath, str]
 """The path of a param, and the name of one of its arrays."""
 
-# Sub-byte arrays that are no codes: the type of codes that has the same values.
+# For dtypes of less than a byte, the type of codes that has the same values.
 _PACKED_AS = {"int2": "int2", "int4": "int4", "uint4": "nf4"}
 # Dtypes that TensorStore does not know, stored as bytes.
 _AS_BYTES = ("float8_e4m3",)
@@ -57,7 +57,7 @@ def params_of(tree: Any) -> list[StoredParam]:
             metadata boxes such as `flax.linen.Partitioned` are looked through.
 
     Raises:
-        TypeError: It is no such tree; the message names the param.
+        TypeError: A leaf is something else. The message names the param.
 
     >>> q = QArray(jnp.ones((4, 2), jnp.int8), jnp.ones((1, 2)))
     >>> [(p.path, list(p.arrays)) for p in params_of({'a': {'kernel': q}})]
@@ -111,7 +111,7 @@ def _check_dtype(where: str, dtype: Any) -> None:
 
 
 def check_values(params: Sequence[StoredParam]) -> None:
-    """Complains of params that there is nothing to write of, before a file is made.
+    """Complains of params without values, before a file is made.
 
     Raises:
         TypeError: A param has no values.
@@ -130,7 +130,7 @@ def check_values(params: Sequence[StoredParam]) -> None:
 
 
 def described(param: StoredParam) -> StoredParam:
-    """What a manifest says of a param, but for packing and checksums."""
+    """What a manifest says of a param, without packing and checksums."""
     arrays = {
         name: StoredArray(tuple(array.shape), jnp.dtype(array.dtype).name)
         for name, array in param.arrays.items()
@@ -155,8 +155,8 @@ def _encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
 
     Returns:
         The arrays to store; what the manifest says of the param, without checksums; and
-        whether the codes are those of their type, and whether the scales are finite
-        and not negative, each as an array of one boolean.
+        two booleans, as arrays of shape (): whether all codes are of their type, and
+        whether all scales are finite and not negative.
     """
     encoded, records = {}, {}
     codes_sound, scales_sound = np.True_, np.True_
@@ -169,7 +169,7 @@ def _encode(param: StoredParam) -> tuple[dict[str, Any], StoredParam, Any]:
             array, axis = _packable(array, packed_as)
             packed = packing.pack(array, packed_as, axis)
             if _PACKED_AS.get(record.dtype) != packed_as:
-                # The dtype holds more than the type does: nothing may get lost.
+                # The dtype holds more values than the type. None of them may be lost.
                 back = packing.unpack(packed, packed_as, array.shape[axis], axis)
                 wide = array.astype(jnp.float32)
                 codes_sound = jnp.all(back.astype(jnp.float32) == wide)
@@ -196,7 +196,7 @@ def _packable(array: Any, packed_as: str) -> tuple[jax.Array, int]:
     array = array.reshape(array.shape or (1,))
     axis = packing.packing_axis(array.shape, packed_as, array.sharding)
     if axis is None:
-        # Every axis is cut into pieces that hold no whole groups: a small array.
+        # No axis is split into pieces that hold whole groups: the array is small.
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())  # pyright: ignore
         array = jax.device_put(array, everywhere)
         axis = packing.packing_axis(array.shape, packed_as)
@@ -223,7 +223,7 @@ def _stored_struct(record: StoredArray, target: Sharding) -> jax.ShapeDtypeStruc
 
 
 def _decode(array: jax.Array, record: StoredArray, target: Sharding) -> jax.Array:
-    """The array that is stored in such a form, sharded as the target says."""
+    """The array as it was before it was stored, sharded as the target says."""
     if record.dtype in _AS_BYTES:
         return jax.lax.bitcast_convert_type(array, jnp.dtype(record.dtype))
     if record.packed_as is None:
@@ -275,7 +275,7 @@ def shardings_of(param: StoredParam, given: Any) -> dict[str, Sharding]:
 
 
 def concrete_sharding(given: Any) -> Sharding | None:
-    """What a sharding is, or that of an array, if it names devices; None otherwise."""
+    """A sharding, or that of an array, if it names devices; None otherwise."""
     sharding = (
         given if isinstance(given, Sharding) else getattr(given, "sharding", None)
     )
@@ -287,7 +287,7 @@ def concrete_sharding(given: Any) -> Sharding | None:
 def slice_sharding(
     base: Sharding, shape: tuple[int, ...], of_slice: tuple[int, ...]
 ) -> Sharding:
-    """The sharding of a slice of an array: that of the array, where it divides.
+    """The sharding of a slice of an array: that of the array, where it fits.
 
     Args:
         base: The sharding of the array.
@@ -383,8 +383,20 @@ def read(
         targets: How each array is to be sharded.
 
     Raises:
-        ValueError: The message names the params that are damaged.
+        ValueError: Params are damaged, or have 64 bits, which JAX does not have without
+            ``jax_enable_x64``. The message names them.
     """
+    wide = [
+        f"{param.name} ({record.dtype})"
+        for param in params
+        for record in param.arrays.values()
+        if jax.dtypes.canonicalize_dtype(record.dtype) != jnp.dtype(record.dtype)
+    ]
+    if wide:
+        raise ValueError(
+            f"The checkpoint at {path} holds arrays that JAX has only if "
+            f"jax_enable_x64 is set: {plan_table.some(wide, 3)}. Set it first."
+        )
     structs = {
         (param.path, name): _stored_struct(record, targets[param.path][name])
         for param in params
@@ -453,7 +465,7 @@ def _read_arrays(
         )
     flat: Any = traverse_util.flatten_dict(tree)
     arrays = {where: flat[_keys(where)] for where in structs}
-    # In place of an array that the checkpoint lacks Orbax leaves what was asked for.
+    # If the checkpoint lacks an array, Orbax gives back what was asked for.
     if not all(isinstance(array, jax.Array) for array in arrays.values()):
         raise ValueError("they are missing")
     return arrays

@@ -26,11 +26,12 @@ def to_tree(model: Any, kind: Any = _STATE) -> Any:
     Args:
       model: an NNX module; or a tree of params, which may be boxed.
       kind: an NNX filter, such as `nnx.Param`, for the variables to list. By default
-        all that are no random state; `nnx.BatchStat`, too, for one.
+        all but the random state, so that `nnx.BatchStat` is among them.
 
     Returns:
-      A nested dictionary with a `WithAux` for each quantized param, and arrays. What a
-      module holds in several places stands at the first of them, as in `nnx.state`.
+      A nested dictionary of arrays, with a `WithAux` for each quantized param. A
+      variable that a module holds in several places is listed at the first of them, as
+      in `nnx.state`.
 
     Example:
       >>> from flax import nnx

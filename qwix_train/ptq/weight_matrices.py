@@ -1,9 +1,9 @@
 """A stored param as the matrices that a product multiplies its input by.
 
-Methods that look at the input of a product work on matrices of shape (rows, channels):
-a channel is an element of what is contracted, a row one of the output. A stored param
-holds one such matrix, or one for each layer that is scanned over and for each group
-(a batch axis of the product), in whatever order of axes the model keeps it.
+Methods that look at the input of a product work on matrices of shape (rows, channels).
+A channel is an element of the input that the product contracts, and a row an element of
+the output. A stored param holds one such matrix, or one for each layer that is scanned
+over and each group (a batch axis of the product). Its axes may be in any order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class MatrixView:
 
     Attributes:
       stored: the shape of the param.
-      factors: the same elements, with axes cut where a reshape of the model cuts them.
+      factors: the shape of the param when its axes are split as reshapes of the model
+        split them.
       order: the axes of `factors` in the order layers, groups, rows, channels.
       layers: the sizes of the axes that are scanned over.
       groups: the sizes of the axes along which the product is batched.
@@ -95,8 +96,8 @@ def matrix_view(view: View, op: Op, side: int) -> MatrixView:
       side: 0 if the param is its left operand, 1 for the right one.
 
     Raises:
-      ValueError: if the op reads less than all of the param, or not in an order that
-        is known; the message says why.
+      ValueError: if the op does not read all of the param, or reads it in an unknown
+        order. The message says why.
     """
     axes = _axes(op, side)
     contracting, batch = axes.contracted, axes.batch
@@ -158,8 +159,9 @@ def row_tile(view: MatrixView, how: HowToQuantize) -> int | None:
       how: how it is quantized.
 
     Returns:
-      The number, which divides that of all channels; None where what shares a scale is
-      anything else: spread over rows, shorter at the end, or not consecutive.
+      The number, which divides the number of all channels. None if the elements that
+      share a scale are anything else: spread over rows, fewer at the end, or not
+      consecutive.
     """
     if parse_calibration_method(how.calibration_method)[0] == "fixed":
         return None  # one scale for all
@@ -185,7 +187,7 @@ def channel_order(view: View, op: Op, side: int) -> tuple[int, ...]:
       side: which operand the param is.
 
     Returns:
-      Indices into the contracted axes that the kind of op gives of either operand.
+      Indices into the contracted axes, as the kind of op lists them for an operand.
     """
     contracting = _axes(op, side).contracted
 
@@ -197,7 +199,7 @@ def channel_order(view: View, op: Op, side: int) -> tuple[int, ...]:
 
 
 def input_vectors(view: View, op: Op, side: int) -> Vectors:
-    """How the input that meets a param is seen as vectors.
+    """How the input that a param is multiplied by is seen as vectors.
 
     Args:
       view: what the op reads of the param.
@@ -205,9 +207,9 @@ def input_vectors(view: View, op: Op, side: int) -> Vectors:
       side: which operand the param is.
 
     Raises:
-      ValueError: if it cannot be; the message says why.
+      ValueError: if it cannot be seen as vectors. The message says why.
     """
-    # Along an axis that was added to the weight, every entry meets the same matrix.
+    # Along an axis that was added to the weight, every entry has the same matrix.
     own_batch = [
         any(atom.size > 1 for atom in view.dims[axis]) for axis in _axes(op, side).batch
     ]

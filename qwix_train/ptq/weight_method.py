@@ -44,16 +44,16 @@ from qwix_train.values import stored
 class Weight:
     """A weight, with all that a method may look at.
 
-    Compiled functions take it as an argument, in which it has no `inputs`.
+    Compiled functions take it as an argument. Inside of them it has no `inputs`.
 
     Attributes:
       param: the stored param, a float array.
-      how: how it is to be quantized.
+      how: how the param is to be quantized.
       view: how it is read as matrices, of shape (matrices, rows, channels).
-      moments: the statistics of all that enters them: ``absmean``, ``min`` and
+      moments: the statistics of the inputs of these matrices: ``absmean``, ``min`` and
         ``max``, shape (matrices, channels), and ``second_moment``, shape (matrices,
-        channels, channels), if the method collects that.
-      inputs: the inputs of the products that read it.
+        channels, channels), if the method collects it.
+      inputs: the inputs of the products that read the weight.
     """
 
     param: jax.Array
@@ -64,7 +64,7 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """The ops that read it."""
+        """The names of its inputs, as text."""
         return ", ".join(found.name for found in self.inputs)
 
     def matrices(
@@ -73,7 +73,7 @@ class Weight:
         """The matrices, in float32, that the input is multiplied by.
 
         Args:
-          array: what stands in the place of the param; None for the param.
+          array: an array to use instead of the param; None for the param.
           scale: what the input is multiplied by first, shape (matrices, channels).
         """
         array = as_float(self.param if array is None else array)
@@ -105,8 +105,8 @@ class Scale:
 
     Attributes:
       channels: the scale, shape (matrices, channels).
-      stored: the same, as it is kept among the params (see `pre_quant_scale`).
-      range: the statistics of the range of the scaled input, if that is static.
+      stored: the scale as it is kept among the params (see `pre_quant_scale`).
+      range: the statistics of the range of the scaled input, if that range is static.
     """
 
     channels: jax.Array
@@ -120,8 +120,8 @@ class Finding:
 
     Attributes:
       note: a note.
-      errors: the errors of the outputs, as a share of their square, of rounding to
-        nearest and of this; None for those of the weight alone.
+      errors: the squared errors of the outputs, relative to the outputs squared: with
+        rounding to nearest, and with this method. If None, `output_error` gives them.
       reason: why the weight was left as it is; empty if it was not.
     """
 
@@ -131,12 +131,12 @@ class Finding:
 
 
 class QuantizedWeight(NamedTuple):
-    """What a method makes of a weight.
+    """The result of a method for a weight.
 
     Attributes:
       array: its codes and scales.
       found: what the report says of it.
-      scale: what its input is multiplied by, if it is.
+      scale: what its input is multiplied by; None if it is not.
     """
 
     array: QArray
@@ -147,10 +147,10 @@ class QuantizedWeight(NamedTuple):
 def output_error(
     weight: Weight, array: QArray, scale: jax.Array | None = None
 ) -> jax.Array:
-    """The squared error of the outputs, as a share of their square.
+    """The squared error of the outputs, relative to the outputs squared.
 
-    With the error ``E`` of the weight and the second moment ``M`` of the input, summed
-    over matrices, ``trace(E M E^T) / trace(W M W^T)``.
+    With the error ``E`` of the weight ``W`` and the second moment ``M`` of the input,
+    it is ``trace(E M E^T) / trace(W M W^T)``, where both are summed over matrices.
 
     Args:
       weight: the weight.
@@ -182,15 +182,15 @@ State = Mapping[str, Any]
 class WeightMethod(Collector, abc.ABC):
     """Collects the inputs of weights in a user's loop, then quantizes the weights.
 
-    Wrap the eval step of the float model and run the loop; `quantize_params` then
-    takes the place of the function of that name. Several steps may be wrapped. For one
-    block of the model after the other, see `quantize_in_sequence`.
+    Wrap the eval step of the float model and run the loop. Then call the method
+    `quantize_params` instead of the function of that name. You can wrap several steps.
+    To quantize one block of the model after the other, see `quantize_in_sequence`.
 
     Attributes:
       rules: the rules.
-      state: the statistics as they are, by name: a tree of arrays, to be saved and
-        put back.
-      report: what became of each weight, after `quantize_params`.
+      state: the statistics so far, by name: a tree of arrays that you can save, and set
+        again.
+      report: what was done to each weight; None before `quantize_params`.
     """
 
     title = ""
@@ -202,10 +202,10 @@ class WeightMethod(Collector, abc.ABC):
         """Checks the rules.
 
         Args:
-          rules: the rules, those that the model is to be quantized by.
+          rules: the rules by which the model is to be quantized.
 
         Raises:
-          ValueError: if one has a rotation.
+          ValueError: if a rule has a rotation.
         """
         super().__init__()
         self.rules: tuple[QuantizationRule, ...] = check_rules(rules)
@@ -220,7 +220,7 @@ class WeightMethod(Collector, abc.ABC):
         self.restart()
 
     def restart(self, takes: Callable[[Path], bool] = lambda path: True) -> None:
-        """Drops all statistics. Steps that are wrapped collect anew.
+        """Drops all statistics. Wrapped steps collect new ones.
 
         Args:
           takes: says of the path of a param whether its inputs are collected from now
@@ -249,8 +249,8 @@ class WeightMethod(Collector, abc.ABC):
 
         Args:
           step: a step that calls a Linen or NNX model, in float. If it is jitted, it
-            runs compiled. The result must not go into `jit`, `scan` and the like:
-            use `observe` for that.
+            runs compiled. Do not use the wrapped step inside `jit`, `scan` and the
+            like: use `observe` for that.
 
         Returns:
           A step with the same signature and the same results.
@@ -288,8 +288,8 @@ class WeightMethod(Collector, abc.ABC):
         """The statistics of the batches of two states, such as those of two hosts.
 
         Args:
-          a: a state; those of an input that only one has are kept.
-          b: another one.
+          a: a state.
+          b: another one. Statistics of an input that only one of the two has are kept.
         """
         return merge_stats(self, a, b)
 
@@ -304,17 +304,15 @@ class WeightMethod(Collector, abc.ABC):
     ) -> Any:
         """Quantizes float params as a quantized model says.
 
-        A weight that the method cannot be applied to is rounded to nearest, as the
-        function `quantize_params` does; `report` says which, and why.
+        If the method cannot be applied to a weight, the weight is rounded to nearest,
+        as the function `quantize_params` does. `report` says which weights, and why.
 
         Args:
           params: see the function `quantize_params`.
-          abstract_quantized_params: see there. The model is one that `provider`
-            quantizes.
-          quant_stats: see there. For an input that gets a scale for its channels, the
-            range is that of the scaled input, over all batches, from what was
-            collected here; what is given for it here does not count. For one that is
-            left as it is, what is given does.
+          abstract_quantized_params: see there. `provider` must quantize the model.
+          quant_stats: see there. For an input that gets a scale for its channels, a
+            range that is given is ignored: its range is that of the scaled input over
+            all batches that were collected. For other inputs the given range counts.
           allow_extra_params: see there.
           donate: see there.
 
@@ -355,7 +353,8 @@ class WeightMethod(Collector, abc.ABC):
           ValueError: if there are any, or no input was found.
         """
         tagging = self.tagging
-        # Where no weight has an input of use, there is none, and the report says why.
+        # If no weight has an input to collect, there are no ranges either, and the
+        # report says why.
         if not tagging.reads or (tagging.ranges and not self.state):
             raise ValueError(
                 "No inputs were collected: run the wrapped step first. For a state "
@@ -375,7 +374,7 @@ class Job:
     """Quantizes the params of a tree, one after the other.
 
     Attributes:
-      records: what became of each.
+      records: what was done to each.
     """
 
     def __init__(self, method: WeightMethod, in_module: bool):
@@ -401,12 +400,12 @@ class Job:
     def leaf_and_values(
         self, names: Path, param: Any, target: Any, given: GivenScales
     ) -> tuple[Any, Any]:
-        """`leaf`, and in float what the products compute with.
+        """Quantizes one param, and gives its values for the float model.
 
         Returns:
-          The quantized param; and the function that gives the float array with which
-          the products of the float model are those of the quantized weight and, if the
-          method scales that, its scaled input.
+          The quantized param; and a function that gives a float array. With it, the
+          products of the float model are those of the quantized weight. If the method
+          scales the input, that is part of the array.
         """
         rounded = quantized_leaf(names, param, target, given)
         if not stored.is_quantized(target):
@@ -472,7 +471,7 @@ class Job:
         return traverse_util.unflatten_dict(ranges), self.scales
 
     def _weight(self, path: Path, param: jax.Array, how: HowToQuantize) -> Weight | str:
-        """The weight at a path; why the method does not apply, if that is so."""
+        """The weight at a path; or why the method does not apply to it, as text."""
         reads = self.method.tagging.reads[path].values()
         if reasons := [found for found in reads if isinstance(found, str)]:
             return "; ".join(dict.fromkeys(reasons))
@@ -499,11 +498,11 @@ def path_among(paths: Collection[Path], names: Path) -> Path:
     """The path of a param in a model, without the collection that it stands in.
 
     Args:
-      paths: the paths of the params that the model was seen to read.
+      paths: the paths of the params that the model read in the steps that were run.
       names: the path of the param in a tree.
 
     Raises:
-      ValueError: if the model was not seen to read it.
+      ValueError: if the model did not read it.
     """
     path = names if names in paths else names[1:]
     if path not in paths:
@@ -518,14 +517,14 @@ def path_among(paths: Collection[Path], names: Path) -> Path:
 def _per_matrix(found: WeightInput, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The state of an input with one axis of matrices in front.
 
-    A weight that all of the layers share that are scanned over has a state for each.
+    If all layers of a scan share the weight, there is a state for each layer.
     """
     depth = len(found.layers)
     count = math.prod(found.layers)
 
     def stacked(value: Any) -> jax.Array:
         if is_concrete(value):
-            # Off the mesh of the step, which may be another.
+            # Off the mesh of the step, which may be another than that of the params.
             value = processes.whole(value)
         return jnp.asarray(value).reshape(count, *value.shape[depth:])
 

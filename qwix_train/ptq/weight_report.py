@@ -1,4 +1,4 @@
-"""What a method made of each weight, as records and as a table."""
+"""What a method did to each weight, as records and as a table."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from qwix_train.files import text_table
 
 @dataclasses.dataclass(frozen=True)
 class WeightRecord:
-    """What became of one quantized param.
+    """What a method did to one quantized param.
 
     Attributes:
       param: its path.
       ops: the ops that read it.
-      applied: whether the method was; otherwise the param is rounded to nearest.
-      reason: why it was not.
-      rounding_error: the squared error of the outputs, on the inputs that were
-        collected and as a share of their square, if the param is rounded to nearest.
-        None where the method does not collect what that takes. With `SmoothQuant`,
-        activations are quantized, too, as the rule says; in all others they are not.
-      error: the same of what the param was quantized to.
+      applied: whether the method was applied. Otherwise the param is rounded to
+        nearest.
+      reason: why the method was not applied.
+      rounding_error: the squared error of the outputs if the param is rounded to
+        nearest, relative to the outputs squared, on the inputs that were collected.
+        None if the method does not collect what this takes. For `SmoothQuant`,
+        activations are quantized, too, as the rule says; for all others they are not.
+      error: the same error with what the method made of the param.
       note: what else the method has to say.
     """
 
@@ -36,7 +37,7 @@ class WeightRecord:
 
 @dataclasses.dataclass(frozen=True)
 class WeightReport:
-    """What a method made of the weights of a model; printed, it is a table.
+    """What a method did to the weights of a model. It prints as a table.
 
     Attributes:
       method: the name of the method.

@@ -218,7 +218,8 @@ def _abstract_linen(
     call = functools.partial(quantized.apply, mutable=mutable, rngs=keys)
     first = {**others, "params": params}
     try:
-        shapes, plan = _shapes(call, first, provider, inputs, kwargs)
+        with linen_calls.naming_missing_collections(model, first, inputs, kwargs):
+            shapes, plan = _shapes(call, first, provider, inputs, kwargs)
     except Exception as error:
         names = sorted(name for name in made if name != "params")
         if names:

@@ -1,10 +1,11 @@
 """Quantization-aware training.
 
-`QtProvider` is the mode of `wrap_train_step` and `quantize_model`, `QtRule` quantizes
-the backward products, `Schedule` says when quantization begins.
+`QtProvider` is the mode of `wrap_train_step` and `quantize_model`. `QtRule` quantizes
+the backward products. `Schedule` says when quantization begins.
 
-`learned_scale_mask` tells scales that are trained from other params.
-Bits by op: `sensitivity` (a `Sensitivity` of `OpSensitivity` rows) and `assign_bits`.
+`learned_scale_mask` tells trained scales from other params. `sensitivity` measures how
+much quantizing each op hurts (a `Sensitivity` of `OpSensitivity` rows), and
+`assign_bits` chooses the bits of each op from that.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from qwix_train.qat.provider import QtProvider as QtProvider
 from qwix_train.qat.qt_rule import QtRule as QtRule
 from qwix_train.qat.train_state import learned_scale_mask as learned_scale_mask
 
-# What not every program uses is imported when it is: see `late_names`.
+# Imported when they are used, which not every program does: see `late_names`.
 if TYPE_CHECKING:
     from qwix_train.qat.bit_assignment import assign_bits as assign_bits
     from qwix_train.qat.op_sensitivity import sensitivity as sensitivity

@@ -1,9 +1,9 @@
 """The products of the backward pass, computed from codes.
 
-The gradient of a product in one operand is a product again, of the incoming gradient
-and the other operand. JAX itself says which: the product is transposed, as a float
-function, and traced; then the trace is evaluated on codes. So whatever JAX can
-transpose (groups, dilations, strides, batch axes) has its quantized form.
+The gradient of a product in one operand is a product, too: of the incoming gradient and
+the other operand. JAX says which one. It transposes the product as a float function,
+and the trace of that is evaluated on codes. So whatever JAX can transpose (groups,
+dilations, strides, batch axes) has a quantized form.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from qwix_train.values.stored_weight import StoredWeight, product
 
 
 class Groups(NamedTuple):
-    """How an operand of a backward product is quantized along what that contracts.
+    """How an operand of a backward product is quantized along the contracted axes.
 
     Attributes:
-      qtype: its type.
+      qtype: the type of its codes.
       tile_size: see `weights.operand_axes`.
       calibration_method: how its range is found.
-      axis_names: the axes of a mesh over which it is joined.
+      axis_names: the axes of a mesh over which its range is joined.
     """
 
     qtype: Any
@@ -66,7 +66,7 @@ class BackwardProduct:
       name: the primitive of the product.
       params: the parameters of its equation.
       side: the operand that the gradient is for: 0 for the left one, 1 for the right.
-      of_weight: whether that is a weight.
+      of_weight: whether that operand is a weight.
       rule: how gradients are quantized.
       where: the module and the op, for errors.
       again: how the other operand is quantized for this product; None if it is
@@ -92,16 +92,16 @@ class BackwardProduct:
 
         Args:
           g: the gradient of the result.
-          residuals: the operands, as the forward has multiplied them or as they were
-            before; and what else it has read.
+          residuals: the operands, as the forward multiplied them or as they were before
+            they were quantized; and behind them what else the product reads.
           key: the random key for stochastic rounding; None to round to nearest.
-          calibration: the range of the gradient of the result, an array of one element;
-            None for the range that it has.
+          calibration: the range of the gradient of the result, arrays of one element;
+            None to find it from the gradient itself.
 
         Raises:
-          ValueError: if the tile size for gradients does not fit, or the rotation.
+          ValueError: if the tile size for gradients, or the rotation, does not fit.
         """
-        # Rounding to nearest before the stochastic one would be a bias.
+        # Rounding to nearest before stochastic rounding would add a bias.
         g = g.astype(numerics.compute_dtype(g.dtype))
         other, moved = residuals[1 - self.side], False
         if self.again is not None:
@@ -143,7 +143,7 @@ class BackwardProduct:
     def _with_scale(
         self, g: jax.Array, other: QArray, residuals: Sequence[MaybeQArray]
     ) -> tuple[jax.Array, QArray, bool]:
-        """Moves the scale of an operand to the gradient, where that has its axes."""
+        """Moves the scale of an operand to the gradient, if that has the same axes."""
         if other.zero_point is None and multiplies_codes(other):
             kind = ops.product_of(self.name)
             scale = other.float_scale.astype(g.dtype)
@@ -172,7 +172,7 @@ class BackwardProduct:
             return jax.linear_transpose(forward, ours)(g)[0]
 
         given = map(stored.shape_of, (g, *residuals[2:]))
-        # The other operand is a param to the trace, to be told from the gradient.
+        # The other operand is a param of the trace, to tell it from the gradient.
         return function.trace(gradient, (others, *given), lambda path: ("other",))
 
     def _rotated(self, op: Op, factors: Sequence[jax.Array]) -> list[jax.Array]:
@@ -214,7 +214,7 @@ class BackwardProduct:
         if calibration is None:
             return self._quantized(op, at, g, groups, noise_fn)
         whole = jax.tree.map(lambda x: x.reshape((1,) * g.ndim), calibration)
-        # What overflows is to be seen, as loss scaling needs it to be.
+        # An overflow must stay visible, as loss scaling needs it.
         seen = jnp.where(jnp.isfinite(g), g, jnp.nan)
         return with_nan(_with_range(g, rule.bwd_qtype, whole, noise_fn), seen)
 

@@ -20,34 +20,36 @@ def assign_bits(
 ) -> list[QuantizationRule]:
     r"""Chooses the type of each op that a sensitivity lists, within a budget.
 
-    With :math:`c_{it}` the increase of the loss (or :math:`|\Omega|`) that op :math:`i`
-    causes alone with type :math:`t`, and :math:`s_{it}` its size,
+    Let :math:`c_{it}` be the increase of the loss (or :math:`|\Omega|`) that op
+    :math:`i` alone causes with type :math:`t`, and :math:`s_{it}` the size of its
+    params. The choice :math:`x_{it}` solves
 
     .. math::
         \min_x \sum_{i,t} c_{it} x_{it} \quad \text{such that} \quad
         \sum_{i,t} s_{it} x_{it} \le B, \qquad \sum_t x_{it} = 1, \qquad
         x_{it} \in \{0, 1\}.
 
-    It is a multiple-choice knapsack problem, solved to optimality as an integer linear
-    program. That increases add up is an assumption: check the loss with the rules.
+    This multiple-choice knapsack problem is solved exactly, as an integer linear
+    program. It assumes that increases add up, so check the loss with the rules.
 
     Args:
         sensitivity: What `sensitivity` found.
         budget: :math:`B` in bytes, for the params that the table lists: their packed
             codes, scales and zero points, as ``QArray.nbytes`` counts them. Params
             that stay in float do not count.
-        average_bits: In its place, the bits of a code, in the mean over all elements
+        average_bits: Instead of ``budget``, the mean bits of a code, over all elements
             of these params. Scales do not count.
 
     Returns:
-        Ordinary rules: for each op of the table one with its module path and id, and
-        behind them the rules that the sensitivity was measured with, for all else.
+        Ordinary rules. There is one for each op of the table, with its module path and
+        id. The rules that the sensitivity was measured with follow, for everything
+        else.
 
     Raises:
-        TypeError: ``sensitivity`` is not a sensitivity, or there are both budgets, or
+        TypeError: ``sensitivity`` is not a sensitivity, or both budgets are given, or
             neither.
-        ValueError: No choice meets the budget; the message says what the smallest one
-            takes. Or the budget is not a finite number, or a loss in the table is not.
+        ValueError: No choice meets the budget; the message says what the smallest
+            choice takes. Or the budget, or a loss in the table, is not finite.
 
     >>> import numpy as np
     >>> from qwix_train import QuantizationRule, as_model

@@ -1,4 +1,4 @@
-"""Quantization that is blended in: the phases of a schedule that are ramps."""
+"""Blends quantization in, for the phases of a schedule that are ramps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qwix_train.stages.stage import Constant, Stage
 
 
 def blended(stages: CallStages, plan: Plan, amounts: Amounts) -> CallStages:
-    """Stages of which there is as much as amounts say.
+    """Stages that quantize by the given amounts.
 
     Args:
-      stages: what a mode chooses, that keeps params in float.
-      plan: what it does to the call.
+      stages: the stages of a mode that keeps params in float.
+      plan: what the mode does to the call.
       amounts: the amounts, by rule.
 
     Raises:

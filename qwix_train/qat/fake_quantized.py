@@ -32,9 +32,9 @@ def fake_quantized(
     Args:
       traced: the call.
       plan: what the rules do to it.
-      range_of: gives what the range of an activation is, where it is collected.
-      gradient_of: the same for the gradient of the result of an op; None where it is
-        not collected.
+      range_of: gives the range of an activation whose range is collected.
+      gradient_of: gives the range of the gradient of an op's result; None if it is not
+        collected.
 
     Raises:
       ValueError: if a scale that is trained is not among the params.
@@ -83,7 +83,8 @@ def _param_stages(
         return ()
     path: Path = param.path
     if parts := learned_scale.given_parts(path, traced):
-        # It is on the grid that stands beside it, as a quantized model will have it.
+        # The param is rounded to the grid that stands beside it, as a quantized model
+        # will have it.
         products.check_has_no_grid(path)
         found = learned_scale.given_range(path, parts, how, planned.shape, value.dtype)
         stages = (FakeQuantize(how.in_basis, lax.stop_gradient(found)),)

@@ -1,4 +1,4 @@
-"""The grids of `optim.proximal`, beside the params that lie on them."""
+"""Puts the grids of `optim.proximal` beside the params that lie on them."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
         chain, a partition, a mask and so on.
 
     Raises:
-      ValueError: if a param that has a grid is not among the params, or stands in no
+      ValueError: if a param that has a grid is not among the params, or is not in a
         mapping; or if there already is a param with the name of its scale.
     """
     is_state = isinstance(params, nnx.State)
@@ -34,7 +34,7 @@ def with_grid_scales(params: Any, opt_state: Any) -> Any:
     for state in _states_in(opt_state):
         scales = _by_path(state.scale)
         params = _with_part(params, scales, "scale")
-        # In the dtype of the scale, as among params there are floats alone.
+        # In the dtype of the scale, because params are floats.
         zero_points = {
             path: zero.astype(scales[path].dtype)
             for path, zero in _by_path(state.zero_point).items()

@@ -1,4 +1,4 @@
-"""The learned scales that training begins with."""
+"""The first values of learned scales."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def initial_leaves(
     plan: Plan,
     quant_stats: Mapping[str, Any] | None = None,
 ) -> dict[Path, Any]:
-    """The learned scales that a plan asks for and a call does not have.
+    """The learned scales that a plan asks for, and that a call does not have yet.
 
-    They are in float32, or wider, so that small updates of them are not lost. A weight
-    in a box of Linen or NNX has its scale in such a box.
+    They are in float32 or wider, so that small updates are not lost. If a weight is in
+    a box of Linen or NNX, its scale is in such a box, too.
 
     Args:
-      traced: a call of the model; its inputs are what activations are measured with.
+      traced: a call of the model. Activations are measured with its inputs.
       plan: what the rules do to it.
-      quant_stats: ranges of activations, in the place of measuring them.
+      quant_stats: ranges of activations, instead of measuring them.
 
     Returns:
       The leaves, by path.
 
     Raises:
-      TypeError: if activations are to be measured, and there are shapes for inputs.
-      ValueError: if an activation has no range, or PACT clips one that has negative
-        elements; if a param is quantized already, or the model has one of its own in
-        the place of a scale.
+      TypeError: if activations are to be measured, and the inputs are shapes.
+      ValueError: if an activation has no range, or PACT would clip one that has
+        negative elements; if a param is quantized already; or if the model has its own
+        param in the place of a scale.
     """
     named = traced.named
     leaves: dict[Path, Any] = {}
@@ -96,9 +96,9 @@ def initial_leaves(
 
 
 def learned_paths(traced: TracedCall, plan: Plan) -> set[Path]:
-    """The paths of the trained scales that a call has, and a plan asks for.
+    """The paths of the trained scales that a plan asks for, and that a call has.
 
-    What the model itself has is no such scale, whatever its name.
+    A param of the model's own is not one of them, whatever its name.
 
     Args:
       traced: a call of the model.

@@ -1,4 +1,4 @@
-"""How much a loss grows when one op alone is quantized."""
+"""Measures how much a loss grows when one op alone is quantized."""
 
 from __future__ import annotations
 
@@ -53,44 +53,43 @@ def sensitivity(
     r"""Measures which ops a model can least afford to quantize, and to which types.
 
     Each op that the rules quantize, and that reads a weight, is tried alone, with each
-    type for its weight; its activations are quantized as its rule says, and all other
-    ops stay in float. Ops that share a param are one: they are quantized together.
-    With :math:`L` the mean of the loss over the batches, :math:`y` the output of the op
-    and :math:`\hat y` that with quantized operands, whose float values are those of the
-    float model,
+    type for its weight. Its activations are quantized as its rule says, and all other
+    ops stay in float. Ops that share a param are quantized together.
+    Let :math:`L` be the mean of the loss over the batches, :math:`y` the output of the
+    op in the float model, and :math:`\hat y` the output of the op when the same
+    operands are quantized. Then
 
     .. math::
         \Delta L = L(\hat W) - L(W), \qquad
         \mathrm{SQNR} = 10 \log_{10}
         \frac{\sum y^2}{\sum (\hat y - y)^2} \,\mathrm{dB}.
 
-    ``method='loss'`` measures :math:`\Delta L`: each batch is evaluated (ops times
-    types) + 1 times, by one compiled program to which the op and the type are inputs.
-    ``method='hutchinson'`` is for models that have many: it estimates curvature
-    instead, and its cost does not grow with the number of ops. With :math:`H` the
-    Hessian of the float loss by a param of :math:`n` elements,
+    ``method='loss'`` measures :math:`\Delta L`. Each batch is evaluated (ops times
+    types) + 1 times, by one compiled program that takes the op and the type as inputs.
+    ``method='hutchinson'`` is for models with many ops. It estimates curvature instead,
+    and its cost does not grow with the number of ops. With :math:`H` the Hessian of the
+    float loss by a param of :math:`n` elements,
 
     .. math::
         \mathrm{tr}\, H \approx \frac{1}{m} \sum_{i=1}^m v_i^T H v_i, \qquad
         \Omega = \frac{\mathrm{tr}\, H}{n} \, \lVert \hat W - W \rVert_2^2,
 
     with :math:`m` random vectors :math:`v` of plus and minus 1 for each batch, each
-    for all params at once. :math:`\Omega` (summed over the params of an op) ranks; half
-    of it is an estimate of :math:`\Delta L` where the gradient vanishes and errors are
-    not correlated. Activations play no part in it.
+    for all params at once. :math:`\Omega`, summed over the params of an op, ranks the
+    ops. Half of it estimates :math:`\Delta L` if the gradient vanishes and errors are
+    not correlated. It does not depend on activations.
 
     Args:
         loss_fn: ``loss_fn(state, *batch)``, which calls a Linen or NNX model, or a
-            function marked with `as_model`, and returns a scalar. It should be what
-            the model is evaluated with: with dropout that is on, each evaluation
-            needs the same keys.
+            function marked with `as_model`, and returns a scalar. It should evaluate
+            the model: if dropout is on, each evaluation needs the same keys.
         state: The first argument: params, variables, a train state, an NNX model. It
-            does not change, and holds float params.
+            holds float params, and does not change.
         rules: What may be quantized: which ops, and with which activations, tiles and
-            calibration. The ``weight_qtype`` that they say is replaced by each type,
-            and scales that are to be learned are those that learning begins with.
-        batches: The other arguments of each call: a tuple of them, or one that is no
-            tuple. They are read once; each shape is compiled for.
+            calibration. Each type replaces the ``weight_qtype`` of the rules. Scales
+            that are to be learned have the values at which learning begins.
+        batches: The other arguments of each call: a tuple, or a single argument that is
+            not a tuple. They are read once. Each shape is compiled.
         qtypes: The weight types, as for a rule.
         method: ``'loss'`` or ``'hutchinson'``.
         probes: :math:`m`, for ``'hutchinson'``.
@@ -102,8 +101,8 @@ def sensitivity(
         A row for each op and type. Print it, plot it, or give it to `assign_bits`.
 
     Raises:
-        TypeError: ``loss_fn`` is no function, or returns no scalar; or ``batches`` is
-            an array or a mapping, one batch in the place of many.
+        TypeError: ``loss_fn`` is not a function, or does not return a scalar; or
+            ``batches`` is an array or a mapping: one batch instead of many.
         ValueError: There is no batch, the rules quantize no weight, a loss is not
             finite, or an argument is not one of the choices.
 
@@ -211,7 +210,7 @@ class _Measurement:
             choices[group] = 1 + qtype
             waiting.append(loss(choices))
         exact, *others = jax.device_get(waiting)
-        # By the same program as the others, so that what differs is quantization.
+        # The same program as for the others, so that they differ only in quantization.
         self.losses[-1] = float(exact)
         self._switched.append(np.array(others, np.float64).reshape(shape))
 
@@ -296,8 +295,8 @@ class _Measurement:
     def _curvature(self, key, held, args):
         """For each param, the product of a random vector, the Hessian, and the vector.
 
-        As the vectors are independent, what the Hessian mixes of two params is 0 in
-        the mean.
+        The vectors of two params are independent, so the part of the Hessian that
+        belongs to both is 0 on average.
         """
         shapes = {
             path: plan.shape
@@ -322,8 +321,8 @@ class _PureLoss:
     """A loss function whose first argument is fixed, and does not change.
 
     Attributes:
-      held: the arrays, and what else, of the first argument. Each NNX object in it is
-        the arrays of its state here, and made anew for each call.
+      held: the leaves of the first argument. An NNX object in it stands here as the
+        arrays of its state, and is made again for each call.
     """
 
     def __init__(self, loss_fn: Callable[..., Any], state: Any):
@@ -344,7 +343,7 @@ class _PureLoss:
         """The loss, with the model calls in it rewritten by a provider."""
         leaves = [f(leaf) for f, leaf in zip(self._rebuild, held, strict=True)]
         state = jax.tree.unflatten(self._structure, leaves)
-        # What the provider holds belongs to this very trace, so each has a session.
+        # What the provider holds belongs to this trace alone, so each has a session.
         loss = wrap(self._loss_fn, provider)(state, *args)
         if not isinstance(loss, jax.Array) or loss.shape != ():
             found = f"a {type(loss).__name__}"

@@ -1,7 +1,7 @@
-"""The phases of a schedule: what the rules do between two steps at which that changes.
+"""The phases of a schedule: what the rules do from one change to the next.
 
-In a phase the types do not change, and each operand is quantized, left in float, or
-blended by an amount that depends on the step.
+In a phase, types do not change. Each operand is quantized, left in float, or blended by
+an amount that depends on the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwix_train.planning.rules import QuantizationRule
 from qwix_train.planning.schedule import Schedule
 
 OFF, WHOLE = 0, 1
-"""The amounts of an operand that stays in float, and of one that is quantized."""
+"""The amount of an operand that stays in float, and of one that is quantized."""
 
 
 class Ramp(NamedTuple):
@@ -34,11 +34,11 @@ class Ramp(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How much of the quantization of operands there is, for each rule by its index.
+    """How much operands are quantized, for each rule by its index.
 
     Attributes:
-      weights: for the weights that a rule quantizes: `OFF`, `WHOLE`, a `Ramp`, or what
-        that gives at a step.
+      weights: for the weights that a rule quantizes: `OFF`, `WHOLE`, a `Ramp`, or the
+        amount that a ramp gives at a step.
       activations: the same for activations.
     """
 
@@ -72,10 +72,10 @@ class Phase:
 
     Attributes:
       begins_at: the first step.
-      rules: the rules, with the types of the phase, and their schedules until then: an
-        array whose readers have followed different ones has a range for each. One
-        whose ops stay in float sets no type.
-      amounts: how much of the quantization there is.
+      rules: the rules, with the types of the phase. A rule whose ops stay in float sets
+        no type. Each has its schedule until then: if the ops that read an array have
+        followed different schedules, the array has a range for each.
+      amounts: how much operands are quantized.
     """
 
     begins_at: int
@@ -94,16 +94,17 @@ def phases_of(
     """The phases of training with rules.
 
     Args:
-      rules: the rules; the schedule of one takes precedence.
-      schedule: that of the others.
+      rules: the rules. If a rule has a schedule of its own, that counts.
+      schedule: the schedule of the other rules.
 
     Returns:
-      The phases, in order; the first begins at step 0. One, if there is no schedule.
+      The phases, in order. The first begins at step 0. If there is no schedule, it is
+      the only one.
 
     Raises:
       TypeError: if the schedule is not a `Schedule`.
-      ValueError: if the types of a schedule do not end with that of a rule, or no rule
-        has what they are for.
+      ValueError: if the types of a schedule do not end with the type of a rule, or no
+        rule quantizes the operands that they are for.
     """
     if not isinstance(schedule, Schedule | None):
         raise TypeError(

@@ -22,15 +22,14 @@ from qwix_train.trace.function import TracedCall
 class QtProvider(QuantizationProvider):
     """Fake-quantizes a model's weights and activations, for training.
 
-    The forward computes what the quantized model will: every weight that a rule
-    quantizes is replaced, wherever the model reads it, by the values that its codes
-    and scales stand for, and so are the activations that enter the ops. Gradients
+    The forward computes what the quantized model will compute. Wherever the model reads
+    a weight that a rule quantizes, it gets the values that the weight's codes and
+    scales stand for. The activations that enter the ops are replaced alike. Gradients
     pass straight through (arXiv 1308.3432, section 4): they are those at the
     fake-quantized values, and zero for elements outside of the calibrated range.
 
-    `quantize_model` and `quantize_fn` take it; in the place of rules, so do
-    `wrap_train_step`, `wrap_eval_step`, `attach`, `calib.Calibrator` and
-    `calib.observe`.
+    `quantize_model` and `quantize_fn` take it. `wrap_train_step`, `wrap_eval_step`,
+    `attach`, `calib.Calibrator` and `calib.observe` take it instead of rules.
 
     Example:
       >>> from qwix_train import QtProvider, QuantizationRule
@@ -52,9 +51,9 @@ class QtProvider(QuantizationProvider):
           rules: the rules, in order of precedence.
           quant_stats: the ranges of activations, for rules with
             `act_static_scale=True`: those of a `calib.Calibrator`, or any that
-            `quantize_params` takes. They stay as they are while training. If None, a
-            Linen model holds statistics in a collection `quant_stats`: `init` makes
-            it, and `apply` updates it where it is mutable. An NNX model holds them in
+            `quantize_params` takes. Training does not change them. If None, a Linen
+            model holds statistics in a collection `quant_stats`: `init` makes it, and
+            `apply` updates it if it is mutable. An NNX model holds them in
             `QuantStat`s, which its calls update.
           allow_unmatched: see `QuantizationProvider`.
 

@@ -1,11 +1,11 @@
 """Ops whose forward and backward products are computed from codes.
 
-The values of QAT, and their straight-through gradients, stay what they are: each
-operand comes fake-quantized, and with the codes that its values stand for. The forward
-multiplies the codes, the backward multiplies the codes with those of the gradient, and
-what comes out is the gradient at the fake-quantized values. These themselves are never
-read, so that XLA does not compute them. NaN, which codes cannot say, makes the scale of
-its tile NaN whatever the range is.
+The values of QAT and their straight-through gradients do not change. Each operand comes
+fake-quantized, together with the codes of its values. The forward multiplies the codes,
+and the backward multiplies the codes with those of the gradient. The result is the
+gradient at the fake-quantized values. These values are never read, so XLA does not
+compute them. Codes cannot say NaN, so a NaN makes the scale of its tile NaN, whatever
+the range is.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from qwix_train.trace.function import TracedCall
 from qwix_train.values.stored_weight import StoredWeight, product
 
 STREAM = "stochastic_rounding"
-"""The stream of random keys of a model that stochastic rounding draws from."""
+"""The stream of a model from which stochastic rounding takes its random keys."""
 
 
 class QuantizedProducts:
-    """The ops of one call that a `QtRule` with a `bwd_qtype` is for.
+    """The ops of one call that a `QtRule` with a `bwd_qtype` matches.
 
     Attributes:
-      weights: the paths of the params that they read.
-      original: those of them whose values the way back reads as they were before they
-        were quantized.
+      weights: the paths of the params that these ops read.
+      original: the paths of those params that the backward reads as they were before
+        they were quantized.
     """
 
     def __init__(self, traced: TracedCall, plan: Plan):
@@ -81,7 +81,7 @@ class QuantizedProducts:
             self._key = jax.random.key(0) if drawn is None else drawn
 
     def product(self, plan: OpPlan) -> QuantizedProduct | None:
-        """How an op is computed, if it is one of these."""
+        """How an op is computed, if it is one of these ops; None otherwise."""
         rule = self._rules.get(plan.op.key)
         return rule and QuantizedProduct(plan, rule, self._key)
 
@@ -125,7 +125,7 @@ class QuantizedProduct:
         key = None
         if self.rule.bwd_stochastic_rounding is not None:
             assert self.key is not None
-            # Ops whose gradients are the same are still to differ.
+            # Ops with equal gradients must still draw different noise.
             key = jax.random.fold_in(self.key, zlib.crc32(op.where.encode()))
         values = [value_of(x) for x in operands]
         codes = [_codes_of(x) for x in operands]
@@ -166,7 +166,7 @@ class KeepCodes(ParamStage):
     Attributes:
       how: how the weight is quantized.
       path: its path.
-      keeps_floats: whether it keeps what it was before, too.
+      keeps_floats: whether the weight before it was quantized is kept, too.
     """
 
     how: HowToQuantize
@@ -180,7 +180,7 @@ class KeepCodes(ParamStage):
 
 
 def _codes_of(operand: Any) -> Any:
-    """The codes of an operand, which have no gradient; None if it has none."""
+    """The codes of an operand, without a gradient; None if it has no codes."""
     if isinstance(operand, _Weight):
         return operand.codes
     if not isinstance(operand, WithCodes):
@@ -226,17 +226,18 @@ def _product(
     key: jax.Array | None,
     gradient: RunningRange | NoRange | None,
 ) -> jax.Array:
-    """A product of codes, with the derivative of one of values.
+    """A product of codes, with the derivative of a product of values.
 
     Args:
       op: the op.
       plan: what happens to it.
       rule: how gradients are quantized.
-      values: the operands; those behind the factors have no gradient.
-      codes: their codes, `QArray`s or stored weights; None for those without.
-      floats: the factors before they were quantized, where the way back reads these.
+      values: the operands. Those behind the factors have no gradient.
+      codes: the codes of the operands, `QArray`s or stored weights; None for an operand
+        without codes.
+      floats: the factors before they were quantized, if the backward reads these.
       key: the random key for stochastic rounding, if there is any.
-      gradient: the range of the gradient, if it is not its own.
+      gradient: the range of the gradient, if it is collected.
     """
     sides = ops.kind_of(op).sides
     rest, values, codes = values[sides:], values[:sides], codes[:sides]
@@ -258,7 +259,7 @@ def _product(
     of_both = all(code is not None for code in codes)
 
     def operands_of(values, codes, rest):
-        # Next to values, a weight has the dtype that the model gave it.
+        # Multiplied with values, a weight has the dtype that the model gave it.
         factors = [
             value if code is None else code if of_both else code.astype(value.dtype)
             for value, code in zip(values, codes, strict=True)
@@ -276,7 +277,7 @@ def _product(
         for side, how in enumerate(again):
             if floats is not None and how is not None:
                 residuals[side] = floats[side]
-        # What is kept has no gradients: a second derivative would lack their part.
+        # Residuals have no gradients, so a second derivative would lack their part.
         return out, (_of_one_gradient(op.where, residuals, values), key, gradient)
 
     def backward(kept, g):
@@ -300,12 +301,12 @@ def _product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _of_one_gradient(where: str, kept: Any, read: Any) -> Any:
-    """Gives what a gradient is computed from, which itself has none.
+    """Returns what a gradient is computed from, and refuses to differentiate it.
 
     Args:
       where: the module and the op, for the error.
-      kept: what it is computed from.
-      read: what that depends on.
+      kept: what the gradient is computed from.
+      read: what `kept` depends on.
 
     Raises:
       NotImplementedError: if the gradient is differentiated.
@@ -333,8 +334,8 @@ def _again(
     """How an operand is quantized for the product that gives the other's gradient.
 
     Returns:
-      None if that product takes the codes of the forward: those that the rule asks for,
-      and those that the same elements would share a scale in again.
+      None if that product takes the codes of the forward: because the rule says so, or
+      because the same elements would share a scale.
     """
     if rule.bwd_residuals == "quantized" or (plan.static and not of_weight[side]):
         return None
@@ -356,7 +357,7 @@ def _is_weight(op: Op, plan: OpPlan, side: int) -> bool:
 
 
 class _Weight(Carried):
-    """A weight that is fake-quantized, or a view of one, together with its codes."""
+    """A fake-quantized weight, or a view of one, together with its codes."""
 
     follows = True
 
@@ -369,15 +370,15 @@ class _Weight(Carried):
         stored_weight: StoredWeight | None = None,
         floats: Any = None,
     ):
-        """Takes the values and, unless they are of the whole weight, the codes.
+        """Takes the values and, for a view, the codes.
 
         Args:
           fake: the fake-quantized weight: deferred, or an array of a view of it.
-          hows: how the whole of it is quantized, and a slice of it along axis 0.
+          hows: how the whole weight is quantized, and how a slice of it along axis 0.
           path: the path of the param.
-          keeps_floats: whether it keeps what it was before it was quantized.
-          stored_weight: the codes.
-          floats: what it was before, if it keeps that, unless it is the whole.
+          keeps_floats: whether the array before it was quantized is kept.
+          stored_weight: the codes, for a view.
+          floats: the array before it was quantized, for a view, if it is kept.
         """
         self._fake = fake
         self._hows = hows
@@ -420,14 +421,14 @@ class _Weight(Carried):
 
     @property
     def floats(self) -> Any:
-        """What it was before it was quantized; None if it does not keep that."""
+        """The array before it was quantized; None if it is not kept."""
         if self._floats is None and self._keeps_floats:
             self._floats = self._whole
         return self._floats
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """The fake-quantized array, what it was if that is kept, codes and scales."""
+        """The fake-quantized array, perhaps the array before, codes and scales."""
         floats = (self.floats,) if self._keeps_floats else ()
         return (self.value, *floats, *self._stored.arrays)
 
@@ -465,7 +466,7 @@ class _Weight(Carried):
     def apply(self, primitive, params, operands, run):
         """See `Carried.apply`: what is done to the values is done to the codes."""
         if ops.is_product(primitive):
-            return None  # In float, as no rule is for it.
+            return None  # Computed in float: no rule matches it.
         stored_weights = [x._stored if isinstance(x, _Weight) else x for x in operands]
         results = self._stored.apply(primitive, params, stored_weights, run)
         if results is None:

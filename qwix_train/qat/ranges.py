@@ -30,27 +30,27 @@ def ranges(
 ) -> dict[str, Any]:
     """The ranges of activations that training has found, as `quant_stats`.
 
-    That is what `quantize_params`, `ptq.quantize`, `QtProvider` and `odml.convert`
-    take: statistics of static ranges, whatever observer collected them, and scales of
-    activations that were trained. `quantize_params` finds the latter among the params
-    by itself; `odml.convert` does not.
+    `quantize_params`, `ptq.quantize`, `QtProvider` and `odml.convert` take them. They
+    are statistics of static ranges, from any observer, and trained scales of
+    activations. `quantize_params` finds trained scales among the params by itself;
+    `odml.convert` does not.
 
     Args:
       target: a train state; an NNX model, or an `nnx.ModelAndOptimizer`; the variables
         of a Linen model; or params.
       rules: the rules, or the provider, that the leaves were attached for.
-      quant_stats: other ranges, such as those of a `calib.Calibrator`. Those of the
-        target take the place of those of the same name.
+      quant_stats: other ranges, such as those of a `calib.Calibrator`. If the target
+        has a range of the same name, that counts.
 
     Returns:
       A nested dictionary: at the path of each activation a `count`, and
       `sum_of_absmax`, or `sum_of_min` and `sum_of_max`.
 
     Raises:
-      TypeError: if `target` holds no params, or holds shapes or traced arrays;
-        if `quant_stats` is not a nested dictionary.
-      ValueError: if there is no range; if one has seen no batch, or is not finite; or
-        if it is not one that the rule of its op asks for.
+      TypeError: if `target` holds no params, or holds shapes or traced arrays; or if
+        `quant_stats` is not a nested dictionary.
+      ValueError: if there is no range; or if a range has seen no batch, is not finite,
+        or is not what the rule of its op asks for.
 
     Warns:
       UserWarning: if ranges are far below what was seen, or batches differ much.
@@ -87,7 +87,7 @@ def ranges(
             "call it outside of jit, with arrays."
         )
     found = dict(quant_stats or {})
-    # Where tensors have ranges that no rule names, those of no observer are ready.
+    # If tensors have ranges that no rule names, ranges that need no observer are ready.
     ready = {p: x for p, x in states.items() if by_default and static_range.ends_in(x)}
     others = {path: state for path, state in states.items() if path not in ready}
     collected = states_in(collected_ranges(others, rules))

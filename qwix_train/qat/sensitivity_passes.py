@@ -1,8 +1,8 @@
 """What a sensitivity is measured with: three ways to run a call of a model.
 
-One program evaluates every op with every type: which of them is quantized is an input
-of it (`SwitchedProvider`). The float model, run once, gives the error of each op's
-output with each type (`OutputErrorProvider`); and with an offset added to each param,
+One program evaluates every op with every type: which op is quantized is an input of the
+program (`SwitchedProvider`). The float model, run once, gives the error of each op's
+output with each type (`OutputErrorProvider`). With an offset added to each param,
 derivatives by the offsets are those by the params, wherever a loss function takes them
 from (`OffsetProvider`).
 """
@@ -35,12 +35,12 @@ from qwix_train.trace.provenance import Weight
 
 
 class DiscoveryProvider(QuantizationProvider):
-    """Takes note of what there is to quantize, and leaves the model as it is."""
+    """Takes note of the ops and params to quantize, and leaves the model as it is."""
 
     takes_static_ranges = True
 
     def __init__(self, typed: TypedPlans):
-        """Takes what collects the plans."""
+        """Takes the object that collects the plans."""
         super().__init__(typed.rules)
         self._typed = typed
 
@@ -108,12 +108,12 @@ class SwitchedProvider(QuantizationProvider):
 class OutputErrorProvider(QuantizationProvider):
     """Runs the float model, and tags what quantization would do to each op's output.
 
-    For group `i`, the tag `output i 0` has the sum of squares of an op's output `y`,
-    and `output i t` that of `y` less what it would be if the op were quantized with
-    type `t`, the first of which is 1, its inputs those of the float model. The tags
+    For group `i`, the tag `output i 0` has the sum of squares of an op's output `y`.
+    The tag `output i t` has the sum of squares of the error of `y` if the op is
+    quantized with type `t`, counted from 1, on inputs of the float model. The tags
     `weight i j 0` and `weight i j t` have the sum of squares of the group's param `j`,
-    and that of its errors. All are scalars, so that it does not matter which axis a
-    `vmap` around the model adds to them.
+    and that of its errors. All are scalars, so it does not matter which axis a `vmap`
+    around the model adds to them.
     """
 
     takes_static_ranges = True
@@ -236,13 +236,13 @@ def weight_tags(groups: Sequence[OpGroup]) -> dict[Path, str]:
 
 
 class _Versions(Carried):
-    """A param in float and quantized to each type, or what the model makes of it.
+    """A param in float and quantized to each type, or what the model computes from it.
 
     Attributes:
-      held: the arrays that it holds: the param, or all versions of what was made of it.
-      expand: makes all versions, the float one first, of what is held.
-      expand_slice: makes those of one slice of the param along axis 0, where these are
-        slices of its versions; None where they are not.
+      held: the arrays that it holds: the param, or all versions of what was computed.
+      expand: makes all versions, the float one first, from what is held.
+      expand_slice: makes the versions of one slice of the param along axis 0; None if
+        they are not slices of the versions of the param.
     """
 
     follows = True
@@ -309,11 +309,11 @@ class _Versions(Carried):
 def _ops_in(
     plan: Plan, known: Mapping[OpName, Any], quant_stats: Mapping[str, Any]
 ) -> Iterator[tuple[OpPlan, list[FakeQuantize | None]]]:
-    """The ops of a call that read quantized weights, and what quantizes activations.
+    """The ops of a call that read quantized weights, and the stages of activations.
 
     Args:
       plan: the plan of the call.
-      known: what holds the ops that were found in the first batch.
+      known: a mapping whose keys are the ops that were found in the first batch.
       quant_stats: the ranges of activations.
     """
     ranges = static_range.collected(plan, quant_stats)
@@ -335,7 +335,7 @@ def _is_quantized(plan: Plan, path: Path) -> bool:
 
 
 def _each_type(plans: Sequence[Plan], path: Path) -> list[FakeQuantize]:
-    """What fake-quantizes a param to each type."""
+    """The stages that fake-quantize a param, one for each type."""
     hows = [plan.params[path].how for plan in plans]
     return [FakeQuantize(how) for how in hows if how is not None]
 
@@ -355,15 +355,16 @@ def _is_weight(op: Any, side: int) -> bool:
 
 
 def _tagged(exact: Any, *others: Any, name: str) -> Any:
-    """An array, for which the energy of it, and that of errors, is tagged.
+    """An array, with tags for the sum of its squares and those of errors.
 
     Args:
       exact: the array.
-      *others: arrays in its place.
+      *others: the array with errors.
       name: the first part of the tags.
 
     Returns:
-      The array, made to need what is tagged, so that it is not dropped as unused.
+      The array, which depends on the tagged sums, so that they are not dropped as
+      unused.
     """
     wide = exact.astype(jnp.float32)
     sums = [_energy(wide), *(_energy(wide - other) for other in others)]

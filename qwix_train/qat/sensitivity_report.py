@@ -1,4 +1,4 @@
-"""What `qat.sensitivity` found: rows, a table, a plot."""
+"""The result of `qat.sensitivity`: rows, a table, a plot."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ class OpSensitivity:
 
     Attributes:
       ops: the ops: the path of the module and the id, as `"Dense_0/dot_general0"`.
-      params: the paths of the params that they read quantized.
-      size: the number of elements of these.
+      params: the paths of the quantized params that these ops read.
+      size: the number of elements of these params.
       qtype: the type.
       bits: the bits of a code of the type.
       bytes: the size of the params, with codes packed, and scales and zero points.
       sqnr_db: the ratio of signal to quantization noise of the outputs of the ops, in
         dB; infinite without noise, NaN without a signal.
       weight_error: the sum of squared quantization errors of the params.
-      loss_increase: the loss with these ops quantized, less that of the float model;
+      loss_increase: the loss with these ops quantized, minus that of the float model;
         None if it was not measured.
       trace: the trace of the Hessian of the float loss by the params; None if it was
         not estimated.
       trace_error: its standard error, from how much the probes differ.
       omega: the sum over the params of the mean eigenvalue of the Hessian (its trace
-        by the number of elements) times the squared error.
-      rules: rules that quantize these ops so, and no others.
+        divided by the number of elements) times the squared error; None if it was not
+        estimated.
+      rules: rules that quantize these ops with this type, and no other ops.
     """
 
     ops: tuple[str, ...]
@@ -56,8 +57,8 @@ class OpSensitivity:
     def cost(self) -> float:
         """What `assign_bits` adds up: the increase of the loss, or else `abs(omega)`.
 
-        A trace below 0 (of a model that is not trained, or from few probes) would have
-        a larger error count as better.
+        With a trace below 0, as of an untrained model or from few probes, a larger
+        error would count as better, so its sign is dropped.
         """
         if self.loss_increase is not None:
             return self.loss_increase
@@ -69,12 +70,12 @@ class OpSensitivity:
 class Sensitivity:
     """How much quantizing each op alone hurts. Made by `sensitivity`.
 
-    Printed, it is a table with a row for each op, or group of ops that share params,
-    and for each type the increase of the loss (with ``method="hutchinson"`` `omega`)
-    and the signal-to-quantization-noise ratio of the output.
+    It prints as a table with a row for each op, or group of ops that share params. For
+    each type, the row has the increase of the loss (`omega` with
+    ``method="hutchinson"``) and the signal-to-quantization-noise ratio of the output.
 
     Attributes:
-      rows: a row for each op and type; those of one op follow each other.
+      rows: a row for each op and type. The rows of one op follow each other.
       rules: the rules that were given.
       method: `"loss"` or `"hutchinson"`.
       loss: the loss of the float model, its mean over the batches.
@@ -149,8 +150,8 @@ class Sensitivity:
           The matplotlib figure.
 
         Raises:
-          FileExistsError: if there is a plot and `overwrite` is not set, or something
-            else.
+          FileExistsError: if a plot is there and `overwrite` is not set, or something
+            else is there.
           ImportError: if matplotlib is not installed.
         """
         groups = self.groups

@@ -14,7 +14,7 @@ from qwix_train.planning.planner import make_plan
 from qwix_train.planning.rules import QuantizationRule, check_rules
 from qwix_train.trace.function import TracedCall
 
-# An op of any call of the model, as rules know it: its module's path, and its id.
+# An op of any call of the model, as rules name it: the path of its module, and its id.
 OpName = tuple[str, str]
 
 
@@ -26,7 +26,7 @@ class OpGroup:
       ops: the ops, in the order in which they run.
       params: the paths of the params.
       plans: for each type, how each of the params is quantized.
-      rules: for each type, rules for these ops alone that quantize them so.
+      rules: for each type, rules that quantize these ops, and no others, with it.
     """
 
     ops: tuple[OpName, ...]
@@ -57,8 +57,8 @@ class TypedPlans:
         """Checks the rules and the types.
 
         Args:
-          rules: the rules. What they say of a weight's type does not matter, only that
-            there is one.
+          rules: the rules. Their `weight_qtype` must be set, but its value does not
+            matter.
           qtypes: the types.
 
         Raises:

@@ -50,7 +50,7 @@ def states_of(tree: Any) -> dict[Path, Mapping[str, Any]]:
 
 
 def put_states(args: Any, out: Any, states: States) -> Any:
-    """Puts statistics where a step keeps such.
+    """Puts statistics where a step keeps its statistics.
 
     Args:
       args: the arguments of the step. NNX models among them are changed in place.
@@ -108,14 +108,14 @@ def held_states(target: Any) -> Mapping[Path, Mapping[str, Any]]:
 
 
 def with_states(target: Any, states: States) -> Any:
-    """What is trained with statistics, in the place of those that it holds.
+    """A state, a model or variables with these statistics instead of its own.
 
     Args:
       target: an NNX model, or an `nnx.ModelAndOptimizer`, which are changed in place; a
         dataclass with a method `replace`; or the variables of a Linen model. If a class
-        has no field `quant_stats`, the result is of a subclass that does.
-      states: the statistics, by path; if there are none, a class that was made for them
-        is left again.
+        has no field `quant_stats`, the result is of a subclass that has one.
+      states: the statistics, by path. If there are none, the result is of the original
+        class, not of the subclass.
 
     Raises:
       TypeError: if `target` has no place for them.

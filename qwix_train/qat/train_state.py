@@ -1,4 +1,4 @@
-"""Params with other leaves among them, and what an optimizer knows of them."""
+"""Changes the leaves among params, and carries the optimizer's state over."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def with_params(target: Any, params: Any, *, fewer: bool = False) -> Any:
     """A train state, variables or params with other params.
 
     Args:
-      target: the state, whose optimizer keeps what it knows, or the tree.
-      params: the params: those that it has, and more or fewer.
-      fewer: whether what the optimizer knows of params that are gone is dropped.
+      target: the state, whose optimizer state is carried over, or the tree.
+      params: the params: those that the target has, and more, or fewer.
+      fewer: whether the optimizer state of params that are gone is dropped.
 
     Raises:
       ValueError: see `carried_over`.
@@ -61,15 +61,15 @@ def with_params(target: Any, params: Any, *, fewer: bool = False) -> Any:
 
 
 def carried_over(old: Any, new: Any, *, fewer: bool = False) -> Any:
-    """The state of an optimizer for other params, with what it had before.
+    """The state of an optimizer for other params, with the values that it had before.
 
     Args:
       old: the state before.
       new: a new state, for the other params.
-      fewer: whether what has no place in it is dropped.
+      fewer: whether values that have no place in the new state are dropped.
 
     Raises:
-      ValueError: if some of what it had has no place in it.
+      ValueError: if a value has no place in the new state.
     """
     before = dict(_by_path(old))
     leaves = []

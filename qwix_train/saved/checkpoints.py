@@ -13,6 +13,7 @@ from qwix_train.core import numerics
 from qwix_train.files.text_table import aligned
 from qwix_train.lora import checkpoint as adapter_checkpoint
 from qwix_train.planning import table as plan_table
+from qwix_train.ptq import checkpoint
 from qwix_train.ptq.hugging_face.places import TensorMapping
 from qwix_train.saved.contents import Adapters, Params, in_memory
 from qwix_train.saved.format import Format
@@ -78,8 +79,13 @@ def _stored_bytes(array: Any) -> int:
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a folder has an item of `ptq.save`; reading it says if one is missing."""
+    return any((path / item).is_dir() for item in checkpoint.ITEMS)
+
+
 def _is_of_adapters(path: pathlib.Path) -> bool:
-    if not path.is_dir():
+    if not _is_checkpoint(path):
         return False
     return adapter_checkpoint.KEY in (ptq.read_manifest(path).metadata or {})
 
@@ -135,7 +141,8 @@ CHECKPOINT = Format(
     name="orbax",
     what="a checkpoint of ptq.save",
     holds="params",
-    is_one=pathlib.Path.is_dir,
+    known_by=f"a folder with {checkpoint.MANIFEST}/, of ptq.save",
+    is_one=_is_checkpoint,
     describe=_describe,
     read=_read,
     write=_write,
@@ -144,6 +151,7 @@ ADAPTERS = Format(
     name="orbax-adapters",
     what="a checkpoint of lora.save",
     holds="adapters",
+    known_by=f"a folder with {checkpoint.MANIFEST}/, of lora.save",
     is_one=_is_of_adapters,
     describe=_describe,
     read=_read_adapters,

@@ -20,6 +20,7 @@ class Format:
       what: what it is, for a sentence: "a folder of PEFT".
       holds: the kind of what is in it. Formats that hold the same are converted to each
         other.
+      known_by: what is there if a path has this format, for a sentence: "*.tflite".
       is_one: whether something is at a path that has this format.
       describe: what is at a path, as text.
       read: reads what is at a path. The mapping is that of the caller, or None. None if
@@ -32,6 +33,7 @@ class Format:
     name: str
     what: str
     holds: Literal["params", "adapters", "a program"]
+    known_by: str
     is_one: Callable[[pathlib.Path], bool]
     describe: Callable[[pathlib.Path], str]
     read: Callable[[pathlib.Path, TensorMapping | None], Contents] | None = None

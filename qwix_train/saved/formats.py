@@ -30,8 +30,11 @@ def of(path: pathlib.Path) -> Format:
     for format in FORMATS:
         if format.is_one(path):
             return format
-    known = "; ".join(format.what for format in FORMATS)
-    raise ValueError(f"{path} has no format that is known here. These are: {known}.")
+    looked_for = "; ".join(f"{format.name} ({format.known_by})" for format in FORMATS)
+    raise ValueError(
+        f"{path} has no known format. These were looked for: {looked_for}. Give the "
+        "path of the file or folder itself, not that of a folder above it."
+    )
 
 
 def is_one(path: pathlib.Path, format: Format) -> bool:

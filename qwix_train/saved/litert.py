@@ -44,6 +44,7 @@ LITERT = Format(
     name="litert",
     what="a .tflite file",
     holds="a program",
+    known_by="*.tflite",
     is_one=lambda path: path.is_file() and path.suffix == ".tflite",
     describe=_describe,
     advice=(

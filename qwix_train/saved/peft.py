@@ -74,6 +74,7 @@ PEFT = Format(
     name="peft",
     what="a folder of PEFT",
     holds="adapters",
+    known_by=f"a folder with {peft.CONFIG}",
     is_one=lambda path: (path / peft.CONFIG).exists(),
     describe=_describe,
     read=_read,

@@ -40,7 +40,7 @@ def test_a_range_far_below_what_was_seen_is_warned_of():
 
 def test_batches_of_one_example_are_warned_of():
     batches = examples(*[1] * 30)
-    message = "of a few examples only.*act_averaging='minmax'"
+    message = "have only a few examples.*act_averaging='minmax'"
     with pytest.warns(UserWarning, match=message):
         _ = ranges_of(batches).quant_stats
     with warnings.catch_warnings():

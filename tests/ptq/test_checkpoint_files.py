@@ -34,6 +34,14 @@ def test_only_a_checkpoint_is_overwritten(tmp_path):
     assert ptq.restore(tmp_path / "photos")["w"].tolist() == [0, 0, 0]
 
 
+def test_arrays_of_64_bits(tmp_path):
+    with jax.enable_x64(True):
+        ptq.save(tmp_path / "a", {"ids": np.array([2**40])})
+        assert ptq.restore(tmp_path / "a")["ids"].tolist() == [2**40]
+    with pytest.raises(ValueError, match=r"if jax_enable_x64 is set: ids \(int64\)"):
+        ptq.restore(tmp_path / "a")
+
+
 def test_adapters_do_not_overwrite_their_base(tmp_path):
     ptq.save(tmp_path / "base", PARAMS)
     with pytest.raises(FileExistsError, match="base is not a checkpoint of adapters"):

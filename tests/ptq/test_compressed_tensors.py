@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -579,6 +580,18 @@ def test_checkpoints_that_cannot_be_read(tmp_path, tensors, config, message):
     write_file(tmp_path, tensors, config)
     with pytest.raises(ValueError, match=message):
         load_compressed_tensors(tmp_path)
+
+
+def test_integers_of_64_bits(tmp_path):
+    write_file(tmp_path, {"ids": np.array([1, 2**31 - 1])})
+    assert load_compressed_tensors(tmp_path)["ids"].tolist() == [1, 2**31 - 1]
+    write_file(tmp_path, {"ids": np.array([1, 2**31])})
+    with pytest.raises(
+        ValueError, match="^ids: its int64 numbers from 1 to 2147483648"
+    ):
+        load_compressed_tensors(tmp_path)
+    with jax.enable_x64(True):
+        assert load_compressed_tensors(tmp_path)["ids"].tolist() == [1, 2**31]
 
 
 def test_two_tensors_for_one_param(tmp_path):

@@ -421,6 +421,21 @@ def test_other_dtypes_are_not_cast(folder):
         hugging_face.load(folder, SCANNED[0], params)
 
 
+@pytest.mark.parametrize(
+    "numbers,dtype", [([0, 2**40, -5], "int32"), ([0, 300], "int8"), ([-1], "uint8")]
+)
+def test_integers_are_cast_only_where_they_fit(tmp_path, numbers, dtype):
+    save_file({"ids": np.array(numbers)}, tmp_path / "model.safetensors")
+    params = {"ids": np.zeros(len(numbers), dtype)}
+    message = f"ids: its int64 numbers from .* do not fit into {dtype}"
+    with pytest.raises(ValueError, match=message):
+        hugging_face.load(tmp_path, {"ids": Place("ids")}, params)
+    save_file({"ids": np.array([0, 100])}, tmp_path / "model.safetensors")
+    params = {"ids": np.zeros(2, dtype)}
+    read = hugging_face.load(tmp_path, {"ids": Place("ids")}, params)["ids"]
+    assert read.dtype == dtype and read.tolist() == [0, 100]
+
+
 def test_a_damaged_tensor_is_found(tmp_path):
     hugging_face.save(tmp_path, LISTED[1], LISTED[0])
     file = tmp_path / "model.safetensors"

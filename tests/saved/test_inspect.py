@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -136,12 +137,43 @@ def test_a_damaged_file_is_one_line(capsys, tmp_path):
     assert "damaged" in shown.err and shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["nothing", "notes.txt", "empty"])
-def test_what_has_no_known_format_is_named(capsys, tmp_path, name):
+def test_what_is_not_there_is_named(capsys, tmp_path):
+    assert __main__.main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert "nothing at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+@pytest.mark.parametrize("name", ["notes.txt", "empty", "of_others"])
+def test_what_has_no_known_format_says_what_was_looked_for(
+    capsys, tmp_path, name, command
+):
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
-    assert __main__.main(["inspect", str(tmp_path / name)]) == 1
-    assert name in capsys.readouterr().err
+    # Orbax's own checkpointer writes such a file, too.
+    (tmp_path / "of_others").mkdir()
+    (tmp_path / "of_others" / "_CHECKPOINT_METADATA").write_text("{}")
+    path, made = tmp_path / name, tmp_path / "made"
+    to = [str(made), "--to", "peft"] if command == "convert" else []
+    assert __main__.main([command, str(path), *to]) == 1
+    message = capsys.readouterr().err
+    assert f"{path} has no known format" in message
+    for format, file in {
+        "litert": "*.tflite",
+        "peft": "a folder with adapter_config.json",
+        "compressed-tensors": "*.safetensors beside a config.json",
+        "hugging-face": "*.safetensors",
+        "orbax-adapters": "a folder with manifest/",
+        "orbax": "a folder with manifest/",
+    }.items():
+        assert f"{format} ({file}" in message
+    assert not made.exists()
+
+
+def test_a_checkpoint_without_its_manifest_is_known_and_incomplete(capsys, tmp_path):
+    ptq.save(tmp_path / "export", PARAMS)
+    shutil.rmtree(tmp_path / "export" / "manifest")
+    assert __main__.main(["inspect", str(tmp_path / "export")]) == 1
+    assert "not a complete checkpoint of ptq.save" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """How the axes of a tensor become those of a param: ``"(heads k) d -> d heads k"``.
 
-The notation is that of einops (https://einops.rocks). Names on the left are those of
-the tensor's axes, names on the right those of the param's; axes in parentheses are one
-axis, the first name being the slowest. A name on the right alone stacks tensors, such
-as ``layer`` in ``"o i -> layer i o"``.
+The notation is that of einops (https://einops.rocks). Names on the left are axes of the
+tensor, and names on the right are axes of the param. Names in parentheses are one axis
+together, of which the first name is the slowest. A name that is only on the right
+stacks tensors, such as ``layer`` in ``"o i -> layer i o"``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Axes:
     """The axes of a tensor and of a param, by name.
 
     Attributes:
-        tensor: Those of the tensor.
-        param: Those of the param.
-        stacked: Those of the param that number tensors.
+        tensor: The axes of the tensor.
+        param: The axes of the param.
+        stacked: The axes of the param along which tensors are stacked.
     """
 
     tensor: Groups
@@ -136,7 +136,7 @@ class Axes:
         Args:
             tensors: Gives the tensor at a position along each of the `stacked` axes.
             sizes: The length of each axis.
-            at: The position along each of the `slots`: the param has one entry there.
+            at: The position along each of the `slots`. Only this entry is read.
             index: The part of the param, along each of its axes.
             dtype: The dtype of the result.
         """
@@ -171,7 +171,7 @@ class Axes:
             at: The position.
 
         Raises:
-            ValueError: A `QArray` shares scales among elements that would be separated.
+            ValueError: Elements of a `QArray` that share a scale would be separated.
         """
         order = [name for names in self.param for name in names]
         split = param.reshape([sizes[name] for name in order])

@@ -1,10 +1,15 @@
 """Mappings for families of models, as data.
 
-For each module of a checkpoint, what it is: `dense` has a kernel, and perhaps a bias,
-`to_heads` and `from_heads` are such with an axis of heads, `norm` has a scale, and
-perhaps a bias, `embedding` has a table, `experts` are kernels that are stacked,
-`stacked_experts` are so in the file, `router` chooses experts, `sinks` are logits of
-attention that no token has.
+They say what each module of a checkpoint is:
+
+* `dense` has a kernel, and perhaps a bias,
+* `to_heads` and `from_heads` are dense, with an axis of heads,
+* `norm` has a scale, and perhaps a bias,
+* `embedding` has a table,
+* `experts` are kernels that are stacked when they are read,
+* `stacked_experts` are stacked in the file already,
+* `router` chooses experts,
+* `sinks` are logits of attention that belong to no token.
 """
 
 from __future__ import annotations
@@ -86,7 +91,7 @@ _BERT = {
     **{f"encoder.layer.{{layer}}.{name}": kind for name, kind in _BERT_LAYER.items()},
     "pooler.dense": "dense",
 }
-# For each family the modules of the model, and those beside it.
+# For each family, the modules of the model, and the modules beside it.
 _FAMILIES = {
     **dict.fromkeys(
         "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text".split(),
@@ -98,10 +103,10 @@ _FAMILIES = {
     "qwen3_moe": (_decoder(_DECODER_LAYER | _EXPERTS), {"lm_head": "dense"}),
     "bert": (_BERT, {"classifier": "dense"}),
 }
-# What checkpoints of older versions hold beside params.
+# Tensors besides params in checkpoints of older versions.
 _BUFFERS = ("embeddings.position_ids", "layers.{layer}.self_attn.rotary_emb.inv_freq")
 
-# For each kind the tensors of a module: the param, and its axes, also of split heads.
+# For each kind, the tensors of a module: the param, and how its axes are made.
 _KINDS = {
     "dense": {"weight": ("kernel", "o i -> i o"), "bias": ("bias", "o -> o")},
     "to_heads": {"weight": ("kernel", "o i -> i o"), "bias": ("bias", "o -> o")},
@@ -144,33 +149,33 @@ def mapping(
 ) -> dict[str, Place | None]:
     """Returns the mapping of a family of models, for `load` and `save`.
 
-    The model has the modules of the checkpoint under their names, as Flax has them: of
-    a matrix `kernel` ``[in, out]``, and `bias`; of a norm `scale`; of an embedding
-    `embedding`. So ``model.layers.3.mlp.up_proj.weight`` is
-    ``layers_3/mlp/up_proj/kernel``, and ``model.norm.weight`` is ``norm/scale``. Of
-    experts, `kernel` is ``[expert, in, out]`` (in gpt_oss, `gate_up_proj` and
-    `down_proj` are). There may be less in a model, such as
-    no biases, or no ``lm_head`` where it has the weights of the embedding.
+    The model must have the modules of the checkpoint under their names, with params as
+    Flax names them: a dense layer has a `kernel` ``[in, out]`` and a `bias`, a norm a
+    `scale`, and an embedding an `embedding`. So ``model.layers.3.mlp.up_proj.weight``
+    is ``layers_3/mlp/up_proj/kernel``, and ``model.norm.weight`` is ``norm/scale``. The
+    `kernel` of experts is ``[expert, in, out]``, and so are `gate_up_proj` and
+    `down_proj` of gpt_oss. A model may have fewer params, such as no biases, or no
+    ``lm_head`` if it uses the weights of the embedding.
 
-    It is a dictionary, and yours has entries of its own:
-    ``{**mapping("llama"), "lm_head.weight": None}`` passes over a tensor.
+    The mapping is a dictionary, so you can change entries:
+    ``{**mapping("llama"), "lm_head.weight": None}`` does not read a tensor.
 
     Args:
         family: The ``model_type`` of ``config.json``: llama, mistral, mixtral, qwen2,
             qwen3, qwen3_moe, gemma, gemma2, gemma3_text, gpt_oss, deepseek_v3 or bert.
         layers: The path of a layer: ``"layers_{layer}"``, as Linen names modules in a
-            loop; ``"layers/{layer}"`` for a list of NNX. Without ``{layer}``, layers
-            are stacked, as ``nn.scan`` has them: ``"layers"``.
+            loop, or ``"layers/{layer}"`` for a list of NNX. Without ``{layer}``, as in
+            ``"layers"``, layers are stacked, as by ``nn.scan``.
         layer_axis: The axis of params along which layers are stacked.
-        split_heads: Whether the heads of attention are an axis of their own, as those
-            of ``nn.DenseGeneral`` are: ``[in, heads, head_dim]`` and
+        split_heads: Whether heads of attention have their own axis, as in
+            ``nn.DenseGeneral``: ``[in, heads, head_dim]`` and
             ``[heads, head_dim, out]``.
-        prefix: What names of the model's tensors begin with. By default ``"model."``,
-            and nothing for bert; a `BertForMaskedLM` has ``"bert."``.
+        prefix: How the names of the model's tensors begin. By default ``"model."``, and
+            nothing for bert. A `BertForMaskedLM` has ``"bert."``.
 
     Raises:
-        ValueError: There is no mapping for this family, or its biases would have no
-            such axis of layers.
+        ValueError: There is no mapping for this family, or its biases have no axis
+            ``layer_axis`` for layers.
 
     >>> from qwix_train.ptq import hugging_face
     >>> llama = hugging_face.mapping("llama", layers="layers", split_heads=True)

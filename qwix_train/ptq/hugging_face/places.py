@@ -20,21 +20,21 @@ class Place:
     """Where the numbers of a tensor stand in a tree of params.
 
     Attributes:
-        param: The path of the param. It may have names in braces that the name of the
-            tensor has, too.
+        param: The path of the param. It may hold names in braces that the name of the
+            tensor holds, too.
         axes: How the axes of the tensor become those of the param, in the notation of
             einops: ``"o i -> i o"`` transposes, ``"(heads k) d -> d heads k"`` splits,
-            ``"d heads k -> d (heads k)"`` joins. A name in braces that is not in
-            ``param`` is an axis of it, along which tensors are stacked, such as
-            ``layer`` in ``"o i -> layer i o"``. Empty: as they are.
-        values: What names in braces stand for, other than numbers from 0 on, in the
-            order in which they are stacked, such as ``{"part": ("gate", "up")}``.
-        optional: Whether there may be no such tensor and no such param. If there is one
-            of them, the other has to be there.
+            ``"d heads k -> d (heads k)"`` joins. If a name in braces is not in
+            ``param``, it is an axis of the param, along which tensors are stacked, such
+            as ``layer`` in ``"o i -> layer i o"``. If empty, the axes stay as they are.
+        values: The texts that a name in braces stands for, if they are not the numbers
+            from 0 on, in the order in which they are stacked, such as
+            ``{"part": ("gate", "up")}``.
+        optional: Whether the tensor and the param may both be missing.
 
     Raises:
-        ValueError: ``axes`` are not of this form, or ``values`` are no texts of which
-            each is another.
+        ValueError: ``axes`` are not of this form, or ``values`` are not different
+            texts.
 
     >>> from qwix_train.ptq.hugging_face import Place
     >>> place = Place("layers/mlp/kernel", "out in -> layer in out")
@@ -62,7 +62,7 @@ class Place:
 
 
 TensorMapping: TypeAlias = Mapping[str, Place | Sequence[Place] | None]
-"""For the name of each tensor its place, or places. None: it is passed over."""
+"""The place or places of each tensor, by its name. None: the tensor is not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,8 @@ def assemblies(
 
     Raises:
         TypeError: The mapping has something else than places.
-        ValueError: Something is in one of them alone, is there twice, or has another
-            shape. The message has all of these.
+        ValueError: A param or a tensor is missing, has two places, or has a shape that
+            does not fit. The message lists all of these.
     """
     found = _Found(params, tensors)
     for template, place in _places(mapping):
@@ -130,8 +130,8 @@ def param_shapes(
 
     Raises:
         TypeError: The mapping has something else than places.
-        ValueError: The shape of a tensor does not say that of its param, as where heads
-            become an axis.
+        ValueError: The shape of a tensor does not determine the shape of its param, as
+            where heads become an axis.
 
     >>> place = Place("experts/kernel", "out in -> expert in out")
     >>> sizes = {"0.weight": (2, 3), "1.weight": (2, 3)}
@@ -161,7 +161,7 @@ def param_shapes(
 def name_of(mapping: TensorMapping, path: str) -> str | None:
     """Returns the name of the tensor of a param, or None if there is no place for it.
 
-    Of a param that stacks tensors, the name has braces.
+    If the param stacks tensors, the name has braces.
 
     >>> name_of({"h.{layer}.weight": Place("h_{layer}/kernel")}, "h_3/kernel")
     'h.3.weight'
@@ -176,7 +176,7 @@ def path_of(mapping: TensorMapping, name: str) -> str:
     """Returns the path of the param of a tensor.
 
     Raises:
-        ValueError: It has no place of its own.
+        ValueError: No param is made of this tensor alone.
 
     >>> path_of({"h.{layer}.weight": Place("h_{layer}/kernel")}, "h.3.weight")
     'h_3/kernel'
@@ -208,7 +208,7 @@ def _places(mapping: TensorMapping) -> Iterator[tuple[str, Place]]:
 
 
 class _Found:
-    """What is found of params and tensors, and what is wrong with them."""
+    """The params and tensors that are found, and what is wrong with them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are quantized already, and stay as they are.
+"""Tensors that are quantized in the checkpoint, and keep their codes and scales.
 
 =====================  ==========================================================
 in the file            what it is
@@ -11,8 +11,8 @@ in the file            what it is
                        ``[expert, out, in / 32]``, E8M0
 =====================  ==========================================================
 
-Both are one tensor ``X`` here, such as the library transformers has in their place when
-it dequantizes them; that of gpt-oss is ``[expert, in, out]``.
+Here each pair is one tensor ``X``, as in the library transformers, when that
+dequantizes them. The tensor of gpt-oss has the shape ``[expert, in, out]``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Float8(_QuantizedTensor):
     """A matrix of DeepSeek-V3.
 
     Attributes:
-        args: What the config says of it.
+        args: The entries of the config for it.
     """
 
     args: Mapping[str, Any]
@@ -140,14 +140,14 @@ Tensor: TypeAlias = TensorInFile | QuantizedTensor
 def joined(
     tensors: Mapping[str, TensorInFile], path: pathlib.Path
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint, codes and scales as one.
+    """Returns the tensors of a checkpoint, with codes and scales joined into one.
 
     Args:
         tensors: All tensors that are in the files.
         path: The folder, or the file.
 
     Raises:
-        ValueError: ``config.json`` is wrong, or asks for what cannot be read.
+        ValueError: ``config.json`` is wrong, or asks for something that cannot be read.
     """
     found: dict[str, Tensor] = dict(tensors)
     config = functools.cache(functools.partial(_config, path))
@@ -179,10 +179,10 @@ def _config(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def checked(name: str, tensor: Tensor) -> QuantizedTensor:
-    """Returns a tensor that is quantized.
+    """Returns a tensor if it is quantized.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The tensor is not quantized.
     """
     if not isinstance(tensor, QUANTIZED):
         raise ValueError(
@@ -197,10 +197,10 @@ def as_planned(array: QArray, how: HowToQuantize, scale_shape: Sequence[int]) ->
     Args:
         array: The array, from a file.
         how: How the rule quantizes it.
-        scale_shape: The shape of its scales, as the rule has them.
+        scale_shape: The shape of its scales by the rule.
 
     Raises:
-        ValueError: Codes or scales would be others; the message begins with "it".
+        ValueError: Codes or scales would change. The message begins with "it".
 
     >>> array = QArray(jnp.ones((4, 4), jnp.float8_e4m3fn), jnp.array([[1.], [2.]]))
     >>> how = HowToQuantize(qtype='float8_e4m3fn', channelwise_axes=[0])

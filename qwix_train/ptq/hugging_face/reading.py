@@ -54,31 +54,31 @@ def load(
 ) -> Any:
     """Reads a safetensors checkpoint into the params of a model, quantized or not.
 
-    Tensor by tensor: beside the result there are never more than two tensors in memory,
-    in the dtype of the params. Where the model is quantized, each param is quantized
-    when it is read, to the bits that `quantize_params` gives for the whole float tree;
-    one that stacks layers or experts is quantized tensor by tensor, too. (Not where
-    codes depend on how a whole array is summed up: with ``rms``, ``absmean`` and
-    rotations. There the float param is read as a whole.)
+    It reads tensor by tensor: besides the result, there are never more than two tensors
+    in memory, in the dtype of the params. If the model is quantized, each param is
+    quantized when it is read, to the bits that `quantize_params` gives for the whole
+    float tree. A param that stacks layers or experts is quantized tensor by tensor,
+    too. (With ``rms``, ``absmean`` and rotations, codes depend on how a whole array is
+    summed up, so the float param is read as a whole.)
 
     Tensors that are quantized in the file, as those of gpt-oss (mxfp4) and DeepSeek-V3
-    (fp8), keep their codes and scales where the param has their type; a float param
-    gets their values. See `hugging_face.quantized_tensors`.
+    (fp8), keep their codes and scales if the param has their type. A float param gets
+    their values. See `hugging_face.quantized_tensors`.
 
     Args:
         path: The folder, with ``model.safetensors`` or shards and their index; or one
             safetensors file.
-        mapping: For the name of each tensor its `Place`.
+        mapping: The `Place` of each tensor, by its name.
         abstract_params: The params of the model, or their shapes: for a Linen model
-            ``jax.eval_shape(model.init, key, x)["params"]``; an NNX model itself,
-            which may be abstract (``nnx.eval_shape``). Those of a model that
-            `quantize_model` gave are quantized. Numbers are cast to its dtypes. What
-            stands beside params, such as adapters, is left out.
-        shardings: Where the params go: a `jax.sharding.Sharding`, nested dictionaries
-            of them as `ptq.restore` takes them, or a function that gives one, or None,
-            for the path of a param, such as ``"layers_0/mlp/kernel"``. A process
-            reads of a file what its devices hold. Scales are sharded as their codes
-            are. Without it the shardings of `abstract_params` count.
+            ``jax.eval_shape(model.init, key, x)["params"]``; for an NNX model the model
+            itself, which may be abstract (``nnx.eval_shape``). With a model that
+            `quantize_model` gave, params are quantized. Numbers are cast to the dtypes
+            of these params. Leaves beside the params, such as adapters, are left out.
+        shardings: Where the params go: a `jax.sharding.Sharding`; nested dictionaries
+            of them, as `ptq.restore` takes them; or a function that gives a sharding or
+            None for the path of a param, such as ``"layers_0/mlp/kernel"``. A process
+            reads only the parts of a file that its devices hold. Scales are sharded as
+            their codes are. If None, the shardings of `abstract_params` count.
         quant_stats: The ranges of activations; see `quantize_params`.
 
     Returns:
@@ -88,10 +88,12 @@ def load(
     Raises:
         FileNotFoundError: A file is missing.
         ImportError: `safetensors` is not installed.
-        TypeError: A sharding is not one, or the mapping has something else than places.
-        ValueError: A file is damaged; or tensors are missing, left over, or of another
+        TypeError: ``shardings`` holds something else than shardings, or the mapping
+            something else than places.
+        ValueError: A file is damaged. Tensors are missing, left over, or of another
             shape or kind of dtype than the params, or an entry of the mapping matches
-            nothing, which are all in the message; or a param cannot be quantized.
+            nothing; the message lists all of these. Integers do not fit into the dtype
+            of their param. Or a param cannot be quantized.
 
     >>> import pathlib, tempfile
     >>> import jax, numpy as np
@@ -185,10 +187,10 @@ class _Reader:
         self._verified: set[str] = set()
 
     def check_dtypes(self, values: Mapping[Path, Any]) -> None:
-        """Complains of floats for params that are not, and of the reverse.
+        """Complains of float tensors for integer params, and of the reverse.
 
         Raises:
-            ValueError: There are such; the message names them.
+            ValueError: There are such tensors. The message names them.
         """
         wrong = [
             f"{name} ({self.tensors[name].dtype}, and {'/'.join(path)} is "
@@ -303,15 +305,18 @@ class _Reader:
         )
 
     def _verify(self, name: str) -> None:
-        # With several processes each reads a part, of which there is no checksum.
+        # With several processes, each reads a part, and parts have no checksum.
         if name not in self._verified and jax.process_count() == 1:
             self.tensors[name].verify()
             self._verified.add(name)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def _tensor(self, name: str, dtype: Any) -> np.ndarray:
+        """A tensor, whose numbers the dtype of its param can hold."""
         self._verify(name)
         with located(name):
-            return self.tensors[name].mapped()
+            tensor = self.tensors[name].mapped()
+            safetensors_files.check_fits(tensor, dtype)
+            return tensor
 
     def _slices(
         self, names: Path, struct: jax.ShapeDtypeStruct, base: Sharding | None
@@ -324,7 +329,7 @@ class _Reader:
         def read(position: Mapping[str, int]) -> jax.Array:
             def part(index: Any) -> np.ndarray:
                 return assembly.axes.read(
-                    lambda at: self._tensor(assembly.name_at(at)),
+                    lambda at: self._tensor(assembly.name_at(at), struct.dtype),
                     assembly.sizes,
                     position,
                     index,
@@ -403,8 +408,8 @@ def _quantized_slice(
     alone = np.prod(how.scale_shape(array.shape)) == 1 < whole.array.scale.size
     if not alone:
         return stored.quantize_param(array, how).array
-    # The scale of an array that has one alone is rounded otherwise than one of several:
-    # see `core.calibration`.
+    # A single scale of an array is rounded in another way than one of several: see
+    # `core.calibration`.
     axis = next(axis for axis in slots if whole.array.scale.shape[axis] > 1)
     twice = stored.quantize_param(jnp.concatenate([array, array], axis), how).array
     return jax.tree.map(lambda part: jax.lax.slice_in_dim(part, 0, 1, axis=axis), twice)

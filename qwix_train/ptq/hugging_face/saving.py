@@ -1,4 +1,4 @@
-"""Float params as a checkpoint that PyTorch implementations of a model load."""
+"""Writes float params as a checkpoint that PyTorch implementations of a model load."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def save(
 ) -> None:
     """Writes float params as a safetensors checkpoint, the reverse of `load`.
 
-    A save that is killed leaves the files that were there, or nothing that readers
-    take for a checkpoint. Several processes all call this, and the first one writes.
+    If a save is killed, the files that were there stay, or nothing is left that readers
+    take for a checkpoint. With several processes, all call this, and the first writes.
 
     Args:
         directory: The folder, made if it does not exist. ``model.safetensors`` is
             written, or shards and their index.
         params: Nested dictionaries of arrays, or an NNX model.
-        mapping: For the name of each tensor its `Place`. Several places of a tensor
-            have the same numbers.
-        config: What ``config.json`` is to hold, such as the ``model_type``. None: that
-            file is left alone.
+        mapping: The `Place` of each tensor, by its name. If a tensor has several
+            places, they must hold the same numbers.
+        config: The entries of ``config.json``, such as the ``model_type``. If None, the
+            file is not changed.
         max_shard_bytes: How many bytes of tensors a file holds at most, if it holds
             more than one.
         overwrite: Whether to replace the checkpoint that is there, in the same files.
 
     Raises:
-        FileExistsError: There is one and ``overwrite`` is not set; or other files that
-            readers would take for part of it.
+        FileExistsError: There is a checkpoint and ``overwrite`` is not set; or there
+            are other files that readers would take for part of it.
         ImportError: `safetensors` is not installed.
         OSError: The files cannot be written; those that were there stay.
         TypeError: A param has no values, or the mapping has something else than places.
-        ValueError: A param is quantized; or the mapping does not fit the params: the
-            message has all that does not; or the places of a tensor differ.
+        ValueError: A param is quantized; the places of a tensor differ; or the mapping
+            does not fit the params, and the message lists all that does not.
 
     >>> import pathlib, tempfile
     >>> import numpy as np
