@@ -34,7 +34,7 @@
 #
 # Options: PYTHON=/path/to/python, JOBS=4, PYTEST_ARGS="-k dot", ONLY=ptq, ARGS="--quick",
 # and ALLOW_MISSING=1 to let test-latest pass where there is no Python 3.12, and
-# test-interchange and test-clients where their packages cannot be installed.
+# test-interchange, test-clients and test-lowest where their packages cannot be installed.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -87,6 +87,17 @@ define run_tests
 $(call PYTEST,$(1)) $(2) $(PYTEST_ARGS) $(ONLY_PATHS)
 $(if $(OPTIMIZED),$(call PYTEST,$(1)) --optimized $(2) $(PYTEST_ARGS) $(OPTIMIZED) \
   || [ $$? -eq 5 ])
+endef
+
+# $(call run_if_installed,environment,packages): what the target is for, by `make run-...`;
+# where the packages cannot be installed it fails, or only says so with ALLOW_MISSING.
+define run_if_installed
+@if $(MAKE) --no-print-directory $(1)/.stamp; then \
+  $(MAKE) --no-print-directory run-$@; \
+else \
+  echo "make: $$(echo $@ | tr a-z A-Z) WAS NOT RUN: $(2) could not be installed" >&2; \
+  [ -n "$(ALLOW_MISSING)" ]; \
+fi
 endef
 
 # $(call find_python,versions): a shell command that prints the path of the first
@@ -225,7 +236,11 @@ $(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-python
 	@touch $@
 
 .PHONY: test-lowest
-test-lowest: $(LOWEST)/.stamp
+test-lowest:
+	$(call run_if_installed,$(LOWEST),the oldest versions)
+
+.PHONY: run-test-lowest
+run-test-lowest: $(LOWEST)/.stamp
 	$(call PYTEST,$(LOWEST)) -m fast -W ignore::DeprecationWarning $(PYTEST_ARGS) tests
 
 # Files of Hugging Face's compressed-tensors and PEFT libraries, written and read by the
@@ -241,13 +256,7 @@ $(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
 
 .PHONY: test-interchange
 test-interchange: $(VENV)/.stamp-test
-	@if $(MAKE) --no-print-directory $(INTERCHANGE)/.stamp; then \
-	  $(MAKE) --no-print-directory run-test-interchange; \
-	else \
-	  echo "make: TEST-INTERCHANGE WAS NOT RUN: torch, compressed-tensors or peft could" \
-	    "not be installed" >&2; \
-	  [ -n "$(ALLOW_MISSING)" ]; \
-	fi
+	$(call run_if_installed,$(INTERCHANGE),torch or compressed-tensors or peft)
 
 .PHONY: run-test-interchange
 run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
@@ -258,7 +267,7 @@ run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 # Projects that import `qwix`, each with it and this library in an environment of its
 # own: what they compute with either is compared. uv installs them in a fifth of pip's
 # time.
-CLIENTS := tunix gemma maxtext
+CLIENTS ?= tunix gemma maxtext
 tunix := google-tunix==0.1.7
 gemma := gemma==4.0.1
 # MaxText itself asks for nothing; these its decoder imports.
@@ -283,13 +292,12 @@ test-clients: $(CLIENTS:%=test-%)
 
 .PHONY: $(CLIENTS:%=test-%)
 $(CLIENTS:%=test-%): test-%: $(VENV)/.stamp-test
-	@if $(MAKE) --no-print-directory .venv-$*/.stamp; then \
-	  env QWIX_TRAIN_$$(echo $* | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$*/bin/python \
-	    $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients/test_$*.py; \
-	else \
-	  echo "make: TEST-CLIENTS WAS NOT RUN: $* could not be installed" >&2; \
-	  [ -n "$(ALLOW_MISSING)" ]; \
-	fi
+	$(call run_if_installed,.venv-$*,$($*))
+
+.PHONY: $(CLIENTS:%=run-test-%)
+$(CLIENTS:%=run-test-%): run-test-%: $(VENV)/.stamp-test .venv-%/.stamp
+	QWIX_TRAIN_$$(echo $* | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$*/bin/python \
+	  $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients/test_$*.py
 
 .PHONY: lint
 lint: $(VENV)/.stamp-dev
@@ -363,7 +371,8 @@ bench-memory: $(VENV)/.stamp-bench
 
 # All environments; `make -j 3` makes them side by side.
 .PHONY: environments
-environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test
+environments: $(VENV)/.stamp-dev $(INTERCHANGE)/.stamp $(LATEST)/.stamp-test \
+  $(LOWEST)/.stamp $(CLIENTS:%=.venv-%/.stamp)
 
 .PHONY: clean
 clean:
