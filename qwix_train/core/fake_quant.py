@@ -46,9 +46,7 @@ def fake_quant(array: jax.Array, how: HowToQuantize) -> jax.Array:
     [1.0, 1.0, 0.0]
     """
     calib.check_quantizable(array)
-    # Noise is not to be cached: each call may have its own.
-    quantized = _cached_fake_quant if how.noise_fn is None else _fake_quant
-    return quantized(how, array)
+    return _quantized(how, array)
 
 
 def fake_quant_with_calibration(
@@ -84,8 +82,7 @@ def fake_quant_with_calibration(
     qtype = numerics.canonical_qtype(qtype)
     scale, zero_point = _float_scale(calibration, qtype)
     bounds = calib.range_ends(calibration) if clip_gradient else None
-    quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
-    return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
+    return _quantized_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
 def fake_quant_with_scale(
@@ -125,8 +122,7 @@ def fake_quant_with_scale(
             low, high = numerics.asymmetric_bound(qtype)
             zero = zero_point.astype(scale.dtype)
         bounds = ((low - zero) * scale, (high - zero) * scale)
-    quantized = _cached_scaled if noise_fn is None else _fake_quant_scaled
-    return quantized((qtype, noise_fn), array, scale, zero_point, bounds)
+    return _quantized_scaled((qtype, noise_fn), array, scale, zero_point, bounds)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -147,7 +143,7 @@ def _float_scale(
 @_fake_quant.defjvp
 def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
     (array,), (tangent,) = primals, tangents
-    out = _fake_quant(how, array)
+    out = _quantized(how, array)
     if not calib.passes_gradients(how.calibration_method):
         how = dataclasses.replace(how, noise_fn=None)
         values = jax.lax.stop_gradient(array)
@@ -170,7 +166,7 @@ def _fake_quant_scaled(
 
 @_fake_quant_scaled.defjvp
 def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
-    out = _fake_quant_scaled(static, *primals)
+    out = _quantized_scaled(static, *primals)
     array, bounds, tangent = primals[0], primals[3], tangents[0]
     if bounds is not None:
         inside = calib.is_inside(*jax.lax.stop_gradient((array, bounds)))
@@ -184,3 +180,22 @@ def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
 _INLINED: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 _cached_fake_quant = jax.jit(_fake_quant, static_argnums=0, inline=_INLINED)
 _cached_scaled = jax.jit(_fake_quant_scaled, static_argnums=0, inline=_INLINED)
+
+
+# Noise is not to be cached: each call may have its own. The derivatives come here, too,
+# and find the trace of the value.
+def _quantized(how: HowToQuantize, array: jax.Array) -> jax.Array:
+    with _known_mesh():
+        return (_cached_fake_quant if how.noise_fn is None else _fake_quant)(how, array)
+
+
+def _quantized_scaled(static: Any, *operands: Any) -> jax.Array:
+    cached = static[1] is None
+    with _known_mesh():
+        return (_cached_scaled if cached else _fake_quant_scaled)(static, *operands)
+
+
+def _known_mesh():
+    # Where no mesh is set, JAX sets an empty one while it computes derivatives, and
+    # that is part of the key of a trace.
+    return jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
