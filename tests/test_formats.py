@@ -97,9 +97,14 @@ def inputs(dtype="float32"):
     return models.normal(6, 64, seed=1, dtype=dtype)
 
 
+def placed(params):
+    """Params where restored ones are: both run the same compiled programs."""
+    return jax.device_put(params, jax.devices()[0])
+
+
 def of_functions(schema, qtypes, x, folder):
     """The outputs of QAT, of the quantized function, and with restored params."""
-    params = {"w": models.normal(2, 64, 8)}
+    params = placed({"w": models.normal(2, 64, 8)})
     qat, served, trees = {}, {}, {}
     for qtype in qtypes:
         rules = [rule_of(qtype, schema)]
@@ -119,6 +124,7 @@ def of_models(part, schema, qtypes, x, folder):
     provider = qwix_train.QtProvider(rules)
     if issubclass(part, nnx.Module):
         model = NnxOfEachType(part, qtypes)
+        nnx.update(model, placed(nnx.state(model)))
         qat = qwix_train.quantize_model(model, provider, x)
         quantized, _ = ptq.quantize(model, None, rules, x)
         ptq.save(folder, quantized, rules=rules)
@@ -126,7 +132,7 @@ def of_models(part, schema, qtypes, x, folder):
         call = nnx.jit(lambda model, x: model(x))
         return [call(model, x) for model in (qat, quantized, again)]
     model = OfEachType(part, qtypes)
-    params = models.params_of(model, x)
+    params = placed(models.params_of(model, x))
     qat = qwix_train.quantize_model(model, provider)
     out = jax.jit(qat.apply)({"params": params}, x)
     quantized, tree = ptq.quantize(model, params, rules, x)

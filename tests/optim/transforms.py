@@ -55,19 +55,23 @@ def assert_can_be_added(updates, params):
         assert u.dtype == p.dtype or (u.dtype, p.dtype) == (jnp.float32, jnp.bfloat16)
 
 
-def run(tx, params=PARAMS, grads=GRADS, steps=3, **extra_args):
-    """The params and the state after some steps, of a compiled loop."""
+def run(tx, params=PARAMS, grads=GRADS, steps=3, each=False, **extra_args):
+    """The params and the state after some steps, or each, of a compiled loop."""
 
     def step(grads, carry, _):
         params, state = carry
         updates, state = tx.update(grads, state, params, **extra_args)
         assert_can_be_added(updates, params)
-        return (optax.apply_updates(params, updates), state), None
+        carry = (optax.apply_updates(params, updates), state)
+        return carry, carry if each else None
 
     @jax.jit
     def loop(params, grads):
         # A carry of `scan` keeps its structure, shapes and dtypes.
         carry = (params, tx.init(params))
-        return jax.lax.scan(functools.partial(step, grads), carry, None, steps)[0]
+        last, all_ = jax.lax.scan(functools.partial(step, grads), carry, None, steps)
+        if each:
+            return [jax.tree.map(lambda x: x[i], all_) for i in range(steps)]
+        return last
 
     return loop(params, grads)
