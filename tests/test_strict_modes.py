@@ -4,6 +4,7 @@ Most are errors of tracing, so that no path is compiled but where numbers matter
 """
 
 import contextlib
+import gc
 
 import jax
 import numpy as np
@@ -183,11 +184,19 @@ def test_a_path_can_be_traced(name):
     assert not any(x.dtype == jnp.float64 for x in jax.tree.leaves(out))
 
 
+@pytest.fixture
+def small_heap():
+    """Leaks of the test alone: JAX searches all that lives, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 # Nothing is cached while leaks are looked for, so a few paths stand for all.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["qat", "static", "codes", "asymmetric", "mean", "lora"]
 )
+@pytest.mark.usefixtures("small_heap")
 def test_no_tracer_leaks(name):
     with jax.check_tracer_leaks():
         jax.eval_shape(PATHS[name], X)
