@@ -4,7 +4,6 @@ Most are errors of tracing, so that no path is compiled but where numbers matter
 """
 
 import contextlib
-import gc
 
 import jax
 import numpy as np
@@ -182,13 +181,6 @@ def test_a_path_can_be_traced(name):
         out = jax.eval_shape(PATHS[name], X)
     # The dtypes are those of the model whatever the default ones are.
     assert not any(x.dtype == jnp.float64 for x in jax.tree.leaves(out))
-
-
-@pytest.fixture
-def small_heap():
-    """Leaks of the test alone: JAX searches all that lives, again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 # Nothing is cached while leaks are looked for, so a few paths stand for all.
