@@ -169,7 +169,7 @@ def test_statistics_that_are_empty_are_refused():
 def test_ranges_known_at_compile_time():
     """Statistics that a compiled function closes over are still looked at."""
     model = qwix_train.quantize_model(Mlp(), PtqProvider([SYMMETRIC]))
-    floats = Mlp().init(KEY, X)["params"]
+    floats = models.params_of(Mlp(), X)
     abstract = jax.eval_shape(model.init, KEY, X)["params"]
     quant_stats = CASES["absmax"][1]
 
