@@ -134,6 +134,16 @@ def _skip_others(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def small_heap():
+    """Leaves garbage collection what the test makes, and nothing that was there.
+
+    JAX looks for leaked tracers among all objects, many times in one test.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_report_header():
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
     return f"{versions}, {jax.device_count()} devices, {os.environ['XLA_FLAGS']}"

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 import qwix_train
 from qwix_train import PtqProvider, QtProvider, QuantizationRule, WithAux
-from tests import reference_process
+from tests import models, reference_process
 from tests.qat.parity import Attention, Mlp
 from tests.spellings import data
 
@@ -51,14 +51,14 @@ CASES = {
 
 def quantized(rule, quant_stats):
     model = qwix_train.quantize_model(Mlp(), PtqProvider([rule]))
-    floats = Mlp().init(KEY, X)["params"]
+    floats = models.params_of(Mlp(), X)
     abstract = jax.eval_shape(model.init, KEY, X)["params"]
     return model, floats, qwix_train.quantize_params(floats, abstract, quant_stats)
 
 
 def test_scales_stand_next_to_the_params_of_their_module():
     model, _, params = quantized(*CASES["minmax"])
-    ours = model.init(KEY, X)["params"]
+    ours = jax.eval_shape(model.init, KEY, X)["params"]
     assert jax.tree.structure(ours) == jax.tree.structure(params)
     dense = params["Dense_0"]
     assert set(dense) == {
@@ -91,17 +91,20 @@ def test_ranges_are_used_whatever_the_batch_holds(name):
         for i, bounds in enumerate(fixed)
     ]
     qat = qwix_train.quantize_model(Mlp(), QtProvider(rules))
-    expected = qat.apply({"params": floats}, x)
+
+    def pull(model, params):
+        def loss(x):
+            out = model.apply({"params": params}, x)
+            return out.sum(), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(x)
+
+    (gradient, _), (of_qat, expected) = pull(model, params), pull(qat, floats)
     np.testing.assert_allclose(got, expected, 1e-5, 1e-5)
-    one = jnp.concatenate([model.apply({"params": params}, row[None]) for row in x])
+    np.testing.assert_allclose(gradient, of_qat, 1e-5, 1e-5)
+    run = jax.jit(model.apply)
+    one = np.concatenate([run({"params": params}, row[None]) for row in x])
     np.testing.assert_allclose(one, got, 1e-6, 1e-6)
-
-    def loss(model, params):
-        return lambda x: model.apply({"params": params}, x).sum()
-
-    np.testing.assert_allclose(
-        jax.grad(loss(model, params))(x), jax.grad(loss(qat, floats))(x), 1e-5, 1e-5
-    )
 
 
 @pytest.mark.slow
@@ -166,7 +169,7 @@ def test_statistics_that_are_empty_are_refused():
 def test_ranges_known_at_compile_time():
     """Statistics that a compiled function closes over are still looked at."""
     model = qwix_train.quantize_model(Mlp(), PtqProvider([SYMMETRIC]))
-    floats = Mlp().init(KEY, X)["params"]
+    floats = models.params_of(Mlp(), X)
     abstract = jax.eval_shape(model.init, KEY, X)["params"]
     quant_stats = CASES["absmax"][1]
 
@@ -199,9 +202,10 @@ def test_a_range_for_each_tile_and_for_each_head():
     heads = QuantizationRule(**STATIC, op_names=("einsum0",), act_channelwise_axes=(2,))
     rules = [heads, QuantizationRule(**STATIC, module_path=""), tiled]
     x = X.reshape(1, 6, 8)
-    floats = Attention().init(KEY, x)["params"]
+    floats = models.params_of(Attention(), x)
     calibrator = qwix_train.calib.Calibrator(rules)
-    calibrator.wrap(lambda params: Attention().apply({"params": params}, x))(floats)
+    step = jax.jit(lambda params: Attention().apply({"params": params}, x))
+    calibrator.wrap(step)(floats)
     stats = calibrator.quant_stats
     tiles = np.abs(np.asarray(x)).reshape(6, 4, 2).max((0, 2))
     found = stats["DenseGeneral_0"]["dot_general0_lhs"]["sum_of_absmax"]
@@ -223,7 +227,7 @@ def test_a_range_for_each_tile_and_for_each_head():
     expected = jax.jit(qat.apply)({"params": floats}, x)
     np.testing.assert_allclose(got, expected, 1e-4, 1e-5)
     # One token gets the same ranges as all of them.
-    model.apply({"params": params}, x[:, :1])
+    jax.eval_shape(model.apply, {"params": params}, x[:, :1])
 
 
 def test_a_contracted_axis_cannot_keep_ranges():
@@ -243,7 +247,7 @@ def test_logits_are_those_of_qwix(tmp_path):
         for name, (rule, quant_stats) in CASES.items():
             rule = dataclasses.replace(rule, weight_calibration_method=WIDE)
             model, _, params = quantized(rule, quant_stats)
-            got = model.apply({"params": params}, X)
+            got = jax.jit(model.apply)({"params": params}, X)
             np.testing.assert_allclose(got, theirs[name], 1e-5, 1e-5)
 
 
@@ -259,10 +263,10 @@ def main(path):
             act_calibration_method=rule.act_calibration_method,
         )
         model = qwix.quantize_model(Mlp(), qwix.PtqProvider([rule]))
-        floats = Mlp().init(KEY, X)["params"]
+        floats = models.params_of(Mlp(), X)
         abstract = jax.eval_shape(model.init, KEY, X)["params"]
         params = qwix.quantize_params(floats, abstract, quant_stats)
-        logits[name] = model.apply({"params": params}, X)
+        logits[name] = jax.jit(model.apply)({"params": params}, X)
     np.savez(path, **logits)
 
 

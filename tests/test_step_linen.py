@@ -561,15 +561,20 @@ def test_functions_that_were_traced_in_float_before():
         remat = jax.checkpoint(body)(state.params, batch["x"])[1]
         return state.apply_gradients(grads=grads), (value, outs, remat)
 
-    float_results = inner(state_of(), BATCH)
-    for _ in range(2):
-        new, (value, outs, remat) = wrap_train_step(inner, models.INT8)(
-            state_of(), BATCH
-        )
+    def eager(step):
+        return step(state_of(), BATCH)
+
+    def compiled(step):
+        # A function of its own each time: no program is that of an earlier call.
+        return jax.jit(lambda *args: step(*args))(state_of(), BATCH)
+
+    float_results, want = compiled(inner), jax.jit(models.mlp)(PARAMS, X)
+    for run in (eager, compiled):
+        new, (value, outs, remat) = run(wrap_train_step(inner, models.INT8))
         check(new, value)
-        models.assert_close(outs[0], models.mlp(PARAMS, X))
-        models.assert_close(remat, models.mlp(PARAMS, X))
-        again = inner(state_of(), BATCH)
+        models.assert_close(outs[0], want)
+        models.assert_close(remat, want)
+        again = compiled(inner)
         models.assert_same(again, float_results)
 
 
@@ -595,6 +600,13 @@ class Product(nn.Module):
         return PRODUCTS[self.spelling](x, w)
 
 
+@jax.jit
+def by_bits(x, w):
+    """The product in float, and with a weight of 8 and of 4 bits."""
+    rows = models.fake_quant(x, 8, -1)
+    return x @ w, *(rows @ models.fake_quant(w, bits, 0) for bits in (8, 4))
+
+
 @pytest.mark.thinned(12)
 @pytest.mark.parametrize("spelling", PRODUCTS)
 @pytest.mark.parametrize(
@@ -602,23 +614,22 @@ class Product(nn.Module):
 )
 def test_no_order_of_calls_leaks_through_caches(spelling, order):
     model = Product(spelling)
-    w = jax.random.normal(jax.random.key(1), (4, 3))
+    w = models.normal(4, 3)
     variables = {"params": {"w": w}}
     run = jax.jit(lambda v, x: model.apply(v, x))
     # A shape of its own for each case, so that no other test has filled the caches.
     rows = 3 + 2 * list(PRODUCTS).index(spelling) + (order == "float first")
-    x = jax.random.normal(jax.random.key(2), (rows, 4))
+    x = models.normal(rows, 4)
     steps = {
-        None: (run, x @ w),
-        8: (wrap_eval_step(run, models.INT8), None),
-        4: (wrap_eval_step(run, models.INT4), None),
+        None: run,
+        8: wrap_eval_step(run, models.INT8),
+        4: wrap_eval_step(run, models.INT4),
     }
     keys = [None, 8, 4, None, 4, 8] if order == "float first" else [8, 4, None, 8]
-    for bits in keys:
-        call, want = steps[bits]
-        if want is None:
-            want = models.fake_quant(x, 8, -1) @ models.fake_quant(w, bits, 0)
-        models.assert_close(call(variables, x), want)
+    outs = [steps[bits](variables, x) for bits in keys]
+    wants = dict(zip(steps, by_bits(x, w), strict=True))
+    for bits, out in zip(keys, outs, strict=True):
+        models.assert_close(out, wants[bits])
 
 
 def test_no_match_is_an_error_that_shows_the_paths():

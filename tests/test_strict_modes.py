@@ -188,6 +188,7 @@ def test_a_path_can_be_traced(name):
 @pytest.mark.parametrize(
     "name", ["qat", "static", "codes", "asymmetric", "mean", "lora"]
 )
+@pytest.mark.usefixtures("small_heap")
 def test_no_tracer_leaks(name):
     with jax.check_tracer_leaks():
         jax.eval_shape(PATHS[name], X)

@@ -250,7 +250,7 @@ def test_weights_in_spanning_tiles(method):
             made = method(rules)
             stored = run(made, model, params, INPUTS)
             quantized = quantize_model(model, made.provider)
-        out = quantized.apply({"params": stored}, INPUTS)
+        out = jax.jit(quantized.apply)({"params": stored}, INPUTS)
         return out, dequantize(stored["out"]["kernel"].array).reshape(KERNEL.shape)
 
     assert_close(of(General(), OF_GENERAL), of(Flat(), OF_FLAT))

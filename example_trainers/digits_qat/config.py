@@ -31,6 +31,7 @@ def get_quick_config() -> ml_collections.ConfigDict:
     """A run of seconds that goes through everything and proves nothing."""
     config = get_config()
     config.seeds = (0,)
+    config.features = (16,)
     config.weight_qtypes = ("int4", "int2")
     config.float_steps = 60
     config.qat_steps = 40

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from example_trainers.distributed import config as configs
-from example_trainers.distributed import launch
+from example_trainers.distributed import launch, train
 from qwix_train import ptq
 
-STEPS = 40
+STEPS = 24
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -66,7 +66,8 @@ def kill_when(workdir, written, processes, devices):
 @pytest.mark.slow
 def test_it_ends_with_the_numbers_of_an_unbroken_run(tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    run(unbroken, 1, 4)
+    # In this process, on all its devices.
+    whole = train.train_and_evaluate(settings(unbroken, 1, 8), unbroken)
     # A checkpoint is there, and the next steps run.
     kill_when(broken, "checkpoints/4", 2, 2)
     printed = run(broken, 2, 2, after="from step 4")
@@ -76,13 +77,13 @@ def test_it_ends_with_the_numbers_of_an_unbroken_run(tmp_path):
     printed = run(broken, 1, 2)
     assert "processes: 1, mesh: 1 data x 2 model, from step " in printed
     losses, again = (
-        {each["step"]: each["loss"] for each in json.loads(path.read_text())["history"]}
-        for path in (unbroken / "results.json", broken / "results.json")
+        {each["step"]: each["loss"] for each in results["history"]}
+        for results in (whole, json.loads((broken / "results.json").read_text()))
     )
     # One save came early, and the next one has the mean of fewer steps.
     (early,) = again.keys() - losses.keys() or {0}
     same = [step for step in losses if not early < step < early + 4]
-    assert len(same) >= 9
+    assert len(same) >= 5
     np.testing.assert_allclose(
         [again[step] for step in same], [losses[step] for step in same], rtol=5e-3
     )

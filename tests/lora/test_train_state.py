@@ -194,6 +194,7 @@ def test_under_remat_and_vmap():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_heap")
 def test_no_tracer_outlives_a_step():
     state = state_of()
     with jax.check_tracer_leaks():

@@ -66,10 +66,15 @@ def disk_size(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-@pytest.mark.thinned(16)
-@pytest.mark.parametrize("how", HOWS, **ID)
-def test_what_is_restored_is_what_was_saved(tmp_path, how):
-    params = tree(**how)
+@pytest.mark.parametrize(
+    "hows",
+    [
+        pytest.param(HOWS[:1], id="int8"),
+        pytest.param(HOWS[1:], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_restored_is_what_was_saved(tmp_path, hows):
+    params = {str(index): tree(**how) for index, how in enumerate(hows)}
     checkpoint.save(tmp_path / "a", params)
     assert_same(checkpoint.restore(tmp_path / "a"), params)
     assert_same(checkpoint.restore(tmp_path / "a", abstract(params)), params)
@@ -189,29 +194,37 @@ class TestShards:
     def mesh(kind=AxisType.Auto):
         return jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind, kind))
 
-    @pytest.mark.thinned(9)
     @pytest.mark.parametrize(
-        "kind, how",
-        [(AxisType.Auto, how) for how in [*SOME, HOWS[-1]]]
-        + [(AxisType.Explicit, how) for how in SOME[2:4]],
-        ids=str,
+        "kind, hows",
+        [
+            pytest.param(AxisType.Auto, SOME[:1], id="int8"),
+            *(
+                pytest.param(kind, hows, id=kind.name, marks=pytest.mark.slow)
+                for kind, hows in (
+                    (AxisType.Auto, [*SOME[1:], HOWS[-1]]),
+                    (AxisType.Explicit, SOME[2:4]),
+                )
+            ),
+        ],
     )
-    def test_saved_from_a_mesh_and_restored_into_another(self, tmp_path, how, kind):
-        params = tree(**how)["Dense_0"]
+    def test_saved_from_a_mesh_and_restored_into_another(self, tmp_path, hows, kind):
+        params = {str(i): tree(**how)["Dense_0"] for i, how in enumerate(hows)}
         mesh = self.mesh(kind)
         kernel = NamedSharding(mesh, PartitionSpec("a", "b"))
         checkpoint.save(tmp_path / "a", params)
-        first = checkpoint.restore(tmp_path / "a", shardings={"kernel": kernel})
+        shardings = {name: {"kernel": kernel} for name in params}
+        first = checkpoint.restore(tmp_path / "a", shardings=shardings)
         assert_same(first, params)
-        q = first["kernel"].array
-        assert q.qvalue.sharding == kernel
-        for part in (q.scale, q.zero_point):
-            if part is not None:
-                want = [
-                    n // s if n % s == 0 else n
-                    for n, s in zip(part.shape, (2, 4), strict=True)
-                ]
-                assert list(part.sharding.shard_shape(part.shape)) == want
+        for layer in first.values():
+            q = layer["kernel"].array
+            assert q.qvalue.sharding == kernel
+            for part in (q.scale, q.zero_point):
+                if part is not None:
+                    want = [
+                        n // s if n % s == 0 else n
+                        for n, s in zip(part.shape, (2, 4), strict=True)
+                    ]
+                    assert list(part.sharding.shard_shape(part.shape)) == want
         checkpoint.save(tmp_path / "b", first)
         turned = NamedSharding(mesh, PartitionSpec(None, ("b", "a")))
         second = checkpoint.restore(tmp_path / "b", shardings=turned.update(spec=()))

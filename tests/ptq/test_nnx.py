@@ -43,6 +43,11 @@ def variables(model):
     return [v for _, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
 
 
+@nnx.jit
+def call(model, x):
+    return model(x)
+
+
 def check(model, x, rules=models.INT8, tolerance=1e-5, **options):
     """Quantizes a model for PTQ and for QAT, runs both, and gives both."""
     before, graphdef = snapshot(model), nnx.graphdef(model)
@@ -54,9 +59,9 @@ def check(model, x, rules=models.INT8, tolerance=1e-5, **options):
     values = nnx.Not(nnx.RngState)  # drawing random numbers counts them
     state, graphdef = snapshot(quantized, values), nnx.graphdef(quantized)
     held = variables(quantized)
-    out = quantized(x)
-    models.assert_close(out, trained(x), tolerance)
-    models.assert_same(quantized(x), out)
+    out = call(quantized, x)
+    models.assert_close(out, call(trained, x), tolerance)
+    models.assert_same(call(quantized, x), out)
     models.assert_same(snapshot(quantized, values), state)
     assert nnx.graphdef(quantized) == graphdef
     after = variables(quantized)
@@ -166,7 +171,7 @@ def test_params_in_containers_and_in_two_places():
     merged = nnx.merge(*nnx.split(quantized))
     assert merged.first.kernel.array.qvalue is merged.tied.kernel.array.qvalue
     models.assert_same(merged(X), quantized(X))
-    models.assert_close(nnx.jit(lambda m, x: m(x))(quantized, X), quantized(X), 1e-4)
+    models.assert_close(call(quantized, X), quantized(X), 1e-4)
 
 
 @pytest.mark.slow
@@ -203,7 +208,7 @@ def test_copies():
 
 
 TRANSFORMS = {
-    "nnx.jit": lambda m, x: nnx.jit(lambda m, x: m(x))(m, x),
+    "nnx.jit": call,
     "jax.jit": lambda m, x: jax.jit(lambda s, x: nnx.merge(nnx.graphdef(m), s)(x))(
         nnx.state(m), x
     ),

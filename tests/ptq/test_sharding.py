@@ -74,9 +74,10 @@ def test_params_are_quantized_where_they_are(name, names):
 )
 def test_the_forward_is_that_of_one_device(rule):
     network = models.Mlp()
-    params = network.init(jax.random.key(0), X)["params"]
+    params = models.params_of(network, X)
     model, quantized = ptq.quantize(network, params, [rule], X)
-    want = model.apply({"params": quantized}, X)
+    run = jax.jit(lambda params, x: model.apply({"params": params}, x))
+    want = run(quantized, X)
     names = {"Dense_0": (None, "model"), "Dense_1": ("model", None)}
     sharded = {
         layer: {
@@ -87,7 +88,6 @@ def test_the_forward_is_that_of_one_device(rule):
     }
     _, quantized = ptq.quantize(network, sharded, [rule], X)
     batch = put(X, "data", None)
-    run = jax.jit(lambda params, x: model.apply({"params": params}, x))
     models.assert_close(run(quantized, batch), want)
     with jax.set_mesh(AUTO):
         models.assert_close(run(quantized, batch), want)
@@ -128,9 +128,9 @@ def test_a_linen_model_is_initialized_sharded(logical):
         out = jax.jit(model.apply)(variables, X)
         floats = jax.jit(network.init)(key, X)
         trained = quantize_model(network, QtProvider(models.INT8))
-        models.assert_close(out, trained.apply(floats, X))
+        models.assert_close(out, jax.jit(trained.apply)(floats, X))
         params = ptq.quantize_params(nn.unbox(floats)["params"], abstract["params"])
-        models.assert_close(model.apply({"params": params}, X), out)
+        models.assert_close(jax.jit(model.apply)({"params": params}, X), out)
 
 
 # Three tiles of eight rows, which four devices share.

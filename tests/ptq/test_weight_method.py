@@ -32,7 +32,7 @@ BATCHES = [correlated(24, 6, seed) for seed in range(3)]
 
 
 def mlp_params():
-    params = models.Mlp().init(jax.random.key(0), BATCHES[0])["params"]
+    params = models.params_of(models.Mlp(), BATCHES[0])
     params["Dense_0"]["bias"] += 0.3
     return params
 
@@ -107,7 +107,7 @@ def test_stacked_layers_have_a_statistic_each(framework):
         array = ptq.to_tree(array)
     else:
         model = models.Layers(remat=True)
-        params = model.init(jax.random.key(0), BATCHES[0])["params"]
+        params = models.params_of(model, BATCHES[0])
         kernels = params["layers"]["Dense_0"]["kernel"]
         quantized = run(method, model, params, *BATCHES)
         array = quantized["layers"]["Dense_0"]["kernel"].array
@@ -143,33 +143,42 @@ REFUSED = {
 }
 
 
+class Refusing(nn.Module):
+    """All of these, and a layer that a method applies to."""
+
+    @nn.compact
+    def __call__(self, x):
+        refused = [
+            Product(fn, name=f"refused_{index}")(x)
+            for index, (fn, _) in enumerate(REFUSED.values())
+        ]
+        return nn.Dense(2, name="taken")(jnp.concatenate(refused, -1))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("make", [ptq.SmoothQuant, ptq.Awq])
-def test_weights_that_a_method_does_not_apply_to(name, make):
+def test_weights_that_a_method_does_not_apply_to(make):
     """They are rounded to nearest, and the report says so."""
-    fn, reason = REFUSED[name]
-    x, method = BATCHES[0], make(RULES)
-    # And a layer that it applies to.
-    model = nn.Sequential([Product(fn), nn.Dense(2)])
-    params = model.init(jax.random.key(0), x)["params"]
+    x, method, model = BATCHES[0], make(RULES), Refusing()
+    params = models.params_of(model, x)
     quantized = run(method, model, params, x)
     whole = quantize_model(model, ptq.PtqProvider(RULES))
     init = functools.partial(whole.init, jax.random.key(0))
     expected = ptq.quantize_params(params, jax.eval_shape(init, x)["params"])
-    models.assert_same(quantized["layers_0"]["w"], expected["layers_0"]["w"])
     # The model has places for the scales of all inputs.
     target = abstract(method, model, x)
     assert jax.tree.structure(quantized) == jax.tree.structure(target)
-    assert all((x == 1).all() for k, x in quantized["layers_0"].items() if k != "w")
     records = {record["param"]: record for record in method.report.records()}
-    assert not records["layers_0/w"]["applied"]
-    assert reason in records["layers_0/w"]["reason"]
-    assert records["layers_1/kernel"]["applied"]
-    line = next(
-        line for line in str(method.report).splitlines() if "layers_0/w" in line
-    )
-    assert "rounding" in line and reason in line
+    assert records["taken/kernel"]["applied"]
+    lines = str(method.report).splitlines()
+    for index, (_, reason) in enumerate(REFUSED.values()):
+        layer = quantized[f"refused_{index}"]
+        models.assert_same(layer["w"], expected[f"refused_{index}"]["w"])
+        assert all((x == 1).all() for name, x in layer.items() if name != "w")
+        record = records[f"refused_{index}/w"]
+        assert not record["applied"] and reason in record["reason"]
+        (line,) = [line for line in lines if f"refused_{index}/w" in line]
+        assert "rounding" in line and reason in line
 
 
 def test_batches_count_by_their_vectors_and_bad_ones_not_at_all():

@@ -12,9 +12,15 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax import numpy as jnp
 
-from qwix_train import QuantizationRule, calib, ptq, quantize_model
+from qwix_train import (
+    PtqProvider,
+    QuantizationRule,
+    calib,
+    ptq,
+    quantize_model,
+    quantize_params,
+)
 from tests.ptq.gptq_reference import abstract, collect
 
 # What the tests say was measured over three.
@@ -47,28 +53,41 @@ def data():
 
 
 @functools.cache
-def trained(seed):
+def training():
+    """The params of a seed, and all steps that train them, compiled for all seeds."""
     (images, labels), _ = data()
     model, optimizer = Network(), optax.adam(2e-3)
-    params = model.init(jax.random.key(seed), images[:1])["params"]
 
-    def step(carry, rows):
+    def step(carry, batch):
         params, state = carry
+        images, labels = batch
 
         def loss(params):
-            logits = model.apply({"params": params}, images[rows])
-            return losses(logits, jax.device_put(labels)[rows]).mean()
+            return losses(model.apply({"params": params}, images), labels).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    images = jax.device_put(images)
+    @jax.jit
+    def run(params, rows):
+        batches = jax.device_put(images)[rows], jax.device_put(labels)[rows]
+        carry = (params, optimizer.init(params))
+        (params, _), values = jax.lax.scan(step, carry, batches)
+        return params, values[-1]
+
+    init = jax.jit(lambda seed: model.init(jax.random.key(seed), images[:1])["params"])
+    return init, run
+
+
+@functools.cache
+def trained(seed):
+    (images, _), _ = data()
+    init, run = training()
     rng = np.random.default_rng(seed)
-    rows = jnp.asarray([rng.integers(0, len(images), 64) for _ in range(250)])
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))
-    (params, _), values = run((params, optimizer.init(params)))
-    assert values[-1] < 0.1
+    rows = np.array([rng.integers(0, len(images), 64) for _ in range(250)])
+    params, last = run(init(seed), rows)
+    assert last < 0.1
     return params
 
 
@@ -83,56 +102,86 @@ def with_outliers(params, factor=30.0):
     return params
 
 
-def loss_of(model, params):
+def loss_of(model):
+    """The test loss of params, compiled."""
     _, (images, labels) = data()
-    logits = jax.jit(model.apply)({"params": params}, images)
-    return float(losses(logits, labels).mean())
+
+    @jax.jit
+    def loss(params):
+        return losses(model.apply({"params": params}, images), labels).mean()
+
+    return lambda params: float(loss(params))
+
+
+@functools.cache
+def float_loss():
+    return loss_of(Network())
+
+
+class Rounding:
+    """Rounding to nearest, as a method that collects nothing."""
+
+    def __init__(self, rules):
+        self.provider = PtqProvider(rules)
+        self.quantize_params = quantize_params
+
+
+@functools.cache
+def compiled(method):
+    """What collects inputs, the quantized params as shapes, and their loss."""
+    model, ((images, _), _) = Network(), data()
+    step = None
+    if not isinstance(method, Rounding):
+        step = method.wrap(jax.jit(lambda p, x: model.apply({"params": p}, x)))
+    target = abstract(method, model, images[:1])
+    return step, target, loss_of(quantize_model(model, method.provider))
 
 
 def loss_after(method, params, quant_stats=None, block=None):
-    """The test loss with params that a method quantized, or with rounded ones.
+    """The test loss with params that a method quantized.
 
     Args:
-      method: the method, or rules to round to nearest by.
+      method: the method.
       params: the float params.
-      quant_stats: the ranges of activations, for rules.
+      quant_stats: the ranges of activations, for static ones.
       block: see `ptq.quantize_in_sequence`; all at once if None.
     """
-    model, ((images, _), _) = Network(), data()
-    if isinstance(method, list):
-        whole, params = ptq.quantize(
-            model, params, method, images[:1], quant_stats=quant_stats
-        )
-        return loss_of(whole, params)
-    batches = images[:640], images[640:1280]
-    target = abstract(method, model, images[:1])
-    if block is None:
-        collect(method, model, params, *batches)
-        quantized = method.quantize_params(params, target)
+    (images, _), _ = data()
+    step, target, loss = compiled(method)
+
+    def run(params):
+        for x in (images[:640], images[640:1280]):
+            step(params, x)
+
+    if block is not None:
+        quantized = ptq.quantize_in_sequence(method, run, params, target, block=block)
     else:
-        run = functools.partial(collect, method, model)
-        quantized = ptq.quantize_in_sequence(
-            method, lambda params: run(params, *batches), params, target, block=block
-        )
-    assert all(record["applied"] for record in method.report.records())
-    return loss_of(quantize_model(model, method.provider), quantized)
+        if step is not None:
+            # Those of another seed go; what is compiled stays.
+            method.state = {}
+            run(params)
+        quantized = method.quantize_params(params, target, quant_stats)
+    if step is not None:
+        assert all(record["applied"] for record in method.report.records())
+    return loss(quantized)
 
 
 def totals(methods, params_of, rules):
     """The loss that each method adds to that of the float model, summed over seeds."""
     added = np.zeros(len(methods))
-    for seed in SEEDS:
-        params = params_of(seed)
-        exact = loss_of(Network(), params)
-        for number, make in enumerate(methods):
-            added[number] += loss_after(make(rules), params) - exact
+    for number, make in enumerate(methods):
+        method = make(rules)
+        for seed in SEEDS:
+            params = params_of(seed)
+            added[number] += loss_after(method, params) - float_loss()(params)
     return added
 
 
+@functools.cache
 def outliers_of(seed):
     params = with_outliers(trained(seed))
-    exact = loss_of(Network(), trained(seed))
-    np.testing.assert_allclose(loss_of(Network(), params), exact, rtol=1e-3)
+    exact = float_loss()(trained(seed))
+    np.testing.assert_allclose(float_loss()(params), exact, rtol=1e-3)
     return params
 
 
@@ -143,7 +192,7 @@ def test_int3_weights():
     Measured: 0.030, 0.041 and 0.108 of loss added over three seeds.
     """
     rules = [QuantizationRule(weight_qtype="int3")]
-    plain, gptq, awq = totals([list, ptq.Gptq, ptq.Awq], trained, rules)
+    plain, gptq, awq = totals([Rounding, ptq.Gptq, ptq.Awq], trained, rules)
     assert plain > 0.05
     assert gptq < 0.5 * plain and awq < 0.6 * plain
 
@@ -153,7 +202,7 @@ def test_int3_weights():
 def test_weights_of_inputs_with_outliers(qtype):
     """Measured: int4 0.088 (rounding), 0.036 (GPTQ) and 0.010 (AWQ) of loss added."""
     rules = [QuantizationRule(weight_qtype=qtype)]
-    plain, gptq, awq = totals([list, ptq.Gptq, ptq.Awq], outliers_of, rules)
+    plain, gptq, awq = totals([Rounding, ptq.Gptq, ptq.Awq], outliers_of, rules)
     assert plain > 0.05
     assert gptq < 0.6 * plain and awq < 0.4 * plain
 
@@ -166,7 +215,7 @@ def test_layers_in_sequence_are_no_worse_than_all_at_once(make):
     All at once 0.020 and 0.023.
     """
     params, rules = outliers_of(0), [QuantizationRule(weight_qtype="int3")]
-    exact = loss_of(Network(), params)
+    exact = float_loss()(params)
     at_once = loss_after(make(rules), params) - exact
     in_sequence = loss_after(make(rules), params, block=r"Dense_\d") - exact
     assert at_once > 0.01
@@ -177,7 +226,7 @@ def test_layers_in_sequence_are_no_worse_than_all_at_once(make):
 def test_int8_activations_with_outliers():
     """Measured: 0.019 of loss added over three seeds, and less than 0.001."""
     rules = [QuantizationRule(weight_qtype="int8", act_qtype="int8")]
-    plain, smooth = totals([list, ptq.SmoothQuant], outliers_of, rules)
+    plain, smooth = totals([Rounding, ptq.SmoothQuant], outliers_of, rules)
     assert plain > 0.01
     assert abs(smooth) < 0.2 * plain
 
@@ -193,13 +242,14 @@ def test_static_int8_activations_with_outliers():
             act_averaging="minmax",
         )
     ]
+    rounding, smoothing = Rounding(rules), ptq.SmoothQuant(rules)
     plain = smooth = 0.0
     for seed in SEEDS:
         params = outliers_of(seed)
-        exact = loss_of(Network(), params)
+        exact = float_loss()(params)
         calibrator = calib.Calibrator(rules)
         collect(calibrator, Network(), params, data()[0][0][:1280])
-        plain += loss_after(rules, params, calibrator.quant_stats) - exact
-        smooth += loss_after(ptq.SmoothQuant(rules), params) - exact
+        plain += loss_after(rounding, params, calibrator.quant_stats) - exact
+        smooth += loss_after(smoothing, params) - exact
     assert plain > 0.02
     assert abs(smooth) < 0.2 * plain

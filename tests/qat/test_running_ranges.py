@@ -28,23 +28,24 @@ def train(library, method):
         weight_calibration_method="absmax,1.1",
         **STATIC,
     )
-    floats = Mlp().init(KEY, BATCHES[0])["params"]
+    floats = models.params_of(Mlp(), BATCHES[0])
     model = library.quantize_model(Mlp(), library.QtProvider([rule]))
-    quant_stats = model.init(KEY, BATCHES[0])["quant_stats"]
+    quant_stats = jax.jit(model.init)(KEY, BATCHES[0])["quant_stats"]
+    apply = jax.jit(model.apply, static_argnames="mutable")
     results = {}
     for i, x in enumerate(BATCHES[:3]):
         variables = {"params": floats, "quant_stats": quant_stats}
-        out, updates = model.apply(variables, x, mutable="quant_stats")
+        out, updates = apply(variables, x, mutable="quant_stats")
         quant_stats = updates["quant_stats"]
         results[f"train{i}"] = out
     for path, leaf in jax.tree_util.tree_leaves_with_path(quant_stats):
         results[f"stats{jax.tree_util.keystr(path)}"] = leaf
     variables = {"params": floats, "quant_stats": quant_stats}
-    results["eval"] = model.apply(variables, BATCHES[3])
+    results["eval"] = apply(variables, BATCHES[3])
     ptq_model = library.quantize_model(Mlp(), library.PtqProvider([rule]))
     abstract = jax.eval_shape(ptq_model.init, KEY, BATCHES[0])["params"]
     params = library.quantize_params(floats, abstract, quant_stats)
-    results["export"] = ptq_model.apply({"params": params}, BATCHES[3])
+    results["export"] = jax.jit(ptq_model.apply)({"params": params}, BATCHES[3])
     return {f"{method}|{key}": np.asarray(x) for key, x in results.items()}
 
 
