@@ -92,7 +92,7 @@ endef
 # $(call run_if_installed,environment,packages): what the target is for, by `make run-...`;
 # where the packages cannot be installed it fails, or only says so with ALLOW_MISSING.
 define run_if_installed
-@if $(MAKE) --no-print-directory $(1)/.stamp; then \
++@if $(MAKE) --no-print-directory $(1)/.stamp; then \
   $(MAKE) --no-print-directory run-$@; \
 else \
   echo "make: $$(echo $@ | tr a-z A-Z) WAS NOT RUN: $(2) could not be installed" >&2; \

@@ -292,8 +292,11 @@ def naming_missing_collections(
         if not isinstance(model, nn.Module):
             raise
         given = {k: v for k, v in kwargs.items() if k not in ("rngs", "mutable")}
-        with session.suspended():
-            made = abstract_variables(model, inputs, given)
+        try:
+            with session.suspended():
+                made = abstract_variables(model, inputs, given)
+        except Exception:
+            raise error from None
         missing = [name for name in made if not variables.get(name)]
         if not missing:
             raise

@@ -132,8 +132,8 @@ def _is_adapted(value: Any) -> bool:
 class _BoundFields:
     """Registers its subclasses as trees, by the fields that they hold.
 
-    `flax.struct` does the same, but it would read `apply_fn`, which is bound to arrays,
-    and the structure of a tree must not hold arrays.
+    `flax.struct` does the same, but it would take `apply_fn` as a part of the structure
+    of the tree. That function is bound to arrays, which a structure must not hold.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

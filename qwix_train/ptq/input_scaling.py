@@ -31,8 +31,8 @@ from qwix_train.values import stored
 class InputScaling(WeightMethod):
     """A method that multiplies the input of a weight by ``p``, and divides the weight.
 
-    The products stay the same, ``x @ w = (x * p) @ (w / p)``, but other numbers are
-    rounded. See `pre_quant_scale` for where ``p`` is kept.
+    The products stay the same, ``x @ w = (x * p) @ (w / p)``, but the numbers that
+    are rounded differ. See `pre_quant_scale` for where ``p`` is kept.
     """
 
     scales_inputs = True
@@ -43,14 +43,20 @@ class InputScaling(WeightMethod):
         Args:
           rules: the rules by which the model is to be quantized.
           rounding: chooses the codes once the scales are found; None to round to
-            nearest. It collects nothing itself.
+            nearest. It collects nothing itself, and keeps the scales of tiles.
 
         Raises:
+          TypeError: if `rounding` is not a `Gptq`.
           ValueError: if `rounding` has other rules.
         """
         if rounding is not None:
-            self.second_moment = True
-            self.title = f"{self.title} and {rounding.title}"
+            if not isinstance(rounding, Gptq):
+                raise TypeError(
+                    f"{self.title}: rounding={rounding!r} is not a ptq.Gptq. Give "
+                    "ptq.Gptq(rules), or leave it out to round to nearest."
+                )
+            self.second_moment: bool = True
+            self.title: str = f"{self.title} and {rounding.title}"
         super().__init__(rules)
         if rounding is not None and rounding.rules != self.rules:
             raise ValueError(
@@ -110,7 +116,8 @@ class InputScaling(WeightMethod):
         if self.rounding is not None:
             array = self.rounding.codes_on(weight.scaled(scale), array)
             # What is known so far is of weights that are rounded to nearest.
-            said = Finding("; ".join(filter(None, (said.note, said.reason))))
+            notes = filter(None, (said.note, said.reason))
+            said = Finding("; ".join(f"rounded to nearest: {note}" for note in notes))
         return QuantizedWeight(array, said, kept)
 
 

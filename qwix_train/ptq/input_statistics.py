@@ -113,8 +113,8 @@ class InputMoments:
         x = self.channels.samples(x.astype(jnp.float32))
         kept = jnp.ones(x.shape[1], bool)
         if counts is not None:
-            # Elements that do not count are sampled, not those that do: a convolution
-            # pads with zeros, which count.
+            # What a convolution pads with counts, and is zero. So those that do not
+            # count are marked with ones, and sampled.
             lost = self.channels.samples((~counts).astype(jnp.float32))
             kept = lost.max((0, 2)) == 0
             x = jnp.where(kept[:, None], x, 0)

@@ -92,11 +92,18 @@ class Weight:
 
         Args:
           scale: shape (matrices, channels).
+
+        Returns:
+          It with the second moment of the scaled input, and no other moments.
         """
-        scale = scale.astype(jnp.float32)
-        moment = self.moments["second_moment"] * scale[:, :, None] * scale[:, None]
-        moments = {**self.moments, "second_moment": moment}
+        moments = {"second_moment": _scaled(self.moments["second_moment"], scale)}
         return dataclasses.replace(self, param=self.divided(scale), moments=moments)
+
+
+@jax.jit
+def _scaled(second_moment: jax.Array, scale: jax.Array) -> jax.Array:
+    scale = scale.astype(jnp.float32)
+    return second_moment * scale[:, :, None] * scale[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +200,10 @@ class WeightMethod(Collector, abc.ABC):
       report: what was done to each weight; None before `quantize_params`.
     """
 
-    title = ""
-    second_moment = True
-    rows = 0
-    scales_inputs = False
+    title: str = ""
+    second_moment: bool = True
+    rows: int = 0
+    scales_inputs: bool = False
 
     def __init__(self, rules: Sequence[QuantizationRule]):
         """Checks the rules.
@@ -435,7 +442,11 @@ class Job:
             place = (*prefix, *pre_quant_scale_path(found.path))
             self.scales[place] = scale.stored
             if scale.range is not None:
-                ranges = self.own_ranges if said.reason else self.ranges
+                channels = scale.channels
+                unscaled = is_concrete(channels) and np.all(
+                    processes.whole(channels) == 1
+                )
+                ranges = self.own_ranges if unscaled else self.ranges
                 ranges[found.path] = scale.range
         errors = said.errors
         if errors is None and "second_moment" in weight.moments:

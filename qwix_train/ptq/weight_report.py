@@ -20,8 +20,9 @@ class WeightRecord:
       reason: why the method was not applied.
       rounding_error: the squared error of the outputs if the param is rounded to
         nearest, relative to the outputs squared, on the inputs that were collected.
-        None if the method does not collect what this takes. For `SmoothQuant`,
-        activations are quantized, too, as the rule says; for all others they are not.
+        None if the method does not collect what this takes. For `SmoothQuant`
+        without `rounding`, activations are quantized, too, as the rule says; for all
+        others they are not.
       error: the same error with what the method made of the param.
       note: what else the method has to say.
     """

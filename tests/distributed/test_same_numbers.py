@@ -43,4 +43,4 @@ def test_other_modes_in_two_processes():
 
 @pytest.mark.slow
 def test_four_processes():
-    assert_same_numbers(ALONG_BOTH, (2, 2))
+    assert_same_numbers((*ALONG_BOTH, "quantized_training"), (2, 2))

@@ -16,6 +16,7 @@ from qwix_train import (
     ptq,
     quantize_model,
 )
+from qwix_train.ptq.weight_method import Finding
 from tests import models
 from tests.calib.test_calibrator import NnxMlp
 from tests.ptq.gptq_reference import (
@@ -274,6 +275,8 @@ def test_gptq_chooses_the_codes_of_scaled_weights(make):
     assert record.error < 0.7 * before.error
     with pytest.raises(ValueError, match="GPTQ: rounding has other rules"):
         make(rules, rounding=ptq.Gptq([models.rule("int4")]))
+    with pytest.raises(TypeError, match="is not a ptq.Gptq"):
+        make(rules, rounding=ptq.Gptq)
 
 
 @pytest.mark.slow
@@ -287,3 +290,17 @@ def test_gptq_takes_the_narrowed_ranges_of_awq():
     models.assert_same(before.scale, found.scale)
     models.assert_differ(before.qvalue, found.qvalue)
     assert method.report.weights[0].error < 0.9 * narrowed.report.weights[0].error
+
+
+def test_a_range_that_is_given_counts_where_gptq_rounds_what_is_not_smoothed():
+    x, rules = correlated(64, 8), [STATIC]
+    model, params = nn.Dense(4, use_bias=False), {"kernel": models.normal(8, 4)}
+    given = {"dot_general0_lhs": {"count": 1, "sum_of_absmax": np.full((1, 1), 1000.0)}}
+    method = ptq.SmoothQuant(rules, alpha=0.5, rounding=ptq.Gptq(rules))
+    method.channel_scale = lambda weight: (jnp.ones((1, 8)), Finding(reason="why"))
+    collect(method, model, params, x)
+    found = method.quantize_params(params, abstract(method, model, x), given)
+    models.assert_same(found["dot_general0_lhs_pre_quant_scale"], np.ones((1, 8), "f"))
+    scale = found["dot_general0_lhs_scale"].array
+    np.testing.assert_allclose(scale, [[1000 / 127.5]], 1e-5)
+    assert method.report.weights[0].note == "rounded to nearest: why"
