@@ -296,7 +296,7 @@ $(CLIENTS:%=test-%): test-%: $(VENV)/.stamp-test
 
 .PHONY: $(CLIENTS:%=run-test-%)
 $(CLIENTS:%=run-test-%): run-test-%: $(VENV)/.stamp-test .venv-%/.stamp
-	QWIX_TRAIN_$$(echo $* | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$*/bin/python \
+	env QWIX_TRAIN_$$(echo $* | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$*/bin/python \
 	  $(call PYTEST,$(VENV)) -m clients $(PYTEST_ARGS) tests/clients/test_$*.py
 
 .PHONY: lint
