@@ -18,7 +18,7 @@ from qwix_train.observers.statistics import per_layer
 
 
 class HasRanges(Protocol):
-    """An object that collects statistics, and knows of which arrays."""
+    """An object that collects statistics of arrays that it can name."""
 
     @property
     def ranges(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ differentiation works, forward and reverse, of any order. The backward pass keep
 nothing if the range covers the array, else one Boolean for each element.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -195,7 +196,7 @@ def _quantized_scaled(static: Any, *operands: Any) -> jax.Array:
         return (_cached_scaled if cached else _fake_quant_scaled)(static, *operands)
 
 
-def _known_mesh():
+def _known_mesh() -> contextlib.AbstractContextManager[Any]:
     # Where no mesh is set, JAX sets an empty one while it computes derivatives, and
     # that is part of the key of a trace.
     return jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())

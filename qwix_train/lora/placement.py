@@ -27,7 +27,7 @@ def placed(
       part: `a`, `b` or `magnitude`.
       param: the param, unboxed. If it is an array on a mesh, so is the result.
       box: the box in which Flax holds the param, such as `nn.Partitioned` or an
-        `nnx.Variable`; None if there is none.
+        `nnx.Variable`; None if it is in no box.
 
     Returns:
       The array, in a box of the same kind if there is a box. For an `nnx.Variable` the

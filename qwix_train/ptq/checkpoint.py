@@ -192,7 +192,7 @@ def restore(
             the module with the params. With None the result has the structure of the
             checkpoint, as nested dicts.
         shardings: A `jax.sharding.Sharding` for all params, or nested dicts of
-            shardings, each of which is for all params below its path. Scales and zero
+            shardings. Each is for all params below its path. Scales and zero
             points are sharded as their codes are, except along axes where they have 1
             entry, or that the mesh does not divide. If None, the shardings of
             ``abstract`` count. An array without a sharding goes where JAX puts new

@@ -115,9 +115,11 @@ class InputScaling(WeightMethod):
         array = self.rounded(weight.divided(scale), weight, scale)
         if self.rounding is not None:
             array = self.rounding.codes_on(weight.scaled(scale), array)
-            # What is known so far is of weights that are rounded to nearest.
+            # The method measured errors of weights that are rounded to nearest.
             notes = filter(None, (said.note, said.reason))
-            said = Finding("; ".join(f"rounded to nearest: {note}" for note in notes))
+            said = Finding(
+                "; ".join(f"before {self.rounding.title}: {note}" for note in notes)
+            )
         return QuantizedWeight(array, said, kept)
 
 

@@ -114,8 +114,8 @@ def with_states(target: Any, states: States) -> Any:
       target: an NNX model, or an `nnx.ModelAndOptimizer`, which are changed in place; a
         dataclass with a method `replace`; or the variables of a Linen model. If a class
         has no field `quant_stats`, the result is of a subclass that has one.
-      states: the statistics, by path. If there are none, the result is of the original
-        class, not of the subclass.
+      states: the statistics, by path. If the mapping is empty, the result is of the
+        original class, not of the subclass.
 
     Raises:
       TypeError: if `target` has no place for them.

@@ -303,4 +303,4 @@ def test_a_range_that_is_given_counts_where_gptq_rounds_what_is_not_smoothed():
     models.assert_same(found["dot_general0_lhs_pre_quant_scale"], np.ones((1, 8), "f"))
     scale = found["dot_general0_lhs_scale"].array
     np.testing.assert_allclose(scale, [[1000 / 127.5]], 1e-5)
-    assert method.report.weights[0].note == "rounded to nearest: why"
+    assert method.report.weights[0].note == "before GPTQ: why"

@@ -2,7 +2,7 @@
 
 The notation is that of einops (https://einops.rocks). Names on the left are axes of the
 tensor, and names on the right are axes of the param. Names in parentheses are one axis
-together, of which the first name is the slowest. A name that is only on the right
+together, and the first of them varies slowest. A name that is only on the right
 stacks tensors, such as ``layer`` in ``"o i -> layer i o"``.
 """
 
