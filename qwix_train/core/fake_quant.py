@@ -22,6 +22,7 @@ from qwix_train.core import numerics
 from qwix_train.core.formats import CodedScale
 from qwix_train.core.how import HowToQuantize
 from qwix_train.core.scaling import round_trip
+from qwix_train.core.traced_once import traced_once
 
 
 def fake_quant(array: jax.Array, how: HowToQuantize) -> jax.Array:
@@ -175,12 +176,8 @@ def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     return out, tangent
 
 
-# Inlined, so that nothing remains of a `jit` but its caches of traces, and of those of
-# derivatives: a model that quantizes many arrays of one shape traces each once. JAX
-# 0.10 knows no other time to inline; in 0.12, True would be when a program is lowered.
-_INLINED: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
-_cached_fake_quant = jax.jit(_fake_quant, static_argnums=0, inline=_INLINED)
-_cached_scaled = jax.jit(_fake_quant_scaled, static_argnums=0, inline=_INLINED)
+_cached_fake_quant = traced_once(0)(_fake_quant)
+_cached_scaled = traced_once(0)(_fake_quant_scaled)
 
 
 # Noise is not to be cached: each call may have its own. The derivatives come here, too,

@@ -28,6 +28,7 @@ from qwix_train.core.calibration import (
 )
 from qwix_train.core.formats import CodedScale
 from qwix_train.core.how import HowToQuantize, parse_calibration_method
+from qwix_train.core.traced_once import traced_once
 
 
 class NoArray:
@@ -469,7 +470,5 @@ def _dequantize(array: QArray, in_memory: bool) -> jax.Array:
     return scaling.rescaled_values(levels, *parts, array.dtype)
 
 
-# An eager call is one program, and not one for each operation. Inlined, nothing of a
-# `jit` stands in what is traced, and arrays of one shape are traced once.
-_cached_quantize = jax.jit(_quantize, static_argnums=1, inline=True)
-_cached_dequantize = jax.jit(_dequantize, static_argnums=1, inline=True)
+_cached_quantize = traced_once(1)(_quantize)
+_cached_dequantize = traced_once(1)(_dequantize)

@@ -203,3 +203,28 @@ def test_the_derivative_finds_the_trace_of_the_value(given, monkeypatch):
     monkeypatch.setattr(module, "round_trip", counted)
     jax.jit(jax.grad(loss)).trace(np.ones((5, 37), np.float32))
     assert traced == [(5, 37)]
+
+
+@pytest.mark.parametrize(
+    ("qtype", "method"),
+    [
+        ("int1", "absmax"),
+        ("int4", "minmax"),
+        ("int8", "rms,3"),
+        ("nf4", "absmax"),
+        ("float8_e4m3fn", "absmax"),
+        ("mxfp4", "absmax"),
+        ("nvfp4", "absmax"),
+    ],
+)
+def test_no_function_of_jax_numpy_is_traced_on_its_own(qtype, method):
+    """Each would be traced for each shape, which takes longer than all else."""
+    tile = 16 if qtype == "nvfp4" else 32
+    how = HowToQuantize(
+        qtype=qtype,
+        calibration_method=method,
+        channelwise_axes=(0,),
+        tiled_axes={1: tile},
+    )
+    x = np.ones((4, 64), np.float32)
+    assert "jit[" not in str(jax.make_jaxpr(lambda x: fake_quant(x, how))(x))
