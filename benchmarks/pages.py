@@ -41,17 +41,29 @@ class Picture:
         columns: The columns.
         label: What their numbers are.
         rows: A regular expression for the rows that are shown.
+        names: How many columns at the left name a row.
     """
 
     columns: tuple[str, ...]
     label: str
     rows: str = ".*"
+    names: int = 1
 
 
 # For each benchmark the tables that are looked at rather than read, by title.
+_THREE = ("float32", "qwix_train", "qwix")
+_STEPS = Picture(("float", "qwix_train", "qwix"), "ms", "cold trace|warm trace|step")
 PICTURES: dict[str, dict[str, Picture]] = {
+    "qat_step": {
+        "transformer, 4 layers, d=256, 8x128 tokens, float32": _STEPS,
+        "ResNet, 15 convolutions, width 32, 32 images of 32x32, float32": _STEPS,
+    },
     "ptq": {
-        "model": Picture(("float32", "qwix_train", "qwix"), "ms for a forward"),
+        "layers": Picture(_THREE, "ms for a product (layer, rows)", ".*4096, .*", 2),
+        "model": Picture(_THREE, "ms for a forward (type, tokens)", names=2),
+    },
+    "decode": {
+        "loop": Picture(_THREE, "ms for a token (type, rows)", names=2),
     },
     "formats": {
         "error": Picture(("qwix_train, 1", "qwix, 1"), "error of normal numbers in %"),
@@ -126,7 +138,11 @@ def draw(table: str, picture: Picture, scheme: str) -> Any:
 
     text, grid, colors = SCHEMES[scheme]
     head, *body = cells(table)
-    rows = [row for row in body if re.fullmatch(picture.rows, row[0])]
+    named = {", ".join(row[: picture.names]): row for row in body}
+    named = {
+        name: row for name, row in named.items() if re.fullmatch(picture.rows, name)
+    }
+    names, rows = list(named), list(named.values())
     columns = [column for column in picture.columns if column in head]
     size = (7, 1.2 + 0.13 * len(rows) * (len(columns) + 1))
     figure = figures.Figure(figsize=size, layout="constrained")
@@ -138,7 +154,7 @@ def draw(table: str, picture: Picture, scheme: str) -> Any:
             y + height * (index - (len(columns) - 1) / 2) for y in range(len(rows))
         ]
         axes.barh(places, values, height, label=column, color=colors[index])
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlabel(picture.label, color=text)
     axes.tick_params(colors=text)

@@ -1,11 +1,12 @@
 """What recipes cost: schedules, learned scales, transforms, quantized training.
 
-    python -m benchmarks.recipes [--quick] [--sections steps training transforms] ...
+    python -m benchmarks.recipes [--quick] [--sections steps training quality] ...
 
 Train steps of the same model on the same batch, and updates of the same params, in one
 process. Every time is the median of rounds in which the variants take turns, so that a
 busy machine slows all of them alike; the ratios are what to read. The section `quality`
-has what recipes of quantized training lose.
+runs only if it is named, as it takes a quarter of an hour: it has what recipes of
+quantized training lose.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ OUT = pathlib.Path(__file__).parent / "out" / "recipes.json"
 INT8: dict[str, Any] = {"weight_qtype": "int8", "act_qtype": "int8"}
 INT4: dict[str, Any] = {"weight_qtype": "int4", "act_qtype": "int8"}
 
-SECTIONS = ["steps", "training", "transforms", "quality"]
+SECTIONS = ("steps", "training", "transforms")
 
 # Names of the variants. The rest of the file reads measurements by them.
 FLOAT, PLAIN = "float", "plain QAT"

@@ -40,3 +40,9 @@ def test_bars_have_the_numbers_of_the_table():
     picture = pages.Picture(("PTQ", "qwix", "lacking"), "time")
     (axes,) = pages.draw(TABLE, picture, "light").axes
     assert [bar.get_width() for bar in axes.patches] == [1.5, 1.234]
+
+
+def test_a_row_may_be_named_by_several_columns():
+    picture = pages.Picture(("qwix",), "time", rows="int8, .*", names=2)
+    (axes,) = pages.draw(TABLE, picture, "dark").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["int8, 1.5 ms"]
