@@ -19,7 +19,7 @@
 #   make lint         ruff and pyright, which also checks that all names have types
 #   make docs         the documentation as a site, in build/site
 #   make dist         the wheel and the sdist, in dist
-#   make test-wheel   the README's code with that wheel, in a fresh environment
+#   make test-wheel   the README's code with that wheel, on each Python that is there
 #   make bench        the benchmark of training
 #   make bench-ptq    the benchmark of quantized models
 #   make bench-calibration  the benchmark of calibration
@@ -322,7 +322,8 @@ dist: $(VENV)/.stamp-dev
 
 .PHONY: test-wheel
 test-wheel: dist
-	$(VENV)/bin/python -m tests.wheel dist/*.whl
+	$(VENV)/bin/python -m tests.wheel dist/*.whl \
+	  $$(for version in 3.11 3.12 3.13; do ($(call find_python,$$version)); done)
 
 .PHONY: bench
 bench: $(VENV)/.stamp-bench
