@@ -138,11 +138,9 @@ def draw(table: str, picture: Picture, scheme: str) -> Any:
 
     text, grid, colors = SCHEMES[scheme]
     head, *body = cells(table)
-    named = {", ".join(row[: picture.names]): row for row in body}
-    named = {
-        name: row for name, row in named.items() if re.fullmatch(picture.rows, name)
-    }
-    names, rows = list(named), list(named.values())
+    named = [(", ".join(row[: picture.names]), row) for row in body]
+    named = [(name, row) for name, row in named if re.fullmatch(picture.rows, name)]
+    names, rows = [name for name, _ in named], [row for _, row in named]
     columns = [column for column in picture.columns if column in head]
     size = (7, 1.2 + 0.13 * len(rows) * (len(columns) + 1))
     figure = figures.Figure(figsize=size, layout="constrained")

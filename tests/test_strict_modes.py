@@ -150,6 +150,12 @@ PATHS = {
     "int4": served(QuantizationRule(weight_qtype="int4")),
     "tiles": served(QuantizationRule(weight_qtype="int4", tile_size=4)),
     "nf4": served(QuantizationRule(weight_qtype="nf4")),
+    "mxfp4": served(
+        QuantizationRule(weight_qtype="mxfp4", act_qtype="mxfp8", pad_tiles=True)
+    ),
+    "nvfp4": served(
+        QuantizationRule(weight_qtype="nvfp4", act_qtype="nvfp4", pad_tiles=True)
+    ),
     "mean": calibrated(),
     "moving average": calibrated(act_averaging="ema,0.9"),
     "mse": calibrated(act_observer="mse"),

@@ -148,9 +148,9 @@ def _fake_quant_jvp(how: HowToQuantize, primals: Any, tangents: Any) -> Any:
     out = _quantized(how, array)
     if not calib.passes_gradients(how.calibration_method):
         how = dataclasses.replace(how, noise_fn=None)
-        values = jax.lax.stop_gradient(array)
-        ends = calib.range_ends(calib.calibrate(values, how))
-        tangent = jnp.where(calib.is_inside(values, ends), tangent, 0)
+        with _known_mesh():
+            covered = _is_covered(how, jax.lax.stop_gradient(array))
+        tangent = jnp.where(covered, tangent, 0)
     return out, tangent
 
 
@@ -171,13 +171,20 @@ def _fake_quant_scaled_jvp(static: Any, primals: Any, tangents: Any) -> Any:
     out = _quantized_scaled(static, *primals)
     array, bounds, tangent = primals[0], primals[3], tangents[0]
     if bounds is not None:
-        inside = calib.is_inside(*jax.lax.stop_gradient((array, bounds)))
+        with _known_mesh():
+            inside = _is_inside(*jax.lax.stop_gradient((array, bounds)))
         tangent = jnp.where(inside, tangent, 0)
     return out, tangent
 
 
 _cached_fake_quant = traced_once(0)(_fake_quant)
 _cached_scaled = traced_once(0)(_fake_quant_scaled)
+_is_inside = traced_once()(calib.is_inside)
+
+
+@traced_once(0)
+def _is_covered(how: HowToQuantize, array: jax.Array) -> jax.Array:
+    return calib.is_inside(array, calib.range_ends(calib.calibrate(array, how)))
 
 
 # Noise is not to be cached: each call may have its own. The derivatives come here, too,

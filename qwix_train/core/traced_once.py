@@ -10,7 +10,7 @@ import jax
 _INLINED: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 
 
-def traced_once(static_argnum: int) -> Callable[[Callable[..., Any]], Any]:
+def traced_once(*static_argnums: int) -> Callable[[Callable[..., Any]], Any]:
     """Decorates a function of arrays, for `jax.jit` to keep its traces.
 
     A model that quantizes many arrays of one shape traces each once, and an eager call
@@ -19,7 +19,7 @@ def traced_once(static_argnum: int) -> Callable[[Callable[..., Any]], Any]:
     than all else: here they are not.
 
     Args:
-        static_argnum: Which argument is not of arrays, but hashable.
+        *static_argnums: Which arguments are not of arrays, but hashable.
 
     Returns:
         The decorator. Its function is to have no loop: `jax.lax.scan` without `jit`
@@ -38,6 +38,6 @@ def traced_once(static_argnum: int) -> Callable[[Callable[..., Any]], Any]:
             with jax.disable_jit():
                 return function(*args)
 
-        return jax.jit(whole, static_argnums=static_argnum, inline=_INLINED)
+        return jax.jit(whole, static_argnums=static_argnums, inline=_INLINED)
 
     return decorate

@@ -92,8 +92,9 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that say what the tensors beside a config mean.
 
     Example:
-      >>> set(meaning({"lora_alpha": 8, "task_type": "CAUSAL_LM"}).values())
-      {8, None}
+      >>> found = meaning({"lora_alpha": 8, "task_type": "CAUSAL_LM"})
+      >>> found["lora_alpha"], "task_type" in found
+      (8, False)
     """
     return {name: config.get(name) for name in (*_MEANING, *_UNSUPPORTED)}
 

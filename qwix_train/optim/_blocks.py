@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix_train.core import numerics, qarray, tiling
+from qwix_train.core.formats.exponents import frexp
 from qwix_train.optim import _dynamic_map
 
 _LARGEST = 0.25
@@ -161,8 +162,8 @@ def _finer(scale: jax.Array, others: jax.Array) -> jax.Array:
     """
     may, wide = _may_be_finer(scale), numerics.compute_dtype(scale.dtype)
     scale, others = scale.astype(wide), others.astype(wide)
-    _, of_scale = jnp.frexp(-scale)
-    _, of_others = jnp.frexp(others)
+    _, of_scale = frexp(-scale)
+    _, of_others = frexp(others)
     power = jnp.clip((of_scale - of_others - 2) // 2, 0, _dynamic_map.ONE - 1 - _FINER)
     lost = others <= -scale * _dynamic_map.UNSIGNED[1]
     return jnp.where(may & (others > 0) & lost, power, 0)

@@ -13,7 +13,9 @@ from qwix_train import QArray, dequantize, quantize
 from qwix_train.core import formats, numerics, packing
 from qwix_train.core.fake_quant import fake_quant
 from qwix_train.core.formats import register_table
+from qwix_train.core.formats.exponents import frexp
 from qwix_train.core.how import HowToQuantize
+from tests import compare
 from tests.core import formats_reference as reference
 
 MICROSCALING = [
@@ -286,3 +288,18 @@ def test_blocks_on_two_axes_are_multiplied_in_codes():
 def test_the_documented_table_is_that_of_the_code():
     document = pathlib.Path(__file__).parents[2] / "docs" / "formats.md"
     assert formats.table() in document.read_text()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponents_are_those_of_c(dtype):
+    rng, info = np.random.default_rng(0), np.finfo(dtype)
+    exponents = rng.integers(info.minexp, info.maxexp, 500)
+    x = np.ldexp(rng.normal(size=500).clip(-1, 1), exponents)
+    special = [0.0, -0.0, 1.0, 0.5, -2.0, info.tiny, info.max, np.inf, np.nan]
+    x = np.concatenate([x, special]).astype(dtype)
+    x = x[(np.abs(x) >= info.tiny) | ~(np.abs(x) > 0)]
+    with jax.enable_x64(dtype == np.float64):
+        part, exponent = jax.jit(frexp)(x)
+    wanted_part, wanted = np.frexp(x)
+    compare.assert_same(part, wanted_part)
+    compare.assert_same(exponent, np.where(np.isfinite(x), wanted, 0).astype(np.int32))

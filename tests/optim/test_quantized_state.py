@@ -116,8 +116,10 @@ def test_moments_keep_their_dtype():
     assert (adam.mu.dtype, adam.nu.dtype) == (jnp.float32, jnp.bfloat16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+)
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)])
 def test_shards_are_quantized_where_they_are(spec, axis_type):
     mesh = jax.make_mesh((8,), ("model",), (axis_type,))

@@ -23,14 +23,15 @@ divided.
 """
 
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qwix_train.core import tiling
+from qwix_train.core.formats.exponents import frexp
 
 
 class Scales(enum.Enum):
@@ -119,11 +120,11 @@ def coded(
         return CodedScale(_of_tensor(absmax, tensor, largest).astype(E4M3), tensor)
     # Both are found from exponents, in which nothing is rounded: absmax and the largest
     # value are m * 2**e with 1/2 <= m < 1.
-    of_largest, highest = np.frexp(largest)
-    part, exponent = jnp.frexp(absmax)
+    of_largest, highest = math.frexp(largest)
+    part, exponent = frexp(absmax)
     exponent = exponent - highest
     if kind is Scales.POWER_UP:
-        exponent = exponent + (part > of_largest)
+        exponent = exponent + (part > of_largest).astype(exponent.dtype)
     exponent = jnp.where(is_empty(absmax * (1 / largest)), 0, exponent)
     exponent = jnp.clip(exponent, *_EXPONENTS)
     # A block with NaN or an infinity has the scale NaN, as E8M0 knows no infinity.

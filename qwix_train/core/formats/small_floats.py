@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qwix_train.core.formats.exponents import frexp
+
 
 class SmallFloat(NamedTuple):
     """A type of small floats.
@@ -71,7 +73,7 @@ class SmallFloat(NamedTuple):
 
     def _rounded_at_random(self, x: jax.Array, noise: jax.Array) -> jax.Array:
         # A value lies from 2**(exponent - 1) to below 2**exponent.
-        _, exponent = jnp.frexp(x)
+        _, exponent = frexp(x)
         exponent = jnp.maximum(exponent - 1, self.lowest) - self.mantissa
         step = jnp.ldexp(jnp.ones((), x.dtype), exponent)
         return self._cut(jnp.round(x / step + noise) * step)
@@ -99,7 +101,8 @@ class SmallFloat(NamedTuple):
         normal = (as_int >> (23 - self.mantissa)) - (self._offset << self.mantissa)
         small = (magnitude * 2.0 ** (self.mantissa - self.lowest)).astype(jnp.int32)
         place = jnp.where(magnitude < 2.0**self.lowest, small, normal)
-        sign = jnp.where(jnp.signbit(values), 2 ** (bits - 1), 0)
+        # JAX 0.10 crashes where an int32 meets a weak int64 (`jax_enable_x64`).
+        sign = jnp.where(jnp.signbit(values), jnp.int32(2 ** (bits - 1)), 0)
         return (place | sign).astype(jnp.uint8)
 
     def from_bits(self, code: jax.Array, bits: int, dtype: Any) -> jax.Array:
