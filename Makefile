@@ -100,6 +100,12 @@ else \
 fi
 endef
 
+# $(call uv_install,environment,packages): the newest that fit, in a fifth of pip's time.
+define uv_install
+@$(1)/bin/python $(PIP) install uv
+@$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2)
+endef
+
 # $(call find_python,versions): a shell command that prints the path of the first
 # interpreter of these versions that runs and can make environments. Being on PATH
 # is not enough: a pyenv shim exists for every version that any environment has, and
@@ -205,7 +211,7 @@ $(LATEST)/.stamp-test: pyproject.toml
 	echo "make: installing qwix_train[test] with the newest JAX into $(LATEST)" \
 	  "from $$python"; \
 	"$$python" -m venv --clear $(LATEST)
-	@$(LATEST)/bin/python $(PIP) install --upgrade --upgrade-strategy eager -e '.[test]'
+	$(call uv_install,$(LATEST),-e '.[test]')
 	@touch $@
 
 .PHONY: test-latest
@@ -250,8 +256,8 @@ $(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
 	@echo "make: installing torch, compressed-tensors and peft into $(INTERCHANGE)"
 	@$(VENV)/bin/python -m venv --clear $(INTERCHANGE)
 	@$(INTERCHANGE)/bin/python $(PIP) install torch==2.13.0
-	@$(INTERCHANGE)/bin/python $(PIP) install compressed-tensors==0.20.0 \
-	  safetensors==0.8.0 numpy peft==0.21.2 transformers==5.24.0 accelerate==1.15.0
+	$(call uv_install,$(INTERCHANGE),compressed-tensors==0.20.0 safetensors==0.8.0 \
+	  numpy peft==0.21.2 transformers==5.24.0 accelerate==1.15.0)
 	@touch $@
 
 .PHONY: test-interchange
@@ -265,8 +271,7 @@ run-test-interchange: $(VENV)/.stamp-test $(INTERCHANGE)/.stamp
 	  $(shell grep -rl --include='test_*.py' 'mark\.interchange' tests)
 
 # Projects that import `qwix`, each with it and this library in an environment of its
-# own: what they compute with either is compared. uv installs them in a fifth of pip's
-# time.
+# own: what they compute with either is compared.
 CLIENTS ?= tunix gemma maxtext
 tunix := google-tunix==0.1.7
 gemma := gemma==4.0.1
@@ -282,9 +287,7 @@ $(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml
 	  exit 1; }; \
 	echo "make: installing $($*) into .venv-$* from $$python"; \
 	"$$python" -m venv --clear .venv-$*
-	@.venv-$*/bin/python $(PIP) install uv
-	@.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $($*) qwix==0.1.8 \
-	  -e .
+	$(call uv_install,.venv-$*,$($*) qwix==0.1.8 -e .)
 	@touch $@
 
 .PHONY: test-clients

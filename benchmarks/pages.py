@@ -89,6 +89,9 @@ def page(name: str, report: Mapping[str, Any]) -> str:
         p for p in about.split("\n\n") if p and not p.startswith(("    ", "python"))
     ]
     facts = "; ".join(f"{key}: {value}" for key, value in report["machine"].items())
+    given = "; ".join(
+        f"{option.replace('_', '-')}: {value}" for option, value in options.items()
+    )
     quick = " --quick" if options.get("quick") else ""
     lines = [
         "<!-- Made by `python -m benchmarks.pages`; do not edit. -->",
@@ -97,6 +100,7 @@ def page(name: str, report: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.{name}{quick}` ran on this machine ({facts}). A load "
         "above the number of cores means that other work ran beside it. Then compare "
         "the columns of a line, and no times of two runs.",
+        f"Its options: {given}.",
     ]
     if quick:
         lines.append(

@@ -272,9 +272,8 @@ def run_qlora(experiment: Experiment) -> None:
         state = framework.adapted_state(experiment.floating, tx, rules)
         code = experiment.code
         batch = next(experiment.batches(code["train"], config.train_length, 1))
-        compiled = framework.compiled_train_step(state, batch)
+        step, compiled = framework.compiled_train_step(state, batch)
         temporary = memory.temporary_bytes(compiled)
-        step = framework.compile_step(framework.train_step)
         state = experiment.train(name, step, state, code, config.qlora_steps)
         names = _hugging_face_names()
         framework.save_peft(state, names, experiment.workdir / "adapters" / name)

@@ -202,9 +202,12 @@ def params(state: train_state.TrainState) -> Any:
     return state.params, getattr(state, "frozen", {})
 
 
-def compiled_train_step(state: train_state.TrainState, batch) -> jax.stages.Compiled:
-    """The train step, compiled ahead of time."""
-    return compile_step(train_step).lower(state, batch).compile()
+def compiled_train_step(
+    state: train_state.TrainState, batch
+) -> tuple[Callable[..., Any], jax.stages.Compiled]:
+    """The train step, compiled ahead of time, and what was compiled."""
+    compiled = compile_step(train_step).lower(state, batch).compile()
+    return compiled, compiled
 
 
 def to_tree(state: train_state.TrainState) -> Any:

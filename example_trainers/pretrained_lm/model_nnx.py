@@ -210,15 +210,24 @@ def params(model: LanguageModel) -> Any:
     return ptq.to_tree(model)
 
 
-def compiled_train_step(state: TrainState, batch) -> jax.stages.Compiled:
-    """The train step, compiled ahead of time."""
+def compiled_train_step(
+    state: TrainState, batch
+) -> tuple[Callable[..., Any], jax.stages.Compiled]:
+    """The train step, compiled ahead of time, and what was compiled."""
     graph, arrays = nnx.split(state)
 
     def pure(arrays, batch):
         merged = nnx.merge(graph, arrays)
         return train_step(*merged, batch), nnx.state(merged)
 
-    return jax.jit(pure, donate_argnums=0).lower(arrays, batch).compile()
+    compiled = jax.jit(pure).lower(arrays, batch).compile()
+
+    def step(state: TrainState, batch):
+        metrics, arrays = compiled(nnx.state(state), batch)
+        nnx.update(state, arrays)
+        return state, metrics
+
+    return step, compiled
 
 
 def _abstract(sizes: Architecture) -> LanguageModel:
