@@ -50,9 +50,9 @@ class Picture:
     names: int = 1
 
 
-# For each benchmark the tables that are looked at rather than read, by title.
 _THREE = ("float32", "qwix_train", "qwix")
 _STEPS = Picture(("float", "qwix_train", "qwix"), "ms", "cold trace|warm trace|step")
+# For each benchmark the tables that are looked at rather than read, by title.
 PICTURES: dict[str, dict[str, Picture]] = {
     "qat_step": {
         "transformer, 4 layers, d=256, 8x128 tokens, float32": _STEPS,
