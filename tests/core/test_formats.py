@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import qwix_train
 from qwix_train import QArray, dequantize, quantize
@@ -303,3 +305,11 @@ def test_exponents_are_those_of_c(dtype):
     wanted_part, wanted = np.frexp(x)
     compare.assert_same(part, wanted_part)
     compare.assert_same(exponent, np.where(np.isfinite(x), wanted, 0).astype(np.int32))
+
+
+def test_exponents_are_sharded_as_their_numbers():
+    mesh = jax.make_mesh((8,), ("model",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(np.ones((16, 8), np.float32), P(None, "model"))
+        parts = jax.eval_shape(frexp, x)
+    assert [part.sharding.spec for part in parts] == 2 * [P(None, "model")]
