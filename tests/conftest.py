@@ -27,9 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # matplotlib must not look for a display.
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import flax  # noqa: E402
 import hypothesis  # noqa: E402
-import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import other_python  # noqa: E402
@@ -58,8 +56,11 @@ def pytest_configure(config):
     flags = [flag for flag in flags if flag.partition("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
     # Before pytest collects doctests: the first module that it imports by its path it
-    # imports anew, and what is registered would be registered in one of two.
-    importlib.import_module("qwix_train")
+    # imports anew, and what is registered would be registered in one of two. A process
+    # that starts workers collects nothing, and they wait for it.
+    starts_workers = config.getoption("dist", "no") != "no"
+    if hasattr(config, "workerinput") or not starts_workers:
+        importlib.import_module("qwix_train")
 
 
 def pytest_collection_finish(session):
@@ -145,8 +146,8 @@ def small_heap():
 
 
 def pytest_report_header():
-    versions = f"jax {jax.__version__}, flax {flax.__version__}"
-    return f"{versions}, {jax.device_count()} devices, {os.environ['XLA_FLAGS']}"
+    versions = [f"{x} {importlib.metadata.version(x)}" for x in ("jax", "flax")]
+    return f"{', '.join(versions)}, {os.environ['XLA_FLAGS']}"
 
 
 def pytest_terminal_summary(terminalreporter, config):
