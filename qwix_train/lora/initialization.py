@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,6 +54,10 @@ def initial(
     dtype = rule.param_dtype
     if dtype is None:
         dtype = numerics.compute_dtype(weight.dtype)
+    if rule.init is not None:
+        _check_groups(layout)
+    # What is compiled for one param serves all that are like it.
+    layout = dataclasses.replace(layout, path=(), op="", particulars=())
     if rule.init == "pissa":
         return pissa(weight, layout, dtype)
     if rule.loftq_steps:
@@ -66,10 +72,16 @@ def initial(
 
     a = drawn(rule.lora_a_initializer, a_key, layout.one_shape("a"))
     b = drawn(rule.lora_b_initializer, b_key, layout.one_shape("b"))
-    magnitude = None
-    if layout.dora:
-        magnitude = layout.norm(weight.astype(dtype) + layout.delta(a, b))
+    magnitude = _magnitude(weight, a, b, layout) if layout.dora else None
     return Start(a, b, magnitude, weight)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _magnitude(
+    weight: jax.Array, a: jax.Array, b: jax.Array, layout: AdapterLayout
+) -> jax.Array:
+    """The norm of each output channel of the weight with its adapter."""
+    return layout.norm(weight.astype(a.dtype) + layout.delta(a, b))
 
 
 def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
@@ -87,9 +99,8 @@ def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:
     Returns:
       The adapter and the base. The base plus ``scaling * A @ B`` is ``weight``.
     """
-    a, b = _principal(weight, layout)
     wide = weight.astype(numerics.compute_dtype(weight.dtype))
-    base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
+    a, b, base = _principal(wide, wide, layout)
     return Start(a.astype(dtype), b.astype(dtype), None, base.astype(weight.dtype))
 
 
@@ -116,24 +127,17 @@ def loftq(
     base, start = wide, None
     for _ in range(steps):
         quantized = dequantize(quantize_array(base.astype(weight.dtype), how))
-        a, b = _principal(wide - quantized.astype(wide.dtype), layout)
         # The base of this turn, before it is quantized.
         kept = base.astype(weight.dtype)
+        a, b, base = _principal(wide - quantized.astype(wide.dtype), wide, layout)
         start = Start(a.astype(dtype), b.astype(dtype), None, kept)
-        base = wide - layout.delta(a, b, jax.lax.Precision.HIGHEST)
     assert start is not None
     return start
 
 
-def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax.Array]:
-    """The factors of the best approximation of a rank, with the scaling divided out.
-
-    A matrix with fewer rows or columns than that is given exactly, with zeros behind.
-    """
-    rank = layout.rank
-    columns = [a for a in layout.b_axes if a not in layout.a_axes]
+def _check_groups(layout: AdapterLayout) -> None:
+    """Complains of groups that share one B: no adapter holds their principal part."""
     batch = [a for a in layout.a_axes if a not in layout.contracted]
-    rows = [a for a in layout.a_axes if a in layout.contracted]
     if batch and not layout.flat:
         name = "/".join(layout.path)
         raise ValueError(
@@ -141,9 +145,31 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
             f"axes {tuple(batch)}, and its groups share one B: it has no adapter that "
             "holds its principal part. Give it a rule without init."
         )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _principal(
+    fitted: jax.Array, weight: jax.Array, layout: AdapterLayout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best approximation of a rank, and what a weight is without it.
+
+    A matrix with fewer rows or columns than the rank is given exactly, with zeros
+    behind.
+
+    Args:
+      fitted: what is approximated, in the compute dtype.
+      weight: the weight, in the same dtype.
+      layout: the shapes of the adapter.
+
+    Returns:
+      The factors, with the scaling divided out, and the weight without their product.
+    """
+    rank = layout.rank
+    columns = [a for a in layout.b_axes if a not in layout.a_axes]
+    batch = [a for a in layout.a_axes if a not in layout.contracted]
+    rows = [a for a in layout.a_axes if a in layout.contracted]
     lead = [*layout.layers, *batch]
-    wide = weight.astype(numerics.compute_dtype(weight.dtype))
-    matrices = layout.gathered(wide[..., None], [*lead, *rows, *columns])
+    matrices = layout.gathered(fitted[..., None], [*lead, *rows, *columns])
     sizes = [*map(layout.size, lead), layout.size(*rows), layout.size(*columns)]
     matrices = matrices.reshape(sizes)
     left, values, right = jnp.linalg.svd(matrices, full_matrices=False)
@@ -153,9 +179,9 @@ def _principal(weight: jax.Array, layout: AdapterLayout) -> tuple[jax.Array, jax
     rest = [(0, rank - roots.shape[-1])]
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + rest)
     b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + rest + [(0, 0)])
-    a = layout.spread(a, [*lead, *rows, layout.rank_axis])
-    b = layout.spread(b, [*lead, layout.rank_axis, *columns])
-    return layout.as_part("a", a), layout.as_part("b", b)
+    a = layout.as_part("a", layout.spread(a, [*lead, *rows, layout.rank_axis]))
+    b = layout.as_part("b", layout.spread(b, [*lead, layout.rank_axis, *columns]))
+    return a, b, weight - layout.delta(a, b, jax.lax.Precision.HIGHEST)
 
 
 def _stacked(initializer: Callable[..., jax.Array], size: int) -> Any:
