@@ -1,6 +1,7 @@
 """Leaves beside the params: attached, listed, and taken off again."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -144,7 +145,8 @@ def test_ranges_of_any_target():
 
     variables = attach({"params": PARAMS}, [STATIC], X, model=MODEL)
     model = quantize_model(MODEL, QtProvider([STATIC]))
-    _, updates = model.apply(variables, X, mutable=["quant_stats"])
+    apply = jax.jit(functools.partial(model.apply, mutable=["quant_stats"]))
+    _, updates = apply(variables, X)
     models.assert_same(
         ranges({**variables, **updates}, [STATIC])["dot_general0_lhs"], found
     )

@@ -39,7 +39,9 @@ def normed_step(state, batch):
 def test_statistics_of_batch_norm_stay_from_a_step_on():
     model = Normed()
     state: Any = models.BatchState.create(
-        apply_fn=model.apply, tx=optax.adam(0.01), **model.init(jax.random.key(0), X)
+        apply_fn=model.apply,
+        tx=optax.adam(0.01),
+        **jax.jit(model.init)(jax.random.key(0), X),
     )
     schedule = Schedule(start_step=1, batch_stats_freeze_step=2)
     step = jax.jit(wrap_train_step(normed_step, RULES, schedule=schedule))

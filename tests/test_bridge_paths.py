@@ -109,7 +109,7 @@ def test_paths_continue_through_two_bridges():
 @pytest.mark.parametrize("kind", [OfNnx, OfLinen])
 def test_the_plan_a_step_and_the_quantized_models_agree(kind):
     if kind is OfNnx:
-        model, params = OfNnx(), OfNnx().init(KEY, X)["params"]
+        model, params = OfNnx(), jax.jit(OfNnx().init)(KEY, X)["params"]
         args, call = (params,), lambda params: OfNnx().apply({"params": params}, X)
         quantized, codes = ptq.quantize(model, params, FIRST, X)
         qat = quantize_model(model, QtProvider(FIRST)).apply({"params": params}, X)
@@ -129,10 +129,10 @@ def test_the_plan_a_step_and_the_quantized_models_agree(kind):
 
 def test_adapters_stand_below_both_bridges():
     model = quantize_model(OfNnx(), lora.LoraProvider(ADAPTERS))
-    params = model.init(KEY, X)["params"]
+    params = jax.jit(model.init)(KEY, X)["params"]
     assert [name for name in params["one"]["first"] if "lora" in name]
     assert not [name for name in params["one"]["second"] if "lora" in name]
-    floats = OfNnx().init(KEY, X)
+    floats = jax.jit(OfNnx().init)(KEY, X)
     models.assert_close(model.apply({"params": params}, X), OfNnx().apply(floats, X))
     model = quantize_model(OfLinen(), lora.LoraProvider(ADAPTERS), X, rngs=nnx.Rngs(0))
     assert isinstance(model.part.first["kernel_lora_a"], nnx.LoRAParam)
@@ -143,6 +143,7 @@ def test_adapters_stand_below_both_bridges():
 def test_ranges_of_a_linen_part_are_kept_in_the_nnx_model():
     model = qwix_train.attach(OfLinen(), STATIC, X)
     step = qwix_train.wrap_train_step(lambda model, x: model(x), STATIC)
+    step = nnx.jit(step)
     step(model, X)
     step(model, 3 * X)
     statistics = model.part.first["dot_general0_lhs"].get_value()
@@ -153,7 +154,7 @@ def test_ranges_of_a_linen_part_are_kept_in_the_nnx_model():
 @pytest.mark.slow
 def test_ranges_next_to_the_params_of_an_nnx_part_are_known_to_it():
     """Flax warns of variables that it does not know; tests fail at each warning."""
-    params = OfNnx().init(KEY, X)["params"]
+    params = jax.jit(OfNnx().init)(KEY, X)["params"]
     calibrator = calib.Calibrator(STATIC)
     calibrator.wrap(lambda params: OfNnx().apply({"params": params}, X))(params)
     stats = calibrator.quant_stats
@@ -167,14 +168,14 @@ def test_ranges_next_to_the_params_of_an_nnx_part_are_known_to_it():
 @pytest.mark.slow
 def test_statistics_in_the_collection_of_an_nnx_part_are_known_to_it():
     model = quantize_model(OfNnx(), QtProvider(STATIC))
-    variables = model.init(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     _, updated = model.apply(variables, X, mutable=["quant_stats"])
     statistics = updated["quant_stats"]["two"]["first"]["dot_general0_lhs"]
     assert statistics["count"] == 1
 
 
 def test_params_of_an_nnx_module_that_does_not_exist_are_still_named():
-    params = OfNnx().init(KEY, X)["params"]
+    params = jax.jit(OfNnx().init)(KEY, X)["params"]
     params["one"]["third"] = {"kernel": np.ones((2, 2), np.float32)}
     model = quantize_model(OfNnx(), QtProvider(FIRST))
     with pytest.warns(UserWarning, match="unknown module paths .*\n.*third"):

@@ -102,7 +102,7 @@ X = models.normal(2, 4)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_linen_kernels_get_the_rule_of_their_module(kernel):
     model = Linen(kernel)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     before = model.apply(variables, X)
     quantized = quantize_model(model, QtProvider([INT8]))
     # One of the two modules asks in vain.
@@ -162,7 +162,7 @@ def test_other_modes_answer(provider):
 
 def test_a_wrapped_step_answers():
     model = Linen("jit of custom_vjp")
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
 
     def step(variables, x):
         return jax.value_and_grad(lambda v: jnp.sum(model.apply(v, x)))(variables)

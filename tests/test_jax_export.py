@@ -207,7 +207,7 @@ def test_trained_scales(method):
     ]
     model = quantize_model(Mlp(), QtProvider(rules))
     x = data(2, 5, 6)
-    params = Mlp().init(jax.random.key(0), x)["params"]
+    params = jax.jit(Mlp().init)(jax.random.key(0), x)["params"]
     params = qwix_train.attach(params, rules, x, model=Mlp())
 
     def loss(params, x):

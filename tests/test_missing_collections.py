@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 MODEL = Net()
-PARAMS = MODEL.init(KEY, X)["params"]
+PARAMS = jax.jit(MODEL.init)(KEY, X)["params"]
 STATE = TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.identity())
 
 
@@ -48,7 +48,7 @@ def convert(variables):
 
 def split():
     model = apply_lora_to_model(MODEL, LoraProvider(LORA))
-    lora.split(model, X, params=model.init(KEY, X)["params"])
+    lora.split(model, X, params=jax.jit(model.init)(KEY, X)["params"])
 
 
 NAMED = 'Give variables={..., "batch_stats": batch_stats}.'

@@ -28,8 +28,8 @@ def test_a_linen_model_with_init_apply_and_tabulate():
     model = models.Mlp()
     quantized = quantize_model(model, PROVIDER)
     assert isinstance(quantized, models.Mlp) and type(model) is models.Mlp
-    variables = quantized.init(jax.random.key(1), X)
-    models.assert_same(variables, model.init(jax.random.key(1), X))
+    variables = jax.jit(quantized.init)(jax.random.key(1), X)
+    models.assert_same(variables, jax.jit(model.init)(jax.random.key(1), X))
     want = models.mlp(variables["params"], X)
     models.assert_close(quantized.apply(variables, X), want)
     models.assert_close(jax.jit(quantized.apply)(variables, X), want)
@@ -42,7 +42,7 @@ def test_a_linen_model_with_init_apply_and_tabulate():
 
 def test_quantizing_again_replaces_the_rules():
     model = quantize_model(models.Mlp(), PROVIDER)
-    variables = model.init(jax.random.key(1), X)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     again = quantize_model(model, QtProvider(models.INT4))
     want = models.mlp(variables["params"], X, weight_bits=4)
     models.assert_close(again.apply(variables, X), want)
@@ -67,7 +67,7 @@ class Both(nn.Module):
 
 def test_several_methods():
     model = quantize_model(Both(), PROVIDER, methods=["__call__", "encode"])
-    variables = model.init(jax.random.key(1), X)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     params = variables["params"]
     hidden = nn.relu(models.dense(params["first"], X))
     models.assert_close(model.apply(variables, X, method="encode"), hidden)
@@ -92,7 +92,7 @@ def test_a_quantized_model_inside_another_module():
             return nn.Dense(2, name="plain")(x)
 
     model = Outer(quantize_model(models.Mlp(), PROVIDER))
-    variables = model.init(jax.random.key(1), X)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     params = variables["params"]
     want = models.dense(params["made"], models.mlp(params["inner"], X))
     want = want @ params["plain"]["kernel"] + params["plain"]["bias"]
@@ -211,7 +211,7 @@ LINEN = {
 def test_weights_of_linen_models_are_quantized_wherever_they_are_read(name):
     # The model with fake-quantized params is the reference: values and gradients.
     model, x, leaves = LINEN[name]
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     quantized = quantize_model(model, QtProvider([models.rule("int8")]))
 
     def loss(apply, params):
@@ -426,7 +426,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="'l1'"):
         quantize_model(models.NnxMlp(nnx.Rngs(0)), QtProvider(models.NOTHING), X)
     model = quantize_model(models.Mlp(), QtProvider(models.NOTHING))
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     with pytest.raises(ValueError, match="'Dense_0'"):
         model.apply(variables, X)
 

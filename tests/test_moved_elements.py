@@ -71,7 +71,7 @@ def test_a_permuted_weight_is_quantized():
 def test_conv_local():
     """Its patches are exact; the product with its kernel is quantized."""
     model = nn.ConvLocal(2, (2, 2), use_bias=False)
-    params = model.init(jax.random.key(0), IMAGE)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), IMAGE)["params"]
     first, second = plan(model, RULES, IMAGE, variables={"params": params}).records()
     assert not first["quantized"] and second["weights"] == ("kernel",)
     quantized = quantize_model(model, QtProvider(RULES))

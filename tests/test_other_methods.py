@@ -61,14 +61,14 @@ class NnxCodec(nnx.Module):
 
 def quantized(provider=QtProvider, methods=("__call__", "encode")):
     model = quantize_model(Codec(), provider(models.INT8), methods=methods)
-    return model, model.init(KEY, X)
+    return model, jax.jit(model.init)(KEY, X)
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("provider", [QtProvider, PtqProvider])
 def test_a_method_that_is_given_as_a_function_runs_quantized(provider):
     model, variables = quantized(provider)
-    floats = Codec().init(KEY, X)
+    floats = jax.jit(Codec().init)(KEY, X)
     want = models.dense(floats["params"]["first"], X)
     for method in ("encode", Codec.encode, Codec().encode, model.encode):
         models.assert_close(model.apply(variables, X, method=method), want)

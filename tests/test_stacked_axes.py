@@ -1,5 +1,7 @@
 """Layers that are stacked along any axis, and what stands beside their params."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -158,7 +160,7 @@ def test_adapters_and_static_ranges(axis):
         )["params"]
         base = ptq.quantize_params(params, abstract, calibrator.quant_stats)
         adapted = quantize_model(model, LoraProvider(rules))
-        made = adapted.init(jax.random.key(0), X)["params"]
+        made = jax.jit(adapted.init)(jax.random.key(0), X)["params"]
         held = {
             name: {**made[name], **base[name]}
             if name == "Dense_0"
@@ -206,14 +208,15 @@ def test_members_of_a_vmap_share_a_static_range(axis):
     model = Members(axis)
     params = models.params_of(model, X)
     trained = quantize_model(model, QtProvider(STATIC))
-    variables = {**trained.init(jax.random.key(0), X), "params": params}
-    want, found = trained.apply(variables, X, mutable=["quant_stats"])
+    variables = {**jax.jit(trained.init)(jax.random.key(0), X), "params": params}
+    apply = jax.jit(functools.partial(trained.apply, mutable=["quant_stats"]))
+    want, found = apply(variables, X)
     served = quantize_model(model, PtqProvider(STATIC))
     abstract = jax.eval_shape(served.init, jax.random.key(0), X)["params"]
     quantized = ptq.quantize_params(params, abstract, **found)
-    assert_close(served.apply({"params": quantized}, X), want)
+    assert_close(jax.jit(served.apply)({"params": quantized}, X), want)
     scale = quantized["members"]["dot_general0_lhs_scale"].array
     np.testing.assert_allclose(scale, np.abs(X).max() / 127.5, rtol=1e-6)
     stats = found["quant_stats"]
     served, quantized = ptq.quantize(model, params, STATIC, X, quant_stats=stats)
-    assert_close(served.apply({"params": quantized}, X), want)
+    assert_close(jax.jit(served.apply)({"params": quantized}, X), want)

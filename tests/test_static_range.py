@@ -118,7 +118,7 @@ def test_products_of_two_activations_have_two_ranges():
         for i, sides in enumerate([("lhs", "rhs"), ("lhs", "rhs"), ("lhs",)])
         for side in sides
     }
-    floats = Attention().init(KEY, x)["params"]
+    floats = jax.jit(Attention().init)(KEY, x)["params"]
     quant_stats = {
         name.removesuffix("_scale"): {
             "count": jnp.int32(1),
@@ -312,7 +312,7 @@ def test_stacked_layers_have_a_range_each():
         def __call__(self, x):
             return scan(name="layers")(x, None)[0]
 
-    floats = Model().init(KEY, X)["params"]
+    floats = jax.jit(Model().init)(KEY, X)["params"]
     ranges, x = [], np.asarray(X, np.float64)
     for kernel in np.asarray(floats["layers"]["Dense_0"]["kernel"], np.float64):
         ranges.append(0.9 * np.abs(x).max())

@@ -347,7 +347,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("mutable", [["state", "batch_stats"], True, nn.DenyList("x")])
 def test_mutable_collections_of_a_bound_module(mutable):
     model = Counting()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     variables = {**variables, "state": {"count": jnp.int32(0)}}
 
     def run(variables, x):
@@ -650,14 +650,14 @@ def test_another_model_that_no_rule_matches_is_not_left_in_float_silently():
     wrapped = wrap_eval_step(lambda model, v, x: model.apply(v, x), rules)
     wrapped(MLP, {"params": PARAMS}, X)
     other = TwoHeads()
-    variables = other.init(jax.random.key(0), X)
+    variables = jax.jit(other.init)(jax.random.key(0), X)
     with pytest.raises(ValueError, match="'heads_0'"):
         wrapped(other, variables, X)
 
 
 def test_a_second_model_may_stay_in_float():
     teacher = TwoHeads()
-    variables = teacher.init(jax.random.key(0), X)
+    variables = jax.jit(teacher.init)(jax.random.key(0), X)
     rules = [models.QuantizationRule(module_path="Dense_.*", weight_qtype="int8")]
 
     def distill(params, x):

@@ -288,7 +288,7 @@ def test_until_statistics_are_warm_the_batch_has_its_own_range():
 @pytest.mark.parametrize("remat", ["nested", False, True])
 def test_scanned_layers_remat_and_micro_batches_at_once(remat):
     model = models.Layers(bool(remat))
-    params = model.init(KEY, BATCHES[0])["params"]
+    params = jax.jit(model.init)(KEY, BATCHES[0])["params"]
     state = train_state.TrainState.create(
         apply_fn=model.apply, params=params, tx=optax.sgd(RATE)
     )
@@ -409,7 +409,7 @@ class Normed(nn.Module):
 
 def test_states_of_your_own():
     model = Normed()
-    variables = model.init(KEY, BATCHES[0])
+    variables = jax.jit(model.init)(KEY, BATCHES[0])
     state = OwnState.create(apply_fn=model.apply, tx=optax.sgd(RATE), **variables)
     made = attach(state, RULES, BATCHES[0])
     assert isinstance(made, OwnState)

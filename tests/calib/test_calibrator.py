@@ -141,7 +141,7 @@ def test_a_step_that_calls_another_one_of_the_calibrator():
 
 def test_a_number_is_an_input_unless_the_step_takes_it_as_static():
     model, traces = nn.Dense(2), []
-    params = model.init(jax.random.key(0), BATCHES[0])
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])
 
     def eval_step(params, x, factor, *, repeat, options):
         traces.append(repeat)
@@ -168,7 +168,7 @@ def test_a_step_keeps_the_shardings_of_its_arguments(kind):
     mesh = jax.make_mesh((8,), ("data",), (kind,))
     per_device, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
     model = nn.Dense(2)
-    params = model.init(jax.random.key(0), BATCHES[0])
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])
     step = jax.jit(
         lambda params, x: model.apply(params, x), in_shardings=(everywhere, per_device)
     )
@@ -227,7 +227,7 @@ def test_observers_and_averaging_by_name(observer, averaging, reference):
 def test_scan_remat_grad_and_micro_batches_at_once(remat):
     """A range for each layer, each counted once for each micro-batch."""
     model = models.Layers(remat)
-    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
 
     def train_step(params, batches):
         def loss(params, x):

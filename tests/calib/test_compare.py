@@ -99,7 +99,7 @@ def test_ranges_are_those_that_a_calibrator_collects():
 @pytest.mark.slow
 def test_layers_under_scan_have_a_row_each():
     model = models.Layers()
-    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
     compared = calib.compare(
         functools.partial(lambda p, x: model.apply({"params": p}, x), params),
         [INT8],

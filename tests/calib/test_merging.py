@@ -118,7 +118,7 @@ def test_two_runs_merge_to_one(observer, averaging):
 @pytest.mark.slow
 def test_layers_and_batches_that_were_skipped():
     model = models.Layers()
-    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
     observed = calib.observe(
         lambda x: model.apply({"params": params}, x), [rule(act_observer="mse")]
     )

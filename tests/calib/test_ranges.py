@@ -98,7 +98,7 @@ def test_the_statistics_of_an_nnx_model_with_a_list_of_layers():
     rules = [QuantizationRule(**STATIC, act_observer="percentile,99")]
     model = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
     attach(model, rules, BATCHES[0])
-    wrap_train_step(lambda model, x: model(x), rules)(model, BATCHES[0])
+    nnx.jit(wrap_train_step(lambda model, x: model(x), rules))(model, BATCHES[0])
     whole = ranges(model, rules)
     found = whole["layers"]["0"]["dot_general0_lhs"]["sum_of_absmax"].item()
     expected = np.percentile(np.abs(BATCHES[0]), 99)

@@ -98,7 +98,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("model", [Deep(), Attention()], ids=["dense", "attention"])
 def test_the_forward_of_training_is_that_of_the_quantized_model(model):
     x = jax.device_put(RNG.normal(size=(512, 32)).astype(np.float32))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     served, codes = ptq.quantize(model, params, RULES, x)
     qat = quantize_model(model, QtProvider(RULES))
     want = jax.jit(qat.apply)({"params": params}, x)

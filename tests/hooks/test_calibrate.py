@@ -34,7 +34,7 @@ class Loop:
         else:
             self.layer = "Dense_0"
             model = models.Mlp()
-            self.state = model.init(jax.random.key(0), BATCHES[0])
+            self.state = jax.jit(model.init)(jax.random.key(0), BATCHES[0])
             step = jax.jit(lambda variables, x: model.apply(variables, x).mean())
         self.eval_step = self.calibrator.wrap(step)
         self.scale = 1.0

@@ -28,7 +28,7 @@ STATIC = [
 def trained():
     """A Linen model, and its params after a number of steps."""
     model = models.Mlp()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     return model, lambda step: jax.tree.map(lambda x: x * step, params)
 
 

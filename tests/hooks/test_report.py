@@ -81,7 +81,7 @@ def make(kind):
             state = nnx.ModelAndOptimizer(model, optax.sgd(0.1))
         return state, model, "l1/kernel", model.l1.kernel[...]
     model = models.Mlp()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     params = variables["params"]
     if kind == "train_state":
         state = train_state.TrainState.create(
@@ -178,7 +178,7 @@ def test_no_error_is_infinite(kernel):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_layers_have_scalars_of_their_own(axis):
     model = Stacked(axis)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     kernel = np.moveaxis(params["layers"]["Dense_0"]["kernel"], axis, 0)
     # So that the layers differ.
     params["layers"]["Dense_0"]["kernel"] **= 3
@@ -245,7 +245,7 @@ def test_ranges_that_the_state_of_qat_holds(observer):
     model, x = nn.Dense(3), X[:, :3]
     state = train_state.TrainState.create(
         apply_fn=model.apply,
-        params=model.init(jax.random.key(0), x)["params"],
+        params=jax.jit(model.init)(jax.random.key(0), x)["params"],
         tx=optax.sgd(0.1),
     )
 
@@ -259,7 +259,7 @@ def test_ranges_that_the_state_of_qat_holds(observer):
     report = hooks.QuantReport(Writer(), plan(model, rules, x))
     with pytest.raises(ValueError, match="No range was collected"):
         report.scalars(state)
-    state = wrap_train_step(train_step, rules)(state, x)
+    state = jax.jit(wrap_train_step(train_step, rules))(state, x)
     scalars = report.scalars(state)
     np.testing.assert_allclose(
         scalars["dot_general0_lhs/absmax"], np.abs(x).max(), rtol=0.01
@@ -293,7 +293,7 @@ def test_counts_the_codes_at_the_ends(qtype, bits, low, high):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_how_far_scales_have_moved(axis):
     model, writer = Stacked(axis), Writer()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     report = hooks.QuantReport(
         writer, plan(model, INT4, X), per_layer=True, prefix="", every_steps=1
     )

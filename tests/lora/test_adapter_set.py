@@ -27,7 +27,7 @@ class Heads(nn.Module):
 
 
 def state_of(model, rank, alpha=3.0, seed=3, x=X, **kwargs):
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     rules = [lora.LoraRule(rank=rank, alpha=alpha, **kwargs)]
     state = models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(2), x

@@ -36,7 +36,7 @@ RULES = [
 
 def state_of(rules=RULES, model=None, seed=0):
     model = model or Mlp()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     return models.lora_state(
         model.apply, params, optax.adam(0.1), rules, jax.random.key(seed), X
     )

@@ -227,7 +227,7 @@ class Experts(nn.Module):
 
 def small_state(model, **kwargs):
     x = jnp.ones((5, 6))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     rules = [lora.LoraRule(rank=2, alpha=3.0, **kwargs)]
     return models.lora_state(
         model.apply, params, optax.sgd(0.1), rules, jax.random.key(1), x
@@ -277,7 +277,7 @@ class Image(nn.Module):
     ids=["tied", "groups", "dilation", "transposed"],
 )
 def test_a_layer_that_peft_computes_otherwise_is_refused(tmp_path, model, message):
-    params = model.init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     rules = [lora.LoraRule(rank=2, alpha=3.0, op_names=OPS)]
     adapters, _, layouts = lora.init(
         params, model.apply, rules, jax.random.key(1), TOKENS

@@ -22,7 +22,7 @@ def boxed_init(with_partitioning, initializers):
 def test_adapters_of_a_linen_model_have_the_names_of_the_axes():
     init = boxed_init(nn.with_partitioning, nn.initializers)
     model = qwix_train.apply_lora_to_model(nn.Dense(32, kernel_init=init), PROVIDER)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     assert params["kernel_lora_a"].names == ("data", None)
     assert params["kernel_lora_b"].names == (None, "model")
     assert params["kernel_lora_a"].value.shape == (16, 2)
@@ -53,7 +53,7 @@ def test_adapters_of_a_sharded_param_are_sharded_as_it_is(weight_qtype, kind):
         # The axes of A and of B that an einsum keeps apart are those of the param.
         model, spec = nn.Einsum((16, 4, 8), "bi,ihd->bhd"), PartitionSpec(*NAMES, None)
         a_spec, b_spec = ("data", None), (None, "model", None)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     params["kernel"] = jax.device_put(params["kernel"], NamedSharding(mesh, spec))
     rules = [lora.LoraRule(rank=2, alpha=1.0, weight_qtype=weight_qtype)]
     tx = optax.adam(1e-3)
@@ -69,7 +69,7 @@ def test_adapters_of_a_sharded_param_are_sharded_as_it_is(weight_qtype, kind):
 def test_boxed_params_of_a_state_keep_their_boxes():
     init = boxed_init(nn.with_partitioning, nn.initializers)
     model = nn.Dense(32, kernel_init=init)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     rules = [lora.LoraRule(rank=2, alpha=1.0)]
     adapters, frozen, _ = lora.init(params, model.apply, rules, jax.random.key(1), X)
     assert adapters["kernel_lora_b"].names == (None, "model")

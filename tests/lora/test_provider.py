@@ -115,7 +115,7 @@ def with_ones(model, rate=0.25):
     """A model whose adapter sums what is left of its input."""
     provider = lora.LoraProvider(rank=1, alpha=1.0, dropout=rate)
     model = qwix_train.apply_lora_to_model(model, provider)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     dense = params["Dense_0"]
     dense["kernel_lora_a"] = jnp.ones_like(dense["kernel_lora_a"])
     dense["kernel_lora_b"] = jnp.ones_like(dense["kernel_lora_b"])
@@ -166,7 +166,7 @@ def test_layers_under_scan_have_adapters_and_dropout_of_their_own():
         )
         model = qwix_train.apply_lora_to_model(models.Layers(remat=remat), provider)
         rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        params = model.init(rngs, x)["params"]
+        params = jax.jit(model.init)(rngs, x)["params"]
         dense = params["layers"]["Dense_0"]
         assert dense["kernel_lora_a"].shape == (3, 6, 2)
         assert dense["kernel_lora_b"].shape == (3, 2, 6)
@@ -211,7 +211,7 @@ def test_a_tied_table_has_one_adapter(weight_qtype):
         weight_qtype=weight_qtype,
     )
     model = qwix_train.apply_lora_to_model(Tied(), lora.LoraProvider([rule]))
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     embed = params["Embed_0"]
     assert embed["embedding_lora_a"].shape == (11, 2)
     assert embed["embedding_lora_b"].shape == (2, 8)
@@ -221,7 +221,7 @@ def test_a_tied_table_has_one_adapter(weight_qtype):
         table = table.array.qvalue * table.array.scale
     whole = table + embed["embedding_lora_a"] @ embed["embedding_lora_b"]
     want = Tied().apply({"params": {"Embed_0": {"embedding": whole}}}, tokens)
-    got = model.apply({"params": params}, tokens)
+    got = jax.jit(model.apply)({"params": params}, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -279,7 +279,7 @@ def test_a_wrapped_step_that_calls_a_linen_model_keeps_the_adapters(weight_qtype
         lora_b_initializer=jax.nn.initializers.ones,
     )
     model = qwix_train.apply_lora_to_model(models.Mlp(), provider)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     wrapped = qwix_train.wrap_eval_step(
         lambda params, x: model.apply({"params": params}, x), models.INT8
     )

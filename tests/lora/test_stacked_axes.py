@@ -235,7 +235,7 @@ def test_members_of_a_linen_ensemble_need_no_word(axis, x_axis):
 def test_an_axis_that_the_sizes_do_not_tell_is_asked_for():
     model = LinenEnsemble(axis=1)
     x = X[:, :3]
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     with pytest.raises(ValueError, match=r"\(3, 3, 4\).*LoraRule\(mapped_axes=\(0,\)"):
         lora.init(params, model.apply, [RULE], jax.random.key(1), x)
     rule = lora.LoraRule(rank=2, alpha=3.0, mapped_axes=(1,))

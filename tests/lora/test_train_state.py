@@ -328,7 +328,7 @@ def test_plain_functions_and_lists_of_params():
 @pytest.mark.slow
 def test_tokens_may_be_numpy_arrays():
     model, tokens = nn.Embed(11, 8), np.array([1, 2])
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     state = models.lora_state(
         model.apply,
         params,

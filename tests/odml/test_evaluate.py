@@ -1,5 +1,7 @@
 """The forward in training, against integers computed with NumPy."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -80,7 +82,7 @@ class Net(nn.Module):
 
 
 def variables_of(model, x):
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rng = np.random.default_rng(5)
     if "batch_stats" in variables:
         stats = {
@@ -127,7 +129,7 @@ def test_a_fused_layer_is_that_of_integers(x, per_channel, norm):
         disable_per_channel_weights=not per_channel,
         quant_stats=ranges(**{f"layer__{op}": (-2.1, 2.4), "final_output0": (0, 3.3)}),
     )
-    out = quantize_model(model, provider).apply(variables, jax.device_put(x))
+    out = jax.jit(quantize_model(model, provider).apply)(variables, x)
     expected = by_hand(variables, x, ((-2.1, 2.4), (0, 3.3)), per_channel)
     # A sum in float32 that is next to a tie may go either way.
     steps = np.abs(out - expected) / (3.3 / 255)
@@ -200,9 +202,10 @@ class Masked(nn.Module):
 def test_what_is_masked_is_no_part_of_the_range():
     x, mask = jax.device_put(X), np.arange(6) < 4
     quantized = quantize_model(Masked(), odml.OdmlQatProvider(RULES))
-    stats = quantized.init(jax.random.key(0), x, mask)
+    stats = jax.jit(quantized.init)(jax.random.key(0), x, mask)
     stats = jax.tree.map(jnp.zeros_like, stats)
-    out, updated = quantized.apply(stats, x, mask, mutable=["quant_stats"])
+    apply = jax.jit(functools.partial(quantized.apply, mutable=["quant_stats"]))
+    out, updated = apply(stats, x, mask)
     state = updated["quant_stats"]["softmax0"]
     low = min(X.min(), 0) - 8
     np.testing.assert_allclose(state["sum_of_max"], X.max(), 1e-2)

@@ -123,7 +123,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("x", [X, IMAGE], ids=["dense", "conv"])
 def test_batch_normalization_is_fused_in_both_modes(x, train):
-    variables = Block().init(jax.random.key(0), x)
+    variables = jax.jit(Block().init)(jax.random.key(0), x)
     traced = trace_function(
         Block(train).apply, (variables, x), {"mutable": ["batch_stats"]}
     )

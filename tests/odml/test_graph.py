@@ -216,7 +216,7 @@ def test_random_numbers_are_neither_static_nor_activations():
 
 def test_statistics_of_a_batch_are_static():
     model = nn.BatchNorm(use_running_average=False)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
 
     def fn(variables, x):
         return model.apply(variables, x, mutable=["batch_stats"])
@@ -267,7 +267,7 @@ def test_einsums_and_modules_have_their_names():
             x = nn.Dense(4, name="first")(x)
             return jnp.einsum("bi,bj->bij", x, x)
 
-    variables = Model().init(jax.random.key(0), X)
+    variables = jax.jit(Model().init)(jax.random.key(0), X)
     found, _ = graph(Model().apply, variables)
     paths = {node.name: node.place.module_path for node in found.nodes}
     assert paths["dot_general"] == "first"

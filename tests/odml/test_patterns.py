@@ -26,7 +26,7 @@ MOVES = ("broadcast_in_dim", "reshape", "convert_element_type", "copy", "squeeze
 def searched(fn, *inputs):
     """The graph of a function after the search; it computes what it did before."""
     graph = graph_of(fn, *inputs)
-    expected = jax.tree.leaves(fn(*inputs))
+    expected = jax.tree.leaves(jax.jit(fn)(*inputs))
     find_patterns(graph)
     for actual, out in zip(graph.run(inputs), expected, strict=True):
         assert actual.dtype == out.dtype
@@ -328,7 +328,7 @@ NORMS = {
 def test_normalization_layers(name, mean):
     model, axes = NORMS[name]
     x = jax.random.normal(jax.random.key(0), (2, 5, 4)) + mean
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     traced = trace_function(model.apply, (variables, x), {})
     graph = build_graph(traced)
     find_patterns(graph)
@@ -421,9 +421,8 @@ def test_dropout_is_found_in_a_layer_and_in_attention():
     find_patterns(graph)
     activations = [n.name for n in graph.nodes if n.is_activation]
     assert activations.count("dropout") == 2
-    np.testing.assert_allclose(
-        graph.run(traced.inputs)[0], model.apply(variables, x, **rngs), 1e-5, 1e-6
-    )
+    expected = jax.jit(model.apply)(variables, x, **rngs)
+    np.testing.assert_allclose(graph.run(traced.inputs)[0], expected, 1e-5, 1e-6)
     # But for it the operations are those of the model that evaluates.
     traced = trace_function(Attention().apply, (variables, x), {})
     graph = build_graph(traced)

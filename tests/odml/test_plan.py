@@ -33,7 +33,7 @@ def module(call):
 def plan_of(call, *inputs, rules=(INT8,), **kwargs):
     model = call if isinstance(call, nn.Module) else module(call)
     inputs = inputs or (X,)
-    variables = model.init(jax.random.key(0), *inputs)
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
     traced = trace_function(model.apply, (variables, *inputs), {})
     return make_odml_plan(traced, rules, **kwargs)
 
@@ -165,7 +165,7 @@ def test_a_method_gives_its_outputs_its_name():
         def __call__(self, x):
             return self.encode(x)
 
-    variables = Model().init(jax.random.key(0), X)
+    variables = jax.jit(Model().init)(jax.random.key(0), X)
     traced = trace_function(Model().apply, (variables, X), {"method": "encode"})
     assert names(make_odml_plan(traced, [INT8]))[-1] == "encode_output0"
 
@@ -343,7 +343,7 @@ class Unsupported(nn.Module):
 
 
 def test_the_strict_error_says_what_where_and_how_to_go_on():
-    variables = Unsupported().init(jax.random.key(0), X)
+    variables = jax.jit(Unsupported().init)(jax.random.key(0), X)
     quantized = quantize_model(
         Unsupported(), odml.OdmlQatProvider([INT8], quant_stats={})
     )
@@ -375,7 +375,7 @@ def test_a_provider_that_is_not_strict_warns_once():
     provider = odml.OdmlQatProvider([INT8], strict=False)
     quantized = quantize_model(Unsupported(), provider)
     with pytest.warns(UserWarning, match="cumsum0.*cannot be quantized"):
-        variables = quantized.init(jax.random.key(0), X)
+        variables = jax.jit(quantized.init)(jax.random.key(0), X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = quantized.apply(variables, X, mutable=["quant_stats"])[0]
@@ -394,7 +394,7 @@ def test_the_message_of_rules_that_match_nothing_lists_the_modules():
     assert "'first'" in message and "'second'" in message
     with pytest.raises(ValueError, match="No rule quantizes an op"):
         quantize_model(Two(), odml.OdmlQatProvider(rules)).apply(
-            Two().init(jax.random.key(0), X), X
+            jax.jit(Two().init)(jax.random.key(0), X), X
         )
 
 

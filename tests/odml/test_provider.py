@@ -212,7 +212,7 @@ def test_linen_nnx_and_functions_compute_the_same():
             x = nn.BatchNorm(use_running_average=True)(nn.Dense(8)(x))
             return nn.Dense(3)(nn.relu(x))
 
-    linen = Linen().init(jax.random.key(0), X)
+    linen = jax.jit(Linen().init)(jax.random.key(0), X)
     linen["params"]["Dense_0"] = {"kernel": params["w1"], "bias": params["b1"]}
     linen["params"]["Dense_1"] = {"kernel": params["w2"], "bias": params["b2"]}
 

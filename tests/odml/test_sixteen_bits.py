@@ -20,7 +20,7 @@ def converted(call, x, rules=RULES):
             return call(self, x)
 
     model = Model()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     calibrator = calib.Calibrator(odml.OdmlQatProvider(rules))
     calibrator.wrap(jax.jit(model.apply))(variables, x)
     stats = calibrator.quant_stats

@@ -504,7 +504,7 @@ def test_packed_experts_of_scanned_layers_with_sizes_of_their_own():
         )
     ]
     model = quantize_model(Layers(), LoraProvider(rules))
-    params = model.init(jax.random.key(0), X, sizes)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X, sizes)["params"]
     held = qwix_train.dequantize(unpack(params["w"].array))
 
     def gradient(function):

@@ -118,7 +118,7 @@ def test_frozen_levels_are_what_ptq_stores():
     rules = [models.rule("int4")]
     x = jax.device_put(np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32))
     model = models.Mlp()
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     plan = qwix_train.plan(model, rules, x)
     tx = optax.chain(optax.sgd(1.0), optim.freeze_oscillations(plan, 0.3, momentum=0.2))
     state, update = tx.init(params), jax.jit(tx.update)

@@ -139,7 +139,7 @@ def test_a_quantized_model_is_trained():
     )
     y = jnp.tanh(x[:, :3])
     model = models.Mlp()
-    floats = model.init(jax.random.key(0), x)["params"]
+    floats = jax.jit(model.init)(jax.random.key(0), x)["params"]
     _, params = qwix_train.ptq.quantize(model, floats, rules, x)
     assert any(isinstance(p, WithAux) for p in params["Dense_0"].values())
 

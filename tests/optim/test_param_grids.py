@@ -24,7 +24,7 @@ def found(plan, params):
 
 def test_plans():
     model = models.Mlp()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     plan = qwix_train.plan(model, RULES, X)
     expected = jax.tree.map(lambda p: p.ndim == 2, params)
     assert any(jax.tree.leaves(expected))

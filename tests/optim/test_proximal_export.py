@@ -25,7 +25,7 @@ def test_what_is_stored_is_what_was_trained(calibration_method, method):
     )
     y = jnp.tanh(x[:, :3])
     model = models.Mlp()
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     end = {"proxquant": 0.05, "parq": 1.0}[method]
     schedule = optax.join_schedules(
         [optax.linear_schedule(0.0, end, 50), optax.constant_schedule(1.0)], [50]

@@ -100,7 +100,7 @@ def test_static_ranges_are_those_of_the_scaled_inputs():
         np.testing.assert_allclose(scale, [[1.1 * np.abs(scaled).max() / 127.5]], 1e-5)
         x = np.maximum(x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]), 0)
     whole = quantize_model(model, method.provider)
-    out = whole.apply({"params": quantized}, BATCHES[0])
+    out = jax.jit(whole.apply)({"params": quantized}, BATCHES[0])
     first, second = (quantized[name] for name in ("Dense_0", "Dense_1"))
     scales = [x["dot_general0_lhs_scale"].array for x in (first, second)]
     hidden = nn.relu(scaled_dense(first, BATCHES[0], scale=scales[0]))
@@ -151,7 +151,7 @@ def test_stacked_layers(framework):
         out = whole(BATCHES[0])
     else:
         model = models.Layers(remat=True)
-        params = model.init(jax.random.key(0), BATCHES[0])["params"]
+        params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
         kernels = np.asarray(params["layers"]["Dense_0"]["kernel"])
         quantized = run(method, model, params, *BATCHES)
         layer = quantized["layers"]["Dense_0"]
@@ -198,7 +198,7 @@ def test_files_exports_and_donation(tmp_path):
     model, params, method = models.Mlp(), mlp_params(), ptq.SmoothQuant(BOTH)
     quantized = run(method, model, params, *BATCHES)
     whole, x = quantize_model(model, method.provider), jax.device_put(BATCHES[0])
-    variables = whole.init(jax.random.key(0), x)["params"]
+    variables = jax.jit(whole.init)(jax.random.key(0), x)["params"]
     assert jax.tree.structure(variables) == jax.tree.structure(quantized)
     assert (variables["Dense_0"]["dot_general0_lhs_pre_quant_scale"] == 1).all()
     ptq.save(tmp_path / "linen", quantized, rules=BOTH)

@@ -179,7 +179,7 @@ def test_linen_boxes_and_nnx():
             init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
             return nn.Dense(16, kernel_init=init)(x)
 
-    params = Layer().init(jax.random.key(0), X)["params"]
+    params = jax.jit(Layer().init)(jax.random.key(0), X)["params"]
     boxed = params["Dense_0"]["kernel"]
     quantized = stored.box(params_of("plain")["w"], boxed)
     assert quantized.array.packed.names == ("in", "out")

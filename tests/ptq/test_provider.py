@@ -137,7 +137,7 @@ def test_a_table_that_is_only_looked_up_stays_in_float():
 
     provider = PtqProvider(WEIGHTS)
     model = quantize_model(Embedded(), provider)
-    params = model.init(KEY, TOKENS)["params"]
+    params = jax.jit(model.init)(KEY, TOKENS)["params"]
     assert not is_quantized(params["Embed_0"]["embedding"])
     assert is_quantized(params["Dense_0"]["kernel"])
     plan = qwix_train.plan(Embedded(), provider, TOKENS)
@@ -159,7 +159,7 @@ def test_the_plan_says_what_is_dequantized_and_nothing_else():
     assert line in str(plan).splitlines()
     assert not qwix_train.plan(Normalized(), INT8, X).dequantized
     model = quantize_model(Normalized(), PtqProvider(INT8))
-    variables = model.init(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     again = qwix_train.plan(model, PtqProvider(INT8), X, variables=variables)
     assert again.dequantized == plan.dequantized
 
@@ -226,7 +226,7 @@ def test_readme_of_qwix():
     printed = repr(abs_ptq_params["Dense_0"]["kernel"])
     start = "WithAux(array=QArray(qvalue=ShapeDtypeStruct(shape=(16, 64), dtype=int8), "
     assert printed.startswith(start)
-    fp_params = model.init(jax.random.key(0), model_input)["params"]
+    fp_params = jax.jit(model.init)(jax.random.key(0), model_input)["params"]
     ptq_params = qwix.quantize_params(fp_params, abs_ptq_params)
     quantized_model_output = ptq_model.apply({"params": ptq_params}, model_input)
     expected = model.apply({"params": fp_params}, model_input)
@@ -235,9 +235,9 @@ def test_readme_of_qwix():
 
 
 def _setup():
-    floats = Mlp().init(KEY, X)
+    floats = jax.jit(Mlp().init)(KEY, X)
     model = quantize_model(Mlp(), PtqProvider(INT8))
-    return floats, model, model.init(KEY, X)
+    return floats, model, jax.jit(model.init)(KEY, X)
 
 
 def test_float_params_are_refused():
@@ -282,17 +282,17 @@ def test_rules_that_match_nothing_are_refused():
     rules = [QuantizationRule(module_path="Dense_7", weight_qtype="int8")]
     model = quantize_model(Mlp(), PtqProvider(rules))
     with pytest.raises(ValueError, match="'Dense_1'"):
-        model.init(KEY, X)
+        jax.jit(model.init)(KEY, X)
     with pytest.raises(ValueError, match="'Dense_1'"):
         model.apply(Mlp().init(KEY, X), X)
     model = quantize_model(Mlp(), PtqProvider(rules, allow_unmatched=True))
-    variables = model.init(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     np.testing.assert_array_equal(model.apply(variables, X), Mlp().apply(variables, X))
 
 
 def test_ops_that_no_rule_matches_are_exact():
     rules = [QuantizationRule(module_path="Dense_0", weight_qtype="int8")]
-    floats = Mlp().init(KEY, X)["params"]
+    floats = jax.jit(Mlp().init)(KEY, X)["params"]
     model, params = ptq.quantize(Mlp(), floats, rules, X)
     values = values_of(params)
     np.testing.assert_array_equal(
@@ -309,7 +309,7 @@ def test_ops_that_no_rule_matches_are_exact():
 
 def test_the_trace_stays_small():
     _, model, variables = _setup()
-    floats = Mlp().init(KEY, X)
+    floats = jax.jit(Mlp().init)(KEY, X)
 
     def count(jaxpr):
         inner = (
@@ -345,7 +345,7 @@ def test_attention(act_act):
             act_calibration_method="absmax,1.1",
         )
     ]
-    params = Attention().init(KEY, x)["params"]
+    params = jax.jit(Attention().init)(KEY, x)["params"]
     model, quantized = ptq.quantize(Attention(), params, rules, x)
     got = jax.jit(model.apply)({"params": quantized}, x)
     qat = quantize_model(Attention(), QtProvider(rules)).apply({"params": params}, x)
@@ -382,7 +382,7 @@ assert not any(name.startswith("qwix") for name in sys.modules)
 @pytest.mark.parametrize("rules", [INT8, WEIGHTS], ids=["int8", "weights"])
 def test_an_exported_model_runs_without_this_package(rules, tmp_path):
     model = quantize_model(Mlp(), PtqProvider(rules))
-    variables = model.init(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     apply = jax.jit(lambda x: model.apply(variables, x))
     platforms = ["cpu", "cuda", "tpu"]
     exported = export.export(apply, platforms=platforms)(X)

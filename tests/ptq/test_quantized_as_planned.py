@@ -23,7 +23,7 @@ def test_a_product_that_a_linen_model_leaves_out_in_init():
                 x = x @ w
             return nn.Dense(3)(x)
 
-    params = Skips().init(jax.random.key(0), X)["params"]
+    params = jax.jit(Skips().init)(jax.random.key(0), X)["params"]
     model, quantized = ptq.quantize(Skips(), params, RULES, X)
     assert isinstance(quantized["w"], qwix_train.WithAux)
     qat = qwix_train.quantize_model(Skips(), QtProvider(RULES))
@@ -34,7 +34,7 @@ def test_a_product_that_a_linen_model_leaves_out_in_init():
 @pytest.mark.slow
 def test_a_decoder_whose_cache_the_call_makes():
     attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
-    params = attention.init(jax.random.key(0), X[None])["params"]
+    params = jax.jit(attention.init)(jax.random.key(0), X[None])["params"]
     _, quantized = ptq.quantize(attention, params, RULES, X[None])
     assert all(
         isinstance(layer["kernel"], qwix_train.WithAux) for layer in quantized.values()

@@ -116,7 +116,7 @@ def windows(x):
 def test_ways_to_read_a_weight(name):
     shape, model, matrices, samples = SPELLINGS[name]
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     tagging = InputTagging(RULES, second_moment=True)
     observed = Observed(lambda p, x: model.apply({"params": p}, x), tagging)
     state, out = jax.jit(observed)({}, params, x)
@@ -152,7 +152,7 @@ def test_ways_to_read_a_weight(name):
 def test_the_error_of_outputs_is_what_the_report_says(name):
     shape, model, *_ = SPELLINGS[name]
     x = correlated(int(np.prod(shape)) // 6, 6).reshape(shape)
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     method = ptq.Gptq(RULES)
     quantized = run(method, model, params, x)
     whole = qwix_train.quantize_model(model, method.provider)
@@ -171,7 +171,7 @@ def test_scales_of_elements(tiles):
     """A scale is spread over the matrices, and gathered again."""
     model = SPELLINGS["two axes"][1]
     x = jnp.ones(SPELLINGS["two axes"][0])
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     tagging = InputTagging(RULES, second_moment=False)
     Observed(lambda p, x: model.apply({"params": p}, x), tagging).init(params, x)
     view = next(iter(tagging.reads["w",].values())).view

@@ -223,7 +223,7 @@ def test_vectors_of_padding_are_left_out(make):
 @pytest.mark.slow
 def test_states_of_two_hosts_merge():
     model, (a, b, both) = models.Layers(remat=True), (ptq.Awq(RULES) for _ in range(3))
-    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
     collect(a, model, params, BATCHES[0])
     collect(b, model, params, BATCHES[1][:7], BATCHES[2])
     collect(both, model, params, BATCHES[0], BATCHES[1][:7], BATCHES[2])
@@ -292,13 +292,13 @@ def test_errors():
         method.quantize_params(params, target)
     step(params, BATCHES[0])
     other = models.Mlp(width=8)
-    floats = other.init(jax.random.key(0), BATCHES[0])["params"]
+    floats = jax.jit(other.init)(jax.random.key(0), BATCHES[0])["params"]
     with pytest.raises(
         ValueError, match=r"'Dense_0/kernel' has shape \(6, 8\), and \(6, 16\)"
     ):
         method.quantize_params(floats, abstract(method, other, BATCHES[0]))
     deep = nn.Sequential([nn.Dense(6)])
-    floats = deep.init(jax.random.key(0), BATCHES[0])["params"]
+    floats = jax.jit(deep.init)(jax.random.key(0), BATCHES[0])["params"]
     with pytest.raises(ValueError, match="'layers_0/kernel' was not reached"):
         method.quantize_params(floats, abstract(method, deep, BATCHES[0]))
     with pytest.raises(TypeError, match="is a shape, and GPTQ looks at values"):
@@ -308,8 +308,8 @@ def test_errors():
 @pytest.mark.slow
 def test_two_models_with_the_same_names():
     first, second = nn.Dense(3), nn.Dense(5)
-    a = first.init(jax.random.key(0), BATCHES[0])
-    b = second.init(jax.random.key(0), BATCHES[0])
+    a = jax.jit(first.init)(jax.random.key(0), BATCHES[0])
+    b = jax.jit(second.init)(jax.random.key(0), BATCHES[0])
     step = ptq.Gptq(RULES).wrap(lambda x: (first.apply(a, x), second.apply(b, x)))
     with pytest.raises(ValueError, match="'kernel' in two ways: the step calls two"):
         step(BATCHES[0])
@@ -328,7 +328,7 @@ def test_a_branch_that_is_never_taken():
             )
 
     model, method = Branches(), ptq.Gptq(RULES)
-    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCHES[0])["params"]
     collect(method, model, params, BATCHES[0])
     with pytest.raises(ValueError, match="No input was collected for 'second/dot_gen"):
         method.quantize_params(params, abstract(method, model, BATCHES[0]))

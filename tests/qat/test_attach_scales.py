@@ -39,7 +39,7 @@ def train_step(state, x, y):
 
 
 def state_of(model, x=X, tx=None):
-    params = model.init(jax.random.key(2), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(2), x)["params"]
     tx = optax.adam(1e-2) if tx is None else tx
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -372,9 +372,8 @@ def test_bfloat16():
     assert state.params["Dense_0"]["kernel_scale"].dtype == jnp.float32
     state, _ = trained(state, rules, 3)
     assert state.params["Dense_0"]["kernel"].dtype == jnp.bfloat16
-    want = quantize_model(Narrow(), QtProvider(rules)).apply(
-        {"params": state.params}, X
-    )
+    apply = jax.jit(quantize_model(Narrow(), QtProvider(rules)).apply)
+    want = apply({"params": state.params}, X)
     model, params = ptq.quantize(Narrow(), state.params, rules, X)
     models.assert_close(model.apply({"params": params}, X), want, 1e-2)
     codes = params["Dense_0"]["kernel"].array

@@ -65,7 +65,7 @@ def product_step(state, batch):
 
 
 def state_of(model, *inputs, tx=None):
-    params = model.init(jax.random.key(0), *inputs)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
     tx = tx or optax.sgd(0.1)
     return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -250,7 +250,8 @@ def test_what_was_trained_so_is_evaluated_scheduled_and_served():
         served, params = ptq.quantize(
             model, state.params, [DELAYED], x, quant_stats=stats
         )
-        models.assert_close(served.apply({"params": params}, x), wanted, 1e-4)
+        out = jax.jit(served.apply)({"params": params}, x)
+        models.assert_close(out, wanted, 1e-4)
     assert set(ranges(state, [DELAYED])["Dense_0"]) == {"dot_general0_lhs"}
     assert attached(state)[f"Dense_0/{GRADIENT}"] == "range of 2 batches"
 

@@ -81,7 +81,7 @@ def state_of(rules):
     tx = optax.apply_if_finite(optax.adam(1e-2), 10)
     if any(rule.learns_scales for rule in rules):
         model = quantize_model(model, QtProvider(rules))
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     return train_state.TrainState.create(apply_fn=Model().apply, params=params, tx=tx)
 
 
@@ -136,8 +136,9 @@ def test_litert_training(act_qtype):
     rules = [QuantizationRule(weight_qtype="int8", act_qtype=act_qtype)]
     provider = odml.OdmlQatProvider(rules, fixed_range_for_inputs=(0, 1))
     model = quantize_model(Model(), provider)
-    variables = model.init(jax.random.key(0), X)
-    _, stats = model.apply(variables, X, mutable="quant_stats")
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    apply = jax.jit(model.apply, static_argnames="mutable")
+    _, stats = apply(variables, X, mutable="quant_stats")
     variables = {**variables, **stats}
-    assert np.isfinite(model.apply(variables, X)).all()
-    assert np.isnan(model.apply(variables, BAD)[1]).all()
+    assert np.isfinite(apply(variables, X)).all()
+    assert np.isnan(apply(variables, BAD)[1]).all()

@@ -122,7 +122,7 @@ def test_convolutions_have_gradients(name):
     layer = nn.Conv(**CONVOLUTIONS[name])
     axes = len(CONVOLUTIONS[name]["kernel_size"])
     x = jax.random.normal(jax.random.key(3), (2, *(6,) * axes, 4))
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     quantized = quantize_model(layer, PROVIDER)
 
     def hand(params, x):

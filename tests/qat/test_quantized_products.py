@@ -52,7 +52,7 @@ def gradients_of(model, rules, params, x=X, **kwargs):
 
 
 def params_of(model, x=X):
-    return model.init(jax.random.key(1), x)["params"]
+    return jax.jit(model.init)(jax.random.key(1), x)["params"]
 
 
 @pytest.mark.thinned(8)
@@ -220,8 +220,9 @@ def test_a_step_trains_resumes_and_is_served(fields, tmp_path):
     stats = middle.quant_stats if fields.get("act_static_scale") else None
     served, params = ptq_lib.quantize(model, middle.params, rules, x, quant_stats=stats)
     provider = QtProvider(rules, quant_stats=stats)
-    trained = quantize_model(model, provider).apply({"params": middle.params}, x)
-    models.assert_close(served.apply({"params": params}, x), trained, 1e-4)
+    apply = jax.jit(quantize_model(model, provider).apply)
+    trained = apply({"params": middle.params}, x)
+    models.assert_close(jax.jit(served.apply)({"params": params}, x), trained, 1e-4)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_statistics_and_logits_are_those_of_qwix(tmp_path):
 @pytest.mark.slow
 def test_a_training_loop_that_threads_the_collection():
     model: Any = qwix_train.quantize_model(Mlp(), QtProvider(RULES))
-    stats = model.init(KEY, BATCHES[0])["quant_stats"]
+    stats = jax.jit(model.init)(KEY, BATCHES[0])["quant_stats"]
     expected = test_step_ranges.Threaded()
     params = expected.params
 
@@ -96,7 +96,7 @@ def test_a_training_loop_that_threads_the_collection():
 def test_gradients_through_scanned_layers(remat):
     """Those of ranges that are fixed to what the statistics come to."""
     model: Any = qwix_train.quantize_model(models.Layers(remat), QtProvider(RULES))
-    variables: Any = model.init(KEY, BATCHES[0])
+    variables: Any = jax.jit(model.init)(KEY, BATCHES[0])
     stats = variables["quant_stats"]["layers"]["Dense_0"]["dot_general0_lhs"]
     assert stats["count"].shape == (3,) and stats["sum_of_absmax"].shape == (3, 1, 1)
 
@@ -127,7 +127,7 @@ def test_remat_stays_in_force():
     primitives = []
     for rules in ([rule], RULES):
         model: Any = qwix_train.quantize_model(models.Layers(True), QtProvider(rules))
-        variables: Any = model.init(KEY, BATCHES[0])
+        variables: Any = jax.jit(model.init)(KEY, BATCHES[0])
 
         def call(variables, model=model):
             return model.apply(variables, BATCHES[0], mutable=["quant_stats"])[0]
@@ -139,7 +139,7 @@ def test_remat_stays_in_force():
 
 def test_a_model_without_its_collection_says_so():
     model: Any = qwix_train.quantize_model(Mlp(), QtProvider(RULES))
-    params = model.init(KEY, BATCHES[0])["params"]
+    params = jax.jit(model.init)(KEY, BATCHES[0])["params"]
     with pytest.raises(
         ValueError, match="have no range for 'Dense_0/dot_general0_lhs'"
     ):
@@ -154,7 +154,7 @@ def test_submodules_keep_the_collection_at_their_paths():
             inner = qwix_train.quantize_model(Mlp(name="inner"), QtProvider(RULES))
             return inner(x)
 
-    variables = Outer().init(KEY, BATCHES[0])
+    variables = jax.jit(Outer().init)(KEY, BATCHES[0])
     updates: Any
     _, updates = Outer().apply(variables, BATCHES[0], mutable="quant_stats")
     stats = updates["quant_stats"]["inner"]["Dense_0"]["dot_general0_lhs"]
@@ -177,7 +177,7 @@ def test_delayed_scaling_quantizes_by_the_batches_before():
     batches = [a * rng.uniform(-1, 1, (4, 6)).astype(np.float32) for a in largest]
     for x, a in zip(batches, largest, strict=True):
         x[0, 0] = a
-    variables: Any = model.init(KEY, batches[0])
+    variables: Any = jax.jit(model.init)(KEY, batches[0])
     params, stats = variables["params"], variables["quant_stats"]
     kernel = np.asarray(params["kernel"], np.float64)
 

@@ -28,7 +28,7 @@ START = Schedule(start_step=2, ramp_steps=2)
 
 
 def new_state(model: Any = MLP, x=X, step=0, tx=TX) -> Any:
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     return state.replace(step=jnp.int32(step))
 
@@ -95,7 +95,7 @@ def test_a_ramp_against_numpy(compile_step):
             lambda params: jnp.mean(model.apply({"params": params}, x) ** 2)
         )(params)
 
-    params = model.init(jax.random.key(1), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), X)["params"]
     wrapped = compile_step(
         wrap_train_step(
             step,

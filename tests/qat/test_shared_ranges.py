@@ -137,9 +137,9 @@ def on_grid(kernel):
 def test_what_is_trained_is_what_is_served(method):
     rules = LEARNED[method]
     params = with_values(qwix_train.attach(PARAMS, rules, X, model=ONE))
-    want = quantize_model(ONE, QtProvider(rules)).apply({"params": params}, X)
+    want = jax.jit(quantize_model(ONE, QtProvider(rules)).apply)({"params": params}, X)
     model, served = ptq.quantize(ONE, params, rules, X)
-    models.assert_close(model.apply({"params": served}, X), want)
+    models.assert_close(jax.jit(model.apply)({"params": served}, X), want)
     for name in ("key", "value"):
         models.assert_same(leaves_of(served, name), leaves_of(served, "query"))
     abstract = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
@@ -302,7 +302,7 @@ def test_an_array_is_measured_once_though_its_readers_are_blended_in_apart():
     rules += STATIC
     schedule = Schedule(ramp_steps=2)
     step = qwix_train.wrap_train_step(train_step, rules, schedule=schedule)
-    state, _ = step(new_state(ONE, rules), X)
+    state, _ = jax.jit(step)(new_state(ONE, rules), X)
     for name in OPS:
         assert state.quant_stats[name]["dot_general0_lhs"]["count"] == 1
 
@@ -396,7 +396,7 @@ def of_reference(library):
     """The tree of statistics, and of quantized params, after a batch."""
     rule = library.QuantizationRule(**INT8, act_static_scale=True, act_batch_axes=(0,))
     model = library.quantize_model(ONE, library.QtProvider([rule]))
-    variables = {**model.init(jax.random.key(0), X), "params": PARAMS}
+    variables = {**jax.jit(model.init)(jax.random.key(0), X), "params": PARAMS}
     out, updates = model.apply(variables, X, mutable="quant_stats")
     served = library.quantize_model(ONE, library.PtqProvider([rule]))
     abstract = jax.eval_shape(served.init, jax.random.key(0), X)["params"]

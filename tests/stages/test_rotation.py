@@ -260,7 +260,7 @@ def test_static_ranges_are_those_of_the_rotated_input():
     model, params = ptq.quantize(MODEL, PARAMS, rules, X, quant_stats=found)
     assert_close(model.apply({"params": params}, X), want, atol=1e-4)
     running = qat_of(rules)
-    begun = running.init(jax.random.key(0), X)
+    begun = jax.jit(running.init)(jax.random.key(0), X)
     assert_close(
         running.apply({**begun, **variables}, X, mutable="quant_stats")[0],
         want,
@@ -277,7 +277,7 @@ def test_adapters_meet_the_input_in_its_own_basis(in_float):
         settings |= {"qat": True}
     rules = [LoraRule(**settings, rotation="hadamard", rank=2, alpha=2.0)]
     model = quantize_model(MODEL, LoraProvider(rules))
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     base = W if in_float else ptq.quantize_params({"kernel": W}, params)["kernel"]
     params = {"kernel": base, "kernel_lora_a": a, "kernel_lora_b": b}
     if in_float:
@@ -291,7 +291,7 @@ def test_packed_codes_are_those_of_the_rotated_weight():
     fours = dict(weight_qtype="nf4", tile_size=8, double_quant=True)
     rules = [LoraRule(**fours, rotation="hadamard", rank=2, alpha=2.0)]
     model = quantize_model(MODEL, LoraProvider(rules))
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     base = params["kernel"]
     own = stored.dequantized(base)
     assert base.how.rotation == Hadamard(0, 8) and own.shape == W.shape

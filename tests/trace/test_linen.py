@@ -37,7 +37,7 @@ def paths_of(call):
 
 def test_the_outermost_call_is_rewritten():
     model = Model()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     bound = model.bind(variables)
     assert paths_of(lambda: model.apply(variables, X)) == [["layer"]]
     assert paths_of(lambda: model.apply(variables, X, method="helper")) == [["layer"]]
@@ -50,7 +50,7 @@ def test_the_outermost_call_is_rewritten():
 
 def test_without_a_session_nothing_happens():
     model = Model()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     with nn.intercept_methods(linen.interceptor):
         assert (model.apply(variables, X) == model.apply(variables, X)).all()
 
