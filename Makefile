@@ -137,7 +137,7 @@ VERSIONS := 3.11 3.12 3.13 3.14 3
 help:
 	@sed -n '4,/^$$/p' $(MAKEFILE_LIST) | cut -c3-
 
-$(VENV)/.stamp-python:
+$(VENV)/.stamp-uv:
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then \
 	  python=$$($(call find_python,$(VERSIONS))) || { \
@@ -153,7 +153,7 @@ $(VENV)/.stamp-python:
 
 # One stamp per extra: .stamp-examples, .stamp-odml, .stamp-test, .stamp-bench,
 # .stamp-dev.
-$(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-python
+$(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-uv
 	@echo "make: installing qwix_train[$*] into $(VENV)"
 	@$(call install,$(VENV),-e '.[$*]')
 	@touch $@
@@ -211,7 +211,7 @@ test-docs: $(VENV)/.stamp-test
 test-fast: $(VENV)/.stamp-test
 	$(call PYTEST,$(VENV)) -m fast $(PYTEST_ARGS) $(or $(ONLY_PATHS),tests)
 
-$(LATEST)/.stamp-test: pyproject.toml | $(VENV)/.stamp-python
+$(LATEST)/.stamp-test: pyproject.toml | $(VENV)/.stamp-uv
 	@python=$$($(call find_python,3.12)) || { \
 	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
 	  exit 1; }; \
@@ -235,7 +235,7 @@ run-test-latest: $(LATEST)/.stamp-test
 
 # The lower bounds of pyproject.toml, which uv resolves; old versions of what we depend
 # on warn of what later ones mended.
-$(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-python
+$(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-uv
 	@echo "make: installing the oldest versions that are supported into $(LOWEST)"
 	@$(call environment,$(LOWEST),$(VENV)/bin/python,-e '.[test]' \
 	  --resolution lowest-direct)
@@ -252,7 +252,7 @@ run-test-lowest: $(LOWEST)/.stamp
 # Files of Hugging Face's compressed-tensors and PEFT libraries, written and read by the
 # libraries themselves: in an environment of its own, as they need torch, which we never
 # do. PEFT imports transformers.
-$(INTERCHANGE)/.stamp: | $(VENV)/.stamp-python
+$(INTERCHANGE)/.stamp: | $(VENV)/.stamp-uv
 	@echo "make: installing torch, compressed-tensors and peft into $(INTERCHANGE)"
 	@$(call environment,$(INTERCHANGE),$(VENV)/bin/python,torch==2.13.0 \
 	  compressed-tensors==0.20.0 safetensors==0.8.0 numpy peft==0.21.2 \
@@ -280,7 +280,7 @@ maxtext := maxtext==0.2.5 aqtp==0.9.0 drjax==0.2.1 grain==0.2.18 \
   pydantic==2.14.4 sentencepiece==0.2.3 sympy tiktoken==0.14.0 tokamax==0.0.17 \
   transformers==5.24.0
 
-$(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml | $(VENV)/.stamp-python
+$(CLIENTS:%=.venv-%/.stamp): .venv-%/.stamp: pyproject.toml | $(VENV)/.stamp-uv
 	@python=$$($(call find_python,3.12)) || { \
 	  echo "make: no Python 3.12 found: looked for python3.12 on PATH and in pyenv" >&2; \
 	  exit 1; }; \
