@@ -49,20 +49,18 @@ LATEST := .venv-latest
 INTERCHANGE := .venv-interchange
 LOWEST := .venv-lowest
 # pip installs uv, and uv the rest, in a tenth of pip's time. uv does not read pip's
-# settings: those of the environment are handed on.
+# settings: these are handed on, if they are in the environment.
 UV := $(VENV)/bin/uv
-ifdef PIP_CERT
-export SSL_CERT_FILE ?= $(PIP_CERT)
+comma := ,
+define hand_on
+ifdef $(1)
+export $(2) ?= $(subst $() ,$(comma),$($(1)))
 endif
-ifdef PIP_FIND_LINKS
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-endif
-ifdef PIP_INDEX_URL
-export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
-endif
-ifdef PIP_EXTRA_INDEX_URL
-export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
-endif
+endef
+$(eval $(call hand_on,PIP_CERT,SSL_CERT_FILE))
+$(eval $(call hand_on,PIP_FIND_LINKS,UV_FIND_LINKS))
+$(eval $(call hand_on,PIP_INDEX_URL,UV_DEFAULT_INDEX))
+$(eval $(call hand_on,PIP_DEFAULT_TIMEOUT,UV_HTTP_TIMEOUT))
 
 # JAX on the CPU, and one thread per test worker. What was compiled is kept in a folder
 # for the other workers, and for later runs.
@@ -153,7 +151,7 @@ $(VENV)/.stamp-uv:
 
 # One stamp per extra: .stamp-examples, .stamp-odml, .stamp-test, .stamp-bench,
 # .stamp-dev.
-$(VENV)/.stamp-%: pyproject.toml | $(VENV)/.stamp-uv
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-uv
 	@echo "make: installing qwix_train[$*] into $(VENV)"
 	@$(call install,$(VENV),-e '.[$*]')
 	@touch $@
@@ -221,7 +219,7 @@ $(LATEST)/.stamp-test: pyproject.toml | $(VENV)/.stamp-uv
 	@touch $@
 
 .PHONY: test-latest
-test-latest:
+test-latest: | $(VENV)/.stamp-uv
 	@if [ ! -e $(LATEST)/.stamp-test ] && ! ($(call find_python,3.12)) >/dev/null; then \
 	  echo "make: TEST-LATEST WAS NOT RUN: no Python 3.12 found on PATH or in pyenv" >&2; \
 	  [ -n "$(ALLOW_MISSING)" ]; \
@@ -242,7 +240,7 @@ $(LOWEST)/.stamp: pyproject.toml | $(VENV)/.stamp-uv
 	@touch $@
 
 .PHONY: test-lowest
-test-lowest:
+test-lowest: | $(VENV)/.stamp-uv
 	$(call run_if_installed,$(LOWEST),the oldest versions)
 
 .PHONY: run-test-lowest

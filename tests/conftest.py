@@ -58,8 +58,9 @@ def pytest_configure(config):
     # Before pytest collects doctests: the first module that it imports by its path it
     # imports anew, and what is registered would be registered in one of two. A process
     # that starts workers collects nothing, and they wait for it.
-    starts_workers = config.getoption("dist", "no") != "no"
-    if hasattr(config, "workerinput") or not starts_workers:
+    option = config.option
+    starts_workers = getattr(option, "dist", "no") != "no" and option.tx
+    if not starts_workers or option.collectonly:
         importlib.import_module("qwix_train")
 
 

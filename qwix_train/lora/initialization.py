@@ -72,7 +72,9 @@ def initial(
 
     a = drawn(rule.lora_a_initializer, a_key, layout.one_shape("a"))
     b = drawn(rule.lora_b_initializer, b_key, layout.one_shape("b"))
-    magnitude = _magnitude(weight, a, b, layout) if layout.dora else None
+    magnitude = None
+    if layout.dora:
+        magnitude = _magnitude(weight.astype(dtype), a, b, layout)
     return Start(a, b, magnitude, weight)
 
 
@@ -81,7 +83,7 @@ def _magnitude(
     weight: jax.Array, a: jax.Array, b: jax.Array, layout: AdapterLayout
 ) -> jax.Array:
     """The norm of each output channel of the weight with its adapter."""
-    return layout.norm(weight.astype(a.dtype) + layout.delta(a, b))
+    return layout.norm(weight + layout.delta(a, b))
 
 
 def pissa(weight: jax.Array, layout: AdapterLayout, dtype: Any) -> Start:

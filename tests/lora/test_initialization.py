@@ -190,6 +190,18 @@ def test_rules_say_what_is_wrong(fields, message):
         lora.LoraRule(**{"rank": 2, "alpha": 2.0, **fields})
 
 
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_groups_that_share_one_b_have_no_principal_part(init):
+    def of_experts(params, x):
+        return jnp.einsum("ebd,edf->ebf", x, params["w"])
+
+    rule = lora.LoraRule(rank=2, alpha=2.0, weight_qtype="int4", init=init)
+    params, x = {"w": data(3, 8, 6)}, data(3, 4, 8)
+    message = r"'w' of shape \(3, 8, 6\) is multiplied in groups along the axes \(0,\)"
+    with pytest.raises(ValueError, match=message):
+        lora.init(params, of_experts, [rule], jax.random.key(0), x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("init", [None, "pissa"])
 def test_a_rank_above_that_of_a_small_head_is_kept_and_named(init):

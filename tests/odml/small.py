@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from jax import numpy as jnp
 
 from qwix_train import QuantizationRule, calib, odml
@@ -57,7 +58,7 @@ def normal(*shape: int, seed: int = 0) -> jnp.ndarray:
 def stats_of(provider: odml.OdmlQatProvider, run: Any, *args: Any) -> Any:
     """The ranges of a call of a function that runs a model."""
     calibrator = calib.Calibrator(provider)
-    calibrator.wrap(run)(*args)
+    calibrator.wrap(nnx.jit(run))(*args)
     return calibrator.quant_stats
 
 
@@ -71,7 +72,7 @@ def converted(
     """A Linen model, calibrated on its inputs, and converted."""
     provider = provider or odml.OdmlQatProvider(INT8)
 
-    stats = stats_of(provider, jax.jit(model.apply), variables, *inputs)
+    stats = stats_of(provider, model.apply, variables, *inputs)
     return odml.convert(
         model, variables, provider, *inputs, quant_stats=stats, **options
     )

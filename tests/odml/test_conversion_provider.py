@@ -28,7 +28,7 @@ def linen():
     x = normal(3, 8)
     variables = init(Mlp(), x)
     provider = odml.OdmlQatProvider(INT8)
-    stats = stats_of(provider, jax.jit(Mlp().apply), variables, x)
+    stats = stats_of(provider, Mlp().apply, variables, x)
     return variables, stats, x
 
 
@@ -49,8 +49,7 @@ def test_linen_with_params_closed_over(linen):
 
 def test_nnx_closed_over():
     model, x = NnxModel(), normal(3, 8)
-    call = nnx.jit(lambda m, x: m(x))
-    stats = stats_of(odml.OdmlQatProvider(INT8), call, model, x)
+    stats = stats_of(odml.OdmlQatProvider(INT8), lambda m, x: m(x), model, x)
     expected = odml.convert(model, None, INT8, x, quant_stats=stats)
     provider = odml.OdmlConversionProvider(INT8, nnx.state(model, nnx.Param), stats)
     litert = exported(quantize_model(model, provider), x)

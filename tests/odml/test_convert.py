@@ -28,7 +28,7 @@ def mlp():
         decoded = Mlp().apply(variables, h, method="decode")
         return Mlp().apply(variables, x), h, decoded
 
-    return variables, stats_of(provider, jax.jit(run), variables, x)
+    return variables, stats_of(provider, run, variables, x)
 
 
 class NnxMlp(nnx.Module):
@@ -59,7 +59,7 @@ def nnx_mlp():
         h = model.encode(x)
         return model(x), h, model.decode(h)
 
-    return model, stats_of(odml.OdmlQatProvider(INT8), nnx.jit(run), model, x)
+    return model, stats_of(odml.OdmlQatProvider(INT8), run, model, x)
 
 
 def on_grid(x, scale, zero_point=0.0, low=-128, high=127):
@@ -106,7 +106,7 @@ def test_learned_ranges_of_activations():
         return jax.tree.map(lambda p, g: p - 0.2 * g, params, grads)
 
     variables = {"params": step(step(begun))}
-    collected = stats_of(odml.OdmlQatProvider(INT8), jax.jit(Mlp().apply), variables, x)
+    collected = stats_of(odml.OdmlQatProvider(INT8), Mlp().apply, variables, x)
     ranges = qwix_train.ranges(variables, [learned], collected)
     litert = odml.convert(Mlp(), variables, INT8, x, quant_stats=ranges)
     products = [op for op in litert.ops() if op.name == "FULLY_CONNECTED"]

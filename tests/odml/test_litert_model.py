@@ -50,7 +50,7 @@ def two_inputs():
     def run(variables, batch, scale):
         return model.apply(variables, batch, scale=scale)
 
-    stats = stats_of(provider, jax.jit(run), variables, batch, scale)
+    stats = stats_of(provider, run, variables, batch, scale)
     return odml.convert(
         model, variables, provider, batch, scale=scale, quant_stats=stats
     )

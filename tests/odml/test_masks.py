@@ -38,9 +38,7 @@ def error(model, *inputs, calibrated_on=None, provider=None):
     """How far fake-quantized attention is from that in float, and its plan."""
     provider = provider or odml.OdmlQatProvider(INT8)
     variables = init(model, *inputs)
-    stats = stats_of(
-        provider, jax.jit(model.apply), variables, *(calibrated_on or inputs)
-    )
+    stats = stats_of(provider, model.apply, variables, *(calibrated_on or inputs))
     traced, _ = ModelCall(model, variables, "__call__", inputs, {}).traced
     provider = provider.with_ranges(stats)
     out, *_ = jax.jit(lambda v: provider.outputs(provider.plan(traced), v))(
@@ -99,7 +97,7 @@ def test_the_file_masks_what_training_does(mask_of):
     inputs = (x, masks.astype(np.float32))
     model, provider = attention(mask_of), odml.OdmlQatProvider(INT8)
     variables = init(model, *inputs)
-    stats = stats_of(provider, jax.jit(model.apply), variables, *inputs)
+    stats = stats_of(provider, model.apply, variables, *inputs)
     litert = odml.convert(model, variables, provider, *inputs, quant_stats=stats)
     assert litert.is_full_integer
     assert np.abs(litert(*inputs) - model.apply(variables, *inputs)).max() < 0.03
@@ -112,5 +110,5 @@ def test_large_negative_numbers_elsewhere_are_numbers():
     x = normal(4, 8) * 1e5
     model = module(lambda self, x, y: nn.softmax(1e-5 * (x + y).sum(-1)))
     provider = odml.OdmlQatProvider(INT8)
-    stats = stats_of(provider, jax.jit(model.apply), {}, x, x)
+    stats = stats_of(provider, model.apply, {}, x, x)
     assert stats["add0_lhs"]["sum_of_min"] == x.min()
