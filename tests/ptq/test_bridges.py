@@ -85,7 +85,7 @@ def test_a_param_that_init_writes_anew_is_refused_and_quantize_finds_it():
 
     model = qwix_train.quantize_model(Writes(), PtqProvider(models.INT8))
     with pytest.raises(ValueError, match="Writes.init writes 1 params .*'w'"):
-        jax.jit(model.init)(KEY, X)
+        model.init(KEY, X)
     params = {"w": np.ones((4, 3), np.float32)}
     _, quantized = ptq.quantize(Writes(), params, models.INT8, X, variables={})
     assert isinstance(quantized["w"], qwix_train.WithAux)
